@@ -1,0 +1,69 @@
+# `make demo` and `make test` do all the set-up on a fresh machine: a virtual environment in .venv, torch, this package.
+# Each set-up step leaves a stamp, so a second call installs nothing.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+# What pip installs as torch, first and alone: `make test TORCH="torch==2.13.0 --index-url ..."` picks another build.
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+
+RUN := $(VENV)/bin/python
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help test test-slow test-hub check format demo wheel clean
+.SECONDARY:
+
+help:
+	@echo "make demo       a real model adapts itself: answers, a table, a figure in demo_output/"
+	@echo "make test       the test suite (no downloads, no GPU)"
+	@echo "make test-slow  the tests marked slow, and those marked real if PEFT_SVF_SMOLLM2 names the checkpoint"
+	@echo "make test-hub   the tests that talk to the real Hub"
+	@echo "make check      ruff and mypy; make format mends what ruff can mend"
+	@echo "make wheel      build the wheel and import it in a clean environment"
+	@echo "make clean      remove the environment and everything built"
+
+$(VENV)/torch.stamp:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "peft-svf needs Python >= 3.10; name one with make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet $(TORCH)
+	@touch $@
+
+# One stamp per extra of pyproject.toml: demo.stamp, dev.stamp.
+$(VENV)/%.stamp: pyproject.toml $(VENV)/torch.stamp
+	$(RUN) -m pip install --quiet --editable ".[$*]"
+	@touch $@
+
+test: $(VENV)/dev.stamp
+	$(RUN) -m pytest -n 2 $(PYTEST_ARGS)
+
+test-slow: $(VENV)/dev.stamp
+	$(RUN) -m pytest -m "(slow or real) and not hub and not gpu" $(PYTEST_ARGS)
+
+test-hub: $(VENV)/dev.stamp
+	HF_HUB_OFFLINE=0 $(RUN) -m pytest -m hub $(PYTEST_ARGS)
+
+check: $(VENV)/dev.stamp
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: $(VENV)/dev.stamp
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+# All cores for the demo: OMP_NUM_THREADS=1 is for tests that run side by side.
+demo: $(VENV)/demo.stamp
+	env -u OMP_NUM_THREADS $(RUN) examples/demo.py $(DEMO_ARGS)
+
+wheel: $(VENV)/torch.stamp
+	rm -rf build dist
+	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv --clear build/clean
+	build/clean/bin/python -m pip install --quiet $(TORCH)
+	build/clean/bin/python -m pip install --quiet dist/*.whl
+	cd build && clean/bin/python -c "import peft_svf; print('imported', peft_svf.__file__)"
+
+clean:
+	rm -rf $(VENV) build dist demo_output .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Weights -> their bases, computed once per content and kept on disk.
+
+An entry is named for the values of the weight it came from (upcast without loss, so one checkpoint loaded in bfloat16
+or in float32 is one entry): `<key>.safetensors` with Q, S and the probe, and `<key>.json`, the manifest with its
+checksum, which is written last: its presence means that the entry is whole. The folder is `PEFT_SVF_CACHE`, else
+`peft_svf` under `HF_HOME`. Nothing here knows of modules or adapters.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from huggingface_hub import constants
+from huggingface_hub.utils import tqdm
+from safetensors.torch import load, save
+from torch import Tensor
+
+from .basis import Basis, exact, factorize, probe
+
+logger = logging.getLogger(__name__)
+PROCEDURE = "svf-basis v1"
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What identifies the weight of an offset: a hash of its values and the [`~basis.probe`] of its basis."""
+
+    sha256: str
+    probe: Tensor
+
+    def to_json(self) -> dict[str, str]:
+        """Write the fingerprint as two short strings; the probe keeps six digits, 1e-6 of the acceptance threshold."""
+        return {"sha256": self.sha256, "probe": " ".join(f"{x:.6g}" for x in self.probe.tolist())}
+
+    @classmethod
+    def from_json(cls, entry: dict[str, str]) -> "Fingerprint":
+        """Read a fingerprint back. Raises `ValueError` if it is damaged."""
+        try:
+            numbers = torch.tensor([float(x) for x in entry["probe"].split()], dtype=torch.float64)
+            return cls(str(entry["sha256"]), numbers)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"A fingerprint has the strings 'sha256' and 'probe', got {entry!r}.") from error
+
+
+def cache_dir() -> Path:
+    """The folder that holds the bases: `PEFT_SVF_CACHE`, else `peft_svf` under `HF_HOME`. It may not exist yet."""
+    return Path(os.environ.get("PEFT_SVF_CACHE") or Path(constants.HF_HOME) / "peft_svf").expanduser()
+
+
+def content_key(weight: Tensor) -> str:
+    """
+    Hash the values of a weight `(out, in)`: sha256 over its shape and its entries, upcast without loss.
+
+    One checkpoint loaded in bfloat16 or in float32 has one key; a rounded copy has another.
+    """
+    values = exact(weight.detach()).cpu().contiguous()
+    digest = hashlib.sha256(f"{PROCEDURE} {tuple(values.shape)} {values.dtype}".encode())
+    digest.update(values.numpy().data)
+    return digest.hexdigest()
+
+
+def fetch(names: Iterable[str], weight_of: Callable[[str], Tensor]) -> dict[str, tuple[Basis, Fingerprint]]:
+    """
+    Get the bases of weights from the cache; what is missing or damaged there is computed and added.
+
+    Args:
+        names (`Iterable[str]`):
+            Names of the weights.
+        weight_of (`Callable[[str], torch.Tensor]`):
+            Gives the weight `(out, in)` of a name. Called up to twice a name, so it may read lazily.
+
+    Returns:
+        `dict[str, tuple[Basis, Fingerprint]]`: per name the basis, on the CPU in float32 (float64 for float64).
+    """
+    keys = {name: content_key(weight_of(name)) for name in names}
+    found = {key: entry for key in dict.fromkeys(keys.values()) if (entry := _read(key)) is not None}
+    if missing := {key: name for name, key in keys.items() if key not in found}:
+        try:
+            (cache_dir() / "locks").mkdir(parents=True, exist_ok=True)
+            lock = cache_dir() / "locks" / hashlib.sha256("".join(sorted(missing)).encode()).hexdigest()
+            with FileLock(lock, mode=0o666):  # two processes with the same model: one computes, the other reads
+                found |= _compute(missing, weight_of)
+        except OSError as error:
+            logger.warning(
+                f"The basis cache {cache_dir()} cannot be written ({error}); bases are computed again next time."
+            )
+            found |= _compute(missing, weight_of, keep=False)
+        else:
+            entries, size = usage()
+            logger.info(f"Basis cache {cache_dir()}: {entries} entries, {size / 1e6:.0f} MB.")
+    return {name: found[key] for name, key in keys.items()}
+
+
+def usage() -> tuple[int, int]:
+    """Count the entries of the cache and their bytes on disk."""
+    files = [path for path in cache_dir().glob("*.*") if path.suffix in (".safetensors", ".json")]
+    return sum(path.suffix == ".json" for path in files), sum(path.stat().st_size for path in files)
+
+
+def prune(keep_bytes: int = 0) -> int:
+    """
+    Delete the entries that were read longest ago until at most `keep_bytes` are left. Deleting is always safe.
+
+    Returns:
+        `int`: the bytes that were freed.
+    """
+    freed, (_, size) = 0, usage()
+    for manifest in sorted(cache_dir().glob("*.json"), key=lambda path: path.stat().st_mtime):
+        if size - freed <= keep_bytes:
+            break
+        for path in (manifest, manifest.with_suffix(".safetensors")):  # the manifest first: it says the entry is whole
+            freed += path.stat().st_size if path.exists() else 0
+            path.unlink(missing_ok=True)
+    return freed
+
+
+def _compute(
+    missing: dict[str, str], weight_of: Callable[[str], Tensor], keep: bool = True
+) -> dict[str, tuple[Basis, Fingerprint]]:
+    """Compute the bases of `missing` (key -> name of a weight), batched by shape on an accelerator, and write them."""
+    found = {}
+    with tqdm(total=len(missing), desc="Computing SVF bases", unit="weight", name="peft_svf.basis") as bar:
+        todo = dict(missing)
+        while todo:
+            key, name = next(iter(todo.items()))
+            if keep and (entry := _read(key)) is not None:  # another process was faster
+                found[key] = entry
+                del todo[key]
+                bar.update()
+                continue
+            weight = weight_of(name)
+            batch = {key: weight}
+            if weight.is_cuda:  # on a CPU one matrix at a time already uses all threads
+                same = [k for k, n in todo.items() if weight_of(n).shape == weight.shape][:8]
+                batch = {k: weight_of(todo[k]) for k in same}
+            stacked = factorize(torch.stack(list(batch.values())))
+            for k, Q, S in zip(batch, stacked.Q, stacked.S, strict=True):
+                dtype = exact(weight[:0]).dtype
+                basis = Basis(stacked.side, Q.to("cpu", dtype), S.to("cpu", dtype))
+                found[k] = (basis, Fingerprint(k, probe(Q)))
+                if keep:
+                    _write(k, *found[k])
+                del todo[k]
+                bar.update()
+    return found
+
+
+def _write(key: str, basis: Basis, fingerprint: Fingerprint) -> None:
+    tensors = {"Q": basis.Q.contiguous(), "S": basis.S.contiguous(), "probe": fingerprint.probe}
+    content = save(tensors, metadata={"procedure": PROCEDURE, "side": basis.side})
+    manifest = {
+        "procedure": PROCEDURE,
+        "side": basis.side,
+        "directions": basis.S.numel(),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    _replace(cache_dir() / f"{key}.safetensors", content)
+    _replace(cache_dir() / f"{key}.json", json.dumps(manifest, indent=1).encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, then rename it: readers see the old content or the new, never a part."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _read(key: str) -> tuple[Basis, Fingerprint] | None:
+    """Read an entry, or `None` where there is none. A damaged one is reported and counts as missing."""
+    path = cache_dir() / f"{key}.safetensors"
+    manifest_path = path.with_suffix(".json")
+    if not manifest_path.exists():
+        return None
+    try:
+        manifest = json.loads(manifest_path.read_text())
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != manifest["sha256"]:
+            raise ValueError("its checksum differs from the manifest")
+        tensors = load(content)
+        with suppress(OSError):  # a shared cache may be only readable
+            os.utime(manifest_path)  # `prune` drops what was read longest ago
+        return Basis(manifest["side"], tensors["Q"], tensors["S"]), Fingerprint(key, tensors["probe"])
+    except Exception as error:  # whatever is wrong with it, the weight itself is at hand to compute it again
+        logger.warning(f"The entry {path} of the basis cache is damaged and is computed again: {error}.")
+        with suppress(OSError):
+            manifest_path.unlink()  # it says that the entry is whole
+        return None

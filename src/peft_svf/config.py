@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user says about an SVF adapter: `SVFConfig` and all its validation. Nothing here sees a model."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft import PeftConfig
+
+from ._registration import add_peft_type
+
+add_peft_type()  # before the class below names it
+
+
+@dataclass
+class SVFConfig(PeftConfig):
+    """
+    Configuration of Singular Value Fine-tuning (arXiv 2501.06252): one multiplier per singular value of a weight.
+
+    Args:
+        target_modules (`list[str] | str`, *optional*):
+            Names or name endings of the modules, a regex that matches whole names, or `"all-linear"`. Default: the MLP
+            weights of the architecture (the paper's choice); where these are fused experts, attention q and v.
+        exclude_modules (`list[str] | str`, *optional*):
+            Modules to leave out, in the same forms.
+        layers_to_transform (`list[int] | int`, *optional*):
+            Indices of the layers to adapt; needs `target_modules` as a list or the default.
+        layers_pattern (`list[str] | str`, *optional*):
+            Name of the list of layers, if it is not the first numbered one; needs `layers_to_transform`.
+        modules_to_save (`list[str]`, *optional*):
+            Modules that are trained and saved whole, such as a new classification head.
+        trainable_token_indices (`list[int] | dict[str, list[int]]`, *optional*):
+            Rows of the embedding that are trained as well (PEFT's `TrainableTokens`).
+        init_weights (`bool`):
+            `True` starts from z = 1, the base model to the bit; `False` from z ~ N(1, 0.5), for tests.
+        rank (`int`, *optional*):
+            Move only the `rank` largest singular values of each weight and keep the others as they are.
+        basis_dtype (`str`):
+            `"float32"`, or `"bfloat16"` for half the memory and faster products on a bfloat16 base (it loses 2e-3 of
+            the learned change). The first adapter of a model decides.
+        basis_from (`str`):
+            `"memory"`: the basis of the weights as loaded. `"checkpoint"`: of the stored weights, an error where no
+            file holds them. `"auto"`: of the stored ones if loading has rounded them and the file is on this machine.
+        description (`str`, *optional*):
+            What the expert is good at, in a few words. The first pass of Transformer² reads it.
+        fingerprint (`dict`, *optional*):
+            Written by the package: per module a hash of the base weight's values and a probe of its basis. An adapter
+            is refused on a base with other singular directions. Set it to `None` to start a new expert from a loaded
+            config.
+    """
+
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Names, a regex, or 'all-linear'."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of the layers."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Rows of the embedding that are trained as well."}
+    )
+    init_weights: bool = field(default=True, metadata={"help": "True: start from z = 1, the base model."})
+    rank: int | None = field(default=None, metadata={"help": "Move only the largest singular values."})
+    basis_dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "Dtype of the basis."})
+    basis_from: Literal["auto", "checkpoint", "memory"] = field(
+        default="auto", metadata={"help": "Whose singular directions: the stored weights' or the loaded ones'."}
+    )
+    description: str | None = field(default=None, metadata={"help": "What the expert is good at, in a few words."})
+    fingerprint: dict[str, dict[str, str]] | None = field(
+        default=None, metadata={"help": "Identifies the base weights; written by the package."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type()
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as PEFT's tuners keep it
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`{name}` cannot be used when `target_modules` is a str (regex): put it in the regex."
+                    )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):  # True is no rank
+            raise ValueError(
+                f"`rank` is the number of singular values to move, at least 1, or None for all; got {self.rank!r}."
+            )
+        for name, allowed in (
+            ("basis_dtype", ("float32", "bfloat16")),
+            ("basis_from", ("auto", "checkpoint", "memory")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
+        if self.fingerprint is not None and not isinstance(self.fingerprint, dict):
+            raise ValueError(
+                f"`fingerprint` must be a dict by module name or None; got {type(self.fingerprint).__name__}."
+            )
+
+    @property
+    def fingerprint_recorded(self) -> bool:
+        """Whether the fingerprint was written by saving this very object, rather than read from a file."""
+        return self.__dict__.get("_recorded") is self.fingerprint is not None
+
+    def record_fingerprint(self, fingerprint: dict[str, dict[str, str]] | None) -> None:
+        """Write the fingerprint of the base before saving. The object may still start an adapter elsewhere."""
+        self.fingerprint = self.__dict__["_recorded"] = fingerprint

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Model and rows -> scored records and their summary.
+
+A row of the choice form has `prompt`, `choices` and `label`; the policy over its choices is the softmax of their
+summed token log-likelihoods as the assistant's answer. A row of the generated form has `prompt` and is
+judged by its task's check. `choice_logps` is also what training differentiates and what the first pass scores labels
+with.
+"""
+
+import inspect
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from statistics import NormalDist
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.utils import tqdm
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .tasks import get_task
+
+Row = Mapping[str, Any]
+NINETY_FIVE = NormalDist().inv_cdf(0.975)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """
+    The accuracy of a model on rows.
+
+    Args:
+        task (`str`): Name of the task.
+        form (`str`): `"choice"` or `"generate"`.
+        n (`int`): Number of rows.
+        accuracy (`float`): Share of rows answered right.
+        interval (`tuple[float, float]`): 95 % Wilson interval of the accuracy.
+        seconds (`float`): Wall clock.
+        records (`list[dict]`): Per row `id`, `right`, and the choice with its probability or the completion.
+    """
+
+    task: str
+    form: str
+    n: int
+    accuracy: float
+    interval: tuple[float, float]
+    seconds: float
+    records: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+    def to_json(self, records: bool = False) -> dict[str, Any]:
+        """The summary as JSON values, with one entry per row only if asked for."""
+        return {key: value for key, value in asdict(self).items() if records or key != "records"}
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """95 % Wilson score interval of `right` successes in `n` trials."""
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = right / n, NINETY_FIVE**2
+    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = NINETY_FIVE * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def paired_difference(one: Summary, other: Summary) -> tuple[float, tuple[float, float]]:
+    """
+    Compare two models on the same rows: `one - other` in accuracy with the 95 % normal interval of paired differences.
+
+    Raises:
+        `ValueError`: if the summaries are of different rows.
+    """
+    if [r["id"] for r in one.records] != [r["id"] for r in other.records] or not one.n:
+        raise ValueError(f"Only summaries of the same rows compare: {one.task} ({one.n}), {other.task} ({other.n}).")
+    pairs = zip(one.records, other.records, strict=True)
+    gaps = torch.tensor([float(a["right"]) - float(b["right"]) for a, b in pairs], dtype=torch.float64)
+    mean, half = float(gaps.mean()), NINETY_FIVE * float(gaps.std(correction=0)) / math.sqrt(one.n)
+    return mean, (mean - half, mean + half)
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> str:
+    """
+    Write a prompt as the model reads it, up to where its answer begins.
+
+    A chat goes through the tokenizer's template; without one its contents stand on lines of their own, and a string is
+    left as it is.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if tokenizer.chat_template is None:
+        return "\n".join(message["content"] for message in prompt) + "\n"
+    return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+
+
+def choice_logps(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> Tensor:
+    """
+    Log-likelihood of each choice of each row, summed over its tokens.
+
+    Where one choice begins another ("4", "48"), it could never be the less likely one: in such a row all choices end
+    with the end of turn.
+    Prompts are read once; their key/value cache is shared by the choices. Gradients flow, unless the caller turns them
+    off. Rows of one batch may have their own adapters (`SVFLayer.rows`).
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            Causal language model or `PeftModel`; gradient checkpointing must be off (it drops the cache).
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its tokenizer.
+        rows (`Sequence[Mapping]`):
+            Each with `prompt` (chat or text) and `choices` (texts), of which rows may have different numbers.
+
+    Returns:
+        `torch.Tensor` of shape `(rows, choices)`, float32; `-inf` where a row has fewer choices.
+
+    Raises:
+        `ValueError`: if a row has no choices, or a prompt with its longest choice exceeds the model's context.
+    """
+    device = next(model.parameters()).device
+    prompts = [tokenizer(prompt_text(tokenizer, row["prompt"]), add_special_tokens=False).input_ids for row in rows]
+    options = [[tokenizer(text, add_special_tokens=False).input_ids for text in row["choices"]] for row in rows]
+    if tokenizer.eos_token_id is not None:
+        options = [[[*ids, tokenizer.eos_token_id] for ids in c] if _one_begins_another(c) else c for c in options]
+    most = max((len(choices) for choices in options), default=0)
+    for row, choices in zip(rows, options, strict=True):
+        if not choices or not all(choices):
+            raise ValueError(f"Row {row.get('id')!r} needs choices that are texts, got {row['choices']!r}.")
+    longest = max(map(len, prompts)) + max(len(ids) for choices in options for ids in choices)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise ValueError(f"A prompt and its choice have up to {longest} tokens, but the model's context is {limit}.")
+
+    # (N, P) left-padded, so that every prompt ends at the same place
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    # (N * K, C) right-padded; a row with fewer choices repeats its last one, masked below
+    flat = [choices[min(k, len(choices) - 1)] for choices in options for k in range(most)]
+    length = max(map(len, flat))
+    labels = torch.tensor([c + [-100] * (length - len(c)) for c in flat], device=device)
+
+    # as an index: the slice that `1` stands for is not contiguous, and the head would be copied once per row
+    prefix = _forward(model, ids, mask, logits_to_keep=torch.tensor([width - 1], device=device), use_cache=True)
+    logits = prefix.logits[:, -1:].repeat_interleave(most, dim=0)  # (N * K, 1, vocabulary)
+    if length > 1:
+        if prefix.past_key_values is None:
+            raise ValueError("Scoring choices shares the prompt's cache: turn gradient checkpointing off.")
+        cache = prefix.past_key_values
+        cache.batch_repeat_interleave(most)
+        inputs = labels[:, :-1].clamp(min=0)
+        both = torch.cat([mask.repeat_interleave(most, dim=0), (labels[:, :-1] >= 0).long()], dim=1)
+        rest = _forward(model, inputs, both, past_key_values=cache, use_cache=True)
+        logits = torch.cat([logits, rest.logits], dim=1)  # (N * K, C, vocabulary)
+    logps = -F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+    logps = logps.view(len(rows), most, length).sum(-1)
+    absent = torch.tensor([[k >= len(choices) for k in range(most)] for choices in options], device=device)
+    return logps.masked_fill(absent, float("-inf"))
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    batch_size: int = 16,
+    **generation: Any,
+) -> Summary:
+    """
+    Answer rows greedily and score them.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            Causal language model, with the adapters it is to answer with.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its tokenizer.
+        rows (`Sequence[Mapping]`):
+            Rows of one form, see the module docstring.
+        batch_size (`int`):
+            Rows per forward.
+        generation:
+            Arguments of `generate` for rows of the generated form; default `max_new_tokens=256`, no sampling.
+
+    Returns:
+        [`Summary`].
+    """
+    if not rows:
+        raise ValueError("There are no rows to evaluate.")
+    start, records = time.perf_counter(), dict[int, dict[str, Any]]()
+    form = "choice" if "choices" in rows[0] else "generate"
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            order = sorted(
+                range(len(rows)), key=lambda i: len(str(rows[i]["prompt"]))
+            )  # alike in length: less padding
+            for places in _batches(
+                tqdm(order, desc="Evaluating", leave=False, name="peft_svf.evaluation"), batch_size
+            ):
+                batch = [rows[i] for i in places]
+                if form == "choice":
+                    found = score_choices(choice_logps(model, tokenizer, batch), batch)
+                else:
+                    found = _generate(model, tokenizer, batch, generation)
+                records.update(zip(places, found, strict=True))
+    finally:
+        model.train(training)
+    found = [records[i] for i in range(len(rows))]
+    right = sum(record["right"] for record in found)
+    task = str(rows[0].get("task", "rows"))
+    seconds = time.perf_counter() - start
+    return Summary(task, form, len(found), right / len(found), wilson(right, len(found)), seconds, found)
+
+
+def score_choices(logps: Tensor, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Turn the log-likelihoods `(rows, choices)` into records: the likeliest choice, its probability, right or not."""
+    confidence, choice = logps.softmax(-1).max(-1)
+    return [
+        {"id": row.get("id"), "choice": k, "probability": p, "right": k == row["label"]}
+        for row, k, p in zip(rows, choice.tolist(), confidence.tolist(), strict=True)
+    ]
+
+
+def _generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], kwargs: dict
+) -> list[dict]:
+    texts = [prompt_text(tokenizer, row["prompt"]) for row in rows]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    inputs = inputs.to(next(model.parameters()).device)
+    output = model.generate(**inputs, **{"max_new_tokens": 256, "do_sample": False, **kwargs})
+    completions = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    return [
+        {"id": row.get("id"), "completion": text, "right": get_task(row["task"]).check(text, row)}
+        for row, text in zip(rows, completions, strict=True)
+    ]
+
+
+def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, **kwargs: Any) -> Any:
+    """Call the model on the last `ids.shape[1]` positions of `mask`, with the positions that padding calls for."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "position_ids" in inspect.signature(inner.forward).parameters:
+        kwargs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return model(input_ids=ids, attention_mask=mask, **kwargs)
+
+
+def _one_begins_another(choices: list[list[int]]) -> bool:
+    return any(a is not b and b[: len(a)] == a for a in choices for b in choices)
+
+
+def _batches(items: Iterable[int], size: int) -> Iterator[list[int]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+z-vectors as values: `Expert`, offsets of one base model by module name, and `Mixture`, weights over experts.
+
+An expert comes from a folder or a Hub repository that `save_pretrained` or `push_to_hub` wrote; a mixture is what
+every adaptation strategy returns. Nothing here loads a model.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+OTHER = "other"  # the base model, in decisions and as an explicit choice
+_OFFSET = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.svf_offset\.weight")
+
+
+@dataclass(frozen=True)
+class Expert:
+    """
+    Named z-vectors of one base model.
+
+    Args:
+        name (`str`): How decisions and mixtures call it.
+        offsets (`dict[str, torch.Tensor]`): Per module of the base model `z - 1`, shape `(k,)`, float32.
+        config (`dict`): Its `adapter_config.json`, with base model and fingerprint.
+    """
+
+    name: str
+    offsets: dict[str, Tensor]
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def z(self) -> dict[str, Tensor]:
+        """Per module the multipliers of its largest singular values, shape `(k,)`."""
+        return {module: 1 + offset for module, offset in self.offsets.items()}
+
+    @property
+    def base_model(self) -> str | None:
+        """Name of the base model that the expert was trained on."""
+        return self.config.get("base_model_name_or_path")
+
+    @property
+    def description(self) -> str:
+        """What the expert is good at, in a few words; may be empty."""
+        return self.config.get("description") or ""
+
+    @classmethod
+    def load(
+        cls,
+        source: str | PathLike[str],
+        name: str | None = None,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> "Expert":
+        """
+        Read an expert from a folder or a Hub repository.
+
+        Args:
+            source (`str` or path):
+                Folder, or repository id such as `"me/expert"`.
+            name (`str`, *optional*):
+                Default: the last part of `subfolder` or `source`.
+            subfolder, revision, token:
+                As in `from_pretrained`. Both files come from one commit.
+
+        Raises:
+            `FileNotFoundError`: if there is no such folder or file.
+            `ValueError`: if the files hold no SVF expert, are damaged, or z is not finite.
+        """
+        folder = Path(source)
+        if not folder.is_dir():
+            if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+                raise FileNotFoundError(f"There is no folder {str(source)!r}, and it is no Hub repository id.")
+            wanted = [f"{subfolder}/{f}" if subfolder else f for f in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
+            folder = Path(snapshot_download(str(source), revision=revision, token=token, allow_patterns=wanted))
+        folder = folder / subfolder if subfolder else folder
+        for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+            if not (folder / file).is_file():
+                raise FileNotFoundError(f"{str(source)!r} holds no expert: {file} is missing in {folder}.")
+        name = name or Path(subfolder or str(source)).name
+        try:
+            config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+            tensors = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(
+                f"The files of expert {name!r} in {folder} are damaged: {error}. Fetch them again."
+            ) from error
+        if not isinstance(config, dict) or config.get("peft_type") != "SVF":
+            raise ValueError(f"{folder} holds no SVF expert: its {CONFIG_NAME} names another PEFT type.")
+        matches = {key: _OFFSET.fullmatch(key) for key in tensors}
+        if others := sorted(key for key, match in matches.items() if match is None):
+            raise ValueError(
+                f"Expert {name!r} in {folder} holds more than z-vectors, first {others[0]!r}, and cannot be mixed. "
+                "Load it with PeftModel.from_pretrained instead."
+            )
+        offsets = {match["module"]: tensors[key].float() for key, match in matches.items() if match is not None}
+        for module, offset in offsets.items():
+            if not torch.isfinite(offset).all():
+                raise ValueError(f"Expert {name!r} in {folder} has a z-vector for {module} that is not finite.")
+        if odd := sorted(set(config.get("fingerprint") or offsets) ^ set(offsets)):
+            raise ValueError(
+                f"Expert {name!r} in {folder} is damaged: config and weights do not name the same modules, first "
+                f"{odd[0]}. Fetch it again."
+            )
+        return cls(name, offsets, config)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """
+    Weights over experts: `z = 1 + Σ αᵢ (zᵢ - 1)`. What is left, `1 - Σ αᵢ`, belongs to the base model.
+
+    Equal to `Σ αᵢ zᵢ` of arXiv 2501.06252 wherever the weights sum to 1; without any weight it is the base model.
+
+    Args:
+        alpha (`dict[str, float]`): Weight by name of expert; those at 0 are dropped.
+        strategy (`str`): What found it: `"explicit"`, `"prompt"`, `"classifier"`, `"few-shot"`.
+        confidence (`float`): 0 (a guess) to 1 (certain), `(p - 1/n) / (1 - 1/n)` for the choice among n.
+        probabilities (`dict[str, float]`): Probability of each expert and of `"other"`, where a first pass gave them.
+        provenance (`dict`): How it was found: settings, scores.
+    """
+
+    alpha: dict[str, float] = field(default_factory=dict)
+    strategy: str = "explicit"
+    confidence: float = 1.0
+    probabilities: dict[str, float] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, weight in self.alpha.items():
+            if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+                raise ValueError(f"The mixture weight of {name!r} must be a finite number, got {weight!r}.")
+        kept = {name: float(weight) for name, weight in self.alpha.items() if weight and name != OTHER}
+        object.__setattr__(self, "alpha", kept)
+
+    @property
+    def choice(self) -> str:
+        """The expert with the largest weight, or `"other"` where the base has the most."""
+        shares = {**self.alpha, OTHER: 1 - sum(self.alpha.values())}
+        return max(shares, key=lambda name: shares[name])
+
+    def record(self) -> dict[str, Any]:
+        """The decision with the fields of transformers' `decision` pipeline, and the weights."""
+        return {
+            "choice": self.choice,
+            "confidence": self.confidence,
+            "probabilities": self.probabilities or {self.choice: 1.0},
+            "alpha": self.alpha,
+        }
+
+    def offsets(self, experts: Mapping[str, Expert]) -> dict[str, Tensor]:
+        """
+        Mix the offsets of experts by module, shape `(k,)`; an expert has 0 where it does not reach.
+
+        Raises:
+            `ValueError`: if an expert with a weight is not among `experts`.
+        """
+        if unknown := sorted(set(self.alpha) - set(experts)):
+            raise ValueError(f"There is no expert {unknown[0]!r}; there are {', '.join(sorted(experts))} and 'other'.")
+        mixed: dict[str, Tensor] = {}
+        for name, weight in self.alpha.items():
+            for module, offset in experts[name].offsets.items():
+                before = mixed.get(module, torch.zeros(0))
+                size = max(len(before), len(offset))
+                pad = torch.nn.functional.pad
+                mixed[module] = pad(before, (0, size - len(before))) + weight * pad(offset, (0, size - len(offset)))
+        return mixed
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the mixture as JSON; a file that is there is replaced only when the new one is whole."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.writing")
+        temporary.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        temporary.replace(target)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Mixture":
+        """Read a mixture that [`Mixture.save`] wrote. Raises `ValueError` if the file holds none."""
+        try:
+            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        except (TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} holds no mixture: {error}.") from error

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+An adapted module: its base layer, the basis of its weight, one offset vector per adapter; forward, merge, unmerge.
+
+The layer is given its basis by `SVFModel`; it does not know where bases come from. Private names of PEFT were read in
+0.21.2.
+"""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .basis import change, rescale, side_of
+from .basis_cache import Fingerprint
+from .config import SVFConfig
+
+BASE = "__base__"  # PEFT's name for "no adapter" in mixed batches
+
+
+def escape(name: str) -> str:
+    """
+    Turn any adapter name into a key that `nn.ModuleDict` takes: no dots, no name that the class itself uses.
+
+    Ordinary names, `"default"` among them, stay as they are: TRL and PEFT look for them in parameter names.
+    """
+    key = name.replace("%", "%25").replace(".", "%2E")
+    return f"%{ord(key[0]):02X}{key[1:]}" if (key and hasattr(nn.ModuleDict, key)) or key == "training" else key or "%"
+
+
+class Offset(nn.Module):
+    """Holds `z - 1` of one adapter as `weight (k,)`. A module, since PEFT and TRL find parameters by `.<adapter>.`"""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+class OffsetDict(nn.ModuleDict):
+    """A `nn.ModuleDict` of [`Offset`] whose keys are any strings."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}  # escaped key -> name
+        super().__init__()
+
+    def __getitem__(self, name: str) -> Offset:
+        return super().__getitem__(escape(name))  # type: ignore[return-value]
+
+    def __setitem__(self, name: str, module: nn.Module) -> None:
+        super().__setitem__(escape(name), module)
+        self._names[escape(name)] = name
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(escape(name))
+        del self._names[escape(name)]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and super().__contains__(escape(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def keys(self) -> list[str]:  # type: ignore[override]
+        return [self._names[key] for key in self._modules]
+
+    def items(self) -> list[tuple[str, nn.Module]]:  # type: ignore[override]
+        return [(self._names[key], module) for key, module in self._modules.items()]  # type: ignore[misc]
+
+
+class SVFLayer(BaseTunerLayer):
+    """
+    The state of an adapted module and everything PEFT asks of it.
+
+    Attributes:
+        svf_offset (`OffsetDict`):
+            Per adapter the trainable `z - 1`, shape `(k,)`, float32.
+        svf_basis (`torch.Tensor` of shape `(r, k)`, or `None`):
+            The columns of the basis that the adapters move: all `r`, or the largest `rank` of any adapter. Not saved.
+        side (`str`):
+            Where the basis multiplies, see [`~basis.Basis`].
+    """
+
+    adapter_layer_names = ("svf_offset",)
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.side = side_of(self.out_features, self.in_features)
+        self.svf_offset = OffsetDict()
+        self.svf_rows: Tensor | None = None  # (B, k): an offset for each row of the batch, instead of the adapters'
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self.svf_fingerprint: Fingerprint | None = None
+        self._pristine: Any = None
+
+    @property
+    def directions(self) -> int:
+        """The number `r = min(out, in)` of singular values of the weight."""
+        return min(self.in_features, self.out_features)
+
+    def update_layer(self, adapter_name: str, config: SVFConfig) -> None:
+        """Add the offset of an adapter, 0 everywhere (z = 1) unless `config.init_weights` is `False`."""
+        size = min(config.rank or self.directions, self.directions)
+        self.svf_offset[adapter_name] = Offset(torch.zeros(size) if config.init_weights else 0.5 * torch.randn(size))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an offset and the basis beside the weight. Unlike PEFT's, it leaves offsets in float32."""
+        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        offset = self.svf_offset[adapter_name]
+        if device is not None and not offset.weight.is_meta:
+            offset.to(device)
+        if device is not None and self.svf_basis is not None:
+            self.svf_basis = self.svf_basis.to(device)
+
+    def logical_weight(self) -> Tensor:
+        """The base weight as `(out, in)`: dequantised if it is packed, transposed for `Conv1D`; never a merged one."""
+        if self._pristine is None:
+            weight = self.get_base_weight()
+        elif self.quantization_backend is None:
+            weight = self._pristine[0]
+        else:
+            merged = self._snapshot()
+            self._restore(self._pristine)
+            weight = self.get_base_weight()
+            self._restore(merged)
+        return weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
+
+    @contextmanager
+    def rows(self, offsets: Tensor | None) -> Iterator[None]:
+        """Put offsets in place of the adapters' while the context is open.
+
+        `(B, k)` gives each row of the batch its own, `(k,)` all rows one, an empty tensor the base model; `None`
+        changes nothing.
+        """
+        before = self.svf_rows
+        if offsets is not None:
+            self.svf_rows = offsets
+        try:
+            yield
+        finally:
+            self.svf_rows = before
+
+    def named_offsets(self, adapter_names: list[str]) -> Tensor:
+        """Stack the offsets of adapters into `(B, k)`: 0 for the base, and where an adapter has none here."""
+        assert self.svf_basis is not None
+        zero = torch.zeros(self.svf_basis.shape[-1], device=self.svf_basis.device)
+        unique = list(dict.fromkeys(adapter_names))
+        table = torch.stack([self._padded(name) if name in self.svf_offset else zero for name in unique])
+        return table[torch.tensor([unique.index(name) for name in adapter_names], device=table.device)]
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """`W' - W` of one adapter, in the shape and dtype of the base weight (`Conv1D`: transposed)."""
+        weight = self.logical_weight()
+        delta = rescale(weight, self._basis(), self._padded(adapter)) - weight
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """
+        Write `U diag(S * z) V^T` into the base layer, from the pristine weight, which is kept.
+
+        Args:
+            safe_merge (`bool`):
+                Look for NaN and infinities first and leave the weight alone if there are any.
+            adapter_names (`list[str]`, *optional*):
+                Adapters to merge; default the active ones. Those merged before stay merged.
+
+        Raises:
+            `ValueError`: with `safe_merge`, if an adapter makes a weight that is not finite.
+            `TypeError`: if the weight is packed by a quantisation that cannot be undone.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.svf_offset]
+        for name in names:
+            weight = self.logical_weight()
+            offset = sum((self._padded(n) for n in (*self.merged_adapters, name)), torch.tensor(0.0))
+            merged = rescale(weight, self._basis(), offset)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            self._pristine = self._pristine or self._snapshot()
+            self.set_base_weight(merged.T.contiguous() if isinstance(self.get_base_layer(), Conv1D) else merged)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Put the pristine weight back, to the bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._restore(self._pristine)
+        self._pristine = None
+        self.merged_adapters.clear()
+
+    def _snapshot(self) -> tuple[Any, ...]:
+        """Keep what `set_base_weight` replaces: the tensor, or for packed weights the parameter with its state."""
+        base = self.get_base_layer()
+        if self.quantization_backend is None:
+            return (base.weight.data,)
+        return base.weight, dict(base.weight.__dict__), copy.copy(getattr(base, "state", None))
+
+    def _restore(self, snapshot: tuple[Any, ...]) -> None:
+        base = self.get_base_layer()
+        if self.quantization_backend is None:
+            base.weight.data = snapshot[0].to(base.weight.device, base.weight.dtype)
+            return
+        base.weight, attributes, state = snapshot
+        base.weight.__dict__.update(attributes)  # PEFT's 4-bit setter edits the old parameter's flags as well
+        if state is not None:
+            base.state = state
+
+    def _basis(self) -> Tensor:
+        if self.svf_basis is None:
+            raise RuntimeError(
+                "This SVF layer has no basis: its weight was on the meta device when the adapter was added. "
+                "Load the weights, then call `model.base_model.fetch_bases()`."
+            )
+        return self.svf_basis
+
+    def _padded(self, adapter_name: str) -> Tensor:
+        """The offset of an adapter with one entry per column of the basis: 0 for the directions it does not move."""
+        offset = self.svf_offset[adapter_name].weight
+        missing = self._basis().shape[-1] - offset.shape[0]
+        return F.pad(offset, (0, missing)) if missing else offset
+
+    def _active_offset(self) -> Tensor | None:
+        """The offset in force, `(k,)` or `(B, k)`, or `None` where no adapter moves this weight."""
+        if self.svf_rows is not None:
+            return self.svf_rows if len(self.svf_rows) else None
+        total = None
+        for name in self.active_adapters:
+            if name in self.svf_offset:
+                total = self._padded(name) if total is None else total + self._padded(name)
+        return total
+
+
+def _spread(offset: Tensor, x: Tensor) -> Tensor:
+    """
+    Bring an offset `(B, k)` to the shape of `x (N, ..., n)`, `N` a multiple of `B`: row i serves the i-th part of `x`.
+
+    Beams and returned sequences repeat each row of a batch, and some models (OPT) flatten batch and tokens before
+    their MLP: in both, the rows of one sample lie side by side.
+    """
+    if offset.dim() == 1:
+        return offset
+    if x.shape[0] % offset.shape[0]:
+        raise ValueError(f"There are offsets for {offset.shape[0]} rows, but the batch has {x.shape[0]}.")
+    offset = offset.repeat_interleave(x.shape[0] // offset.shape[0], dim=0)
+    return offset.view(x.shape[0], *[1] * (x.dim() - 2), -1)
+
+
+class Linear(nn.Module, SVFLayer):
+    """SVF of `nn.Linear`, transformers' `Conv1D` and the packed linears that PEFT's quantisation backends know."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: SVFConfig, **kwargs: Any) -> None:
+        super().__init__()
+        SVFLayer.__init__(self, base_layer, **kwargs)
+        self.register_buffer("svf_basis", None, persistent=False)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        offset = None if self.merged else self._active_offset()
+        if offset is None:
+            return self.base_layer(x, *args, **kwargs)
+        if not torch.is_autocast_enabled(x.device.type) and self.quantization_backend is None:
+            x = self._cast_input_dtype(x, self.weight.dtype)
+        Q, offset = self._basis(), _spread(offset, x)
+        if self.side == "in":
+            return self.base_layer(x + change(x, Q, offset), *args, **kwargs)
+        y = self.base_layer(x, *args, **kwargs)
+        if self.quantization_backend is not None:
+            y = self.quantization_backend.maybe_clone_base_result(y)
+        u = y if self.bias is None else self._without_bias(x, y)
+        return y + change(u, Q, offset)
+
+    def _without_bias(self, x: Tensor, y: Tensor) -> Tensor:
+        """
+        `x W^T`, for the gradient of z: in half precision `y - bias` has lost it where the bias is large.
+
+        Qwen2.5's k_proj has a bias 20 times the signal; z gradients from `y - bias` are 8 % off there in bfloat16.
+        """
+        if y.dtype not in (torch.bfloat16, torch.float16) or self.quantization_backend is not None:
+            return y - self.bias
+        weight = self.weight.T if isinstance(self.get_base_layer(), Conv1D) else self.weight
+        return F.linear(x, weight)
+
+    def extra_repr(self) -> str:
+        kept = self.directions if self.svf_basis is None else self.svf_basis.shape[-1]
+        return ", ".join(filter(None, [quantization_extra_repr(self), f"side={self.side!r}, directions={kept}"]))
+
+    def __repr__(self) -> str:
+        return "svf." + super().__repr__()

@@ -1,0 +1,461 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Base model + `SVFConfig` -> the model with SVF layers: finds targets, fetches bases, checks fingerprints, replaces.
+
+Private names of PEFT were read in 0.21.2.
+"""
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+)
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .basis import Basis, probe_distance
+from .basis_cache import Fingerprint, fetch
+from .checkpoint import Checkpoint
+from .config import SVFConfig
+from .layer import BASE, Linear, SVFLayer, escape
+
+logger = logging.getLogger(__name__)
+
+# The MLP weights of each architecture (the paper's choice). A string is a regex over whole names: BERT's
+# `layer.0.output.dense` is its MLP, `layer.0.attention.output.dense` is not.
+GATED = ["gate_proj", "up_proj", "down_proj"]
+BERT = r"(?:.*\.)?layer\.(\d+\.(?:intermediate|output)\.dense)"
+ARCHITECTURES: dict[str, list[str] | str] = {  # MLP weights -> model types
+    "arcee cohere cohere2 deepseek_v2 deepseek_v3 ernie4_5 exaone4 gemma gemma2 gemma3 gemma3_text gemma3n_text glm4 "
+    "glm4_moe gpt_oss granite helium hunyuan_v1_dense llama llama4_text ministral mistral mistral3 mixtral olmo olmo2 "
+    "olmo3 qwen2 qwen2_5_vl_text qwen2_moe qwen2_vl_text qwen3 qwen3_moe qwen3_next seed_oss smollm3 stablelm": GATED,
+    "bert camembert deberta deberta-v2 electra roberta xlm-roberta": BERT,
+    "bloom falcon gpt_neox": ["dense_h_to_4h", "dense_4h_to_h"],
+    "gpt2 gpt_bigcode gpt_neo starcoder2": ["mlp.c_fc", "mlp.c_proj"],
+    # OPT flattens batch and tokens before its MLP; the layer repeats offsets of rows to the flattened rows
+    "bart blenderbot m2m_100 marian mbart opt pegasus phi whisper": ["fc1", "fc2"],
+    "t5 mt5 umt5": ["wi", "wi_0", "wi_1", "wo"],
+    "distilbert": ["ffn.lin1", "ffn.lin2"],
+    "glm phi3": ["gate_up_proj", "down_proj"],
+    "gptj": ["fc_in", "fc_out"],
+    "mpt": ["ffn.up_proj", "ffn.down_proj"],
+}
+DEFAULT_TARGETS = {model_type: targets for types, targets in ARCHITECTURES.items() for model_type in types.split()}
+ATTENTION = ["q_proj", "v_proj"]
+
+ACCEPT, REFUSE = 1e-3, 5e-3  # probe distances, measured in benchmarks/fingerprint
+
+
+class SVFModel(BaseTuner):
+    """
+    A model whose target weights can be rescaled along their singular directions (arXiv 2501.06252).
+
+    Made by `peft.get_peft_model(model, SVFConfig(...))` or by loading an adapter; see PEFT's `BaseTuner` for
+    `merge_and_unload`, `set_adapter`, `delete_adapter` and the others.
+    """
+
+    prefix = "svf_"
+    tuner_layer_cls = SVFLayer
+    target_module_mapping = DEFAULT_TARGETS  # type: ignore[assignment]
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """
+        Add an adapter: check that it belongs to this base, replace its target modules, give them their bases.
+
+        Raises:
+            `ValueError`: if the adapter's fingerprint names another base, or a target cannot be adapted. The model is
+                then as it was.
+        """
+        config = self.peft_config[adapter_name]
+        frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            bases = self._check_base(model, adapter_name, config)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self.fetch_bases(bases)
+        except BaseException:
+            _remove(model, adapter_name)
+            for parameter, requires_grad in frozen:
+                parameter.requires_grad_(requires_grad)
+            raise
+
+    def fetch_bases(self, known: dict[str, tuple[Basis, Fingerprint]] | None = None) -> None:
+        """
+        Give every SVF layer its basis, from the cache or by computing it; layers that have theirs are left alone.
+
+        Weights on the meta device get none: call it again once they are loaded.
+
+        Args:
+            known (`dict`, *optional*):
+                Bases by module name that are at hand already.
+        """
+        layers = {}
+        for name, layer in _svf_layers(self.model):
+            needed = max((offset.weight.shape[0] for offset in layer.svf_offset.values()), default=0)
+            have = 0 if layer.svf_basis is None else layer.svf_basis.shape[-1]
+            if have < needed and not layer.get_base_layer().weight.is_meta:
+                layers[name] = (layer, needed)
+        known = known or {}
+        known = known | self._bases(self.model, [name for name in layers if name not in known])
+        for name, (layer, needed) in layers.items():
+            basis, layer.svf_fingerprint = known[name]
+            wanted = basis.Q.dtype
+            if wanted == torch.float32:
+                wanted = getattr(torch, next(iter(self.peft_config.values())).basis_dtype)
+            Q = basis.Q if needed == basis.Q.shape[-1] else basis.Q[:, :needed].clone()
+            layer.svf_basis = Q.to(layer.get_base_layer().weight.device, wanted)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: Literal["linear", "sum"] = "linear",
+    ) -> None:
+        """
+        Add an adapter that is a mixture of others.
+
+        Args:
+            adapters (`list[str]`):
+                Names of the adapters.
+            weights (`list[float]`):
+                One weight α per adapter, any finite numbers.
+            adapter_name (`str`):
+                Name of the new adapter; an existing one is left as it is.
+            combination_type (`str`):
+                `"linear"`: `z = 1 + Σ αᵢ (zᵢ - 1)`, what is left of 1 belongs to the base; the paper's `Σ αᵢ zᵢ` where
+                `Σ αᵢ = 1`. `"sum"`: the literal `Σ αᵢ zᵢ`, which with `Σ αᵢ != 1` scales whole weights (MLP weights
+                times 0.5 take SmolLM2's loss from 2.2 to 21.7).
+
+        Raises:
+            `ValueError`: for an unknown adapter, a weight that is not finite, lengths that differ, or adapters that
+                share a module of `modules_to_save`.
+        """
+        if adapter_name in self.peft_config:
+            return
+        if combination_type not in ("linear", "sum"):
+            raise ValueError(f"Invalid combination_type: {combination_type!r}, choose 'linear' or 'sum'.")
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(
+                f"A mixture needs one weight per adapter, got {len(adapters)} adapters, {len(weights)} weights."
+            )
+        for name in adapters:
+            if name not in self.peft_config:
+                raise ValueError(f"Adapter {name} does not exist. There are: {', '.join(self.peft_config)}.")
+        total = float(sum(weights))
+        if not torch.isfinite(torch.tensor(total)):
+            raise ValueError(f"Mixture weights must be finite numbers, got {weights}.")
+        for wrapper in self.modules():
+            if isinstance(wrapper, ModulesToSaveWrapper) and sum(a in wrapper.modules_to_save for a in adapters) > 1:
+                raise ValueError("Cannot mix adapters that target the same module with modules_to_save.")
+
+        configs = [self.peft_config[name] for name in adapters]
+        ranks = [config.rank for config in configs]
+        targets = [config.target_modules for config in configs]
+        if any(isinstance(target, str) for target in targets) and any(target != targets[0] for target in targets):
+            named = [name for name, layer in _svf_layers(self.model) if any(a in layer.svf_offset for a in adapters)]
+            targets = [set(named)]
+        self.peft_config[adapter_name] = replace(
+            configs[0],
+            target_modules=targets[0] if isinstance(targets[0], str) else set().union(*targets),  # type: ignore[arg-type]
+            rank=None if None in ranks else max(ranks),
+            fingerprint=None,
+            modules_to_save=None,
+            init_weights=True,
+        )
+        self.inject_adapter(self.model, adapter_name)
+        for _, layer in _svf_layers(self.model):
+            if adapter_name not in layer.svf_offset:
+                continue
+            mixed = layer.svf_offset[adapter_name].weight.data
+            mixed.fill_(total - 1 if combination_type == "sum" else 0)
+            for name, weight in zip(adapters, weights, strict=True):
+                if name in layer.svf_offset:
+                    mixed.add_(layer.named_offsets([name])[0][: len(mixed)].to(mixed), alpha=weight)
+
+    def _prepare_adapter_config(self, peft_config: SVFConfig, model_config: dict) -> SVFConfig:  # type: ignore[override]
+        if peft_config.target_modules is not None:
+            return peft_config
+        model_type = model_config.get("model_type")
+        targets = DEFAULT_TARGETS.get(model_type)  # type: ignore[arg-type]
+        if targets is None:
+            targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+            if targets is None:
+                raise ValueError(
+                    f"Please specify `target_modules` in `peft_config`: there is no default for the architecture "
+                    f"{model_type!r}. Name endings of its linear layers or 'all-linear' will do."
+                )
+            logger.info(
+                f"SVF's table of MLP weights has no {model_type!r}: it targets what LoRA does there, {targets}."
+            )
+            peft_config.target_modules = targets if isinstance(targets, str) else set(targets)  # type: ignore[assignment]
+            return peft_config
+        names = [name for name, module in self.model.named_modules() if _adaptable(module)]
+        if isinstance(targets, str):  # spelled out as endings, so that `layers_to_transform` applies to it as well
+            targets = [match[1] for name in names if (match := re.fullmatch(targets, name))]
+        elif not any(f".{name}".endswith(f".{target}") for name in names for target in targets):
+            logger.info(f"The MLP weights of {model_type!r} are no linear modules: SVF targets attention q and v.")
+            targets = ATTENTION
+        peft_config.target_modules = set(targets)  # type: ignore[assignment]
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        config: SVFConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(target, SVFLayer):
+            target.update_layer(adapter_name, config)
+            return
+        if not _adaptable(target):
+            raise ValueError(
+                f"Target module {current_key} is not supported: it is a {type(target).__name__}, SVF adapts "
+                "`torch.nn.Linear`, transformers' `Conv1D` and linears quantised by a library that PEFT knows."
+            )
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        if target is head and self.model.config.get_text_config().tie_word_embeddings:
+            raise ValueError(
+                f"Target module {current_key} is the output head and shares its weight with the input embedding: "
+                "rescaling one would change the other when merged. Leave it out, or load the model with "
+                "`tie_word_embeddings=False`."
+            )
+        layer = Linear(target, adapter_name, config, **get_quantization_kwargs(self.model))
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # an additional adapter is not trainable until it is active
+        self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Offsets are float32; with `autocast_adapter_dtype=False` they take the dtype of their base weight."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for _, layer in _svf_layers(self.model):
+                dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1]
+                if adapter_name in layer.svf_offset and dtype is not None and dtype.is_floating_point:
+                    layer.svf_offset[adapter_name].to(dtype)
+
+    def _bases(self, model: nn.Module, names: list[str]) -> dict[str, tuple[Basis, Fingerprint]]:
+        """Fetch the bases of modules by name, of their stored weights where `basis_from` says so."""
+        source = next(iter(self.peft_config.values())).basis_from
+        modules = {name: model.get_submodule(name) for name in names}
+        plain = {
+            name: module.weight
+            for name, module in modules.items()
+            if source != "memory" and isinstance(getattr(module, "weight", None), Tensor)
+        }
+        narrow = {name for name, weight in plain.items() if weight.dtype in (torch.bfloat16, torch.float16)}
+        checkpoint = Checkpoint(model) if (narrow if source == "auto" else plain) else None
+
+        def weight_of(name: str) -> Tensor:
+            module = modules[name]
+            layer = module if isinstance(module, SVFLayer) else None
+            if checkpoint is not None and (source == "checkpoint" or name in narrow):
+                base = layer.get_base_layer() if layer is not None else module
+                stored = checkpoint.weight(f"{name}.weight", base.weight.data)
+                if stored is not None:
+                    return stored.T if isinstance(base, Conv1D) else stored
+                if source == "checkpoint":
+                    raise ValueError(
+                        f"basis_from='checkpoint', but no safetensors file of {checkpoint.name or 'this model'!r} on "
+                        f"this machine holds the weight of {name} as it is loaded. Use basis_from='memory', or "
+                        "load the model from a local folder or the Hub cache."
+                    )
+            return layer.logical_weight() if layer is not None else _weight_of(module, model)
+
+        return fetch(names, weight_of)
+
+    def _check_base(
+        self, model: nn.Module, adapter_name: str, config: SVFConfig
+    ) -> dict[str, tuple[Basis, Fingerprint]]:
+        """Compare the fingerprint of a saved adapter with this base; returns the bases that were needed for it."""
+        if not config.fingerprint or config.fingerprint_recorded:
+            return {}
+        here = getattr(model, "name_or_path", "") or type(model).__name__
+        there = config.base_model_name_or_path or "an unnamed model"
+        way_out = f"Load the base it was trained on ({there!r}) in the dtype of its checkpoint."
+        modules = dict(model.named_modules())
+        saved = {name: Fingerprint.from_json(entry) for name, entry in config.fingerprint.items()}
+        for name in saved:
+            if name not in modules:
+                raise ValueError(
+                    f"Adapter {adapter_name!r} was trained on {there!r}, which has a module {name}; "
+                    f"this model, {here!r}, has none. {way_out}"
+                )
+        adapted = {name: m.svf_fingerprint for name, m in modules.items() if isinstance(m, SVFLayer)}
+        names = [
+            name
+            for name in saved
+            if adapted.get(name) is None and (isinstance(modules[name], SVFLayer) or _adaptable(modules[name]))
+        ]
+        names = [name for name in names if not modules[name].weight.is_meta]
+        bases = self._bases(model, names)
+        doubtful = []
+        for name, fingerprint in saved.items():
+            own = bases[name][1] if name in bases else adapted.get(name)
+            if own is None or own.sha256 == fingerprint.sha256:
+                continue
+            distance = float("inf")
+            if own.probe.shape == fingerprint.probe.shape:
+                distance = probe_distance(own.probe, fingerprint.probe)
+            if not distance <= REFUSE and config.base_model_name_or_path:  # a nameless base may be one of many alike
+                raise ValueError(
+                    f"Adapter {adapter_name!r} does not belong to this base model: the singular directions of {name} "
+                    f"in {here!r} differ from those in {there!r}, where it was trained (distance {distance:.2g}, at "
+                    f"most {REFUSE:g} is accepted). {way_out}"
+                )
+            if distance > ACCEPT:
+                doubtful.append((distance, name))
+        if doubtful:
+            distance, name = max(doubtful)
+            warnings.warn(
+                f"Adapter {adapter_name!r}: the singular directions of {len(doubtful)} modules in {here!r} differ "
+                f"from those in {there!r}, where it was trained (distance up to {distance:.2g}, in {name}): the "
+                f"weights were probably rounded. Expect other outputs. {way_out}",
+                stacklevel=2,
+            )
+        return bases
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Serve a mixed batch: `adapter_names` gives one adapter, or `"__base__"`, for each row."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = [layer for _, layer in _svf_layers(self)]
+        known = {BASE}.union(*(layer.svf_offset.keys() for layer in layers))
+        if unknown := sorted(set(names) - known):
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        if any(layer.merged for layer in layers):
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        batch = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if batch is not None and len(names) != batch.shape[0]:
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, "
+                f"but got {len(names)} and {batch.shape[0]} respectively."
+            )
+        with ExitStack() as stack:
+            for layer in layers:
+                stack.enter_context(layer.rows(layer.named_offsets(list(names))))
+            for name, module in self.named_modules():
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    beams = kwargs.get("num_beams") or 1
+                    repeated = list(names) if "encoder" in name else [n for n in names for _ in range(beams)]
+                    hook = partial(_pass_names, names=repeated)
+                    stack.enter_context(_removing(module.register_forward_pre_hook(hook, with_kwargs=True)))
+            yield
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """
+        Select the offsets of one adapter by visiting the layers: no adapter's name can be mistaken for a module's.
+
+        PEFT saves the config next, so this is also where it gets the fingerprint of the base.
+        """
+        key = f"svf_offset.{escape(adapter_name)}.weight"
+        found, fingerprint = {}, {}
+        for name, layer in _svf_layers(model):
+            if adapter_name in layer.svf_offset:
+                offset = layer.svf_offset[adapter_name].weight
+                found[f"{name}.{key}"] = state_dict.get(f"{name}.{key}", offset.detach())
+                if layer.svf_fingerprint is not None:
+                    fingerprint[name.removeprefix("base_model.model.")] = layer.svf_fingerprint.to_json()
+        config.record_fingerprint(fingerprint or config.fingerprint)
+        return found
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return super()._remove_adapter_name_from_key(key, escape(adapter_name))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Map the keys of a file to those of the model and refuse vectors that do not fit or are not finite."""
+        renamed = {}
+        for name, layer in _svf_layers(model):
+            if adapter_name not in layer.svf_offset:
+                continue
+            prefix_here = "base_model.model." if name.startswith("base_model.model.") else ""
+            name = name.removeprefix(prefix_here)
+            expected = layer.svf_offset[adapter_name].weight.shape[0]
+            for prefix in ("base_model.model.", ""):
+                key = f"{prefix}{name}.svf_offset.weight"
+                if (offset := state_dict.get(key)) is None:
+                    continue
+                if offset.shape != (expected,):
+                    raise ValueError(
+                        f"Adapter {adapter_name!r} has a z-vector of shape {tuple(offset.shape)} for {name}, but the "
+                        f"basis there has {expected} directions. It was trained on {config.base_model_name_or_path!r} "
+                        f"with rank={getattr(config, 'rank', None)}; load the matching base."
+                    )
+                if not torch.isfinite(offset).all():
+                    bad = int((~torch.isfinite(offset)).sum())
+                    raise ValueError(
+                        f"Adapter {adapter_name!r} has {bad} of {expected} entries of its z-vector for {name} that "
+                        "are NaN or infinite: the file is damaged or its training diverged. Use an earlier checkpoint."
+                    )
+                renamed[key] = f"{prefix_here}{name}.svf_offset.{escape(adapter_name)}.weight"
+        return {renamed.get(key, key): value for key, value in state_dict.items()}
+
+
+def _svf_layers(model: nn.Module) -> Iterator[tuple[str, SVFLayer]]:
+    """The SVF layers of a model with their names, without what `torch.compile` and FSDP put in front."""
+    for name, module in model.named_modules():
+        if isinstance(module, SVFLayer):
+            yield name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", ""), module
+
+
+def _adaptable(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D, SVFLayer)) or resolve_quantization_backend(module) is not None
+
+
+def _weight_of(module: nn.Module, model: nn.Module) -> Tensor:
+    """The weight `(out, in)` of a module that is not adapted yet."""
+    if isinstance(module, Conv1D):
+        return module.weight.T
+    backend = resolve_quantization_backend(module, **get_quantization_kwargs(model))
+    return module.weight.data if backend is None else backend.get_base_weight(module)
+
+
+def _remove(model: nn.Module, adapter_name: str) -> None:
+    """Undo a half-made injection: drop the adapter's offsets, and layers that are left with none."""
+    for name, layer in list(_svf_layers(model)):
+        if adapter_name in layer.svf_offset:
+            del layer.svf_offset[adapter_name]
+        if not len(layer.svf_offset):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.base_layer)
+
+
+def _pass_names(module: nn.Module, args: Any, kwargs: dict, names: list[str]) -> tuple[Any, dict]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+@contextmanager
+def _removing(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()

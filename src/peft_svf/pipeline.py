@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+`pipeline("transformer2", model=..., experts=[...])`: a thin face on `Transformer2Model`.
+
+Inputs and outputs are those of transformers' text-generation pipeline; an option adds the decision of the first pass.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextGenerationPipeline
+from transformers.utils.chat_template_utils import Chat, is_valid_message
+
+from .expert import Mixture
+from .library import Source
+from .two_pass import Transformer2Model, base_of
+
+OPTIONS = ("expert", "mixture", "strategy", "threshold")
+
+
+class _Text(str):
+    """A prompt that carries the mixture it was given, through the pipeline's batching."""
+
+    mixture: Mixture | None = None
+
+
+class Transformer2Pipeline(TextGenerationPipeline):
+    """
+    Two-pass generation with z-vector experts (arXiv 2501.06252).
+
+    Takes what transformers' text-generation pipeline takes, in the constructor `experts`, `classifier`, `strategy` and
+    `threshold` of [`~two_pass.Transformer2Model`] besides, and in a call:
+
+    - `expert`: a name for all prompts, or a list with one for each; `"other"` is the base model.
+    - `mixture`: weights by name such as `{"math": 0.7, "code": 0.3}`, a [`~expert.Mixture`], or a list.
+    - `strategy`, `threshold`: instead of the constructor's.
+    - `return_dispatch`: adds the key `dispatch` to each output, with `choice`, `confidence`, `probabilities`, `alpha`.
+
+    Example:
+
+        >>> import peft_svf
+        >>> from transformers import pipeline
+        >>> pipe = pipeline("transformer2", model="base", experts=["me/math", "me/code"])
+        >>> pipe("What is 3 * 14?", return_dispatch=True)
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        experts: Sequence[Source] | Mapping[str, Source] = (),
+        classifier: Source | None = None,
+        strategy: str | None = None,
+        threshold: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(model, Transformer2Model):
+            if tokenizer is None:
+                raise ValueError(
+                    "The transformer2 pipeline needs a tokenizer: pass tokenizer=... with a loaded model."
+                )
+            model = Transformer2Model(model, tokenizer, experts, classifier, strategy, threshold)
+        super().__init__(model=model, tokenizer=tokenizer or model.tokenizer, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | None = None, *, experts: Sequence[Source] | Mapping[str, Source], **kwargs: Any
+    ) -> "Transformer2Pipeline":
+        """Load the base model (default: the one the experts name), its tokenizer and the experts."""
+        model = model or base_of(experts)
+        named = {key: kwargs.pop(key) for key in ("classifier", "strategy", "threshold") if key in kwargs}
+        base = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+        return cls(base, AutoTokenizer.from_pretrained(model), experts=experts, **named)
+
+    def check_model_type(self, supported_models: Any) -> None:
+        """Accept any model: transformers' check knows no PEFT models."""
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Refuse: transformers would write the base model's full weights and lose the experts."""
+        raise ValueError(
+            "A transformer2 pipeline is saved by its experts: pipe.model.library.model.save_pretrained(folder). They "
+            "name their base model."
+        )
+
+    def _sanitize_parameters(self, return_dispatch: bool | None = None, **kwargs: Any) -> tuple[dict, dict, dict]:
+        chosen = {name: kwargs.pop(name) for name in OPTIONS if kwargs.get(name) is not None}
+        preprocess, forward, postprocess = super()._sanitize_parameters(
+            **{name: value for name, value in kwargs.items() if name not in OPTIONS}
+        )
+        if return_dispatch is not None:
+            forward["return_dispatch"] = return_dispatch
+        return preprocess, {**forward, **chosen}, postprocess
+
+    def __call__(self, text_inputs: Any, **kwargs: Any) -> Any:
+        for name in ("expert", "mixture"):
+            given = kwargs.get(name)
+            if isinstance(given, (list, tuple)):
+                text_inputs = self._directed(text_inputs, name, given)
+                del kwargs[name]
+        return super().__call__(text_inputs, **kwargs)
+
+    def _directed(self, inputs: Any, name: str, given: Sequence[Any]) -> list[Any]:
+        """Attach one choice to each prompt, so that it stays with its row however the pipeline batches."""
+        if not isinstance(inputs, list) or _is_chat(inputs) or len(inputs) != len(given):
+            count = len(inputs) if isinstance(inputs, list) and not _is_chat(inputs) else 1
+            raise ValueError(f"A list of {name}s has one for each prompt of a list, got {len(given)} for {count}.")
+        mixtures = self.model.first_pass(inputs, **{name: given})
+        directed: list[Any] = []
+        for prompt, mixture in zip(inputs, mixtures, strict=True):
+            item: Any = _Text(prompt) if isinstance(prompt, str) else Chat(prompt)
+            item.mixture = mixture
+            directed.append(item)
+        return directed
+
+    def _forward(self, model_inputs: Any, return_dispatch: bool = False, **kwargs: Any) -> Any:
+        prompts = model_inputs["prompt_text"]
+        prompts = prompts if isinstance(prompts, list) else [prompts]
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        mixtures = [getattr(prompt, "mixture", None) for prompt in prompts]
+        if None in mixtures:
+            texts = [prompt.messages if isinstance(prompt, Chat) else str(prompt) for prompt in prompts]
+            mixtures = self.model.first_pass(texts, **options)
+        outputs = super()._forward(model_inputs, mixture=mixtures, **kwargs)
+        if return_dispatch:
+            outputs["dispatch"] = [mixture.record() for mixture in mixtures if mixture is not None]
+        return outputs
+
+    def postprocess(self, model_outputs: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        decision = model_outputs.pop("dispatch", None)
+        records = super().postprocess(model_outputs, **kwargs)
+        if decision is not None:
+            decision = decision[0] if isinstance(decision, list) else decision
+            for record in records:
+                record["dispatch"] = decision
+        return records
+
+
+def _is_chat(inputs: Any) -> bool:
+    return isinstance(inputs, list) and bool(inputs) and is_valid_message(inputs[0])
+
+
+class _NoDefault(dict):
+    """What transformers looks up when `pipeline("transformer2", ...)` is called without `model`."""
+
+    def __getitem__(self, key: Any) -> Any:
+        raise ValueError(
+            'The transformer2 pipeline needs a base model: pipeline("transformer2", model="<base>", experts=[...]). '
+            "`peft_svf.Transformer2Pipeline.from_pretrained(experts=[...])` loads the one that the experts name."
+        )
+
+
+REGISTRATION = {
+    "pipeline_class": Transformer2Pipeline,
+    "pt_model": (AutoModelForCausalLM,),
+    "default": _NoDefault(model=None),
+    "type": "text",
+}

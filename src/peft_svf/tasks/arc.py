@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+ARC: grade-school science with three to five options, in an easy and a challenge set.
+
+    prompt (choice form)     Which layer of Earth is made of solid metal?
+    choices                  "mantle", "inner core", "crust", "outer core"       the right one: reward 1.0, others -1.0
+
+    prompt (generated form)  the question, the options as (A) ... (D), "End with: The answer is (X)."
+    answer                   "B"
+    completion               "Iron and nickel ... The answer is (B)."            reward 1.0; without an answer -1.0
+
+Source: AI2 Reasoning Challenge (Clark et al. 2018, arXiv 1803.05457), splits as published. Licence: CC BY-SA 4.0.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .task import HubSource, Record, Task, user_turn
+
+LETTERS = "ABCDE"
+_STATED = re.compile(r"(?:answer|option|choice)\s*(?:is|:)?\s*:?\s*\**\(?([A-E])\b\)?", re.IGNORECASE)
+_ALONE = re.compile(r"^[\s(*]*([A-E])\s*(?:[).:*]|$)")  # "A) honey", not "A bee"
+
+
+class Arc(Task):
+    """One of the two sets of ARC; records have `question`, `choices` (texts) and `answer` (index)."""
+
+    kind = "reasoning"
+
+    def question(self, raw: Record, choices: Sequence[str]) -> str:
+        """Give the bare question: the options are scored as answers, so they need not be read."""
+        return raw["question"]
+
+    def options(self, raw: Record, pool: Sequence[Record], rng: random.Random) -> tuple[str, list[str]] | None:
+        """Give the record's own options; a record that prints one option twice has no single right text."""
+        texts = raw["choices"]
+        if len(set(texts)) < len(texts):
+            return None
+        right = texts[raw["answer"]]
+        return right, [text for text in texts if text != right]
+
+    def row(self, raw: Record) -> Record:
+        """Ask for the letter at the end of a free answer."""
+        listed = "\n".join(f"({letter}) {text}" for letter, text in zip(LETTERS, raw["choices"], strict=False))
+        text = f"{raw['question']}\n{listed}\nEnd with: The answer is (X)."
+        return {
+            "prompt": user_turn(text),
+            "answer": LETTERS[raw["answer"]],
+            "options": list(raw["choices"]),
+            "id": str(raw["id"]),
+            "task": self.name,
+        }
+
+    def check(self, completion: str, row: Mapping[str, Any]) -> bool:
+        """Compare the last stated letter; without one a leading letter, or the option's text standing alone."""
+        stated = _STATED.findall(completion)
+        if stated:
+            return stated[-1].upper() == row["answer"]
+        alone = _ALONE.match(completion)
+        if alone:
+            return alone.group(1) == row["answer"]
+        options = row.get("options") or []
+        named = [text for text in options if _plain(text) == _plain(completion)]
+        return bool(named) and options.index(named[0]) == LETTERS.index(row["answer"])
+
+    def from_hub(self, record: Record) -> Record:
+        """Turn the answer key, a letter or a digit, into an index and the options into a list of texts."""
+        options = record["choices"]
+        return {
+            "id": record["id"],
+            "question": record["question"],
+            "choices": list(options["text"]),
+            "answer": list(options["label"]).index(record["answerKey"]),
+        }
+
+
+class ArcEasy(Arc):
+    """The easy set."""
+
+    name = "arc_easy"
+    description = "grade-school science questions, the easy set"
+    hub = HubSource("allenai/ai2_arc", "ARC-Easy", {split: split for split in ("train", "validation", "test")})
+
+
+class ArcChallenge(Arc):
+    """The challenge set: questions that retrieval and word co-occurrence got wrong."""
+
+    name = "arc_challenge"
+    description = "grade-school science questions, the challenge set"
+    hub = HubSource("allenai/ai2_arc", "ARC-Challenge", {split: split for split in ("train", "validation", "test")})
+
+
+def _plain(text: str) -> str:
+    return text.strip().strip(".").casefold()

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Dispatch: name the kind of a question, the first pass of two-pass inference as a task.
+
+    prompt (both forms)      Classify the request as code (a program to write), math (a number to work out), reasoning
+                             (a science question) or other (anything else).
+                             Request: Write a function to reverse words in a given string.
+                             Kind:
+    choices                  "code", "math", "reasoning", "other"        the right one: reward 1.0, the others -1.0
+    completion               "code"                                      reward 1.0; another kind first, or none: -1.0
+
+Questions come from the same split of the other tasks, as many of each kind: code from MBPP, math from SVAMP and GSM8K,
+reasoning from ARC-Easy and ARC-Challenge. "other" is made from templates of everyday requests (`everyday`), which
+share neither templates nor fillers between splits. A file `dispatch/<split>.jsonl.gz` goes before all this.
+
+Source and licence: those of the tasks; the everyday requests are this project's, Apache-2.0.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .arc import ArcChallenge, ArcEasy
+from .everyday import everyday_requests
+from .gsm8k import Gsm8k
+from .mbpp import Mbpp
+from .svamp import Svamp
+from .task import DATA_VARIABLE, Chat, Record, Task, shuffled, user_turn
+
+KINDS: dict[str, str] = {
+    "code": "a program to write",
+    "math": "a number to work out",
+    "reasoning": "a science question",
+    "other": "anything else",
+}
+SOURCES: dict[str, tuple[Task, ...]] = {
+    "code": (Mbpp(),),
+    "math": (Svamp(), Gsm8k()),
+    "reasoning": (ArcEasy(), ArcChallenge()),
+}
+PER_KIND = {"train": 360, "validation": 88, "test": 300}  # MBPP has 374, 90 and 500
+
+
+def dispatch_prompt(question: str, descriptions: Mapping[str, str] | None = None) -> Chat:
+    """
+    Ask which kind a question is; the first pass reads the answer off the likelihoods of the kinds' names.
+
+    Args:
+        question (`str`):
+            What the user wants.
+        descriptions (mapping `str -> str`, *optional*):
+            The kinds to choose from, each with a few words on it, which may be empty. The default is [`KINDS`].
+
+    Returns:
+        `list` with one user message: the kinds first, which is the same text for every question, then the question.
+    """
+    kinds = KINDS if descriptions is None else descriptions
+    named = [f"{name} ({what})" if what else name for name, what in kinds.items()]
+    listed = f"{', '.join(named[:-1])} or {named[-1]}" if len(named) > 1 else "".join(named)
+    return user_turn(f"Classify the request as {listed}.\nRequest: {question}\nKind:")
+
+
+class Dispatch(Task):
+    """Questions of known kind; records have `id`, `question` and `kind`."""
+
+    name = "dispatch"
+    kind = "dispatch"
+    description = "naming the kind of a question: code, math, reasoning or other"
+
+    def load(self, split: str, folder: str | os.PathLike[str] | None = None) -> list[Record]:
+        """Load a split from its file, or build it from the other tasks; see [`Task.load`] for where these lie."""
+        place = folder or os.environ.get(DATA_VARIABLE)
+        if split not in PER_KIND or (place and any((Path(place) / self.name).glob(f"{split}.jsonl*"))):
+            return super().load(split, folder)
+        wanted = PER_KIND[split]
+        records: list[Record] = []
+        for kind, sources in SOURCES.items():
+            for source in sources:
+                records += self._sample(source, kind, split, folder, wanted // len(sources))
+        for number, text in enumerate(everyday_requests(split, wanted)):
+            records.append({"id": f"dispatch-other-{split}-{number}", "question": text, "kind": "other"})
+        return records
+
+    def choice_row(self, raw: Record, pool: Sequence[Record] = (), seed: int = 0) -> Record:
+        """Make a row of the choice form; the choices stand in one order, as each is right equally often."""
+        return {
+            "prompt": dispatch_prompt(raw["question"]),
+            "choices": list(KINDS),
+            "label": list(KINDS).index(raw["kind"]),
+            "id": str(raw["id"]),
+            "task": self.name,
+        }
+
+    def row(self, raw: Record) -> Record:
+        """Make a row of the generated form, with the same prompt."""
+        prompt = dispatch_prompt(raw["question"])
+        return {"prompt": prompt, "answer": raw["kind"], "id": str(raw["id"]), "task": self.name}
+
+    def check(self, completion: str, row: Mapping[str, Any]) -> bool:
+        """Compare the first kind that the completion names."""
+        named = re.search(rf"\b({'|'.join(KINDS)})\b", completion.lower())
+        return named is not None and named.group(1) == row["answer"]
+
+    def _sample(
+        self, source: Task, kind: str, split: str, folder: str | os.PathLike[str] | None, count: int
+    ) -> list[Record]:
+        raws = shuffled(source.load(split, folder), "dispatch")[:count]
+        return [
+            {
+                "id": f"dispatch-{source.name}-{raw['id']}",
+                "question": raw["text"] if kind == "code" else raw["question"],
+                "kind": kind,
+            }
+            for raw in raws
+        ]

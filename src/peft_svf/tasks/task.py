@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What every benchmark shares: a split becomes rows, a completion becomes right or wrong.
+
+Goes in: records of a benchmark, from `<folder>/<name>/<split>.jsonl.gz` or from the Hub. Comes out: rows of one of two
+forms, and a reward. The *generated form* asks for free text that `check` judges. In the *choice form* the action is
+one of the texts in `choices`, and the policy is the softmax of their summed token log-likelihoods as the assistant's
+answer to `prompt`. A task knows no model and no tokenizer; `datasets` is imported only when the Hub is asked.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+DATA_VARIABLE = "PEFT_SVF_DATA"
+SPLITS = ("train", "validation", "test")
+FORMS = ("choice", "generate")
+
+Record = dict[str, Any]
+Chat = list[dict[str, str]]
+
+
+def user_turn(text: str) -> Chat:
+    """Make the chat of one user message."""
+    return [{"role": "user", "content": text}]
+
+
+class HubSource(NamedTuple):
+    """Where a benchmark lies on the Hub: `datasets.load_dataset(path, config, split=splits[file])`."""
+
+    path: str
+    config: str | None
+    splits: Mapping[str, str]  # name of a local file -> the Hub's split; "a+b" joins two
+
+
+class Task:
+    """
+    A benchmark: where its records lie, how a record becomes a row, which completion is right.
+
+    A benchmark is a subclass that sets the class attributes and writes `row`, `check`, `question` and `options`; the
+    others have defaults. A task keeps no state.
+
+    Attributes:
+        name (`str`): Name of the task and of its folder.
+        kind (`str`): What a dispatcher calls its questions: "reasoning", "math", "code"; "dispatch" for itself.
+        description (`str`): One line for people.
+        files (mapping `str -> str`): The file that each split is cut from, where no file is named like the split.
+        hub ([`HubSource`], *optional*): Where the same records lie on the Hub.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[str]
+    description: ClassVar[str]
+    files: ClassVar[Mapping[str, str]] = {split: split for split in SPLITS}
+    hub: ClassVar[HubSource | None] = None
+
+    def __repr__(self) -> str:
+        return f"<Task {self.name!r}: {self.description}>"
+
+    # What a benchmark says of itself -----------------------------------------------------------------------------
+
+    def row(self, raw: Record) -> Record:
+        """Make a row of the generated form: `prompt` (a chat), `answer`, `id`, `task` and what `check` needs."""
+        raise NotImplementedError
+
+    def check(self, completion: str, row: Mapping[str, Any]) -> bool:
+        """Tell whether a free text answers a row of the generated form."""
+        raise NotImplementedError
+
+    def question(self, raw: Record, choices: Sequence[str]) -> str:
+        """Give the user's text of the choice form, in which the choices may be listed."""
+        raise NotImplementedError
+
+    def options(self, raw: Record, pool: Sequence[Record], rng: random.Random) -> tuple[str, list[str]] | None:
+        """Give the right choice and the wrong ones, or `None` to leave the record out of the choice form."""
+        raise NotImplementedError
+
+    def cut(self, split: str, records: list[Record]) -> list[Record]:
+        """Take one split out of a file of several splits. The default takes every record."""
+        return records
+
+    def from_hub(self, record: Record) -> Record:
+        """Rename the Hub's fields to those of the files. The default changes nothing."""
+        return record
+
+    # What all benchmarks do --------------------------------------------------------------------------------------
+
+    def load(self, split: str, folder: str | os.PathLike[str] | None = None) -> list[Record]:
+        """
+        Load the records of a split.
+
+        Args:
+            split (`str`):
+                "train", "validation" or "test". No record is in two of them.
+            folder (`str` or path, *optional*):
+                Folder with `<name>/<split>.jsonl.gz` or `.jsonl`. Without it the folder that the environment variable
+                `PEFT_SVF_DATA` names; without that the Hub, which needs `datasets`.
+
+        Returns:
+            `list` of `dict`, each with an `id`.
+
+        Raises:
+            `ValueError`: if there is no such split.
+            `FileNotFoundError`: if the folder has no file for it.
+            `ImportError`, `ConnectionError`: if the Hub is asked and `datasets` or the network is missing.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"Task '{self.name}' has no split '{split}'; it has {', '.join(SPLITS)}.")
+        folder = folder or os.environ.get(DATA_VARIABLE)
+        file, records = self._read_folder(split, Path(folder)) if folder else self._read_hub(split)
+        for index, record in enumerate(records):
+            record.setdefault("id", f"{self.name}-{file}-{index}")
+        # a file of its own ("validation" where it's usually cut out of "train") holds the split and nothing else
+        return self.cut(split, records) if file == self.files[split] else records
+
+    def rows(
+        self,
+        split: str,
+        form: str = "choice",
+        limit: int | None = None,
+        seed: int = 0,
+        folder: str | os.PathLike[str] | None = None,
+    ) -> list[Record]:
+        """
+        Make the rows of a split, in an order that the seed fixes.
+
+        Args:
+            split (`str`):
+                "train", "validation" or "test".
+            form (`str`, defaults to `"choice"`):
+                "choice" for rows of `prompt`, `choices`, `label`, "generate" for rows of `prompt`, `answer`.
+            limit (`int`, *optional*):
+                Keep the first rows only; a larger limit contains a smaller one.
+            seed (`int`, defaults to 0):
+                Fixes the order of rows, the distractors and the place of the right choice.
+            folder (`str` or path, *optional*):
+                As in [`Task.load`].
+
+        Returns:
+            `list` of `dict`, all with `prompt`, `id` and `task`.
+        """
+        if form not in FORMS:
+            raise ValueError(f"Task '{self.name}' has no form '{form}'; it has {', '.join(FORMS)}.")
+        raws = self.load(split, folder)
+        rows: list[Record] = []
+        for raw in shuffled(raws, f"{self.name}:{seed}"):
+            if limit is not None and len(rows) >= limit:
+                break
+            row = self.row(raw) if form == "generate" else self.choice_row(raw, raws, seed)
+            if row is not None:
+                rows.append(row)
+        return rows
+
+    def choice_row(self, raw: Record, pool: Sequence[Record] = (), seed: int = 0) -> Record | None:
+        """
+        Make a row of the choice form.
+
+        Args:
+            raw (`dict`):
+                One record of [`Task.load`].
+            pool (sequence of `dict`, *optional*):
+                The records of the same split, where distractors are other records' answers.
+            seed (`int`, defaults to 0):
+                Fixes distractors and order together with the record's id; its neighbours play no part in them.
+
+        Returns:
+            `dict` with `prompt` (a chat), `choices` (texts), `label` (place of the right one), `id`, `task`; `None`
+            for a record that doesn't suit the choice form.
+        """
+        rng = random.Random(f"{self.name}:{raw['id']}:{seed}")
+        options = self.options(raw, pool, rng)
+        if options is None:
+            return None
+        right, wrong = options
+        choices = [right, *wrong]
+        rng.shuffle(choices)
+        prompt = user_turn(self.question(raw, choices))
+        return {
+            "prompt": prompt,
+            "choices": choices,
+            "label": choices.index(right),
+            "id": str(raw["id"]),
+            "task": self.name,
+        }
+
+    def reward(self, completions: Sequence[str | Chat], **columns: Any) -> list[float]:
+        """
+        Score completions as TRL asks its reward functions to.
+
+        Args:
+            completions (sequence of `str` or of chats):
+                What the model answered, as text or as a list of messages.
+            columns (sequences as long as `completions`):
+                The fields of the rows by name; other keyword arguments that TRL passes are ignored. A row with
+                `choices` and `label` is of the choice form.
+
+        Returns:
+            `list` of `float`: 1.0 where the answer is right, else -1.0 (section 3.2 of arXiv 2501.06252).
+        """
+        lists = {name: c for name, c in columns.items() if isinstance(c, (list, tuple)) and len(c) == len(completions)}
+        rewards = []
+        for index, completion in enumerate(completions):
+            row = {name: column[index] for name, column in lists.items()}
+            if isinstance(completion, str):
+                text = completion
+            else:
+                text = "".join(message.get("content") or "" for message in completion)
+            if row.get("choices") is not None:
+                right = text == row["choices"][row["label"]]
+            else:
+                right = self.check(text, row)
+            rewards.append(1.0 if right else -1.0)
+        return rewards
+
+    # Where records come from -------------------------------------------------------------------------------------
+
+    def _read_folder(self, split: str, folder: Path) -> tuple[str, list[Record]]:
+        looked = []
+        for file in dict.fromkeys((split, self.files[split])):
+            for suffix in (".jsonl.gz", ".jsonl"):
+                path = folder / self.name / f"{file}{suffix}"
+                if path.is_file():
+                    return file, read_jsonl(path)
+                looked.append(str(path))
+        there = sorted(path.name for path in (folder / self.name).glob("*.jsonl*"))
+        raise FileNotFoundError(
+            f"Task '{self.name}' has no split '{split}' in '{folder}': looked for {', '.join(looked)}; "
+            f"there {'are ' + ', '.join(there) if there else 'is no such file'}. Pass folder=... or set "
+            f"{DATA_VARIABLE} to a folder that has it, or unset {DATA_VARIABLE} to load it from the Hub."
+        )
+
+    def _read_hub(self, split: str) -> tuple[str, list[Record]]:
+        way_out = f"Pass folder=... or set {DATA_VARIABLE} to a folder with '{self.name}/{split}.jsonl.gz'."
+        if self.hub is None:
+            raise FileNotFoundError(f"Task '{self.name}' isn't on the Hub. {way_out}")
+        try:
+            import datasets
+        except ImportError as error:
+            raise ImportError(
+                f"Task '{self.name}' reads '{self.hub.path}' from the Hub with `datasets`, which isn't installed: "
+                f"`pip install datasets`. {way_out}"
+            ) from error
+        file = self.files[split]
+        try:
+            table = datasets.load_dataset(self.hub.path, self.hub.config, split=self.hub.splits[file])
+        except Exception as error:  # datasets raises many kinds, and all end here for the user
+            raise ConnectionError(
+                f"Task '{self.name}' couldn't read '{self.hub.path}' from the Hub: {error} {way_out}"
+            ) from error
+        return file, [self.from_hub(dict(record)) for record in table]
+
+
+def shuffled(records: Sequence[Record], seed: str) -> list[Record]:
+    """Order records by a hash of their ids: what is in both keeps its order in a file and in a part of that file."""
+    return sorted(records, key=lambda record: hashlib.sha256(f"{seed}:{record['id']}".encode()).digest())
+
+
+def read_jsonl(path: Path) -> list[Record]:
+    """Read one JSON object a line, from a `.jsonl` or a gzipped `.jsonl.gz` file."""
+    data = path.read_bytes()
+    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    return [json.loads(line) for line in text.split("\n") if line.strip()]

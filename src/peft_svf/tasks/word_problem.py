@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What word problems share: the number an answer ends with, and wrong numbers that look like the right one.
+
+Goes in: a problem and its calculation. Comes out: a `Fraction` read from a completion, and three distractors made from
+the problem's own numbers. Exact arithmetic throughout: answers of plain digits need no library that reads formulas.
+"""
+
+from __future__ import annotations
+
+import operator
+import random
+import re
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+from .task import Record, Task, user_turn
+
+Calculation = tuple[Fraction, str, Fraction]  # a, one of "+-*/", b
+
+_NUMBER = re.compile(r"(?<![\w.])(-?)\s?\$?(\d[\d,]*(?:\.\d+)?|\.\d+)")
+_STATED = re.compile(r"(?:####|answer\s+is\s*:?)\s*\**\s*(-?\s?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+))", re.IGNORECASE)
+_OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_VALUES = {word: value for value, word in enumerate(_WORDS, 1)} | {"half": 2, "twice": 2, "double": 2, "dozen": 12}
+
+
+class WordProblem(Task):
+    """A problem whose answer is one number; subclasses say where the number and the solution's steps stand."""
+
+    kind = "math"
+
+    def answer(self, raw: Record) -> Fraction:
+        """Read the right number out of a record."""
+        raise NotImplementedError
+
+    def solution(self, raw: Record) -> tuple[list[Fraction], Calculation] | None:
+        """Read the last calculation out of a record, and the results before it; `None` if it isn't `a op b`."""
+        raise NotImplementedError
+
+    def question(self, raw: Record, choices: Sequence[str]) -> str:
+        """Give the bare problem."""
+        return raw["question"]
+
+    def options(self, raw: Record, pool: Sequence[Record], rng: random.Random) -> tuple[str, list[str]] | None:
+        """Give the calculation with the right result and three with others, made from the same numbers."""
+        solution = self.solution(raw)
+        if solution is None:
+            return None
+        steps, right = solution
+        made = calculations(right, _numbers_said(raw["question"]), steps, rng)
+        return made if made and final_number(made[0]) == self.answer(raw) else None
+
+    def row(self, raw: Record) -> Record:
+        """Ask for a solution that ends with the number."""
+        return {
+            "prompt": user_turn(f"{raw['question']}\nThink step by step and end with: The answer is <number>."),
+            "answer": printed(self.answer(raw)),
+            "id": str(raw["id"]),
+            "task": self.name,
+        }
+
+    def check(self, completion: str, row: Mapping[str, Any]) -> bool:
+        """Compare the number that the completion ends with, by value."""
+        return final_number(completion) == final_number(str(row["answer"]))
+
+
+def numbers_in(text: str) -> list[Fraction]:
+    """Read the numbers that a text writes in digits, in order: commas and decimals, without currency signs."""
+    return [_value(sign, digits) for sign, digits in _NUMBER.findall(text)]
+
+
+def final_number(text: str) -> Fraction | None:
+    """Read the answer out of a completion: after the last "####" or "answer is", else its last number."""
+    stated = _STATED.findall(text)
+    numbers = numbers_in(stated[-1] if stated else text)
+    return numbers[-1] if numbers else None
+
+
+def printed(number: Fraction) -> str:
+    """Write a number as the benchmarks do: whole ones without a point, others with two decimals."""
+    return str(number.numerator) if number.denominator == 1 else f"{float(number):.2f}"
+
+
+def calculations(
+    right: Calculation, said: Sequence[Fraction], steps: Sequence[Fraction], rng: random.Random
+) -> tuple[str, list[str]] | None:
+    """
+    Make three wrong calculations that look like the right one.
+
+    The four are two operations on two pairs of numbers where a third number is at hand, so that neither the operation
+    nor the pair that stands there most often is right; else they are the four operations on the one pair. A number of
+    the problem is exchanged for another of the problem, a result for another result: "what the problem doesn't say" is
+    no hint. The larger number comes first in all, and quotients are rounded down, as only the right one is sure to
+    come out even.
+
+    Args:
+        right (`(a, operation, b)`): The calculation that solves the problem; `operation` is one of `+ - * /`.
+        said (sequence of `Fraction`): The numbers of the problem.
+        steps (sequence of `Fraction`): The results of the steps before the calculation.
+        rng (`random.Random`): Draws the other operation and the other pair.
+
+    Returns:
+        The right one and the three others as texts, "78 - 15 = 63"; `None` if a number in them isn't whole, if two
+        give the same result, or if one gives 0.
+    """
+    a, operation, b = right
+    pair = (max(a, b), min(a, b))
+    if operation in "-/" and pair != (a, b):
+        return None
+    if operation == "/" and (b == 0 or a % b):
+        return None
+    exchanges = []
+    for kept, replaced in (pair, pair[::-1]):
+        others = said if replaced in said else [step for step in steps if step not in said]
+        exchanges += [(kept, n) for n in dict.fromkeys(others) if n > 1 and n.denominator == 1 and n not in pair]
+    if exchanges:
+        kept, third = rng.choice(exchanges)
+        symbols = [operation, rng.choice([symbol for symbol in _OPERATIONS if symbol != operation])]
+        pairs = [pair, (max(kept, third), min(kept, third))]
+    else:
+        symbols = sorted(_OPERATIONS, key=lambda symbol: symbol != operation)
+        pairs = [pair]
+    grid = [(high, low, symbol) for symbol in symbols for high, low in pairs]
+    if any(low < 1 or low.denominator != 1 or high.denominator != 1 for high, low, _ in grid):
+        return None
+    results = [_OPERATIONS[symbol](high, low) for high, low, symbol in grid]
+    if len(set(results)) < 4 or min(results) < 1:
+        return None
+    texts = [f"{high} {symbol} {low} = {result}" for (high, low, symbol), result in zip(grid, results, strict=True)]
+    return texts[0], texts[1:]
+
+
+def _numbers_said(text: str) -> list[Fraction]:
+    words = [Fraction(_VALUES[word]) for word in re.findall(r"[a-z]+", text.lower()) if word in _VALUES]
+    return numbers_in(text) + words
+
+
+def _value(sign: str, digits: str) -> Fraction:
+    return Fraction(digits.replace(",", "")) * (-1 if sign else 1)

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shape of the package: who imports whom, what `import peft_svf` costs, who prints, who uses private names."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "peft_svf"
+
+# A module imports from rows above it, never from its own row. A package (tasks) is one module here.
+ROWS = [
+    ["basis", "cem", "tasks", "_registration"],
+    ["basis_cache", "checkpoint", "config", "expert"],
+    ["layer"],
+    ["model"],
+    ["library", "evaluation", "hub", "plots"],
+    ["training", "adaptation"],
+    ["two_pass"],
+    ["pipeline", "serve"],
+    ["__init__", "cli"],
+]
+RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}
+PRIVATE_NAMES_ALLOWED = {"_registration", "layer", "model", "training"}
+MAY_PRINT = {"cli"}
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+IDS = [str(path.relative_to(PACKAGE)) for path in FILES]
+
+
+def module_of(path: Path) -> str:
+    """`src/peft_svf/layer.py` -> "layer"; everything in `tasks/` -> "tasks"."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[tuple[str, str]]:
+    """
+    Every import of a file, inside functions too, as (absolute module, imported name or "").
+
+    Relative imports are resolved against the file's own package.
+    """
+    package = ["peft_svf", *path.relative_to(PACKAGE).parts[:-1]]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join(base + ([node.module] if node.module else []))
+            found += [(module, alias.name) for alias in node.names]
+    return found
+
+
+def own_modules(path: Path) -> set[str]:
+    """Modules of this package that a file imports: {"basis", "config"}; a name from the package itself: "__init__"."""
+    found = set()
+    for module, name in imports(path):
+        parts = module.split(".")
+        if parts[0] == "peft_svf":
+            if len(parts) > 1:
+                found.add(parts[1])
+            elif name and ((PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").exists()):
+                found.add(name)
+            else:
+                found.add("__init__")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_a_module_imports_only_from_rows_above(path):
+    module = module_of(path)
+    assert module in RANK, f"{module} has no rank yet: give it a row in ROWS"
+    for other in own_modules(path) - ({module} if module == "tasks" else set()):
+        assert other in RANK, f"{module} imports peft_svf.{other}, which has no rank"
+        assert RANK[other] < RANK[module], f"{module} (row {RANK[module]}) imports {other} (row {RANK[other]})"
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_private_names_of_peft_and_trl_stay_in_four_modules(path):
+    private = [
+        f"{module}:{name}" if name else module
+        for module, name in imports(path)
+        if module.split(".")[0] in ("peft", "trl")
+        and any(part.startswith("_") and not part.startswith("__") for part in [*module.split("."), name])
+    ]
+    assert not private or module_of(path) in PRIVATE_NAMES_ALLOWED, private
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_only_cli_prints(path):
+    calls = [
+        node.lineno
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert not calls or module_of(path) in MAY_PRINT, f"prints in lines {calls}"
+
+
+def test_every_source_file_opens_with_its_licence():
+    files = [*FILES, *(p for folder in ("tests", "examples", "benchmarks") for p in (ROOT / folder).rglob("*.py"))]
+    first_lines = {str(p.relative_to(ROOT)): p.read_text(encoding="utf-8").split("\n", 1)[0] for p in files}
+    assert files
+    assert [name for name, line in first_lines.items() if line != "# SPDX-License-Identifier: Apache-2.0"] == []
+
+
+def test_the_versions_refused_at_import_are_the_floors_of_the_package():
+    from peft_svf._registration import OLDEST
+
+    floors = dict(re.findall(r'"(\w+)>=([\d.]+)[,"]', (ROOT / "pyproject.toml").read_text(encoding="utf-8")))
+    assert {name: floors.get(name) for name in OLDEST} == OLDEST
+
+
+def test_import_brings_no_extra_along():
+    # PEFT itself imports bitsandbytes where it is installed, so what counts is what the package adds to its libraries.
+    code = (
+        "import sys, peft, transformers.pipelines; before = set(sys.modules); import peft_svf; "
+        "print(' '.join({name.split('.')[0] for name in set(sys.modules) - before}), '|', *sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    added, everything = (set(part.split()) for part in done.stdout.strip().splitlines()[-1].split("|"))
+    assert "peft_svf" in added
+    assert not added & {"trl", "datasets", "matplotlib", "bitsandbytes", "gguf", "pandas", "lm_eval", "fastapi"}
+    assert not everything & {"trl", "datasets", "matplotlib"}
