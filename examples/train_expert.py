@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The training story in one file: a task, a reward, a z-vector expert, its card with an honest number.
+
+    python examples/train_expert.py --task arc_easy --out my_expert           # SmolLM2-135M on a CPU, half an hour
+    python examples/train_expert.py --task arc_easy --tiny --out tiny_expert  # seconds, random model
+
+Data come from the folder that PEFT_SVF_DATA names, else from the Hub.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from smollm2 import load_smollm2
+from tiny_model import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import peft_svf
+from peft_svf import SVFConfig
+from peft_svf.evaluation import evaluate, paired_difference
+from peft_svf.hub import expert_card
+from peft_svf.tasks import TASKS, get_task
+from peft_svf.training import ReinforceConfig, ReinforceTrainer
+
+GOOD_AT = {
+    "reasoning": "a science question",
+    "math": "a number to work out",
+    "code": "a program to write",
+    "dispatch": "naming the kind of a question",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=sorted(TASKS), default="arc_easy")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the expert")
+    parser.add_argument("--model", help="any model id or folder; default SmolLM2-135M-Instruct from PyPI")
+    parser.add_argument("--form", choices=["choice", "generate"], default="choice")
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps")
+    parser.add_argument("--questions", type=int, default=16, help="questions a step")
+    parser.add_argument("--samples", type=int, default=16, help="sampled answers a question")
+    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--estimator", default="rloo", choices=["none", "batch", "batch_norm", "rloo", "group"])
+    parser.add_argument("--beta", type=float, default=0.0, help="weight of KL(policy || base)")
+    parser.add_argument("--eval-every", type=int, default=10)
+    parser.add_argument("--eval-rows", type=int, default=160, help="validation rows for choosing the checkpoint")
+    parser.add_argument("--test-rows", type=int, help="test rows for the card; default all")
+    parser.add_argument("--batch-size", type=int, default=16, help="rows per forward when evaluating")
+    parser.add_argument("--targets", help="comma-separated names or 'all-linear'; default the MLP weights")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tiny", action="store_true", help="a random model, two steps: seconds")
+    args = parser.parse_args()
+
+    base_id = args.model
+    if args.tiny:
+        model, tokenizer = tiny_model(), tiny_tokenizer()
+        args.steps, args.questions, args.samples, args.eval_every, args.eval_rows, args.test_rows = 2, 4, 4, 1, 8, 8
+    elif args.model is None:
+        model, tokenizer = load_smollm2()
+        base_id = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    else:
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
+
+    task = get_task(args.task)
+    train = task.rows("train", args.form, seed=args.seed)
+    validation = task.rows("validation", args.form, limit=args.eval_rows)
+    test = task.rows("test", args.form, limit=args.test_rows)
+    print(f"{task.name}: {len(train)} training, {len(validation)} validation, {len(test)} test rows; the first:")
+    print(json.dumps(train[0], indent=1))
+
+    config = ReinforceConfig(
+        output_dir=str(args.out / "checkpoints"),
+        max_steps=args.steps,
+        per_device_train_batch_size=args.questions * args.samples,
+        per_device_eval_batch_size=args.batch_size,
+        num_generations=args.samples,
+        learning_rate=args.lr,
+        max_grad_norm=1.0,  # hundreds of samples a step are smooth enough
+        advantage_estimator=args.estimator,
+        beta=args.beta,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=args.eval_every,
+        save_strategy="steps",
+        save_steps=args.eval_every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        early_stopping_patience=3,
+        report_to="none",
+        bf16=False,
+        seed=args.seed,
+    )
+    targets = args.targets.split(",") if args.targets and "," in args.targets else args.targets
+    svf = SVFConfig(
+        task_type="CAUSAL_LM",
+        target_modules=targets,
+        basis_dtype="bfloat16" if model.dtype == torch.bfloat16 else "float32",
+        description=GOOD_AT[task.kind],
+    )
+    trainer = ReinforceTrainer(
+        model,
+        task.reward,
+        config,
+        Dataset.from_list(train),
+        eval_dataset=Dataset.from_list(validation),
+        processing_class=tokenizer,
+        peft_config=svf,
+    )
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+
+    print("Testing the expert and the base on rows that were never trained on ...")
+    expert = evaluate(trainer.model, tokenizer, test, args.batch_size)
+    with trainer.model.disable_adapter():
+        base = evaluate(trainer.model, tokenizer, test, args.batch_size)
+    gain, interval = paired_difference(expert, base)
+    print(f"base   {base.accuracy:.3f}  [{base.interval[0]:.3f}, {base.interval[1]:.3f}]  n={base.n}")
+    print(f"expert {expert.accuracy:.3f}  [{expert.interval[0]:.3f}, {expert.interval[1]:.3f}]")
+    print(f"gain   {gain:+.3f}  [{interval[0]:+.3f}, {interval[1]:+.3f}] (paired, 95 %)")
+
+    trainer.model.save_pretrained(args.out)
+    history = [entry for entry in trainer.state.log_history if "eval_reward" in entry or "reward" in entry]
+    result = {
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
+        | {"peft_svf": peft_svf.__version__},
+        "base_model": trainer.model.peft_config["default"].base_model_name_or_path,
+        "task": task.name,
+        "form": args.form,
+        "split": "test",
+        "seed": args.seed,
+        "steps": trainer.state.global_step,
+        "best_step": trainer.state.best_global_step,
+        "seconds": round(seconds),
+        "base": base.to_json(),
+        "expert": expert.to_json(),
+        "gain": gain,
+        "gain_interval": interval,
+        "curve": history,
+    }
+    (args.out / "result.json").write_text(json.dumps(result, indent=1))
+    if base_id is not None:
+        write_card(args, result, base_id)
+    print(f"Wrote {args.out}")
+
+
+def write_card(args: argparse.Namespace, result: dict, base_id: str) -> None:
+    base, expert, interval = result["base"], result["expert"], result["gain_interval"]
+    form = "softmax over the options' log-likelihoods" if args.form == "choice" else "generated answers"
+    training = {
+        "bits of the base": result["base_model"],
+        "data": f"{args.task}, training split, {args.form} form ({form})",
+        "reward": "+1 right, -1 wrong",
+        "steps": f"{result['steps']} of {args.questions} questions with {args.samples} samples",
+        "best step": result["best_step"],
+        "learning rate": args.lr,
+        "seed": args.seed,
+        "seconds": result["seconds"],
+        "command": result["command"],
+    }
+    row = {
+        "task": args.task,
+        "split": "test",
+        "metric": f"accuracy ({args.form} form)",
+        "value": round(expert["accuracy"], 4),
+        "interval": [round(x, 4) for x in expert["interval"]],
+        "base": round(base["accuracy"], 4),
+        "gain": f"{result['gain']:+.3f} [{interval[0]:+.3f}, {interval[1]:+.3f}]",
+        "n": expert["n"],
+    }
+    card = expert_card(
+        args.out, base_model=base_id, base_dtype="bfloat16", training=training, results=[row], license="apache-2.0"
+    )
+    card.save(args.out / "README.md")
+
+
+if __name__ == "__main__":
+    main()
