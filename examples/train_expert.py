@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 from smollm2 import load_smollm2
 from tiny_model import tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
 import peft_svf
 from peft_svf import SVFConfig
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="rows per forward when evaluating")
     parser.add_argument("--targets", help="comma-separated names or 'all-linear'; default the MLP weights")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoint", type=Path, help="of an interrupted run: test it, write its card")
     parser.add_argument("--tiny", action="store_true", help="a random model, two steps: seconds")
     args = parser.parse_args()
 
@@ -82,6 +83,7 @@ def main() -> None:
         per_device_eval_batch_size=args.batch_size,
         num_generations=args.samples,
         learning_rate=args.lr,
+        warmup_steps=2,
         max_grad_norm=1.0,  # hundreds of samples a step are smooth enough
         advantage_estimator=args.estimator,
         beta=args.beta,
@@ -114,7 +116,11 @@ def main() -> None:
         peft_config=svf,
     )
     start = time.perf_counter()
-    trainer.train()
+    if args.checkpoint is None:
+        trainer.train()
+    else:
+        trainer.model.load_adapter(args.checkpoint, "default", is_trainable=True)
+        trainer.state = TrainerState.load_from_json(str(args.checkpoint / "trainer_state.json"))
     seconds = time.perf_counter() - start
 
     print("Testing the expert and the base on rows that were never trained on ...")
@@ -139,7 +145,7 @@ def main() -> None:
         "seed": args.seed,
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
-        "seconds": round(seconds),
+        "seconds": None if args.checkpoint else round(seconds),
         "base": base.to_json(),
         "expert": expert.to_json(),
         "gain": gain,

@@ -76,10 +76,11 @@ def register(*, config: type, model: type, pipeline: dict[str, Any] | None = Non
         register_peft_method(name=NAME.lower(), config_cls=config, model_cls=model, prefix="svf_")
     if pipeline is not None:
         taken = PIPELINE_REGISTRY.supported_tasks.get(PIPELINE)
-        if taken is not None and not taken["impl"].__module__.startswith("peft_svf"):
-            raise ImportError(
-                f"The pipeline task {PIPELINE!r} is taken by {taken['impl'].__module__}: import only one."
-            )
+        owner = (
+            None if taken is None else getattr(taken["impl"], "__module__", "transformers")
+        )  # its own are lazy names
+        if owner is not None and not owner.startswith("peft_svf"):
+            raise ImportError(f"The pipeline task {PIPELINE!r} is taken by {owner}: import only one.")
         if taken is None:
             PIPELINE_REGISTRY.register_pipeline(PIPELINE, **pipeline)
     if push is not None and not hasattr(PeftModel.push_to_hub, "__wrapped__"):

@@ -23,6 +23,7 @@ from .library import ExpertLibrary
 from .tasks import Task, dispatch_prompt
 
 logger = logging.getLogger(__name__)
+STRATEGIES = ("prompt", "classifier")
 ANYTHING_ELSE = "anything else"  # what the prompt says of "other"
 QUESTION_TOKENS = 256  # of the request that the first pass reads: it is bounded
 
@@ -52,8 +53,8 @@ def dispatch(
         threshold (`float`):
             Below this confidence the base model is chosen.
         calibrate (`bool`, *optional*):
-            Divide the likelihoods by those of an empty request (contextual calibration). Default for `"prompt"`: small
-            models have a favourite answer.
+            Divide the likelihoods by those of an empty request (contextual calibration): small models have a favourite
+            answer. Default: for `"prompt"` only, a classifier is trained.
         batch_size (`int`):
             Prompts per forward.
 
@@ -63,10 +64,7 @@ def dispatch(
     Raises:
         `ValueError`: for another strategy, or `"classifier"` without a classifier.
     """
-    if strategy not in ("prompt", "classifier"):
-        raise ValueError(f"There is no dispatch strategy {strategy!r}: choose 'prompt' or 'classifier'.")
-    if strategy == "classifier" and library.classifier is None:
-        raise ValueError("strategy='classifier' needs a classifier expert: pass classifier=... with the experts.")
+    check_strategy(library, strategy)
     calibrate = strategy == "prompt" if calibrate is None else calibrate
     asked_of = Mixture({library.classifier: 1.0}) if strategy == "classifier" and library.classifier else Mixture()
     kinds = {**library.descriptions, OTHER: ANYTHING_ELSE}
@@ -87,6 +85,14 @@ def dispatch(
             mixtures.append(Mixture(alpha, strategy, confidence, dict(zip(names, row, strict=True))))
             logger.debug(f"dispatch by {strategy}: {choice} (confidence {confidence:.2f})")
     return mixtures
+
+
+def check_strategy(library: ExpertLibrary, strategy: str) -> None:
+    """Raise a `ValueError` for a strategy that does not exist, or that needs a classifier where there is none."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"There is no dispatch strategy {strategy!r}: choose {' or '.join(map(repr, STRATEGIES))}.")
+    if strategy == "classifier" and library.classifier is None:
+        raise ValueError("strategy='classifier' needs a classifier expert: pass classifier=... with the experts.")
 
 
 def few_shot(
@@ -115,36 +121,58 @@ def few_shot(
         tokenizer (`PreTrainedTokenizerBase`):
             Of the base model.
         examples (`Sequence[Mapping]`):
-            `{"prompt", "choices", "label"}`: scored by the share of right choices, ties by the log-probability of the
-            right one. `{"prompt", "answer"}` with a `task`: by the task's check of a greedy completion. Without a
-            task: by the log-likelihood of the answer.
+            All of one form. `{"prompt", "choices", "label"}`: scored by the share of right choices, ties by the
+            log-probability of the right one. `{"prompt", "answer"}` with a `task`: by the task's check of a greedy
+            completion, ties by the log-likelihood of the answer. Without a task: by the latter alone.
         task ([`~tasks.Task`], *optional*):
-            Checks completions.
+            Checks completions; not asked about choices.
         population, iterations, elites, seed:
-            Of the search, see [`~cem.cross_entropy_method`]; the defaults are the paper's code's.
+            Of the search, see [`~cem.cross_entropy_method`]; the defaults are the paper's code's. A population has
+            room for the base, each expert and their mean.
         batch_size (`int`):
             Rows per forward; one forward scores several candidates, each row under its own mixture.
         normalize (`bool`):
             Divide the weights by their sum. By default what is left of 1 belongs to the base model.
         generation:
-            Arguments of `generate` where completions are checked.
+            Arguments of `generate`, only where completions are checked.
 
     Returns:
         [`~expert.Mixture`] with the settings and the history of the search in `provenance`.
 
     Raises:
-        `ValueError`: if there are no examples, or one has neither choices nor an answer.
+        `ValueError`: if there are no examples, one has neither choices with a label nor an answer or another form than
+            the first, or the population is too small.
+        `TypeError`: for arguments of `generate` where nothing is generated.
     """
     if not examples:
         raise ValueError(
             "Few-shot adaptation needs examples: dicts with 'prompt' and 'answer', or 'choices' and 'label'."
         )
+    form = "choices" if "choices" in examples[0] else "answer"
     for i, example in enumerate(examples):
         if "prompt" not in example or not ({"choices", "label"} <= set(example) or "answer" in example):
             raise ValueError(
                 f"Example {i} needs 'prompt' and 'answer', or 'choices' and 'label'; it has {list(example)}."
             )
+        if form not in example or (form == "answer" and "choices" in example):
+            raise ValueError(f"Example {i} has another form than example 0, which has {form!r}: adapt to one form.")
+        if form == "choices" and not (
+            len(example["choices"]) > 1 and example["label"] in range(len(example["choices"]))
+        ):
+            raise ValueError(
+                f"Example {i} needs at least 2 choices and as label the place of the right one, from 0; it has "
+                f"{len(example['choices'])} choices and label {example['label']!r}."
+            )
+        if form == "answer" and not (isinstance(example["answer"], str) and example["answer"]):
+            raise ValueError(f"Example {i} needs an answer that is a text, got {example['answer']!r}.")
+    checked = form == "answer" and task is not None
+    if generation and not checked:
+        raise TypeError(f"few_shot does not know {', '.join(generation)}: these examples need no generation.")
     names = library.names
+    if population < len(names) + 2:
+        raise ValueError(
+            f"A population of {population} is too small: with {len(names)} experts it takes {len(names) + 2} or more."
+        )
 
     def mixture(vector: np.ndarray) -> Mixture:
         total = float(vector.sum())
@@ -153,7 +181,7 @@ def few_shot(
 
     def scores(members: np.ndarray) -> list[tuple[float, ...]]:
         mixtures = [mixture(member) for member in members]
-        if "choices" not in examples[0] and task is not None:
+        if task is not None and checked:
             return [_checked(library, tokenizer, m, examples, task, generation) for m in mixtures]
         return _scored(library, tokenizer, mixtures, examples, batch_size)
 
@@ -163,7 +191,6 @@ def few_shot(
         bar.update()
         bar.set_postfix(best=f"{state.score[0]:.3f}")
 
-    singles = np.eye(len(names)).tolist() if len(names) + 2 < population else []
     with bar:
         found = cross_entropy_method(
             scores,
@@ -172,7 +199,7 @@ def few_shot(
             iterations=iterations,
             elites=elites,
             seed=seed,
-            starts=[[0.0] * len(names), *singles],
+            starts=[[0.0] * len(names), *np.eye(len(names)).tolist()],
             on_iteration=progress,
         )
     settings = {"population": population, "iterations": iterations, "elites": elites, "seed": seed}
@@ -187,7 +214,8 @@ def _question(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, A
     if not isinstance(prompt, str):
         users = [message for message in prompt if message.get("role") == "user"] or list(prompt)
         content = users[-1]["content"]
-        prompt = content if isinstance(content, str) else " ".join(part.get("text", "") for part in content)
+        texts = [content] if isinstance(content, str) else [part["text"] for part in content if part.get("text")]
+        prompt = " ".join(texts)
     ids = tokenizer(prompt, add_special_tokens=False).input_ids
     return prompt if len(ids) <= QUESTION_TOKENS else tokenizer.decode(ids[:QUESTION_TOKENS], skip_special_tokens=True)
 
@@ -199,15 +227,15 @@ def _scored(
     examples: Sequence[Mapping[str, Any]],
     batch_size: int,
 ) -> list[tuple[float, ...]]:
-    """Score every mixture on every example, many of both in one forward: accuracy, then mean log-probability."""
-    rows = [e if "choices" in e else {**e, "choices": [e["answer"]], "label": 0} for e in examples]
+    """Score every mixture on every example, many of both in one forward: share right, then mean log-probability."""
+    several = "choices" in examples[0]
+    rows = examples if several else [{**e, "choices": [e["answer"]], "label": 0} for e in examples]
     pairs = [(m, e) for e in range(len(rows)) for m in range(len(mixtures))]  # one example's rows side by side
     right, logp = np.zeros((len(mixtures), len(rows))), np.zeros((len(mixtures), len(rows)))
     for start in range(0, len(pairs), batch_size):
         batch = pairs[start : start + batch_size]
         with torch.no_grad(), library.activate([mixtures[m] for m, _ in batch]) as model:
             logps = choice_logps(model, tokenizer, [rows[e] for _, e in batch])
-        several = logps.shape[1] > 1
         logps = logps.log_softmax(-1) if several else logps
         for (m, e), row in zip(batch, logps.tolist(), strict=True):
             label = rows[e]["label"]
@@ -225,7 +253,6 @@ def _checked(
     generation: dict[str, Any],
 ) -> tuple[float, ...]:
     """Score one mixture by the task's check of greedy completions; ties by the answers' log-likelihood."""
-    rows = [{**example, "task": task.name} for example in examples]
     with library.activate(mixture) as model:
-        summary = evaluate(model, tokenizer, rows, batch_size=len(rows), **generation)
+        summary = evaluate(model, tokenizer, examples, batch_size=len(examples), task=task, **generation)
     return summary.accuracy, _scored(library, tokenizer, [mixture], examples, len(examples))[0][1]

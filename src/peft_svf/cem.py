@@ -17,7 +17,7 @@ Score = tuple[float, ...]  # compared entry by entry: later ones break ties of e
 @dataclass
 class Search:
     """
-    The state of a search; [`cross_entropy_method`] returns it and continues from it.
+    The state of a search, as [`cross_entropy_method`] shows it after each population and returns it.
 
     Args:
         mean, std (`np.ndarray` of shape `(n,)`): Where the next population is drawn.
@@ -52,7 +52,7 @@ def cross_entropy_method(
 
     Args:
         evaluate (`Callable`):
-            Scores a population `(members, size)`: one tuple per member, larger is better.
+            Scores a population `(members, size)`: one tuple per member, larger is better, NaN the worst.
         size (`int`):
             Length of the vector.
         population, elites, iterations (`int`, `float`, `int`):
@@ -64,7 +64,7 @@ def cross_entropy_method(
         seed (`int`):
             Same seed and scores, same result.
         starts (`Sequence`):
-            Vectors that are members of the first population.
+            Vectors that are members of the first population, beside its mean.
         on_iteration (`Callable`, *optional*):
             Called after each population; `True` ends the search.
 
@@ -72,7 +72,7 @@ def cross_entropy_method(
         [`Search`], whose `best` is the best member ever scored.
 
     Raises:
-        `ValueError`: for a size, population or share of elites that leave nothing to search with.
+        `ValueError`: for settings that leave nothing to search with, or starts of another length.
     """
     keep = int(elites * population)
     if size < 1 or iterations < 1 or population < 2 or not 1 <= keep <= population:
@@ -80,16 +80,21 @@ def cross_entropy_method(
             f"A search needs at least 1 number, 1 iteration, 2 members and 1 elite; got size={size}, "
             f"iterations={iterations}, population={population}, elites={elites} (so {keep})."
         )
+    if not low < high or min_std < 0:
+        raise ValueError(f"A search needs low < high and min_std >= 0; got {low}, {high} and {min_std}.")
+    if any(len(start) != size for start in starts):
+        raise ValueError(f"The starts of a search over {size} numbers have lengths {[len(s) for s in starts]}.")
     if len(starts) >= population:
         raise ValueError(f"{len(starts)} starts leave no room in a population of {population}.")
     draws = np.random.default_rng(seed)
     first = np.clip(np.full(size, 1 / size), low, high)
     state = Search(mean=first, std=np.full(size, (high - low) / 2), best=first)
     for iteration in range(iterations):
-        members = np.clip(state.mean + state.std * draws.standard_normal((population, size)), low, high)
+        members = state.mean + state.std * draws.standard_normal((population, size))
         fixed = [state.best] if iteration else [state.mean, *map(np.asarray, starts)]
-        members[: len(fixed)] = fixed[:population]
-        scores = [tuple(score) for score in evaluate(members)]
+        members[: len(fixed)] = fixed
+        members = np.clip(members, low, high)
+        scores = [tuple(-np.inf if np.isnan(x) else float(x) for x in score) for score in evaluate(members)]
         order = sorted(range(population), key=lambda i: scores[i], reverse=True)
         if not state.score or scores[order[0]] > state.score:
             state.best, state.score = members[order[0]].copy(), scores[order[0]]

@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import tqdm
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .tasks import get_task
+from .tasks import Task, get_task
 
 Row = Mapping[str, Any]
 NINETY_FIVE = NormalDist().inv_cdf(0.975)
@@ -101,9 +102,8 @@ def choice_logps(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row
     Log-likelihood of each choice of each row, summed over its tokens.
 
     Where one choice begins another ("4", "48"), it could never be the less likely one: in such a row all choices end
-    with the end of turn.
-    Prompts are read once; their key/value cache is shared by the choices. Gradients flow, unless the caller turns them
-    off. Rows of one batch may have their own adapters (`SVFLayer.rows`).
+    with the end of turn. Prompts are read once; their key/value cache is shared by the choices. Gradients flow, unless
+    the caller turns them off. Rows of one batch may have their own adapters (`SVFLayer.rows`).
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -117,19 +117,22 @@ def choice_logps(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row
         `torch.Tensor` of shape `(rows, choices)`, float32; `-inf` where a row has fewer choices.
 
     Raises:
-        `ValueError`: if a row has no choices, or a prompt with its longest choice exceeds the model's context.
+        `ValueError`: if a prompt or a choice is empty, if a prompt with its longest choice exceeds the model's
+            context, or if gradient checkpointing is on.
     """
     device = next(model.parameters()).device
     prompts = [tokenizer(prompt_text(tokenizer, row["prompt"]), add_special_tokens=False).input_ids for row in rows]
     options = [[tokenizer(text, add_special_tokens=False).input_ids for text in row["choices"]] for row in rows]
-    if tokenizer.eos_token_id is not None:
-        options = [[[*ids, tokenizer.eos_token_id] for ids in c] if _one_begins_another(c) else c for c in options]
-    most = max((len(choices) for choices in options), default=0)
-    for row, choices in zip(rows, options, strict=True):
+    for row, prompt, choices in zip(rows, prompts, options, strict=True):
+        if not prompt:
+            raise ValueError(f"Row {row.get('id')!r} has an empty prompt: there is nothing the choices could follow.")
         if not choices or not all(choices):
             raise ValueError(f"Row {row.get('id')!r} needs choices that are texts, got {row['choices']!r}.")
-    longest = max(map(len, prompts)) + max(len(ids) for choices in options for ids in choices)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if tokenizer.eos_token_id is not None:
+        options = [[[*ids, tokenizer.eos_token_id] for ids in c] if _one_begins_another(c) else c for c in options]
+    most = max(map(len, options))
+    longest = max(len(prompt) + max(map(len, choices)) for prompt, choices in zip(prompts, options, strict=True))
+    limit = getattr(_inner(model).config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise ValueError(f"A prompt and its choice have up to {longest} tokens, but the model's context is {limit}.")
 
@@ -146,10 +149,10 @@ def choice_logps(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row
     # as an index: the slice that `1` stands for is not contiguous, and the head would be copied once per row
     prefix = _forward(model, ids, mask, logits_to_keep=torch.tensor([width - 1], device=device), use_cache=True)
     logits = prefix.logits[:, -1:].repeat_interleave(most, dim=0)  # (N * K, 1, vocabulary)
+    cache = prefix.past_key_values
+    if cache is None or not cache.get_seq_length():  # a checkpointed layer leaves it empty
+        raise ValueError("Scoring choices shares the prompt's cache: turn gradient checkpointing off.")
     if length > 1:
-        if prefix.past_key_values is None:
-            raise ValueError("Scoring choices shares the prompt's cache: turn gradient checkpointing off.")
-        cache = prefix.past_key_values
         cache.batch_repeat_interleave(most)
         inputs = labels[:, :-1].clamp(min=0)
         both = torch.cat([mask.repeat_interleave(most, dim=0), (labels[:, :-1] >= 0).long()], dim=1)
@@ -166,6 +169,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     batch_size: int = 16,
+    task: Task | None = None,
     **generation: Any,
 ) -> Summary:
     """
@@ -180,6 +184,8 @@ def evaluate(
             Rows of one form, see the module docstring.
         batch_size (`int`):
             Rows per forward.
+        task ([`~tasks.Task`], *optional*):
+            Checks completions; default the task that each row names.
         generation:
             Arguments of `generate` for rows of the generated form; default `max_new_tokens=256`, no sampling.
 
@@ -194,25 +200,23 @@ def evaluate(
     model.eval()
     try:
         with torch.no_grad():
-            order = sorted(
-                range(len(rows)), key=lambda i: len(str(rows[i]["prompt"]))
-            )  # alike in length: less padding
-            for places in _batches(
-                tqdm(order, desc="Evaluating", leave=False, name="peft_svf.evaluation"), batch_size
-            ):
+            # prompts alike in length share a batch: less padding
+            order = sorted(range(len(rows)), key=lambda i: len(str(rows[i]["prompt"])))
+            bar = tqdm(order, desc="Evaluating", leave=False, name="peft_svf.evaluation")
+            for places in _batches(bar, batch_size):
                 batch = [rows[i] for i in places]
                 if form == "choice":
                     found = score_choices(choice_logps(model, tokenizer, batch), batch)
                 else:
-                    found = _generate(model, tokenizer, batch, generation)
+                    found = _generate(model, tokenizer, batch, task, generation)
                 records.update(zip(places, found, strict=True))
     finally:
         model.train(training)
     found = [records[i] for i in range(len(rows))]
     right = sum(record["right"] for record in found)
-    task = str(rows[0].get("task", "rows"))
+    name = task.name if task is not None else str(rows[0].get("task", "rows"))
     seconds = time.perf_counter() - start
-    return Summary(task, form, len(found), right / len(found), wilson(right, len(found)), seconds, found)
+    return Summary(name, form, len(found), right / len(found), wilson(right, len(found)), seconds, found)
 
 
 def score_choices(logps: Tensor, rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -225,7 +229,7 @@ def score_choices(logps: Tensor, rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], kwargs: dict
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], task: Task | None, kwargs: dict
 ) -> list[dict]:
     texts = [prompt_text(tokenizer, row["prompt"]) for row in rows]
     inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
@@ -233,15 +237,20 @@ def _generate(
     output = model.generate(**inputs, **{"max_new_tokens": 256, "do_sample": False, **kwargs})
     completions = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     return [
-        {"id": row.get("id"), "completion": text, "right": get_task(row["task"]).check(text, row)}
+        {"id": row.get("id"), "completion": text, "right": (task or get_task(row["task"])).check(text, row)}
         for row, text in zip(rows, completions, strict=True)
     ]
 
 
+def _inner(model: Any) -> PreTrainedModel:
+    """The transformers model inside the wrappers of distributed training and PEFT."""
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, **kwargs: Any) -> Any:
     """Call the model on the last `ids.shape[1]` positions of `mask`, with the positions that padding calls for."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "position_ids" in inspect.signature(inner.forward).parameters:
+    if "position_ids" in inspect.signature(_inner(model).forward).parameters:
         kwargs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     return model(input_ids=ids, attention_mask=mask, **kwargs)
 

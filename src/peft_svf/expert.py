@@ -8,10 +8,11 @@ every adaptation strategy returns. Nothing here loads a model.
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from os import PathLike
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 OTHER = "other"  # the base model, in decisions and as an explicit choice
-_OFFSET = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.svf_offset\.weight")
+OFFSET_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.svf_offset\.weight")
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,22 @@ class Expert:
         name (`str`): How decisions and mixtures call it.
         offsets (`dict[str, torch.Tensor]`): Per module of the base model `z - 1`, shape `(k,)`, float32.
         config (`dict`): Its `adapter_config.json`, with base model and fingerprint.
+
+    Raises:
+        `ValueError`: if a z-vector has more than one axis or is not finite.
     """
 
     name: str
     offsets: dict[str, Tensor]
     config: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for module, offset in self.offsets.items():
+            if offset.dim() != 1 or not torch.isfinite(offset).all():
+                raise ValueError(
+                    f"Expert {self.name!r} has an offset of shape {tuple(offset.shape)} for {module}; it needs one "
+                    "axis and finite entries."
+                )
 
     @property
     def z(self) -> dict[str, Tensor]:
@@ -59,7 +71,7 @@ class Expert:
     @classmethod
     def load(
         cls,
-        source: str | PathLike[str],
+        source: str | os.PathLike[str],
         name: str | None = None,
         *,
         subfolder: str | None = None,
@@ -73,13 +85,13 @@ class Expert:
             source (`str` or path):
                 Folder, or repository id such as `"me/expert"`.
             name (`str`, *optional*):
-                Default: the last part of `subfolder` or `source`.
+                Default: the last part of `subfolder`, else of `source`.
             subfolder, revision, token:
                 As in `from_pretrained`. Both files come from one commit.
 
         Raises:
             `FileNotFoundError`: if there is no such folder or file.
-            `ValueError`: if the files hold no SVF expert, are damaged, or z is not finite.
+            `ValueError`: if the files hold no SVF expert, hold more than z-vectors, are damaged, or z is not finite.
         """
         folder = Path(source)
         if not folder.is_dir():
@@ -91,32 +103,25 @@ class Expert:
         for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
             if not (folder / file).is_file():
                 raise FileNotFoundError(f"{str(source)!r} holds no expert: {file} is missing in {folder}.")
-        name = name or Path(subfolder or str(source)).name
+        name = name or os.path.basename(os.path.abspath(subfolder or source))  # of "." too
         try:
-            config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-            tensors = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
-        except (SafetensorError, ValueError) as error:
+            config = read_config(folder)
+            offsets, others = read_offsets(folder)
+            expert = cls(name, offsets, config)
+        except ValueError as error:
+            raise ValueError(f"Expert {name!r} in {folder} cannot be loaded: {error}") from error
+        if others:
             raise ValueError(
-                f"The files of expert {name!r} in {folder} are damaged: {error}. Fetch them again."
-            ) from error
-        if not isinstance(config, dict) or config.get("peft_type") != "SVF":
-            raise ValueError(f"{folder} holds no SVF expert: its {CONFIG_NAME} names another PEFT type.")
-        matches = {key: _OFFSET.fullmatch(key) for key in tensors}
-        if others := sorted(key for key, match in matches.items() if match is None):
-            raise ValueError(
-                f"Expert {name!r} in {folder} holds more than z-vectors, first {others[0]!r}, and cannot be mixed. "
+                f"Expert {name!r} in {folder} holds more than z-vectors, first {min(others)!r}, and cannot be mixed. "
                 "Load it with PeftModel.from_pretrained instead."
             )
-        offsets = {match["module"]: tensors[key].float() for key, match in matches.items() if match is not None}
-        for module, offset in offsets.items():
-            if not torch.isfinite(offset).all():
-                raise ValueError(f"Expert {name!r} in {folder} has a z-vector for {module} that is not finite.")
-        if odd := sorted(set(config.get("fingerprint") or offsets) ^ set(offsets)):
+        fingerprint = config.get("fingerprint") or offsets
+        if odd := sorted(set(fingerprint if isinstance(fingerprint, Mapping) else ()) ^ set(offsets)):
             raise ValueError(
                 f"Expert {name!r} in {folder} is damaged: config and weights do not name the same modules, first "
                 f"{odd[0]}. Fetch it again."
             )
-        return cls(name, offsets, config)
+        return expert
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ class Mixture:
 
     def __post_init__(self) -> None:
         for name, weight in self.alpha.items():
-            if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            if not isinstance(weight, Real) or not math.isfinite(weight):
                 raise ValueError(f"The mixture weight of {name!r} must be a finite number, got {weight!r}.")
         kept = {name: float(weight) for name, weight in self.alpha.items() if weight and name != OTHER}
         object.__setattr__(self, "alpha", kept)
@@ -180,7 +185,7 @@ class Mixture:
                 mixed[module] = pad(before, (0, size - len(before))) + weight * pad(offset, (0, size - len(offset)))
         return mixed
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the mixture as JSON; a file that is there is replaced only when the new one is whole."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -189,9 +194,46 @@ class Mixture:
         temporary.replace(target)
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> "Mixture":
+    def load(cls, path: str | os.PathLike[str]) -> "Mixture":
         """Read a mixture that [`Mixture.save`] wrote. Raises `ValueError` if the file holds none."""
         try:
             return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-        except (TypeError, json.JSONDecodeError) as error:
+        except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} holds no mixture: {error}.") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """
+    Read the `adapter_config.json` of a saved expert.
+
+    Raises:
+        `ValueError`: if there is none, it is damaged, or it names another PEFT type.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{CONFIG_NAME} is damaged ({error}): fetch it again.") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "SVF":
+        raise ValueError(f"{folder} holds no SVF expert: {CONFIG_NAME} is missing or names another PEFT type.")
+    return config
+
+
+def read_offsets(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """
+    Read the offsets of a saved expert by module name, each `(k,)` float32, and the other saved tensors by their key.
+
+    Raises:
+        `ValueError`: if the file is damaged, holds no offsets, or one that is not finite.
+    """
+    try:
+        tensors = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+    except SafetensorError as error:
+        raise ValueError(f"{SAFETENSORS_WEIGHTS_NAME} is damaged ({error}): fetch it again.") from error
+    matches = {key: match for key in tensors if (match := OFFSET_KEY.fullmatch(key))}
+    offsets = {match["module"]: tensors[key].float() for key, match in matches.items()}
+    if not offsets:
+        raise ValueError(f"{SAFETENSORS_WEIGHTS_NAME} holds no offsets, only {sorted(tensors)[:3]}.")
+    if broken := [module for module, offset in offsets.items() if not torch.isfinite(offset).all()]:
+        raise ValueError(f"z is not finite in {len(broken)} of {len(offsets)} weights, first in `{broken[0]}`.")
+    return offsets, {key: tensor for key, tensor in tensors.items() if key not in matches}

@@ -23,15 +23,15 @@ from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard, ModelCardD
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file
+from peft.utils import CONFIG_NAME
+
+from .expert import read_config, read_offsets
 
 logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
 TAGS = ["svf", "transformer-squared", "z-vector"]
 MARKER = "<!-- Written by peft_svf and written anew by the next push; remove this line to keep what you edit. -->"
-OFFSET_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.svf_offset\.weight")
 CITATION = """```bibtex
 @article{sun2025transformersquared,
   title   = {Transformer-Squared: Self-adaptive LLMs},
@@ -109,7 +109,7 @@ def push_expert(
     base_model = _base_id(configured, base_model)
     with tempfile.TemporaryDirectory() as scratch:
         folder = _save(model, name, Path(scratch), base_model, base_revision)
-        _read_offsets(folder)  # refuses what is not finite, whoever writes the card
+        read_offsets(folder)  # refuses what is not finite, whoever writes the card
         known: dict[str, Any] = {"task": task, "training": training, "results": results, "license": license}
         known["base_dtype"] = getattr(base, "dtype", None)
         known["tags"] = [*(getattr(base, "model_tags", None) or ()), *tags]
@@ -201,8 +201,8 @@ def expert_card(
         `ValueError`: if the folder holds no SVF expert, an offset is not finite, or no Hub id of the base is known.
     """
     folder = Path(folder)
-    config = _read_config(folder)
-    offsets, others = _read_offsets(folder)
+    config = read_config(folder)
+    offsets, others = read_offsets(folder)
     base_model = _base_id(config.get("base_model_name_or_path"), base_model)
     revision = base_revision or config.get("revision") or _cached_commit(base_model)
     base_class, pipeline_tag = TASK_TYPES.get(_task_type(config), ("AutoModel", None))
@@ -216,7 +216,7 @@ def expert_card(
         "fingerprint of the base": _digest(config.get("fingerprint")),
         "z parameters": f"{sum(d.numel() for d in offsets.values()):,} in {len(offsets)} weights",
         "largest singular values moved, per weight": config.get("rank"),
-        "other trained numbers": others or None,
+        "other trained numbers": sum(tensor.numel() for tensor in others.values()) or None,
     }
     sections = [
         f"---\n{_metadata(name, base_model, pipeline_tag, license, tags, results or ()).to_yaml()}\n---",
@@ -280,7 +280,7 @@ def _save(model: PeftModel, name: str, scratch: Path, base_model: str, base_revi
         model.save_pretrained(str(scratch), selected_adapters=[name])
     finally:
         model.peft_config[name].base_model_name_or_path = before  # PEFT fills it in while saving
-    config = _read_config(folder) | {"base_model_name_or_path": base_model}
+    config = read_config(folder) | {"base_model_name_or_path": base_model}
     if base_revision is not None:
         config["revision"] = base_revision
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -317,26 +317,6 @@ def _ensure_branch(api: HfApi, repo_id: str, revision: str | None, token: str | 
 
 
 # The card's pieces.
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
-    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if config.get("peft_type") != "SVF":
-        raise ValueError(f"{folder} holds no SVF expert: {CONFIG_NAME} is missing or names another PEFT type.")
-    return config
-
-
-def _read_offsets(folder: Path) -> tuple[dict[str, torch.Tensor], int]:
-    """Read the offsets by module name, each `(k,)`, and count the numbers of the other saved tensors."""
-    tensors = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
-    matches = {key: match for key in tensors if (match := OFFSET_KEY.fullmatch(key))}
-    offsets = {match["module"]: tensors[key].float() for key, match in matches.items()}
-    if not offsets:
-        raise ValueError(f"{SAFETENSORS_WEIGHTS_NAME} holds no offsets, only {sorted(tensors)[:3]}.")
-    if broken := [module for module, d in offsets.items() if not torch.isfinite(d).all()]:
-        raise ValueError(f"z is not finite in {len(broken)} of {len(offsets)} weights, first in `{broken[0]}`.")
-    return offsets, sum(tensor.numel() for key, tensor in tensors.items() if key not in matches)
 
 
 def _task_type(config: Mapping[str, Any]) -> str:

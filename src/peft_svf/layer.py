@@ -71,8 +71,11 @@ class OffsetDict(nn.ModuleDict):
     def keys(self) -> list[str]:  # type: ignore[override]
         return [self._names[key] for key in self._modules]
 
-    def items(self) -> list[tuple[str, nn.Module]]:  # type: ignore[override]
-        return [(self._names[key], module) for key, module in self._modules.items()]  # type: ignore[misc]
+    def values(self) -> list[Offset]:  # type: ignore[override]
+        return list(self._modules.values())  # type: ignore[arg-type]
+
+    def items(self) -> list[tuple[str, Offset]]:  # type: ignore[override]
+        return list(zip(self.keys(), self.values(), strict=True))
 
 
 class SVFLayer(BaseTunerLayer):
@@ -88,6 +91,8 @@ class SVFLayer(BaseTunerLayer):
             Where the basis multiplies, see [`~basis.Basis`].
     """
 
+    base_layer: nn.Module
+    svf_basis: Tensor | None
     adapter_layer_names = ("svf_offset",)
     other_param_names = ()
 
@@ -244,6 +249,17 @@ class SVFLayer(BaseTunerLayer):
                 total = self._padded(name) if total is None else total + self._padded(name)
         return total
 
+    def _without_bias(self, x: Tensor, y: Tensor) -> Tensor:
+        """
+        `x W^T`, for the gradient of z: in half precision `y - bias` has lost it where the bias is large.
+
+        Qwen2.5's k_proj has a bias 20 times the signal; z gradients from `y - bias` are 8 % off there in bfloat16.
+        """
+        if y.dtype not in (torch.bfloat16, torch.float16) or self.quantization_backend is not None:
+            return y - self.bias
+        weight = self.weight.T if isinstance(self.get_base_layer(), Conv1D) else self.weight
+        return F.linear(x, weight)
+
 
 def _spread(offset: Tensor, x: Tensor) -> Tensor:
     """
@@ -279,7 +295,7 @@ class Linear(nn.Module, SVFLayer):
         if offset is None:
             return self.base_layer(x, *args, **kwargs)
         if not torch.is_autocast_enabled(x.device.type) and self.quantization_backend is None:
-            x = self._cast_input_dtype(x, self.weight.dtype)
+            x = self._cast_input_dtype(x, self.weight.dtype)  # type: ignore[operator]  # a method of BaseTunerLayer
         Q, offset = self._basis(), _spread(offset, x)
         if self.side == "in":
             return self.base_layer(x + change(x, Q, offset), *args, **kwargs)
@@ -288,17 +304,6 @@ class Linear(nn.Module, SVFLayer):
             y = self.quantization_backend.maybe_clone_base_result(y)
         u = y if self.bias is None else self._without_bias(x, y)
         return y + change(u, Q, offset)
-
-    def _without_bias(self, x: Tensor, y: Tensor) -> Tensor:
-        """
-        `x W^T`, for the gradient of z: in half precision `y - bias` has lost it where the bias is large.
-
-        Qwen2.5's k_proj has a bias 20 times the signal; z gradients from `y - bias` are 8 % off there in bfloat16.
-        """
-        if y.dtype not in (torch.bfloat16, torch.float16) or self.quantization_backend is not None:
-            return y - self.bias
-        weight = self.weight.T if isinstance(self.get_base_layer(), Conv1D) else self.weight
-        return F.linear(x, weight)
 
     def extra_repr(self) -> str:
         kept = self.directions if self.svf_basis is None else self.svf_basis.shape[-1]

@@ -12,7 +12,8 @@ from contextlib import ExitStack, contextmanager
 from os import PathLike
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,6 +22,7 @@ from .expert import OTHER, Expert, Mixture
 from .layer import SVFLayer
 
 Source = str | PathLike[str] | Expert
+CLASSIFIER = "classifier: "  # in front of its name, so that no expert is called like it
 
 
 class ExpertLibrary:
@@ -29,15 +31,16 @@ class ExpertLibrary:
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
-            The base model, or one with SVF adapters, each of which becomes an expert under its name.
+            The base model, or one with SVF adapters, each of which becomes an expert under its name. Experts are
+            added to it as adapters.
         experts (`Sequence` or `Mapping[str, ...]`):
             Folders, Hub repositories or [`~expert.Expert`]s, with names of their own or as keys.
         classifier (folder, repository or [`~expert.Expert`], *optional*):
             An expert for the first pass only: it names the kind of a question. No mixture contains it.
 
     Raises:
-        `ValueError`: if there are no experts, two have one name, a name is `"other"`, or one belongs to another base
-            model. The model is then as it was.
+        `ValueError`: if there are no experts, two have one name, a name is `"other"`, one belongs to another base
+            model, or the model has adapters that cannot be mixed. The model is then as it was.
     """
 
     def __init__(
@@ -48,8 +51,8 @@ class ExpertLibrary:
     ) -> None:
         given = experts.items() if isinstance(experts, Mapping) else [(None, source) for source in experts]
         loaded = [_load(source, name) for name, source in given]
-        adapted = isinstance(model, PeftModel)
-        names = [*(model.peft_config if adapted else ()), *(expert.name for expert in loaded)]
+        own = _own(model)
+        names = [*(name for name in own if not name.startswith(CLASSIFIER)), *(expert.name for expert in loaded)]
         if not names:
             raise ValueError("There are no experts: pass experts=[...], folders or Hub repositories of SVF adapters.")
         for name in names:
@@ -57,10 +60,10 @@ class ExpertLibrary:
                 raise ValueError(f"No expert can be called {OTHER!r}: that name stands for the base model.")
             if names.count(name) > 1:
                 raise ValueError(f"Two experts are called {name!r}: pass them as a dict with a name for each.")
-        self.classifier = None
+        self.classifier = next((name for name in own if name.startswith(CLASSIFIER)), None)
         if classifier is not None:
             chosen = _load(classifier, None)
-            self.classifier = f"classifier: {chosen.name}"
+            self.classifier = CLASSIFIER + chosen.name
             loaded.append(Expert(self.classifier, chosen.offsets, chosen.config))
         self.names = sorted(names)
         self.model: PeftModel = model  # type: ignore[assignment]
@@ -81,7 +84,7 @@ class ExpertLibrary:
                 What to activate; a list has one for each row.
 
         Raises:
-            `ValueError`: if a mixture names an expert that is not here.
+            `ValueError`: if a mixture names an expert that is not here, or adapters are merged or disabled.
         """
         rows = [mixtures] if isinstance(mixtures, Mixture) else list(mixtures)
         names = [*self.names, *([self.classifier] if self.classifier else [])]
@@ -94,6 +97,9 @@ class ExpertLibrary:
             alpha = alpha[:1]  # the batch agrees
         with self._lock, ExitStack() as stack:
             for layer in self._layers:
+                if layer.merged or layer.disable_adapters:
+                    state = "merged: unmerge_adapter()" if layer.merged else "disabled: enable them"
+                    raise ValueError(f"No mixture can be active while the model's adapters are {state} first.")
                 stack.enter_context(layer.rows(_rows(layer, names, alpha)))
             yield self.model
 
@@ -102,6 +108,7 @@ class ExpertLibrary:
         return [module for module in self.model.modules() if isinstance(module, SVFLayer)]
 
     def _install(self, model: PreTrainedModel | PeftModel, experts: Sequence[Expert]) -> None:
+        trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         added: list[str] = []
         try:
             for expert in experts:
@@ -109,12 +116,17 @@ class ExpertLibrary:
                 if isinstance(self.model, PeftModel):
                     self.model.add_adapter(expert.name, config)
                 else:
-                    self.model = get_peft_model(model, config, adapter_name=expert.name)
+                    # not get_peft_model: it writes this model's name over that of the expert's base
+                    kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+                    self.model = kind(model, config, adapter_name=expert.name)
                 added.append(expert.name)
                 self._fill(expert)
         except BaseException:
             self._remove(model, added)
+            _set_trainable(trainable)
             raise
+        if self.model is model:
+            _set_trainable(trainable)  # PEFT freezes the active adapter when a frozen one is added
         self.model.eval()
 
     def _fill(self, expert: Expert) -> None:
@@ -144,6 +156,29 @@ class ExpertLibrary:
                     model.delete_adapter(name)
         else:
             self.model.unload()
+
+
+def _own(model: PreTrainedModel | PeftModel) -> list[str]:
+    """The names of the adapters that a model comes with; refuses those that a mixture cannot hold."""
+    if not isinstance(model, PeftModel):
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise ValueError(
+                "This model has adapters already, but is no PeftModel: pass the PeftModel that was made of it (of a "
+                "pipeline: pipe.model.library.model), or load the base model anew and give them as experts=[...]."
+            )
+        return []
+    for name, config in model.peft_config.items():
+        if config.peft_type != "SVF" or config.modules_to_save or config.trainable_token_indices:
+            raise ValueError(
+                f"Adapter {name!r} of this model cannot be mixed: it is of PEFT type {config.peft_type.value} or "
+                "trains more than z-vectors. Delete it, or load the base model without it."
+            )
+    return list(model.peft_config)
+
+
+def _set_trainable(parameters: Sequence[tuple[torch.nn.Parameter, bool]]) -> None:
+    for parameter, requires_grad in parameters:
+        parameter.requires_grad_(requires_grad)
 
 
 def _load(source: Source, name: str | None) -> Expert:

@@ -70,6 +70,20 @@ class SVFModel(BaseTuner):
     tuner_layer_cls = SVFLayer
     target_module_mapping = DEFAULT_TARGETS  # type: ignore[assignment]
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # A bare config, not PEFT's dict by name: transformers loads an adapter into its own model. Where its file's
+        # keys would not reach the parameters it says nothing, and the base model would answer (read in 5.23.0).
+        loading = (
+            isinstance(peft_config, SVFConfig) and peft_config.fingerprint and not peft_config.fingerprint_recorded
+        )
+        if loading and escape(adapter_name) != adapter_name:
+            raise ValueError(
+                f"transformers' `load_adapter` cannot fill an adapter named {adapter_name!r}: it writes the name into "
+                "parameter names, which takes no dots, no '%' and no name of a `torch.nn.ModuleDict` method. Choose "
+                "another name, or load it with `PeftModel.from_pretrained`, which takes any."
+            )
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """
         Add an adapter: check that it belongs to this base, replace its target modules, give them their bases.
@@ -80,6 +94,8 @@ class SVFModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        if next(_svf_layers(model), None) is None:
+            self._trainable_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         try:
             bases = self._check_base(model, adapter_name, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -88,6 +104,9 @@ class SVFModel(BaseTuner):
             _remove(model, adapter_name)
             for parameter, requires_grad in frozen:
                 parameter.requires_grad_(requires_grad)
+            if hasattr(model, "_hf_peft_config_loaded") and not hasattr(model, "peft_config"):
+                # transformers' `add_adapter` sets it before it comes here
+                model._hf_peft_config_loaded = False  # type: ignore[assignment]
             raise
 
     def fetch_bases(self, known: dict[str, tuple[Basis, Fingerprint]] | None = None) -> None:
@@ -115,6 +134,46 @@ class SVFModel(BaseTuner):
                 wanted = getattr(torch, next(iter(self.peft_config.values())).basis_dtype)
             Q = basis.Q if needed == basis.Q.shape[-1] else basis.Q[:, :needed].clone()
             layer.svf_basis = Q.to(layer.get_base_layer().weight.device, wanted)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge as PEFT does; an adapter that `safe_merge` refuses leaves every weight as it was, not only its own."""
+        before = self._merged()
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except BaseException:
+            self._restore_merged(before)
+            raise
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and safe_merge:  # try all weights before the first layer is gone
+            before = self._merged()
+            self.merge_adapter(adapter_names, safe_merge=True)
+            self._restore_merged(before)
+        return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
+
+    def _merged(self) -> dict[SVFLayer, list[str]]:
+        return {layer: list(layer.merged_adapters) for _, layer in _svf_layers(self.model)}
+
+    def _restore_merged(self, before: dict[SVFLayer, list[str]]) -> None:
+        for layer, names in before.items():
+            if layer.merged_adapters != names:
+                layer.unmerge()
+                if names:
+                    layer.merge(adapter_names=names)
+
+    def withdraw(self, adapter_name: str) -> None:
+        """Take back an adapter whose file was refused: the others go on, and after the first the base is as it was."""
+        if len(self.peft_config) > 1:
+            self.delete_adapter(adapter_name)
+            return
+        for name, parameter in self.unload().named_parameters():
+            parameter.requires_grad_(name in self._trainable_before)
 
     def add_weighted_adapter(
         self,
@@ -265,7 +324,7 @@ class SVFModel(BaseTuner):
             module = modules[name]
             layer = module if isinstance(module, SVFLayer) else None
             if checkpoint is not None and (source == "checkpoint" or name in narrow):
-                base = layer.get_base_layer() if layer is not None else module
+                base: Any = layer.get_base_layer() if layer is not None else module
                 stored = checkpoint.weight(f"{name}.weight", base.weight.data)
                 if stored is not None:
                     return stored.T if isinstance(base, Conv1D) else stored
@@ -393,6 +452,18 @@ class SVFModel(BaseTuner):
         cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Map the keys of a file to those of the model and refuse vectors that do not fit or are not finite."""
+        try:
+            renamed = cls._checked_keys(model, config, adapter_name, state_dict)
+        except ValueError:
+            if isinstance(tuner := getattr(model, "base_model", None), SVFModel):
+                tuner.withdraw(adapter_name)
+            raise
+        return {renamed.get(key, key): value for key, value in state_dict.items()}
+
+    @staticmethod
+    def _checked_keys(
+        model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, str]:
         renamed = {}
         for name, layer in _svf_layers(model):
             if adapter_name not in layer.svf_offset:
@@ -417,7 +488,7 @@ class SVFModel(BaseTuner):
                         "are NaN or infinite: the file is damaged or its training diverged. Use an earlier checkpoint."
                     )
                 renamed[key] = f"{prefix_here}{name}.svf_offset.{escape(adapter_name)}.weight"
-        return {renamed.get(key, key): value for key, value in state_dict.items()}
+        return renamed
 
 
 def _svf_layers(model: nn.Module) -> Iterator[tuple[str, SVFLayer]]:
@@ -436,7 +507,7 @@ def _weight_of(module: nn.Module, model: nn.Module) -> Tensor:
     if isinstance(module, Conv1D):
         return module.weight.T
     backend = resolve_quantization_backend(module, **get_quantization_kwargs(model))
-    return module.weight.data if backend is None else backend.get_base_weight(module)
+    return module.get_parameter("weight").data if backend is None else backend.get_base_weight(module)
 
 
 def _remove(model: nn.Module, adapter_name: str) -> None:

@@ -8,12 +8,12 @@ Inputs and outputs are those of transformers' text-generation pipeline; an optio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextGenerationPipeline
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TextGenerationPipeline
 from transformers.utils.chat_template_utils import Chat, is_valid_message
 
 from .expert import Mixture
 from .library import Source
-from .two_pass import Transformer2Model, base_of
+from .two_pass import Transformer2Model
 
 OPTIONS = ("expert", "mixture", "strategy", "threshold")
 
@@ -55,7 +55,13 @@ class Transformer2Pipeline(TextGenerationPipeline):
         threshold: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(model, Transformer2Model):
+        if isinstance(model, Transformer2Model):
+            if experts or classifier is not None or strategy is not None or threshold:
+                raise ValueError(
+                    "This model is a Transformer2Model, which has its experts, classifier, strategy and threshold: "
+                    "pass them when it is made."
+                )
+        else:
             if tokenizer is None:
                 raise ValueError(
                     "The transformer2 pipeline needs a tokenizer: pass tokenizer=... with a loaded model."
@@ -67,11 +73,8 @@ class Transformer2Pipeline(TextGenerationPipeline):
     def from_pretrained(
         cls, model: str | None = None, *, experts: Sequence[Source] | Mapping[str, Source], **kwargs: Any
     ) -> "Transformer2Pipeline":
-        """Load the base model (default: the one the experts name), its tokenizer and the experts."""
-        model = model or base_of(experts)
-        named = {key: kwargs.pop(key) for key in ("classifier", "strategy", "threshold") if key in kwargs}
-        base = AutoModelForCausalLM.from_pretrained(model, **kwargs)
-        return cls(base, AutoTokenizer.from_pretrained(model), experts=experts, **named)
+        """Load base model, tokenizer and experts; arguments as in [`~two_pass.Transformer2Model.from_pretrained`]."""
+        return cls(Transformer2Model.from_pretrained(model, experts, **kwargs))
 
     def check_model_type(self, supported_models: Any) -> None:
         """Accept any model: transformers' check knows no PEFT models."""
@@ -79,12 +82,19 @@ class Transformer2Pipeline(TextGenerationPipeline):
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Refuse: transformers would write the base model's full weights and lose the experts."""
         raise ValueError(
-            "A transformer2 pipeline is saved by its experts: pipe.model.library.model.save_pretrained(folder). They "
-            "name their base model."
+            "A transformer2 pipeline is saved by its experts, which name their base model: "
+            "pipe.model.library.model.save_pretrained(folder), or for the Hub "
+            "peft_svf.push_expert(pipe.model.library.model, repo_id, adapter_name=...) for each."
         )
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse as `save_pretrained` does, before transformers creates the repository."""
+        self.save_pretrained(None)
 
     def _sanitize_parameters(self, return_dispatch: bool | None = None, **kwargs: Any) -> tuple[dict, dict, dict]:
         chosen = {name: kwargs.pop(name) for name in OPTIONS if kwargs.get(name) is not None}
+        if "expert" in chosen or "mixture" in chosen:  # one in a call goes before the other in the constructor
+            chosen = {"expert": None, "mixture": None, **chosen}
         preprocess, forward, postprocess = super()._sanitize_parameters(
             **{name: value for name, value in kwargs.items() if name not in OPTIONS}
         )
@@ -93,6 +103,8 @@ class Transformer2Pipeline(TextGenerationPipeline):
         return preprocess, {**forward, **chosen}, postprocess
 
     def __call__(self, text_inputs: Any, **kwargs: Any) -> Any:
+        if kwargs.get("expert") is not None and kwargs.get("mixture") is not None:
+            raise ValueError("Give an expert or a mixture, not both.")
         for name in ("expert", "mixture"):
             given = kwargs.get(name)
             if isinstance(given, (list, tuple)):

@@ -10,8 +10,8 @@ names of TRL were read in 1.16.
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -103,7 +103,6 @@ class ReinforceConfig(GRPOConfig):
     weight_decay: float = 0.0
     beta: float = 0.0
     metric_for_best_model: str | None = "eval_reward"
-    greater_is_better: bool | None = True
     advantage_estimator: Estimator = field(default="rloo", metadata={"help": "How rewards become advantages."})
     reward_clip: float | None = field(default=None, metadata={"help": "Clip rewards to [-x, x]."})
     kl_direction: Literal["policy_ref", "ref_policy"] = field(default="policy_ref", metadata={"help": "Which KL."})
@@ -127,9 +126,12 @@ class ReinforceConfig(GRPOConfig):
             raise ValueError("With beta > 0 only importance_sampling_level='token' penalises a KL divergence.")
         if self.kl_direction not in ("policy_ref", "ref_policy"):
             raise ValueError(f"`kl_direction` must be 'policy_ref' or 'ref_policy', got {self.kl_direction!r}.")
+        if self.early_stopping_patience is not None and self.eval_strategy == "no":
+            raise ValueError("early_stopping_patience counts evaluations: set eval_strategy to 'steps' or 'epoch'.")
         self.use_bias_correction_kl = self.kl_direction == "policy_ref"
         if self.greedy_rollouts:
-            self.generation_kwargs: dict[str, Any] = {**(self.generation_kwargs or {}), "do_sample": False}
+            greedy = {"temperature": 0.0} if self.use_vllm else {"do_sample": False}
+            self.generation_kwargs: dict[str, Any] = {**(self.generation_kwargs or {}), **greedy}
             self.vllm_importance_sampling_correction = False  # a greedy token has log-probability 0 there
         if single:  # GRPO's checks want groups; one that is the whole batch passes them
             steps = self.steps_per_generation or self.gradient_accumulation_steps
@@ -141,8 +143,6 @@ class ReinforceConfig(GRPOConfig):
         super().__post_init__()
         if single:
             self.num_generations = 1
-        if not self.remove_unused_columns and self.eval_strategy == "no":
-            self.metric_for_best_model = None  # nothing to choose the best by
 
     @classmethod
     def paper(cls, **kwargs: Any) -> "ReinforceConfig":
@@ -200,7 +200,14 @@ class ReinforceTrainer(MergedGenerationMixin, GRPOTrainer):
             for name in {"gradient_checkpointing", "activation_checkpointing"} & set(vars(args)):
                 setattr(args, name, False)  # the prompt's cache is shared by its choices
             args.mask_truncated_completions = False  # a choice is never cut off
+            args.pad_to_multiple_of = None  # its number takes one place
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
+        prompts = args.generation_batch_size // args.num_generations
+        if isinstance(self.train_dataset, Sized) and len(self.train_dataset) < prompts:
+            raise ValueError(
+                f"A step takes {prompts} different prompts, but the training data have {len(self.train_dataset)} "
+                "rows: lower per_device_train_batch_size or raise num_generations."
+            )
         for parameter in self.model.parameters():
             if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()  # TRL makes them bfloat16 on quantised bases
@@ -212,16 +219,30 @@ class ReinforceTrainer(MergedGenerationMixin, GRPOTrainer):
         return "train" if self.model.training else "eval"
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate as `GRPOTrainer` does, on greedy completions unless `greedy_eval=False`."""
-        before: Any = self.generation_config  # type: ignore[has-type]
-        if self.args.greedy_eval and isinstance(before, GenerationConfig):
-            self.generation_config = GenerationConfig.from_dict(
-                {**before.to_dict(), "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-            )
-        try:
+        """
+        Evaluate as `GRPOTrainer` does, on greedy completions unless `greedy_eval=False`.
+
+        The state of the random generators is put back: training goes on as if there had been no evaluation.
+        """
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self._greedy() if self.args.greedy_eval else nullcontext():
             return super().evaluate(*args, **kwargs)
+
+    @contextmanager
+    def _greedy(self) -> Iterator[None]:
+        """Generate the likeliest completions while the context is open."""
+        if self.args.use_vllm:
+            holder, name, greedy = self.vllm_generation, "temperature", 0.0
+        else:
+            off = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            greedy = GenerationConfig.from_dict({**self.generation_config.to_dict(), **off})  # type: ignore[has-type]
+            holder, name = self, "generation_config"
+        before = getattr(holder, name)
+        setattr(holder, name, greedy)
+        try:
+            yield
         finally:
-            self.generation_config = before
+            setattr(holder, name, before)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         rewards = super()._calculate_rewards(*args, **kwargs)

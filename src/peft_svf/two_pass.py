@@ -8,6 +8,7 @@ passes: the weights differ. Between calls the model is the base model with its a
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .adaptation import dispatch, few_shot
+from .adaptation import check_strategy, dispatch, few_shot
 from .expert import OTHER, Expert, Mixture
-from .library import ExpertLibrary, Source
+from .library import ExpertLibrary, Source, explicit
 from .tasks import Task
 
 Chosen = Mixture | Mapping[str, float]
+TOKENIZER_KWARGS = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only", "force_download")
 
 
 class Transformer2Model:
@@ -42,6 +44,9 @@ class Transformer2Model:
             `"prompt"` or `"classifier"`; default `"classifier"` where there is one.
         threshold (`float`):
             Below this confidence of the first pass the base model answers.
+
+    Raises:
+        `ValueError`: for what [`~library.ExpertLibrary`] refuses, or `"classifier"` without a classifier.
     """
 
     def __init__(
@@ -55,7 +60,8 @@ class Transformer2Model:
     ) -> None:
         self.tokenizer = tokenizer
         self.library = ExpertLibrary(model, experts, classifier)
-        self.strategy = strategy or ("classifier" if classifier is not None else "prompt")
+        self.strategy = strategy or ("classifier" if self.library.classifier else "prompt")
+        check_strategy(self.library, self.strategy)
         self.threshold = threshold
 
     @classmethod
@@ -74,17 +80,20 @@ class Transformer2Model:
 
         Args:
             model (`str`, *optional*):
-                Folder or repository of the base model; default the one that the experts name.
+                Folder or repository of the base model; default the one that the experts name, in their revision.
             kwargs:
-                For `AutoModelForCausalLM.from_pretrained`. The others as in [`Transformer2Model`].
+                For `AutoModelForCausalLM.from_pretrained`, some for the tokenizer too: `revision`, `token`,
+                `trust_remote_code`, `cache_dir`. The others as in [`Transformer2Model`].
 
         Raises:
             `ValueError`: without `model`, if the experts name none or several.
             `OSError`: if the base model cannot be loaded.
         """
-        model = model or base_of(experts)
+        if model is None:
+            model, revision = base_of(experts)
+            kwargs = {"revision": revision, **kwargs} if revision else kwargs
         base = AutoModelForCausalLM.from_pretrained(model, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, **{k: kwargs[k] for k in TOKENIZER_KWARGS if k in kwargs})
         return cls(base, tokenizer, experts, classifier, strategy, threshold)
 
     def __getattr__(self, name: str) -> Any:
@@ -108,7 +117,7 @@ class Transformer2Model:
             prompts (`Sequence[str | list[dict]]`):
                 Texts or chats.
             expert (`str` or `Sequence[str]`, *optional*):
-                One name for all prompts or one for each; `"other"` is the base model.
+                One name for all prompts or a list with one for each; `"other"` is the base model.
             mixture ([`~expert.Mixture`], `dict[str, float]` or a sequence of them, *optional*):
                 The same with mixtures.
             strategy, threshold:
@@ -122,24 +131,19 @@ class Transformer2Model:
         """
         if expert is not None and mixture is not None:
             raise ValueError("Give an expert or a mixture, not both.")
-        if expert is not None:
-            chosen = [expert] if isinstance(expert, str) else list(expert)
-            found = [Mixture() if name == OTHER else Mixture({name: 1.0}) for name in chosen]
-        elif mixture is not None:
-            given = [mixture] if isinstance(mixture, (Mixture, Mapping)) else list(mixture)
-            found = [m if isinstance(m, Mixture) else Mixture(dict(m)) for m in given]
-        else:
+        given = mixture if expert is None else expert
+        if given is None:
             how, limit = strategy or self.strategy, self.threshold if threshold is None else threshold
             return dispatch(self.library, self.tokenizer, prompts, strategy=how, threshold=limit)
-        if len(found) == 1:
-            found *= len(prompts)
+        found = _each(given, len(prompts))
         if len(found) != len(prompts):
             raise ValueError(f"There are {len(prompts)} prompts, but experts or mixtures for {len(found)}.")
         known = [*self.library.names, OTHER]
         for m in found:
             if unknown := [name for name in m.alpha if name not in known]:
                 raise ValueError(f"There is no expert {unknown[0]!r}; there are {', '.join(known)}.")
-        return found
+        certain = {m.choice: {name: float(name == m.choice) for name in known} for m in found}
+        return [replace(m, probabilities=m.probabilities or certain[m.choice]) for m in found]
 
     def generate(
         self,
@@ -158,7 +162,8 @@ class Transformer2Model:
 
         Args:
             input_ids (`torch.Tensor` of shape `(batch, tokens)`):
-                The prompts as the second pass reads them, left-padded.
+                The prompts as the second pass reads them, left-padded. Without them an answer to nothing is generated,
+                as `generate` does; then the expert or mixture has to be given.
             prompts (`Sequence`, *optional*):
                 The same as texts or chats, for the first pass; default `input_ids`, decoded.
             expert, mixture, strategy, threshold:
@@ -176,18 +181,19 @@ class Transformer2Model:
         """
         if kwargs.get("past_key_values") is not None:
             raise ValueError("A key/value cache holds the activations of other weights: pass input_ids alone.")
-        if input_ids is None:
+        if input_ids is None and prompts is None and expert is None and mixture is None:
             raise ValueError("generate needs input_ids of shape (batch, tokens).")
+        rows, length = (1, 0) if input_ids is None else input_ids.shape
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and input_ids.shape[1] >= limit:
+        if limit is not None and length >= limit:
             raise ValueError(
-                f"The prompt has {input_ids.shape[1]} tokens, but the model's context is {limit}: shorten it to leave "
+                f"The prompt has {length} tokens, but the model's context is {limit}: shorten it to leave "
                 "room for an answer."
             )
         if prompts is None:
-            prompts = self.tokenizer.batch_decode(input_ids, skip_special_tokens=True)
-        if len(prompts) != input_ids.shape[0]:
-            raise ValueError(f"There are {len(prompts)} prompts for {input_ids.shape[0]} rows of input_ids.")
+            prompts = [""] if input_ids is None else self.tokenizer.batch_decode(input_ids, skip_special_tokens=True)
+        if len(prompts) != rows:
+            raise ValueError(f"There are {len(prompts)} prompts for {rows} rows of input_ids.")
         mixtures = self.first_pass(prompts, expert=expert, mixture=mixture, strategy=strategy, threshold=threshold)
         with self.library.activate(mixtures) as model, torch.no_grad():
             output = model.generate(input_ids=input_ids, **kwargs)
@@ -203,7 +209,7 @@ class Transformer2Model:
             task ([`~tasks.Task`], *optional*):
                 Checks generated answers.
             search:
-                `population`, `iterations`, `elites`, `seed`, `batch_size`, `normalize`.
+                `population`, `iterations`, `elites`, `seed`, `batch_size`, `normalize`, and arguments of `generate`.
 
         Returns:
             [`~expert.Mixture`], to be passed as `mixture=` or saved.
@@ -213,14 +219,20 @@ class Transformer2Model:
     @contextmanager
     def using(self, mixture: Chosen) -> Iterator[PeftModel]:
         """Give the model one mixture while the context is open, for forwards of one's own."""
-        chosen = mixture if isinstance(mixture, Mixture) else Mixture(dict(mixture))
-        with self.library.activate(chosen) as model:
+        with self.library.activate(_each(mixture, 1)) as model:
             yield model
 
 
-def base_of(experts: Sequence[Source] | Mapping[str, Source]) -> str:
+def _each(given: str | Chosen | Sequence[str | Chosen], count: int) -> list[Mixture]:
+    """The mixtures of `count` prompts, of what was given for all of them or as a list."""
+    each = [given] * count if isinstance(given, (str, Mixture, Mapping)) else given
+    mixtures = (explicit(g) if isinstance(g, str) else g if isinstance(g, Mixture) else Mixture(dict(g)) for g in each)
+    return list(mixtures)
+
+
+def base_of(experts: Sequence[Source] | Mapping[str, Source]) -> tuple[str, str | None]:
     """
-    The base model that experts name.
+    The base model that experts name, and its revision where they name one.
 
     Raises:
         `ValueError`: if they name none, or several.
@@ -228,9 +240,11 @@ def base_of(experts: Sequence[Source] | Mapping[str, Source]) -> str:
     sources = experts.values() if isinstance(experts, Mapping) else experts
     loaded = [source if isinstance(source, Expert) else Expert.load(source) for source in sources]
     names = sorted({expert.base_model for expert in loaded if expert.base_model})
-    if len(names) != 1:
+    revisions = sorted({str(expert.config["revision"]) for expert in loaded if expert.config.get("revision")})
+    if len(names) != 1 or len(revisions) > 1:
+        named = ", ".join([*names, *(f"revision {revision}" for revision in revisions)])
         raise ValueError(
-            f"The experts name {'no base model' if not names else 'several base models: ' + ', '.join(names)}. Write "
+            f"The experts name {'several base models: ' + named if names else 'no base model'}. Write "
             'pipeline("transformer2", model="<base model>", experts=[...]).'
         )
-    return names[0]
+    return names[0], revisions[0] if revisions else None

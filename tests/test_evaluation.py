@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of scoring: log-likelihoods of choices against plain forwards, and the arithmetic of a summary."""
+
+import contextlib
+import math
+
+import pico
+import pytest
+import torch
+from peft import get_peft_model
+from tiny_model import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from peft_svf import SVFConfig
+from peft_svf.evaluation import Summary, choice_logps, evaluate, paired_difference, prompt_text, score_choices, wilson
+from peft_svf.tasks import get_task
+
+TOKENIZER = tiny_tokenizer()
+END = TOKENIZER.eos_token_id
+
+
+def chat(text):
+    return [{"role": "user", "content": text}]
+
+
+ROWS = [
+    {"id": "a", "prompt": chat("what falls from clouds?"), "choices": ["rain", "a stone", "sand", "fish"], "label": 0},
+    {"id": "b", "prompt": chat("2+2"), "choices": ["4", "22"], "label": 0},
+    {"id": "c", "prompt": chat("which one is a metal"), "choices": ["x", "y", "iron"], "label": 2},
+    {"id": "d", "prompt": "a plain text, no chat", "choices": ["only this"], "label": 0},
+]
+
+
+def build(kind="llama", dtype=torch.float32, **kwargs):
+    """A tiny model that reads `TOKENIZER`; contexts have 64 tokens."""
+    config = pico.config(kind, **kwargs)
+    config.vocab_size = len(TOKENIZER)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+
+
+def ids_of(text):
+    return TOKENIZER.convert_tokens_to_ids(list(text))
+
+
+def prompt_ids(row):
+    if isinstance(row["prompt"], str):
+        return ids_of(row["prompt"])
+    user, answer = TOKENIZER.convert_tokens_to_ids(["<u>", "<a>"])
+    return [user, *ids_of(row["prompt"][0]["content"]), END, answer]
+
+
+def plain_logp(model, prompt, choice):
+    """Log-likelihood of one choice by one forward of the whole text: no padding, no cache."""
+    logits = model(input_ids=torch.tensor([prompt + choice]), use_cache=False).logits[0].double()
+    logps = logits.log_softmax(-1)
+    return sum(logps[len(prompt) - 1 + t, token] for t, token in enumerate(choice))
+
+
+def plain_logps(model, row, end=()):
+    return torch.stack([plain_logp(model, prompt_ids(row), [*ids_of(text), *end]) for text in row["choices"]])
+
+
+def tolerance(dtype=torch.float32):
+    return {"rtol": 1e-5, "atol": 2e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.2}
+
+
+def close(found, expected, dtype=torch.float32):
+    torch.testing.assert_close(found.double(), expected.double(), **tolerance(dtype))
+
+
+# --- the log-likelihoods
+
+
+@pytest.mark.parametrize("kind", pico.CAUSAL)
+def test_choices_score_as_in_plain_forwards(kind):
+    model = build(kind)
+    with torch.no_grad():
+        found = choice_logps(model, TOKENIZER, ROWS)
+        for row, logps in zip(ROWS, found, strict=True):
+            close(logps[: len(row["choices"])], plain_logps(model, row))
+
+
+def test_choices_score_as_in_plain_forwards_where_the_prompt_exceeds_the_sliding_window():
+    model = build("gemma3_text", sliding_window=8)
+    with torch.no_grad():
+        found = choice_logps(model, TOKENIZER, ROWS)
+        for row, logps in zip(ROWS, found, strict=True):
+            close(logps[: len(row["choices"])], plain_logps(model, row))
+
+
+def test_choices_score_as_in_plain_forwards_in_bfloat16():
+    model = build(dtype=torch.bfloat16)
+    with torch.no_grad():
+        found = choice_logps(model, TOKENIZER, ROWS)
+        for row, logps in zip(ROWS, found, strict=True):
+            close(logps[: len(row["choices"])], plain_logps(model, row), torch.bfloat16)
+    assert found.dtype == torch.float32
+
+
+def test_absent_choices_are_impossible_and_only_they():
+    with torch.no_grad():
+        found = choice_logps(build(), TOKENIZER, ROWS)
+    absent = torch.tensor([[k >= len(row["choices"]) for k in range(4)] for row in ROWS])
+    assert found.shape == (4, 4)
+    assert torch.equal(found == -math.inf, absent)
+    assert torch.equal(found.softmax(-1)[absent], torch.zeros(int(absent.sum())))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_batch_scores_as_its_rows_one_by_one(kind):
+    model = build(kind)
+    with torch.no_grad():
+        batch = choice_logps(model, TOKENIZER, ROWS)
+        for row, logps in zip(ROWS, batch, strict=True):
+            close(logps[: len(row["choices"])], choice_logps(model, TOKENIZER, [row])[0])
+
+
+@pytest.mark.parametrize("choices", [["4", "48"], ["48", "4", "5"], ["7", "7"]])
+def test_where_a_choice_begins_another_all_of_that_row_end_with_the_end_of_turn(choices):
+    model = build()
+    row = {"id": "n", "prompt": chat("6*8"), "choices": choices}
+    with torch.no_grad():
+        found = choice_logps(model, TOKENIZER, [row, ROWS[0]])
+        close(found[0, : len(choices)], plain_logps(model, row, end=[END]))
+        close(found[1], plain_logps(model, ROWS[0]))  # no other row is touched
+
+
+def test_gradients_are_those_of_the_plain_forwards():
+    model = get_peft_model(build(), SVFConfig(init_weights=False))
+    offsets = [p for p in model.parameters() if p.requires_grad]
+    draws = torch.Generator().manual_seed(1)
+    total = plain_total = torch.tensor(0.0)
+    found = choice_logps(model, TOKENIZER, ROWS)
+    for row, logps in zip(ROWS, found, strict=True):
+        weights = torch.randn(len(row["choices"]), generator=draws)
+        total = total + (weights * logps[: len(row["choices"])]).sum()
+        plain_total = plain_total + (weights * plain_logps(model, row)).sum()
+    for one, other in zip(torch.autograd.grad(total, offsets), torch.autograd.grad(plain_total, offsets), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])  # OPT flattens batch and tokens before its MLP
+def test_rows_with_their_own_adapters_score_as_one_by_one(kind):
+    model = get_peft_model(build(kind), SVFConfig(init_weights=False))
+    model.add_adapter("other", SVFConfig(init_weights=False))
+    names = ["other", "__base__", "default", "other"]
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        for layer in pico.svf_layers(model).values():
+            stack.enter_context(layer.rows(layer.named_offsets(names)))
+        found = choice_logps(model, TOKENIZER, ROWS)
+    for name, row, logps in zip(names, ROWS, found, strict=True):
+        with torch.no_grad(), model.disable_adapter() if name == "__base__" else contextlib.nullcontext():
+            if name != "__base__":
+                model.set_adapter(name)
+            close(logps[: len(row["choices"])], plain_logps(model, row))
+
+
+def test_a_prompt_may_fill_the_context_and_not_exceed_it():
+    model = build("gpt2")  # learned positions, 64 of them
+    fits = {"id": "fits", "prompt": "a" * 60, "choices": ["bcde", "f"]}
+    with torch.no_grad():
+        close(choice_logps(model, TOKENIZER, [fits])[0], plain_logps(model, fits))
+    with pytest.raises(ValueError, match=r"65 tokens, but the model's context is 64"):
+        choice_logps(model, TOKENIZER, [{**fits, "choices": ["bcdef", "f"]}])
+
+
+def test_a_long_prompt_and_another_rows_long_choice_share_a_batch():
+    model = build("gpt2")
+    rows = [{"prompt": "a" * 60, "choices": ["bc", "f"]}, {"prompt": "ab", "choices": ["c" * 40, "d"]}]
+    with torch.no_grad():
+        found = choice_logps(model, TOKENIZER, rows)
+        for row, logps in zip(rows, found, strict=True):
+            close(logps, plain_logps(model, row))
+
+
+@pytest.mark.parametrize("choices", [[], ["a", ""]])
+def test_a_row_without_choices_is_refused_by_name(choices):
+    with pytest.raises(ValueError, match="Row 'empty' needs choices that are texts"):
+        choice_logps(build(), TOKENIZER, [{"id": "empty", "prompt": "a", "choices": choices}])
+
+
+def test_an_empty_prompt_is_refused_by_name():
+    with pytest.raises(ValueError, match="Row 'silent' has an empty prompt"):
+        choice_logps(build(), TOKENIZER, [{"id": "silent", "prompt": "", "choices": ["a", "b"]}])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("choices", [["a", "b"], ["abc", "b"]])
+def test_gradient_checkpointing_is_refused_while_training(kind, choices):
+    model = get_peft_model(build(kind), SVFConfig())
+    base = model.get_base_model()
+    getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()  # the name since 5.23
+    row = {"id": "r", "prompt": "abc", "choices": choices}
+    with torch.no_grad():
+        model.eval()  # transformers checkpoints only while training
+        close(choice_logps(model, TOKENIZER, [row])[0], plain_logps(model, row))
+    model.train()
+    with pytest.raises(ValueError, match="turn gradient checkpointing off"):
+        choice_logps(model, TOKENIZER, [row])
+
+
+def test_a_chat_without_a_template_is_its_lines():
+    bare = tiny_tokenizer()
+    bare.chat_template = None
+    assert prompt_text(bare, [{"role": "system", "content": "s"}, *chat("u")]) == "s\nu\n"
+    assert prompt_text(TOKENIZER, chat("u")) == "<u>u<end><a>"
+    assert prompt_text(TOKENIZER, "as it is") == "as it is"
+
+
+# --- evaluate
+
+
+def numbered(n):
+    """Rows whose prompts' lengths are in no order."""
+    return [
+        {
+            "id": i,
+            "prompt": "q" * (1 + (7 * i) % 11),
+            "choices": [f"a{i}", f"b{i}", "c"],
+            "label": i % 3,
+            "task": "t",
+        }
+        for i in range(n)
+    ]
+
+
+def test_records_stand_in_the_order_of_the_rows():
+    model, rows = tiny_model(), numbered(10)
+    summary = evaluate(model, TOKENIZER, rows, batch_size=3)
+    assert [record["id"] for record in summary.records] == list(range(10))
+    with torch.no_grad():
+        policy = torch.stack([plain_logps(model, row) for row in rows]).softmax(-1)
+    best = policy.max(-1)
+    assert [record["choice"] for record in summary.records] == best.indices.tolist()
+    close(torch.tensor([record["probability"] for record in summary.records]), best.values)
+    right = [k == row["label"] for row, k in zip(rows, best.indices.tolist(), strict=True)]
+    assert [record["right"] for record in summary.records] == right
+    assert summary.accuracy == sum(right) / 10
+    assert summary.interval == wilson(sum(right), 10)
+    assert (summary.task, summary.form, summary.n) == ("t", "choice", 10)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluate_leaves_the_mode_as_it_was(training):
+    model = tiny_model().train(training)
+    evaluate(model, TOKENIZER, numbered(3))
+    assert model.training is training
+    with pytest.raises(ValueError, match="needs choices"):
+        evaluate(model, TOKENIZER, [{"id": 0, "prompt": "q", "choices": [], "label": 0}])
+    assert model.training is training
+
+
+def test_evaluate_builds_no_graph():
+    model = get_peft_model(tiny_model(), SVFConfig(init_weights=False))
+    evaluate(model, TOKENIZER, numbered(3))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_no_rows_are_refused():
+    with pytest.raises(ValueError, match="no rows to evaluate"):
+        evaluate(tiny_model(), TOKENIZER, [])
+
+
+def test_generated_rows_are_judged_on_greedy_completions():
+    model, task = tiny_model(), get_task("svamp")
+    rows = [{"id": i, "prompt": chat("q" * n), "answer": "5", "task": "svamp"} for i, n in enumerate([9, 2, 5, 30])]
+    summary = evaluate(model, TOKENIZER, rows, batch_size=2, max_new_tokens=6)
+    assert (summary.form, [record["id"] for record in summary.records]) == ("generate", [0, 1, 2, 3])
+    for row, record in zip(rows, summary.records, strict=True):
+        ids, new = prompt_ids(row), []
+        for _ in range(6):
+            with torch.no_grad():
+                new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
+            if new[-1] == END:
+                break
+        assert record["completion"] == TOKENIZER.decode(new, skip_special_tokens=True)
+        assert record["right"] == task.check(record["completion"], row)
+
+
+def test_likeliest_choice_is_scored():
+    logps = torch.tensor([[-1.0, -3.0, -math.inf], [-9.0, -2.0, -2.5]])
+    records = score_choices(logps, [{"id": "u", "label": 0}, {"label": 2}])
+    assert [(record["id"], record["choice"], record["right"]) for record in records] == [
+        ("u", 0, True),
+        (None, 1, False),
+    ]
+    assert records[0]["probability"] == pytest.approx(1 / (1 + math.exp(-2)))
+
+
+# --- the arithmetic
+
+
+@pytest.mark.parametrize(
+    "right, n, low, high",
+    [  # Wilson's formula, worked out with mpmath to four places
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (1, 10, 0.0179, 0.4042),
+        (50, 100, 0.4038, 0.5962),
+        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, table I
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_interval_has_its_published_values(right, n, low, high):
+    assert wilson(right, n) == pytest.approx((low, high), abs=6e-5)
+
+
+def test_without_trials_any_accuracy_is_possible():
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+def summary_of(right, ids=None):
+    records = [{"id": i if ids is None else ids[i], "right": bool(r)} for i, r in enumerate(right)]
+    return Summary("t", "choice", len(right), 0.0, (0.0, 1.0), 0.0, records)
+
+
+def test_paired_difference_by_hand():
+    one, other = summary_of([1, 1, 0, 1, 0, 1, 1, 0]), summary_of([1, 0, 0, 0, 1, 0, 1, 0])
+    gaps = [0, 1, 0, 1, -1, 1, 0, 0]
+    mean = sum(gaps) / 8
+    deviation = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / 8)
+    half = 1.959964 * deviation / math.sqrt(8)
+    found, (low, high) = paired_difference(one, other)
+    assert found == pytest.approx(mean)
+    assert (low, high) == pytest.approx((mean - half, mean + half), abs=1e-6)
+    assert paired_difference(other, one)[0] == -found
+    assert paired_difference(one, one) == (0.0, (0.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    "other", [summary_of([1, 0]), summary_of([1, 0, 1], ids=[0, 2, 1]), summary_of([1, 0, 1], ids=[0, 1, 9])]
+)
+def test_summaries_of_different_rows_do_not_compare(other):
+    with pytest.raises(ValueError, match="Only summaries of the same rows compare"):
+        paired_difference(summary_of([1, 0, 1]), other)
+    with pytest.raises(ValueError, match="Only summaries of the same rows compare"):
+        paired_difference(summary_of([]), summary_of([]))
+
+
+def test_a_summary_is_json_with_and_without_its_records():
+    summary = summary_of([1, 0])
+    assert "records" not in summary.to_json()
+    assert summary.to_json(records=True)["records"] == summary.records
+    assert summary.to_json()["interval"] == (0.0, 1.0)

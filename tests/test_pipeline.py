@@ -1,0 +1,420 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of `pipeline("transformer2", ...)`: text-generation's inputs and outputs, and one more key if asked for."""
+
+import threading
+
+import experts
+import pytest
+import torch
+from experts import GREEDY, alone, assert_same, base, state, write
+from tiny_model import tiny_tokenizer
+from torch.utils.data import Dataset
+from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStreamer, pipeline
+
+from peft_svf import Mixture, Transformer2Model, Transformer2Pipeline, two_pass
+
+TEXTS = ["What is 3 + 4?", "def", "Tell me a story."]
+CHATS = [[{"role": "user", "content": text}] for text in TEXTS]
+HISTORY = [{"role": "system", "content": "Be brief."}, *CHATS[1], {"role": "assistant", "content": "pass"}, *CHATS[0]]
+INPUTS = {
+    "text": TEXTS[0],
+    "texts": TEXTS,
+    "chat": CHATS[0],
+    "history": HISTORY,
+    "chats": CHATS,
+    "one in a list": TEXTS[:1],
+}
+OPTIONS = {
+    "default": {},
+    "batch of 3": {"batch_size": 3},
+    "batch of 2": {"batch_size": 2},
+    "new text": {"return_full_text": False},
+    "tensors": {"return_tensors": True},
+    "sequences": {"num_beams": 2, "num_return_sequences": 2},
+    "sequences in batches": {"num_beams": 2, "num_return_sequences": 2, "batch_size": 3},
+    "scores": {"return_dict_in_generate": True, "output_scores": True},
+}
+NAMES = ["code", "math", "other"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return experts.write_all(tmp_path_factory.mktemp("experts"))
+
+
+def make(folders, **kwargs):
+    paths = [folders["math"], folders["code"]]
+    given = {"experts": paths, "classifier": folders["kinds"]} | kwargs
+    return pipeline("transformer2", model=base(), tokenizer=tiny_tokenizer(), **given)
+
+
+@pytest.fixture(scope="module")
+def pipe(folders):
+    return make(folders)
+
+
+@pytest.fixture(scope="module")
+def stock():
+    return pipeline("text-generation", model=base(), tokenizer=tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def stock_math(folders):
+    """What text-generation answers with the expert alone."""
+    return pipeline("text-generation", model=alone(folders["math"]).base_model.model, tokenizer=tiny_tokenizer())
+
+
+# --- outputs
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_other_gives_what_text_generation_gives_on_the_base(inputs, options, pipe, stock):
+    settings = GREEDY | OPTIONS[options]
+    assert pipe(INPUTS[inputs], expert="other", **settings) == stock(INPUTS[inputs], **settings)
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_an_expert_gives_what_text_generation_gives_on_it(inputs, pipe, stock, stock_math):
+    expected = stock_math(INPUTS[inputs], **GREEDY)
+    assert pipe(INPUTS[inputs], expert="math", **GREEDY) == expected
+    assert pipe(INPUTS[inputs], mixture={"math": 1.0}, batch_size=3, **GREEDY) == expected
+    assert expected != stock(INPUTS[inputs], **GREEDY)
+
+
+def shape(output):
+    """The nesting and the keys of an output, without its texts."""
+    if isinstance(output, list):
+        return [shape(item) for item in output]
+    return sorted(output) if isinstance(output, dict) else type(output)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_the_shape_is_text_generations_also_with_a_first_pass(inputs, options, pipe, stock):
+    settings = GREEDY | OPTIONS[options]
+    found = pipe(INPUTS[inputs], **settings)
+    expected = stock(INPUTS[inputs], **settings)
+    if "return_tensors" in settings or "output_scores" in settings:
+        assert [type(item) for item in found] == [type(item) for item in expected]
+    else:
+        assert shape(found) == shape(expected)
+
+
+def test_each_prompt_is_answered_with_its_own_decision(pipe):
+    decided = pipe.model.first_pass(TEXTS)
+    assert len({mixture.choice for mixture in decided}) > 1, "the tiny model chooses one for all: choose other seeds"
+    expected = [pipe(text, mixture=mixture, **GREEDY) for text, mixture in zip(TEXTS, decided, strict=True)]
+    for batch_size in (1, 2, 3):
+        assert pipe(TEXTS, batch_size=batch_size, **GREEDY) == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("inputs", [TEXTS, CHATS], ids=["texts", "chats"])
+@pytest.mark.parametrize(
+    "chosen",
+    [{"expert": ["math", "other", "code"]}, {"mixture": [{"math": 0.6}, Mixture({"code": 1.0}), {}]}],
+    ids=["expert", "mixture"],
+)
+def test_a_list_gives_each_prompt_its_own_choice(chosen, inputs, batch_size, pipe):
+    ((kind, each),) = chosen.items()
+    expected = [pipe(prompt, **{kind: one}, **GREEDY) for prompt, one in zip(inputs, each, strict=True)]
+    assert len({str(answer[0]["generated_text"])[-9:] for answer in expected}) == 3
+    assert pipe(inputs, batch_size=batch_size, **chosen, **GREEDY) == expected
+
+
+def test_beams_and_returned_sequences_stay_with_their_prompt(pipe):
+    settings = GREEDY | {"num_beams": 3, "num_return_sequences": 2}
+    each = ["math", "other", "code"]
+    expected = [pipe(text, expert=name, **settings) for text, name in zip(TEXTS, each, strict=True)]
+    found = pipe(TEXTS, expert=each, batch_size=3, return_dispatch=True, **settings)
+    assert [[record["generated_text"] for record in row] for row in found] == [
+        [record["generated_text"] for record in row] for row in expected
+    ]
+    assert [[record["dispatch"]["choice"] for record in row] for row in found] == [[name] * 2 for name in each]
+
+
+def test_sampling_with_a_seed_gives_what_text_generation_gives(pipe, stock):
+    settings = {"max_new_tokens": 8, "do_sample": True, "temperature": 0.7}
+    torch.manual_seed(3)
+    expected = stock(TEXTS, **settings)
+    torch.manual_seed(3)
+    assert pipe(TEXTS, expert="other", **settings) == expected
+    decided = pipe.model.first_pass([TEXTS[0]])
+    torch.manual_seed(3)
+    expected = pipe(TEXTS[0], mixture=decided[0], **settings)
+    torch.manual_seed(3)
+    assert pipe(TEXTS[0], **settings) == expected
+
+
+# --- return_dispatch
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("inputs", ["text", "texts", "chat", "chats"])
+def test_return_dispatch_adds_the_decision_and_nothing_else(inputs, batch_size, pipe):
+    given = INPUTS[inputs]
+    plain = pipe(given, batch_size=batch_size, **GREEDY)
+    found = pipe(given, batch_size=batch_size, return_dispatch=True, **GREEDY)
+    several = isinstance(found[0], list)
+    decided = [record.pop("dispatch") for (record,) in (found if several else [found])]
+    assert found == plain
+    expected = [mixture.record() for mixture in pipe.model.first_pass(given if several else [given])]
+    for decision, other in zip(decided, expected, strict=True):
+        assert list(decision) == ["choice", "confidence", "probabilities", "alpha"]
+        assert decision["choice"] == other["choice"] and decision["alpha"] == other["alpha"]
+        assert decision["alpha"] in ({}, {decision["choice"]: 1.0})
+        assert list(decision["probabilities"]) == NAMES
+        assert decision["probabilities"] == pytest.approx(other["probabilities"], abs=1e-4)
+        assert sum(decision["probabilities"].values()) == pytest.approx(1)
+        assert 0 <= decision["confidence"] <= 1
+
+
+def test_an_explicit_choice_is_certain(pipe):
+    for chosen, choice, alpha in [
+        ({"expert": "math"}, "math", {"math": 1.0}),
+        ({"expert": "other"}, "other", {}),
+        ({"mixture": {"code": 0.6, "math": 0.3}}, "code", {"code": 0.6, "math": 0.3}),
+        ({"mixture": {"code": 0.2}}, "other", {"code": 0.2}),
+    ]:
+        (output,) = pipe(TEXTS[0], return_dispatch=True, **chosen, **GREEDY)
+        probabilities = dict.fromkeys(NAMES, 0.0) | {choice: 1.0}
+        assert output["dispatch"] == {
+            "choice": choice,
+            "confidence": 1.0,
+            "probabilities": probabilities,
+            "alpha": alpha,
+        }
+
+
+def test_the_decision_beside_tensors(pipe):
+    (output,) = pipe(TEXTS[0], return_tensors=True, return_dispatch=True, **GREEDY)
+    assert sorted(output) == ["dispatch", "generated_token_ids"]
+
+
+# --- other ways in
+
+
+def test_a_streamed_answer_is_the_second_pass_alone(pipe):
+    for prompt in (TEXTS[0], CHATS[0]):
+        expected = pipe(prompt, return_full_text=False, **GREEDY)[0]["generated_text"]
+        streamer = TextIteratorStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+        thread = threading.Thread(target=pipe, args=(prompt,), kwargs={"streamer": streamer, **GREEDY})
+        thread.start()
+        text = "".join(streamer)
+        thread.join()
+        assert text == expected
+
+
+def test_two_threads_with_different_experts_never_mix(pipe):
+    expected = {name: pipe(TEXTS, expert=name, **GREEDY) for name in NAMES}
+    found = {name: [] for name in NAMES}
+
+    def work(name):
+        for _ in range(2):
+            found[name].append(pipe(TEXTS, expert=name, batch_size=3, **GREEDY))
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in NAMES]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {name: [expected[name]] * 2 for name in NAMES}
+
+
+class Prompts(Dataset):
+    def __init__(self, prompts):
+        self.prompts = prompts
+
+    def __len__(self):
+        return len(self.prompts)
+
+    def __getitem__(self, index):
+        return self.prompts[index]
+
+
+def test_generators_and_datasets_are_answered_one_by_one_and_lazily(pipe):
+    for prompts in (TEXTS, CHATS):
+        expected = pipe(prompts, **GREEDY)
+        read = []
+
+        def lazily(prompts=prompts, read=read):
+            for prompt in prompts:
+                read.append(prompt)
+                yield prompt
+
+        answers = iter(pipe(lazily(), **GREEDY))
+        assert next(answers) == expected[0] and len(read) < len(prompts)
+        assert list(answers) == expected[1:]
+        assert list(pipe(lazily(), batch_size=3, **GREEDY)) == expected
+    assert list(pipe(Prompts(TEXTS), batch_size=2, expert="math", **GREEDY)) == pipe(TEXTS, expert="math", **GREEDY)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # Python 3.12 on fork
+def test_a_choice_stays_with_its_prompt_through_worker_processes(pipe):
+    for prompts in (TEXTS, CHATS):
+        settings = GREEDY | {"expert": ["math", "other", "code"], "batch_size": 2}
+        assert pipe(prompts, num_workers=1, **settings) == pipe(prompts, **settings)
+
+
+def test_options_of_the_constructor_hold_until_a_call_says_otherwise(folders, pipe):
+    fixed = make(folders, expert="math", return_dispatch=True, max_new_tokens=6, do_sample=False, batch_size=3)
+    found = fixed(TEXTS)
+    assert [record["generated_text"] for (record,) in found] == [
+        record["generated_text"] for (record,) in pipe(TEXTS, expert="math", **GREEDY)
+    ]
+    assert fixed(TEXTS[0], return_dispatch=False) == pipe(TEXTS[0], expert="math", **GREEDY)
+    assert fixed(TEXTS[0], expert="code")[0]["dispatch"]["choice"] == "code"
+    assert fixed(TEXTS[0], mixture={"code": 1.0})[0]["dispatch"]["choice"] == "code"
+    assert [row[0]["dispatch"]["choice"] for row in fixed(TEXTS, mixture=[{"code": 1.0}, {}, {"math": 1.0}])] == [
+        "code",
+        "other",
+        "math",
+    ]
+    strict = make(folders, threshold=1.01)
+    assert strict(TEXTS[0], return_dispatch=True, **GREEDY)[0]["dispatch"]["choice"] == "other"
+    by_prompt = make(folders, strategy="prompt")
+    assert by_prompt.model.strategy == "prompt" and pipe.model.strategy == "classifier"
+    found, expected = (p(TEXTS, strategy="prompt", return_dispatch=True, **GREEDY) for p in (by_prompt, pipe))
+    assert found == expected
+
+
+def test_every_kind_of_model_makes_the_same_pipeline(folders, pipe, tmp_path):
+    base().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    named = [
+        write(tmp_path, name, experts.SEEDS[name], base(name=str(tmp_path / "base"))) for name in ("math", "code")
+    ]
+    wrapped = Transformer2Model(base(), tiny_tokenizer(), [folders["math"], folders["code"]])
+    adapted = alone(folders["math"])
+    adapted.load_adapter(str(folders["code"]), adapter_name="code")
+    made = {
+        "folder": pipeline("transformer2", model=str(tmp_path / "base"), experts=named),
+        "no model": Transformer2Pipeline.from_pretrained(experts=named),
+        "dict": pipeline(
+            "transformer2", model=str(tmp_path / "base"), experts=dict(zip(["math", "code"], named, strict=True))
+        ),
+        "Transformer2Model": pipeline("transformer2", model=wrapped, tokenizer=wrapped.tokenizer),
+        "its own tokenizer": Transformer2Pipeline(wrapped),
+    }
+    expected = {name: pipe(TEXTS, expert=name, **GREEDY) for name in NAMES}
+    for way, found in made.items():
+        assert isinstance(found, Transformer2Pipeline) and found.task in ("transformer2", ""), way
+        assert {name: found(TEXTS, expert=name, **GREEDY) for name in NAMES} == expected, way
+    peft_model = pipeline("transformer2", model=adapted, tokenizer=tiny_tokenizer())
+    assert peft_model.model.library.names == ["code", "default"]
+    assert peft_model(TEXTS, expert="default", **GREEDY) == expected["math"]
+
+
+def test_making_one_logs_no_error(folders, caplog):
+    make(folders)
+    assert [record for record in caplog.records if record.levelname in ("ERROR", "WARNING")] == []
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    "inputs, chosen, message",
+    [
+        (TEXTS, {"expert": ["math"]}, "A list of experts has one for each prompt of a list, got 1 for 3"),
+        (TEXTS, {"mixture": [{}, {}]}, "A list of mixtures has one for each prompt of a list, got 2 for 3"),
+        (TEXTS[0], {"expert": ["math", "code"]}, "got 2 for 1"),
+        (HISTORY, {"expert": ["math"] * 4}, "got 4 for 1"),
+        (TEXTS, {"expert": "maths"}, "no expert 'maths'; there are code, math, other"),
+        (TEXTS, {"expert": ["math", "maths", "other"]}, "no expert 'maths'"),
+        (TEXTS, {"expert": "classifier: kinds"}, "no expert 'classifier: kinds'"),
+        (TEXTS, {"mixture": {"math": float("nan")}}, "'math' must be a finite number"),
+        (TEXTS, {"mixture": [{}, {"code": float("inf")}, {}]}, "'code' must be a finite number"),
+        (TEXTS, {"expert": "math", "mixture": {"math": 1.0}}, "not both"),
+        (TEXTS, {"expert": ["math"] * 3, "mixture": {"math": 1.0}}, "not both"),
+        (TEXTS, {"expert": "math", "mixture": [{}] * 3}, "not both"),
+        (TEXTS, {"strategy": "magic"}, "no dispatch strategy 'magic'"),
+        (TEXTS, {"past_key_values": ()}, "activations of other weights"),
+        ("x" * 600, {}, "The prompt has 600 tokens, but the model's context is 512"),
+        ("x" * 600, {"expert": "math"}, "The prompt has 600 tokens, but the model's context is 512"),
+    ],
+)
+def test_a_call_that_cannot_be_is_refused(inputs, chosen, message, pipe):
+    before = state(pipe.model.library.model)
+    with pytest.raises(ValueError, match=message):
+        pipe(inputs, **chosen, **GREEDY)
+    assert_same(pipe.model.library.model, before)
+
+
+def test_without_a_model_the_line_to_write_is_named(folders):
+    for given in ({"experts": [folders["math"]]}, {}):
+        with pytest.raises(
+            ValueError, match=r"needs a base model: pipeline\(\"transformer2\", model=.*from_pretrained"
+        ):
+            pipeline("transformer2", **given)
+
+
+def test_without_experts_there_is_no_pipeline():
+    model = base()
+    before = state(model)
+    for nothing in ({}, {"experts": []}):
+        with pytest.raises(ValueError, match="no experts"):
+            pipeline("transformer2", model=model, tokenizer=tiny_tokenizer(), **nothing)
+    assert_same(model, before)
+
+
+def test_what_a_transformer2_model_has_already_is_not_taken_twice(folders, pipe):
+    for more in ({"experts": [folders["math"]]}, {"classifier": folders["kinds"]}, {"threshold": 0.5}):
+        with pytest.raises(ValueError, match="has its experts, classifier, strategy and threshold"):
+            Transformer2Pipeline(pipe.model, **more)
+
+
+def test_a_model_without_a_tokenizer_is_refused(folders):
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        Transformer2Pipeline(base(), experts=[folders["math"]])
+
+
+def test_saving_a_pipeline_is_refused_and_writes_nothing(pipe, tmp_path):
+    with pytest.raises(ValueError, match="saved by its experts"):
+        pipe.save_pretrained(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="saved by its experts"):
+        pipe.push_to_hub("me/pipe")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- afterwards
+
+
+class Breaks(LogitsProcessor):
+    """Raises at its third token."""
+
+    calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        if self.calls == 3:
+            raise RuntimeError("in the middle")
+        return scores
+
+
+def test_between_calls_the_weights_are_the_bases_to_the_bit(pipe, monkeypatch):
+    model = pipe.model.library.model
+    before, pristine = state(model), dict(base().named_parameters())
+    pipe(TEXTS, batch_size=3, **GREEDY)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        pipe(TEXTS, expert="math", logits_processor=LogitsProcessorList([Breaks()]), **GREEDY)
+    monkeypatch.setattr(two_pass, "dispatch", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pipe(TEXTS, **GREEDY)
+    assert_same(model, before)
+    for name, parameter in model.get_base_model().named_parameters():
+        if "svf_offset" not in name:
+            assert torch.equal(parameter, pristine[name.replace(".base_layer", "")])
+
+
+def test_experts_saved_as_the_refusal_says_make_the_pipeline_again(pipe, tmp_path):
+    pipe.model.library.model.save_pretrained(str(tmp_path), selected_adapters=pipe.model.library.names)
+    again = pipeline(
+        "transformer2",
+        model=base(),
+        tokenizer=tiny_tokenizer(),
+        experts=[tmp_path / name for name in pipe.model.library.names],
+    )
+    for name in NAMES:
+        assert again(TEXTS, expert=name, **GREEDY) == pipe(TEXTS, expert=name, **GREEDY)

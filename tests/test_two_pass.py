@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of the model with two passes: what it answers is what the chosen experts answer, and nothing of it stays."""
+
+import math
+
+import experts
+import pytest
+import torch
+from experts import GREEDY, alone, assert_same, base, state, write
+from tiny_model import tiny_tokenizer
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from peft_svf import Expert, Mixture, Transformer2Model, two_pass
+
+TEXTS = ["What is 3 + 4?", "def", "Tell me a story."]
+tokenizer = tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return experts.write_all(tmp_path_factory.mktemp("experts"))
+
+
+@pytest.fixture(scope="module")
+def model(folders):
+    paths = [folders["math"], folders["code"]]
+    return Transformer2Model(base(), tiny_tokenizer(), paths, classifier=folders["kinds"])
+
+
+@pytest.fixture
+def no_first_pass(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the first pass was asked")
+
+    monkeypatch.setattr(two_pass, "dispatch", refuse)
+
+
+def inputs(*texts):
+    found = tokenizer(list(texts or TEXTS), return_tensors="pt", padding=True, padding_side="left")
+    return {"input_ids": found.input_ids, "attention_mask": found.attention_mask}
+
+
+def answers(model, texts=(), **kwargs):
+    """What follows each prompt, without padding."""
+    batch = inputs(*texts)
+    output = model.generate(**batch, **(GREEDY | kwargs))
+    return [row[row != 0].tolist() for row in output[:, batch["input_ids"].shape[1] :]]
+
+
+# --- the second pass
+
+
+def test_an_explicit_expert_answers_as_that_expert_alone(model, folders, no_first_pass):
+    for name in ("math", "code"):
+        assert answers(model, expert=name) == answers(alone(folders[name]))
+    assert answers(model, expert="math") != answers(model, expert="code")
+
+
+def test_other_answers_as_the_base(model, no_first_pass):
+    expected = answers(base())
+    for nothing in ({"expert": "other"}, {"mixture": {}}, {"mixture": Mixture()}, {"mixture": {"other": 1.0}}):
+        assert answers(model, **nothing) == expected
+    assert answers(model, expert="math") != expected
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"expert": ["math", "other", "code"]},
+        {"mixture": [{"math": 0.7, "code": 0.3}, Mixture(), {"code": 1.0}]},
+        {"mixture": (Mixture({"math": -0.5}), {"code": 0.2}, {})},
+    ],
+    ids=["experts", "mixtures", "tuple"],
+)
+def test_a_batch_with_a_choice_for_each_row_answers_as_one_by_one(chosen, model, no_first_pass):
+    ((kind, each),) = chosen.items()
+    singles = [answers(model, [text], **{kind: one})[0] for text, one in zip(TEXTS, each, strict=True)]
+    assert answers(model, **chosen) == singles
+
+
+def test_beams_and_returned_sequences_stay_with_their_row(model):
+    each = ["math", "other", "code"]
+    settings = {"num_beams": 3, "num_return_sequences": 2}
+    together = answers(model, expert=each, **settings)
+    assert len(together) == 6
+    for row, (text, name) in enumerate(zip(TEXTS, each, strict=True)):
+        assert together[2 * row : 2 * row + 2] == answers(model, [text], expert=name, **settings)
+
+
+def test_the_two_passes_are_a_decision_and_a_generation_with_it(model):
+    decided = model.first_pass(TEXTS)
+    expected = answers(model, mixture=decided)
+    assert len({mixture.choice for mixture in decided}) > 1, "the tiny model chooses one for all: choose other seeds"
+    output, mixtures = model.generate(**inputs(), prompts=TEXTS, return_dispatch=True, **GREEDY)
+    assert mixtures == decided
+    assert answers(model, prompts=TEXTS) == expected
+    assert model.generate(**inputs(), prompts=TEXTS, **GREEDY).tolist() == output.tolist()
+
+
+def test_without_prompts_the_first_pass_reads_the_decoded_ids(model):
+    _, decoded = model.generate(**inputs(), return_dispatch=True, **GREEDY)
+    assert decoded == model.first_pass(TEXTS)
+
+
+def test_the_prompts_of_the_first_pass_may_differ_from_what_is_generated_from(model):
+    chats = [[{"role": "user", "content": text}] for text in reversed(TEXTS)]
+    _, mixtures = model.generate(**inputs(), prompts=chats, return_dispatch=True, **GREEDY)
+    assert mixtures == model.first_pass(list(reversed(TEXTS)))
+
+
+def test_without_anything_to_read_the_second_pass_begins_at_the_first_token(folders):
+    plain = base()
+    plain.config.bos_token_id = plain.generation_config.bos_token_id = 3
+    expected = plain.generate(**GREEDY).tolist()
+    model = Transformer2Model(plain, tokenizer, [folders["math"]])
+    assert model.generate(expert="other", **GREEDY).tolist() == expected
+    with pytest.raises(ValueError, match="needs input_ids"):
+        model.generate(**GREEDY)
+
+
+# --- the first pass
+
+
+def test_an_explicit_choice_is_certain_and_names_every_expert(model, no_first_pass):
+    for chosen, name in (
+        ({"expert": "math"}, "math"),
+        ({"expert": "other"}, "other"),
+        ({"mixture": {"code": 0.8}}, "code"),
+    ):
+        for mixture in model.first_pass(TEXTS, **chosen):
+            assert mixture.choice == name and mixture.confidence == 1.0 and mixture.strategy == "explicit"
+            expected = {"code": 0.0, "math": 0.0, "other": 0.0} | {name: 1.0}
+            assert mixture.record()["probabilities"] == mixture.probabilities == expected
+
+
+def test_a_mixture_that_was_found_keeps_how_it_was_found(model):
+    found = Mixture({"math": 0.4}, "few-shot", 1.0, {}, {"seed": 1})
+    (mixture,) = model.first_pass(["x"], mixture=found)
+    assert (mixture.alpha, mixture.strategy, mixture.provenance) == (found.alpha, "few-shot", {"seed": 1})
+    assert found.probabilities == {}
+
+
+def test_the_strategy_is_the_classifiers_where_there_is_one(model, folders):
+    plain = Transformer2Model(base(), tokenizer, [folders["math"]])
+    assert (model.strategy, plain.strategy) == ("classifier", "prompt")
+    assert {m.strategy for m in model.first_pass(TEXTS)} == {"classifier"}
+    assert {m.strategy for m in model.first_pass(TEXTS, strategy="prompt")} == {"prompt"}
+    again = Transformer2Model(model.library.model, tokenizer)
+    assert again.strategy == "classifier" and again.first_pass(TEXTS) == model.first_pass(TEXTS)
+
+
+def test_the_threshold_is_the_models_unless_given(folders):
+    paths = [folders["math"], folders["code"]]
+    strict = Transformer2Model(base(), tokenizer, paths, folders["kinds"], threshold=1.01)
+    assert {m.choice for m in strict.first_pass(TEXTS)} == {"other"}
+    assert {m.choice for m in strict.first_pass(TEXTS, threshold=0.0)} != {"other"}
+
+
+@pytest.mark.parametrize(
+    "chosen, message",
+    [
+        ({"expert": "math", "mixture": {"math": 1.0}}, "not both"),
+        ({"expert": ["math"]}, "3 prompts, but experts or mixtures for 1"),
+        ({"expert": ["math"] * 4}, "3 prompts, but experts or mixtures for 4"),
+        ({"expert": []}, "3 prompts, but experts or mixtures for 0"),
+        ({"mixture": [{"math": 1.0}, {}]}, "3 prompts, but experts or mixtures for 2"),
+        ({"expert": "maths"}, "no expert 'maths'; there are code, math, other"),
+        ({"expert": ["math", "other", "classifier: kinds"]}, "no expert 'classifier: kinds'"),
+        ({"mixture": {"classifier: kinds": 1.0}}, "no expert 'classifier: kinds'"),
+        ({"mixture": {"math": math.nan}}, "'math' must be a finite number"),
+        ({"mixture": [{}, {}, {"code": math.inf}]}, "'code' must be a finite number"),
+        ({"strategy": "magic"}, "no dispatch strategy 'magic'"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_refused(chosen, message, model):
+    before = state(model.library.model)
+    for call in (model.first_pass, lambda prompts, **kw: model.generate(**inputs(), prompts=prompts, **kw)):
+        with pytest.raises(ValueError, match=message):
+            call(TEXTS, **chosen)
+    assert_same(model.library.model, before)
+
+
+# --- what is refused
+
+
+def test_a_cache_of_other_weights_is_refused(model):
+    cache = base()(**inputs(), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="activations of other weights"):
+        model.generate(**inputs(), past_key_values=cache, expert="math")
+
+
+def test_a_prompt_that_fills_the_context_is_refused_with_both_lengths(model, no_first_pass):
+    limit = model.config.max_position_embeddings
+    with pytest.raises(ValueError, match=f"{limit} tokens, but the model's context is {limit}"):
+        model.generate(torch.full((1, limit), 50), **GREEDY)
+    model.generate(torch.full((1, limit - 1), 50), expert="math", max_new_tokens=1)
+
+
+def test_prompts_must_be_as_many_as_rows(model):
+    with pytest.raises(ValueError, match="2 prompts for 3 rows"):
+        model.generate(**inputs(), prompts=TEXTS[:2])
+
+
+def test_a_strategy_that_cannot_work_is_refused_at_once(folders):
+    with pytest.raises(ValueError, match="no dispatch strategy 'magic'"):
+        Transformer2Model(base(), tokenizer, [folders["math"]], strategy="magic")
+    with pytest.raises(ValueError, match="needs a classifier"):
+        Transformer2Model(base(), tokenizer, [folders["math"]], strategy="classifier")
+
+
+# --- afterwards
+
+
+class Breaks(LogitsProcessor):
+    """Raises at its third token."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        if self.calls == 3:
+            raise RuntimeError("in the middle")
+        return scores
+
+
+def test_between_calls_the_model_is_the_base_with_its_adapters_to_the_bit(model):
+    before, pristine = state(model.library.model), dict(base().named_parameters())
+    answers(model)
+    answers(model, expert=["math", "code", "other"])
+    with pytest.raises(RuntimeError, match="in the middle"):
+        model.generate(**inputs(), expert="math", logits_processor=LogitsProcessorList([Breaks()]), **GREEDY)
+    assert_same(model.library.model, before)
+    for name, parameter in model.get_base_model().named_parameters():
+        if "svf_offset" not in name:
+            assert torch.equal(parameter, pristine[name.replace(".base_layer", "")])
+    assert answers(model, expert="other") == answers(base())
+
+
+def test_using_gives_the_model_a_mixture_for_a_while(model, folders):
+    ids = inputs("1 + 1 =")
+    with torch.no_grad():
+        with model.using({"math": 1.0}) as active:
+            found = active(**ids).logits
+            with model.using(Mixture()):
+                assert torch.equal(active(**ids).logits, base()(**ids).logits)
+        assert torch.equal(found, alone(folders["math"])(**ids).logits)
+    with pytest.raises(ValueError, match="'maths'"), model.using({"maths": 1.0}):
+        pass
+
+
+def test_generation_needs_no_gradient(model):
+    output = model.generate(**inputs(), expert="math", output_logits=True, return_dict_in_generate=True, **GREEDY)
+    assert not output.logits[0].requires_grad
+
+
+def test_everything_else_is_the_wrapped_models(model):
+    assert model.config is model.library.model.config and model.device.type == "cpu"
+    assert model.can_generate() and model.dtype == torch.float32
+    with pytest.raises(AttributeError):
+        _ = model.no_such_thing
+
+
+def test_adapt_finds_a_mixture_that_can_be_used(model):
+    examples = [{"prompt": "3 + 4 =", "answer": "7"}, {"prompt": "1 + 1 =", "answer": "2"}]
+    found = model.adapt(examples, population=8, iterations=1)
+    assert found.strategy == "few-shot" and found == model.adapt(examples, population=8, iterations=1)
+    assert answers(model, mixture=found) == answers(model, mixture=dict(found.alpha))
+
+
+# --- from_pretrained
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A base model in a folder and experts that name it."""
+    folder = tmp_path_factory.mktemp("saved")
+    base().save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    named = [write(folder, name, seed, base(name=str(folder / "base"))) for name, seed in (("math", 2), ("code", 1))]
+    return folder / "base", named
+
+
+def test_from_pretrained_loads_the_base_that_the_experts_name(saved, model):
+    folder, named = saved
+    for given in (None, str(folder)):
+        loaded = Transformer2Model.from_pretrained(given, named)
+        assert loaded.library.names == ["code", "math"] and loaded.name_or_path == str(folder)
+        assert loaded.tokenizer("3 + 4").input_ids == tokenizer("3 + 4").input_ids
+        for name in ("math", "other"):
+            assert answers(loaded, expert=name) == answers(model, expert=name)
+    as_dict = Transformer2Model.from_pretrained(None, {"sums": named[0]}, threshold=0.5, dtype=torch.float32)
+    assert as_dict.library.names == ["sums"] and as_dict.threshold == 0.5
+
+
+def test_the_revision_that_the_experts_name_is_loaded(saved, monkeypatch):
+    _, named = saved
+    asked = []
+    for loader in ("AutoModelForCausalLM", "AutoTokenizer"):
+        real = getattr(two_pass, loader)
+
+        class Spy:
+            @staticmethod
+            def from_pretrained(name, real=real, **kwargs):
+                asked.append(kwargs)
+                return real.from_pretrained(name)
+
+        monkeypatch.setattr(two_pass, loader, Spy)
+    pinned = [Expert(e.name, e.offsets, e.config | {"revision": "abc"}) for e in map(Expert.load, named)]
+    Transformer2Model.from_pretrained(None, pinned)
+    Transformer2Model.from_pretrained(None, [pinned[0], named[1]], revision="mine", dtype="auto")
+    assert asked == [
+        {"revision": "abc"},
+        {"revision": "abc"},
+        {"revision": "mine", "dtype": "auto"},
+        {"revision": "mine"},
+    ]
+
+
+def test_experts_of_several_bases_or_of_none_need_a_model(saved):
+    _, named = saved
+    loaded = [Expert.load(path) for path in named]
+    elsewhere = Expert("code", loaded[1].offsets, loaded[1].config | {"base_model_name_or_path": "elsewhere"})
+    with pytest.raises(ValueError, match=r"several base models: .*elsewhere.*model=\"<base model>\""):
+        Transformer2Model.from_pretrained(None, [loaded[0], elsewhere])
+    revised = [Expert(e.name, e.offsets, e.config | {"revision": e.name}) for e in loaded]
+    with pytest.raises(ValueError, match=r"several base models: .*revision code, revision math"):
+        Transformer2Model.from_pretrained(None, revised)
+    nameless = Expert("math", loaded[0].offsets, loaded[0].config | {"base_model_name_or_path": None})
+    for given in ([nameless], []):
+        with pytest.raises(ValueError, match=r"no base model. Write pipeline\(\"transformer2\", model="):
+            Transformer2Model.from_pretrained(None, given)
