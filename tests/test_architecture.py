@@ -16,7 +16,7 @@ PACKAGE = ROOT / "src" / "peft_svf"
 ROWS = [
     ["basis", "cem", "tasks", "_registration"],
     ["basis_cache", "checkpoint", "config", "expert"],
-    ["layer"],
+    ["layer", "fingerprint"],
     ["model"],
     ["library", "evaluation", "hub", "plots"],
     ["training", "adaptation"],

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from peft_svf.basis import PROBE_SIZE, Basis, change, factorize, probe, probe_distance, rescale, side_of
-from peft_svf.model import ACCEPT, REFUSE
+from peft_svf.fingerprint import ACCEPT, REFUSE
 
 SHAPES = {"in": (11, 7), "out": (5, 13), "square": (9, 9)}
 DTYPES = [torch.float32, torch.bfloat16]

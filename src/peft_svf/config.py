@@ -35,8 +35,8 @@ class SVFConfig(PeftConfig):
         rank (`int`, *optional*):
             Move only the `rank` largest singular values of each weight and keep the others as they are.
         basis_dtype (`str`):
-            `"float32"`, or `"bfloat16"` for half the memory and faster products on a bfloat16 base (it loses 2e-3 of
-            the learned change). The first adapter of a model decides.
+            `"float32"`, or `"bfloat16"` for half the memory and faster products on a bfloat16 base (it rounds the
+            directions). The first adapter of a model decides.
         basis_from (`str`):
             `"memory"`: the basis of the weights as loaded. `"checkpoint"`: of the stored weights, an error where no
             file holds them. `"auto"`: of the stored ones if loading has rounded them and the file is on this machine.

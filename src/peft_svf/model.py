@@ -7,7 +7,6 @@ Private names of PEFT were read in 0.21.2.
 
 import logging
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -25,10 +24,11 @@ from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .basis import Basis, probe_distance
+from .basis import Basis
 from .basis_cache import Fingerprint, fetch
 from .checkpoint import Checkpoint
 from .config import SVFConfig
+from .fingerprint import check
 from .layer import BASE, Linear, SVFLayer, escape
 
 logger = logging.getLogger(__name__)
@@ -54,8 +54,6 @@ ARCHITECTURES: dict[str, list[str] | str] = {  # MLP weights -> model types
 }
 DEFAULT_TARGETS = {model_type: targets for types, targets in ARCHITECTURES.items() for model_type in types.split()}
 ATTENTION = ["q_proj", "v_proj"]
-
-ACCEPT, REFUSE = 1e-3, 5e-3  # probe distances, measured in benchmarks/fingerprint
 
 
 class SVFModel(BaseTuner):
@@ -344,49 +342,30 @@ class SVFModel(BaseTuner):
         """Compare the fingerprint of a saved adapter with this base; returns the bases that were needed for it."""
         if not config.fingerprint or config.fingerprint_recorded:
             return {}
-        here = getattr(model, "name_or_path", "") or type(model).__name__
-        there = config.base_model_name_or_path or "an unnamed model"
-        way_out = f"Load the base it was trained on ({there!r}) in the dtype of its checkpoint."
-        modules = dict(model.named_modules())
         saved = {name: Fingerprint.from_json(entry) for name, entry in config.fingerprint.items()}
-        for name in saved:
-            if name not in modules:
-                raise ValueError(
-                    f"Adapter {adapter_name!r} was trained on {there!r}, which has a module {name}; "
-                    f"this model, {here!r}, has none. {way_out}"
-                )
+        modules = dict(model.named_modules())
         adapted = {name: m.svf_fingerprint for name, m in modules.items() if isinstance(m, SVFLayer)}
-        names = [
-            name
-            for name in saved
-            if adapted.get(name) is None and (isinstance(modules[name], SVFLayer) or _adaptable(modules[name]))
-        ]
-        names = [name for name in names if not modules[name].weight.is_meta]
-        bases = self._bases(model, names)
-        doubtful = []
-        for name, fingerprint in saved.items():
-            own = bases[name][1] if name in bases else adapted.get(name)
-            if own is None or own.sha256 == fingerprint.sha256:
-                continue
-            distance = float("inf")
-            if own.probe.shape == fingerprint.probe.shape:
-                distance = probe_distance(own.probe, fingerprint.probe)
-            if not distance <= REFUSE and config.base_model_name_or_path:  # a nameless base may be one of many alike
-                raise ValueError(
-                    f"Adapter {adapter_name!r} does not belong to this base model: the singular directions of {name} "
-                    f"in {here!r} differ from those in {there!r}, where it was trained (distance {distance:.2g}, at "
-                    f"most {REFUSE:g} is accepted). {way_out}"
-                )
-            if distance > ACCEPT:
-                doubtful.append((distance, name))
-        if doubtful:
-            distance, name = max(doubtful)
-            warnings.warn(
-                f"Adapter {adapter_name!r}: the singular directions of {len(doubtful)} modules in {here!r} differ "
-                f"from those in {there!r}, where it was trained (distance up to {distance:.2g}, in {name}): the "
-                f"weights were probably rounded. Expect other outputs. {way_out}",
-                stacklevel=2,
-            )
+        bases = self._bases(
+            model,
+            [
+                name
+                for name in saved
+                if adapted.get(name) is None and _adaptable(modules.get(name)) and not modules[name].weight.is_meta
+            ],
+        )
+        own = {name: fingerprint for name, fingerprint in adapted.items() if fingerprint is not None}
+        own |= {name: fingerprint for name, (_, fingerprint) in bases.items()}
+        here = getattr(model, "name_or_path", "") or type(model).__name__
+        if getattr(model, "is_quantized", False):
+            here += " (quantised)"
+        check(
+            saved,
+            own,
+            absent=[name for name in saved if name not in modules],
+            adapter=adapter_name,
+            here=here,
+            there=config.base_model_name_or_path,
+        )
         return bases
 
     @contextmanager
@@ -498,7 +477,9 @@ def _svf_layers(model: nn.Module) -> Iterator[tuple[str, SVFLayer]]:
             yield name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", ""), module
 
 
-def _adaptable(module: nn.Module) -> bool:
+def _adaptable(module: nn.Module | None) -> bool:
+    if module is None:
+        return False
     return isinstance(module, (nn.Linear, Conv1D, SVFLayer)) or resolve_quantization_backend(module) is not None
 
 
