@@ -281,10 +281,8 @@ def test_generated_rows_are_judged_on_greedy_completions():
 def test_likeliest_choice_is_scored():
     logps = torch.tensor([[-1.0, -3.0, -math.inf], [-9.0, -2.0, -2.5]])
     records = score_choices(logps, [{"id": "u", "label": 0}, {"label": 2}])
-    assert [(record["id"], record["choice"], record["right"]) for record in records] == [
-        ("u", 0, True),
-        (None, 1, False),
-    ]
+    assert [record["id"] for record in records] == ["u", None]
+    assert [(record["choice"], record["right"]) for record in records] == [(0, True), (1, False)]
     assert records[0]["probability"] == pytest.approx(1 / (1 + math.exp(-2)))
 
 
@@ -293,12 +291,12 @@ def test_likeliest_choice_is_scored():
 
 @pytest.mark.parametrize(
     "right, n, low, high",
-    [  # Wilson's formula, worked out with mpmath to four places
+    [
         (0, 10, 0.0, 0.2775),
         (10, 10, 0.7225, 1.0),
         (1, 10, 0.0179, 0.4042),
         (50, 100, 0.4038, 0.5962),
-        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, table I
+        (81, 263, 0.2553, 0.3662),  # this and the next three: Newcombe 1998, table I, method 3
         (15, 148, 0.0624, 0.1605),
         (0, 20, 0.0, 0.1611),
         (1, 29, 0.0061, 0.1718),

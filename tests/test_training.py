@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pico
 import pytest
@@ -236,7 +237,7 @@ def test_one_completion_a_prompt_has_no_group(estimator):
 
 
 def test_a_generation_batch_of_one_is_refused():
-    with pytest.raises(ValueError, match="batch of 1.*raise per_device_train_batch_size"):
+    with pytest.raises(ValueError, match=r"batch of 1.*raise per_device_train_batch_size"):
         config_of(num_generations=1, advantage_estimator="none", per_device_train_batch_size=1)
     config = config_of(
         num_generations=1, advantage_estimator="none", per_device_train_batch_size=1, gradient_accumulation_steps=2
@@ -519,6 +520,26 @@ def test_evaluation_completes_greedily(tmp_path):
             assert texts == [greedy_text(trainer.model, row) for row in rows]
 
 
+def test_evaluation_with_vllm_is_greedy_by_its_temperature(tmp_path):
+    trainer = trainer_of(tmp_path, TEXT_ROWS, uneven, num_generations=3)
+    del trainer.generation_config  # TRL makes none for vLLM, and a server's client instead
+    trainer.args.use_vllm, trainer.vllm_generation = True, SimpleNamespace(temperature=0.7)
+    with pytest.raises(RuntimeError, match="inside"), trainer._greedy():
+        assert trainer.vllm_generation.temperature == 0
+        raise RuntimeError("inside")
+    assert trainer.vllm_generation.temperature == 0.7
+
+
+@pytest.mark.parametrize("use_vllm, switch", [(True, {"temperature": 0.0}), (False, {"do_sample": False})])
+def test_greedy_rollouts_say_so_in_the_words_of_the_generator(use_vllm, switch):
+    config = config_of(
+        use_vllm=use_vllm, greedy_rollouts=True, num_generations=1, advantage_estimator="none",
+        generation_kwargs={"min_p": 0.1},
+    )  # fmt: skip
+    assert config.generation_kwargs == {"min_p": 0.1, **switch}
+    assert config.vllm_importance_sampling_correction is False
+
+
 # --- a run
 
 
@@ -550,14 +571,16 @@ def test_same_seed_same_z(form, tmp_path):
     assert not torch.equal(runs[0], runs[2])
 
 
+@pytest.mark.parametrize("every", [{}, {"steps_per_generation": 2}], ids=["fresh rollouts", "old rollouts"])
 @pytest.mark.parametrize("greedy", [True, False])
 @pytest.mark.parametrize("form", FORMS)
-def test_evaluating_in_the_middle_changes_nothing(form, greedy, tmp_path):
+def test_evaluating_in_the_middle_changes_nothing(form, greedy, every, tmp_path):
     rows, reward = FORMS[form]
+    rows = 2 * rows
     evaluated = {**EVALUATED, "eval_rows": rows, "greedy_eval": greedy}
-    without = trainer_of(tmp_path, rows, reward, **RUN)
+    without = trainer_of(tmp_path, rows, reward, **RUN, **every)
     without.train()
-    between = trainer_of(tmp_path, rows, reward, **RUN, **evaluated)
+    between = trainer_of(tmp_path, rows, reward, **RUN, **every, **evaluated)
     between.train()
     assert len(between.texts) > len(without.texts)
     assert torch.equal(trained_z(without), trained_z(between))
@@ -649,6 +672,14 @@ def test_z_moves_off_one_in_steps_smaller_than_bfloat16_resolves(tmp_path):
     moved = trained_z(trainer).abs()
     assert float((moved > 0).double().mean()) > 0.9  # around z = 1 bfloat16 has steps of 4e-3
     assert float(moved.max()) < 2e-5
+
+
+def test_offsets_of_another_dtype_become_float32(tmp_path):
+    model = get_peft_model(tiny_model(dtype=torch.bfloat16), SVFConfig(init_weights=False))
+    for parameter in offsets(model):  # as TRL does on quantised bases
+        parameter.data = parameter.data.bfloat16()
+    trainer = trainer_of(tmp_path, TEXT_ROWS, uneven, model=model, num_generations=3)
+    assert all(parameter.dtype == torch.float32 for parameter in offsets(trainer.model))
 
 
 def test_how_far_z_has_moved_is_logged(tmp_path):

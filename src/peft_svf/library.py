@@ -123,10 +123,9 @@ class ExpertLibrary:
                 self._fill(expert)
         except BaseException:
             self._remove(model, added)
-            _set_trainable(trainable)
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad_(requires_grad)
             raise
-        if self.model is model:
-            _set_trainable(trainable)  # PEFT freezes the active adapter when a frozen one is added
         self.model.eval()
 
     def _fill(self, expert: Expert) -> None:
@@ -174,11 +173,6 @@ def _own(model: PreTrainedModel | PeftModel) -> list[str]:
                 "trains more than z-vectors. Delete it, or load the base model without it."
             )
     return list(model.peft_config)
-
-
-def _set_trainable(parameters: Sequence[tuple[torch.nn.Parameter, bool]]) -> None:
-    for parameter, requires_grad in parameters:
-        parameter.requires_grad_(requires_grad)
 
 
 def _load(source: Source, name: str | None) -> Expert:
