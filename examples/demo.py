@@ -32,8 +32,8 @@ from peft_svf.tasks import get_task
 
 HERE = Path(__file__).resolve().parent
 TASKS = {"reasoning": "arc_easy", "math": "gsm8k", "code": "mbpp"}  # kind of question -> task it is taken from
-SEARCH = {"population": 8, "iterations": 4, "elites": 0.25, "seed": 0}
-SHOTS = 6
+SEARCH = {"population": 8, "iterations": 3, "elites": 0.25, "seed": 0}
+SHOTS = 5
 
 
 def main() -> None:

@@ -77,7 +77,7 @@ def main() -> None:
     print(json.dumps(train[0], indent=1))
 
     config = ReinforceConfig(
-        output_dir=str(args.out / "checkpoints"),
+        output_dir=str(Path("runs") / args.out.name),  # checkpoints
         max_steps=args.steps,
         per_device_train_batch_size=args.questions * args.samples,
         per_device_eval_batch_size=args.batch_size,
@@ -185,7 +185,11 @@ def write_card(args: argparse.Namespace, result: dict, base_id: str) -> None:
     card = expert_card(
         args.out, base_model=base_id, base_dtype="bfloat16", training=training, results=[row], license="apache-2.0"
     )
-    card.save(args.out / "README.md")
+    text = str(card)
+    if args.model is None:  # the snippet must load these very bits: those of the Hub are refused
+        text = text.replace("from transformers import AutoModelForCausalLM", "from smollm2 import load_smollm2")
+        text = text.replace(f'base = AutoModelForCausalLM.from_pretrained("{base_id}")', "base, _ = load_smollm2()")
+    (args.out / "README.md").write_text(text)
 
 
 if __name__ == "__main__":

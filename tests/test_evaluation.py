@@ -148,12 +148,23 @@ def test_rows_with_their_own_adapters_score_as_one_by_one(kind):
     with torch.no_grad(), contextlib.ExitStack() as stack:
         for layer in pico.svf_layers(model).values():
             stack.enter_context(layer.rows(layer.named_offsets(names)))
-        found = choice_logps(model, TOKENIZER, ROWS)
+        found = choice_logps(model, TOKENIZER, ROWS, share_prefix=False)
     for name, row, logps in zip(names, ROWS, found, strict=True):
         with torch.no_grad(), model.disable_adapter() if name == "__base__" else contextlib.nullcontext():
             if name != "__base__":
                 model.set_adapter(name)
             close(logps[: len(row["choices"])], plain_logps(model, row))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text"])
+def test_what_prompts_begin_with_is_read_once_and_changes_nothing(kind):
+    model = build(kind)
+    rows = [{**row, "prompt": f"all begin alike: {i * 'so'}"} for i, row in enumerate(ROWS)]  # the first has no more
+    one, other = (choice_logps(model, TOKENIZER, rows, share_prefix=share) for share in (True, False))
+    close(one, other)
+    weight = model.get_input_embeddings().weight
+    gradients = [torch.autograd.grad(logps.clamp(min=-1e4).sum(), weight)[0] for logps in (one, other)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4 * float(gradients[1].abs().max()))
 
 
 def test_a_prompt_may_fill_the_context_and_not_exceed_it():

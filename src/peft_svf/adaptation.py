@@ -235,7 +235,7 @@ def _scored(
     for start in range(0, len(pairs), batch_size):
         batch = pairs[start : start + batch_size]
         with torch.no_grad(), library.activate([mixtures[m] for m, _ in batch]) as model:
-            logps = choice_logps(model, tokenizer, [rows[e] for _, e in batch])
+            logps = choice_logps(model, tokenizer, [rows[e] for _, e in batch], share_prefix=False)
         logps = logps.log_softmax(-1) if several else logps
         for (m, e), row in zip(batch, logps.tolist(), strict=True):
             label = rows[e]["label"]

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 from statistics import NormalDist
 from typing import Any
 
@@ -97,13 +97,16 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str,
     return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
 
 
-def choice_logps(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> Tensor:
+def choice_logps(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], share_prefix: bool = True
+) -> Tensor:
     """
     Log-likelihood of each choice of each row, summed over its tokens.
 
     Where one choice begins another ("4", "48"), it could never be the less likely one: in such a row all choices end
-    with the end of turn. Prompts are read once; their key/value cache is shared by the choices. Gradients flow, unless
-    the caller turns them off. Rows of one batch may have their own adapters (`SVFLayer.rows`).
+    with the end of turn. Prompts are read once; their key/value cache is shared by the choices, and what all prompts
+    begin with (system prompt, instructions) is read once for all rows. Gradients flow, unless the caller turns them
+    off.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -112,6 +115,9 @@ def choice_logps(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row
             Its tokenizer.
         rows (`Sequence[Mapping]`):
             Each with `prompt` (chat or text) and `choices` (texts), of which rows may have different numbers.
+        share_prefix (`bool`):
+            Read the common beginning of the prompts once. Not possible where rows have adapters of their own
+            (`SVFLayer.rows`).
 
     Returns:
         `torch.Tensor` of shape `(rows, choices)`, float32; `-inf` where a row has fewer choices.
@@ -136,22 +142,29 @@ def choice_logps(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row
     if limit is not None and longest > limit:
         raise ValueError(f"A prompt and its choice have up to {longest} tokens, but the model's context is {limit}.")
 
+    shared = 0
+    cache = None
+    if share_prefix and len(prompts) > 1:
+        same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+        shared = min(len(list(same)), min(map(len, prompts)) - 1)  # a token of each prompt is left to read
+    if shared:
+        begin = torch.tensor([prompts[0][:shared]], device=device)  # (1, shared)
+        cache = _read(model, begin, torch.ones_like(begin)).past_key_values
+        cache.batch_repeat_interleave(len(prompts))
+        prompts = [prompt[shared:] for prompt in prompts]
     # (N, P) left-padded, so that every prompt ends at the same place
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    mask = torch.tensor([[1] * shared + [0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     # (N * K, C) right-padded; a row with fewer choices repeats its last one, masked below
     flat = [choices[min(k, len(choices) - 1)] for choices in options for k in range(most)]
     length = max(map(len, flat))
     labels = torch.tensor([c + [-100] * (length - len(c)) for c in flat], device=device)
 
-    # as an index: the slice that `1` stands for is not contiguous, and the head would be copied once per row
-    prefix = _forward(model, ids, mask, logits_to_keep=torch.tensor([width - 1], device=device), use_cache=True)
+    prefix = _read(model, ids, mask, past_key_values=cache)
     logits = prefix.logits[:, -1:].repeat_interleave(most, dim=0)  # (N * K, 1, vocabulary)
     cache = prefix.past_key_values
-    if cache is None or not cache.get_seq_length():  # a checkpointed layer leaves it empty
-        raise ValueError("Scoring choices shares the prompt's cache: turn gradient checkpointing off.")
     if length > 1:
         cache.batch_repeat_interleave(most)
         inputs = labels[:, :-1].clamp(min=0)
@@ -246,6 +259,16 @@ def _inner(model: Any) -> PreTrainedModel:
     """The transformers model inside the wrappers of distributed training and PEFT."""
     model = model.module if isinstance(model, DistributedDataParallel) else model
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _read(model: PreTrainedModel, ids: Tensor, mask: Tensor, **kwargs: Any) -> Any:
+    """Read prompts `(N, P)` into a cache; logits of their last tokens only."""
+    # as an index: the slice that `1` stands for is not contiguous, and the head would be copied once per row
+    last = torch.tensor([ids.shape[1] - 1], device=ids.device)
+    output = _forward(model, ids, mask, logits_to_keep=last, use_cache=True, **kwargs)
+    if output.past_key_values is None or not output.past_key_values.get_seq_length():  # a checkpointed layer
+        raise ValueError("Scoring choices shares the prompt's cache: turn gradient checkpointing off.")
+    return output
 
 
 def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, **kwargs: Any) -> Any:

@@ -72,7 +72,8 @@ class ReinforceConfig(GRPOConfig):
 
     A step is `per_device_train_batch_size * gradient_accumulation_steps` completions; each prompt has
     `num_generations` of them. The defaults suit SVF: learning rate 2e-3, cosine schedule, no weight decay, gradient
-    clipping at 1e-3 (arXiv 2501.06252, appendix, and its code), which with Adam bounds no step but evens out batches.
+    clipping at 1e-3. Rate and clipping are those of the code of arXiv 2501.06252; under Adam the latter evens out
+    batches.
 
     Args:
         advantage_estimator (`str`):
@@ -88,7 +89,7 @@ class ReinforceConfig(GRPOConfig):
         greedy_eval (`bool`):
             Evaluate on the likeliest completion or choice.
         merge_for_generation (`bool`):
-            Fold z into the weights while completions are generated: half the time of a rollout.
+            Fold z into the weights while completions are generated, which makes a rollout cheaper.
         early_stopping_patience (`int`, *optional*):
             Stop after so many evaluations without a better one.
     """
@@ -300,8 +301,8 @@ class ReinforceTrainer(MergedGenerationMixin, GRPOTrainer):
         texts = [row["choices"][k] for row, k in zip(self._inputs, picks.tolist(), strict=True)]
         chat = not isinstance(self._inputs[0]["prompt"], str)
         completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
-        right = logps.gather(1, picks[:, None]).exp().mean()
-        self._metrics[mode]["choices/probability"].append(self.accelerator.gather(right).mean().item())
+        picked = logps.gather(1, picks[:, None]).exp().mean()
+        self._metrics[mode]["choices/probability"].append(self.accelerator.gather(picked).mean().item())
         actions = [[k] for k in picks.tolist()]
         return [[i] for i in which], actions, None, completions, None, {}, None, []
 
@@ -325,11 +326,11 @@ class ReinforceTrainer(MergedGenerationMixin, GRPOTrainer):
         return logps.gather(1, input_ids[:, 1:2]), entropies, None
 
     def _policy(self, model: Any, numbers: Tensor, mode: str) -> Tensor:
-        """Log-probabilities `(rows, choices)` of the policy over the choices of the numbered rows."""
+        """Log-probabilities `(rows, choices)` of the policy at `temperature` over the choices of the numbered rows."""
         rows = [self._rows[mode][number] for number in numbers.tolist()]
         with self.accelerator.autocast():
             logps = choice_logps(model, self.processing_class, rows)
-        return logps.log_softmax(-1)
+        return (logps / self.temperature).log_softmax(-1)
 
 
 __all__ = ["MergedGenerationMixin", "ReinforceConfig", "ReinforceTrainer", "advantages_of", "merged"]
