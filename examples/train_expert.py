@@ -132,7 +132,7 @@ def main() -> None:
     print(f"expert {expert.accuracy:.3f}  [{expert.interval[0]:.3f}, {expert.interval[1]:.3f}]")
     print(f"gain   {gain:+.3f}  [{interval[0]:+.3f}, {interval[1]:+.3f}] (paired, 95 %)")
 
-    trainer.model.save_pretrained(args.out)
+    trainer.model.save_pretrained(args.out, save_embedding_layers=False)
     history = [entry for entry in trainer.state.log_history if "eval_reward" in entry or "reward" in entry]
     result = {
         "command": shlex.join(["python", *sys.argv]),
