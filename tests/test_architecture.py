@@ -14,8 +14,8 @@ PACKAGE = ROOT / "src" / "peft_svf"
 
 # A module imports from rows above it, never from its own row. A package (tasks) is one module here.
 ROWS = [
-    ["basis", "cem", "tasks", "_registration"],
-    ["basis_cache", "checkpoint", "config", "expert"],
+    ["basis", "cem", "plans", "tasks", "_registration"],
+    ["basis_cache", "checkpoint", "config", "expert", "targets"],
     ["layer", "fingerprint"],
     ["model"],
     ["library", "evaluation", "hub", "plots"],

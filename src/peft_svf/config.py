@@ -2,11 +2,12 @@
 """What a user says about an SVF adapter: `SVFConfig` and all its validation. Nothing here sees a model."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from peft import PeftConfig
 
 from ._registration import add_peft_type
+from .plans import PLANS, Plan
 
 add_peft_type()  # before the class below names it
 
@@ -37,6 +38,11 @@ class SVFConfig(PeftConfig):
         basis_dtype (`str`):
             `"float32"`, or `"bfloat16"` for half the memory and faster products on a bfloat16 base (it rounds the
             directions). The first adapter of a model decides.
+        plan (`str`):
+            How the layers compute. `"auto"` decides for each forward: on a merged copy of the weight in inference and
+            in training steps of enough tokens, by two thin products beside the base layer else, through the two
+            factors of the weight where the rows of a batch differ. `"merged"`, `"narrow"`, `"factored"` ask for one.
+            The first adapter of a model decides, `model.set_plan` changes it; it is not saved with an expert.
         basis_from (`str`):
             `"memory"`: the basis of the weights as loaded. `"checkpoint"`: of the stored weights, an error where no
             file holds them. `"auto"`: of the stored ones if loading has rounded them and the file is on this machine.
@@ -59,6 +65,7 @@ class SVFConfig(PeftConfig):
     init_weights: bool = field(default=True, metadata={"help": "True: start from z = 1, the base model."})
     rank: int | None = field(default=None, metadata={"help": "Move only the largest singular values."})
     basis_dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "Dtype of the basis."})
+    plan: Plan = field(default="auto", metadata={"help": "Execution plan: auto, merged, narrow or factored."})
     basis_from: Literal["auto", "checkpoint", "memory"] = field(
         default="auto", metadata={"help": "Whose singular directions: the stored weights' or the loaded ones'."}
     )
@@ -89,6 +96,7 @@ class SVFConfig(PeftConfig):
         for name, allowed in (
             ("basis_dtype", ("float32", "bfloat16")),
             ("basis_from", ("auto", "checkpoint", "memory")),
+            ("plan", PLANS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
@@ -96,6 +104,10 @@ class SVFConfig(PeftConfig):
             raise ValueError(
                 f"`fingerprint` must be a dict by module name or None; got {type(self.fingerprint).__name__}."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: everything but `plan`, which is about a machine, not about an expert."""
+        return {key: value for key, value in super().to_dict().items() if key != "plan"}
 
     @property
     def fingerprint_recorded(self) -> bool:

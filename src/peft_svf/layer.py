@@ -7,6 +7,7 @@ The layer is given its basis by `SVFModel`; it does not know where bases come fr
 """
 
 import copy
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ from transformers.pytorch_utils import Conv1D
 from .basis import change, rescale, side_of
 from .basis_cache import Fingerprint
 from .config import SVFConfig
+from .plans import Load, Merged, Plan, choose, factor, factored_linear, fold, merged_linear
+
+logger = logging.getLogger(__name__)
 
 BASE = "__base__"  # PEFT's name for "no adapter" in mixed batches
 
@@ -65,6 +69,11 @@ class OffsetDict(nn.ModuleDict):
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and super().__contains__(escape(name))
 
+    def find(self, name: str) -> Tensor | None:
+        """The offset of an adapter, or `None`: the short way of a forward, without attribute look-ups."""
+        holder = self._modules.get(name if self._names.get(name) == name else escape(name))
+        return None if holder is None else holder._parameters["weight"]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys())
 
@@ -86,13 +95,22 @@ class SVFLayer(BaseTunerLayer):
         svf_offset (`OffsetDict`):
             Per adapter the trainable `z - 1`, shape `(k,)`, float32.
         svf_basis (`torch.Tensor` of shape `(r, k)`, or `None`):
-            The columns of the basis that the adapters move: all `r`, or the largest `rank` of any adapter. Not saved.
+            The columns of the basis that the adapters move: all `r`, or the largest `rank` of any adapter. Not saved,
+            and no buffer: DDP would send it to every process before every forward, and `.to(dtype)` would round it.
+        svf_values (`torch.Tensor` of shape `(k,)`, or `None`):
+            Their singular values.
         side (`str`):
             Where the basis multiplies, see [`~basis.Basis`].
+        svf_plan (`str`):
+            The execution plan that was asked for; [`~plans.choose`] decides for each forward.
     """
 
-    base_layer: nn.Module
+    base_layer: Any
+    bias: Any
     svf_basis: Tensor | None
+    svf_values: Tensor | None
+    weight: Tensor
+    _cast_input_dtype: Any  # methods of `BaseTunerLayer`, which has no types
     adapter_layer_names = ("svf_offset",)
     other_param_names = ()
 
@@ -103,6 +121,16 @@ class SVFLayer(BaseTunerLayer):
         self.side = side_of(self.out_features, self.in_features)
         self.svf_offset = OffsetDict()
         self.svf_rows: Tensor | None = None  # (B, k): an offset for each row of the batch, instead of the adapters'
+        self._lasting = True  # the offset in force serves many forwards
+        self._base_rows = False  # some of `svf_rows` are the base model
+        self.svf_plan: Plan = "auto"
+        self.svf_room = True  # memory for a second weight
+        self.svf_forwards = 1  # forwards of an optimizer step
+        self.svf_trusted = False  # the offset is known to be the one that `svf_merged` was built from
+        self.svf_chosen: Plan | None = None  # for the last forward
+        self.svf_announced: set[Plan] | None = None  # the model's first layer logs each plan once
+        self.svf_merged: Merged | None = None
+        self.svf_factor: Tensor | None = None
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self.svf_fingerprint: Fingerprint | None = None
@@ -122,12 +150,35 @@ class SVFLayer(BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an offset and the basis beside the weight. Unlike PEFT's, it leaves offsets in float32."""
-        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        device = device or self.base_layer_device()
         offset = self.svf_offset[adapter_name]
         if device is not None and not offset.weight.is_meta:
             offset.to(device)
-        if device is not None and self.svf_basis is not None:
-            self.svf_basis = self.svf_basis.to(device)
+        if device is not None:
+            self._move_basis(device)
+
+    def base_layer_device(self) -> torch.device | None:
+        return self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+
+    def _move_basis(self, device: torch.device) -> None:
+        if self.svf_basis is not None and self.svf_basis.device != device:
+            self.set_basis(self.svf_basis.to(device), self.svf_values)
+
+    def set_basis(self, Q: Tensor | None, values: Tensor | None) -> None:
+        """Take a basis `(r, k)` with its singular values `(k,)`; what was built from another one is dropped."""
+        self.svf_basis = Q
+        self.svf_values = values if Q is None or values is None else values.to(Q.device)
+        self.svf_merged = self.svf_factor = None
+
+    def svf_bytes(self) -> dict[str, int]:
+        """Count what this layer keeps in memory beside its base layer, in bytes."""
+        kept: dict[str, list[Tensor | None]] = {
+            "basis": [self.svf_basis, self.svf_values],
+            "merged": [self.svf_merged.weight, self.svf_merged.thin] if self.svf_merged is not None else [],
+            "factored": [self.svf_factor],
+            "offsets": [offset.weight for offset in self.svf_offset.values()],
+        }
+        return {name: sum(0 if t is None else t.nbytes for t in tensors) for name, tensors in kept.items()}
 
     def logical_weight(self) -> Tensor:
         """The base weight as `(out, in)`: dequantised if it is packed, transposed for `Conv1D`; never a merged one."""
@@ -143,19 +194,25 @@ class SVFLayer(BaseTunerLayer):
         return weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
 
     @contextmanager
-    def rows(self, offsets: Tensor | None) -> Iterator[None]:
-        """Put offsets in place of the adapters' while the context is open.
-
-        `(B, k)` gives each row of the batch its own, `(k,)` all rows one, an empty tensor the base model; `None`
-        changes nothing.
+    def rows(self, offsets: Tensor | None, merge: bool = True) -> Iterator[None]:
         """
-        before = self.svf_rows
+        Put offsets in place of the adapters' while the context is open.
+
+        Args:
+            offsets (`torch.Tensor`, *optional*):
+                `(B, k)` gives each row of the batch its own, `(k,)` all rows one, an empty tensor the base model;
+                `None` changes nothing.
+            merge (`bool`):
+                One offset `(k,)` serves many forwards: a merged copy of the weight pays. `False` for a single one.
+        """
+        before = self.svf_rows, self._lasting, self._base_rows
         if offsets is not None:
-            self.svf_rows = offsets
+            self.svf_rows, self._lasting = offsets, merge
+            self._base_rows = offsets.dim() == 2 and bool((offsets == 0).all(-1).any())
         try:
             yield
         finally:
-            self.svf_rows = before
+            self.svf_rows, self._lasting, self._base_rows = before
 
     def named_offsets(self, adapter_names: list[str]) -> Tensor:
         """Stack the offsets of adapters into `(B, k)`: 0 for the base, and where an adapter has none here."""
@@ -243,10 +300,12 @@ class SVFLayer(BaseTunerLayer):
         """The offset in force, `(k,)` or `(B, k)`, or `None` where no adapter moves this weight."""
         if self.svf_rows is not None:
             return self.svf_rows if len(self.svf_rows) else None
-        total = None
-        for name in self.active_adapters:
-            if name in self.svf_offset:
-                total = self._padded(name) if total is None else total + self._padded(name)
+        offsets: Any = self._modules["svf_offset"]
+        total, size = None, self._basis().shape[-1]
+        for name in [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter:
+            if (offset := offsets.find(name)) is not None:
+                offset = offset if offset.shape[0] == size else F.pad(offset, (0, size - offset.shape[0]))
+                total = offset if total is None else total + offset
         return total
 
     def _without_bias(self, x: Tensor, y: Tensor) -> Tensor:
@@ -276,17 +335,32 @@ def _spread(offset: Tensor, x: Tensor) -> Tensor:
     return offset.view(x.shape[0], *[1] * (x.dim() - 2), -1)
 
 
+def _key(weight: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Identifies a base weight and the dtype it is used in."""
+    return weight.data_ptr(), weight._version, dtype, weight.device
+
+
 class Linear(nn.Module, SVFLayer):
     """SVF of `nn.Linear`, transformers' `Conv1D` and the packed linears that PEFT's quantisation backends know."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: SVFConfig, **kwargs: Any) -> None:
         super().__init__()
         SVFLayer.__init__(self, base_layer, **kwargs)
-        self.register_buffer("svf_basis", None, persistent=False)
+        self.svf_basis = self.svf_values = None
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "Linear":
+        super()._apply(fn, recurse)
+        device = self.base_layer_device()
+        if device is not None and device.type != "meta":
+            self._move_basis(device)
+        return self
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        repeated = not torch.compiler.is_compiling() and not (args or kwargs)
+        if repeated and (merged := self.svf_merged) is not None and self._serves(merged, x):
+            return F.linear(x, merged.weight, merged.bias)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -294,9 +368,24 @@ class Linear(nn.Module, SVFLayer):
         offset = None if self.merged else self._active_offset()
         if offset is None:
             return self.base_layer(x, *args, **kwargs)
-        if not torch.is_autocast_enabled(x.device.type) and self.quantization_backend is None:
-            x = self._cast_input_dtype(x, self.weight.dtype)  # type: ignore[operator]  # a method of BaseTunerLayer
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if not autocast and self.quantization_backend is None:
+            x = self._cast_input_dtype(x, self.weight.dtype)
+        if self._basis().device != x.device and not x.is_meta:
+            self._move_basis(x.device)  # accelerate's offload moves the weight only while the layer runs
+        self.svf_chosen = "narrow" if args or kwargs else self._plan(x, offset)
+        if self.svf_chosen == "merged":
+            merged = self._merged_for(offset, torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
+            if merged is not None:
+                with torch.autocast(x.device.type, enabled=False):
+                    return merged_linear(x.to(merged.weight.dtype), offset, merged)
+            self.svf_chosen = "narrow"
         Q, offset = self._basis(), _spread(offset, x)
+        if self.svf_chosen == "factored":
+            if self.svf_factor is None:
+                with torch.no_grad():
+                    self.svf_factor = factor(self.logical_weight(), self.side, Q)
+            return factored_linear(x, self.svf_factor, self.side, Q, offset, self.bias)
         if self.side == "in":
             return self.base_layer(x + change(x, Q, offset), *args, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
@@ -305,9 +394,90 @@ class Linear(nn.Module, SVFLayer):
         u = y if self.bias is None else self._without_bias(x, y)
         return y + change(u, Q, offset)
 
+    def _serves(self, merged: Merged, x: Tensor) -> bool:
+        """
+        Whether this forward repeats the last one of inference with the same z: the short way, for decoding.
+
+        It asks what `forward`, `_plan` and `_merged_for` ask, without their attribute look-ups (25 -> 2 microseconds).
+        """
+        if (
+            self.training
+            or self._disable_adapters
+            or self.merged_adapters
+            or not self._lasting
+            or self.svf_chosen != "merged"
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled(x.device.type)
+            or x.dtype != merged.weight.dtype
+        ):
+            return False
+        base: Any = self._modules["base_layer"]
+        weight = base._parameters["weight"]
+        if base._forward_hooks or base._forward_pre_hooks or merged.key != _key(weight, x.dtype):
+            return False
+        return self.svf_trusted or self._holds(merged, self._active_offset())
+
+    def _holds(self, merged: Merged, offset: Tensor | None) -> bool:
+        """Whether a merged weight was built from these values: writes through `.data` leave version counters alone."""
+        return offset is not None and offset.dim() == 1 and torch.equal(merged.offset, offset)
+
+    def _plan(self, x: Tensor, offset: Tensor) -> Plan:
+        if torch.compiler.is_compiling() or not self._plain():
+            return "narrow"
+        rows = offset.dim() == 2
+        load = Load(
+            tokens=x.shape[:-1].numel() * self.svf_forwards,
+            long=max(self.in_features, self.out_features),
+            r=self.directions,
+            k=offset.shape[-1],
+            # not whether gradients are on: checkpointing runs a first forward without, and both must agree to the bit
+            training=self.training and offset.requires_grad,
+            rows=rows,
+            base_rows=self._base_rows,
+            lasting=self._lasting,
+            room=self.svf_room,
+        )
+        chosen = choose(self.svf_plan, load)
+        if self.svf_announced is not None and chosen not in self.svf_announced:
+            self.svf_announced.add(chosen)
+            logger.info(f"SVF plan {chosen!r} of {self.svf_plan!r} for {load}.")
+        return chosen
+
+    def _plain(self) -> bool:
+        """Whether the base layer is nothing but a product with a frozen weight, which another one can stand in for."""
+        base = self.base_layer
+        return (
+            type(base) in (nn.Linear, Conv1D)
+            and type(base.weight.data) is Tensor
+            and not base.weight.requires_grad
+            and not (base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook"))
+        )
+
+    def _merged_for(self, offset: Tensor, dtype: torch.dtype) -> Merged | None:
+        """The merged copy of the weight for an offset, built where it is not there."""
+        key = _key(self.base_layer.weight, dtype)
+        merged = self.svf_merged
+        if merged is not None and merged.key == key and (self.svf_trusted or self._holds(merged, offset)):
+            return merged
+        bias = self.base_layer.bias
+        assert self.svf_basis is not None and self.svf_values is not None
+        self.svf_merged = fold(
+            self.logical_weight().to(dtype),
+            bias if bias is None else bias.to(dtype),
+            self.side,
+            self.svf_basis,
+            self.svf_values,
+            offset.detach(),
+            key,
+            merged,
+        )
+        return self.svf_merged
+
     def extra_repr(self) -> str:
         kept = self.directions if self.svf_basis is None else self.svf_basis.shape[-1]
-        return ", ".join(filter(None, [quantization_extra_repr(self), f"side={self.side!r}, directions={kept}"]))
+        chosen = f" ({self.svf_chosen})" if self.svf_plan == "auto" and self.svf_chosen else ""
+        own = f"side={self.side!r}, directions={kept}, plan={self.svf_plan + chosen!r}"
+        return ", ".join(filter(None, [quantization_extra_repr(self), own]))
 
     def __repr__(self) -> str:
         return "svf." + super().__repr__()

@@ -6,21 +6,18 @@ Private names of PEFT were read in 0.21.2.
 """
 
 import logging
-import re
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    AuxiliaryTrainingWrapper,
-    ModulesToSaveWrapper,
-)
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from psutil import virtual_memory
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -30,30 +27,10 @@ from .checkpoint import Checkpoint
 from .config import SVFConfig
 from .fingerprint import check
 from .layer import BASE, Linear, SVFLayer, escape
+from .plans import PLANS, Plan
+from .targets import DEFAULT_TARGETS, adaptable, default_targets
 
 logger = logging.getLogger(__name__)
-
-# The MLP weights of each architecture (the paper's choice). A string is a regex over whole names: BERT's
-# `layer.0.output.dense` is its MLP, `layer.0.attention.output.dense` is not.
-GATED = ["gate_proj", "up_proj", "down_proj"]
-BERT = r"(?:.*\.)?layer\.(\d+\.(?:intermediate|output)\.dense)"
-ARCHITECTURES: dict[str, list[str] | str] = {  # MLP weights -> model types
-    "arcee cohere cohere2 deepseek_v2 deepseek_v3 ernie4_5 exaone4 gemma gemma2 gemma3 gemma3_text gemma3n_text glm4 "
-    "glm4_moe gpt_oss granite helium hunyuan_v1_dense llama llama4_text ministral mistral mistral3 mixtral olmo olmo2 "
-    "olmo3 qwen2 qwen2_5_vl_text qwen2_moe qwen2_vl_text qwen3 qwen3_moe qwen3_next seed_oss smollm3 stablelm": GATED,
-    "bert camembert deberta deberta-v2 electra roberta xlm-roberta": BERT,
-    "bloom falcon gpt_neox": ["dense_h_to_4h", "dense_4h_to_h"],
-    "gpt2 gpt_bigcode gpt_neo starcoder2": ["mlp.c_fc", "mlp.c_proj"],
-    # OPT flattens batch and tokens before its MLP; the layer repeats offsets of rows to the flattened rows
-    "bart blenderbot m2m_100 marian mbart opt pegasus phi whisper": ["fc1", "fc2"],
-    "t5 mt5 umt5": ["wi", "wi_0", "wi_1", "wo"],
-    "distilbert": ["ffn.lin1", "ffn.lin2"],
-    "glm phi3": ["gate_up_proj", "down_proj"],
-    "gptj": ["fc_in", "fc_out"],
-    "mpt": ["ffn.up_proj", "ffn.down_proj"],
-}
-DEFAULT_TARGETS = {model_type: targets for types, targets in ARCHITECTURES.items() for model_type in types.split()}
-ATTENTION = ["q_proj", "v_proj"]
 
 
 class SVFModel(BaseTuner):
@@ -131,7 +108,45 @@ class SVFModel(BaseTuner):
             if wanted == torch.float32:
                 wanted = getattr(torch, next(iter(self.peft_config.values())).basis_dtype)
             Q = basis.Q if needed == basis.Q.shape[-1] else basis.Q[:, :needed].clone()
-            layer.svf_basis = Q.to(layer.get_base_layer().weight.device, wanted)
+            layer.set_basis(Q.to(layer.get_base_layer().weight.device, wanted), basis.S[:needed])
+        self.set_plan(next(iter(self.peft_config.values())).plan)
+
+    def set_plan(self, plan: Plan, forwards_per_step: int = 1) -> None:
+        """
+        Choose how the layers compute, see [`plans`]; what another plan has kept in memory is given back.
+
+        Args:
+            plan (`str`):
+                `"auto"`, `"merged"`, `"narrow"` or `"factored"`. Layers that cannot follow (a quantised base, a rank
+                below the full one, rows of a batch that differ) use the narrow plan.
+            forwards_per_step (`int`):
+                Forwards of an optimizer step, where gradients are accumulated: `"auto"` counts their tokens.
+
+        Raises:
+            `ValueError`: for another name.
+        """
+        if plan not in PLANS:
+            raise ValueError(f"`plan` must be one of {', '.join(PLANS)}; got {plan!r}.")
+        layers = [layer for _, layer in _svf_layers(self.model)]
+        room = _room(layers)
+        if not room and plan == "auto":
+            logger.info("There is no memory for a merged copy of the adapted weights: SVF uses the narrow plan.")
+        for index, layer in enumerate(layers):
+            layer.svf_plan, layer.svf_forwards, layer.svf_room = plan, forwards_per_step, room
+            layer.svf_merged = layer.svf_factor = None
+            layer.svf_announced = set() if index == 0 else None
+
+    def svf_memory(self) -> dict[str, dict[str, int]]:
+        """
+        Count the bytes that SVF keeps beside the base model.
+
+        Returns:
+            `dict`: by module name, and as `"total"`, the bytes of `basis`, of `merged` and `factored` (kept from the
+            first forward that needs them) and of `offsets`.
+        """
+        memory = {name: layer.svf_bytes() for name, layer in _svf_layers(self.model)}
+        kinds = ("basis", "merged", "factored", "offsets")
+        return memory | {"total": {kind: sum(of[kind] for of in memory.values()) for kind in kinds}}
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge as PEFT does; an adapter that `safe_merge` refuses leaves every weight as it was, not only its own."""
@@ -242,29 +257,9 @@ class SVFModel(BaseTuner):
                     mixed.add_(layer.named_offsets([name])[0][: len(mixed)].to(mixed), alpha=weight)
 
     def _prepare_adapter_config(self, peft_config: SVFConfig, model_config: dict) -> SVFConfig:  # type: ignore[override]
-        if peft_config.target_modules is not None:
-            return peft_config
-        model_type = model_config.get("model_type")
-        targets = DEFAULT_TARGETS.get(model_type)  # type: ignore[arg-type]
-        if targets is None:
-            targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
-            if targets is None:
-                raise ValueError(
-                    f"Please specify `target_modules` in `peft_config`: there is no default for the architecture "
-                    f"{model_type!r}. Name endings of its linear layers or 'all-linear' will do."
-                )
-            logger.info(
-                f"SVF's table of MLP weights has no {model_type!r}: it targets what LoRA does there, {targets}."
-            )
-            peft_config.target_modules = targets if isinstance(targets, str) else set(targets)  # type: ignore[assignment]
-            return peft_config
-        names = [name for name, module in self.model.named_modules() if _adaptable(module)]
-        if isinstance(targets, str):  # spelled out as endings, so that `layers_to_transform` applies to it as well
-            targets = [match[1] for name in names if (match := re.fullmatch(targets, name))]
-        elif not any(f".{name}".endswith(f".{target}") for name in names for target in targets):
-            logger.info(f"The MLP weights of {model_type!r} are no linear modules: SVF targets attention q and v.")
-            targets = ATTENTION
-        peft_config.target_modules = set(targets)  # type: ignore[assignment]
+        if peft_config.target_modules is None:
+            targets = default_targets(self.model, model_config.get("model_type"))
+            peft_config.target_modules = targets  # type: ignore[assignment]
         return peft_config
 
     def _create_and_replace(
@@ -280,7 +275,7 @@ class SVFModel(BaseTuner):
         if isinstance(target, SVFLayer):
             target.update_layer(adapter_name, config)
             return
-        if not _adaptable(target):
+        if not adaptable(target):
             raise ValueError(
                 f"Target module {current_key} is not supported: it is a {type(target).__name__}, SVF adapts "
                 "`torch.nn.Linear`, transformers' `Conv1D` and linears quantised by a library that PEFT knows."
@@ -295,6 +290,7 @@ class SVFModel(BaseTuner):
         layer = Linear(target, adapter_name, config, **get_quantization_kwargs(self.model))
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is active
+        layer.train(target.training)
         self._replace_module(parent, target_name, layer, target)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -350,7 +346,7 @@ class SVFModel(BaseTuner):
             [
                 name
                 for name in saved
-                if adapted.get(name) is None and _adaptable(modules.get(name)) and not modules[name].weight.is_meta
+                if adapted.get(name) is None and _linear(modules.get(name)) and not modules[name].weight.is_meta
             ],
         )
         own = {name: fingerprint for name, fingerprint in adapted.items() if fingerprint is not None}
@@ -373,7 +369,8 @@ class SVFModel(BaseTuner):
         """Serve a mixed batch: `adapter_names` gives one adapter, or `"__base__"`, for each row."""
         names = kwargs.pop("adapter_names", None)
         if names is None:
-            yield
+            with nullcontext() if torch.compiler.is_compiling() else self._trusting():
+                yield
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
@@ -401,6 +398,27 @@ class SVFModel(BaseTuner):
                     hook = partial(_pass_names, names=repeated)
                     stack.enter_context(_removing(module.register_forward_pre_hook(hook, with_kwargs=True)))
             yield
+
+    @contextmanager
+    def _trusting(self) -> Iterator[None]:
+        """Compare all merged weights with their z at once, on a GPU with one wait instead of one for each layer."""
+        layers = [layer for layer in self._layers() if layer.svf_merged is not None and layer.svf_rows is None]
+        pairs = [(layer.svf_merged.offset, layer._active_offset()) for layer in layers if layer.svf_merged is not None]
+        known = [(built, now) for built, now in pairs if now is not None and built.shape == now.shape]
+        if not known or len(known) < len(layers) or not _waits(known[0][0].device):
+            yield  # each layer looks for itself
+            return
+        same = torch.equal(torch.cat([built for built, _ in known]), torch.cat([now.detach() for _, now in known]))
+        for layer in layers:
+            layer.svf_trusted = same
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.svf_trusted = False
+
+    def _layers(self) -> list[SVFLayer]:
+        return [module for module in self.model.modules() if isinstance(module, SVFLayer)]
 
     @classmethod
     def _get_adapter_state_dict(
@@ -477,10 +495,23 @@ def _svf_layers(model: nn.Module) -> Iterator[tuple[str, SVFLayer]]:
             yield name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", ""), module
 
 
-def _adaptable(module: nn.Module | None) -> bool:
-    if module is None:
-        return False
-    return isinstance(module, (nn.Linear, Conv1D, SVFLayer)) or resolve_quantization_backend(module) is not None
+def _linear(module: nn.Module | None) -> bool:
+    return module is not None and (isinstance(module, SVFLayer) or adaptable(module))
+
+
+def _room(layers: list[SVFLayer]) -> bool:
+    """Whether a second copy of the adapted weights takes at most half of the memory that is free beside them."""
+    needed: dict[torch.device, int] = defaultdict(int)
+    for layer in layers:
+        weight = layer.get_base_layer().weight
+        needed[weight.device] += weight.numel() * weight.element_size()
+    free = {"cuda": lambda device: torch.cuda.mem_get_info(device)[0], "cpu": lambda _: virtual_memory().available}
+    return all(2 * count <= free[device.type](device) for device, count in needed.items() if device.type in free)
+
+
+def _waits(device: torch.device) -> bool:
+    """Whether comparing values makes Python wait for the device."""
+    return device.type != "cpu"
 
 
 def _weight_of(module: nn.Module, model: nn.Module) -> Tensor:

@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Weight, basis and offset -> the products of a rescaled linear layer, by one of three execution plans.
+
+In go tensors, out come tensors. Nothing here knows of adapters, configs or files. With `W` the base weight, `Q` its
+narrow-side basis, `d = z - 1` the offset and `W' = W (I + Q diag(d) Q^T)` (side "in"; "out" is its mirror image):
+
+| plan | keeps beside W and Q | forward | backward |
+|---|---|---|---|
+| merged | `W'` | `x W'^T`, the cost of the base | `g W'`, and the gradient of z from an r x r product |
+| narrow | nothing | `(x + change(x)) W^T` | through the same two thin products |
+| factored | `B = W Q` | `((x Q) * z) B^T`, without W | likewise |
+
+The narrow plan takes any base layer, quantised ones too, and gives each row of a batch its own z; so does the factored
+one, for plain weights. z = 1 is the base model to the bit in the first two; in the factored plan, which multiplies
+`W Q Q^T` out, it is the base up to rounding.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Plan = Literal["auto", "merged", "narrow", "factored"]
+PLANS = ("auto", "merged", "narrow", "factored")
+
+TAIL = (
+    0.1  # of the median singular value: below it the gradient of z drowns in the rounding of g W (10-40 % in bfloat16)
+)
+SMALL_Z = {torch.bfloat16: 0.25, torch.float16: 0.25, torch.float32: 1e-3, torch.float64: 1e-6}
+
+
+@dataclass(frozen=True)
+class Load:
+    """
+    What a plan is chosen by, for one forward of one layer.
+
+    Args:
+        tokens (`int`): Rows of the activation, times the forwards of an optimizer step.
+        long (`int`): `max(out, in)`.
+        r (`int`): `min(out, in)`.
+        k (`int`): Directions that z moves.
+        training (`bool`): A backward pass through z is to be expected, and another z after it.
+        rows (`bool`): The rows of the batch have their own z.
+        base_rows (`bool`): Some of these rows are the base model.
+        lasting (`bool`): The same z serves many forwards, as it does in generation.
+        room (`bool`): Memory for a second weight.
+    """
+
+    tokens: int
+    long: int
+    r: int
+    k: int
+    training: bool = False
+    rows: bool = False
+    base_rows: bool = False
+    lasting: bool = True
+    room: bool = True
+
+
+def break_even(long: int, r: int, k: int) -> float:
+    """
+    Count the tokens of an optimizer step from which on building `W'` is cheaper than the narrow plan.
+
+    In flops: `W'` costs `2 r^2 k + 2 long r^2` (or `4 long r k` where that is less), projecting the r x r product
+    `2 r^2 k`; a token costs `8 r k` narrow, and merged `2 r^2` or `4 r k`, whichever is less.
+    """
+    build = min(2 * r * r * k + 2 * long * r * r, 4 * long * r * k)
+    by_thin = build / (4 * r * k)
+    by_product = (build + 2 * r * r * k) / (8 * r * k - 2 * r * r) if 4 * k > r else by_thin
+    return min(by_thin, by_product)
+
+
+def choose(plan: Plan, load: Load) -> Plan:
+    """
+    Choose the plan for one forward: what the user asked for where it can be had, else the cheapest.
+
+    The choice depends on this forward alone, so that a run that is repeated or resumed makes the same ones.
+    """
+    whole = load.k == load.r
+    if load.rows:
+        fits = plan == "factored" or (plan == "auto" and load.room and not load.training)
+        return "factored" if fits and whole and not load.base_rows else "narrow"
+    if plan == "factored" and not whole:
+        return "narrow"  # the directions that stay would need a second factor
+    if plan != "auto":
+        return plan
+    if not load.room:
+        return "narrow"
+    if load.training:
+        return "merged" if load.tokens >= break_even(load.long, load.r, load.k) else "narrow"
+    return "merged" if load.lasting else "narrow"
+
+
+@dataclass
+class Merged:
+    """
+    A weight with its z folded in, and what the gradient of z needs beside it.
+
+    Args:
+        weight (`torch.Tensor` of shape `(out, in)`): `W'`, a view of `stored`.
+        base (`torch.Tensor` of shape `(out, in)`): `W`.
+        bias (`torch.Tensor` of shape `(out,)`, *optional*): Added to the product.
+        side (`str`): Where the basis multiplies.
+        Q (`torch.Tensor` of shape `(r, k)`): The basis.
+        offset (`torch.Tensor` of shape `(k,)`): The values that `weight` was built from.
+        key (`tuple`): Identifies the base weight that it was built from.
+        tail (`torch.Tensor`, *optional*): Directions whose gradient is taken by the exact thin product.
+        pending (`int`): Forwards whose backward has not come yet: until it has, `weight` must not change.
+    """
+
+    weight: Tensor
+    base: Tensor
+    bias: Tensor | None
+    side: str
+    Q: Tensor
+    offset: Tensor
+    key: tuple[Any, ...]
+    tail: Tensor | None = None
+    thin: Tensor | None = field(default=None, repr=False)  # base @ Q[:, tail], or Q[:, tail].T @ base
+    pending: int = 0
+
+
+def fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    side: str,
+    Q: Tensor,
+    S: Tensor,
+    offset: Tensor,
+    key: tuple[Any, ...] = (),
+    old: Merged | None = None,
+) -> Merged | None:
+    """
+    Build `W'` for one z, into the memory of an old one where nothing needs that any more.
+
+    The change is computed in the dtype of the weight, accumulated in float32, and added before the one rounding: on
+    SmolLM2's MLP weights in bfloat16 as far from float64 as rounding alone. `d = 0` gives the weight to the bit.
+
+    Args:
+        weight (`torch.Tensor` of shape `(out, in)`):
+            Base weight in the dtype of the product, possibly a transposed view.
+        bias (`torch.Tensor` of shape `(out,)`, *optional*):
+            Its bias, in that dtype.
+        side (`str`):
+            Where the basis multiplies.
+        Q (`torch.Tensor` of shape `(r, k)`):
+            The basis.
+        S (`torch.Tensor` of shape `(k,)`):
+            Singular values, for the tail.
+        offset (`torch.Tensor` of shape `(k,)`):
+            `z - 1`.
+        key (`tuple`):
+            Identifies the weight; kept.
+        old ([`Merged`], *optional*):
+            What was built before for the same weight.
+
+    Returns:
+        [`Merged`], or `None` where so many z are near 0 that the narrow plan serves better.
+    """
+    with torch.no_grad():
+        small = (1 + offset).abs() < SMALL_Z[weight.dtype]
+        if weight.dtype in (torch.bfloat16, torch.float16):
+            small |= TAIL * S.median() > S
+        tail = small.nonzero().squeeze(1) if bool(small.any()) else None
+        if tail is not None and len(tail) > max(8, Q.shape[1] // 4):
+            return None
+        reuse = old is not None and not old.pending and old.weight.shape == weight.shape
+        reuse = reuse and old.weight.dtype == weight.dtype and old.weight.device == weight.device  # type: ignore[union-attr]
+        out = old.weight if reuse else torch.empty_like(weight)  # type: ignore[union-attr]  # keeps the strides
+        r, k = Q.shape
+        if 2 * k * max(weight.shape) < r * (k + max(weight.shape)):  # fewer flops than through the r x r matrix
+            Q_ = Q.to(weight.dtype)
+            scaled = (Q_ * offset).to(weight.dtype)
+            if side == "in":
+                torch.addmm(weight, weight @ Q_, scaled.mT, out=out)
+            else:
+                torch.addmm(weight, scaled, Q_.mT @ weight, out=out)
+        else:
+            D = ((Q * offset).to(Q.dtype) @ Q.mT).to(weight.dtype)  # (r, r)
+            if side == "in":
+                torch.addmm(weight, weight, D, out=out)
+            else:
+                torch.addmm(weight, D, weight, out=out)
+        thin = None
+        if tail is not None:
+            # W q_i from unrounded q_i: else larger directions leak into it
+            thin = factor(weight, side, Q[:, tail])
+        return Merged(out, weight, bias, side, Q, offset.detach().clone(), key, tail, thin)
+
+
+def factor(weight: Tensor, side: str, Q: Tensor) -> Tensor:
+    """The other factor of a weight: `W Q (out, r)` on side "in", `Q^T W (r, in)` on side "out", in its dtype."""
+    wide = weight.to(torch.promote_types(weight.dtype, Q.dtype))
+    return (wide @ Q.to(wide.dtype) if side == "in" else Q.to(wide.dtype).mT @ wide).to(weight.dtype)
+
+
+def factored_linear(x: Tensor, B: Tensor, side: str, Q: Tensor, offset: Tensor, bias: Tensor | None) -> Tensor:
+    """
+    Apply a rescaled weight through its two factors, without the weight itself.
+
+    Args:
+        x (`torch.Tensor` of shape `(..., in)`): Activations.
+        B (`torch.Tensor`): What [`factor`] returns.
+        side (`str`): Where the basis multiplies.
+        Q (`torch.Tensor` of shape `(r, r)`): The whole basis.
+        offset (`torch.Tensor`, broadcastable to `(..., r)`): `z - 1`. Gradients flow to `offset` and `x`.
+        bias (`torch.Tensor` of shape `(out,)`, *optional*): Added to the product.
+
+    Returns:
+        `torch.Tensor` of shape `(..., out)` in the dtype of `x`.
+    """
+    Q = Q.to(B.dtype)
+    first, second = (Q.mT, B) if side == "in" else (B, Q)
+    h = F.linear(x, first)  # (..., r)
+    return F.linear((h * (1 + offset)).to(h.dtype), second, bias)
+
+
+def merged_linear(x: Tensor, offset: Tensor, merged: Merged) -> Tensor:
+    """
+    Apply `W'`, with the gradients of the rescaled layer: `(..., in)` -> `(..., out)`, to `x` and to `offset`.
+
+    The forward is the base layer's own call on another weight. The gradient of z is the diagonal of `Q^T (a^T b) Q`
+    divided by z, where a and b are the gradient of x and x (side "in"), the gradient of y and y (side "out"); no
+    dense gradient of a weight is ever made.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or offset.requires_grad):
+        return _MergedLinear.apply(x, offset, merged)
+    return F.linear(x, merged.weight, merged.bias)
+
+
+class _MergedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, offset: Tensor, merged: Merged) -> Tensor:  # type: ignore[override]
+        y = F.linear(x, merged.weight, merged.bias)
+        needed: tuple[Tensor, ...] = ()
+        if ctx.needs_input_grad[1]:
+            # y serves only without a bias: where the bias is large (Qwen2.5's k_proj: 20 times the signal) y - bias
+            # has lost it in half precision
+            from_y = merged.side == "out" and merged.bias is None and merged.tail is None
+            ctx.from_y = from_y
+            needed = (offset, y if from_y else x)
+        ctx.save_for_backward(*needed)
+        ctx.merged, ctx.version = merged, merged.weight._version
+        merged.pending += 1
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        merged: Merged = ctx.merged
+        merged.pending = max(0, merged.pending - 1)
+        if merged.weight._version != ctx.version:
+            raise RuntimeError(
+                "The z-vector of an SVF layer changed between a forward and a second backward through it: run the "
+                "forward again, or use plan='narrow'."
+            )
+        with torch.autocast(g.device.type, enabled=False):
+            wanted = ctx.needs_input_grad
+            need_dx = wanted[0] or (wanted[1] and merged.side == "in")
+            dx = g @ merged.weight if need_dx else None  # (..., in)
+            dz = None
+            if wanted[1]:
+                offset, saved = ctx.saved_tensors
+                dz = _offset_gradient(merged, offset, g, dx, saved, ctx.from_y).to(offset.dtype)
+        return dx if wanted[0] else None, dz, None
+
+
+def _offset_gradient(
+    merged: Merged, offset: Tensor, g: Tensor, dx: Tensor | None, saved: Tensor, from_y: bool
+) -> Tensor:
+    """The gradient `(k,)` of the offset, in float32 (float64 for float64)."""
+    Q = merged.Q
+    g = g.reshape(-1, g.shape[-1])
+    saved = saved.reshape(-1, saved.shape[-1])
+    divisor: Tensor = 1 + offset
+    if merged.side == "in":
+        assert dx is not None
+        a, b = dx.reshape(-1, dx.shape[-1]), saved
+    elif from_y:
+        a, b = g, saved
+    else:
+        a, b = g, F.linear(saved, merged.base)  # x W^T itself: nothing to divide by
+        divisor = torch.ones_like(offset)
+    dz = diagonal(a, b, Q)
+    if merged.tail is None:
+        return dz / divisor
+    assert merged.thin is not None
+    dz = dz / torch.where(divisor == 0, 1, divisor)
+    Q_tail = Q[:, merged.tail].to(g.dtype)
+    if merged.side == "in":
+        exact = _column_sums(g @ merged.thin, saved @ Q_tail)
+    else:
+        exact = _column_sums(g @ Q_tail, F.linear(saved, merged.thin))
+    dz[merged.tail] = exact.to(dz.dtype)
+    return dz
+
+
+def diagonal(a: Tensor, b: Tensor, Q: Tensor) -> Tensor:
+    """
+    The diagonal of `Q^T a^T b Q`: through the r x r product where that is less work, else through thin ones.
+
+    Args:
+        a, b (`torch.Tensor` of shape `(T, r)`): Rows are tokens.
+        Q (`torch.Tensor` of shape `(r, k)`): Columns to project on.
+
+    Returns:
+        `torch.Tensor` of shape `(k,)` in float32, or float64.
+    """
+    (T, r), k = a.shape, Q.shape[1]
+    if 2 * T * r * r + 2 * r * r * k >= 4 * T * r * k:
+        Q = Q.to(a.dtype)
+        return _column_sums(a @ Q, b @ Q)
+    if a.dtype == torch.float16:  # sums over tokens leave its range
+        a, b = a.float(), b.float()
+    K = a.mT @ b  # (r, r), accumulated in float32
+    wide = torch.promote_types(K.dtype, Q.dtype)
+    return _column_sums(K.mT.to(wide) @ Q.to(wide), Q)
+
+
+def _column_sums(a: Tensor, b: Tensor) -> Tensor:
+    """`(a * b).sum(0)` in float32 (float64), without rounding the products first."""
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return torch.linalg.vecdot(a.to(wide), b.to(wide), dim=0)

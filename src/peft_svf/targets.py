@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Architecture -> the modules that SVF targets by default, and which modules it can adapt at all.
+"""
+
+import logging
+import re
+
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+logger = logging.getLogger(__name__)
+
+# The MLP weights of each architecture (the paper's choice). A string is a regex over whole names: BERT's
+# `layer.0.output.dense` is its MLP, `layer.0.attention.output.dense` is not.
+GATED = ["gate_proj", "up_proj", "down_proj"]
+BERT = r"(?:.*\.)?layer\.(\d+\.(?:intermediate|output)\.dense)"
+ARCHITECTURES: dict[str, list[str] | str] = {  # MLP weights -> model types
+    "arcee cohere cohere2 deepseek_v2 deepseek_v3 ernie4_5 exaone4 gemma gemma2 gemma3 gemma3_text gemma3n_text glm4 "
+    "glm4_moe gpt_oss granite helium hunyuan_v1_dense llama llama4_text ministral mistral mistral3 mixtral olmo olmo2 "
+    "olmo3 qwen2 qwen2_5_vl_text qwen2_moe qwen2_vl_text qwen3 qwen3_moe qwen3_next seed_oss smollm3 stablelm": GATED,
+    "bert camembert deberta deberta-v2 electra roberta xlm-roberta": BERT,
+    "bloom falcon gpt_neox": ["dense_h_to_4h", "dense_4h_to_h"],
+    "gpt2 gpt_bigcode gpt_neo starcoder2": ["mlp.c_fc", "mlp.c_proj"],
+    # OPT flattens batch and tokens before its MLP; the layer repeats offsets of rows to the flattened rows
+    "bart blenderbot m2m_100 marian mbart opt pegasus phi whisper": ["fc1", "fc2"],
+    "t5 mt5 umt5": ["wi", "wi_0", "wi_1", "wo"],
+    "distilbert": ["ffn.lin1", "ffn.lin2"],
+    "glm phi3": ["gate_up_proj", "down_proj"],
+    "gptj": ["fc_in", "fc_out"],
+    "mpt": ["ffn.up_proj", "ffn.down_proj"],
+}
+DEFAULT_TARGETS = {model_type: targets for types, targets in ARCHITECTURES.items() for model_type in types.split()}
+ATTENTION = ["q_proj", "v_proj"]
+
+
+def adaptable(module: nn.Module) -> bool:
+    """Whether a module is linear: `nn.Linear`, transformers' `Conv1D` or packed by a library that PEFT knows."""
+    return isinstance(module, (nn.Linear, Conv1D)) or resolve_quantization_backend(module) is not None
+
+
+def default_targets(model: nn.Module, model_type: str | None) -> set[str] | str:
+    """
+    Name the modules that SVF adapts unless told otherwise: the MLP weights, the paper's choice.
+
+    Where these are no linear modules (fused experts) it is attention q and v; where the table has no such
+    architecture, what LoRA adapts there. Both are logged.
+
+    Args:
+        model (`torch.nn.Module`):
+            The base model.
+        model_type (`str`, *optional*):
+            `model.config.model_type`.
+
+    Raises:
+        `ValueError`: if nobody knows the architecture.
+    """
+    targets = DEFAULT_TARGETS.get(model_type)  # type: ignore[arg-type]
+    if targets is None:
+        targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+        if targets is None:
+            raise ValueError(
+                f"Please specify `target_modules` in `peft_config`: there is no default for the architecture "
+                f"{model_type!r}. Name endings of its linear layers or 'all-linear' will do."
+            )
+        logger.info(f"SVF's table of MLP weights has no {model_type!r}: it targets what LoRA does there, {targets}.")
+        return targets if isinstance(targets, str) else set(targets)
+    adapted = ".base_layer"  # of an adapter that is there already
+    names = [name.removesuffix(adapted) for name, module in model.named_modules() if adaptable(module)]
+    if isinstance(targets, str):  # spelled out as endings, so that `layers_to_transform` applies to it as well
+        return {match[1] for name in names if (match := re.fullmatch(targets, name))}
+    if not any(f".{name}".endswith(f".{target}") for name in names for target in targets):
+        logger.info(f"The MLP weights of {model_type!r} are no linear modules: SVF targets attention q and v.")
+        targets = ATTENTION
+    return set(targets)
