@@ -13,20 +13,17 @@ import json
 import shlex
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from smollm2 import load_smollm2
 from tiny_model import tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import peft_svf
 from peft_svf import SVFConfig
-from peft_svf.evaluation import evaluate, paired_difference
-from peft_svf.hub import expert_card
-from peft_svf.tasks import TASKS, get_task
+from peft_svf.result import write_expert
+from peft_svf.tasks import get_task, task_names
 from peft_svf.training import ReinforceConfig, ReinforceTrainer
 
 GOOD_AT = {
@@ -34,12 +31,13 @@ GOOD_AT = {
     "math": "a number to work out",
     "code": "a program to write",
     "dispatch": "naming the kind of a question",
+    "vision": "a question about an image",
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=sorted(TASKS), default="arc_easy")
+    parser.add_argument("--task", choices=task_names(), default="arc_easy")
     parser.add_argument("--out", type=Path, required=True, help="folder of the expert")
     parser.add_argument("--model", help="any model id or folder; default SmolLM2-135M-Instruct from PyPI")
     parser.add_argument("--form", choices=["choice", "generate"], default="choice")
@@ -55,7 +53,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="rows per forward when evaluating")
     parser.add_argument("--targets", help="comma-separated names or 'all-linear'; default the MLP weights")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoint", type=Path, help="of an interrupted run: test it, write its card")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of an interrupted run")
     parser.add_argument("--tiny", action="store_true", help="a random model, two steps: seconds")
     args = parser.parse_args()
 
@@ -116,80 +114,37 @@ def main() -> None:
         peft_config=svf,
     )
     start = time.perf_counter()
-    if args.checkpoint is None:
-        trainer.train()
-    else:
-        trainer.model.load_adapter(args.checkpoint, "default", is_trainable=True)
-        trainer.state = TrainerState.load_from_json(str(args.checkpoint / "trainer_state.json"))
-    seconds = time.perf_counter() - start
+    trainer.train(resume_from_checkpoint=args.resume)
+    seconds = None if args.resume else time.perf_counter() - start
 
     print("Testing the expert and the base on rows that were never trained on ...")
-    expert = evaluate(trainer.model, tokenizer, test, args.batch_size)
-    with trainer.model.disable_adapter():
-        base = evaluate(trainer.model, tokenizer, test, args.batch_size)
-    gain, interval = paired_difference(expert, base)
-    print(f"base   {base.accuracy:.3f}  [{base.interval[0]:.3f}, {base.interval[1]:.3f}]  n={base.n}")
-    print(f"expert {expert.accuracy:.3f}  [{expert.interval[0]:.3f}, {expert.interval[1]:.3f}]")
-    print(f"gain   {gain:+.3f}  [{interval[0]:+.3f}, {interval[1]:+.3f}] (paired, 95 %)")
-
-    trainer.model.save_pretrained(args.out, save_embedding_layers=False)
-    history = [entry for entry in trainer.state.log_history if "eval_reward" in entry or "reward" in entry]
-    result = {
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
-        | {"peft_svf": peft_svf.__version__},
-        "base_model": trainer.model.peft_config["default"].base_model_name_or_path,
-        "task": task.name,
-        "form": args.form,
-        "split": "test",
-        "seed": args.seed,
-        "steps": trainer.state.global_step,
-        "best_step": trainer.state.best_global_step,
-        "seconds": None if args.checkpoint else round(seconds),
-        "base": base.to_json(),
-        "expert": expert.to_json(),
-        "gain": gain,
-        "gain_interval": interval,
-        "curve": history,
-    }
-    (args.out / "result.json").write_text(json.dumps(result, indent=1))
-    if base_id is not None:
-        write_card(args, result, base_id)
+    result = write_expert(
+        trainer,
+        task,
+        test,
+        args.out,
+        command=shlex.join(["python", *sys.argv]),
+        seconds=seconds,
+        base_model=base_id,
+        license="apache-2.0",
+        batch_size=args.batch_size,
+    )
+    for name in ("base", "expert"):
+        (low, high), accuracy = result[name]["interval"], result[name]["accuracy"]
+        print(f"{name:6} {accuracy:.3f}  [{low:.3f}, {high:.3f}]  n={result[name]['n']}")
+    low, high = result["gain_interval"]
+    print(f"gain   {result['gain']:+.3f}  [{low:+.3f}, {high:+.3f}] (paired, 95 %)")
+    if base_id is not None and args.model is None:
+        load_from_pypi(args.out / "README.md", base_id)
     print(f"Wrote {args.out}")
 
 
-def write_card(args: argparse.Namespace, result: dict, base_id: str) -> None:
-    base, expert, interval = result["base"], result["expert"], result["gain_interval"]
-    form = "softmax over the options' log-likelihoods" if args.form == "choice" else "generated answers"
-    training = {
-        "bits of the base": result["base_model"],
-        "data": f"{args.task}, training split, {args.form} form ({form})",
-        "reward": "+1 right, -1 wrong",
-        "steps": f"{result['steps']} of {args.questions} questions with {args.samples} samples",
-        "best step": result["best_step"],
-        "learning rate": args.lr,
-        "seed": args.seed,
-        "seconds": result["seconds"],
-        "command": result["command"],
-    }
-    row = {
-        "task": args.task,
-        "split": "test",
-        "metric": f"accuracy ({args.form} form)",
-        "value": round(expert["accuracy"], 4),
-        "interval": [round(x, 4) for x in expert["interval"]],
-        "base": round(base["accuracy"], 4),
-        "gain": f"{result['gain']:+.3f} [{interval[0]:+.3f}, {interval[1]:+.3f}]",
-        "n": expert["n"],
-    }
-    card = expert_card(
-        args.out, base_model=base_id, base_dtype="bfloat16", training=training, results=[row], license="apache-2.0"
-    )
-    text = str(card)
-    if args.model is None:  # the snippet must load these very bits: those of the Hub are refused
-        text = text.replace("from transformers import AutoModelForCausalLM", "from smollm2 import load_smollm2")
-        text = text.replace(f'base = AutoModelForCausalLM.from_pretrained("{base_id}")', "base, _ = load_smollm2()")
-    (args.out / "README.md").write_text(text)
+def load_from_pypi(card: Path, base_id: str) -> None:
+    """Let the card's snippet load the very bits that the expert belongs to: those of the Hub are refused."""
+    text = card.read_text()
+    text = text.replace("from transformers import AutoModelForCausalLM", "from smollm2 import load_smollm2")
+    text = text.replace(f'base = AutoModelForCausalLM.from_pretrained("{base_id}")', "base, _ = load_smollm2()")
+    card.write_text(text)
 
 
 if __name__ == "__main__":

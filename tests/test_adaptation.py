@@ -2,16 +2,32 @@
 """Laws of the first pass: a deterministic, bounded decision, and a search that never ends below where it began."""
 
 import json
+import logging
+import math
 
 import experts
+import numpy as np
 import pytest
 import torch
 from experts import alone, assert_same, base, state
 from tiny_model import tiny_tokenizer
 
-from peft_svf import ExpertLibrary, Mixture, adaptation
-from peft_svf.adaptation import QUESTION_TOKENS, dispatch, few_shot
+from peft_svf import ExpertLibrary, Mixture, adaptation, evaluator
+from peft_svf.adaptation import (
+    LABEL_TOKENS,
+    QUESTION_TOKENS,
+    boxed_prompt,
+    dispatch,
+    few_shot,
+    fit_probe,
+    fit_temperature,
+    kind_scores,
+    read_boxed,
+)
 from peft_svf.evaluation import choice_logps, evaluate
+from peft_svf.evaluator import blocks_of
+from peft_svf.expert import Expert
+from peft_svf.probe import Probe
 from peft_svf.tasks import Task, dispatch_prompt
 
 PROMPTS = ["What is 3 + 4?", "def f(x):", "Tell me a story about a very old tree.", "7 * 6"]
@@ -168,6 +184,200 @@ def test_dispatch_leaves_the_model_as_it_was_also_after_an_exception(library, mo
     with pytest.raises(ZeroDivisionError):
         dispatch(library, tokenizer, PROMPTS, strategy="classifier")
     assert_same(library.model, before)
+
+
+# --- dispatch: calibration, temperature, fallbacks, the written form, the probe
+
+
+def test_calibration_by_a_prior_that_prefers_no_name_changes_nothing(library, monkeypatch):
+    draws = torch.Generator().manual_seed(0)
+
+    def logps(model, _, rows):  # the empty request, last, likes all names alike
+        return torch.cat([torch.randn(len(rows) - 1, 3, generator=draws.manual_seed(1)), torch.full((1, 3), -7.0)])
+
+    monkeypatch.setattr(adaptation, "choice_logps", logps)
+    with_it, without = (probabilities(dispatch(library, tokenizer, PROMPTS, calibrate=c)) for c in (True, False))
+    torch.testing.assert_close(with_it, without)
+
+
+def test_a_temperature_divides_the_scores(library):
+    scores = kind_scores(library, tokenizer, PROMPTS).double()
+    for t in (0.5, 3.0):
+        found = probabilities(dispatch(library, tokenizer, PROMPTS, temperature=t))
+        torch.testing.assert_close(found, (scores / t).softmax(-1), atol=1e-6, rtol=0)
+    for bad in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="temperature must be a positive number"):
+            dispatch(library, tokenizer, PROMPTS, temperature=bad)
+
+
+def test_a_fitted_temperature_makes_the_kinds_likelier(library):
+    kinds = ["math", "code", "other", "code"]
+    fitted = fit_temperature(library, tokenizer, PROMPTS, kinds, calibrate=False)
+    places = torch.tensor([NAMES.index(kind) for kind in kinds])
+    scores = kind_scores(library, tokenizer, PROMPTS, calibrate=False).double()
+
+    def likelihood(t):  # a share of 1 / (4 + 2) of each label is spread
+        logps = (scores / t).log_softmax(-1)
+        return float((5 / 6 * logps[range(4), places] + logps.mean(-1) / 6).mean())
+
+    assert all(likelihood(fitted) >= likelihood(fitted * factor) for factor in (0.7, 1.4))
+    with pytest.raises(ValueError, match=r"There is no expert 'maths'; the kinds are code, math, other"):
+        fit_temperature(library, tokenizer, PROMPTS, ["maths"] * 4)
+    for prompts, given in ((PROMPTS, kinds[:2]), ([], [])):
+        with pytest.raises(ValueError, match="prompts with one kind each"):
+            fit_temperature(library, tokenizer, prompts, given)
+
+
+def test_a_soft_decision_weighs_the_experts_by_their_probabilities(library):
+    hard, soft = (dispatch(library, tokenizer, PROMPTS, soft=s) for s in (False, True))
+    for one, other in zip(hard, soft, strict=True):
+        assert (one.confidence, one.probabilities, one.choice) == (other.confidence, other.probabilities, other.choice)
+        assert other.alpha == {name: p for name, p in other.probabilities.items() if name != "other"}
+        assert other.record() == {
+            "choice": one.choice,
+            "confidence": one.confidence,
+            "probabilities": one.probabilities,
+            "alpha": other.alpha,
+        }
+
+
+def test_below_the_threshold_the_fallback_decides(library):
+    free = dispatch(library, tokenizer, PROMPTS)
+    limit = sorted(m.confidence for m in free)[2]
+    for fallback in ("base", "mix"):
+        found = dispatch(library, tokenizer, PROMPTS, threshold=limit, fallback=fallback)
+        for one, other in zip(free, found, strict=True):
+            mixed = {name: p for name, p in one.probabilities.items() if name != "other"}
+            instead = mixed if fallback == "mix" else {}
+            assert other.alpha == (one.alpha if one.confidence >= limit else instead)
+            assert (one.confidence, one.probabilities) == (other.confidence, other.probabilities)
+    soft = dispatch(library, tokenizer, PROMPTS, threshold=limit, soft=True)
+    assert [bool(m.alpha) for m in soft] == [m.confidence >= limit for m in free]
+    with pytest.raises(ValueError, match="no fallback 'last': choose 'base' or 'mix'"):
+        dispatch(library, tokenizer, PROMPTS, fallback="last")
+
+
+def test_every_decision_is_in_the_log(library, caplog):
+    with caplog.at_level(logging.DEBUG, "peft_svf.adaptation"):
+        found = dispatch(library, tokenizer, PROMPTS)
+    assert [record.message for record in caplog.records] == [f"dispatch by prompt: {m.record()}" for m in found]
+
+
+def test_with_one_expert_it_is_that_one_or_the_base(folders):
+    single = ExpertLibrary(base(), [folders["math"]])
+    for mixture in dispatch(single, tokenizer, PROMPTS):
+        assert list(mixture.probabilities) == ["math", "other"] and mixture.alpha in ({}, {"math": 1.0})
+        assert mixture.confidence == pytest.approx(2 * max(mixture.probabilities.values()) - 1)
+
+
+@pytest.mark.parametrize(
+    "text, kind",
+    [
+        (r"It is \boxed{math}.", "math"),
+        (r"\boxed{ Code }", "code"),
+        (r"\boxed{'other'} or \boxed{math}", "other"),
+        (r"$\boxed{\text{math}}$", "math"),
+        (r"\boxed{maths}", None),
+        (r"\boxed{math", None),
+        (r"\boxed{}", None),
+        ("math", None),
+        ("", None),
+    ],
+)
+def test_a_boxed_kind_is_read(text, kind):
+    assert read_boxed(text, NAMES) == kind
+
+
+def test_the_written_form_takes_what_the_model_writes_and_else_the_base(library, monkeypatch):
+    written = [r"\boxed{math}", "I think it is code.", r"\boxed{code}", r"\boxed{poems}"]
+    shown = []
+
+    def generate(self, input_ids, generation_config, **kwargs):
+        shown.extend(tokenizer.batch_decode(input_ids, skip_special_tokens=False))
+        assert generation_config.max_new_tokens == LABEL_TOKENS and not generation_config.do_sample
+        texts = written[len(shown) - len(input_ids) : len(shown)]
+        ids = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right").input_ids
+        return torch.cat([input_ids, ids], dim=1)
+
+    monkeypatch.setattr(type(library.model), "generate", generate)
+    found = dispatch(library, tokenizer, PROMPTS, read="generate", batch_size=3)
+    assert [m.alpha for m in found] == [{"math": 1.0}, {}, {"code": 1.0}, {}]
+    assert [m.confidence for m in found] == pytest.approx([1.0, 0.0, 1.0, 0.0])
+    assert found[0].probabilities == {"code": 0.0, "math": 1.0, "other": 0.0}
+    assert found[1].probabilities == pytest.approx(dict.fromkeys(NAMES, 1 / 3))
+    shown.clear()
+    soft = dispatch(library, tokenizer, PROMPTS, read="generate", batch_size=3, soft=True)
+    assert [m.alpha for m in soft] == [m.alpha for m in found]
+    shown.clear()
+    mixed = dispatch(library, tokenizer, PROMPTS, read="generate", batch_size=3, threshold=0.1, fallback="mix")
+    assert mixed[1].alpha == pytest.approx({"code": 1 / 3, "math": 1 / 3})
+    for prompt, text in zip(PROMPTS, shown, strict=True):
+        assert boxed_prompt(prompt, KINDS)[0]["content"] in text and "- code: about code" in text
+
+
+@pytest.mark.parametrize("strategy", ["prompt", "classifier"])
+def test_the_written_form_is_bounded_greedy_and_one_by_one_what_it_is_in_a_batch(strategy, library):
+    sampling = library.model.generation_config.do_sample
+    library.model.generation_config.do_sample = True  # of the second pass
+    try:
+        together = dispatch(library, tokenizer, PROMPTS, strategy=strategy, read="generate")
+        apart = [dispatch(library, tokenizer, [p], strategy=strategy, read="generate")[0] for p in PROMPTS]
+    finally:
+        library.model.generation_config.do_sample = sampling
+    assert together == apart and all(m.strategy == strategy for m in together)
+    with pytest.raises(ValueError, match="no reading 'guess': choose 'likelihood' or 'generate'"):
+        dispatch(library, tokenizer, PROMPTS, read="guess")
+
+
+def test_a_first_pass_over_the_context_is_refused(folders, tmp_path):
+    wordy = experts.write(tmp_path, "wordy", 5, description="word " * 120)
+    long = ExpertLibrary(base(), [wordy])
+    for settings in ({}, {"read": "generate"}):
+        with pytest.raises(ValueError, match=r"tokens.* but the model's context is 512"):
+            dispatch(long, tokenizer, PROMPTS, **settings)
+
+
+FEW = {
+    "math": ["1 + 1 = 2", "3 * 4 = 7", "9 - 2 = 1", "8 + 5 = 3"],
+    "code": ["def f(x): pass", "for i in a: b", "import os; d()", "print(y or z)"],
+    "other": ["Hello there you!", "How are you now?", "Tell me a story.", "What a nice day!"],
+}
+KNOWN = [(text, kind) for kind, texts in FEW.items() for text in texts]
+
+
+@pytest.mark.parametrize("method", ["centroid", "logistic"])
+def test_a_probe_names_the_kinds_it_was_fitted_to(method, library, tmp_path):
+    texts, kinds = zip(*KNOWN, strict=True)
+    probe = fit_probe(library, tokenizer, texts, kinds, method=method)
+    found = dispatch(library, tokenizer, texts, strategy="probe", probe=probe)
+    assert [m.choice for m in found] == list(kinds)
+    assert all(list(m.probabilities) == NAMES and m.strategy == "probe" for m in found)
+    probe.save(tmp_path)
+    again = dispatch(library, tokenizer, texts, strategy="probe", probe=Probe.load(tmp_path), batch_size=5)
+    torch.testing.assert_close(probabilities(again), probabilities(found), atol=1e-4, rtol=0)
+    assert probe.provenance["base_model"] == experts.BASE and probe.provenance["kinds_listed"] == KINDS
+
+
+def test_a_probe_gives_no_chance_to_a_kind_it_does_not_know(library):
+    texts, kinds = zip(*[(text, kind) for text, kind in KNOWN if kind != "other"], strict=True)
+    probe = fit_probe(library, tokenizer, texts, kinds)
+    found = dispatch(library, tokenizer, PROMPTS, strategy="probe", probe=probe)
+    assert all(m.probabilities["other"] == 0.0 and m.alpha for m in found)
+    assert fit_temperature(library, tokenizer, texts, kinds, strategy="probe", probe=probe) > 0
+
+
+def test_a_probe_that_does_not_fit_is_refused(library, folders):
+    texts, kinds = zip(*KNOWN, strict=True)
+    probe = fit_probe(library, tokenizer, texts, kinds)
+    with pytest.raises(ValueError, match=r"needs a probe: fit one with fit_probe\(...\)"):
+        dispatch(library, tokenizer, PROMPTS, strategy="probe")
+    with pytest.raises(ValueError, match="The probe names 'code', but the experts are math: fit it with these names"):
+        dispatch(ExpertLibrary(base(), [folders["math"]]), tokenizer, PROMPTS, strategy="probe", probe=probe)
+    with pytest.raises(ValueError, match="A probe writes no answer"):
+        dispatch(library, tokenizer, PROMPTS, strategy="probe", probe=probe, read="generate")
+    with pytest.raises(ValueError, match="There is no expert 'poems'"):
+        fit_probe(library, tokenizer, texts, ["poems"] * len(texts))
+    assert dispatch(library, tokenizer, [], strategy="probe", probe=probe) == []
 
 
 # --- few-shot
@@ -328,6 +538,249 @@ def test_a_population_has_room_for_the_base_each_expert_and_their_mean(library):
     found = few_shot(library, tokenizer, CHOICES, population=4, elites=0.5, iterations=1)
     members = [{}, {"code": 1.0}, {"math": 1.0}, {"code": 0.5, "math": 0.5}]
     assert found.alpha == max(members, key=lambda alpha: choice_score(library, Mixture(alpha), CHOICES))
+
+
+PLANTED = {"code": 0.2, "math": 0.7}
+SEARCHES = {
+    "cem": {"population": 16, "iterations": 12},
+    "cma": {"population": 10, "iterations": 15},
+    "gradient": {"iterations": 40},
+}
+all_methods = pytest.mark.parametrize("method", SEARCHES)
+
+
+@pytest.fixture(scope="module")
+def planted(library):
+    """Examples whose answers were drawn from the planted mixture."""
+    torch.manual_seed(0)
+    texts = [f"{a} + {b} =" for a in range(2, 10) for b in range(3, 8)]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    with library.activate(Mixture(PLANTED)) as model:
+        drawn = model.generate(**inputs, do_sample=True, max_new_tokens=24, min_new_tokens=24, top_k=0)
+    answers = tokenizer.batch_decode(drawn[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    return [{"prompt": text, "answer": answer} for text, answer in zip(texts, answers, strict=True) if answer]
+
+
+@all_methods
+def test_every_search_finds_the_planted_mixture(method, planted, library):
+    found = few_shot(library, tokenizer, planted, method=method, batch_size=128, **SEARCHES[method])
+    assert found.provenance["held_out"]["fell_back"] is None
+    assert {name: found.alpha.get(name, 0.0) for name in PLANTED} == pytest.approx(PLANTED, abs=0.12)
+    rows = [row for row in planted if row not in held_out_of(planted)]
+    assert found.provenance["score"][1] >= answer_score(library, Mixture(PLANTED), rows)[1] - 1e-3
+
+
+def held_out_of(examples, seed=0, share=0.25):
+    order = np.random.default_rng(seed).permutation(len(examples)).tolist()
+    return [examples[i] for i in order[: round(share * len(examples))]]
+
+
+@all_methods
+def test_an_interrupted_search_leaves_the_base_and_goes_on_as_if_nothing_had_been(
+    method, library, tmp_path, monkeypatch
+):
+    settings = {"method": method, "population": 6, "elites": 0.4, "iterations": 5}
+    whole = few_shot(library, tokenizer, CHOICES, **settings)
+    before, calls, score = state(library.model), [], evaluator.choice_logps
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return score(*args, **kwargs)
+
+    monkeypatch.setattr(evaluator, "choice_logps", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        few_shot(library, tokenizer, CHOICES, state=tmp_path / "search.json", **settings)
+    assert_same(library.model, before)
+    done = len(json.loads((tmp_path / "search.json").read_text())["populations"])
+    assert done == 2
+    resumed = few_shot(library, tokenizer, CHOICES, state=tmp_path / "search.json", **settings)
+    assert resumed == whole and len(calls) == 3 + (5 - done)
+
+
+def test_a_state_file_of_other_examples_experts_or_settings_is_refused(library, folders, tmp_path):
+    file = tmp_path / "search.json"
+    few_shot(library, tokenizer, CHOICES, state=file, **SMALL)
+    with pytest.raises(ValueError, match="of another search: examples is"):
+        few_shot(library, tokenizer, CHOICES[:2], state=file, **SMALL)
+    with pytest.raises(ValueError, match="of another search: seed is 0 there and 1 here"):
+        few_shot(library, tokenizer, CHOICES, state=file, seed=1, **SMALL)
+    others = ExpertLibrary(base(), {"math": folders["code"], "code": folders["math"]})
+    with pytest.raises(ValueError, match="of another search: experts is"):
+        few_shot(others, tokenizer, CHOICES, state=file, **SMALL)
+
+
+def scored_by(table, monkeypatch):
+    """Judges that give a vector the score that `table(vector, is it held out)` says."""
+
+    class Told:
+        def __init__(self, library, tokenizer, weights, examples, **_):
+            self.held_out = len(examples) == 2
+
+        def __call__(self, members):
+            return evaluator.Judged([table(member.tolist(), self.held_out) for member in members])
+
+    monkeypatch.setattr(adaptation, "Judge", Told)
+
+
+EIGHT = [{"prompt": f"{a} + 1 =", "answer": str(a + 1)} for a in range(8)]
+
+
+@pytest.mark.parametrize(
+    "held_out, alpha, what",
+    [
+        ({"other": 0.3, "code": 0.2, "math": 0.9, "found": 0.5}, None, None),  # math was not best on the examples
+        ({"other": 0.3, "code": 0.6, "math": 0.0, "found": 0.5}, {"code": 1.0}, "code"),
+        ({"other": 0.7, "code": 0.6, "math": 0.0, "found": 0.5}, {}, "other"),
+        ({"other": 0.5, "code": 0.2, "math": 0.0, "found": 0.5}, {}, "other"),  # no better: the simpler one
+    ],
+)
+def test_a_mixture_that_is_no_better_on_held_out_examples_gives_way(
+    held_out, alpha, what, library, monkeypatch, caplog
+):
+    corners = {(0.0, 0.0): "other", (1.0, 0.0): "code", (0.0, 1.0): "math"}
+
+    def table(vector, out):
+        kind = corners.get(tuple(vector), "found")
+        if out:
+            return (0.0, held_out[kind])
+        return (0.0, {"other": 0.1, "code": 0.2, "math": 0.15, "found": 1 - abs(vector[0] - 0.4)}[kind])
+
+    scored_by(table, monkeypatch)
+    with caplog.at_level(logging.WARNING, "peft_svf.adaptation"):
+        found = few_shot(library, tokenizer, EIGHT, **SMALL)
+    check = found.provenance["held_out"]
+    assert check["examples"] == 2 and found.provenance["examples"] == 6 and check["fell_back"] == what
+    assert check["found"] == [0.0, 0.5] and check["code"] == [0.0, held_out["code"]] and "math" not in check
+    if what is None:
+        assert 0 < found.alpha["code"] < 1 and not caplog.records
+    else:
+        assert found.alpha == alpha and "is returned instead" in caplog.text
+        assert found.provenance["score"] == [0.0, {"code": 0.2, "other": 0.1}[what]]
+
+
+def test_the_best_expert_itself_is_kept_if_it_beats_the_base(library, monkeypatch):
+    best = {(1.0, 0.0): 1.0, (0.0, 0.0): 0.4}
+    scored_by(lambda vector, out: (0.0, best.get(tuple(vector), 0.2)), monkeypatch)
+    found = few_shot(library, tokenizer, EIGHT, **SMALL)
+    assert found.alpha == {"code": 1.0} and found.provenance["held_out"]["fell_back"] is None
+
+
+def test_held_out_examples_are_not_searched_on(library, monkeypatch):
+    searched = []
+
+    class Watch(evaluator.Judge):
+        def __init__(self, library, tokenizer, weights, examples, **settings):
+            searched.append([row["prompt"] for row in examples])
+            super().__init__(library, tokenizer, weights, examples, **settings)
+
+    monkeypatch.setattr(adaptation, "Judge", Watch)
+    few_shot(library, tokenizer, EIGHT, **SMALL)
+    assert len(searched[0]) == 6 and len(searched[-1]) == 2 and not set(searched[0]) & set(searched[-1])
+    searched.clear()
+    few_shot(library, tokenizer, EIGHT, holdout=ANSWERS, **SMALL)
+    assert len(searched[0]) == 8 and searched[-1] == [row["prompt"] for row in ANSWERS]
+    searched.clear()
+    few_shot(library, tokenizer, EIGHT, holdout=0, **SMALL)
+    assert [len(rows) for rows in searched if rows] == [8] * len(searched)
+    for share in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="holdout is a share"):
+            few_shot(library, tokenizer, EIGHT, holdout=share, **SMALL)
+    with pytest.raises(ValueError, match="held-out examples have another form"):
+        few_shot(library, tokenizer, EIGHT, holdout=CHOICES, **SMALL)
+
+
+@pytest.mark.parametrize("letters", ["", "".join(map(chr, range(32, 127)))], ids=["all fail", "all succeed"])
+def test_where_all_fail_or_all_succeed_the_log_likelihood_decides_and_the_log_says_so(letters, library, caplog):
+    class Same(Contains):
+        def check(self, completion, row):
+            return bool(letters)
+
+    with caplog.at_level(logging.INFO, "peft_svf.adaptation"):
+        found = few_shot(library, tokenizer, ANSWERS, task=Same(), max_new_tokens=2, **SMALL)
+    assert "log-likelihood alone decided" in caplog.text
+    assert found.alpha == few_shot(library, tokenizer, ANSWERS, **SMALL).alpha
+    assert found.provenance["score"][0] == float(bool(letters))
+
+
+@pytest.mark.parametrize("method", ["cem", "gradient"])
+def test_one_expert_is_enough(method, folders, library):
+    single = ExpertLibrary(base(), [folders["math"]])
+    found = few_shot(single, tokenizer, ANSWERS, method=method, **SMALL)
+    assert set(found.alpha) <= {"math"} and 0 <= found.alpha.get("math", 0.0) <= 1
+    with pytest.raises(ValueError, match='2 numbers or more, got 1: use method="cem"'):
+        few_shot(single, tokenizer, ANSWERS, method="cma", **SMALL)
+
+
+def test_experts_of_different_ranks_are_mixed(folders, tmp_path):
+    short = experts.write(tmp_path, "short", 7, rank=5)
+    mixed = ExpertLibrary(base(), [folders["math"], short])
+    found = few_shot(mixed, tokenizer, ANSWERS, **SMALL)
+    assert found.provenance["score"] == pytest.approx(answer_score(mixed, found, ANSWERS), abs=1e-4)
+
+
+def test_weights_stay_in_their_range(library):
+    found = few_shot(library, tokenizer, ANSWERS, low=-0.5, high=1.5, population=12, iterations=3)
+    assert all(-0.5 <= weight <= 1.5 for weight in found.alpha.values())
+    assert found.provenance["low"] == -0.5 and found.provenance["high"] == 1.5
+
+
+def test_a_budget_ends_the_search_and_the_mixture_says_so(library):
+    one = few_shot(library, tokenizer, CHOICES, **SMALL | {"iterations": 1})
+    found = few_shot(library, tokenizer, CHOICES, max_tokens=3 * one.provenance["tokens"], **SMALL | {"iterations": 9})
+    assert found.provenance["stopped"] == "max_tokens" and found.provenance["iterations"] == 3
+    assert found.provenance["tokens"] == 3 * one.provenance["tokens"] and one.provenance["stopped"] == ""
+    brief = few_shot(library, tokenizer, CHOICES, max_seconds=0.0, **SMALL)
+    assert brief.provenance["stopped"] == "max_seconds" and brief.provenance["iterations"] == 1
+
+
+def test_an_unknown_search_is_refused(library):
+    with pytest.raises(ValueError, match="no search 'luck': choose 'cem', 'cma', 'gradient'"):
+        few_shot(library, tokenizer, CHOICES, method="luck")
+
+
+def test_an_example_over_the_context_is_refused(library):
+    with pytest.raises(ValueError, match="the model's context is 512"):
+        few_shot(library, tokenizer, [*ANSWERS, {"prompt": "x" * 600, "answer": "y"}], **SMALL)
+
+
+@all_methods
+@pytest.mark.parametrize("normalize", [False, True])
+def test_weights_per_layer_become_an_expert_that_scores_as_found(method, normalize, folders, tmp_path):
+    own = ExpertLibrary(base(), [folders["math"], folders["code"]])
+    settings = SMALL | {"method": method, "per_layer": True, "name": "sums", "normalize": normalize}
+    found = few_shot(own, tokenizer, ANSWERS, **settings)
+    assert found.alpha == {"sums": 1.0} and own.names == ["code", "math", "sums"]
+    assert found.provenance["score"] == pytest.approx(answer_score(own, found, ANSWERS), abs=1e-4)
+    layers = found.provenance["layers"]
+    assert tuple(layers) == blocks_of(own.model) and set(layers["model.layers.0"]) == {"code", "math"}
+    made = own.expert("sums")
+    for module, offset in made.offsets.items():
+        weights = layers[module.rsplit(".", 2)[0]]
+        expected = sum(weights[name] * own.expert(name).offsets[module] for name in weights)
+        torch.testing.assert_close(offset, expected)
+    made.save(tmp_path / "sums")
+    assert Expert.load(tmp_path / "sums").provenance["layers"] == layers
+    elsewhere = ExpertLibrary(base(), [tmp_path / "sums"])
+    assert answer_score(elsewhere, found, ANSWERS) == pytest.approx(answer_score(own, found, ANSWERS), abs=1e-5)
+    if normalize:
+        assert all(sum(row.values()) == pytest.approx(1) or not any(row.values()) for row in layers.values())
+
+
+def test_weights_per_layer_of_experts_of_different_ranks_and_targets(folders, tmp_path):
+    short = experts.write(tmp_path, "short", 7, rank=5, target_modules=["q_proj"])
+    longer = experts.write(tmp_path, "longer", 8, rank=9, target_modules=["up_proj", "q_proj"])
+    own = ExpertLibrary(base(), [short, longer])
+    found = few_shot(own, tokenizer, ANSWERS, per_layer=True, name="both", **SMALL)
+    assert found.provenance["score"] == pytest.approx(answer_score(own, found, ANSWERS), abs=1e-4)
+    assert set(own.expert("both").sizes.values()) == {9}
+
+
+def test_weights_per_layer_need_a_name_that_is_free(library):
+    for name in (None, "math"):
+        with pytest.raises(ValueError, match=r"give it a name=\.\.\. that no expert has"):
+            few_shot(library, tokenizer, ANSWERS, per_layer=True, name=name, **SMALL)
 
 
 def test_few_shot_leaves_the_model_as_it_was_also_after_an_exception(library):

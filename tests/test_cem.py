@@ -6,9 +6,19 @@ import math
 import numpy as np
 import pytest
 
-from peft_svf.cem import cross_entropy_method
+from peft_svf.cem import CrossEntropy
+from peft_svf.search import Judged, maximise
 
 PEAK = np.array([0.8, 0.1, 0.4])
+
+
+def cross_entropy_method(evaluate, size, *, iterations=50, on_iteration=None, **settings):
+    """The whole search: its end has `best`, `score`, `history`, and `mean` and `std` of the searcher."""
+    searcher = CrossEntropy(size, **settings)
+    watch = None if on_iteration is None else lambda found: on_iteration(found)
+    found = maximise(searcher, lambda members: Judged(evaluate(members)), iterations, on_iteration=watch)
+    found.mean, found.std = searcher.mean, searcher.std
+    return found
 
 
 def hill(members):
@@ -150,6 +160,7 @@ def test_the_history_is_json():
         ({"low": math.nan}, "low < high"),
         ({"min_std": -0.1}, "min_std"),
         ({"starts": [[0.0, 0.0]]}, r"lengths \[2\]"),
+        ({"start": [0.0, 0.0]}, "or its mean has"),
         ({"starts": [[0.0]]}, r"lengths \[1\]"),
         ({"population": 5, "starts": [[0.0] * 3] * 5}, "5 starts leave no room in a population of 5"),
     ],

@@ -2,6 +2,7 @@
 """Laws of the library: each row has its mixture while the context is open, and nothing of it afterwards."""
 
 import math
+import shutil
 import threading
 
 import experts
@@ -11,11 +12,16 @@ import pytest
 import torch
 from experts import GREEDY, SEEDS, alone, assert_same, base, ids, state, write
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 
 from peft_svf import Expert, ExpertLibrary, Mixture, SVFConfig
-from peft_svf.layer import SVFLayer
+from peft_svf import library as library_module
+from peft_svf.expert import SavedExpert
+from peft_svf.layer import Linear, SVFLayer
+from peft_svf.library import explicit
 
 FP32, BF16 = torch.float32, torch.bfloat16
+WEIGHTS = "adapter_model.safetensors"
 TEXTS = ("one two", "3 + 4 =", "x = [];")
 STRANGERS = [
     "of another base",
@@ -24,6 +30,7 @@ STRANGERS = [
     "with too few vectors",
 ]
 MIXED = [{"math": 0.7, "code": 0.3}, {}, {"code": 1.0}]
+MANY = [{"e5": 1.0}, {"e2": 0.5, "e0": 0.5}, {}]
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +74,8 @@ def with_mixture(library, *alphas, texts=TEXTS):
         return logits(model, *texts)
 
 
-def one_mixture(library, alpha, *texts):
-    with library.activate(Mixture(alpha)) as model:
+def one_mixture(library, alpha, *texts, merge=False):
+    with library.activate(Mixture(alpha), merge) as model:
         return logits(model, *texts)
 
 
@@ -124,7 +131,7 @@ def test_a_model_in_training_keeps_training_what_it_trained(folders):
 
 def test_the_base_model_of_an_expert_keeps_its_name(folders):
     library = ExpertLibrary(base(name="the same weights elsewhere"), [folders["math"]])  # a warning were an error
-    assert library.model.peft_config["math"].base_model_name_or_path == experts.BASE
+    assert library.expert("math").base_model == experts.BASE
 
 
 def test_experts_of_different_ranks_and_modules_are_mixed(folders, tmp_path):
@@ -145,7 +152,7 @@ def test_a_one_hot_mixture_answers_as_that_expert_alone_to_the_bit(dtype, folder
     library = ExpertLibrary(base(dtype=dtype), [folders["math"], folders["code"]])
     for name in library.names:
         expected = logits(alone(folders[name], dtype))
-        assert torch.equal(one_mixture(library, {name: 1.0}), expected)
+        assert torch.equal(one_mixture(library, {name: 1.0}, merge=True), expected)
         assert not torch.equal(expected, logits(base(dtype=dtype)))
 
 
@@ -192,7 +199,23 @@ def test_an_unknown_expert_is_refused_by_name(library):
         pass
 
 
-def test_merged_or_disabled_adapters_are_refused(library):
+def test_merged_and_unmerged_weights_answer_alike_and_rows_are_never_merged(library):
+    for alpha in ({"math": 1.0}, {"math": 0.5, "code": -0.3}):
+        merged = one_mixture(library, alpha, merge=True)
+        torch.testing.assert_close(merged, one_mixture(library, alpha), atol=1e-4, rtol=1e-4)
+    with library.activate([Mixture(alpha) for alpha in MIXED], merge=True) as model:
+        assert torch.equal(logits(model), with_mixture(library, *MIXED))
+
+
+def test_outside_of_activate_the_model_is_the_base_to_the_bit(library):
+    assert torch.equal(logits(library.model), logits(base()))
+    assert all(layer.svf_merged is None for layer in library.layers().values()), "a second copy of the base's weights"
+    one_mixture(library, {"math": 1.0}, merge=True)
+    assert torch.equal(logits(library.model), logits(base()))
+
+
+def test_merged_or_disabled_adapters_are_refused(folders):
+    library = ExpertLibrary(PeftModel.from_pretrained(base(), str(folders["math"]), adapter_name="math"))
     library.model.merge_adapter(["math"])
     with pytest.raises(ValueError, match="merged: unmerge_adapter"), library.activate(Mixture()):
         pass
@@ -281,14 +304,318 @@ def test_two_threads_with_different_experts_never_mix(library):
 def test_the_classifier_is_no_expert(library, folders):
     assert library.classifier is not None and library.names == ["code", "math"]
     assert set(library.descriptions) == {"code", "math"}
-    assert torch.equal(one_mixture(library, {library.classifier: 1.0}), logits(alone(folders["kinds"])))
+    by_classifier = one_mixture(library, {library.classifier: 1.0}, merge=True)
+    assert torch.equal(by_classifier, logits(alone(folders["kinds"])))
+    for refused in (library.remove, library.expert):
+        with pytest.raises(ValueError, match="no expert 'classifier: kinds'"):
+            refused(library.classifier)
     named_alike = ExpertLibrary(base(), [folders["math"], folders["kinds"]], classifier=folders["kinds"])
     assert named_alike.names == ["kinds", "math"] and named_alike.classifier not in named_alike.names
 
 
-def test_the_classifier_of_an_earlier_library_stays_one(library):
-    again = ExpertLibrary(library.model)
-    assert again.names == library.names and again.classifier == library.classifier
+# --- adding and removing
+
+
+def many(tmp_path, count):
+    """Folders of experts with different z-vectors."""
+    first = Expert.load(write(tmp_path, "first"))
+    made = {}
+    for i in range(count):
+        draws = torch.Generator().manual_seed(i)
+        offsets = {m: 0.3 * torch.randn(o.shape, generator=draws) for m, o in first.offsets.items()}
+        made[f"e{i}"] = tmp_path / f"e{i}"
+        Expert(f"e{i}", offsets, first.config).save(made[f"e{i}"])
+    return made
+
+
+def test_an_added_expert_answers_as_one_of_the_first_and_a_removed_one_is_gone(library, folders):
+    before = one_mixture(library, {"math": 1.0})
+    assert library.add(folders["kinds"]) == "kinds" and library.names == ["code", "kinds", "math"]
+    assert library.descriptions["kinds"] == "about kinds"
+    assert torch.equal(one_mixture(library, {"kinds": 1.0}, merge=True), logits(alone(folders["kinds"])))
+    assert torch.equal(one_mixture(library, {"math": 1.0}), before)
+    library.remove("math")
+    assert library.names == ["code", "kinds"]
+    with pytest.raises(ValueError, match=r"no expert 'math'.*code, kinds, other"), library.activate(explicit("math")):
+        pass
+    library.add(folders["code"], "math")
+    assert torch.equal(one_mixture(library, {"math": 1.0}), one_mixture(library, {"code": 1.0}))
+
+
+def test_an_added_expert_may_move_other_weights_and_more_directions(folders, tmp_path):
+    low = write(tmp_path, "low", seed=6, rank=5, target_modules=["up_proj"])
+    wide = write(tmp_path, "wide", seed=7, target_modules=["q_proj", "up_proj"])
+    library = ExpertLibrary(base(), [low])
+    expected = one_mixture(library, {"low": 1.0})
+    library.add(wide)
+    together = ExpertLibrary(base(), [low, wide])
+    for alpha in ({"low": 1.0}, {"wide": 1.0}, {"low": 0.5, "wide": 0.25}):
+        assert torch.equal(one_mixture(library, alpha), one_mixture(together, alpha))
+    torch.testing.assert_close(one_mixture(library, {"low": 1.0}), expected, atol=1e-5, rtol=1e-5)
+    with library.activate(Mixture({"low": 1.0})), pytest.raises(ValueError, match=r"outside of activate\(\)"):
+        library.add(write(tmp_path, "more", target_modules=["o_proj"]))
+
+
+@pytest.mark.parametrize("what", [*STRANGERS, "called other", "a damaged file", "one of the same name"])
+def test_an_expert_that_cannot_be_added_changes_nothing(what, library, folders, strangers, tmp_path):
+    damaged = write(tmp_path, "damaged", seed=4)
+    (damaged / WEIGHTS).write_bytes((damaged / WEIGHTS).read_bytes()[:-9])
+    more = {"a damaged file": (damaged, "'damaged'.*is damaged"), "one of the same name": (folders["math"], "Two exp")}
+    source, message = (strangers | more)[what]
+    expected, before = one_mixture(library, {"math": 1.0}), state(library.model)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        library.add(source)
+    assert library.names == ["code", "math"] and torch.equal(one_mixture(library, {"math": 1.0}), expected)
+    assert_same(library.model, before)
+
+
+def test_a_truncated_file_is_refused_before_the_model_changes(folders, tmp_path):
+    damaged = write(tmp_path, "damaged", seed=4)
+    whole = (damaged / WEIGHTS).read_bytes()
+    for kept in (0, 5, len(whole) // 2, len(whole) - 1):
+        (damaged / WEIGHTS).write_bytes(whole[:kept])
+        model = base()
+        before = state(model)
+        with pytest.raises(ValueError, match=r"'damaged'.*is damaged"):
+            ExpertLibrary(model, [folders["math"], damaged])
+        assert_same(model, before)
+
+
+def test_values_that_turn_out_not_finite_are_refused_when_they_are_read(library, tmp_path):
+    folder = write(tmp_path, "nan", seed=4)
+    expert = Expert.load(folder)
+    tensors = {f"{m}.svf_offset.weight": o * math.nan for m, o in expert.offsets.items()}
+    save_file(tensors, folder / WEIGHTS)
+    library.add(folder)
+    expected, before = one_mixture(library, {"math": 1.0}), state(library.model)
+    with pytest.raises(ValueError, match=r"'nan'.*z is not finite"):
+        one_mixture(library, {"nan": 0.5, "math": 0.5})
+    assert torch.equal(one_mixture(library, {"math": 1.0}), expected)
+    assert_same(library.model, before)
+
+
+def test_files_that_change_or_go_away_are_named(library, tmp_path):
+    folder = write(tmp_path, "moving", seed=4)
+    library.add(folder)
+    whole = (folder / WEIGHTS).read_bytes()
+    write(tmp_path, "moving", seed=4, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"'moving'.*has changed since"):
+        one_mixture(library, {"moving": 1.0})
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError, match="'moving' is gone"):
+        one_mixture(library, {"moving": 1.0})
+    (folder / WEIGHTS).write_bytes(whole)
+    one_mixture(library, {"moving": 1.0})
+
+
+def test_the_last_expert_stays(library):
+    library.remove("code")
+    with pytest.raises(ValueError, match="last expert"):
+        library.remove("math")
+    assert library.names == ["math"]
+
+
+# --- hundreds of experts
+
+
+def test_experts_in_folders_are_read_when_they_are_needed(tmp_path):
+    library = ExpertLibrary(base(), many(tmp_path, 5))
+    assert library.in_memory == [] and library.nbytes == 0
+    one_mixture(library, {"e3": 1.0})
+    assert library.in_memory == ["e3"]
+    with_mixture(library, {"e1": 1.0}, {"e3": 0.5}, {"e0": 1.0})
+    assert set(library.in_memory) == {"e0", "e1", "e3"}
+
+
+def test_the_expert_used_longest_ago_makes_room_and_is_read_again(tmp_path):
+    folders = many(tmp_path, 6)
+    free = ExpertLibrary(base(), folders)
+    each = 4 * sum(free.expert("e0").sizes.values())
+    library = ExpertLibrary(base(), folders, limit_bytes=3 * each + each // 2)
+    seen = []
+    for name in ("e0", "e1", "e2", "e0", "e3", "e4", "e1"):
+        assert torch.equal(one_mixture(library, {name: 1.0}), one_mixture(free, {name: 1.0}))
+        assert library.nbytes <= library._tables.limit_bytes
+        seen.append(library.in_memory)
+    assert seen[3:] == [["e1", "e2", "e0"], ["e2", "e0", "e3"], ["e0", "e3", "e4"], ["e3", "e4", "e1"]]
+    assert torch.equal(with_mixture(library, *MANY), with_mixture(free, *MANY))
+    with pytest.raises(ValueError, match=f"4 experts at once, {4 * each} bytes.*holds 3"):
+        one_mixture(library, dict.fromkeys(["e0", "e1", "e2", "e3"], 0.25))
+
+
+def test_a_limit_below_one_expert_is_refused_and_the_model_is_as_it_was(folders):
+    model = base()
+    before = state(model)
+    with pytest.raises(ValueError, match=r"limit_bytes=100 is too small: one expert takes [0-9]+ bytes"):
+        ExpertLibrary(model, [folders["math"]], limit_bytes=100)
+    assert_same(model, before)
+
+
+def test_hundreds_of_experts_add_no_adapter_to_the_model(tmp_path):
+    one = Expert.load(write(tmp_path, "one"))
+    library = ExpertLibrary(base(), {f"e{i}": one for i in range(300)})
+    assert len(library.names) == 300 and len(library.model.peft_config) == 1
+    tensors = library._tables._tensors
+    with_mixture(library, *({f"e{i}": 1.0} for i in range(3)))
+    assert set(tensors) == set(one.offsets) and {t.dim() for t in tensors.values()} == {2}
+
+
+# --- while it answers
+
+
+def test_who_holds_the_library_finishes_with_a_removed_expert(tmp_path):
+    folders = many(tmp_path, 3)
+    library = ExpertLibrary(base(), folders)
+    expected = {name: one_mixture(library, {name: 1.0}) for name in folders}
+    library = ExpertLibrary(base(), folders)  # nothing is read yet
+    with library.holding():
+        thread = threading.Thread(target=remove_with_its_files, args=(library, "e1", folders["e1"]))
+        thread.start()
+        thread.join()
+        assert library.names == ["e0", "e1", "e2"]
+        assert torch.equal(one_mixture(library, {"e1": 1.0}), expected["e1"])
+        with library.holding():
+            assert library.names == ["e0", "e1", "e2"]
+        assert library.names == ["e0", "e1", "e2"]
+    assert library.names == ["e0", "e2"] and library.in_memory == []
+    with pytest.raises(ValueError, match="no expert 'e1'"):
+        one_mixture(library, {"e1": 1.0})
+    library.add(folders["e2"], "e1")
+    assert torch.equal(one_mixture(library, {"e1": 1.0}), expected["e2"])
+
+
+def remove_with_its_files(library, name, folder):
+    library.remove(name)
+    shutil.rmtree(folder)
+
+
+def test_an_active_mixture_outlives_its_expert(library):
+    with library.activate(Mixture({"math": 1.0})) as model:
+        expected = logits(model)
+        library.remove("math")
+        assert torch.equal(logits(model), expected)
+
+
+def test_experts_come_and_go_while_others_answer(tmp_path):
+    folders = many(tmp_path, 8)
+    each = 4 * sum(Expert.load(folders["e0"]).sizes.values())
+    free = ExpertLibrary(base(), folders)
+    expected = {name: one_mixture(free, {name: 1.0}) for name in folders}
+    library = ExpertLibrary(base(), {name: folders[name] for name in ("e0", "e1")}, limit_bytes=2 * each)
+    wrong, start = [], threading.Barrier(3)
+
+    def ask(name):
+        start.wait()
+        for _ in range(30):
+            if not torch.equal(one_mixture(library, {name: 1.0}), expected[name]):
+                wrong.append(name)
+
+    def change():
+        start.wait()
+        for i in (2, 3, 4, 5, 6, 7, 2, 3, 4):
+            library.add(folders[f"e{i}"])
+            if not torch.equal(one_mixture(library, {f"e{i}": 1.0}), expected[f"e{i}"]):
+                wrong.append(f"e{i}")
+            library.remove(f"e{i}")
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in ("e0", "e1")]
+    threads.append(threading.Thread(target=change))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [] and library.names == ["e0", "e1"]
+
+
+class Graphs:
+    """A backend of `torch.compile` that counts the graphs it is given and runs them as they are."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, graph, example_inputs):
+        self.count += 1
+        return graph.forward
+
+
+def test_a_compiled_model_has_no_graph_per_expert(tmp_path):
+    torch._dynamo.reset()
+    library = ExpertLibrary(base(), many(tmp_path, 5))
+    graphs = Graphs()
+    compiled = torch.compile(library.model, backend=graphs)
+
+    def answer(mixtures):
+        with library.activate(mixtures):
+            return logits(compiled)
+
+    counts = {"one": [], "rows": []}
+    for i in range(5):
+        torch.testing.assert_close(
+            answer(Mixture({f"e{i}": 1.0})), one_mixture(library, {f"e{i}": 1.0}), atol=1e-4, rtol=1e-4
+        )
+        counts["one"].append(graphs.count)
+    for i in range(5):
+        alphas = [{f"e{i}": 1.0}, {f"e{(i + 1) % 5}": 0.5}, {"e0": 0.25}]
+        torch.testing.assert_close(
+            answer([Mixture(alpha) for alpha in alphas]), with_mixture(library, *alphas), atol=1e-4, rtol=1e-4
+        )
+        counts["rows"].append(graphs.count)
+    assert len(set(counts["one"])) == 1 and counts["one"][0] > 0, counts
+    assert len(set(counts["rows"])) == 1 and counts["rows"][0] > counts["one"][0], counts
+
+
+# --- failures
+
+
+STEPS = {
+    "reading": (SavedExpert, "load"),
+    "making tables": (library_module._Tables, "_hold"),
+    "mixing": (library_module._Tables, "mix"),
+    "giving rows": (SVFLayer, "rows"),
+    "a layer": (Linear, "forward"),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_failure_at_any_step_leaves_every_bit_as_it_was(step, folders, monkeypatch):
+    library = ExpertLibrary(base(), [folders["math"], folders["code"]])
+    before, pristine = state(library.model), logits(base())
+    target, name = STEPS[step]
+    real, calls = getattr(target, name), []
+
+    def breaks(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == (3 if step in ("giving rows", "a layer") else 1):
+            raise RuntimeError("in the middle")
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, breaks)
+        with pytest.raises(RuntimeError, match="in the middle"):
+            one_mixture(library, {"math": 1.0}, merge=True)
+    assert_same(library.model, before)
+    assert torch.equal(logits(library.model), pristine)
+    assert torch.equal(one_mixture(library, {"math": 1.0}, merge=True), logits(alone(folders["math"])))
+
+
+@pytest.mark.parametrize("adapters", [0, 1])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_library_that_cannot_be_made_leaves_every_bit_as_it_was(at, adapters, folders, tmp_path, monkeypatch):
+    model = get_peft_model(base(), SVFConfig(target_modules=["q_proj"]), adapter_name="mine") if adapters else base()
+    before, calls = state(model), []
+    real = ExpertLibrary._check_sizes
+
+    def breaks(self, entry):
+        calls.append(entry)
+        if len(calls) == at:
+            raise RuntimeError("in the middle")
+        real(self, entry)
+
+    monkeypatch.setattr(ExpertLibrary, "_check_sizes", breaks)
+    other = write(tmp_path, "other weights", target_modules=["o_proj"])
+    with pytest.raises(RuntimeError, match="in the middle"):
+        ExpertLibrary(model, [folders["math"], folders["code"], other])
+    assert_same(model, before)
 
 
 # --- what is refused
@@ -358,7 +685,7 @@ def test_a_model_with_adapters_that_is_no_peft_model_is_refused(library, folders
     inner = library.model.get_base_model()
     with pytest.raises(ValueError, match="pass the PeftModel"):
         ExpertLibrary(inner, [folders["math"]])
-    assert torch.equal(one_mixture(library, {"math": 1.0}), logits(alone(folders["math"])))
+    assert torch.equal(one_mixture(library, {"math": 1.0}, merge=True), logits(alone(folders["math"])))
 
 
 def test_an_expert_made_by_hand_is_checked_before_the_model_changes(folders):

@@ -7,11 +7,23 @@ import experts
 import pytest
 import torch
 from experts import GREEDY, alone, assert_same, base, state, write
+from peft import PeftModel
+from PIL import Image
 from tiny_model import tiny_tokenizer
 from torch.utils.data import Dataset
-from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStreamer, pipeline
+from transformers import (
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessorPil,
+    Idefics3Processor,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TextIteratorStreamer,
+    pipeline,
+)
 
 from peft_svf import Mixture, Transformer2Model, Transformer2Pipeline, two_pass
+from peft_svf.pipeline import Transformer2ImagePipeline
 
 TEXTS = ["What is 3 + 4?", "def", "Tell me a story."]
 CHATS = [[{"role": "user", "content": text}] for text in TEXTS]
@@ -222,6 +234,80 @@ def test_two_threads_with_different_experts_never_mix(pipe):
     assert found == {name: [expected[name]] * 2 for name in NAMES}
 
 
+def test_streams_of_several_threads_never_mix(pipe):
+    """Each caller streams with another expert, some of them merged, while others run batches of rows."""
+    settings = GREEDY | {"max_new_tokens": 12, "return_full_text": False}
+    jobs = [(name, text) for name in NAMES for text in TEXTS]
+    expected = {job: pipe(job[1], expert=job[0], **settings)[0]["generated_text"] for job in jobs}
+    assert len(set(expected.values())) > len(TEXTS)
+    rows = pipe(TEXTS, expert=["math", "other", "code"], batch_size=3, **settings)
+    found, start = {}, threading.Barrier(len(jobs) + 1)
+
+    def stream(job):
+        streamer = TextIteratorStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+        call = {"expert": job[0], "streamer": streamer, **settings}
+        start.wait()
+        asking = threading.Thread(target=pipe, args=(job[1],), kwargs=call)
+        asking.start()
+        found[job] = "".join(streamer)
+        asking.join()
+
+    threads = [threading.Thread(target=stream, args=(job,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    start.wait()
+    batches = [pipe(TEXTS, expert=["math", "other", "code"], batch_size=3, **settings) for _ in range(3)]
+    for thread in threads:
+        thread.join()
+    assert found == expected and batches == [rows] * 3
+
+
+def test_an_expert_that_is_removed_while_it_answers_finishes(folders):
+    pipe = make(folders)
+    expected = pipe(TEXTS, expert="math", **GREEDY)
+
+    class Removes(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            if "math" in pipe.model.library._entries:
+                thread = threading.Thread(target=pipe.model.library.remove, args=("math",))
+                thread.start()
+                thread.join()
+            return scores
+
+    removing = {"logits_processor": LogitsProcessorList([Removes()])}
+    assert pipe(TEXTS, expert="math", **removing, **GREEDY) == expected  # three batches: two begin after the removal
+    assert pipe.model.library.names == ["code"]
+    with pytest.raises(ValueError, match="no expert 'math'"):
+        pipe(TEXTS, expert="math", **GREEDY)
+
+
+TEMPLATE = (
+    "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
+    "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}<end>{% endfor %}<a>"
+)
+
+
+def test_system_prompts_and_tools_stand_before_the_second_pass_and_not_before_the_first(pipe, stock, monkeypatch):
+    def add(a: int, b: int) -> int:
+        """
+        Add.
+
+        Args:
+            a: One.
+            b: Other.
+        """
+
+    for tokenizer in (pipe.tokenizer, stock.tokenizer):
+        monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    chats = [[{"role": "system", "content": "Be brief."}, *chat] for chat in CHATS]
+    plain = pipe(chats, batch_size=2, expert="other", **GREEDY)
+    with_tools = pipe(chats, batch_size=2, expert="other", tools=[add], **GREEDY)
+    assert with_tools == stock(chats, tools=[add], **GREEDY) != plain
+    found = pipe(chats, batch_size=3, tools=[add], return_dispatch=True, **GREEDY)
+    decided = pipe.model.first_pass(CHATS)
+    assert [row[0]["dispatch"]["choice"] for row in found] == [mixture.choice for mixture in decided]
+
+
 class Prompts(Dataset):
     def __init__(self, prompts):
         self.prompts = prompts
@@ -290,7 +376,13 @@ def test_every_kind_of_model_makes_the_same_pipeline(folders, pipe, tmp_path):
     adapted.load_adapter(str(folders["code"]), adapter_name="code")
     made = {
         "folder": pipeline("transformer2", model=str(tmp_path / "base"), experts=named),
-        "no model": Transformer2Pipeline.from_pretrained(experts=named),
+        "no model": pipeline("transformer2", experts=named),
+        "no model, dict": pipeline(
+            "transformer2", experts=dict(zip(["math", "code"], named, strict=True)), device="cpu"
+        ),
+        "no model, from_pretrained": Transformer2Pipeline.from_pretrained(experts=named),
+        "device_map": pipeline("transformer2", model=str(tmp_path / "base"), experts=named, device_map="auto"),
+        "limit": pipeline("transformer2", experts=named, limit_bytes=4 * 6 * 24),
         "dict": pipeline(
             "transformer2", model=str(tmp_path / "base"), experts=dict(zip(["math", "code"], named, strict=True))
         ),
@@ -301,9 +393,28 @@ def test_every_kind_of_model_makes_the_same_pipeline(folders, pipe, tmp_path):
     for way, found in made.items():
         assert isinstance(found, Transformer2Pipeline) and found.task in ("transformer2", ""), way
         assert {name: found(TEXTS, expert=name, **GREEDY) for name in NAMES} == expected, way
+    assert made["limit"].model.library.nbytes == 4 * 6 * 24
     peft_model = pipeline("transformer2", model=adapted, tokenizer=tiny_tokenizer())
     assert peft_model.model.library.names == ["code", "default"]
     assert peft_model(TEXTS, expert="default", **GREEDY) == expected["math"]
+
+
+def test_the_model_that_experts_name_is_loaded_as_they_say_it(folders, tmp_path, monkeypatch):
+    base(seed=3).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    named = write(tmp_path, "math", 1, base(seed=3, name=str(tmp_path / "base")))
+    asked = []
+    real = Transformer2Model.from_pretrained.__func__
+    spy = classmethod(lambda cls, *args, **kwargs: asked.append((args, kwargs)) or real(cls, *args, **kwargs))
+    monkeypatch.setattr(Transformer2Model, "from_pretrained", spy)
+    settings = {"threshold": 0.5, "max_new_tokens": 3, "dtype": torch.bfloat16}
+    pipe = pipeline("transformer2", experts=[named], return_dispatch=True, **settings)
+    assert asked == [((None, [named]), {"dtype": torch.bfloat16, "threshold": 0.5})]
+    assert pipe.model.dtype == torch.bfloat16 and pipe.model.threshold == 0.5
+    (output,) = pipe("x", expert="math", do_sample=False)
+    assert output["dispatch"]["choice"] == "math" and len(output["generated_text"]) <= 4
+    with pytest.raises(ValueError, match="several base models"):
+        pipeline("transformer2", experts=[named, folders["math"]])
 
 
 def test_making_one_logs_no_error(folders, caplog):
@@ -342,12 +453,9 @@ def test_a_call_that_cannot_be_is_refused(inputs, chosen, message, pipe):
     assert_same(pipe.model.library.model, before)
 
 
-def test_without_a_model_the_line_to_write_is_named(folders):
-    for given in ({"experts": [folders["math"]]}, {}):
-        with pytest.raises(
-            ValueError, match=r"needs a base model: pipeline\(\"transformer2\", model=.*from_pretrained"
-        ):
-            pipeline("transformer2", **given)
+def test_without_a_model_and_experts_the_line_to_write_is_named():
+    with pytest.raises(ValueError, match=r"name no base model. Write pipeline\(\"transformer2\", model=\"<base"):
+        pipeline("transformer2")
 
 
 def test_without_experts_there_is_no_pipeline():
@@ -360,9 +468,10 @@ def test_without_experts_there_is_no_pipeline():
 
 
 def test_what_a_transformer2_model_has_already_is_not_taken_twice(folders, pipe):
-    for more in ({"experts": [folders["math"]]}, {"classifier": folders["kinds"]}, {"threshold": 0.5}):
-        with pytest.raises(ValueError, match="has its experts, classifier, strategy and threshold"):
-            Transformer2Pipeline(pipe.model, **more)
+    several = {"experts": [folders["math"]], "classifier": folders["kinds"], "threshold": 0.5, "limit_bytes": 1}
+    for name, value in (several | {"dispatch_kwargs": {"soft": True}}).items():
+        with pytest.raises(ValueError, match="has its experts and the settings of the first pass"):
+            Transformer2Pipeline(pipe.model, **{name: value})
 
 
 def test_a_model_without_a_tokenizer_is_refused(folders):
@@ -376,6 +485,115 @@ def test_saving_a_pipeline_is_refused_and_writes_nothing(pipe, tmp_path):
     with pytest.raises(ValueError, match="saved by its experts"):
         pipe.push_to_hub("me/pipe")
     assert list(tmp_path.iterdir()) == []
+
+
+# --- models that see images
+
+
+IMAGES = [Image.new("RGB", (20, 12), (200, 10, 10)), Image.new("RGB", (16, 16), (0, 10, 250))]
+LANGUAGE = r".*text_model.*\.(gate|up|down)_proj"
+SEEING = (
+    "{% for m in messages %}<{{ m['role'][0] }}>{% for p in m['content'] %}"
+    "{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}{% endif %}{% endfor %}<end>{% endfor %}<a>"
+)
+
+
+def seeing_processor():
+    tokenizer = tiny_tokenizer()
+    marks = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<s>", "<u>", "<a>", *marks]})
+    sizes = {"size": {"longest_edge": 16}, "max_image_size": {"longest_edge": 16}}
+    images = Idefics3ImageProcessorPil(**sizes, do_image_splitting=False)
+    return Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=SEEING)
+
+
+def seeing_model(name="seeing"):
+    tokenizer = seeing_processor().tokenizer
+    text = base().config.to_dict() | {"vocab_size": len(tokenizer)}
+    sees = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Idefics3Config(
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        pad_token_id=0,
+        vision_config=sees | {"image_size": 16, "patch_size": 4},
+        text_config=text,
+    )
+    torch.manual_seed(0)
+    model = Idefics3ForConditionalGeneration(config).eval()
+    model.config._name_or_path = model.name_or_path = name
+    return model
+
+
+def asks(i, text):
+    return [{"role": "user", "content": [{"type": "image", "image": IMAGES[i]}, {"type": "text", "text": text}]}]
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    """A pipeline, and text and images with each expert alone by transformers' own pipeline."""
+    folder = tmp_path_factory.mktemp("seeing")
+    seeing_model().save_pretrained(folder / "base")
+    seeing_processor().save_pretrained(folder / "base")
+    name = str(folder / "base")
+    named = [write(folder, n, i, seeing_model(name), target_modules=LANGUAGE) for n, i in (("math", 2), ("code", 1))]
+    stock = {"other": pipeline("image-text-to-text", model=seeing_model(), processor=seeing_processor())}
+    for path in named:
+        one = PeftModel.from_pretrained(seeing_model(), str(path)).eval().base_model.model
+        stock[path.name] = pipeline("image-text-to-text", model=one, processor=seeing_processor())
+    pipe = pipeline("transformer2", model=seeing_model(name), processor=seeing_processor(), experts=named)
+    return pipe, stock, named
+
+
+SHORT = {"max_new_tokens": 5}
+
+
+def test_a_model_that_sees_images_answers_as_image_text_to_text(seeing):
+    pipe, stock, _ = seeing
+    assert isinstance(pipe, Transformer2ImagePipeline)
+    chats = [asks(0, "What is it?"), asks(1, "Is it 3?")]
+    answers = {}
+    for name in NAMES:
+        answers[name] = stock[name](text=chats, **SHORT)
+        assert pipe(text=chats, expert=name, **SHORT) == answers[name]
+        assert pipe(text=chats, expert=name, batch_size=2, **SHORT) == answers[name]
+        assert pipe(text=chats[0], expert=name, **SHORT) == stock[name](text=chats[0], **SHORT)
+        texts = {"images": IMAGES, "text": ["<image>a", "<image>bcd"]}
+        assert pipe(**texts, expert=name, **SHORT) == stock[name](**texts, **SHORT)
+    assert answers["math"] != answers["code"] != answers["other"]
+    for batch_size in (1, 2):
+        rows = pipe(text=chats, expert=["math", "other"], batch_size=batch_size, **SHORT)
+        assert rows == [answers["math"][0], answers["other"][1]]
+
+
+def test_the_first_pass_of_a_model_that_sees_images_reads_the_text(seeing):
+    pipe, _, _ = seeing
+    texts = ["What is 3 + 4?", "def"]
+    decided = pipe.model.first_pass(texts)
+    chats = [asks(i, text) for i, text in enumerate(texts)]
+    for batch_size in (1, 2):
+        found = pipe(text=chats, return_dispatch=True, batch_size=batch_size, **SHORT)
+        assert [record["dispatch"]["choice"] for (record,) in found] == [mixture.choice for mixture in decided]
+    images = {"images": IMAGES, "text": [f"<image>{text}" for text in texts]}
+    assert [
+        record["dispatch"]["choice"] for record in pipe(**images, expert="math", return_dispatch=True, **SHORT)
+    ] == [
+        "math",
+        "math",
+    ]
+
+
+def test_a_model_that_sees_images_is_loaded_whole(seeing):
+    pipe, _, named = seeing
+    folder = pipe.model.name_or_path
+    expected = pipe(text=asks(0, "x"), expert="math", **SHORT)
+    made = [
+        pipeline("transformer2", model=folder, experts=named),
+        pipeline("transformer2", experts=named),
+        Transformer2Pipeline.from_pretrained(experts=named),
+    ]
+    for found in made:
+        assert isinstance(found, Transformer2ImagePipeline)
+        assert found(text=asks(0, "x"), expert="math", **SHORT) == expected
 
 
 # --- afterwards
@@ -409,7 +627,8 @@ def test_between_calls_the_weights_are_the_bases_to_the_bit(pipe, monkeypatch):
 
 
 def test_experts_saved_as_the_refusal_says_make_the_pipeline_again(pipe, tmp_path):
-    pipe.model.library.model.save_pretrained(str(tmp_path), selected_adapters=pipe.model.library.names)
+    for name in pipe.model.library.names:
+        pipe.model.library.expert(name).save(tmp_path / name)
     again = pipeline(
         "transformer2",
         model=base(),
@@ -418,3 +637,15 @@ def test_experts_saved_as_the_refusal_says_make_the_pipeline_again(pipe, tmp_pat
     )
     for name in NAMES:
         assert again(TEXTS, expert=name, **GREEDY) == pipe(TEXTS, expert=name, **GREEDY)
+
+
+def test_the_example_tells_the_whole_story(monkeypatch, capsys):
+    import self_adapt
+
+    monkeypatch.setattr("sys.argv", ["self_adapt.py", "--tiny"])
+    self_adapt.main()
+    told = capsys.readouterr().out
+    assert [line[:2] for line in told.splitlines() if line[:1].isdigit()] == ["1.", "2.", "3.", "4.", "5."]
+    assert "['code', 'math', 'reasoning']; the model between calls" in told
+    answers = [line.split(": ", 1)[1] for line in told.splitlines() if line.startswith(("   {", "   the base:"))][:3]
+    assert len(set(answers)) == 3, "mixtures that differ answer alike: choose other seeds"

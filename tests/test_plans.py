@@ -259,6 +259,18 @@ def test_rows_without_the_base_go_through_the_factors_and_with_it_through_the_ba
     close(y[1], oracle.output(matrix_of(plain.fc), plain.fc.bias, 1 + offsets[1], x[1]), FP32)
 
 
+def test_a_rounded_basis_does_not_blur_a_more_precise_model():
+    adapter, layer, plain = adapted("factored", (11, 7), basis_dtype="bfloat16")
+    adapter.eval()
+    offsets, x = 0.01 * torch.randn(2, 7), torch.randn(2, 3, 7)
+    with layer.rows(offsets):
+        y = adapter(x)
+    assert layer.svf_chosen == "narrow"
+    for row in range(2):
+        wanted = oracle.output(matrix_of(plain.fc), plain.fc.bias, 1 + offsets[row], x[row])
+        torch.testing.assert_close(y[row].double(), wanted, rtol=0, atol=2e-3 * float(wanted.abs().max()))
+
+
 @pytest.mark.parametrize("long, r, k", [(1536, 576, 576), (576, 576, 576), (4096, 1024, 64), (300, 200, 110)])
 def test_break_even_is_where_the_flops_of_both_plans_meet(long, r, k):
     tokens = break_even(long, r, k)

@@ -5,128 +5,55 @@ import functools
 import gzip
 import importlib
 import json
+import logging
 import math
-import os
-import random
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pico
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny_model import tiny_model, tiny_tokenizer
-from torch.nn.functional import cosine_similarity
+from tiny_model import tiny_model
+from trainers import (
+    CHOICE_ROWS,
+    EVALUATED,
+    FORMS,
+    QUIET,
+    ROOT,
+    RUN,
+    SHORT,
+    STILL,
+    TEXT_ROWS,
+    TOKENIZER,
+    chat,
+    environment,
+    flat,
+    offsets,
+    random_rows,
+    right_choice,
+    same,
+    soft_model,
+    trained_z,
+    trainer_of,
+    uneven,
+)
 from transformers import TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from peft_svf import SVFConfig
-from peft_svf.training import MergedGenerationMixin, ReinforceConfig, ReinforceTrainer, advantages_of, merged
-
-ROOT = Path(__file__).parents[1]
-TOKENIZER = tiny_tokenizer()
-SHORT = {"max_completion_length": 5, "per_device_train_batch_size": 12, "max_steps": 1}
-STILL = {"learning_rate": 0.0, "max_grad_norm": 0.0, "seed": 1}  # one that draws different completions of a prompt
-QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False, "logging_steps": 1}
-
-
-def chat(text):
-    return [{"role": "user", "content": text}]
-
-
-# Prompts of different lengths, rows with two to four choices; the last row's end with the end of turn, as "7" begins
-# "72". Choices of a row are of one length, or a model with random weights would have only one likely choice.
-CHOICE_ROWS = [
-    {"prompt": chat("which has an x"), "choices": ["abc", "axe", "bcd"], "label": 1, "id": "0"},
-    {"prompt": chat("and here?"), "choices": ["xy", "ab", "wv", "vv"], "label": 0, "id": "1"},
-    {"prompt": chat("8*9"), "choices": ["71", "72"], "label": 1, "id": "2"},
-    {"prompt": chat("80-8"), "choices": ["7", "72"], "label": 1, "id": "3"},
-]
-TEXTS = [("say it", "a"), ("b?", "b"), ("why so", "c"), ("and now what", "d")]
-TEXT_ROWS = [{"prompt": chat(text), "answer": answer} for text, answer in TEXTS]
-
-
-def right_choice(completions, choices, label, **_):
-    return [
-        1.0 if completion[0]["content"] == options[k] else -1.0
-        for completion, options, k in zip(completions, choices, label, strict=True)
-    ]
-
-
-def uneven(completions, **_):
-    """A reward that differs between completions of random models: a number made from the text."""
-    return [(sum(map(ord, completion[0]["content"])) % 17) / 8 - 1 for completion in completions]
-
-
-def soft_model(**kwargs):
-    """A tiny model with flat distributions: several choices and tokens are likely."""
-    model = tiny_model(**kwargs)
-    model.lm_head.weight.data.mul_(0.1)
-    return model
-
-
-class Recorder(ReinforceTrainer):
-    """Keeps what was rolled out, and the gradient of each optimizer step before clipping changes it."""
-
-    def __init__(self, *args, **kwargs):
-        self.outputs, self.inputs, self.texts, self.gradients = [], [], [], []
-        super().__init__(*args, **kwargs)
-        recorder = self
-
-        class Gradients(TrainerCallback):
-            def on_pre_optimizer_step(self, args, state, control, **kwargs):
-                recorder.gradients.append(flat(p.grad for p in offsets(recorder.model)))
-
-        self.add_callback(Gradients())
-
-    def _calculate_rewards(self, inputs, prompts, completions, *args, **kwargs):
-        self.texts.append([completion[0]["content"] for completion in completions])
-        return super()._calculate_rewards(inputs, prompts, completions, *args, **kwargs)
-
-    def _generate_and_score_completions(self, inputs):
-        output = super()._generate_and_score_completions(inputs)
-        self.inputs.append(inputs)
-        self.outputs.append({name: value.clone() for name, value in output.items()})
-        return output
-
-
-def flat(tensors):
-    return torch.cat([tensor.detach().flatten() for tensor in tensors])
-
-
-def offsets(model):
-    return [parameter for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def trained_z(trainer):
-    return flat(offsets(trainer.model))
-
-
-def trainer_of(folder, rows, reward, *, model=None, svf=None, kind=Recorder, eval_rows=None, **settings):
-    """A trainer on a tiny model, from a random z unless `svf` says otherwise."""
-    args = ReinforceConfig(**{"output_dir": str(folder), "save_strategy": "no", **QUIET, **SHORT, **settings})
-    return kind(
-        soft_model() if model is None else model,
-        reward,
-        args,
-        Dataset.from_list(rows),
-        eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows),
-        processing_class=TOKENIZER,
-        peft_config=svf or (None if isinstance(model, PeftModel) else SVFConfig(init_weights=False)),
-    )
-
-
-def same(one, other, limit=1e-4):
-    """Cosine 1 and norm ratio 1."""
-    one, other = one.double(), other.double()
-    assert float(other.norm()) > 1e-4, "a gradient of zero shows nothing"
-    assert float(cosine_similarity(one, other, dim=0)) == pytest.approx(1, abs=limit)
-    assert float(one.norm() / other.norm()) == pytest.approx(1, abs=limit)
-
+from peft_svf.training import (
+    MergedGenerationMixin,
+    PromptFilter,
+    ReinforceConfig,
+    ReinforceTrainer,
+    advantages_of,
+    format_reward,
+    merged,
+)
 
 # --- advantages
 
@@ -245,6 +172,13 @@ def test_a_generation_batch_of_one_is_refused():
     assert (config.num_generations, config.generation_batch_size) == (1, 2)
 
 
+def test_one_row_on_each_of_several_processes_is_a_batch(monkeypatch):
+    monkeypatch.setattr("peft_svf.training._world", lambda: 2)  # as launchers announce it
+    monkeypatch.setattr(ReinforceConfig, "world_size", property(lambda self: 2))  # as TRL counts, once it has started
+    config = config_of(num_generations=1, advantage_estimator="batch", per_device_train_batch_size=1)
+    assert (config.num_generations, config.generation_batch_size) == (1, 2)
+
+
 @pytest.mark.parametrize("direction, correction", [("policy_ref", True), ("ref_policy", False)])
 def test_the_direction_of_the_divergence_sets_trls_switch(direction, correction):
     assert config_of(kl_direction=direction, beta=0.1).use_bias_correction_kl is correction
@@ -263,6 +197,13 @@ def test_data_for_less_than_a_step_are_refused(tmp_path):
         ({"kl_direction": "both"}, "`kl_direction` must be 'policy_ref' or 'ref_policy', got 'both'"),
         ({"greedy_rollouts": True, "num_generations": 4}, "4 equal completions: set num_generations=1"),
         ({"beta": 0.1, "importance_sampling_level": "sequence"}, "only importance_sampling_level='token'"),
+        ({"kl_in_reward": True}, r"beta > 0 and kl_direction='policy_ref', got beta=0.0"),
+        ({"kl_in_reward": True, "beta": 0.1, "kl_direction": "ref_policy"}, "got beta=0.1 and kl_direction='ref_pol"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "needs advantage_estimator='group'"),
+        (
+            {"prompt_filter": True, "num_generations": 1, "advantage_estimator": "batch"},
+            "prompt_filter compares.*num_generations to 2",
+        ),
         ({"early_stopping_patience": 2}, "early_stopping_patience.*eval_strategy"),
     ],
 )
@@ -271,18 +212,69 @@ def test_a_setting_that_means_nothing_is_refused(settings, message):
         config_of(**settings)
 
 
-def test_sequence_ratios_are_allowed_without_a_penalty():
-    assert config_of(importance_sampling_level="sequence").importance_sampling_level == "sequence"
+@pytest.mark.parametrize("free", [{}, {"beta": 0.1, "kl_in_reward": True}], ids=["no penalty", "in the reward"])
+def test_sequence_ratios_are_allowed_without_a_penalty_in_the_loss(free):
+    assert config_of(importance_sampling_level="sequence", **free).importance_sampling_level == "sequence"
 
 
-def test_paper_preset_is_the_text_of_the_paper():
-    config = ReinforceConfig.paper(output_dir="unused", per_device_train_batch_size=4, **QUIET)
-    assert (config.num_generations, config.advantage_estimator, config.reward_clip) == (1, "none", None)
-    assert (config.beta, config.kl_direction, config.use_bias_correction_kl) == (0.1, "policy_ref", True)
-    assert (config.learning_rate, config.lr_scheduler_type, config.max_grad_norm) == (2e-3, "cosine", 1e-3)
-    assert (config.temperature, config.greedy_rollouts, config.greedy_eval) == (1.0, False, True)
-    assert (config.loss_type, config.weight_decay, config.num_iterations) == ("luspo", 0.0, 1)
-    assert ReinforceConfig.paper(output_dir="unused", beta=0.2, per_device_train_batch_size=4, **QUIET).beta == 0.2
+AGREED = {  # text and code of arXiv 2501.06252
+    "num_generations": 1, "advantage_estimator": "none", "reward_clip": None, "learning_rate": 2e-3,
+    "max_grad_norm": 1e-3, "weight_decay": 0.0, "temperature": 1.0, "loss_type": "luspo", "num_iterations": 1,
+    "greedy_eval": True, "load_best_model_at_end": True, "metric_for_best_model": "eval_reward", "eval_steps": 10,
+    "save_steps": 10, "generation_batch_size": 256, "kl_in_reward": False, "prompt_filter": False,
+}  # fmt: skip
+PRESETS = {
+    "paper": {
+        "beta": 0.1, "kl_direction": "policy_ref", "use_bias_correction_kl": True, "greedy_rollouts": False,
+        "lr_scheduler_type": "cosine", "early_stopping_patience": 5,
+    },
+    "reference": {
+        "beta": 0.0, "kl_direction": "ref_policy", "use_bias_correction_kl": False, "greedy_rollouts": True,
+        "lr_scheduler_type": "constant", "early_stopping_patience": None, "max_completion_length": 512,
+        "max_steps": 200,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_the_text_and_the_code_of_the_paper(preset):
+    make = getattr(ReinforceConfig, preset)
+    config = make(output_dir="unused", per_device_train_batch_size=4, **QUIET)
+    wanted = AGREED | PRESETS[preset]
+    assert {name: getattr(config, name) for name in wanted} == wanted
+    own = make(output_dir="unused", beta=0.2, gradient_accumulation_steps=3, eval_strategy="no", **QUIET)
+    assert (own.beta, own.gradient_accumulation_steps) == (0.2, 3)
+    assert (own.load_best_model_at_end, own.early_stopping_patience) == (False, None)
+
+
+def test_checkpoints_between_rollouts_are_pointed_out(caplog):
+    settings = {"steps_per_generation": 4, "num_iterations": 2, "gradient_accumulation_steps": 2}
+    with caplog.at_level(logging.WARNING, "peft_svf.training"):
+        config_of(save_steps=8, **settings)
+        config_of(save_steps=3)
+        assert not caplog.records
+        config_of(save_steps=6, **settings)
+    assert "A rollout serves 4 steps, but save_steps=6" in caplog.text and "multiple of 4" in caplog.text
+
+
+def test_only_trl_s_remark_about_luspo_is_silenced(tmp_path, caplog):
+    source, remark = logging.getLogger(GRPOTrainer.__module__), "`importance_sampling_level` should be set to"
+    before = list(source.filters)
+
+    def made(kind, config, **settings):
+        caplog.clear()
+        args = config(output_dir=str(tmp_path), num_generations=3, **QUIET, **SHORT, **settings)
+        data = Dataset.from_list(TEXT_ROWS)
+        kind(tiny_model(), uneven, args, data, processing_class=TOKENIZER, peft_config=SVFConfig())
+        return caplog.text
+
+    with caplog.at_level(logging.WARNING):
+        assert remark in made(GRPOTrainer, GRPOConfig, loss_type="luspo")
+        assert remark not in made(ReinforceTrainer, ReinforceConfig)
+        assert "weights each sequence by its completion length" in made(
+            ReinforceTrainer, ReinforceConfig, loss_type="dapo", importance_sampling_level="sequence"
+        )
+    assert source.filters == before
 
 
 @pytest.mark.parametrize("metric, greater", [(None, True), ("eval_loss", False), ("eval_z", True)])
@@ -330,19 +322,20 @@ def action_logps(trainer, model):
         else:
             prompt = output["prompt_ids"][i][output["prompt_mask"][i].bool()].tolist()
             completion = output["completion_ids"][i][output["completion_mask"][i].bool()].tolist()
-            found.append(token_logps(model, prompt, completion))
+            found.append(token_logps(model, prompt, completion) if completion else torch.zeros(1))
     return found
 
 
-def hand_gradient(trainer, reward, estimator, n, beta=0.0, direction="policy_ref"):
-    """`-mean_i (A_i log p(y_i) - beta KL_i)` as it is written, differentiated."""
+def hand_gradient(trainer, reward, estimator, n, beta=0.0, direction="policy_ref", in_reward=0.0):
+    """`-mean_i (A_i log p(y_i) - beta KL_i)` as it is written, differentiated; `in_reward` is a beta of k1."""
     inputs, texts = trainer.inputs[0], trainer.texts[0]
     columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}
     rewards = reward([[{"role": "assistant", "content": text}] for text in texts], **columns)
-    advantages = by_hand(rewards, estimator, n)
     policy = action_logps(trainer, trainer.model)
     with torch.no_grad(), trainer.model.disable_adapter():
         reference = action_logps(trainer, trainer.model)
+    k1 = [float((logps - ref).detach().sum()) for logps, ref in zip(policy, reference, strict=True)]
+    advantages = by_hand([r - in_reward * k for r, k in zip(rewards, k1, strict=True)], estimator, n)
     loss = torch.tensor(0.0)
     for advantage, logps, ref in zip(advantages, policy, reference, strict=True):
         k3 = (ref - logps).exp() - (ref - logps) - 1
@@ -350,9 +343,6 @@ def hand_gradient(trainer, reward, estimator, n, beta=0.0, direction="policy_ref
             k3 = k3 * (logps - logps.detach()).exp()
         loss = loss - (advantage * logps.sum() - beta * k3.sum()) / len(inputs)
     return flat(torch.autograd.grad(loss, offsets(trainer.model)))
-
-
-FORMS = {"generate": (TEXT_ROWS, uneven), "choice": (CHOICE_ROWS, uneven)}
 
 
 def one_step(folder, form, **settings):
@@ -382,6 +372,24 @@ def test_gradient_of_the_penalty_is_its_estimator_s(form, direction, tmp_path):
     same(trainer.gradients[0] - bare, whole - bare, 1e-3)
 
 
+@pytest.mark.parametrize("estimator, n", [("none", 2), ("rloo", 3), ("group", 3)])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_penalty_in_the_reward_is_subtracted_from_it(form, estimator, n, tmp_path):
+    settings = {"advantage_estimator": estimator, "num_generations": n}
+    trainer, reward = one_step(tmp_path, form, beta=5.0, kl_in_reward=True, **settings)
+    whole = hand_gradient(trainer, reward, estimator, n, in_reward=5.0)
+    same(trainer.gradients[0], whole)
+    assert float((whole - hand_gradient(trainer, reward, estimator, n)).norm()) > 0.01 * float(whole.norm())
+    policy = action_logps(trainer, trainer.model)
+    with torch.no_grad(), trainer.model.disable_adapter():
+        k1 = flat(policy) - flat(action_logps(trainer, trainer.model))
+    log = trainer.state.log_history[0]
+    assert log["kl"] == pytest.approx(float(k1.mean()), abs=1e-5)
+    rewards = [reward([[{"content": text}]])[0] for text in trainer.texts[0]]
+    assert log["reward"] == pytest.approx(sum(rewards) / len(rewards))  # the task's alone
+    assert trainer.beta == 5.0
+
+
 def test_the_estimators_of_the_penalty_have_the_gradients_of_both_divergences():
     """Exact expectation over a policy's actions: what `kl_direction` promises."""
     ref = torch.tensor([0.1, 0.9, -0.4, 0.0, 0.3], dtype=torch.float64).log_softmax(0)
@@ -397,6 +405,9 @@ def test_the_estimators_of_the_penalty_have_the_gradients_of_both_divergences():
     for name in exact:
         found = torch.autograd.grad((samples * estimators[name]).sum(), logits, retain_graph=True)[0]
         torch.testing.assert_close(found, torch.autograd.grad(exact[name], logits, retain_graph=True)[0])
+    k1 = (logps - ref).detach()  # in the reward: it only weighs log p
+    found = torch.autograd.grad((samples * k1 * logps).sum(), logits, retain_graph=True)[0]
+    torch.testing.assert_close(found, torch.autograd.grad(exact["policy_ref"], logits)[0])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -418,6 +429,42 @@ def test_clipped_rewards_are_what_the_gradient_sees(tmp_path):
         return [min(0.25, max(-0.25, r)) for r in reward(*args, **kwargs)]
 
     same(trainer.gradients[0], hand_gradient(trainer, clipped, "none", 2))
+
+
+def short_text(completions, **_):
+    """A second reward, `None` where there is nothing to say."""
+    texts = [completion[0]["content"] for completion in completions]
+    return [None if "a" in text else -len(text) / 4 for text in texts]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_several_rewards_are_added_by_their_weights(form, tmp_path):
+    rows, reward = FORMS[form]
+    settings = {"advantage_estimator": "rloo", "num_generations": 3, "reward_clip": 0.5, **STILL}
+    trainer = trainer_of(tmp_path, 3 * rows, [reward, short_text], reward_weights=[1.0, 0.25], **settings)
+    trainer.train()
+
+    def clip(value):
+        return 0.0 if value is None else min(0.5, max(-0.5, value))
+
+    def both(completions, **columns):
+        pairs = zip(reward(completions, **columns), short_text(completions), strict=True)
+        return [clip(one) + 0.25 * clip(other) for one, other in pairs]
+
+    same(trainer.gradients[0], hand_gradient(trainer, both, "rloo", 3))
+    log = trainer.state.log_history[0]
+    assert {"rewards/uneven/mean", "rewards/short_text/mean"} <= set(log)
+
+
+def test_truncated_completions_teach_nothing(tmp_path):
+    settings = {"advantage_estimator": "none", "num_generations": 2, "mask_truncated_completions": True}
+    trainer = trainer_of(tmp_path, 24 * TEXT_ROWS, uneven, per_device_train_batch_size=96, **settings, **STILL)
+    trainer.train()
+    kept = trainer.outputs[0]["completion_mask"].any(1)
+    assert 0 < int(kept.sum()) < len(kept)
+    same(trainer.gradients[0], hand_gradient(trainer, uneven, "none", 2))
+    ends = (trainer.outputs[0]["completion_ids"] == TOKENIZER.eos_token_id).any(1)
+    assert torch.equal(kept, ends)
 
 
 def test_padding_to_a_multiple_changes_no_choice(tmp_path):
@@ -485,6 +532,18 @@ def test_rows_whose_prompt_is_a_text_are_answered_in_text(tmp_path):
     trainer_of(tmp_path, 6 * rows, reward, num_generations=2, kind=ReinforceTrainer).train()
 
 
+def test_a_stream_of_rows_with_choices_is_of_the_choice_form(tmp_path):
+    """A stream made by a generator does not know its columns."""
+    stream = IterableDataset.from_generator(lambda: iter(CHOICE_ROWS))
+    assert stream.column_names is None
+    args = ReinforceConfig(str(tmp_path), num_generations=3, save_strategy="no", **QUIET, **SHORT)
+    trainer = ReinforceTrainer(
+        soft_model(), right_choice, args, stream, processing_class=TOKENIZER, peft_config=SVFConfig()
+    )
+    trainer.train()
+    assert 0 < trainer.state.log_history[0]["choices/probability"] < 1
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_greedy_rollouts_take_the_likeliest(form, tmp_path):
     settings = {"advantage_estimator": "none", "num_generations": 1, "greedy_rollouts": True}
@@ -543,22 +602,6 @@ def test_greedy_rollouts_say_so_in_the_words_of_the_generator(use_vllm, switch):
 # --- a run
 
 
-RUN = {"num_generations": 3, "max_steps": 3, "learning_rate": 0.05, "max_grad_norm": 1.0}
-EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "eval_rows": CHOICE_ROWS, "per_device_eval_batch_size": 2}
-
-
-def random_rows(n, seed=0):
-    """A task to learn: of four words of one length the right one has an x."""
-    draw = random.Random(seed)
-    rows = []
-    for i in range(n):
-        words = ["".join(draw.choices("abcdef", k=4)) for _ in range(4)]
-        label, place = draw.randrange(4), draw.randrange(4)
-        words[label] = words[label][:place] + "x" + words[label][place + 1 :]
-        rows.append({"prompt": chat(f"which {i}"), "choices": words, "label": label, "id": str(i)})
-    return rows
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_same_seed_same_z(form, tmp_path):
     rows, reward = FORMS[form]
@@ -584,49 +627,6 @@ def test_evaluating_in_the_middle_changes_nothing(form, greedy, every, tmp_path)
     between.train()
     assert len(between.texts) > len(without.texts)
     assert torch.equal(trained_z(without), trained_z(between))
-
-
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
-    rows = random_rows(24)
-    settings = {**RUN, **EVALUATED, "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
-    whole = trainer_of(tmp_path / "whole", rows, right_choice, **settings)
-    whole.train()
-    again = trainer_of(tmp_path / "again", rows, right_choice, **settings)
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert again.texts[-1] == whole.texts[-1]
-    assert again.state.global_step == whole.state.global_step == 4
-    assert torch.equal(trained_z(again), trained_z(whole))
-
-
-def test_checkpoints_hold_offsets_and_the_best_is_loaded_at_the_end(tmp_path):
-    values = iter([0.1, 0.9, 0.3, 0.2])
-
-    class Scripted(Recorder):
-        """Its second evaluation is the best."""
-
-        def evaluate(self, *args, **kwargs):
-            self.now = next(values)
-            return super().evaluate(*args, **kwargs)
-
-    def reward(completions, **_):
-        training = scripted[0].model.training
-        return [float(i % 2) for i in range(len(completions))] if training else [scripted[0].now] * len(completions)
-
-    saving = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
-    settings = {**RUN, **EVALUATED, **saving, "max_steps": 4}
-    scripted = [None]
-    scripted[0] = trainer_of(tmp_path, CHOICE_ROWS, reward, kind=Scripted, **settings)
-    scripted[0].train()
-    state = scripted[0].state
-    assert (state.best_global_step, state.best_metric) == (2, pytest.approx(0.9))
-    best = tmp_path / "checkpoint-2"
-    loaded = PeftModel.from_pretrained(tiny_model(), best)
-    found = {name: value for name, value in loaded.named_parameters() if "svf_offset" in name}
-    now = dict(scripted[0].model.named_parameters())
-    last = PeftModel.from_pretrained(tiny_model(), tmp_path / "checkpoint-4")
-    assert found and all(torch.equal(value, now[name]) for name, value in found.items())
-    assert not all(torch.equal(value, now[name]) for name, value in last.named_parameters() if name in found)
-    assert (best / "adapter_model.safetensors").stat().st_size < 20_000
 
 
 def test_training_stops_early_when_nothing_gets_better(tmp_path):
@@ -682,14 +682,106 @@ def test_offsets_of_another_dtype_become_float32(tmp_path):
     assert all(parameter.dtype == torch.float32 for parameter in offsets(trainer.model))
 
 
-def test_how_far_z_has_moved_is_logged(tmp_path):
+def test_how_far_z_has_moved_is_logged_whole_and_by_block(tmp_path):
     trainer = trainer_of(tmp_path, CHOICE_ROWS, right_choice, **{**RUN, "max_steps": 1, "learning_rate": 0.0})
     trainer.train()
     log = trainer.state.log_history[0]
     flattened = trained_z(trainer).abs()
     assert log["z/mean_distance_from_1"] == pytest.approx(float(flattened.mean()))
     assert log["z/max_distance_from_1"] == pytest.approx(float(flattened.max()))
+    for block in range(2):
+        name = f"model.layers.{block}"
+        here = [m.svf_offset["default"].weight for n, m in pico.svf_layers(trainer.model).items() if f"{name}." in n]
+        assert len(here) == 3
+        assert log[f"z/{name}/mean_distance_from_1"] == pytest.approx(float(flat(here).abs().mean()))
     assert 0 < log["choices/probability"] <= 1
+
+
+def test_a_run_logs_what_it_can_be_judged_by(tmp_path):
+    trainer = trainer_of(tmp_path, TEXT_ROWS, uneven, **{**RUN, "max_steps": 1, "beta": 0.1})
+    trainer.train()
+    log = trainer.state.log_history[0]
+    wanted = {"entropy", "kl", "reward", "reward_std", "frac_reward_zero_std", "completions/mean_length"}
+    assert wanted | {"completions/clipped_ratio", "grad_norm", "learning_rate"} <= set(log)
+
+
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine(tmp_path):
+    settings = {**RUN, "max_steps": 6, "warmup_steps": 2, "learning_rate": 0.01}
+    trainer = trainer_of(tmp_path, CHOICE_ROWS, right_choice, **settings)
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    wanted = [0, 0.005, *(0.005 * (1 + math.cos(math.pi * step / 4)) for step in range(4))]
+    assert rates == pytest.approx(wanted)
+
+
+# --- the format reward and the filter of prompts
+
+
+def test_a_format_reward_is_one_where_the_pattern_is_found():
+    reward = format_reward(r"answer is -?[\d,.]+\s*$")
+    texts = ["so\nthe answer is 1,200.5 ", "the answer is near", "answer is 3, or 4", ""]
+    assert reward(completions=texts, prompts=texts) == [1.0, 0.0, 0.0, 0.0]
+    assert reward([[{"role": "assistant", "content": text}] for text in texts]) == [1.0, 0.0, 0.0, 0.0]
+    assert reward([[{"role": "assistant", "content": None}]]) == [0.0]
+    assert format_reward("^<a>.*</a>$")(["<a>\n</a>", "<a>"]) == [1.0, 0.0]
+    with pytest.raises(ValueError, match=r"'\(' is no regular expression"):
+        format_reward("(")
+
+
+def test_an_unequal_group_never_rests_and_equal_ones_rest_longer_each_time():
+    chosen, rests = PromptFilter(), []
+    for _ in range(7):
+        chosen.learn(3, equal=True)
+        rest = 0
+        while chosen.choose([3], 9, "seed") != [3]:
+            rest += 1
+        rests.append(rest)
+    assert rests == [1, 3, 7, 15, 31, 31, 31]
+    chosen.learn(3, equal=False)
+    assert chosen.choose([3], 9, "seed") == [3]
+    chosen.learn(3, equal=True)
+    assert chosen.choose([3], 9, "seed") != [3] and chosen.choose([3], 9, "seed") == [3]
+
+
+def test_resting_prompts_are_replaced_by_others_as_long_as_there_are_any():
+    chosen = PromptFilter()
+    for row in (1, 2, 3, 4):
+        chosen.learn(row, equal=True)
+    again = PromptFilter.from_state(json.loads(json.dumps(chosen.state())))
+    found = chosen.choose([0, 1, 2, 3], 6, "seed")
+    assert found == again.choose([0, 1, 2, 3], 6, "seed")  # same state, same choice
+    assert found[0] == 0 and found[1] == 5  # the one that is awake and not asked; then none is left
+    assert found[2:] == [2, 3]
+    assert chosen.record["4"] == [1, 1] and chosen.record["1"] == [1, 0]
+
+
+def test_prompts_that_are_always_solved_make_room_for_others(tmp_path):
+    """Of eight rows six have only right choices: after they were seen once, the other two fill the step."""
+    rows = [{"prompt": chat(f"easy {i}"), "choices": ["aa", "bb"], "easy": True} for i in range(6)]
+    rows += [{"prompt": chat(f"hard {i}"), "choices": ["aa", "bb"], "easy": False} for i in range(2)]
+
+    def reward(completions, easy, **_):
+        return [1.0 if simple or i % 2 else -1.0 for i, simple in enumerate(easy)]
+
+    settings = {**RUN, "num_generations": 4, "per_device_train_batch_size": 8, "max_steps": 8}
+    trainer = trainer_of(tmp_path, rows, reward, prompt_filter=True, **settings)
+    trainer.train()
+    shares = [sum(not row["easy"] for row in batch) / len(batch) for batch in trainer.inputs]
+    assert sum(shares[:4]) == 1.0  # the first epoch: each row once, two of eight
+    assert sum(shares[4:]) > 1.5
+    log = [entry for entry in trainer.state.log_history if "prompts/replaced" in entry]
+    assert [entry["prompts/replaced"] for entry in log[:4]] == [0.0] * 4
+    assert sum(entry["prompts/replaced"] for entry in log[4:]) > 1
+    for batch in trainer.inputs:  # whole groups, of different prompts
+        prompts = [row["prompt"][0]["content"] for row in batch]
+        assert prompts[:4] == [prompts[0]] * 4 and prompts[4:] == [prompts[4]] * 4 and prompts[0] != prompts[4]
+
+
+def test_the_filter_refuses_a_stream(tmp_path):
+    stream = IterableDataset.from_generator(lambda: iter(CHOICE_ROWS))
+    args = ReinforceConfig(str(tmp_path), num_generations=3, prompt_filter=True, **QUIET, **SHORT)
+    with pytest.raises(ValueError, match="data with a length"):
+        ReinforceTrainer(soft_model(), right_choice, args, stream, processing_class=TOKENIZER, peft_config=SVFConfig())
 
 
 def test_a_task_that_can_be_learned_is_learned(tmp_path):
@@ -785,57 +877,7 @@ def test_leaving_merged_restores_the_weights_in_bfloat16():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-# --- TRL's own trainers
-
-
-def stock(kind, folder, model, peft_config=None, **settings):
-    common = {"output_dir": str(folder), "save_strategy": "no", "max_steps": 2, "learning_rate": 0.01, **QUIET}
-    if kind == "sft":
-        rows = [{"messages": [*row["prompt"], {"role": "assistant", "content": "abc"}]} for row in TEXT_ROWS]
-        args = SFTConfig(per_device_train_batch_size=2, max_length=64, **common, **settings)
-        return SFTTrainer(
-            model, args, train_dataset=Dataset.from_list(rows), processing_class=TOKENIZER, peft_config=peft_config
-        )
-    config, trainer = {"grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}[kind]
-    args = config(num_generations=3, per_device_train_batch_size=6, max_completion_length=5, **common, **settings)
-    data = Dataset.from_list(TEXT_ROWS)
-    return trainer(model, uneven, args, data, processing_class=TOKENIZER, peft_config=peft_config)
-
-
-@pytest.mark.parametrize("kind", ["grpo", "rloo", "sft"])
-def test_stock_trainers_move_z_and_nothing_else(kind, tmp_path):
-    model = tiny_model()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    trainer = stock(kind, tmp_path, model, SVFConfig(task_type="CAUSAL_LM"))
-    assert all("svf_offset" in name for name, p in trainer.model.named_parameters() if p.requires_grad)
-    assert float(trained_z(trainer).abs().max()) == 0
-    trainer.train()
-    assert float(trained_z(trainer).abs().max()) > 1e-3
-    assert all(torch.equal(value, before[name]) for name, value in trainer.model.unload().state_dict().items())
-
-
-@pytest.mark.parametrize("kind", ["grpo", "rloo"])
-def test_a_trained_expert_passed_in_is_its_own_reference(kind, tmp_path):
-    model = get_peft_model(tiny_model(), SVFConfig(task_type="CAUSAL_LM", init_weights=False))
-    trainer = stock(kind, tmp_path, model, beta=0.1)
-    layers = pico.svf_layers(trainer.model)
-    assert layers
-    start = {name: layer.svf_offset["default"].weight.clone() for name, layer in layers.items()}
-    for name, layer in layers.items():
-        assert torch.equal(layer.svf_offset["ref"].weight, start[name])
-        assert layer.svf_offset["default"].weight.requires_grad
-    trainer.train()
-    for name, layer in layers.items():
-        assert torch.equal(layer.svf_offset["ref"].weight, start[name])
-        assert not torch.equal(layer.svf_offset["default"].weight, start[name])
-
-
 # --- scripts and imports
-
-
-def environment(**variables):
-    path = os.pathsep.join(str(ROOT / folder) for folder in ("src", "examples", "tests"))
-    return {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "default", **variables}
 
 
 def test_importing_training_without_trl_names_the_extra(monkeypatch):
@@ -871,38 +913,3 @@ def test_the_training_example_runs(form, tmp_path):
     loaded = PeftModel.from_pretrained(tiny_model(), out).state_dict()
     assert stored and all("svf_offset" in name for name in stored)
     assert all(torch.equal(loaded[name.replace("svf_offset", "svf_offset.default")], stored[name]) for name in stored)
-
-
-TWO_PROCESSES = """
-import sys, torch, test_training as t
-rows = t.FORMS[sys.argv[2]][0]
-trainer = t.trainer_of(
-    sys.argv[1], rows, t.uneven, advantage_estimator="batch", num_generations=1, greedy_rollouts=True,
-    per_device_train_batch_size=2, optim="sgd", lr_scheduler_type="constant", learning_rate=0.1, max_grad_norm=0.0,
-)
-trainer.train()
-torch.save(t.trained_z(trainer), f"{sys.argv[1]}/{trainer.args.process_index}.pt")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
-def test_two_processes_take_the_step_of_one(form, tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(TWO_PROCESSES)
-    launch = ["torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d"]
-    run = subprocess.run(
-        [sys.executable, "-m", *launch, str(script), str(tmp_path), form], capture_output=True, text=True,
-        env=environment(),
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    alone = trainer_of(
-        tmp_path, FORMS[form][0], uneven, advantage_estimator="batch", num_generations=1, greedy_rollouts=True,
-        per_device_train_batch_size=4, optim="sgd", lr_scheduler_type="constant", learning_rate=0.1,
-        max_grad_norm=0.0,
-    )  # fmt: skip
-    start = trained_z(alone).clone()
-    alone.train()
-    assert torch.equal(one, other)
-    same(one - start, trained_z(alone) - start)

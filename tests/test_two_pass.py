@@ -2,15 +2,18 @@
 """Laws of the model with two passes: what it answers is what the chosen experts answer, and nothing of it stays."""
 
 import math
+import threading
 
 import experts
 import pytest
 import torch
 from experts import GREEDY, alone, assert_same, base, state, write
 from tiny_model import tiny_tokenizer
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LlamaModel, LogitsProcessor, LogitsProcessorList
 
-from peft_svf import Expert, Mixture, Transformer2Model, two_pass
+from peft_svf import Expert, ExpertLibrary, Mixture, Transformer2Model, adaptation, two_pass
+from peft_svf.expert import SavedExpert
+from peft_svf.layer import Linear, SVFLayer
 
 TEXTS = ["What is 3 + 4?", "def", "Tell me a story."]
 tokenizer = tiny_tokenizer()
@@ -118,6 +121,68 @@ def test_without_anything_to_read_the_second_pass_begins_at_the_first_token(fold
         model.generate(**GREEDY)
 
 
+def options():
+    """Ways of `generate` that change how the model runs, not what it answers to."""
+    assistant = base(seed=7)
+    return {
+        "greedy": {},
+        "no cache": {"use_cache": False},
+        "static cache": {"cache_implementation": "static"},
+        "chunked prefill": {"prefill_chunk_size": 5},
+        "beams": {"num_beams": 3, "num_return_sequences": 2},
+        "assisted": {"assistant_model": assistant},
+        "prompt lookup": {"prompt_lookup_num_tokens": 3},
+        "stop strings": {"stop_strings": ["a", "7"], "tokenizer": tokenizer},
+        "repetition penalty": {"repetition_penalty": 1.3},
+        "contrastive masks": {"no_repeat_ngram_size": 2, "min_new_tokens": 4},
+    }
+
+
+@pytest.mark.parametrize("new", [6, two_pass.MERGE_FROM], ids=["unmerged", "merged"])
+@pytest.mark.parametrize("option", options())
+def test_however_it_generates_an_expert_answers_as_that_expert_alone(option, new, model, folders, no_first_pass):
+    settings = options()[option] | {"max_new_tokens": new}
+    each = TEXTS[:1] if option in ("assisted", "prompt lookup") else TEXTS  # transformers: batches of 1
+    for name in ("math", "other"):
+        single = alone(folders["math"]) if name == "math" else base()
+        assert answers(model, each, expert=name, **settings) == answers(single, each, **settings)
+
+
+@pytest.mark.parametrize("option", sorted(set(options()) - {"assisted", "prompt lookup"}))
+def test_however_it_generates_rows_stay_with_their_experts(option, model, no_first_pass):
+    each, settings = ["math", "other", "code"], options()[option]
+    together = answers(model, expert=each, **settings)
+    singles = [answers(model, [text], expert=name, **settings) for text, name in zip(TEXTS, each, strict=True)]
+    assert together == [answer for answered in singles for answer in answered]
+
+
+def test_the_weights_are_merged_where_the_rows_agree_and_many_tokens_are_to_come(model, monkeypatch):
+    chosen = []
+    real = model.library.activate
+    monkeypatch.setattr(model.library, "activate", lambda m, merge=False: chosen.append(merge) or real(m, merge))
+    plans = []
+    layer = next(m for m in model.library.model.modules() if isinstance(m, SVFLayer))
+    hook = layer.register_forward_hook(lambda module, *_: plans.append(module.svf_chosen))
+    many = two_pass.MERGE_FROM
+    config = GenerationConfig(max_new_tokens=many, do_sample=False)
+    try:
+        for settings, expert, merge, plan in [
+            ({"max_new_tokens": many}, "math", True, "merged"),
+            ({"max_new_tokens": many}, ["math"] * 3, True, "merged"),
+            ({"max_new_tokens": many}, ["math", "code", "math"], True, "factored"),
+            ({"max_new_tokens": many - 1}, "math", False, "narrow"),
+            ({"max_length": many + 30}, "math", True, "merged"),
+            ({"max_length": 30}, "math", False, "narrow"),
+            ({"generation_config": config}, "math", True, "merged"),
+        ]:
+            chosen.clear(), plans.clear()
+            ignored = {} if "generation_config" in settings else {"do_sample": False}
+            model.generate(**inputs(), expert=expert, **settings, **ignored)
+            assert chosen == [merge] and set(plans) == {plan}, settings
+    finally:
+        hook.remove()
+
+
 # --- the first pass
 
 
@@ -145,8 +210,6 @@ def test_the_strategy_is_the_classifiers_where_there_is_one(model, folders):
     assert (model.strategy, plain.strategy) == ("classifier", "prompt")
     assert {m.strategy for m in model.first_pass(TEXTS)} == {"classifier"}
     assert {m.strategy for m in model.first_pass(TEXTS, strategy="prompt")} == {"prompt"}
-    again = Transformer2Model(model.library.model, tokenizer)
-    assert again.strategy == "classifier" and again.first_pass(TEXTS) == model.first_pass(TEXTS)
 
 
 def test_the_threshold_is_the_models_unless_given(folders):
@@ -154,6 +217,18 @@ def test_the_threshold_is_the_models_unless_given(folders):
     strict = Transformer2Model(base(), tokenizer, paths, folders["kinds"], threshold=1.01)
     assert {m.choice for m in strict.first_pass(TEXTS)} == {"other"}
     assert {m.choice for m in strict.first_pass(TEXTS, threshold=0.0)} != {"other"}
+
+
+def test_settings_of_the_first_pass_reach_it_from_the_constructor_and_from_a_call(model, folders):
+    soft = Transformer2Model(
+        base(), tokenizer, [folders["math"], folders["code"]], folders["kinds"], dispatch_kwargs={"soft": True}
+    )
+    for mixture in soft.first_pass(TEXTS):
+        assert mixture.alpha == pytest.approx({n: p for n, p in mixture.probabilities.items() if n != "other"})
+    assert model.first_pass(TEXTS, dispatch_kwargs={"soft": True}) == soft.first_pass(TEXTS)
+    assert soft.first_pass(TEXTS, dispatch_kwargs={"soft": False}) == model.first_pass(TEXTS)
+    expected = answers(model, mixture=soft.first_pass(TEXTS))
+    assert answers(soft) == answers(model, dispatch_kwargs={"soft": True}) == expected
 
 
 @pytest.mark.parametrize(
@@ -261,11 +336,95 @@ def test_everything_else_is_the_wrapped_models(model):
         _ = model.no_such_thing
 
 
+EXAMPLES = [{"prompt": "3 + 4 =", "answer": "7"}, {"prompt": "1 + 1 =", "answer": "2"}]
+
+
 def test_adapt_finds_a_mixture_that_can_be_used(model):
-    examples = [{"prompt": "3 + 4 =", "answer": "7"}, {"prompt": "1 + 1 =", "answer": "2"}]
-    found = model.adapt(examples, population=8, iterations=1)
-    assert found.strategy == "few-shot" and found == model.adapt(examples, population=8, iterations=1)
+    found = model.adapt(EXAMPLES, population=8, iterations=1)
+    assert found.strategy == "few-shot" and found == model.adapt(EXAMPLES, population=8, iterations=1)
     assert answers(model, mixture=found) == answers(model, mixture=dict(found.alpha))
+
+
+def test_adapting_and_using_restore_what_was_there_also_after_an_exception(model, monkeypatch):
+    before = state(model.library.model)
+    outer, inner = {"math": 1.0}, {"code": 1.0}
+    ids = inputs("1 + 1 =")
+    with torch.no_grad(), model.using(outer) as active:
+        expected = active(**ids).logits
+        with pytest.raises(KeyError), model.using(inner):
+            raise KeyError
+        assert torch.equal(active(**ids).logits, expected)
+        model.adapt(EXAMPLES, population=8, iterations=1)
+        assert torch.equal(active(**ids).logits, expected)
+        with monkeypatch.context() as patch:
+            patch.setattr(ExpertLibrary, "activate", breaking(ExpertLibrary.activate, at=1))
+            with pytest.raises(RuntimeError, match="in the middle"):
+                model.adapt(EXAMPLES, population=8, iterations=1)
+        assert torch.equal(active(**ids).logits, expected)
+    assert_same(model.library.model, before)
+
+
+def test_an_expert_removed_between_the_passes_still_answers(folders, monkeypatch):
+    model = Transformer2Model(base(), tokenizer, [folders["math"], folders["code"]], folders["kinds"])
+    expected, decided = answers(model, mixture={"math": 1.0}), [Mixture({"math": 1.0})] * 3
+
+    def decides_and_removes(*args, **kwargs):
+        thread = threading.Thread(target=model.library.remove, args=("math",))
+        thread.start()
+        thread.join()
+        return decided
+
+    monkeypatch.setattr(two_pass, "dispatch", decides_and_removes)
+    assert answers(model) == expected
+    assert model.library.names == ["code"]
+
+
+def test_a_single_expert_is_enough(folders):
+    for classifier in (None, folders["kinds"]):
+        model = Transformer2Model(base(), tokenizer, [folders["math"]], classifier)
+        for mixture in model.first_pass(TEXTS):
+            assert mixture.choice in ("math", "other") and 0 <= mixture.confidence <= 1
+        assert model.adapt(EXAMPLES, population=8, iterations=1).choice in ("math", "other")
+        answers(model)
+
+
+def breaking(real, at):
+    """The same function, but its call number `at` raises."""
+    calls = []
+
+    def breaks(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == at:
+            raise RuntimeError("in the middle")
+        return real(*args, **kwargs)
+
+    return breaks
+
+
+STEPS = {
+    "first pass": (adaptation, "choice_logps", 1),
+    "decision": (adaptation, "Mixture", 2),
+    "reading an expert": (SavedExpert, "load", 1),
+    "activation": (SVFLayer, "rows", 5),
+    "first layer": (Linear, "forward", 1),
+    "second pass, prefill": (Linear, "forward", 20),
+    "second pass, later token": (LlamaModel, "forward", 6),
+}
+
+
+@pytest.mark.parametrize("new", [6, two_pass.MERGE_FROM], ids=["unmerged", "merged"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_failure_at_any_step_leaves_every_bit_as_it_was(step, new, folders, monkeypatch):
+    model = Transformer2Model(base(), tokenizer, [folders["math"], folders["code"]], folders["kinds"])
+    before, pristine = state(model.library.model), answers(base())
+    target, name, at = STEPS[step]
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, breaking(getattr(target, name), at))
+        with pytest.raises(RuntimeError, match="in the middle"):
+            answers(model, TEXTS[:1], max_new_tokens=new)
+    assert_same(model.library.model, before)
+    assert answers(model, expert="other") == pristine
+    assert answers(model, expert="math") == answers(alone(folders["math"]))
 
 
 # --- from_pretrained

@@ -113,24 +113,24 @@ def rescale(weight: Tensor, Q: Tensor, offset: Tensor) -> Tensor:
     back to the bit.
 
     Args:
-        weight (`torch.Tensor` of shape `(out, in)`):
-            Base weight.
-        Q (`torch.Tensor` of shape `(min(out, in), k)`):
+        weight (`torch.Tensor` of shape `(..., out, in)`):
+            Base weight, or a stack of them.
+        Q (`torch.Tensor` of shape `(..., min(out, in), k)`):
             The first `k` columns of its basis.
-        offset (`torch.Tensor` of shape `(k,)`):
+        offset (`torch.Tensor` of shape `(..., k)`):
             `z - 1`, dimensionless.
 
     Returns:
-        `torch.Tensor` of shape `(out, in)` in the dtype of `weight`, computed in float32 (float64 for float64).
+        `torch.Tensor` of shape `(..., out, in)` in the dtype of `weight`, computed in float32 (float64 for float64).
 
     Raises:
         `ValueError`: if `offset` does not have one entry per column of `Q`.
     """
-    if offset.shape != Q.shape[-1:]:
+    if offset.shape != (*Q.shape[:-2], Q.shape[-1]):
         raise ValueError(f"The offset has shape {tuple(offset.shape)}, but the basis has {Q.shape[-1]} directions.")
     wide = exact(weight)
-    Q, offset = Q.to(wide.dtype), offset.to(wide.dtype)
-    if side_of(*weight.shape) == "in":
+    Q, offset = Q.to(wide.dtype), offset.to(wide.dtype).unsqueeze(-2)
+    if side_of(*weight.shape[-2:]) == "in":
         return (wide + change(wide, Q, offset)).to(weight.dtype)
     return (wide + change(wide.mT, Q, offset).mT).to(weight.dtype)
 
@@ -143,12 +143,16 @@ def probe(Q: Tensor) -> Tensor:
     `R (32, r)` scaled so that distances between probes estimate distances between the `p` (to about 12 %).
 
     Args:
-        Q (`torch.Tensor` of shape `(r, r)`):
-            Basis in float64, before any rounding.
+        Q (`torch.Tensor` of shape `(r, r)` or `(E, r, r)`):
+            Basis in float64, before any rounding; of a stack of weights, whose probes are added with random signs, so
+            that the relative distance of two stacks is that of their weights.
 
     Returns:
         `torch.Tensor` of shape `(32,)`, float64, on the CPU.
     """
+    if Q.dim() == 3:
+        signs = np.random.RandomState(2501).choice([-1.0, 1.0], len(Q))
+        return sum((float(sign) * probe(one) for sign, one in zip(signs, Q, strict=True)), torch.zeros(PROBE_SIZE))
     r = Q.shape[-1]
     draws = np.random.RandomState(2501)  # the legacy generator: its stream is frozen for good, that of others is not
     c = torch.from_numpy(draws.standard_normal(r))

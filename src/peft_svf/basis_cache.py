@@ -29,6 +29,7 @@ from .basis import Basis, exact, factorize, probe
 
 logger = logging.getLogger(__name__)
 PROCEDURE = "svf-basis v1"
+AT_ONCE = 8  # matrices that an accelerator factorises together
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def cache_dir() -> Path:
 
 def content_key(weight: Tensor) -> str:
     """
-    Hash the values of a weight `(out, in)`: sha256 over its shape and its entries, upcast without loss.
+    Hash the values of a weight `(out, in)` or `(E, out, in)`: sha256 over its shape and its values, upcast losslessly.
 
     One checkpoint loaded in bfloat16 or in float32 has one key; a rounded copy has another.
     """
@@ -77,7 +78,8 @@ def fetch(names: Iterable[str], weight_of: Callable[[str], Tensor]) -> dict[str,
         names (`Iterable[str]`):
             Names of the weights.
         weight_of (`Callable[[str], torch.Tensor]`):
-            Gives the weight `(out, in)` of a name. Called up to twice a name, so it may read lazily.
+            Gives the weight `(out, in)`, or a stack `(E, out, in)`, of a name. Called up to twice a name, so it may
+            read lazily.
 
     Returns:
         `dict[str, tuple[Basis, Fingerprint]]`: per name the basis, on the CPU in float32 (float64 for float64).
@@ -140,10 +142,10 @@ def _compute(
                 continue
             weight = weight_of(name)
             batch = {key: weight}
-            if weight.is_cuda:  # on a CPU one matrix at a time already uses all threads
-                same = [k for k, n in todo.items() if weight_of(n).shape == weight.shape][:8]
+            if weight.is_cuda and weight.dim() == 2:  # on a CPU one matrix at a time already uses all threads
+                same = [k for k, n in todo.items() if weight_of(n).shape == weight.shape][:AT_ONCE]
                 batch = {k: weight_of(todo[k]) for k in same}
-            stacked = factorize(torch.stack(list(batch.values())))
+            stacked = _factorize(torch.stack(list(batch.values())))
             for k, Q, S in zip(batch, stacked.Q, stacked.S, strict=True):
                 dtype = exact(weight[:0]).dtype
                 basis = Basis(stacked.side, Q.to("cpu", dtype), S.to("cpu", dtype))
@@ -153,6 +155,15 @@ def _compute(
                 del todo[k]
                 bar.update()
     return found
+
+
+def _factorize(weights: Tensor) -> Basis:
+    """Factorise `(N, out, in)`, or stacks `(1, E, out, in)`, a few matrices at a time: float64 copies are large."""
+    flat = weights.flatten(0, -3)
+    parts = [factorize(part) for part in flat.split(AT_ONCE if weights.is_cuda else 1)]
+    Q, S = torch.cat([part.Q for part in parts]), torch.cat([part.S for part in parts])
+    leading = weights.shape[:-2]
+    return Basis(parts[0].side, Q.unflatten(0, leading), S.unflatten(0, leading))
 
 
 def _write(key: str, basis: Basis, fingerprint: Fingerprint) -> None:

@@ -2,9 +2,12 @@
 """What a user says about an SVF adapter: `SVFConfig` and all its validation. Nothing here sees a model."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 
 from ._registration import add_peft_type
 from .plans import PLANS, Plan
@@ -21,6 +24,9 @@ class SVFConfig(PeftConfig):
         target_modules (`list[str] | str`, *optional*):
             Names or name endings of the modules, a regex that matches whole names, or `"all-linear"`. Default: the MLP
             weights of the architecture (the paper's choice); where these are fused experts, attention q and v.
+        target_parameters (`list[str]`, *optional*):
+            Name endings of parameters that are matrices, or stacks of them as in fused mixture-of-experts modules:
+            `"mlp.experts.gate_up_proj"`. With these and without `target_modules`, no modules are targeted.
         exclude_modules (`list[str] | str`, *optional*):
             Modules to leave out, in the same forms.
         layers_to_transform (`list[int] | int`, *optional*):
@@ -55,6 +61,7 @@ class SVFConfig(PeftConfig):
     """
 
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Names, a regex, or 'all-linear'."})
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Parameters, such as fused experts."})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of the layers."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
@@ -108,6 +115,27 @@ class SVFConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """What is saved: everything but `plan`, which is about a machine, not about an expert."""
         return {key: value for key, value in super().to_dict().items() if key != "plan"}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """
+        Read a config as PEFT does. A damaged weights file beside it is refused here, before any model is touched.
+
+        Raises:
+            `ValueError`: if the adapter's weights are truncated or no safetensors.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        weights = Path(pretrained_model_name_or_path) / (subfolder or "") / SAFETENSORS_WEIGHTS_NAME
+        if weights.is_file():
+            try:
+                with safe_open(weights, "pt"):
+                    pass
+            except SafetensorError as error:
+                raise ValueError(
+                    f"The adapter's weights {weights} are damaged ({error}): the file is incomplete, or it is no "
+                    "safetensors file. Copy or download it again."
+                ) from error
+        return config
 
     @property
     def fingerprint_recorded(self) -> bool:

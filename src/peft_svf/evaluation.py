@@ -8,6 +8,7 @@ judged by its task's check. `choice_logps` is also what training differentiates 
 with.
 """
 
+import copy
 import inspect
 import math
 import time
@@ -97,6 +98,20 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str,
     return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
 
 
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[dict[str, str]]]) -> list[list[int]]:
+    """
+    Tokenise prompts as generation does: a chat template writes its special tokens, plain text gets the tokenizer's.
+    """
+    found = []
+    for prompt in prompts:
+        plain = isinstance(prompt, str) or tokenizer.chat_template is None
+        ids = tokenizer(prompt_text(tokenizer, prompt), add_special_tokens=plain).input_ids
+        if plain and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # an answer follows
+            ids = ids[:-1]
+        found.append(ids)
+    return found
+
+
 def choice_logps(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], share_prefix: bool = True
 ) -> Tensor:
@@ -127,7 +142,7 @@ def choice_logps(
             context, or if gradient checkpointing is on.
     """
     device = next(model.parameters()).device
-    prompts = [tokenizer(prompt_text(tokenizer, row["prompt"]), add_special_tokens=False).input_ids for row in rows]
+    prompts = prompt_ids(tokenizer, [row["prompt"] for row in rows])
     options = [[tokenizer(text, add_special_tokens=False).input_ids for text in row["choices"]] for row in rows]
     for row, prompt, choices in zip(rows, prompts, options, strict=True):
         if not prompt:
@@ -157,24 +172,45 @@ def choice_logps(
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[1] * shared + [0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    # (N * K, C) right-padded; a row with fewer choices repeats its last one, masked below
-    flat = [choices[min(k, len(choices) - 1)] for choices in options for k in range(most)]
-    length = max(map(len, flat))
-    labels = torch.tensor([c + [-100] * (length - len(c)) for c in flat], device=device)
-
     prefix = _read(model, ids, mask, past_key_values=cache)
-    logits = prefix.logits[:, -1:].repeat_interleave(most, dim=0)  # (N * K, 1, vocabulary)
-    cache = prefix.past_key_values
-    if length > 1:
-        cache.batch_repeat_interleave(most)
-        inputs = labels[:, :-1].clamp(min=0)
-        both = torch.cat([mask.repeat_interleave(most, dim=0), (labels[:, :-1] >= 0).long()], dim=1)
-        rest = _forward(model, inputs, both, past_key_values=cache, use_cache=True)
-        logits = torch.cat([logits, rest.logits], dim=1)  # (N * K, C, vocabulary)
-    logps = -F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
-    logps = logps.view(len(rows), most, length).sum(-1)
+    first = prefix.logits[:, -1].float().log_softmax(-1)  # (N, vocabulary): the first token of every choice
+    places = [(n, k) for n, choices in enumerate(options) for k in range(len(choices) if share_prefix else most)]
+    # choices alike in length share a forward: less padding; rows with adapters of their own keep their order
+    groups = list(_alike(places, options, len(rows))) if share_prefix else [places]
+    sums = []
+    for group in groups:
+        flat = [options[n][min(k, len(options[n]) - 1)] for n, k in group]
+        rows_of = torch.tensor([n for n, _ in group], device=device)
+        length = max(map(len, flat))
+        labels = torch.tensor([c + [-100] * (length - len(c)) for c in flat], device=device)  # (G, C) right-padded
+        logps = first[rows_of, labels[:, 0]]
+        if length > 1:
+            both = torch.cat([mask[rows_of], (labels[:, :-1] >= 0).long()], dim=1)
+            some = _select(prefix.past_key_values, rows_of)
+            logits = _forward(model, labels[:, :-1].clamp(min=0), both, past_key_values=some, use_cache=True).logits
+            rest = F.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+            logps = logps - rest.view(len(group), length - 1).sum(-1)
+        sums.append(logps)
+    where = torch.tensor([place for group in groups for place in group], device=device)
+    found = torch.full((len(rows), most), float("-inf"), device=device)
+    found = found.index_put((where[:, 0], where[:, 1]), torch.cat(sums))
     absent = torch.tensor([[k >= len(choices) for k in range(most)] for choices in options], device=device)
-    return logps.masked_fill(absent, float("-inf"))
+    return found.masked_fill(absent, float("-inf"))
+
+
+def _alike(
+    places: list[tuple[int, int]], options: list[list[list[int]]], size: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Cut the choices into groups of `size`, shortest first."""
+    return _batches(sorted(places, key=lambda place: len(options[place[0]][place[1]])), size)
+
+
+def _select(cache: Any, rows: Tensor) -> Any:
+    """Some rows of a key/value cache, as a cache of its own."""
+    cache = copy.copy(cache)
+    cache.layers = [copy.copy(layer) for layer in cache.layers]
+    cache.batch_select_indices(rows)
+    return cache
 
 
 def evaluate(
@@ -244,15 +280,16 @@ def score_choices(logps: Tensor, rows: Sequence[Row]) -> list[dict[str, Any]]:
 def _generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], task: Task | None, kwargs: dict
 ) -> list[dict]:
-    texts = [prompt_text(tokenizer, row["prompt"]) for row in rows]
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    inputs = inputs.to(next(model.parameters()).device)
+    ids = {"input_ids": prompt_ids(tokenizer, [row["prompt"] for row in rows])}
+    inputs = tokenizer.pad(ids, return_tensors="pt", padding_side="left").to(next(model.parameters()).device)
     output = model.generate(**inputs, **{"max_new_tokens": 256, "do_sample": False, **kwargs})
     completions = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-    return [
-        {"id": row.get("id"), "completion": text, "right": (task or get_task(row["task"])).check(text, row)}
-        for row, text in zip(rows, completions, strict=True)
-    ]
+    found = []
+    for row, text in zip(rows, completions, strict=True):
+        judge = task or get_task(row["task"])
+        right, score = judge.check(text, row), judge.score(text, row)
+        found.append({"id": row.get("id"), "completion": text, "right": right, "score": score})
+    return found
 
 
 def _inner(model: Any) -> PreTrainedModel:
@@ -282,7 +319,7 @@ def _one_begins_another(choices: list[list[int]]) -> bool:
     return any(a is not b and b[: len(a)] == a for a in choices for b in choices)
 
 
-def _batches(items: Iterable[int], size: int) -> Iterator[list[int]]:
+def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch

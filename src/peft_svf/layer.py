@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -38,6 +39,33 @@ def escape(name: str) -> str:
     """
     key = name.replace("%", "%25").replace(".", "%2E")
     return f"%{ord(key[0]):02X}{key[1:]}" if (key and hasattr(nn.ModuleDict, key)) or key == "training" else key or "%"
+
+
+def held_weight(base: nn.Module) -> Tensor:
+    """The tensor that a linear module keeps its weight in, whatever a quantisation calls it."""
+    for name in ("weight", "qweight", "W_q"):
+        if isinstance(tensor := getattr(base, name, None), Tensor):
+            return tensor
+    return next(chain(base.parameters(), base.buffers()))
+
+
+def offloaded(base: nn.Module) -> bool:
+    """Whether accelerate keeps the weight of a module elsewhere and brings it only while the module runs."""
+    return getattr(getattr(base, "_hf_hook", None), "offload", False) and held_weight(base).is_meta
+
+
+@contextmanager
+def onloaded(base: nn.Module) -> Iterator[None]:
+    """Have the weight of a module that accelerate offloads in memory while the context is open, to read it."""
+    if not offloaded(base):
+        yield
+        return
+    hook: Any = base._hf_hook
+    hook.pre_forward(base)
+    try:
+        yield
+    finally:
+        hook.post_forward(base, None)
 
 
 class Offset(nn.Module):
@@ -110,14 +138,17 @@ class SVFLayer(BaseTunerLayer):
     svf_basis: Tensor | None
     svf_values: Tensor | None
     weight: Tensor
+    in_features: int
+    out_features: int
+    get_base_layer: Any
     _cast_input_dtype: Any  # methods of `BaseTunerLayer`, which has no types
     adapter_layer_names = ("svf_offset",)
     other_param_names = ()
 
-    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+    def __init__(self, base_layer: nn.Module, shape: tuple[int, int] | None = None, **kwargs: Any) -> None:
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = shape or _get_in_out_features(self.get_base_layer())
         self.side = side_of(self.out_features, self.in_features)
         self.svf_offset = OffsetDict()
         self.svf_rows: Tensor | None = None  # (B, k): an offset for each row of the batch, instead of the adapters'
@@ -141,9 +172,22 @@ class SVFLayer(BaseTunerLayer):
         """The number `r = min(out, in)` of singular values of the weight."""
         return min(self.in_features, self.out_features)
 
+    @property
+    def base_weight(self) -> Tensor:
+        """The parameter that holds the base weight, as the base layer keeps it; of packed layers the packed one."""
+        return held_weight(self.get_base_layer())
+
+    def size_of(self, rank: int | None) -> int:
+        """The length of a z-vector that moves the `rank` largest singular values; `None`: all."""
+        return min(rank or self.directions, self.directions)
+
+    def weight_name(self, name: str) -> str:
+        """What fingerprints call the weight of the layer with this module name."""
+        return name
+
     def update_layer(self, adapter_name: str, config: SVFConfig) -> None:
         """Add the offset of an adapter, 0 everywhere (z = 1) unless `config.init_weights` is `False`."""
-        size = min(config.rank or self.directions, self.directions)
+        size = self.size_of(config.rank)
         self.svf_offset[adapter_name] = Offset(torch.zeros(size) if config.init_weights else 0.5 * torch.randn(size))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -158,6 +202,7 @@ class SVFLayer(BaseTunerLayer):
             self._move_basis(device)
 
     def base_layer_device(self) -> torch.device | None:
+        """Where the base layer is, or `None` if that cannot be told."""
         return self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
 
     def _move_basis(self, device: torch.device) -> None:
@@ -216,8 +261,8 @@ class SVFLayer(BaseTunerLayer):
 
     def named_offsets(self, adapter_names: list[str]) -> Tensor:
         """Stack the offsets of adapters into `(B, k)`: 0 for the base, and where an adapter has none here."""
-        assert self.svf_basis is not None
-        zero = torch.zeros(self.svf_basis.shape[-1], device=self.svf_basis.device)
+        width = self._basis().shape[:-2].numel() * self._basis().shape[-1]
+        zero = torch.zeros(width, device=self._basis().device)
         unique = list(dict.fromkeys(adapter_names))
         table = torch.stack([self._padded(name) if name in self.svf_offset else zero for name in unique])
         return table[torch.tensor([unique.index(name) for name in adapter_names], device=table.device)]
@@ -225,7 +270,7 @@ class SVFLayer(BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`W' - W` of one adapter, in the shape and dtype of the base weight (`Conv1D`: transposed)."""
         weight = self.logical_weight()
-        delta = rescale(weight, self._basis(), self._padded(adapter)) - weight
+        delta = self._rescale(weight, self._padded(adapter)) - weight
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -249,7 +294,7 @@ class SVFLayer(BaseTunerLayer):
         for name in names:
             weight = self.logical_weight()
             offset = sum((self._padded(n) for n in (*self.merged_adapters, name)), torch.tensor(0.0))
-            merged = rescale(weight, self._basis(), offset)
+            merged = self._rescale(weight, offset)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             self._pristine = self._pristine or self._snapshot()
@@ -269,13 +314,13 @@ class SVFLayer(BaseTunerLayer):
         """Keep what `set_base_weight` replaces: the tensor, or for packed weights the parameter with its state."""
         base = self.get_base_layer()
         if self.quantization_backend is None:
-            return (base.weight.data,)
+            return (self.base_weight.data,)
         return base.weight, dict(base.weight.__dict__), copy.copy(getattr(base, "state", None))
 
     def _restore(self, snapshot: tuple[Any, ...]) -> None:
         base = self.get_base_layer()
         if self.quantization_backend is None:
-            base.weight.data = snapshot[0].to(base.weight.device, base.weight.dtype)
+            self.base_weight.data = snapshot[0].to(self.base_weight.device, self.base_weight.dtype)
             return
         base.weight, attributes, state = snapshot
         base.weight.__dict__.update(attributes)  # PEFT's 4-bit setter edits the old parameter's flags as well
@@ -292,7 +337,12 @@ class SVFLayer(BaseTunerLayer):
 
     def _padded(self, adapter_name: str) -> Tensor:
         """The offset of an adapter with one entry per column of the basis: 0 for the directions it does not move."""
-        offset = self.svf_offset[adapter_name].weight
+        return self._pad(self.svf_offset[adapter_name].weight)
+
+    def _rescale(self, weight: Tensor, offset: Tensor) -> Tensor:
+        return rescale(weight, self._basis(), offset)
+
+    def _pad(self, offset: Tensor) -> Tensor:
         missing = self._basis().shape[-1] - offset.shape[0]
         return F.pad(offset, (0, missing)) if missing else offset
 
@@ -301,10 +351,10 @@ class SVFLayer(BaseTunerLayer):
         if self.svf_rows is not None:
             return self.svf_rows if len(self.svf_rows) else None
         offsets: Any = self._modules["svf_offset"]
-        total, size = None, self._basis().shape[-1]
+        total = None
         for name in [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter:
             if (offset := offsets.find(name)) is not None:
-                offset = offset if offset.shape[0] == size else F.pad(offset, (0, size - offset.shape[0]))
+                offset = self._pad(offset)
                 total = offset if total is None else total + offset
         return total
 
@@ -436,6 +486,7 @@ class Linear(nn.Module, SVFLayer):
             base_rows=self._base_rows,
             lasting=self._lasting,
             room=self.svf_room,
+            precise=torch.finfo(self._basis().dtype).eps <= torch.finfo(self.base_layer.weight.dtype).eps,
         )
         chosen = choose(self.svf_plan, load)
         if self.svf_announced is not None and chosen not in self.svf_announced:

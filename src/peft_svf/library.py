@@ -2,45 +2,69 @@
 """
 Experts + base model -> one model in which every row of a batch may have its own mixture of them.
 
-The experts are ordinary PEFT adapters of the model. `activate` gives the rows of the next forwards their mixtures and
-takes them away again; the weights themselves are never touched. Nothing here knows how a mixture is found.
+The library keeps z-vectors, not adapters: one tensor per weight, a place in it for each expert that was used lately.
+Experts in folders are read when they are first needed, and the one used longest ago makes room where there is a limit.
+`activate` gives the rows of the next forwards their mixtures and takes them away again; the weights themselves are
+never touched. Nothing here knows how a mixture is found.
 """
 
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from os import PathLike
 
 import torch
+import torch.nn.functional as F
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .basis_cache import Fingerprint
 from .config import SVFConfig
-from .expert import OTHER, Expert, Mixture
+from .expert import OTHER, PREFIX, Expert, Mixture, SavedExpert
+from .fingerprint import check
 from .layer import SVFLayer
 
-Source = str | PathLike[str] | Expert
+Source = str | PathLike[str] | Expert | SavedExpert
 CLASSIFIER = "classifier: "  # in front of its name, so that no expert is called like it
+HOST = "library: "  # adapters that are there for their layers: z = 1 and never active
+
+
+@dataclass(eq=False)  # an expert that is added again under its name is another one
+class _Entry:
+    name: str
+    source: Expert | SavedExpert
+
+    def read(self) -> Expert:
+        expert = self.source if isinstance(self.source, Expert) else self.source.load()
+        return Expert(self.name, expert.offsets, expert.config, expert.provenance)
 
 
 class ExpertLibrary:
     """
-    The experts of one base model.
+    The experts of one base model; they may be added and removed while it answers.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
-            The base model, or one with SVF adapters, each of which becomes an expert under its name. Experts are
-            added to it as adapters.
+            The base model, or one with SVF adapters, each of which becomes an expert under its name, with the values
+            it has now. Layers for the z-vectors are put into it.
         experts (`Sequence` or `Mapping[str, ...]`):
-            Folders, Hub repositories or [`~expert.Expert`]s, with names of their own or as keys.
+            Folders, Hub repositories or [`~expert.Expert`]s, with names of their own or as keys. Of a folder or
+            repository everything is checked at once but the values, which are read when they are needed.
         classifier (folder, repository or [`~expert.Expert`], *optional*):
             An expert for the first pass only: it names the kind of a question. No mixture contains it.
+        limit_bytes (`int`, *optional*):
+            Memory for z-vectors. Where it is used up, the expert that was used longest ago makes room and is read
+            again when it is needed; an [`~expert.Expert`] that was given as such stays in the CPU's memory besides.
 
     Raises:
+        `FileNotFoundError`: if a folder or file is not there.
         `ValueError`: if there are no experts, two have one name, a name is `"other"`, one belongs to another base
-            model, or the model has adapters that cannot be mixed. The model is then as it was.
+            model, its files are damaged, the model has adapters that cannot be mixed, or the limit is too small for
+            one expert. The model is then as it was.
     """
 
     def __init__(
@@ -48,31 +72,136 @@ class ExpertLibrary:
         model: PreTrainedModel | PeftModel,
         experts: Sequence[Source] | Mapping[str, Source] = (),
         classifier: Source | None = None,
+        limit_bytes: int | None = None,
     ) -> None:
         given = experts.items() if isinstance(experts, Mapping) else [(None, source) for source in experts]
-        loaded = [_load(source, name) for name, source in given]
-        own = _own(model)
-        names = [*(name for name in own if not name.startswith(CLASSIFIER)), *(expert.name for expert in loaded)]
-        if not names:
+        entries = [*_own(model), *(_find(source, name) for name, source in given)]
+        if not entries:
             raise ValueError("There are no experts: pass experts=[...], folders or Hub repositories of SVF adapters.")
-        for name in names:
-            if name == OTHER:
-                raise ValueError(f"No expert can be called {OTHER!r}: that name stands for the base model.")
-            if names.count(name) > 1:
-                raise ValueError(f"Two experts are called {name!r}: pass them as a dict with a name for each.")
-        self.classifier = next((name for name in own if name.startswith(CLASSIFIER)), None)
+        for i, entry in enumerate(entries):
+            _check_name(entry.name, [other.name for other in entries[:i]])
+        self.classifier: str | None = None
         if classifier is not None:
-            chosen = _load(classifier, None)
-            self.classifier = CLASSIFIER + chosen.name
-            loaded.append(Expert(self.classifier, chosen.offsets, chosen.config))
-        self.names = sorted(names)
+            chosen = _find(classifier, None)
+            self.classifier = chosen.name = CLASSIFIER + chosen.name
+            entries.append(chosen)
         self.model: PeftModel = model  # type: ignore[assignment]
-        self._lock = threading.RLock()
-        self._install(model, loaded)
-        self.descriptions = {name: self.model.peft_config[name].description or "" for name in self.names}
+        self._model_lock = threading.RLock()  # held while a mixture is in the model
+        self._lock = threading.RLock()  # held while entries and tables change: moments. Taken after the other one
+        self._local = threading.local()
+        self._held: list[dict[str, _Entry]] = []
+        self._entries: dict[str, _Entry] = {}
+        self._tables = _Tables(limit_bytes)
+        self._hosts: list[str] = []
+        trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            for entry in entries:
+                self._admit(entry)
+        except BaseException:
+            self._withdraw(model)
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad_(requires_grad)
+            raise
+        self.model.eval()
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the experts, sorted; in [`ExpertLibrary.holding`] those that were there when it was entered."""
+        return sorted(set(self._known) - {self.classifier})
+
+    @property
+    def descriptions(self) -> dict[str, str]:
+        """What each expert is good at, by name."""
+        known = sorted(dict(self._known).items())
+        return {name: e.source.config.get("description") or "" for name, e in known if name != self.classifier}
+
+    @property
+    def in_memory(self) -> list[str]:
+        """The experts whose z-vectors are in memory, the one used longest ago first."""
+        with self._lock:
+            return [entry.name for entry in self._tables.places if entry in self._entries.values()]
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of the z-vectors, in bytes; at most the limit."""
+        return self._tables.nbytes
+
+    def expert(self, name: str) -> Expert:
+        """
+        Get an expert as a value, to be saved, plotted or transferred.
+
+        Raises:
+            `ValueError`: if there is none of that name.
+        """
+        if name not in self.names:
+            raise ValueError(self._unknown(name))
+        return self._known[name].read()
+
+    def add(self, source: Source, name: str | None = None) -> str:
+        """
+        Add an expert; requests that run go on.
+
+        Args:
+            source (folder, repository or [`~expert.Expert`]):
+                The expert. If it moves weights that no expert here has moved yet, running requests are waited for.
+            name (`str`, *optional*):
+                Its name; default the last part of its folder or repository.
+
+        Returns:
+            `str`: the name.
+
+        Raises:
+            `FileNotFoundError`, `ValueError`: as in the constructor. Library and model are then as they were.
+        """
+        entry = _find(source, name)
+        with self._lock:
+            _check_name(entry.name, self._entries)
+            fits = self._fits(entry)
+            if fits:
+                self._admit(entry)
+        if not fits:
+            with self._model_lock, self._lock:
+                _check_name(entry.name, self._entries)
+                self._admit(entry)
+        return entry.name
+
+    def remove(self, name: str) -> None:
+        """
+        Remove an expert. A request that has begun finishes with it, also if its files are deleted now.
+
+        Raises:
+            `ValueError`: if there is none of that name, or it is the last one.
+        """
+        with self._lock:
+            if name not in self._entries or name == self.classifier:
+                raise ValueError(self._unknown(name))
+            if len(set(self._entries) - {self.classifier}) == 1:
+                raise ValueError(f"{name!r} is the last expert of this library: add another one first.")
+            entry = self._entries[name]
+            if any(held.get(name) is entry for held in self._held):
+                entry.source = entry.read()
+            del self._entries[name]
+            self._tables.drop(entry)
 
     @contextmanager
-    def activate(self, mixtures: Mixture | Sequence[Mixture]) -> Iterator[PeftModel]:
+    def holding(self) -> Iterator[None]:
+        """Let this thread see the experts of now until the context closes, whatever others add and remove."""
+        outer = getattr(self._local, "entries", None)
+        with self._lock:
+            entries = dict(self._entries) if outer is None else outer
+            self._held.append(entries)
+        self._local.entries = entries
+        try:
+            yield
+        finally:
+            self._local.entries = outer
+            with self._lock:
+                self._held = [held for held in self._held if held is not entries or outer is not None]
+                for entry in [entry for entry in self._tables.places if not self._is_known(entry)]:
+                    self._tables.drop(entry)
+
+    @contextmanager
+    def activate(self, mixtures: Mixture | Sequence[Mixture], merge: bool = False) -> Iterator[PeftModel]:
         """
         Give the model one mixture, or each row of a batch its own, while the context is open.
 
@@ -82,83 +211,251 @@ class ExpertLibrary:
         Args:
             mixtures ([`~expert.Mixture`] or a list of them):
                 What to activate; a list has one for each row.
+            merge (`bool`):
+                Many forwards will follow: where the rows agree, run them on a merged copy of the weights. It costs a
+                second copy of the adapted weights, and the time to make it where the mixture is another than before.
 
         Raises:
-            `ValueError`: if a mixture names an expert that is not here, or adapters are merged or disabled.
+            `ValueError`: if a mixture names an expert that is not here, more experts are needed at once than the limit
+                allows, or adapters are merged or disabled.
         """
         rows = [mixtures] if isinstance(mixtures, Mixture) else list(mixtures)
-        names = [*self.names, *([self.classifier] if self.classifier else [])]
-        for mixture in rows:
-            if unknown := sorted(set(mixture.alpha) - set(names)):
-                known = ", ".join([*self.names, OTHER])
-                raise ValueError(f"There is no expert {unknown[0]!r} in this library; there are {known}.")
-        alpha = torch.tensor([[mixture.alpha.get(name, 0.0) for name in names] for mixture in rows])  # (B, experts)
-        if len(rows) > 0 and bool((alpha == alpha[0]).all()):
-            alpha = alpha[:1]  # the batch agrees
-        with self._lock, ExitStack() as stack:
-            for layer in self._layers:
-                if layer.merged or layer.disable_adapters:
-                    state = "merged: unmerge_adapter()" if layer.merged else "disabled: enable them"
-                    raise ValueError(f"No mixture can be active while the model's adapters are {state} first.")
-                stack.enter_context(layer.rows(_rows(layer, names, alpha)))
-            yield self.model
+        with ExitStack() as stack:
+            with self.holding():  # whom it waits for may remove its experts
+                used = {name: self._known.get(name) for mixture in rows for name in mixture.alpha}
+                if unknown := sorted(name for name, entry in used.items() if entry is None):
+                    raise ValueError(self._unknown(unknown[0]))
+                alpha = torch.tensor([[mixture.alpha.get(name, 0.0) for name in used] for mixture in rows])
+                if len(rows) > 0 and bool((alpha == alpha[0]).all()):  # (B, experts)
+                    alpha = alpha[:1]  # the batch agrees
+                stack.enter_context(self._model_lock)
+                layers = self.layers()
+                for layer in layers.values():
+                    if layer.merged or layer.disable_adapters:
+                        state = "merged: unmerge_adapter()" if layer.merged else "disabled: enable them"
+                        raise ValueError(f"No mixture can be active while the model's adapters are {state} first.")
+                with self._lock:
+                    offsets = self._tables.mix(list(used.values()), alpha, layers)  # type: ignore[arg-type]
+            for name, layer in layers.items():
+                stack.enter_context(layer.rows(offsets[name], merge=merge and offsets[name].dim() == 1))
+            self._local.active = getattr(self._local, "active", 0) + 1
+            try:
+                yield self.model
+            finally:
+                self._local.active -= 1
 
     @property
-    def _layers(self) -> list[SVFLayer]:
-        return [module for module in self.model.modules() if isinstance(module, SVFLayer)]
+    def _known(self) -> dict[str, _Entry]:
+        return getattr(self._local, "entries", None) or self._entries
 
-    def _install(self, model: PreTrainedModel | PeftModel, experts: Sequence[Expert]) -> None:
-        trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        added: list[str] = []
-        try:
-            for expert in experts:
-                config = SVFConfig.from_peft_type(**{**expert.config, "inference_mode": True})
-                if isinstance(self.model, PeftModel):
-                    self.model.add_adapter(expert.name, config)
-                else:
-                    # not get_peft_model: it writes this model's name over that of the expert's base
-                    kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-                    self.model = kind(model, config, adapter_name=expert.name)
-                added.append(expert.name)
-                self._fill(expert)
-        except BaseException:
-            self._remove(model, added)
-            for parameter, requires_grad in trainable:
-                parameter.requires_grad_(requires_grad)
-            raise
-        self.model.eval()
+    def _is_known(self, entry: _Entry) -> bool:
+        return any(known.get(entry.name) is entry for known in (self._entries, *self._held))
 
-    def _fill(self, expert: Expert) -> None:
-        prefix = "base_model.model."
-        layers = {
-            name.removeprefix(prefix): module.svf_offset[expert.name].weight
+    def _unknown(self, name: str) -> str:
+        return f"There is no expert {name!r} in this library; there are {', '.join([*self.names, OTHER])}."
+
+    def layers(self) -> dict[str, SVFLayer]:
+        """The SVF layers by the name of the base model's module, without what `torch.compile` puts in front."""
+        return {
+            name.replace("_orig_mod.", "").removeprefix(PREFIX): module
             for name, module in self.model.named_modules()
-            if isinstance(module, SVFLayer) and expert.name in module.svf_offset
+            if isinstance(module, SVFLayer)
         }
-        for module, offset in expert.offsets.items():
-            here = layers.pop(module, None)
-            if here is None or here.shape != offset.shape:
-                found = "no such module" if here is None else f"{here.shape[0]} directions"
-                raise ValueError(
-                    f"Expert {expert.name!r} has a z-vector of length {len(offset)} for {module}, but this model has "
-                    f"{found} there. It was trained on {expert.base_model!r}; load the matching base."
-                )
-            here.data.copy_(offset)
-        if layers:
-            raise ValueError(f"Expert {expert.name!r} has no z-vector for {min(layers)}, which its config targets.")
 
-    def _remove(self, model: PreTrainedModel | PeftModel, added: Sequence[str]) -> None:
-        """Take half-installed experts out again, the whole tuner if the model came without one."""
-        if model is self.model:
-            for name in added:
-                if isinstance(model, PeftModel):
-                    model.delete_adapter(name)
+    def _fits(self, entry: _Entry) -> bool:
+        """Whether the model has layers with enough directions for every z-vector of an expert."""
+        layers = self.layers()
+        bases = {name: layer.svf_basis for name, layer in layers.items() if layer.svf_basis is not None}
+        return all(name in bases and size <= bases[name].shape[-1] for name, size in entry.source.sizes.items())
+
+    def _admit(self, entry: _Entry) -> None:
+        """Check an expert against the base model, give the model the layers it needs, and list it."""
+        config, sizes = entry.source.config, entry.source.sizes
+        if missing := sorted(set(config.get("fingerprint") or sizes) - set(sizes)):
+            raise ValueError(f"Expert {entry.name!r} has no z-vector for {missing[0]}, which its config targets.")
+        shape = self._tables.with_room_for(sizes)
+        if self._fits(entry):
+            self._check_fingerprint(entry)
+            self._check_sizes(entry)
+        elif getattr(self._local, "active", 0):
+            raise ValueError(
+                f"Expert {entry.name!r} moves weights that no expert here has moved yet: add it outside of activate() "
+                "and using()."
+            )
         else:
+            host = self._add_host(config)  # compares the fingerprints
+            try:
+                self._check_sizes(entry)
+            except BaseException:
+                if len(self.model.peft_config) > 1:
+                    self._drop_host(host)
+                raise
+        self._tables.take(shape)
+        self._entries[entry.name] = entry
+
+    def _check_sizes(self, entry: _Entry) -> None:
+        config, layers = entry.source.config, self.layers()
+        for module, size in entry.source.sizes.items():
+            layer = layers.get(module)
+            expected = min(config.get("rank") or layer.directions, layer.directions) if layer is not None else 0
+            if size != expected:
+                found = "no such module" if layer is None else f"{expected} directions"
+                raise ValueError(
+                    f"Expert {entry.name!r} has a z-vector of length {size} for {module}, but this model has {found} "
+                    f"there. It was trained on {config.get('base_model_name_or_path')!r}; load the matching base."
+                )
+
+    def _add_host(self, config: Mapping[str, object]) -> str:
+        """Put the layers of an expert into the model, as an adapter with z = 1 that is never active."""
+        values = {**config, "inference_mode": True, "init_weights": True, "modules_to_save": None}
+        host = SVFConfig.from_peft_type(**values)
+        model = self.model
+        first = not isinstance(model, PeftModel)
+        name = next(n for i in range(10**6) if (n := f"{HOST}{i}") not in ({} if first else model.peft_config))
+        before = set(self.layers())
+        if first:
+            # not get_peft_model: it writes this model's name over that of the expert's base
+            kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(host.task_type, PeftModel)
+            self.model = kind(model, host, adapter_name=name)
+        else:
+            model.add_adapter(name, host)
+        self._hosts.append(name)
+        for module, layer in self.layers().items():
+            if module not in before:
+                layer.set_adapter([])  # outside of `activate` it is the base layer and nothing else
+                layer.train(self.model.training)
+        return name
+
+    def _check_fingerprint(self, entry: _Entry) -> None:
+        own = {name: layer.svf_fingerprint for name, layer in self.layers().items()}
+        saved = entry.source.config.get("fingerprint") or {}
+        check(
+            {name: Fingerprint.from_json(fingerprint) for name, fingerprint in saved.items()},
+            {name: fingerprint for name, fingerprint in own.items() if fingerprint is not None},
+            absent=[],  # all that it names has a layer here
+            adapter=entry.name,
+            here=getattr(self.model.get_base_model(), "name_or_path", "") or type(self.model).__name__,
+            there=entry.source.config.get("base_model_name_or_path"),
+        )
+
+    def _withdraw(self, model: PreTrainedModel | PeftModel) -> None:
+        """Take the layers of a library that could not be made out of the model again."""
+        if model is not self.model:
             self.model.unload()
+        elif isinstance(model, PeftModel):
+            for name in list(self._hosts):
+                self._drop_host(name)
+
+    def _drop_host(self, name: str) -> None:
+        self._hosts.remove(name)
+        self.model.delete_adapter(name)
+        for path, layer in list(self.model.named_modules()):
+            if isinstance(layer, SVFLayer) and not len(layer.svf_offset):
+                parent, _, child = path.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, layer.base_layer)
 
 
-def _own(model: PreTrainedModel | PeftModel) -> list[str]:
-    """The names of the adapters that a model comes with; refuses those that a mixture cannot hold."""
+class _Tables:
+    """
+    The z-vectors in memory: per weight one tensor `(places, k)`, with a place for each expert that was used lately.
+
+    Args:
+        limit_bytes (`int`, *optional*):
+            Of all tensors together.
+    """
+
+    def __init__(self, limit_bytes: int | None) -> None:
+        self.limit_bytes = limit_bytes
+        self.places: OrderedDict[_Entry, int] = OrderedDict()  # the one used longest ago first
+        self._tensors: dict[str, Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def with_room_for(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """The lengths of the rows with another expert; refuses those of which the limit holds not a single one."""
+        shape = {name: tensor.shape[1] for name, tensor in self._tensors.items()}
+        shape |= {name: max(size, shape.get(name, 0)) for name, size in sizes.items()}
+        if self.limit_bytes is not None and self.limit_bytes < 4 * sum(shape.values()):
+            raise ValueError(
+                f"limit_bytes={self.limit_bytes} is too small: one expert takes {4 * sum(shape.values())} bytes."
+            )
+        return shape
+
+    def take(self, shape: Mapping[str, int]) -> None:
+        """Take new lengths of the rows. Where they are others than before, all experts are read again."""
+        if shape != {name: tensor.shape[1] for name, tensor in self._tensors.items()}:
+            self.places.clear()
+            self._tensors = {name: torch.zeros(0, k) for name, k in shape.items()}
+
+    def mix(self, entries: Sequence[_Entry], alpha: Tensor, layers: Mapping[str, SVFLayer]) -> dict[str, Tensor]:
+        """
+        Mix the offsets of each layer: `(B, k)` for weights `(B, experts)`, `(k,)` for one row, empty where all are 0.
+        """
+        places = self._hold(entries)
+        mixed = {}
+        for name, layer in layers.items():
+            used = [i for i, entry in enumerate(entries) if name in entry.source.sizes]
+            if not used:
+                mixed[name] = torch.zeros(0)
+                continue
+            basis = layer.svf_basis
+            if basis is None:
+                raise ValueError(
+                    f"{name} has no basis: its weight was on the meta device when the library was made. Load the "
+                    "weights, then call `model.library.model.base_model.fetch_bases()`."
+                )
+            tensor = self._tensors[name] = self._tensors[name].to(basis.device)
+            rows = alpha[:, used].to(tensor) @ tensor[[places[i] for i in used]]
+            rows = F.pad(rows, (0, basis.shape[1] - rows.shape[1]))  # (B, k)
+            mixed[name] = rows[0] if len(rows) == 1 else rows
+        return mixed
+
+    def drop(self, entry: _Entry) -> None:
+        """Free the place of an expert, if it has one."""
+        self.places.pop(entry, None)
+
+    def _hold(self, entries: Sequence[_Entry]) -> list[int]:
+        """Read what is not in memory; returns the place of each expert."""
+        each = 4 * sum(tensor.shape[1] for tensor in self._tensors.values())
+        capacity = self.limit_bytes // each if self.limit_bytes is not None else max(len(entries), 2 * self._size, 4)
+        if len(entries) > capacity:
+            raise ValueError(
+                f"These rows need {len(entries)} experts at once, {len(entries) * each} bytes, but "
+                f"limit_bytes={self.limit_bytes} holds {capacity}: use smaller batches or a larger limit."
+            )
+        for entry in entries:
+            if entry not in self.places:
+                offsets = entry.read().offsets  # before anything changes: it may fail
+                place = self._free(entries, capacity)
+                for name, tensor in self._tensors.items():
+                    offset = offsets.get(name, tensor.new_zeros(0))
+                    tensor[place] = F.pad(offset, (0, tensor.shape[1] - len(offset)))
+                self.places[entry] = place
+            self.places.move_to_end(entry)
+        return [self.places[entry] for entry in entries]
+
+    @property
+    def _size(self) -> int:
+        return len(next(iter(self._tensors.values())))
+
+    def _free(self, wanted: Sequence[_Entry], capacity: int) -> int:
+        """Find a place: a free one, a new one, or that of the expert that was used longest ago."""
+        taken = set(self.places.values())
+        if len(taken) == self._size < capacity:
+            size = min(max(4, 2 * self._size), capacity)
+            for name, tensor in self._tensors.items():
+                self._tensors[name] = torch.cat([tensor, tensor.new_zeros(size - len(tensor), tensor.shape[1])])
+        free = next((place for place in range(self._size) if place not in taken), None)
+        if free is None:
+            oldest = next(entry for entry in self.places if entry not in wanted)
+            free = self.places.pop(oldest)
+        return free
+
+
+def _own(model: PreTrainedModel | PeftModel) -> list[_Entry]:
+    """The adapters that a model comes with, as they are now; refuses those that a mixture cannot hold."""
     if not isinstance(model, PeftModel):
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise ValueError(
@@ -166,29 +463,38 @@ def _own(model: PreTrainedModel | PeftModel) -> list[str]:
                 "pipeline: pipe.model.library.model), or load the base model anew and give them as experts=[...]."
             )
         return []
+    entries = []
     for name, config in model.peft_config.items():
         if config.peft_type != "SVF" or config.modules_to_save or config.trainable_token_indices:
             raise ValueError(
                 f"Adapter {name!r} of this model cannot be mixed: it is of PEFT type {config.peft_type.value} or "
                 "trains more than z-vectors. Delete it, or load the base model without it."
             )
-    return list(model.peft_config)
+        if name.startswith(HOST):
+            continue
+        layers = {
+            module.removeprefix(PREFIX): layer
+            for module, layer in model.named_modules()
+            if isinstance(layer, SVFLayer) and name in layer.svf_offset
+        }
+        offsets = {m: layer.svf_offset[name].weight.detach().float().cpu().clone() for m, layer in layers.items()}
+        prints = {m: layer.svf_fingerprint.to_json() for m, layer in layers.items() if layer.svf_fingerprint}
+        base = config.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", None)
+        known = {**config.to_dict(), "fingerprint": prints or None, "base_model_name_or_path": base}
+        entries.append(_Entry(name, Expert(name, offsets, known)))
+    return entries
 
 
-def _load(source: Source, name: str | None) -> Expert:
-    if isinstance(source, Expert):
-        return Expert(name or source.name, source.offsets, source.config)
-    return Expert.load(source, name)
+def _find(source: Source, name: str | None) -> _Entry:
+    found = source if isinstance(source, (Expert, SavedExpert)) else SavedExpert.find(source, name)
+    return _Entry(name or found.name, found)
 
 
-def _rows(layer: SVFLayer, names: Sequence[str], alpha: Tensor) -> Tensor:
-    """The offsets `(B, k)` of one layer for weights `(B, experts)`; `(k,)` for one row, empty where all are 0."""
-    used = [i for i, name in enumerate(names) if name in layer.svf_offset and bool(alpha[:, i].any())]
-    if not used:
-        return torch.zeros(0)
-    table = layer.named_offsets([names[i] for i in used]).detach()  # (experts, k)
-    rows = alpha[:, used].to(table) @ table
-    return rows[0] if len(rows) == 1 else rows
+def _check_name(name: str, taken: Sequence[str] | Mapping[str, object]) -> None:
+    if name == OTHER:
+        raise ValueError(f"No expert can be called {OTHER!r}: that name stands for the base model.")
+    if name in taken:
+        raise ValueError(f"Two experts are called {name!r}: pass them as a dict with a name for each.")
 
 
 def explicit(name: str) -> Mixture:

@@ -7,9 +7,9 @@ Private names of PEFT were read in 0.21.2.
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from .config import SVFConfig
 from .fingerprint import check
 from .layer import BASE, Linear, SVFLayer, escape
 from .plans import PLANS, Plan
+from .stacked import ParamWrapper
 from .targets import DEFAULT_TARGETS, adaptable, default_targets
 
 logger = logging.getLogger(__name__)
@@ -96,10 +97,11 @@ class SVFModel(BaseTuner):
         """
         layers = {}
         for name, layer in _svf_layers(self.model):
-            needed = max((offset.weight.shape[0] for offset in layer.svf_offset.values()), default=0)
+            matrices = getattr(layer, "matrices", 1)
+            needed = max((offset.weight.shape[0] // matrices for offset in layer.svf_offset.values()), default=0)
             have = 0 if layer.svf_basis is None else layer.svf_basis.shape[-1]
-            if have < needed and not layer.get_base_layer().weight.is_meta:
-                layers[name] = (layer, needed)
+            if have < needed and not layer.base_weight.is_meta:
+                layers[layer.weight_name(name)] = (layer, needed)
         known = known or {}
         known = known | self._bases(self.model, [name for name in layers if name not in known])
         for name, (layer, needed) in layers.items():
@@ -107,8 +109,8 @@ class SVFModel(BaseTuner):
             wanted = basis.Q.dtype
             if wanted == torch.float32:
                 wanted = getattr(torch, next(iter(self.peft_config.values())).basis_dtype)
-            Q = basis.Q if needed == basis.Q.shape[-1] else basis.Q[:, :needed].clone()
-            layer.set_basis(Q.to(layer.get_base_layer().weight.device, wanted), basis.S[:needed])
+            Q = basis.Q if needed == basis.Q.shape[-1] else basis.Q[..., :needed].clone()
+            layer.set_basis(Q.to(layer.base_weight.device, wanted), basis.S[..., :needed])
         self.set_plan(next(iter(self.peft_config.values())).plan)
 
     def set_plan(self, plan: Plan, forwards_per_step: int = 1) -> None:
@@ -258,7 +260,8 @@ class SVFModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: SVFConfig, model_config: dict) -> SVFConfig:  # type: ignore[override]
         if peft_config.target_modules is None:
-            targets = default_targets(self.model, model_config.get("model_type"))
+            named = peft_config.target_parameters
+            targets = set() if named else default_targets(self.model, model_config.get("model_type"))
             peft_config.target_modules = targets  # type: ignore[assignment]
         return peft_config
 
@@ -270,12 +273,13 @@ class SVFModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
+        parameter_name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        if isinstance(target, SVFLayer):
+        if isinstance(target, SVFLayer) and getattr(target, "parameter_name", None) == parameter_name:
             target.update_layer(adapter_name, config)
             return
-        if not adaptable(target):
+        if parameter_name is None and not adaptable(target):
             raise ValueError(
                 f"Target module {current_key} is not supported: it is a {type(target).__name__}, SVF adapts "
                 "`torch.nn.Linear`, transformers' `Conv1D` and linears quantised by a library that PEFT knows."
@@ -287,50 +291,57 @@ class SVFModel(BaseTuner):
                 "rescaling one would change the other when merged. Leave it out, or load the model with "
                 "`tie_word_embeddings=False`."
             )
-        layer = Linear(target, adapter_name, config, **get_quantization_kwargs(self.model))
+        layer: SVFLayer = (
+            Linear(target, adapter_name, config, **get_quantization_kwargs(self.model))
+            if parameter_name is None
+            else ParamWrapper(target, adapter_name, parameter_name, config)
+        )
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is active
         layer.train(target.training)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a module in another's place. PEFT's own also copies `weight`, which a stack of experts does not have."""
+        setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Offsets are float32; with `autocast_adapter_dtype=False` they take the dtype of their base weight."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not autocast_adapter_dtype:
             for _, layer in _svf_layers(self.model):
-                dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1]
-                if adapter_name in layer.svf_offset and dtype is not None and dtype.is_floating_point:
+                dtype = layer.base_weight.dtype
+                if adapter_name in layer.svf_offset and dtype.is_floating_point:
                     layer.svf_offset[adapter_name].to(dtype)
 
     def _bases(self, model: nn.Module, names: list[str]) -> dict[str, tuple[Basis, Fingerprint]]:
-        """Fetch the bases of modules by name, of their stored weights where `basis_from` says so."""
+        """Fetch the bases of weights by name, of their stored values where `basis_from` says so."""
         source = next(iter(self.peft_config.values())).basis_from
-        modules = {name: model.get_submodule(name) for name in names}
+        find = _finder(model)
+        weights = {name: weight for name in names if (weight := find(name)) is not None}
         plain = {
-            name: module.weight
-            for name, module in modules.items()
-            if source != "memory" and isinstance(getattr(module, "weight", None), Tensor)
+            name: weight.parameter
+            for name, weight in weights.items()
+            if source != "memory" and isinstance(weight.parameter, Tensor)
         }
-        narrow = {name for name, weight in plain.items() if weight.dtype in (torch.bfloat16, torch.float16)}
+        narrow = {name for name, parameter in plain.items() if parameter.dtype in (torch.bfloat16, torch.float16)}
         checkpoint = Checkpoint(model) if (narrow if source == "auto" else plain) else None
 
-        def weight_of(name: str) -> Tensor:
-            module = modules[name]
-            layer = module if isinstance(module, SVFLayer) else None
+        def values_of(name: str) -> Tensor:
+            weight = weights[name]
             if checkpoint is not None and (source == "checkpoint" or name in narrow):
-                base: Any = layer.get_base_layer() if layer is not None else module
-                stored = checkpoint.weight(f"{name}.weight", base.weight.data)
+                stored = checkpoint.weight(weight.stored_name, weight.parameter.data)
                 if stored is not None:
-                    return stored.T if isinstance(base, Conv1D) else stored
+                    return stored.T if isinstance(weight.holder, Conv1D) else stored
                 if source == "checkpoint":
                     raise ValueError(
                         f"basis_from='checkpoint', but no safetensors file of {checkpoint.name or 'this model'!r} on "
                         f"this machine holds the weight of {name} as it is loaded. Use basis_from='memory', or "
                         "load the model from a local folder or the Hub cache."
                     )
-            return layer.logical_weight() if layer is not None else _weight_of(module, model)
+            return weight.values(model)
 
-        return fetch(names, weight_of)
+        return fetch(weights, values_of)
 
     def _check_base(
         self, model: nn.Module, adapter_name: str, config: SVFConfig
@@ -339,16 +350,10 @@ class SVFModel(BaseTuner):
         if not config.fingerprint or config.fingerprint_recorded:
             return {}
         saved = {name: Fingerprint.from_json(entry) for name, entry in config.fingerprint.items()}
-        modules = dict(model.named_modules())
-        adapted = {name: m.svf_fingerprint for name, m in modules.items() if isinstance(m, SVFLayer)}
-        bases = self._bases(
-            model,
-            [
-                name
-                for name in saved
-                if adapted.get(name) is None and _linear(modules.get(name)) and not modules[name].weight.is_meta
-            ],
-        )
+        adapted = {layer.weight_name(name): layer.svf_fingerprint for name, layer in _svf_layers(model)}
+        found = {name: weight for name in saved if (weight := _finder(model)(name)) is not None}
+        missing = [n for n, weight in found.items() if adapted.get(n) is None and not weight.parameter.is_meta]
+        bases = self._bases(model, missing)
         own = {name: fingerprint for name, fingerprint in adapted.items() if fingerprint is not None}
         own |= {name: fingerprint for name, (_, fingerprint) in bases.items()}
         here = getattr(model, "name_or_path", "") or type(model).__name__
@@ -357,7 +362,7 @@ class SVFModel(BaseTuner):
         check(
             saved,
             own,
-            absent=[name for name in saved if name not in modules],
+            absent=[name for name in saved if name not in found],
             adapter=adapter_name,
             here=here,
             there=config.base_model_name_or_path,
@@ -436,7 +441,8 @@ class SVFModel(BaseTuner):
                 offset = layer.svf_offset[adapter_name].weight
                 found[f"{name}.{key}"] = state_dict.get(f"{name}.{key}", offset.detach())
                 if layer.svf_fingerprint is not None:
-                    fingerprint[name.removeprefix("base_model.model.")] = layer.svf_fingerprint.to_json()
+                    weight = layer.weight_name(name).removeprefix("base_model.model.")
+                    fingerprint[weight] = layer.svf_fingerprint.to_json()
         config.record_fingerprint(fingerprint or config.fingerprint)
         return found
 
@@ -495,15 +501,51 @@ def _svf_layers(model: nn.Module) -> Iterator[tuple[str, SVFLayer]]:
             yield name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", ""), module
 
 
-def _linear(module: nn.Module | None) -> bool:
-    return module is not None and (isinstance(module, SVFLayer) or adaptable(module))
+@dataclass(frozen=True)
+class _Weight:
+    """A weight of the model, adapted or not: a parameter of a linear module, or one that is targeted by name."""
+
+    holder: nn.Module
+    parameter: Tensor
+    stored_name: str
+    layer: SVFLayer | None = None
+
+    def values(self, model: nn.Module) -> Tensor:
+        """The weight `(out, in)` or `(E, out, in)` as it is in memory, dequantised, never a merged one."""
+        if self.layer is not None:
+            return self.layer.logical_weight()
+        if isinstance(self.holder, Conv1D):
+            return self.parameter.data.T
+        backend = resolve_quantization_backend(self.holder, **get_quantization_kwargs(model))
+        return self.parameter.data if backend is None else backend.get_base_weight(self.holder)
+
+
+def _finder(model: nn.Module) -> Callable[[str], _Weight | None]:
+    """Look up weights as fingerprints call them: by module, or by module and parameter."""
+    modules = dict(model.named_modules())
+    layers = {layer.weight_name(name): layer for name, layer in _svf_layers(model)}
+
+    def find(name: str) -> _Weight | None:
+        if (layer := layers.get(name)) is not None:
+            stored = name if isinstance(layer, ParamWrapper) else f"{name}.weight"
+            return _Weight(layer.get_base_layer(), layer.base_weight, stored, layer)
+        if (module := modules.get(name)) is not None:
+            return _Weight(module, module.weight, f"{name}.weight") if adaptable(module) else None
+        parent, _, parameter = name.rpartition(".")
+        holder = modules.get(parent)
+        if isinstance(holder, SVFLayer):  # another of its parameters is adapted
+            holder = holder.get_base_layer()
+        found = None if holder is None else holder._parameters.get(parameter)
+        return None if found is None or holder is None else _Weight(holder, found, name)
+
+    return find
 
 
 def _room(layers: list[SVFLayer]) -> bool:
     """Whether a second copy of the adapted weights takes at most half of the memory that is free beside them."""
     needed: dict[torch.device, int] = defaultdict(int)
     for layer in layers:
-        weight = layer.get_base_layer().weight
+        weight = layer.base_weight
         needed[weight.device] += weight.numel() * weight.element_size()
     free = {"cuda": lambda device: torch.cuda.mem_get_info(device)[0], "cpu": lambda _: virtual_memory().available}
     return all(2 * count <= free[device.type](device) for device, count in needed.items() if device.type in free)
@@ -514,17 +556,9 @@ def _waits(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def _weight_of(module: nn.Module, model: nn.Module) -> Tensor:
-    """The weight `(out, in)` of a module that is not adapted yet."""
-    if isinstance(module, Conv1D):
-        return module.weight.T
-    backend = resolve_quantization_backend(module, **get_quantization_kwargs(model))
-    return module.get_parameter("weight").data if backend is None else backend.get_base_weight(module)
-
-
 def _remove(model: nn.Module, adapter_name: str) -> None:
     """Undo a half-made injection: drop the adapter's offsets, and layers that are left with none."""
-    for name, layer in list(_svf_layers(model)):
+    for name, layer in reversed(list(_svf_layers(model))):  # wrappers of parameters lie inside each other
         if adapter_name in layer.svf_offset:
             del layer.svf_offset[adapter_name]
         if not len(layer.svf_offset):

@@ -2,20 +2,30 @@
 """
 `pipeline("transformer2", model=..., experts=[...])`: a thin face on `Transformer2Model`.
 
-Inputs and outputs are those of transformers' text-generation pipeline; an option adds the decision of the first pass.
+Inputs and outputs are those of transformers' text-generation pipeline, for a model that sees images those of its
+image-text-to-text pipeline; an option adds the decision of the first pass.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TextGenerationPipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    ImageTextToTextPipeline,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TextGenerationPipeline,
+)
 from transformers.utils.chat_template_utils import Chat, is_valid_message
 
 from .expert import Mixture
 from .library import Source
 from .two_pass import Transformer2Model
 
-OPTIONS = ("expert", "mixture", "strategy", "threshold")
+OPTIONS = ("expert", "mixture", "strategy", "threshold", "dispatch_kwargs")  # of a call
+SETTINGS = ("experts", "classifier", "strategy", "threshold", "limit_bytes", "dispatch_kwargs")  # of the model
 
 
 class _Text(str):
@@ -24,23 +34,114 @@ class _Text(str):
     mixture: Mixture | None = None
 
 
-class Transformer2Pipeline(TextGenerationPipeline):
+class _NamedByExperts(os.PathLike):
+    """
+    Stands for the base model in `pipeline("transformer2", experts=[...])`: transformers takes a task's default model
+    before our class sees the experts. It is no string, so nothing is looked up under its name.
+    """
+
+    def __fspath__(self) -> str:
+        return os.curdir  # transformers asks only whether it is there, before it would ask the Hub
+
+    def __repr__(self) -> str:
+        return "the base model that the experts name"
+
+
+class _TwoPasses:
+    """What the pipelines below share; stands before transformers' own class in their bases."""
+
+    model: Transformer2Model
+
+    def check_model_type(self, supported_models: Any) -> None:
+        """Accept any model: transformers' check knows no PEFT models."""
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Refuse: transformers would write the base model's full weights and lose the experts."""
+        raise ValueError(
+            "A transformer2 pipeline is saved by its experts, which name their base model: "
+            "pipe.model.library.expert(name).save(folder) for each name in pipe.model.library.names."
+        )
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse as `save_pretrained` does, before transformers creates the repository."""
+        self.save_pretrained(None)
+
+    def _sanitize_parameters(self, return_dispatch: bool | None = None, **kwargs: Any) -> tuple[dict, dict, dict]:
+        chosen = {name: kwargs.pop(name) for name in OPTIONS if kwargs.get(name) is not None}
+        if "expert" in chosen or "mixture" in chosen:  # one in a call goes before the other in the constructor
+            chosen = {"expert": None, "mixture": None, **chosen}
+        preprocess, forward, postprocess = super()._sanitize_parameters(  # type: ignore[misc]
+            **{name: value for name, value in kwargs.items() if name not in OPTIONS}
+        )
+        if return_dispatch is not None:
+            forward["return_dispatch"] = return_dispatch
+        return preprocess, {**forward, **chosen}, postprocess
+
+    def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+        if kwargs.get("expert") is not None and kwargs.get("mixture") is not None:
+            raise ValueError("Give an expert or a mixture, not both.")
+        with self.model.library.holding():
+            for name in ("expert", "mixture"):
+                given = kwargs.get(name)
+                if isinstance(given, (list, tuple)):
+                    key = next((key for key in ("text_inputs", "text") if key in kwargs), None)
+                    directed = self._directed(inputs[0] if key is None else kwargs[key], name, given)
+                    if key is None:
+                        inputs = (directed, *inputs[1:])
+                    else:
+                        kwargs[key] = directed
+                    del kwargs[name]
+            return super().__call__(*inputs, **kwargs)  # type: ignore[misc]
+
+    def _directed(self, inputs: Any, name: str, given: Sequence[Any]) -> list[Any]:
+        """Attach one choice to each prompt, so that it stays with its row however the pipeline batches."""
+        if not isinstance(inputs, list) or _is_chat(inputs) or len(inputs) != len(given):
+            count = len(inputs) if isinstance(inputs, list) and not _is_chat(inputs) else 1
+            raise ValueError(f"A list of {name}s has one for each prompt of a list, got {len(given)} for {count}.")
+        chosen: dict[str, Any] = {name: given}
+        mixtures = self.model.first_pass(inputs, **chosen)
+        return [_carrying(prompt, mixture) for prompt, mixture in zip(inputs, mixtures, strict=True)]
+
+    def _decide(self, prompts: Any, options: dict[str, Any]) -> list[Mixture]:
+        """The mixtures of a batch: those that its prompts carry, else those of a first pass."""
+        prompts = prompts if isinstance(prompts, list) else [prompts]
+        carried = [getattr(prompt, "mixture", None) for prompt in prompts]
+        if None not in carried:
+            return carried  # type: ignore[return-value]
+        texts = [prompt.messages if isinstance(prompt, Chat) else str(prompt) for prompt in prompts]
+        return self.model.first_pass(texts, **options)
+
+    def postprocess(self, model_outputs: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        decision = model_outputs.pop("dispatch", None)
+        records = super().postprocess(model_outputs, **kwargs)  # type: ignore[misc]
+        if decision is not None:
+            each = decision if isinstance(decision, list) else [decision]
+            for i, record in enumerate(records):
+                record["dispatch"] = each[i * len(each) // len(records)]
+        return records
+
+
+class Transformer2Pipeline(_TwoPasses, TextGenerationPipeline):
     """
     Two-pass generation with z-vector experts (arXiv 2501.06252).
 
-    Takes what transformers' text-generation pipeline takes, in the constructor `experts`, `classifier`, `strategy` and
-    `threshold` of [`~two_pass.Transformer2Model`] besides, and in a call:
+    Takes what transformers' text-generation pipeline takes, in the constructor `experts`, `classifier`, `strategy`,
+    `threshold`, `limit_bytes` and `dispatch_kwargs` of [`~two_pass.Transformer2Model`] besides, and in a call:
 
     - `expert`: a name for all prompts, or a list with one for each; `"other"` is the base model.
     - `mixture`: weights by name such as `{"math": 0.7, "code": 0.3}`, a [`~expert.Mixture`], or a list.
-    - `strategy`, `threshold`: instead of the constructor's.
+    - `strategy`, `threshold`, `dispatch_kwargs`: instead of the constructor's.
     - `return_dispatch`: adds the key `dispatch` to each output, with `choice`, `confidence`, `probabilities`, `alpha`.
+
+    `pipeline("transformer2", experts=[...])` without `model` loads the base model that the experts name, in their
+    revision; of pipeline's arguments for loading only `dtype` reaches it, [`Transformer2Pipeline.from_pretrained`]
+    takes the others. For a model that sees images, with its processor, it is a [`Transformer2ImagePipeline`].
 
     Example:
 
         >>> import peft_svf
         >>> from transformers import pipeline
-        >>> pipe = pipeline("transformer2", model="base", experts=["me/math", "me/code"])
+        >>> pipe = pipeline("transformer2", experts=["me/math", "me/code"])
         >>> pipe("What is 3 * 14?", return_dispatch=True)
     """
 
@@ -53,118 +154,126 @@ class Transformer2Pipeline(TextGenerationPipeline):
         classifier: Source | None = None,
         strategy: str | None = None,
         threshold: float = 0.0,
+        limit_bytes: int | None = None,
+        dispatch_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if isinstance(model, Transformer2Model):
-            if experts or classifier is not None or strategy is not None or threshold:
-                raise ValueError(
-                    "This model is a Transformer2Model, which has its experts, classifier, strategy and threshold: "
-                    "pass them when it is made."
-                )
-        else:
-            if tokenizer is None:
-                raise ValueError(
-                    "The transformer2 pipeline needs a tokenizer: pass tokenizer=... with a loaded model."
-                )
-            model = Transformer2Model(model, tokenizer, experts, classifier, strategy, threshold)
+        model = _two_passes(model, tokenizer, experts, classifier, strategy, threshold, limit_bytes, dispatch_kwargs)
         super().__init__(model=model, tokenizer=tokenizer or model.tokenizer, **kwargs)
 
     @classmethod
     def from_pretrained(
         cls, model: str | None = None, *, experts: Sequence[Source] | Mapping[str, Source], **kwargs: Any
-    ) -> "Transformer2Pipeline":
+    ) -> "Transformer2Pipeline | Transformer2ImagePipeline":
         """Load base model, tokenizer and experts; arguments as in [`~two_pass.Transformer2Model.from_pretrained`]."""
-        return cls(Transformer2Model.from_pretrained(model, experts, **kwargs))
-
-    def check_model_type(self, supported_models: Any) -> None:
-        """Accept any model: transformers' check knows no PEFT models."""
-
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Refuse: transformers would write the base model's full weights and lose the experts."""
-        raise ValueError(
-            "A transformer2 pipeline is saved by its experts, which name their base model: "
-            "pipe.model.library.model.save_pretrained(folder), or for the Hub "
-            "peft_svf.push_expert(pipe.model.library.model, repo_id, adapter_name=...) for each."
-        )
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse as `save_pretrained` does, before transformers creates the repository."""
-        self.save_pretrained(None)
-
-    def _sanitize_parameters(self, return_dispatch: bool | None = None, **kwargs: Any) -> tuple[dict, dict, dict]:
-        chosen = {name: kwargs.pop(name) for name in OPTIONS if kwargs.get(name) is not None}
-        if "expert" in chosen or "mixture" in chosen:  # one in a call goes before the other in the constructor
-            chosen = {"expert": None, "mixture": None, **chosen}
-        preprocess, forward, postprocess = super()._sanitize_parameters(
-            **{name: value for name, value in kwargs.items() if name not in OPTIONS}
-        )
-        if return_dispatch is not None:
-            forward["return_dispatch"] = return_dispatch
-        return preprocess, {**forward, **chosen}, postprocess
-
-    def __call__(self, text_inputs: Any, **kwargs: Any) -> Any:
-        if kwargs.get("expert") is not None and kwargs.get("mixture") is not None:
-            raise ValueError("Give an expert or a mixture, not both.")
-        for name in ("expert", "mixture"):
-            given = kwargs.get(name)
-            if isinstance(given, (list, tuple)):
-                text_inputs = self._directed(text_inputs, name, given)
-                del kwargs[name]
-        return super().__call__(text_inputs, **kwargs)
-
-    def _directed(self, inputs: Any, name: str, given: Sequence[Any]) -> list[Any]:
-        """Attach one choice to each prompt, so that it stays with its row however the pipeline batches."""
-        if not isinstance(inputs, list) or _is_chat(inputs) or len(inputs) != len(given):
-            count = len(inputs) if isinstance(inputs, list) and not _is_chat(inputs) else 1
-            raise ValueError(f"A list of {name}s has one for each prompt of a list, got {len(given)} for {count}.")
-        mixtures = self.model.first_pass(inputs, **{name: given})
-        directed: list[Any] = []
-        for prompt, mixture in zip(inputs, mixtures, strict=True):
-            item: Any = _Text(prompt) if isinstance(prompt, str) else Chat(prompt)
-            item.mixture = mixture
-            directed.append(item)
-        return directed
+        return _Registered(Transformer2Model.from_pretrained(model, experts, **kwargs))
 
     def _forward(self, model_inputs: Any, return_dispatch: bool = False, **kwargs: Any) -> Any:
-        prompts = model_inputs["prompt_text"]
-        prompts = prompts if isinstance(prompts, list) else [prompts]
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
-        mixtures = [getattr(prompt, "mixture", None) for prompt in prompts]
-        if None in mixtures:
-            texts = [prompt.messages if isinstance(prompt, Chat) else str(prompt) for prompt in prompts]
-            mixtures = self.model.first_pass(texts, **options)
-        outputs = super()._forward(model_inputs, mixture=mixtures, **kwargs)
+        with self.model.library.holding():
+            mixtures = self._decide(model_inputs["prompt_text"], options)
+            outputs = super()._forward(model_inputs, mixture=mixtures, **kwargs)
         if return_dispatch:
-            outputs["dispatch"] = [mixture.record() for mixture in mixtures if mixture is not None]
+            outputs["dispatch"] = [mixture.record() for mixture in mixtures]
         return outputs
 
-    def postprocess(self, model_outputs: Any, **kwargs: Any) -> list[dict[str, Any]]:
-        decision = model_outputs.pop("dispatch", None)
-        records = super().postprocess(model_outputs, **kwargs)
-        if decision is not None:
-            decision = decision[0] if isinstance(decision, list) else decision
-            for record in records:
-                record["dispatch"] = decision
-        return records
+
+class Transformer2ImagePipeline(_TwoPasses, ImageTextToTextPipeline):
+    """
+    The same for a model that sees images: transformers' image-text-to-text pipeline in two passes.
+
+    The first pass reads the text of a request, not its images. Arguments as in [`Transformer2Pipeline`], with
+    `processor` in place of the tokenizer; those of a call are image-text-to-text's.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        processor: ProcessorMixin | None = None,
+        experts: Sequence[Source] | Mapping[str, Source] = (),
+        classifier: Source | None = None,
+        strategy: str | None = None,
+        threshold: float = 0.0,
+        limit_bytes: int | None = None,
+        dispatch_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        model = _two_passes(model, processor, experts, classifier, strategy, threshold, limit_bytes, dispatch_kwargs)
+        super().__init__(model=model, processor=processor or model.processor, **kwargs)
+        self.tokenizer.padding_side = "left"  # batches of a model that generates
+
+    def _forward(
+        self,
+        model_inputs: Any,
+        return_dispatch: bool = False,
+        generate_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        with self.model.library.holding():
+            mixtures = self._decide(model_inputs["text"], options)
+            settings = {**(generate_kwargs or {}), "mixture": mixtures}
+            outputs = super()._forward(model_inputs, generate_kwargs=settings)
+        if return_dispatch:
+            outputs["dispatch"] = [mixture.record() for mixture in mixtures]
+        return outputs
+
+
+class _Registered(Transformer2Pipeline):
+    """What transformers calls: it makes one of the two pipelines, and loads the base model that the experts name."""
+
+    _load_tokenizer = None  # not known yet where the experts name the model
+    _load_processor = None  # where the model has one
+
+    def __new__(
+        cls, model: Any, tokenizer: Any = None, processor: Any = None, dtype: Any = None, **kwargs: Any
+    ) -> Any:
+        if isinstance(model, _NamedByExperts):
+            given = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
+            model = Transformer2Model.from_pretrained(None, given.pop("experts", ()), dtype=dtype, **given)
+        if processor is not None or getattr(model, "processor", None) is not None:
+            return Transformer2ImagePipeline(model, processor=processor, **kwargs)
+        return Transformer2Pipeline(model, tokenizer, **kwargs)
+
+
+def _two_passes(
+    model: Any,
+    reader: PreTrainedTokenizerBase | ProcessorMixin | None,
+    experts: Sequence[Source] | Mapping[str, Source],
+    classifier: Source | None,
+    strategy: str | None,
+    threshold: float,
+    limit_bytes: int | None,
+    dispatch_kwargs: Mapping[str, Any] | None,
+) -> Transformer2Model:
+    if not isinstance(model, Transformer2Model):
+        if reader is None:
+            raise ValueError(
+                "The transformer2 pipeline needs a tokenizer: pass tokenizer=... (or processor=...) with the model."
+            )
+        return Transformer2Model(model, reader, experts, classifier, strategy, threshold, limit_bytes, dispatch_kwargs)
+    if experts or threshold or any(x is not None for x in (classifier, strategy, limit_bytes, dispatch_kwargs)):
+        raise ValueError(
+            "This model is a Transformer2Model, which has its experts and the settings of the first pass: pass them "
+            "when it is made."
+        )
+    return model
 
 
 def _is_chat(inputs: Any) -> bool:
     return isinstance(inputs, list) and bool(inputs) and is_valid_message(inputs[0])
 
 
-class _NoDefault(dict):
-    """What transformers looks up when `pipeline("transformer2", ...)` is called without `model`."""
-
-    def __getitem__(self, key: Any) -> Any:
-        raise ValueError(
-            'The transformer2 pipeline needs a base model: pipeline("transformer2", model="<base>", experts=[...]). '
-            "`peft_svf.Transformer2Pipeline.from_pretrained(experts=[...])` loads the one that the experts name."
-        )
+def _carrying(prompt: Any, mixture: Mixture) -> Any:
+    item: Any = _Text(prompt) if isinstance(prompt, str) else Chat(prompt)
+    item.mixture = mixture
+    return item
 
 
 REGISTRATION = {
-    "pipeline_class": Transformer2Pipeline,
-    "pt_model": (AutoModelForCausalLM,),
-    "default": _NoDefault(model=None),
-    "type": "text",
+    "pipeline_class": _Registered,
+    "pt_model": (AutoModelForImageTextToText, AutoModelForCausalLM),  # the first takes the whole of what sees images
+    "default": {"model": (_NamedByExperts(), None)},
+    "type": "multimodal",
 }

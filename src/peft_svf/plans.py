@@ -47,6 +47,7 @@ class Load:
         base_rows (`bool`): Some of these rows are the base model.
         lasting (`bool`): The same z serves many forwards, as it does in generation.
         room (`bool`): Memory for a second weight.
+        precise (`bool`): The basis is as precise as the weight; what is lost of `Q Q^T = I` the factored plan loses.
     """
 
     tokens: int
@@ -58,6 +59,7 @@ class Load:
     base_rows: bool = False
     lasting: bool = True
     room: bool = True
+    precise: bool = True
 
 
 def break_even(long: int, r: int, k: int) -> float:
@@ -79,12 +81,12 @@ def choose(plan: Plan, load: Load) -> Plan:
 
     The choice depends on this forward alone, so that a run that is repeated or resumed makes the same ones.
     """
-    whole = load.k == load.r
+    whole = load.k == load.r and load.precise
     if load.rows:
         fits = plan == "factored" or (plan == "auto" and load.room and not load.training)
         return "factored" if fits and whole and not load.base_rows else "narrow"
     if plan == "factored" and not whole:
-        return "narrow"  # the directions that stay would need a second factor
+        return "narrow"  # directions that stay would need a second factor
     if plan != "auto":
         return plan
     if not load.room:

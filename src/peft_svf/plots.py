@@ -3,12 +3,14 @@
 Experts and decisions -> figures. Needs matplotlib (`pip install 'peft-svf[demo]'`); loads no model.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from .expert import Expert
+from .expert import OTHER, Expert, Mixture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,6 +58,122 @@ def draw_decisions(axes: "Axes", counts: Mapping[str, Mapping[str, int]], title:
     axes.set(xlabel="chosen expert", ylabel="kind of question", title=title)
 
 
+def spectrum(expert: Expert, bins: int) -> Tensor | None:
+    """
+    Measure how far z is from 1 along the spectrum, averaged over the weights of an expert.
+
+    Args:
+        expert ([`~expert.Expert`]):
+            The z-vectors.
+        bins (`int`):
+            Parts that each spectrum is cut into, so that weights of different size can be averaged.
+
+    Returns:
+        `torch.Tensor` of shape `(bins,)`: mean abs(z - 1), largest singular values first; `None` where every z-vector
+        is shorter than `bins`.
+    """
+    parts = [
+        torch.stack([chunk.abs().mean() for chunk in torch.tensor_split(offset, bins)])
+        for offset in expert.offsets.values()
+        if len(offset) >= bins
+    ]
+    return torch.stack(parts).mean(0) if parts else None
+
+
+def distances(expert: Expert) -> tuple[list[str], list[str], Tensor]:
+    """
+    Measure how far z is from 1 in each layer and kind of weight.
+
+    Args:
+        expert ([`~expert.Expert`]):
+            The z-vectors.
+
+    Returns:
+        Labels of the layers, kinds of weight (`"mlp.up_proj"`), and mean abs(z - 1) as a `torch.Tensor` of shape
+        `(layers, kinds)`: over all weights of that kind in that layer, NaN where there is none.
+    """
+    cells: dict[tuple[str, int], dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+    for module, offset in expert.offsets.items():
+        parts = module.split(".")
+        # the first number is the layer's; those after it, of a layer's experts, are averaged over
+        place = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
+        layer = (".".join(parts[:place]), int(parts[place])) if place >= 0 else ("", -1)
+        cells[layer][".".join(part for part in parts[place + 1 :] if not part.isdigit())].append(offset)
+    layers = sorted(cells)
+    kinds = list(dict.fromkeys(kind for row in cells.values() for kind in row))
+    means = [
+        [torch.cat(cells[x][k]).abs().mean() if k in cells[x] else torch.tensor(torch.nan) for k in kinds]
+        for x in layers
+    ]
+    alone = len({stack for stack, _ in layers}) == 1  # an encoder-decoder has two stacks
+    labels = ["-" if number < 0 else str(number) if alone else f"{stack}.{number}" for stack, number in layers]
+    return labels, kinds, torch.stack([torch.stack(row) for row in means])
+
+
+def draw_distances(axes: "Axes", expert: Expert) -> None:
+    """Draw mean abs(z - 1) of each layer and kind of weight of an expert, with a scale beside it."""
+    layers, kinds, table = distances(expert)
+    image = axes.imshow(table.numpy(), cmap="Blues", vmin=0, aspect="auto", interpolation="nearest")
+    every = max(1, len(layers) // 16)  # labels that do not run into each other
+    axes.set_yticks(range(0, len(layers), every), layers[::every])
+    axes.set_xticks(range(len(kinds)), kinds, rotation=20, ha="right")
+    axes.set(ylabel="layer", title=f"{expert.name}: mean |z − 1|")
+    axes.figure.colorbar(image, ax=axes)
+
+
+def draw_search(axes: "Axes", mixture: Mixture) -> None:
+    """
+    Draw the course of a few-shot search: the best score so far and the population's mean score by iteration.
+
+    Raises:
+        `ValueError`: if the mixture has no history of a search.
+    """
+    history = mixture.provenance.get("history")
+    if not history:
+        raise ValueError(f"This mixture was found by {mixture.strategy!r}: only a few-shot search has a course.")
+    # a score is a tuple, of which later parts decide ties: the first part that tells members apart is drawn
+    courses = {key: list(zip(*(entry[key] for entry in history), strict=True)) for key in ("best", "mean_score")}
+    parts = range(len(courses["best"]))
+    part = next((i for i in parts if len({*courses["best"][i], *courses["mean_score"][i]}) > 1), 0)
+    for key, label in (("best", "best so far"), ("mean_score", "mean of the population")):
+        axes.plot(range(1, len(history) + 1), courses[key][part], label=label)
+    axes.set(xlabel="iteration", ylabel="score on the examples", title="few-shot search")
+    axes.legend()
+
+
+def draw_alpha(axes: "Axes", mixture: Mixture) -> None:
+    """Draw the weights of a mixture as bars; what is left of 1 is the base's (`"other"`)."""
+    shares = {**mixture.alpha, OTHER: 1 - sum(mixture.alpha.values())}
+    axes.barh(list(shares), list(shares.values()))
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set(xlabel="weight α", title=f"mixture ({mixture.strategy})")
+
+
+def draw_probabilities(axes: "Axes", prompts: Sequence[str], mixtures: Sequence[Mixture]) -> None:
+    """
+    Draw the probability that the first pass gave each expert, one row per prompt; the chosen one is in bold.
+
+    Args:
+        axes (`matplotlib.axes.Axes`):
+            Panel to draw in.
+        prompts (`Sequence[str]`):
+            Labels of the rows.
+        mixtures (`Sequence[Mixture]`):
+            One per prompt, as `dispatch` returns them.
+    """
+    names = list(dict.fromkeys(name for mixture in mixtures for name in mixture.record()["probabilities"]))
+    table = torch.tensor([[m.record()["probabilities"].get(name, 0.0) for name in names] for m in mixtures])
+    axes.imshow(table.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for i, mixture in enumerate(mixtures):
+        for j, name in enumerate(names):
+            weight = "bold" if name == mixture.choice else "normal"
+            colour = "white" if table[i, j] > 0.5 else "black"
+            axes.text(j, i, f"{table[i, j]:.2f}", ha="center", va="center", color=colour, weight=weight)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_yticks(range(len(prompts)), [text if len(text) <= 30 else text[:29] + "…" for text in prompts])
+    axes.set(xlabel="expert", title="first pass: probabilities")
+
+
 def draw_spectrum(axes: "Axes", experts: Sequence[Expert], bins: int = 24) -> None:
     """
     Draw how far z is from 1 along the spectrum: mean abs(z - 1) by rank of the singular value, largest first.
@@ -64,19 +182,15 @@ def draw_spectrum(axes: "Axes", experts: Sequence[Expert], bins: int = 24) -> No
         axes (`matplotlib.axes.Axes`):
             Panel to draw in.
         experts (`Sequence[Expert]`):
-            One line each, averaged over all their weights.
+            One line each, averaged over all their weights; none for z-vectors shorter than `bins`.
         bins (`int`):
-            Parts that each spectrum is cut into, so that weights of different size can be averaged.
+            As in [`spectrum`].
     """
     for expert in experts:
-        parts = [
-            torch.stack([chunk.abs().mean() for chunk in torch.tensor_split(offset, bins)])
-            for offset in expert.offsets.values()
-            if len(offset) >= bins
-        ]
-        if parts:
+        if (line := spectrum(expert, bins)) is not None:
             places = (torch.arange(bins) + 0.5) / bins
-            axes.plot(places.numpy(), torch.stack(parts).mean(0).numpy(), label=expert.name)
+            axes.plot(places.numpy(), line.numpy(), label=expert.name)
     axes.set(xlabel="rank of the singular value / number of them", ylabel="mean |z − 1|", title="z-vectors")
     axes.set_ylim(bottom=0)
-    axes.legend()
+    if axes.lines:
+        axes.legend()

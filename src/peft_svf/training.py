@@ -2,15 +2,20 @@
 """
 Model, task rows and reward -> a trained z-vector expert, by REINFORCE (arXiv 2501.06252, section 3.2).
 
-A thin subclass of TRL's `GRPOTrainer`: data, generation, logging, checkpoints and resuming are TRL's. What is ours:
-the estimators of the advantage, generation on merged weights, greedy evaluation, and rows of the choice form, whose
-action is one of the row's `choices` and whose policy is the softmax of their summed token log-likelihoods. Private
-names of TRL were read in 1.16.
+A thin subclass of TRL's `GRPOTrainer`: data, generation, logging and checkpoints are TRL's. What is ours: the
+estimators of the advantage, both directions of the KL penalty and its form in the reward, a filter of prompts that
+teach nothing, generation on merged weights, greedy evaluation, and rows of the choice form, whose action is one of the
+row's `choices` and whose policy is the softmax of their summed token log-likelihoods. Private names of TRL were read
+in 1.16.
 """
 
+import inspect
 import json
+import logging
+import os
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,16 +23,20 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import EarlyStoppingCallback, GenerationConfig
+from transformers import GenerationConfig
 
 from .evaluation import choice_logps
+from .runs import PromptFilter, Run, check_patience, z_statistics
 
 try:
+    from accelerate.utils import gather_object
     from trl import GRPOConfig, GRPOTrainer
 except ImportError as error:
     raise ImportError("Training needs TRL and datasets: pip install 'peft-svf[train]'") from error
 
+logger = logging.getLogger(__name__)
 Estimator = Literal["none", "batch", "batch_norm", "rloo", "group"]
+PAPER_BATCH = 256  # completions a step, of the paper and of its code
 
 
 def advantages_of(rewards: Tensor, estimator: Estimator, num_generations: int = 1) -> Tensor:
@@ -65,6 +74,35 @@ def advantages_of(rewards: Tensor, estimator: Estimator, num_generations: int = 
     return centred.nan_to_num(0).flatten()
 
 
+def format_reward(pattern: str) -> Callable[..., list[float]]:
+    """
+    Make a reward function for the form of an answer: 1 where the completion contains the pattern, else 0.
+
+    Meant to stand beside the task's reward with a small weight, `reward_weights=[1.0, 0.1]`, so that a right answer in
+    the wrong form stays better than a wrong one in the right form.
+
+    Args:
+        pattern (`str`):
+            Regular expression, searched with `.` matching line ends, such as `r"[Aa]nswer is -?[\\d,.]+\\s*$"`.
+
+    Returns:
+        A function `(completions, **columns) -> list[float]`.
+
+    Raises:
+        `ValueError`: if the pattern is no regular expression.
+    """
+    try:
+        compiled = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"The format {pattern!r} is no regular expression: {error}.") from error
+
+    def format_reward(completions: Sequence[str | list[dict[str, Any]]], **columns: Any) -> list[float]:
+        texts = [c if isinstance(c, str) else "".join(m.get("content") or "" for m in c) for c in completions]
+        return [float(compiled.search(text) is not None) for text in texts]
+
+    return format_reward
+
+
 @dataclass
 class ReinforceConfig(GRPOConfig):
     """
@@ -83,6 +121,11 @@ class ReinforceConfig(GRPOConfig):
         kl_direction (`str`):
             With `beta > 0` the penalty is `"policy_ref"`: KL(policy ‖ base), the paper's, or `"ref_policy"`:
             KL(base ‖ policy), that of its code.
+        kl_in_reward (`bool`):
+            Subtract the penalty from the reward instead of adding it to the loss: `r - beta * Σ (log p - log p_ref)`
+            over the tokens of a completion (k1), which is KL(policy ‖ base) again. TRL's `RLOOTrainer` does so.
+        prompt_filter (`bool`):
+            Pass over prompts whose completions all earned the same reward, see [`PromptFilter`].
         greedy_rollouts (`bool`):
             Roll out the likeliest completion instead of a sample, as the reference code does (biased; one completion
             per prompt).
@@ -104,15 +147,39 @@ class ReinforceConfig(GRPOConfig):
     weight_decay: float = 0.0
     beta: float = 0.0
     metric_for_best_model: str | None = "eval_reward"
+    restore_callback_states_from_checkpoint: bool = True  # early stopping and the filter go on counting
     advantage_estimator: Estimator = field(default="rloo", metadata={"help": "How rewards become advantages."})
     reward_clip: float | None = field(default=None, metadata={"help": "Clip rewards to [-x, x]."})
     kl_direction: Literal["policy_ref", "ref_policy"] = field(default="policy_ref", metadata={"help": "Which KL."})
+    kl_in_reward: bool = field(default=False, metadata={"help": "Subtract the penalty from the reward."})
+    prompt_filter: bool = field(default=False, metadata={"help": "Pass over prompts that teach nothing."})
     greedy_rollouts: bool = field(default=False, metadata={"help": "Roll out the likeliest completion."})
     greedy_eval: bool = field(default=True, metadata={"help": "Evaluate on the likeliest completion."})
     merge_for_generation: bool = field(default=True, metadata={"help": "Generate on merged weights."})
     early_stopping_patience: int | None = field(default=None, metadata={"help": "Evaluations without a better one."})
 
     def __post_init__(self) -> None:
+        self._check()
+        single = self.num_generations == 1
+        self.use_bias_correction_kl = self.kl_direction == "policy_ref"
+        if self.greedy_rollouts:
+            greedy = {"temperature": 0.0} if self.use_vllm else {"do_sample": False}
+            self.generation_kwargs: dict[str, Any] = {**(self.generation_kwargs or {}), **greedy}
+            self.vllm_importance_sampling_correction = False  # a greedy token has log-probability 0 there
+        if single:  # GRPO's checks want groups; one that is the whole batch passes them
+            steps = self.steps_per_generation or self.gradient_accumulation_steps
+            self.num_generations = self.generation_batch_size or self.per_device_train_batch_size * steps * _world()
+            if self.num_generations == 1:
+                raise ValueError(
+                    "A generation batch of 1 has no gradient to speak of: raise per_device_train_batch_size."
+                )
+        super().__post_init__()
+        if single:
+            self.num_generations = 1
+        self._warn_of_checkpoints_between_rollouts()
+
+    def _check(self) -> None:
+        """Refuse settings that mean nothing, before TRL sees them."""
         single = self.num_generations == 1
         if self.advantage_estimator not in ("none", "batch", "batch_norm", "rloo", "group"):
             raise ValueError(f"`advantage_estimator` cannot be {self.advantage_estimator!r}.")
@@ -121,34 +188,75 @@ class ReinforceConfig(GRPOConfig):
                 f"advantage_estimator={self.advantage_estimator!r} compares the completions of a prompt, but "
                 "num_generations is 1: use 'none' or 'batch', or 2 generations and more."
             )
+        if self.multi_objective_aggregation != "sum_then_normalize" and (
+            self.advantage_estimator != "group" or self.kl_in_reward
+        ):
+            raise ValueError(
+                f"multi_objective_aggregation={self.multi_objective_aggregation!r} normalises as GRPO does: it needs "
+                "advantage_estimator='group' and kl_in_reward=False."
+            )
+        if single and self.prompt_filter:
+            raise ValueError("prompt_filter compares the completions of a prompt: set num_generations to 2 or more.")
         if self.greedy_rollouts and not single:
             raise ValueError(f"greedy_rollouts gives {self.num_generations} equal completions: set num_generations=1.")
-        if self.beta and self.importance_sampling_level != "token":
-            raise ValueError("With beta > 0 only importance_sampling_level='token' penalises a KL divergence.")
         if self.kl_direction not in ("policy_ref", "ref_policy"):
             raise ValueError(f"`kl_direction` must be 'policy_ref' or 'ref_policy', got {self.kl_direction!r}.")
-        if self.early_stopping_patience is not None and self.eval_strategy == "no":
-            raise ValueError("early_stopping_patience counts evaluations: set eval_strategy to 'steps' or 'epoch'.")
-        self.use_bias_correction_kl = self.kl_direction == "policy_ref"
-        if self.greedy_rollouts:
-            greedy = {"temperature": 0.0} if self.use_vllm else {"do_sample": False}
-            self.generation_kwargs: dict[str, Any] = {**(self.generation_kwargs or {}), **greedy}
-            self.vllm_importance_sampling_correction = False  # a greedy token has log-probability 0 there
-        if single:  # GRPO's checks want groups; one that is the whole batch passes them
-            steps = self.steps_per_generation or self.gradient_accumulation_steps
-            self.num_generations = self.generation_batch_size or self.per_device_train_batch_size * steps
-            if self.num_generations == 1:
-                raise ValueError(
-                    "A generation batch of 1 has no gradient to speak of: raise per_device_train_batch_size."
-                )
-        super().__post_init__()
-        if single:
-            self.num_generations = 1
+        if self.kl_in_reward and (not self.beta or self.kl_direction != "policy_ref"):
+            raise ValueError(
+                "kl_in_reward subtracts beta times KL(policy ‖ base): it needs beta > 0 and "
+                f"kl_direction='policy_ref', got beta={self.beta} and kl_direction={self.kl_direction!r}."
+            )
+        if self.beta and not self.kl_in_reward and self.importance_sampling_level != "token":
+            raise ValueError("With beta > 0 only importance_sampling_level='token' penalises a KL divergence.")
+        check_patience(self.early_stopping_patience, self.eval_strategy)
+
+    def _warn_of_checkpoints_between_rollouts(self) -> None:
+        """Rollouts in use are not part of a checkpoint: a run resumed among them rolls out anew."""
+        every = max(1, self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps)
+        if self.save_strategy == "steps" and self.save_steps >= 1 and self.save_steps % every:  # below 1 it is a share
+            logger.warning(
+                f"A rollout serves {every} steps, but save_steps={self.save_steps}: a run that resumes from a "
+                f"checkpoint between them is not the uninterrupted one. Set save_steps to a multiple of {every}."
+            )
 
     @classmethod
     def paper(cls, **kwargs: Any) -> "ReinforceConfig":
-        """The text of arXiv 2501.06252: one sampled completion a prompt, the reward itself, KL to the base."""
-        return cls(**{"num_generations": 1, "advantage_estimator": "none", "beta": 0.1, **kwargs})
+        """
+        The text of arXiv 2501.06252 (section 3.2 and its appendix on training); `docs/paper_map.md` has the sources.
+
+        One sampled completion a prompt, 256 a step, the reward itself, KL to the base, AdamW at 2e-3 with cosine
+        decay, the best checkpoint of a greedy validation, early stopping. The paper searches its coefficient;
+        `beta=0.1` is ours, and so are the 10 steps between validations and the 5 of these that may pass without a
+        better one. It needs an `eval_dataset`, or `eval_strategy="no"`, which leaves the selection out.
+        """
+        ours = {} if kwargs.get("eval_strategy") == "no" else {"early_stopping_patience": 5}
+        return cls._preset(kwargs, beta=0.1, **ours)
+
+    @classmethod
+    def reference(cls, **kwargs: Any) -> "ReinforceConfig":
+        """
+        What the code of arXiv 2501.06252 does (`SakanaAI/self-adaptive-llms` at 03a41ae), where it differs from the
+        text: greedy rollouts of up to 512 tokens, no penalty, a constant learning rate, no early stopping.
+
+        A penalty, where `beta` is set, has its direction, KL(base ‖ policy). Length is that of its runs, 200 steps.
+        """
+        code = {"kl_direction": "ref_policy", "greedy_rollouts": True, "max_completion_length": 512}
+        return cls._preset(kwargs, lr_scheduler_type="constant", max_steps=200, **code)
+
+    @classmethod
+    def _preset(cls, kwargs: Mapping[str, Any], **settings: Any) -> "ReinforceConfig":
+        """What text and code agree on: a batch of 256 without a baseline, and the best of a greedy validation."""
+        settings |= {"num_generations": 1, "advantage_estimator": "none"}
+        if kwargs.get("eval_strategy") != "no":
+            settings |= {"eval_strategy": "steps", "eval_steps": 10, "save_steps": 10, "load_best_model_at_end": True}
+        micro_batch = kwargs.get("per_device_train_batch_size", cls.per_device_train_batch_size) * _world()
+        settings["gradient_accumulation_steps"] = max(1, PAPER_BATCH // micro_batch)
+        return cls(**{**settings, **kwargs})
+
+
+def _world() -> int:
+    """The number of processes, as torchrun and `accelerate launch` announce it before anything is initialised."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class MergedGenerationMixin:
@@ -175,7 +283,7 @@ def merged(model: PeftModel) -> Iterator[None]:
         model.unmerge_adapter()
 
 
-class ReinforceTrainer(MergedGenerationMixin, GRPOTrainer):
+class ReinforceTrainer(Run, MergedGenerationMixin, GRPOTrainer):
     """
     Train z-vectors, or any PEFT adapter, by REINFORCE.
 
@@ -195,14 +303,15 @@ class ReinforceTrainer(MergedGenerationMixin, GRPOTrainer):
     def __init__(
         self, model: Any, reward_funcs: Any, args: ReinforceConfig, train_dataset: Any = None, **kwargs: Any
     ) -> None:
-        self._choice_form = "choices" in (getattr(train_dataset, "column_names", None) or ())
+        self._choice_form = "choices" in _columns(train_dataset)
         self._rows: dict[str, list[dict[str, Any]]] = defaultdict(list)  # of the batch at hand, by train and eval
         if self._choice_form:
             for name in {"gradient_checkpointing", "activation_checkpointing"} & set(vars(args)):
                 setattr(args, name, False)  # the prompt's cache is shared by its choices
             args.mask_truncated_completions = False  # a choice is never cut off
             args.pad_to_multiple_of = None  # its number takes one place
-        super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
+        with _without_luspo_remark():
+            super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
         prompts = args.generation_batch_size // args.num_generations
         if isinstance(self.train_dataset, Sized) and len(self.train_dataset) < prompts:
             raise ValueError(
@@ -212,8 +321,10 @@ class ReinforceTrainer(MergedGenerationMixin, GRPOTrainer):
         for parameter in self.model.parameters():
             if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()  # TRL makes them bfloat16 on quantised bases
-        if args.early_stopping_patience is not None:
-            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        self.stop_early(args.early_stopping_patience)
+        if args.prompt_filter:
+            self._number_rows()
+            self.add_callback(PromptFilter())
 
     @property
     def _mode(self) -> str:
@@ -225,8 +336,7 @@ class ReinforceTrainer(MergedGenerationMixin, GRPOTrainer):
 
         The state of the random generators is put back: training goes on as if there had been no evaluation.
         """
-        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), self._greedy() if self.args.greedy_eval else nullcontext():
+        with self.unchanged_randomness(), self._greedy() if self.args.greedy_eval else nullcontext():
             return super().evaluate(*args, **kwargs)
 
     @contextmanager
@@ -245,6 +355,13 @@ class ReinforceTrainer(MergedGenerationMixin, GRPOTrainer):
         finally:
             setattr(holder, name, before)
 
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's, after the shuffles that the run to be resumed has made: by itself it begins with the first again."""
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        for _ in range(self.epochs_done):
+            next(iter(sampler), None)
+        return sampler
+
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         rewards = super()._calculate_rewards(*args, **kwargs)
         if self.args.reward_clip is not None:
@@ -252,14 +369,30 @@ class ReinforceTrainer(MergedGenerationMixin, GRPOTrainer):
         self._rewards = rewards  # (N over all processes, reward functions)
         return rewards
 
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.args.kl_in_reward:
+            return super().compute_loss(*args, **kwargs)
+        self.beta = 0.0  # the reward has it already
+        try:
+            return super().compute_loss(*args, **kwargs)
+        finally:
+            self.beta = self.args.beta
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        mode = self._mode
+        if mode == "train" and self.args.prompt_filter:
+            inputs = self._filtered(inputs)
         self._inputs = inputs
         output = super()._generate_and_score_completions(inputs)
         weights = self.reward_weights.to(self._rewards.device)
         rewards = (self._rewards * weights).nansum(1)
         rewards[self._rewards.isnan().all(1)] = torch.nan
-        mode, group = self._mode, self.num_generations if self._mode == "train" else self.num_generations_eval
-        if mode == "train" and self.args.advantage_estimator != "group":
+        group = self.num_generations if mode == "train" else self.num_generations_eval
+        if mode == "train" and self.args.prompt_filter:
+            self._learn(rewards)
+        if self.args.kl_in_reward:
+            rewards = rewards - self.args.beta * self.accelerator.gather(self._divergence(output))
+        if mode == "train" and (self.args.advantage_estimator != "group" or self.args.kl_in_reward):
             advantages = advantages_of(rewards, self.args.advantage_estimator, group)
             start = self.accelerator.process_index * len(inputs)
             output["advantages"] = advantages[start : start + len(inputs)]
@@ -269,15 +402,66 @@ class ReinforceTrainer(MergedGenerationMixin, GRPOTrainer):
         if group == 1:
             self._metrics[mode].pop("frac_reward_zero_std", None)  # always 1 for a group of one
         if mode == "train":
-            self._log_offsets()
+            for name, value in z_statistics(self.model).items():
+                self._metrics[mode][name].append(value)
         return output
 
-    def _log_offsets(self) -> None:
-        offsets = [p.detach() for n, p in self.model.named_parameters() if "svf_offset" in n and p.requires_grad]
-        if offsets:
-            flat = torch.cat([offset.flatten() for offset in offsets])
-            self._metrics["train"]["z/mean_distance_from_1"].append(flat.abs().mean().item())
-            self._metrics["train"]["z/max_distance_from_1"].append(flat.abs().max().item())
+    @torch.no_grad()
+    def _divergence(self, output: dict[str, Any]) -> Tensor:
+        """`log p - log p_ref` of each completion `(B,)`, summed over its tokens or choice (k1); logs it per token."""
+        logps = output.get("old_per_token_logps")
+        mask = output["completion_mask"] * output.get("tool_mask", 1)  # (B, C)
+        if logps is None:
+            ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+            attention = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+            known = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters  # images and the like
+            logps, _, _ = self._get_per_token_logps_and_entropies(
+                self.model,
+                ids,
+                attention,
+                mask.shape[1],
+                batch_size=len(ids) if self._mode == "eval" else self.args.per_device_train_batch_size,
+                **{name: value for name, value in output.items() if name in known},
+            )
+        k1 = (logps - output["ref_per_token_logps"]) * mask
+        total = self.accelerator.reduce(torch.stack([k1.sum(), mask.sum()]), reduction="sum")
+        self._metrics[self._mode]["kl"].append((total[0] / total[1].clamp(min=1)).item())
+        return k1.sum(1)
+
+    # Prompts that teach nothing: rows are known by their number, all processes choose alike. -----------------------
+
+    def _number_rows(self) -> None:
+        if not isinstance(self.train_dataset, Sized):
+            raise ValueError("prompt_filter puts other rows in the place of some: it needs data with a length.")
+        rows: Any = self.train_dataset
+        self._numbers = {_key(rows[number]): number for number in range(len(rows))}
+
+    @property
+    def _filter(self) -> PromptFilter:
+        """Looked up each time: resuming replaces callbacks by restored ones."""
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, PromptFilter))
+
+    def _filtered(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Give groups of resting prompts other rows, in the batch of all processes."""
+        everywhere = gather_object([self._numbers[_key(row)] for row in inputs])
+        asked = everywhere[:: self.num_generations]
+        seed = f"{self.args.seed}:{self.state.global_step}:{asked}"  # nothing that a resumed run would not know
+        self._asked = self._filter.choose(asked, len(self.train_dataset), seed)
+        changed = [old != new for old, new in zip(asked, self._asked, strict=True)]
+        self._metrics["train"]["prompts/replaced"].append(sum(changed) / len(changed))
+        start = self.accelerator.process_index * len(inputs)
+        places = [(start + i) // self.num_generations for i in range(len(inputs))]
+        return [
+            self.train_dataset[self._asked[place]] if changed[place] else row
+            for place, row in zip(places, inputs, strict=True)
+        ]
+
+    def _learn(self, rewards: Tensor) -> None:
+        """Tell the filter of each prompt `(N / n)` whether its completions all earned one reward `(N,)`."""
+        groups = rewards.view(-1, self.num_generations)
+        spread = groups.nan_to_num(nan=-torch.inf).amax(1) - groups.nan_to_num(nan=torch.inf).amin(1)
+        for row, equal in zip(self._asked, (spread <= 0).tolist(), strict=True):
+            self._filter.learn(row, equal)
 
     # The choice form: a prompt is the number of its row, a completion the number of a choice. ----------------------
 
@@ -288,11 +472,11 @@ class ReinforceTrainer(MergedGenerationMixin, GRPOTrainer):
         numbers: dict[str, int] = {}
         rows: list[dict[str, Any]] = []
         for row in self._inputs:
-            key = json.dumps([row["prompt"], row["choices"]])
+            key = _key(row)
             if key not in numbers:
                 numbers[key] = len(rows)
                 rows.append(row)
-        which = [numbers[json.dumps([row["prompt"], row["choices"]])] for row in self._inputs]
+        which = [numbers[_key(row)] for row in self._inputs]
         self._rows[mode] = rows
         with torch.no_grad():
             logps = self._policy(self.model, torch.arange(len(rows)), mode)[torch.tensor(which, device=device)]
@@ -333,4 +517,43 @@ class ReinforceTrainer(MergedGenerationMixin, GRPOTrainer):
         return (logps / self.temperature).log_softmax(-1)
 
 
-__all__ = ["MergedGenerationMixin", "ReinforceConfig", "ReinforceTrainer", "advantages_of", "merged"]
+def _key(row: Mapping[str, Any]) -> str:
+    """What makes a row the same question: its prompt and its choices."""
+    return json.dumps([row.get("prompt"), row.get("choices")], default=str)
+
+
+def _columns(dataset: Any) -> Sequence[str]:
+    """The columns of any dataset; a stream that does not know its own is asked for its first row."""
+    if dataset is None:
+        return ()
+    return getattr(dataset, "column_names", None) or list(next(iter(dataset), {}))
+
+
+@contextmanager
+def _without_luspo_remark() -> Iterator[None]:
+    """
+    Drop TRL's advice to pair luspo with sequence-level ratios while the context is open.
+
+    It speaks of clipping off policy. On policy the two have one gradient, and a KL penalty needs ratios per token.
+    """
+
+    def other(record: logging.LogRecord) -> bool:
+        return "When using `'luspo'` loss, `importance_sampling_level`" not in record.getMessage()
+
+    source = logging.getLogger(GRPOTrainer.__module__)
+    source.addFilter(other)
+    try:
+        yield
+    finally:
+        source.removeFilter(other)
+
+
+__all__ = [
+    "MergedGenerationMixin",
+    "PromptFilter",
+    "ReinforceConfig",
+    "ReinforceTrainer",
+    "advantages_of",
+    "format_reward",
+    "merged",
+]

@@ -1,35 +1,94 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Benchmarks by name: `get_task("arc_easy").rows("train")`.
+Benchmarks by name: `get_task("arc_easy").rows("train")`; one's own from a JSONL: `jsonl_task("mine.jsonl")`.
 
-One benchmark a file, each opening with an example prompt, an answer and its reward; `task` holds what they share.
+One benchmark a file, each opening with an example prompt, an answer and its reward; `task` holds what all share,
+`word_problem`, `program` and `vqa` what those of a kind share. Another package adds tasks by an entry point of the
+group `peft_svf.tasks`, whose name is the task's and whose object is a [`Task`] or a subclass of it.
 """
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
+
 from .arc import ArcChallenge, ArcEasy
+from .competition_math import Math
 from .dispatch import Dispatch, dispatch_prompt
 from .gsm8k import Gsm8k
+from .humaneval import HumanEval
 from .mbpp import Mbpp
+from .mbpp_pro import MbppPro
+from .okvqa import OkVqa
+from .own import jsonl_task
 from .svamp import Svamp
 from .task import Task
+from .textvqa import TextVqa
+
+GROUP = "peft_svf.tasks"
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (ArcEasy(), ArcChallenge(), Gsm8k(), Svamp(), Mbpp(), Dispatch())
+    task.name: task
+    for task in (
+        ArcEasy(),
+        ArcChallenge(),
+        Gsm8k(),
+        Svamp(),
+        Math(),
+        Mbpp(),
+        MbppPro(),
+        HumanEval(),
+        TextVqa(),
+        OkVqa(),
+        Dispatch(),
+    )
 }
 
 
 def get_task(name: str) -> Task:
     """
-    Find a benchmark by its name.
+    Find a benchmark by its name: the package's own, a registered one, or one of an entry point.
 
     Raises:
-        `ValueError`: if no task has that name; the message lists those that exist.
+        `ValueError`: if no task has that name, with those that exist, or if an entry point gives something else.
     """
-    try:
-        return TASKS[name]
-    except KeyError:
-        raise ValueError(f"There is no task '{name}'; there are {', '.join(sorted(TASKS))}.") from None
+    if name not in TASKS:
+        found = list(entry_points(group=GROUP, name=name))
+        if not found:
+            raise ValueError(f"There is no task '{name}'; there are {', '.join(task_names())}.")
+        task = found[0].load()
+        task = task() if isinstance(task, type) else task
+        if not isinstance(task, Task) or task.name != name:
+            raise ValueError(
+                f"The entry point '{name}' of the group '{GROUP}' gives {task!r} ({found[0].value}); expected a Task "
+                f"or a subclass of it, with the name '{name}'."
+            )
+        register_task(task)
+    return TASKS[name]
 
 
-__all__ = ["TASKS", "Task", "dispatch_prompt", "get_task"]
+def register_task(task: Task) -> Task:
+    """
+    Make a task known by its name to [`get_task`], and so to evaluation, adaptation and the command line.
+
+    Args:
+        task ([`Task`]): A task of one's own; the same object may be registered again.
+
+    Returns:
+        The task.
+
+    Raises:
+        `ValueError`: if another task has that name.
+    """
+    taken = TASKS.get(task.name, task)
+    if taken is not task:
+        raise ValueError(f"The name '{task.name}' is taken by {taken!r}. Give the task another `name`.")
+    TASKS[task.name] = task
+    return task
+
+
+def task_names() -> list[str]:
+    """List the names that [`get_task`] knows, those of entry points too, which it doesn't load for that."""
+    return sorted({*TASKS, *(point.name for point in entry_points(group=GROUP))})
+
+
+__all__ = ["TASKS", "Task", "dispatch_prompt", "get_task", "jsonl_task", "register_task", "task_names"]

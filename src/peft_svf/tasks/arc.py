@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .task import HubSource, Record, Task, user_turn
+from .task import SPLITS, HubSource, Record, Task, plain, user_turn
 
 LETTERS = "ABCDE"
 _STATED = re.compile(r"(?:answer|option|choice)\s*(?:is|:)?\s*:?\s*\**\(?([A-E])\b\)?", re.IGNORECASE)
@@ -64,8 +64,12 @@ class Arc(Task):
         if alone:
             return alone.group(1) == row["answer"]
         options = row.get("options") or []
-        named = [text for text in options if _plain(text) == _plain(completion)]
+        named = [text for text in options if _bare(text) == _bare(completion)]
         return bool(named) and options.index(named[0]) == LETTERS.index(row["answer"])
+
+    def item(self, raw: Record) -> str:
+        """Give question and options, whatever their order."""
+        return "\n".join([plain(raw["question"]), *sorted(plain(text) for text in raw["choices"])])
 
     def from_hub(self, record: Record) -> Record:
         """Turn the answer key, a letter or a digit, into an index and the options into a list of texts."""
@@ -83,7 +87,7 @@ class ArcEasy(Arc):
 
     name = "arc_easy"
     description = "grade-school science questions, the easy set"
-    hub = HubSource("allenai/ai2_arc", "ARC-Easy", {split: split for split in ("train", "validation", "test")})
+    hub = HubSource("allenai/ai2_arc", "ARC-Easy", {split: split for split in SPLITS})
 
 
 class ArcChallenge(Arc):
@@ -91,8 +95,8 @@ class ArcChallenge(Arc):
 
     name = "arc_challenge"
     description = "grade-school science questions, the challenge set"
-    hub = HubSource("allenai/ai2_arc", "ARC-Challenge", {split: split for split in ("train", "validation", "test")})
+    hub = HubSource("allenai/ai2_arc", "ARC-Challenge", {split: split for split in SPLITS})
 
 
-def _plain(text: str) -> str:
+def _bare(text: str) -> str:
     return text.strip().strip(".").casefold()

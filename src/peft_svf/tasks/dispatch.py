@@ -71,11 +71,11 @@ class Dispatch(Task):
     kind = "dispatch"
     description = "naming the kind of a question: code, math, reasoning or other"
 
-    def load(self, split: str, folder: str | os.PathLike[str] | None = None) -> list[Record]:
-        """Load a split from its file, or build it from the other tasks; see [`Task.load`] for where these lie."""
+    def _records(self, split: str, folder: str | os.PathLike[str] | None) -> list[Record]:
+        """Read a split from its file, or build it from the other tasks; see [`Task.load`] for where these lie."""
         place = folder or os.environ.get(DATA_VARIABLE)
-        if split not in PER_KIND or (place and any((Path(place) / self.name).glob(f"{split}.jsonl*"))):
-            return super().load(split, folder)
+        if place and any((Path(place) / self.name).glob(f"{split}.jsonl*")):
+            return super()._records(split, folder)
         wanted = PER_KIND[split]
         records: list[Record] = []
         for kind, sources in SOURCES.items():

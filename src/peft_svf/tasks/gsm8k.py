@@ -25,7 +25,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import ClassVar
 
 from .task import HubSource, Record
 from .word_problem import Calculation, WordProblem, numbers_in
@@ -36,7 +35,7 @@ class Gsm8k(WordProblem):
 
     name = "gsm8k"
     description = "grade-school maths word problems of several steps"
-    files: ClassVar[Mapping[str, str]] = {"train": "train", "validation": "train", "test": "test"}
+    files: Mapping[str, str] = {"train": "train", "validation": "train", "test": "test"}
     hub = HubSource("openai/gsm8k", "main", {"train": "train", "test": "test"})
 
     def answer(self, raw: Record) -> Fraction:

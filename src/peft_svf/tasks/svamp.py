@@ -30,7 +30,6 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import ClassVar
 
 from .task import HubSource, Record
 from .word_problem import Calculation, WordProblem
@@ -45,7 +44,7 @@ class Svamp(WordProblem):
 
     name = "svamp"
     description = "elementary arithmetic word problems"
-    files: ClassVar[Mapping[str, str]] = {"train": "all", "validation": "all", "test": "all"}
+    files: Mapping[str, str] = {"train": "all", "validation": "all", "test": "all"}
     hub = HubSource("ChilleD/SVAMP", None, {"all": "train+test"})
 
     def answer(self, raw: Record) -> Fraction:

@@ -5,7 +5,8 @@ What every benchmark shares: a split becomes rows, a completion becomes right or
 Goes in: records of a benchmark, from `<folder>/<name>/<split>.jsonl.gz` or from the Hub. Comes out: rows of one of two
 forms, and a reward. The *generated form* asks for free text that `check` judges. In the *choice form* the action is
 one of the texts in `choices`, and the policy is the softmax of their summed token log-likelihoods as the assistant's
-answer to `prompt`. A task knows no model and no tokenizer; `datasets` is imported only when the Hub is asked.
+answer to `prompt`. A record of the test split is never handed out for training or validation. A task knows no model
+and no tokenizer; `datasets` is imported only when the Hub is asked.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import os
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 DATA_VARIABLE = "PEFT_SVF_DATA"
 SPLITS = ("train", "validation", "test")
 FORMS = ("choice", "generate")
 
 Record = dict[str, Any]
-Chat = list[dict[str, str]]
+Chat = list[dict[str, Any]]
 
 
 def user_turn(text: str) -> Chat:
@@ -51,15 +52,18 @@ class Task:
         name (`str`): Name of the task and of its folder.
         kind (`str`): What a dispatcher calls its questions: "reasoning", "math", "code"; "dispatch" for itself.
         description (`str`): One line for people.
-        files (mapping `str -> str`): The file that each split is cut from, where no file is named like the split.
+        files (mapping `str -> str`): The splits that there are, each with the file that it is cut from where no file
+            is named like the split.
+        forms (`tuple` of `str`): The forms that there are, of "choice" and "generate".
         hub ([`HubSource`], *optional*): Where the same records lie on the Hub.
     """
 
-    name: ClassVar[str]
-    kind: ClassVar[str]
-    description: ClassVar[str]
-    files: ClassVar[Mapping[str, str]] = {split: split for split in SPLITS}
-    hub: ClassVar[HubSource | None] = None
+    name: str
+    kind: str
+    description: str
+    files: Mapping[str, str] = {split: split for split in SPLITS}
+    forms: tuple[str, ...] = FORMS
+    hub: HubSource | None = None
 
     def __repr__(self) -> str:
         return f"<Task {self.name!r}: {self.description}>"
@@ -74,6 +78,10 @@ class Task:
         """Tell whether a free text answers a row of the generated form."""
         raise NotImplementedError
 
+    def score(self, completion: str, row: Mapping[str, Any]) -> float:
+        """Grade a free text from 0 to 1. The default is 1 where `check` says it's right, else 0."""
+        return 1.0 if self.check(completion, row) else 0.0
+
     def question(self, raw: Record, choices: Sequence[str]) -> str:
         """Give the user's text of the choice form, in which the choices may be listed."""
         raise NotImplementedError
@@ -85,6 +93,14 @@ class Task:
     def cut(self, split: str, records: list[Record]) -> list[Record]:
         """Take one split out of a file of several splits. The default takes every record."""
         return records
+
+    def identify(self, record: Record, place: str) -> str:
+        """Give a record's id: its own, else its place, "arc_easy-test-12"."""
+        return str(record.get("id", place))
+
+    def item(self, raw: Record) -> str:
+        """Give what makes two records the same item: the prompt of the generated form, but for case and spaces."""
+        return plain("\n".join(str(message["content"]) for message in self.row(raw)["prompt"]))
 
     def from_hub(self, record: Record) -> Record:
         """Rename the Hub's fields to those of the files. The default changes nothing."""
@@ -98,7 +114,8 @@ class Task:
 
         Args:
             split (`str`):
-                "train", "validation" or "test". No record is in two of them.
+                One of `files`: "train", "validation", "test". No record is in two of them, and what is in the test
+                split again under another id is left out of the others.
             folder (`str` or path, *optional*):
                 Folder with `<name>/<split>.jsonl.gz` or `.jsonl`. Without it the folder that the environment variable
                 `PEFT_SVF_DATA` names; without that the Hub, which needs `datasets`.
@@ -111,14 +128,18 @@ class Task:
             `FileNotFoundError`: if the folder has no file for it.
             `ImportError`, `ConnectionError`: if the Hub is asked and `datasets` or the network is missing.
         """
-        if split not in SPLITS:
-            raise ValueError(f"Task '{self.name}' has no split '{split}'; it has {', '.join(SPLITS)}.")
-        folder = folder or os.environ.get(DATA_VARIABLE)
-        file, records = self._read_folder(split, Path(folder)) if folder else self._read_hub(split)
-        for index, record in enumerate(records):
-            record.setdefault("id", f"{self.name}-{file}-{index}")
-        # a file of its own ("validation" where it's usually cut out of "train") holds the split and nothing else
-        return self.cut(split, records) if file == self.files[split] else records
+        if split not in self.files:
+            there = ", ".join(self.files)
+            way_out = "" if "train" in self.files else " It only tests: train and choose checkpoints on another task."
+            raise ValueError(f"Task '{self.name}' has no split '{split}'; it has {there}.{way_out}")
+        records = self._records(split, folder)
+        if split == "test" or "test" not in self.files:
+            return records
+        try:
+            tested = {self.item(record) for record in self._records("test", folder)}
+        except FileNotFoundError:  # a folder of training rows alone
+            return records
+        return [record for record in records if self.item(record) not in tested]
 
     def rows(
         self,
@@ -146,8 +167,8 @@ class Task:
         Returns:
             `list` of `dict`, all with `prompt`, `id` and `task`.
         """
-        if form not in FORMS:
-            raise ValueError(f"Task '{self.name}' has no form '{form}'; it has {', '.join(FORMS)}.")
+        if form not in self.forms:
+            raise ValueError(f"Task '{self.name}' has no form '{form}'; it has {', '.join(self.forms)}.")
         raws = self.load(split, folder)
         rows: list[Record] = []
         for raw in shuffled(raws, f"{self.name}:{seed}"):
@@ -202,7 +223,8 @@ class Task:
                 `choices` and `label` is of the choice form.
 
         Returns:
-            `list` of `float`: 1.0 where the answer is right, else -1.0 (section 3.2 of arXiv 2501.06252).
+            `list` of `float`: 1.0 where the answer is right, else -1.0 (section 3.2 of arXiv 2501.06252); in between
+            where a task grades, `2 * score - 1`.
         """
         lists = {name: c for name, c in columns.items() if isinstance(c, (list, tuple)) and len(c) == len(completions)}
         rewards = []
@@ -213,17 +235,30 @@ class Task:
             else:
                 text = "".join(message.get("content") or "" for message in completion)
             if row.get("choices") is not None:
-                right = text == row["choices"][row["label"]]
+                score = float(text == row["choices"][row["label"]])
             else:
-                right = self.check(text, row)
-            rewards.append(1.0 if right else -1.0)
+                score = self.score(text, row)
+            rewards.append(2.0 * score - 1.0)
         return rewards
 
     # Where records come from -------------------------------------------------------------------------------------
 
+    def _records(self, split: str, folder: str | os.PathLike[str] | None) -> list[Record]:
+        """Read a split as it is published; [`Task.load`] keeps the test split's items out of it."""
+        folder = folder or os.environ.get(DATA_VARIABLE)
+        file, records = self._read_folder(split, Path(folder)) if folder else self._read_hub(split)
+        for index, record in enumerate(records):
+            record["id"] = self.identify(record, f"{self.name}-{file}-{index}")
+        # a file of its own ("validation" where it's usually cut out of "train") holds the split and nothing else
+        return self.cut(split, records) if file == self.files[split] else records
+
+    def _candidates(self, split: str) -> list[str]:
+        """Name the files that may hold a split, the first goes first."""
+        return list(dict.fromkeys((split, self.files[split])))
+
     def _read_folder(self, split: str, folder: Path) -> tuple[str, list[Record]]:
         looked = []
-        for file in dict.fromkeys((split, self.files[split])):
+        for file in self._candidates(split):
             for suffix in (".jsonl.gz", ".jsonl"):
                 path = folder / self.name / f"{file}{suffix}"
                 if path.is_file():
@@ -233,28 +268,36 @@ class Task:
         raise FileNotFoundError(
             f"Task '{self.name}' has no split '{split}' in '{folder}': looked for {', '.join(looked)}; "
             f"there {'are ' + ', '.join(there) if there else 'is no such file'}. Pass folder=... or set "
-            f"{DATA_VARIABLE} to a folder that has it, or unset {DATA_VARIABLE} to load it from the Hub."
+            f"{DATA_VARIABLE} to a folder that has it"
+            + (f", or unset {DATA_VARIABLE} to load it from the Hub." if self.hub else ".")
         )
 
     def _read_hub(self, split: str) -> tuple[str, list[Record]]:
-        way_out = f"Pass folder=... or set {DATA_VARIABLE} to a folder with '{self.name}/{split}.jsonl.gz'."
+        file = self.files[split]
+        way_out = f"Pass folder=... or set {DATA_VARIABLE} to a folder with '{self.name}/{file}.jsonl.gz'."
         if self.hub is None:
             raise FileNotFoundError(f"Task '{self.name}' isn't on the Hub. {way_out}")
+        if file not in self.hub.splits:
+            there = ", ".join(self.hub.splits)
+            raise FileNotFoundError(f"Task '{self.name}' has only {there} on the Hub, not '{file}'. {way_out}")
         try:
             import datasets
         except ImportError as error:
             raise ImportError(
                 f"Task '{self.name}' reads '{self.hub.path}' from the Hub with `datasets`, which isn't installed: "
-                f"`pip install datasets`. {way_out}"
+                f"`pip install 'peft-svf[eval]'`. {way_out}"
             ) from error
-        file = self.files[split]
         try:
             table = datasets.load_dataset(self.hub.path, self.hub.config, split=self.hub.splits[file])
         except Exception as error:  # datasets raises many kinds, and all end here for the user
             raise ConnectionError(
                 f"Task '{self.name}' couldn't read '{self.hub.path}' from the Hub: {error} {way_out}"
             ) from error
-        return file, [self.from_hub(dict(record)) for record in table]
+        return file, self._hub_records(table)
+
+    def _hub_records(self, table: Any) -> list[Record]:
+        """Make the records of a `datasets.Dataset`."""
+        return [self.from_hub(dict(record)) for record in table]
 
 
 def shuffled(records: Sequence[Record], seed: str) -> list[Record]:
@@ -262,8 +305,18 @@ def shuffled(records: Sequence[Record], seed: str) -> list[Record]:
     return sorted(records, key=lambda record: hashlib.sha256(f"{seed}:{record['id']}".encode()).digest())
 
 
+def plain(text: str) -> str:
+    """Give a text in lower case with single spaces: what differs in these alone is the same item."""
+    return " ".join(text.lower().split())
+
+
 def read_jsonl(path: Path) -> list[Record]:
     """Read one JSON object a line, from a `.jsonl` or a gzipped `.jsonl.gz` file."""
+    return [json.loads(line) for _, line in read_lines(path)]
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """Read the lines that aren't empty, each with its number from 1, from a plain or a gzipped file."""
     data = path.read_bytes()
     text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
+    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+A model that adapts itself, the whole story: experts, two passes, mixtures, a few examples, a library that changes.
+
+`python examples/self_adapt.py` takes SmolLM2-135M-Instruct (92 MB from PyPI, see `smollm2.py`) and the experts beside
+this file; `--tiny` a random model and random experts, which answer nonsense in seconds.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from threading import Thread
+
+import torch
+from peft import get_peft_model
+from smollm2 import load_smollm2
+from tiny_model import tiny_model, tiny_tokenizer
+from transformers import TextIteratorStreamer, pipeline
+
+from peft_svf import SVFConfig
+from peft_svf.transfer import transfer_expert
+
+HERE = Path(__file__).resolve().parent
+QUESTIONS = [
+    "Anna has 12 apples and buys 7 more. How many apples has she now?",
+    "Write a Python function that reverses a list.",
+    "Which of these is a mammal: a trout, a bat, an owl?",
+]
+EXAMPLES = [
+    {"prompt": "A pen costs 3 coins. What do 4 pens cost?", "choices": ["12", "7", "34"], "label": 0},
+    {"prompt": "Tom has 9 nuts and eats 5. How many are left?", "choices": ["14", "4", "5"], "label": 1},
+    {"prompt": "2 boxes of 6 eggs are how many eggs?", "choices": ["8", "26", "12"], "label": 2},
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a random model and random experts, in seconds")
+    tiny = parser.parse_args().tiny
+    with tempfile.TemporaryDirectory() as scratch:
+        if tiny:
+            base, tokenizer = tiny_model(), tiny_tokenizer()
+            names = ("code", "math", "reasoning", "dispatch")
+            folders = {name: random_expert(Path(scratch) / name, seed) for seed, name in enumerate(names)}
+        else:
+            base, tokenizer = load_smollm2()
+            folders = {name: HERE / "experts" / name for name in ("code", "math", "reasoning")}
+            folders["dispatch"] = HERE / "classifiers" / "dispatch"
+        settings = {"max_new_tokens": 8 if tiny else 48, "do_sample": False, "return_full_text": False}
+        tell(base, tokenizer, folders, settings)
+
+
+def tell(base, tokenizer, folders: dict[str, Path], settings: dict) -> None:
+    experts = [folders["math"], folders["reasoning"]]
+    pipe = pipeline("transformer2", model=base, tokenizer=tokenizer, experts=experts, classifier=folders["dispatch"])
+    model, library = pipe.model, pipe.model.library
+
+    print("1. The first pass names the kind of each question, the second answers with that expert:")
+    library.add(folders["code"])  # at any time, also while it answers
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    outputs = pipe(chats, batch_size=3, return_dispatch=True, **settings)
+    for question, (output,) in zip(QUESTIONS, outputs, strict=True):
+        found = output["dispatch"]
+        print(f"   {question}\n   -> {found['choice']} ({found['confidence']:.2f}): {output['generated_text']!r}")
+
+    print("\n2. Or you say who answers, row by row; what the weights leave of 1 is the base model:")
+    chosen = [{"math": 1.0}, {"math": 0.5, "reasoning": 0.5}, {}]
+    for mixture, (output,) in zip(chosen, pipe([chats[0]] * 3, mixture=chosen, batch_size=3, **settings), strict=True):
+        print(f"   {mixture or 'the base'}: {output['generated_text']!r}")
+
+    print("\n3. Or a few solved examples say it:")
+    mixture = model.adapt(EXAMPLES, population=8, iterations=3, elites=0.25, seed=0)
+    print(f"   {({name: round(weight, 2) for name, weight in mixture.alpha.items()}) or 'the base alone'}")
+    with model.using(mixture) as active, torch.no_grad():  # for forwards of your own
+        active(**tokenizer("2 + 2 =", return_tensors="pt").to(model.device))
+
+    print("\n4. As a stream, with that mixture:")
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    asking = Thread(target=pipe, args=(chats[0],), kwargs={"mixture": mixture, "streamer": streamer, **settings})
+    asking.start()
+    print("   " + repr("".join(streamer)))
+    asking.join()
+
+    print("\n5. The library holds z-vectors, not models:")
+    print(f"   {library.names}, in memory {library.in_memory}: {library.nbytes / 1e3:.0f} kB")
+    math = library.expert("math")
+    library.add(transfer_expert(math, base, base, mode="shuffled", seed=0, name="control"))
+    rows = model.first_pass([""] * 3, expert=["math", "control", "other"])
+    print(f"   asked by name: {[mixture.choice for mixture in rows]}; its control has the same numbers, shuffled")
+    library.remove("control")
+    print(f"   {library.names}; the model between calls is the base model, to the bit")
+
+
+def random_expert(folder: Path, seed: int) -> Path:
+    """Save an expert of the tiny model with random z-vectors, as `save_pretrained` of a trained one does."""
+    base = tiny_model()
+    torch.manual_seed(seed)
+    config = SVFConfig(task_type="CAUSAL_LM", init_weights=False, description=f"about {folder.name}")
+    get_peft_model(base, config).save_pretrained(str(folder))
+    return folder
+
+
+if __name__ == "__main__":
+    main()

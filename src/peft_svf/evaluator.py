@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+A population of mixtures and solved examples -> scores, many of both in one forward or one `generate`.
+
+[`Weights`] turns the vectors of a search into mixtures, [`Judge`] scores them on examples, an [`Evaluator`] decides
+where: in this process, or shared out among those of `accelerate launch`. Nothing here knows how a search goes on.
+"""
+
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .evaluation import choice_logps, evaluate, prompt_text
+from .expert import OTHER, PREFIX, Expert, Mixture
+from .layer import SVFLayer
+from .library import ExpertLibrary
+from .search import Judged, Score
+from .tasks import Task
+
+Example = Mapping[str, Any]
+BLOCK = re.compile(r"(.+?\.\d+)\.")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """
+    How a vector is read as mixture weights: one per expert, or one per expert and block of the model.
+
+    Args:
+        names (`tuple[str, ...]`): The experts.
+        blocks (`tuple[str, ...]`): The blocks, such as `"model.layers.0"`; empty for one weight in all of them.
+        normalize (`bool`): Divide the weights of a block by their sum. Otherwise the base has what is left of 1.
+    """
+
+    names: tuple[str, ...]
+    blocks: tuple[str, ...] = ()
+    normalize: bool = False
+
+    @property
+    def size(self) -> int:
+        """Length of the vector."""
+        return len(self.names) * max(1, len(self.blocks))
+
+    def of(self, vectors: Tensor) -> Tensor:
+        """Read vectors `(members, size)` as weights `(members, blocks or 1, experts)`; gradients flow."""
+        weights = vectors.view(len(vectors), -1, len(self.names))
+        if not self.normalize:
+            return weights
+        total = weights.sum(-1, keepdim=True)
+        return torch.where(total > 0, weights / torch.where(total > 0, total, 1.0), weights)
+
+    def place(self, module: str) -> int:
+        """The row of the weights that a module has."""
+        return self.blocks.index(block_of(module)) if self.blocks else 0
+
+    def corners(self) -> dict[str, list[float]]:
+        """The base model, as `"other"`, and each expert, as vectors."""
+        one_hot = np.tile(np.eye(len(self.names)), max(1, len(self.blocks)))  # (experts, size)
+        return {OTHER: [0.0] * self.size, **dict(zip(self.names, one_hot.tolist(), strict=True))}
+
+    def mixture(self, vector: np.ndarray, provenance: dict[str, Any]) -> Mixture:
+        """The mixture that a vector `(size,)` stands for, of weights that are one in all blocks."""
+        (row,) = self.of(torch.tensor(vector, dtype=torch.float64)[None])[0].tolist()
+        return Mixture(dict(zip(self.names, row, strict=True)), "few-shot", 1.0, {}, provenance)
+
+
+class Judge:
+    """
+    Score vectors on examples.
+
+    `{"prompt", "choices", "label"}`: the share of right choices, then the mean log-probability of the right ones.
+    `{"prompt", "answer"}`: with a task the share of completions that pass its check, then the mean log-likelihood of
+    the answers; without one the latter alone. Every member sees the same examples, and sampled completions the same
+    random numbers.
+
+    Args:
+        library ([`~library.ExpertLibrary`]), tokenizer (`PreTrainedTokenizerBase`):
+            The experts and the base model's tokenizer.
+        weights ([`Weights`]):
+            How a vector is read.
+        examples (`Sequence[Mapping]`):
+            All of one form.
+        task ([`~tasks.Task`], *optional*):
+            Checks completions.
+        generation (`Mapping`):
+            Arguments of `generate`.
+        batch_size (`int`):
+            Rows per forward or `generate`; a row is one member on one example.
+        gradients (`bool`):
+            Give the gradients of the log-likelihood too: `z` is linear in the weights, so one backward has them all.
+        seed (`int`):
+            Of sampled completions.
+    """
+
+    def __init__(
+        self,
+        library: ExpertLibrary,
+        tokenizer: PreTrainedTokenizerBase,
+        weights: Weights,
+        examples: Sequence[Example],
+        *,
+        task: Task | None = None,
+        generation: Mapping[str, Any] | None = None,
+        batch_size: int = 32,
+        gradients: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.library, self.tokenizer, self.weights = library, tokenizer, weights
+        self.experts = [library.expert(name) for name in weights.names]
+        self._tables: dict[str, Tensor] = {}
+        self.choices = "choices" in examples[0]
+        self.task = None if self.choices else task
+        self.generation, self.batch_size = dict(generation or {}), batch_size
+        self.gradients, self.seed = gradients, seed
+        # in the order in which `evaluate` reads rows: rows of one length share a batch
+        self.examples = sorted(examples, key=lambda example: len(str(example["prompt"])))
+        self.rows = [e if self.choices else {**e, "choices": [e["answer"]], "label": 0} for e in self.examples]
+        self._prompt_tokens = [self._count(prompt_text(tokenizer, row["prompt"])) for row in self.rows]
+        answers = sum(self._count(text) for row in self.rows for text in row["choices"])
+        self._tokens = sum(self._prompt_tokens) + answers
+
+    def __call__(self, members: np.ndarray) -> Judged:
+        """Score a population `(members, size)`."""
+        begin = time.perf_counter()
+        right, logp, gradients = self._likelihoods(members)
+        tokens = self._tokens * len(members)
+        if self.task is not None:
+            right, more = self._completions(members)
+            tokens += more
+        scores: list[Score] = [(float(r), float(p)) for r, p in zip(right.mean(1), logp.mean(1), strict=True)]
+        return Judged(scores, gradients, tokens, time.perf_counter() - begin)
+
+    def _likelihoods(self, members: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Right or not and log-probability of the right choice, `(members, examples)`; gradients of its mean."""
+        vectors = torch.tensor(members, dtype=torch.float64, requires_grad=self.gradients)
+        slopes = torch.zeros_like(vectors)
+        right, logp = np.zeros((2, len(members), len(self.rows)))
+        for pairs in self._batches(len(members)):
+            places, rows = [m for m, _ in pairs], [self.rows[e] for _, e in pairs]
+            with torch.set_grad_enabled(self.gradients), self._rowwise(vectors, places) as model:
+                logps = choice_logps(model, self.tokenizer, rows, share_prefix=False)
+                logps = logps.log_softmax(-1) if self.choices else logps
+                labels = torch.tensor([row["label"] for row in rows], device=logps.device)
+                chosen = logps.gather(1, labels[:, None]).squeeze(1)  # (rows,)
+                if self.gradients:
+                    slopes += torch.autograd.grad(chosen.sum() / len(self.rows), vectors)[0]
+            best = logps.detach().max(-1).values
+            for (m, e), p, top in zip(pairs, chosen.tolist(), best.tolist(), strict=True):
+                right[m, e], logp[m, e] = self.choices and p == top, p
+        return right, logp, slopes.numpy() if self.gradients else None
+
+    def _completions(self, members: np.ndarray) -> tuple[np.ndarray, int]:
+        """Whether the completion of each member for each example passes the check, `(members, examples)`; tokens."""
+        vectors, tokens = torch.tensor(members, dtype=torch.float64), 0
+        right = np.zeros((len(members), len(self.rows)))
+        device = next(self.library.model.parameters()).device
+        for pairs in self._batches(len(members)):
+            examples = [self.examples[e] for _, e in pairs]
+            with (
+                torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+                self._rowwise(vectors, [m for m, _ in pairs]) as model,
+            ):
+                torch.manual_seed(self.seed)
+                found = evaluate(
+                    model, self.tokenizer, examples, batch_size=len(pairs), task=self.task, **self.generation
+                ).records
+            for (m, e), record in zip(pairs, found, strict=True):
+                right[m, e] = record["right"]
+                tokens += self._prompt_tokens[e] + self._count(record["completion"])
+        return right, tokens
+
+    def _batches(self, members: int) -> Iterator[list[tuple[int, int]]]:
+        """Pairs of member and example, one example's side by side: they are alike in length."""
+        pairs = [(m, e) for e in range(len(self.rows)) for m in range(members)]
+        for start in range(0, len(pairs), self.batch_size):
+            yield pairs[start : start + self.batch_size]
+
+    @contextmanager
+    def _rowwise(self, vectors: Tensor, places: Sequence[int]) -> Iterator[PeftModel]:
+        """Give row i of the next forwards the mixture of `vectors[places[i]]`; gradients flow to the vectors."""
+        weights = self.weights.of(vectors)[list(places)]  # (rows, blocks or 1, experts)
+        with self.library.activate(Mixture()) as model, ExitStack() as stack:
+            for module, layer in svf_layers(model).items():
+                table = self._table(module, layer)  # (experts, k)
+                stack.enter_context(layer.rows(weights[:, self.weights.place(module)].to(table) @ table))
+            yield model
+
+    def _table(self, module: str, layer: SVFLayer) -> Tensor:
+        basis = layer.svf_basis
+        assert basis is not None
+        if module not in self._tables:
+            self._tables[module] = table_of(self.experts, module, basis.shape[-1])
+        # offsets are float32, except beside a model in float64
+        dtype = torch.float64 if basis.dtype == torch.float64 else torch.float32
+        self._tables[module] = self._tables[module].to(basis.device, dtype)
+        return self._tables[module]
+
+    def _count(self, text: str) -> int:
+        return len(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def svf_layers(model: torch.nn.Module) -> dict[str, SVFLayer]:
+    """The SVF layers by the names of the base model's modules, whatever is wrapped around it."""
+    return {
+        name.replace("_orig_mod.", "").removeprefix(PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, SVFLayer)
+    }
+
+
+def table_of(experts: Sequence[Expert], module: str, size: int) -> Tensor:
+    """The offsets of experts for one module, `(experts, size)`; 0 where an expert does not reach."""
+    table = torch.zeros(len(experts), size)
+    for row, expert in zip(table, experts, strict=True):
+        offset = expert.offsets.get(module, table[0, :0])
+        row[: len(offset)] = offset
+    return table
+
+
+def block_of(module: str) -> str:
+    """The block of a module, `"model.layers.0"` of `"model.layers.0.mlp.up_proj"`; itself if it stands in none."""
+    found = BLOCK.match(module)
+    return found.group(1) if found else module
+
+
+def blocks_of(model: torch.nn.Module) -> tuple[str, ...]:
+    """The blocks of a model that have SVF layers, in its order."""
+    return tuple(dict.fromkeys(map(block_of, svf_layers(model))))
+
+
+class Evaluator(Protocol):
+    """Scores a population `(members, size)` with a judge; the same scores wherever it runs."""
+
+    main: bool  # whether this process writes files and shows progress
+
+    def __call__(self, judge: Judge, members: np.ndarray) -> Judged: ...
+
+
+class LocalEvaluator:
+    """Score the whole population in this process."""
+
+    main = True
+
+    def __call__(self, judge: Judge, members: np.ndarray) -> Judged:
+        return judge(members)
+
+
+class AccelerateEvaluator:
+    """
+    Share a population out among the processes that `accelerate launch` or `torchrun` started.
+
+    Every process runs the same search with the same seed and model, scores its share and gets all scores, so that all
+    find the same mixture. An exception in one of them is raised in all.
+    """
+
+    def __init__(self) -> None:
+        from accelerate import PartialState
+
+        self._state = PartialState()
+        self.main = bool(self._state.is_main_process)
+
+    def __call__(self, judge: Judge, members: np.ndarray) -> Judged:
+        from accelerate.utils import gather_object
+
+        mine: Any
+        with self._state.split_between_processes(list(range(len(members)))) as places:
+            try:
+                mine = judge(members[places]) if places else Judged([])
+            except Exception as error:  # the others wait in gather_object: they have to hear of it
+                mine = error
+        parts: list[Any] = gather_object([mine])
+        for part in parts:
+            if isinstance(part, Exception):
+                raise part
+        return _join(parts)
+
+
+def _join(parts: Sequence[Judged]) -> Judged:
+    """One verdict of the verdicts on consecutive parts of a population."""
+    gradients = [part.gradients for part in parts if part.gradients is not None]
+    scores = [score for part in parts for score in part.scores]
+    slopes = np.concatenate(gradients) if gradients else None
+    return Judged(scores, slopes, sum(part.tokens for part in parts), max(part.seconds for part in parts))

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What training runs need whatever they learn from: whole checkpoints, prompts worth a visit, how far z has moved.
+
+Goes in: a `transformers.Trainer` by inheritance. Nothing here knows TRL or what a reward is.
+"""
+
+import json
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+BLOCK = re.compile(r"(?:base_model\.model\.)?(?P<block>.*?\.\d+)\.")
+OFFSET = re.compile(r"(?:base_model\.model\.)?(?P<module>.*)\.svf_offset\..*")
+
+
+def last_checkpoint(folder: str | PathLike[str]) -> Path:
+    """
+    Find the newest whole checkpoint of a run: one that was being written when the process was killed is passed over.
+
+    `trainer_state.json` is what transformers writes last; where it can be read, everything else is there.
+
+    Raises:
+        `ValueError`: if the folder has none.
+    """
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    for path in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        if _state(path) is not None:
+            return path
+    raise ValueError(
+        f"There is no whole checkpoint in {str(folder)!r} to resume from, of {len(found)} folders named checkpoint-N: "
+        "train without resume_from_checkpoint, or name another output_dir."
+    )
+
+
+def _state(checkpoint: Path) -> dict[str, Any] | None:
+    """What `trainer_state.json` holds, or `None` where it is missing or cut off."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return state if isinstance(state, dict) and "global_step" in state else None
+
+
+def z_statistics(model: nn.Module) -> dict[str, float]:
+    """
+    Measure how far the trained multipliers are from 1, dimensionless.
+
+    Returns:
+        `dict` with `z/mean_distance_from_1` and `z/max_distance_from_1` over all entries, and the mean per block of
+        the model as `z/<block>/mean_distance_from_1`, such as `z/model.layers.3/mean_distance_from_1`; empty where no
+        z-vector is trained.
+    """
+    blocks: dict[str, list[Tensor]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and (match := OFFSET.fullmatch(name)):
+            block = BLOCK.match(name)
+            blocks[block["block"] if block else match["module"]].append(parameter.detach().flatten().abs())
+    if not blocks:
+        return {}
+    joined = [torch.cat(vectors) for vectors in blocks.values()]
+    everything = torch.cat(joined)
+    names = ["z/mean_distance_from_1", "z/max_distance_from_1", *(f"z/{name}/mean_distance_from_1" for name in blocks)]
+    values = torch.stack([everything.mean(), everything.max(), *(vector.mean() for vector in joined)])
+    return dict(zip(names, values.tolist(), strict=True))  # one transfer from the device for all
+
+
+class PromptFilter(TrainerCallback, ExportableState):
+    """
+    Passes over prompts whose completions all earned one reward: always or never solved, they teach nothing for now.
+
+    A prompt rests for one visit after the first such group and twice as long, plus one, after each further one in a
+    row, up to 31; then it is tried again, since what the model cannot do today it may do later. A callback, because
+    transformers keeps the state of callbacks in its checkpoints.
+
+    Attributes:
+        record (`dict[str, list[int]]`):
+            By number of the row: equal groups in a row, visits still to rest.
+    """
+
+    def __init__(self) -> None:
+        self.record: dict[str, list[int]] = {}
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"record": self.record}}
+
+    def choose(self, asked: Sequence[int], total: int, seed: str) -> list[int]:
+        """
+        Replace resting prompts by others, as long as there are any.
+
+        Args:
+            asked (`Sequence[int]`): Numbers of the rows whose turn it is.
+            total (`int`): Number of rows of the data.
+            seed (`str`): Fixes the draw.
+
+        Returns:
+            `list[int]`, as long as `asked`.
+        """
+        awake = [i for i in range(total) if not self._rest(i)]
+        random.Random(seed).shuffle(awake)
+        free = (row for row in awake if row not in asked)
+        chosen = [next(free, row) if self._rest(row) else row for row in asked]
+        for row in set(asked):
+            if self._rest(row):
+                self.record[str(row)][1] -= 1
+        return chosen
+
+    def learn(self, row: int, equal: bool) -> None:
+        """Note that the completions of a row all earned one reward, or that they did not."""
+        streak = self.record.get(str(row), [0, 0])[0] + 1 if equal else 0
+        self.record[str(row)] = [streak, min(2**streak, 32) - 1]
+
+    def _rest(self, row: int) -> int:
+        return self.record.get(str(row), [0, 0])[1]
+
+
+class Run:
+    """In front of a `transformers.Trainer`: whole checkpoints, early stopping, evaluation that changes nothing."""
+
+    epochs_done = 0  # before the checkpoint that is resumed from
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        Train as `transformers.Trainer` does.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                A checkpoint's folder, or `True` for the newest whole one in `output_dir`.
+            args, kwargs:
+                Everything else that `Trainer.train` takes.
+
+        Raises:
+            `ValueError`: if there is no whole checkpoint to resume from.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_checkpoint(self.args.output_dir))  # type: ignore[attr-defined]
+        state = _state(Path(resume_from_checkpoint)) if resume_from_checkpoint else {}
+        if state is None:
+            raise ValueError(
+                f"{str(resume_from_checkpoint)!r} is no whole checkpoint: its trainer_state.json is missing or cut "
+                "off. Name an earlier one, or resume_from_checkpoint=True for the newest whole one."
+            )
+        self.epochs_done = int(state.get("epoch") or 0)
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def stop_early(self, patience: int | None) -> None:
+        """Stop after so many evaluations without a better one; `None` never does."""
+        if patience is not None:
+            self.add_callback(EarlyStoppingCallback(patience))  # type: ignore[attr-defined]
+
+    @contextmanager
+    def unchanged_randomness(self) -> Iterator[None]:
+        """Put torch's random generators back at the end: training goes on as if nothing had been drawn inside."""
+        device = self.accelerator.device  # type: ignore[attr-defined]
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+
+
+def check_patience(patience: int | None, eval_strategy: Any) -> None:
+    """Raise a `ValueError` where `early_stopping_patience` has no evaluations to count."""
+    if patience is not None and eval_strategy == "no":
+        raise ValueError("early_stopping_patience counts evaluations: set eval_strategy to 'steps' or 'epoch'.")

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+A YAML file and `--field value` overrides -> the settings of a training run.
+
+The file follows TRL: one flat mapping for all classes, `env` for environment variables. Everything that TRL's trainer
+takes is a field of `ReinforceConfig`; here stands the rest: which model, which task, which singular values.
+"""
+
+import difflib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+import yaml
+from transformers import PreTrainedModel
+
+from .config import SVFConfig
+
+if TYPE_CHECKING:
+    from .training import ReinforceConfig
+
+TASK_HELP = "Name of a benchmark, or a JSONL file of your own: prompt and answer, or prompt, choices and label."
+
+
+@dataclass
+class ScriptArguments:
+    """What is trained on, and what the card says."""
+
+    task: str = field(metadata={"help": TASK_HELP})
+    form: Literal["choice", "generate"] | None = field(
+        default=None, metadata={"help": "choice: pick one of the row's texts; generate: free text. Default what fits."}
+    )
+    train_rows: int | None = field(default=None, metadata={"help": "Training rows at most; default all."})
+    eval_rows: int | None = field(default=None, metadata={"help": "Validation rows at most; default all."})
+    test_rows: int | None = field(default=None, metadata={"help": "Held-out rows for the card; default all."})
+    base_model: str | None = field(
+        default=None, metadata={"help": "Hub id of the base for the card, where the model is a folder."}
+    )
+    license: str | None = field(default=None, metadata={"help": "Licence of the expert, such as apache-2.0."})
+
+
+@dataclass
+class ModelArguments:
+    """Which base model."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub repository of the base model."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of it."})
+    dtype: str = field(default="auto", metadata={"help": "Dtype of its weights; auto is that of the checkpoint."})
+
+
+@dataclass
+class SVFArguments:
+    """Which singular values move: fields of SVFConfig."""
+
+    target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names, a regex (one string), or all-linear; default the MLP weights."}
+    )
+    exclude_modules: list[str] | None = field(default=None, metadata={"help": "Modules to leave out."})
+    layers_to_transform: list[int] | None = field(default=None, metadata={"help": "Indices of the layers."})
+    rank: int | None = field(default=None, metadata={"help": "Move only so many of the largest singular values."})
+    basis_dtype: Literal["float32", "bfloat16"] | None = field(
+        default=None, metadata={"help": "Dtype of the basis; default bfloat16 on a bfloat16 base, else float32."}
+    )
+    description: str | None = field(
+        default=None, metadata={"help": "What the expert is good at, in a few words; the first pass reads it."}
+    )
+
+
+TRAINING_HELP = """
+
+  How it is trained: every field of ReinforceConfig, which is TRL's GRPOConfig. The first to set:
+    output_dir           Folder of the expert; its checkpoints lie in it.
+    max_steps            Optimizer steps.
+    per_device_train_batch_size, num_generations
+                         Completions per step and device; completions per prompt.
+    learning_rate, seed, eval_strategy, eval_steps, save_steps, load_best_model_at_end, early_stopping_patience
+    report_to            Where logs go: tensorboard, wandb, ...; default nowhere.
+
+Ctrl-C finishes the step and saves a checkpoint, which --resume goes on from; a second Ctrl-C ends at once.
+Several devices: torchrun --nproc_per_node 2 -m peft_svf train CONFIG.yaml, or accelerate launch -m peft_svf ..."""
+
+
+class Settings(NamedTuple):
+    """Everything that a training run is told."""
+
+    model: ModelArguments
+    script: ScriptArguments
+    svf: SVFArguments
+    training: "ReinforceConfig"
+
+
+def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
+    """
+    Read a YAML file of settings, over which `--field value` overrides win.
+
+    Args:
+        path (`str`):
+            A mapping of fields of [`ModelArguments`], [`ScriptArguments`], [`SVFArguments`] and
+            [`~training.ReinforceConfig`]; `env` sets environment variables, as in TRL's files.
+        overrides (`Sequence[str]`):
+            The rest of a command line.
+
+    Returns:
+        [`Settings`].
+
+    Raises:
+        `FileNotFoundError`: if there is no such file.
+        `ImportError`: if TRL is missing; the message names the extra.
+        `ValueError`: if the file is no YAML mapping, or a key is unknown, missing or of another type.
+    """
+    from .training import ReinforceConfig  # names the extra where TRL is missing
+
+    from trl import TrlParser  # isort: skip
+
+    class Parser(TrlParser):
+        def error(self, message: str) -> None:  # argparse would print the usage of hundreds of fields
+            raise ValueError(f"{path} with its overrides: {message}.")
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no settings: it needs one `key: value` a line.")
+    variables = content.pop("env", None) or {}
+    if not isinstance(variables, dict):
+        raise ValueError(f"{path}: 'env' is a mapping of environment variables, got {variables!r}.")
+    os.environ.update({str(name): str(value) for name, value in variables.items()})
+    classes = (ModelArguments, ScriptArguments, SVFArguments, ReinforceConfig)
+    parser = Parser(classes, allow_abbrev=False)
+    known = {entry.name: str(entry.type) for each in classes for entry in fields(each)}
+    for key, value in content.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "peft-svf train --help lists those that exist."
+            raise ValueError(f"{path} has an unknown key {key!r}: {hint}")
+        if isinstance(value, list) and "list" not in known[key]:
+            raise ValueError(f"{path}: {key!r} is one value, not a list; got {value}.")
+    # what transformers and TRL turn on by default and then refuse, or warn of, where the device has none
+    if not torch.cuda.is_available():
+        parser.set_defaults(bf16=False, dataloader_pin_memory=False)
+    elif not torch.cuda.is_bf16_supported():
+        parser.set_defaults(bf16=False)
+    # numbers as text, so that they go through the same types as those of the command line
+    numbers = {key: str(value) for key, value in content.items() if isinstance(value, (bool, int, float))}
+    parser.set_defaults_with_config(**{**content, **numbers})
+    return Settings(*parser.parse_args_into_dataclasses(list(overrides)))
+
+
+def svf_config(arguments: SVFArguments, model: PreTrainedModel, description: str | None = None) -> SVFConfig:
+    """Make the adapter's config; `description` stands in where the arguments have none."""
+    given = {entry.name: getattr(arguments, entry.name) for entry in fields(arguments)}
+    if given["target_modules"] == ["all-linear"]:
+        given["target_modules"] = "all-linear"
+    given["basis_dtype"] = given["basis_dtype"] or ("bfloat16" if model.dtype == torch.bfloat16 else "float32")
+    given["description"] = given["description"] or description
+    return SVFConfig(task_type="CAUSAL_LM", **given)
+
+
+def describe() -> str:
+    """List the keys of a settings file, for `--help`."""
+    lines = ["keys of CONFIG.yaml (`--key value` after it overrides one, `env:` sets environment variables):"]
+    for arguments in (ModelArguments, ScriptArguments, SVFArguments):
+        lines += ["", f"  {arguments.__doc__}"]
+        lines += [f"    {entry.name:20} {entry.metadata['help']}" for entry in fields(arguments)]
+    return "\n".join(lines) + TRAINING_HELP

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""
+MATH: competition problems whose answer is a formula.
+
+    prompt (choice form)     What is the positive difference between $120\%$ of 30 and $130\%$ of 20?
+    choices                  "24", "10", "64", "18"                      the right one: reward 1.0, the others -1.0
+
+    prompt (generated form)  the problem, "Think step by step and put the answer into \boxed{}."
+    answer                   "\frac{1}{2}"
+    completion               "... so it is \boxed{0.5}."                  reward 1.0; without a formula -1.0
+
+In the generated form formulas are compared by value with `math-verify` (extra `eval`), in the main thread, as it
+limits its time by a signal. In the choice form the wrong answers are those of other problems of the split in the same
+shape, digit for digit, drawn as often as they occur: length tells nothing, the most frequent answer little. Answers
+whose shape occurs less than four times are in the generated form only.
+
+Splits: test is MATH-500 (Lightman et al. 2023, arXiv 2305.20050). The 4500 problems of the published test set outside
+it are for training and adaptation: by a hash of the problem 1 in 10 is validation, the others train.
+
+Source: MATH (Hendrycks et al. 2021, arXiv 2103.03874). Licence: MIT.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import random
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .task import HubSource, Record, Task, user_turn
+
+SECONDS = 3  # for reading or comparing one formula
+# spellings that print alike: they must not tell two answers of one shape apart
+_SPELLINGS = {r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\left": "", r"\right": "", r"\!": "", r"\,": "", " ": ""}
+
+
+class Math(Task):
+    """Competition problems; records have `problem`, `solution` and `answer`, the content of its last box."""
+
+    name = "math"
+    kind = "math"
+    description = "competition mathematics"
+    files: Mapping[str, str] = {"train": "test", "validation": "test", "test": "math500"}
+    hub = HubSource("nlile/hendrycks-MATH-benchmark", None, {"test": "train", "math500": "test"})
+
+    def load(self, split: str, folder: str | os.PathLike[str] | None = None) -> list[Record]:
+        """Load a split; the others need MATH-500 at hand, too, as their file holds its problems."""
+        if split in self.files:
+            self._records("test", folder)
+        return super().load(split, folder)
+
+    def cut(self, split: str, records: list[Record]) -> list[Record]:
+        """Deal the published test set by the problems' hashes; MATH-500 is taken out in [`Task.load`]."""
+        if split == "test":
+            return records
+        # on the Hub the published train set lies in the same file
+        records = [record for record in records if not str(record.get("unique_id", "")).startswith("train/")]
+        wanted = split == "validation"
+        return [record for record in records if (int(record["id"].rsplit("-", 1)[1], 16) % 10 == 0) == wanted]
+
+    def identify(self, record: Record, place: str) -> str:
+        """Give a hash of the problem: the same in either file and on the Hub."""
+        return f"math-{hashlib.sha256(record['problem'].encode()).hexdigest()[:12]}"
+
+    def question(self, raw: Record, choices: Sequence[str]) -> str:
+        """Give the bare problem."""
+        return raw["problem"]
+
+    def options(self, raw: Record, pool: Sequence[Record], rng: random.Random) -> tuple[str, list[str]] | None:
+        """Give the record's answer and three of other records that have its shape."""
+        right, shape = _printed(raw["answer"])
+        alike = [text for text, other in (_printed(record["answer"]) for record in pool) if other == shape]
+        rng.shuffle(alike)  # with repetitions: a frequent answer is a wrong choice as often as it's a right one
+        wrong = [text for text in dict.fromkeys(alike) if text != right][:3]
+        return (right, wrong) if len(wrong) == 3 else None
+
+    def row(self, raw: Record) -> Record:
+        """Ask for a solution with the answer in a box."""
+        return {
+            "prompt": user_turn(f"{raw['problem']}\nThink step by step and put the answer into \\boxed{{}}."),
+            "answer": raw["answer"],
+            "id": str(raw["id"]),
+            "task": self.name,
+        }
+
+    def check(self, completion: str, row: Mapping[str, Any]) -> bool:
+        """Compare the boxed formula, without a box the last one, by value; the bare answer is right, too."""
+        return same_value(completion, f"\\boxed{{{row['answer']}}}") or completion.strip() == row["answer"]
+
+    def _candidates(self, split: str) -> list[str]:
+        return [self.files[split]]  # "test.jsonl.gz" is the published test set, of which MATH-500 is a part
+
+
+def same_value(text: str, solution: str) -> bool:
+    """
+    Tell whether two texts end in formulas of the same value.
+
+    Args:
+        text (`str`): What a model wrote.
+        solution (`str`): A text with the right formula, in a box or between dollar signs.
+
+    Raises:
+        `ImportError`: if `math-verify` isn't installed.
+        `RuntimeError`: outside the main thread, where a formula that takes forever couldn't be stopped.
+    """
+    try:
+        from math_verify import parse, verify  # type: ignore[import-untyped, unused-ignore]
+    except ImportError as error:
+        raise ImportError(
+            "Task 'math' compares formulas with `math-verify`, which isn't installed: `pip install 'peft-svf[eval]'`. "
+            "Its choice form needs no such library."
+        ) from error
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError(
+            "Task 'math' checks generated answers in the main thread only: `math-verify` stops a formula that takes "
+            f"more than {SECONDS} s by a signal. Score completions there, or use the choice form."
+        )
+    wanted, found = (parse(given, parsing_timeout=SECONDS) for given in (solution, text))
+    return bool(wanted and found and verify(wanted, found, timeout_seconds=SECONDS))
+
+
+@functools.lru_cache(maxsize=8192)
+def _printed(answer: str) -> tuple[str, str]:
+    """Spell an answer as all are spelled, and give its shape: the same with every digit a 9."""
+    for spelling, common in _SPELLINGS.items():
+        answer = answer.replace(spelling, common)
+    return answer, re.sub(r"\d", "9", answer)

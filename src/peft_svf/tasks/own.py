@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+A task from one's own JSONL: lines go in, a task like the package's own comes out.
+
+    {"prompt": "Capital of France?", "answer": "Paris"}                               generated form
+    {"prompt": "Capital of France?", "choices": ["Paris", "Rome"], "label": 0}        both forms
+
+    completion               "paris."      reward 1.0; "I think Paris", "Rome" -1.0
+    completion               "20 + 22 = 42" where the answer is "42" or 42           reward 1.0; without a number -1.0
+
+A file is read whole and checked line by line before anything is trained on it. One file is cut into three splits by
+hashes of its prompts; a folder has a file for each split, and a prompt of the test file in another one is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .task import FORMS, SPLITS, Chat, Record, Task, plain, read_lines, user_turn
+from .word_problem import final_number
+
+Check = Callable[[str, Mapping[str, Any]], bool]
+SHARES = {"test": 20, "validation": 10}  # percent of a single file; the rest is train
+
+
+def jsonl_task(
+    source: str | os.PathLike[str],
+    name: str | None = None,
+    kind: str = "other",
+    description: str | None = None,
+    check: Check | None = None,
+) -> Task:
+    """
+    Turn a JSONL of one's own into a task: `task.rows("train")`, `task.reward`.
+
+    Args:
+        source (`str` or path):
+            A `.jsonl` or `.jsonl.gz` file, or a folder with `train`, `validation` and `test` ones, of which some may
+            be missing. A line has `prompt` (a text or a chat) and either `answer` (a text or a number) or `choices`
+            (two or more different texts) with `label` (the index of the right one); `id` is optional, and all other
+            fields come along in the rows. All lines of a source are of one sort.
+        name (`str`, *optional*):
+            Name of the task, default the file's or the folder's.
+        kind (`str`, defaults to `"other"`):
+            What a dispatcher calls its questions.
+        description (`str`, *optional*):
+            One line for people.
+        check (callable `(completion, row) -> bool`, *optional*):
+            Judges a free text. The default compares numbers where the answer is one, with the number that the
+            completion ends with, else texts, but for case, spaces and a full stop.
+
+    Returns:
+        [`Task`], which [`~tasks.register_task`] makes known by its name.
+
+    Raises:
+        `FileNotFoundError`: if there is no such file, or none in the folder.
+        `ValueError`: if a line isn't as above, with file, line and what was expected.
+    """
+    path = Path(source)
+    stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
+    return _JsonlTask(path, name or stem, kind, description or f"rows of {path.name}", check)
+
+
+class _JsonlTask(Task):
+    """Rows of a file or a folder; records are the lines, each with an id."""
+
+    def __init__(self, path: Path, name: str, kind: str, description: str, check: Check | None) -> None:
+        self.name, self.kind, self.description, self._check = name, kind, description, check
+        self._records_of = _read_splits(path)
+        self.files = {split: split for split in SPLITS if split in self._records_of}
+        for split, records in self._records_of.items():
+            for index, record in enumerate(records):
+                record["id"] = str(record.get("id", f"{name}-{split}-{index}"))
+        sorts = {"choices" in record for records in self._records_of.values() for record in records}
+        if len(sorts) > 1:
+            raise ValueError(f"'{path}' has lines with 'choices' and lines with 'answer'. Make two sources of them.")
+        self.forms = FORMS if sorts == {True} else ("generate",)
+
+    def _records(self, split: str, folder: str | os.PathLike[str] | None) -> list[Record]:
+        return [dict(record) for record in self._records_of[split]]
+
+    def row(self, raw: Record) -> Record:
+        """Give the line with its prompt as a chat and, where it has choices, the right one as the answer."""
+        extra = {field: value for field, value in raw.items() if field not in ("choices", "label")}
+        answer = raw["choices"][raw["label"]] if "choices" in raw else raw["answer"]
+        return {**extra, "prompt": _chat(raw["prompt"]), "answer": str(answer), "task": self.name}
+
+    def choice_row(self, raw: Record, pool: Sequence[Record] = (), seed: int = 0) -> Record | None:
+        """Give the line with its choices in an order that the seed fixes."""
+        order = list(range(len(raw["choices"])))
+        random.Random(f"{self.name}:{raw['id']}:{seed}").shuffle(order)
+        choices, label = [raw["choices"][index] for index in order], order.index(raw["label"])
+        return {**raw, "prompt": _chat(raw["prompt"]), "choices": choices, "label": label, "task": self.name}
+
+    def check(self, completion: str, row: Mapping[str, Any]) -> bool:
+        """Judge by the given function, else by number or by text."""
+        return (self._check or same_answer)(completion, row)
+
+
+def same_answer(completion: str, row: Mapping[str, Any]) -> bool:
+    """Compare with `row["answer"]`: by the last number where that is a number, else as texts."""
+    answer = str(row["answer"])
+    if _is_number(answer):
+        return final_number(completion) == final_number(answer)
+    return _bare(completion) == _bare(answer)
+
+
+def _read_splits(path: Path) -> dict[str, list[Record]]:
+    if path.is_dir():
+        files = {split: [path / f"{split}{end}" for end in (".jsonl.gz", ".jsonl")] for split in SPLITS}
+        found = {split: next(filter(Path.is_file, paths), None) for split, paths in files.items()}
+        splits = {split: _read(file) for split, file in found.items() if file is not None}
+        if not splits:
+            raise FileNotFoundError(f"'{path}' has none of train.jsonl, validation.jsonl, test.jsonl (or .jsonl.gz).")
+        _refuse_leaks(path, splits)
+        return splits
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file or folder '{path}'. Expected a .jsonl or .jsonl.gz file.")
+    return _cut(path, _read(path))
+
+
+def _read(path: Path) -> list[Record]:
+    records = []
+    for number, line in read_lines(path):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"'{path}', line {number}: not JSON: {error}.") from None
+        wrong = _wrong(record)
+        if wrong:
+            raise ValueError(f"'{path}', line {number}: {wrong}.")
+        records.append(record)
+    if not records:
+        raise ValueError(f"'{path}' has no lines.")
+    return records
+
+
+def _wrong(record: Any) -> str:
+    """Say what is wrong with a line; nothing if it's right."""
+    if not isinstance(record, dict):
+        return "expected an object with 'prompt' and 'answer', or 'prompt', 'choices' and 'label'"
+    prompt = record.get("prompt")
+    if not (isinstance(prompt, str) and prompt.strip()) and not _is_chat(prompt):
+        return "'prompt' must be a text, or a chat: a list of messages with 'role' and 'content'"
+    if "choices" not in record:
+        answer = record.get("answer")
+        if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
+            return "expected 'answer', a text or a number, or 'choices' with 'label'"
+        return ""
+    choices, label = record["choices"], record.get("label")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+        return "'choices' must be a list of two or more texts"
+    if len(set(choices)) < len(choices):
+        return "'choices' has a text twice, so there is no single right one"
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
+        return f"'label' must be an index from 0 to {len(choices) - 1}, not {label!r}"
+    return ""
+
+
+def _cut(path: Path, records: list[Record]) -> dict[str, list[Record]]:
+    """Deal the lines of one file by hashes of their prompts, so that equal prompts stay together."""
+    splits: dict[str, list[Record]] = {split: [] for split in SPLITS}
+    for record in records:
+        share = int(hashlib.sha256(_key(record).encode()).hexdigest(), 16) % 100
+        held_out = SHARES["test"] + SHARES["validation"]
+        split = "test" if share < SHARES["test"] else "validation" if share < held_out else "train"
+        splits[split].append(record)
+    empty = [split for split, found in splits.items() if not found]
+    if empty:
+        raise ValueError(
+            f"'{path}' has {len(records)} lines, too few to cut: nothing falls to {' and '.join(empty)}. Add lines, "
+            "or make a folder of train.jsonl, validation.jsonl and test.jsonl."
+        )
+    return splits
+
+
+def _refuse_leaks(path: Path, splits: Mapping[str, list[Record]]) -> None:
+    tested = {_key(record) for record in splits.get("test", ())}
+    for split in ("train", "validation"):
+        shared = [record for record in splits.get(split, ()) if _key(record) in tested]
+        if shared:
+            raise ValueError(
+                f"'{path}': {len(shared)} prompts of {split} are in test, too, such as {shared[0]['prompt']!r:.80}. "
+                "Take them out of one of the files."
+            )
+
+
+def _key(record: Record) -> str:
+    return plain("\n".join(str(message["content"]) for message in _chat(record["prompt"])))
+
+
+def _chat(prompt: str | Chat) -> Chat:
+    return user_turn(prompt) if isinstance(prompt, str) else prompt
+
+
+def _is_chat(prompt: Any) -> bool:
+    return (
+        isinstance(prompt, list)
+        and len(prompt) > 0
+        and all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in prompt)
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.replace(",", ""))
+    except ValueError:
+        return False
+    return final_number(text) is not None
+
+
+def _bare(text: str) -> str:
+    return plain(text).rstrip(".")

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of figures: what is drawn is what was computed, and what is computed are plain means of abs(z - 1)."""
+
+import math
+
+import pytest
+import torch
+
+from peft_svf import Expert, Mixture
+from peft_svf.plots import (
+    distances,
+    draw_alpha,
+    draw_decisions,
+    draw_distances,
+    draw_probabilities,
+    draw_search,
+    draw_spectrum,
+    new_figure,
+    spectrum,
+)
+
+
+def expert(**lengths):
+    """An expert with random z by module name, `__` for a dot."""
+    draws = torch.Generator().manual_seed(0)
+    return Expert("e", {name.replace("__", "."): torch.randn(k, generator=draws) for name, k in lengths.items()})
+
+
+@pytest.fixture
+def axes():
+    return new_figure(1)[1][0]
+
+
+def labels(axis):
+    return [tick.get_text() for tick in axis.get_ticklabels()]
+
+
+# --- what is measured
+
+
+def test_distances_are_the_means_of_each_layer_and_kind():
+    found = expert(model__layers__10__mlp__up=3, model__layers__2__mlp__up=5, model__layers__2__attn__q=7)
+    layers, kinds, table = distances(found)
+    assert layers == ["2", "10"] and sorted(kinds) == ["attn.q", "mlp.up"]  # by number, not by letter
+    for module, offset in found.offsets.items():
+        _, _, layer, *kind = module.split(".")
+        mean = sum(map(abs, offset.tolist())) / len(offset)
+        assert table[layers.index(layer), kinds.index(".".join(kind))] == pytest.approx(mean)
+    assert math.isnan(table[layers.index("10"), kinds.index("attn.q")])
+
+
+def test_the_experts_of_a_layer_are_one_kind():
+    found = expert(layers__0__mlp__experts__0__up=3, layers__0__mlp__experts__1__up=5)
+    layers, kinds, table = distances(found)
+    assert (layers, kinds) == (["0"], ["mlp.experts.up"])
+    assert table.item() == pytest.approx(torch.cat(list(found.offsets.values())).abs().mean().item())
+
+
+def test_layers_of_two_stacks_are_told_apart():
+    layers, _, table = distances(expert(encoder__block__0__wi=3, decoder__block__0__wi=4, decoder__block__1__wi=5))
+    assert layers == ["decoder.block.0", "decoder.block.1", "encoder.block.0"] and table.shape == (3, 1)
+
+
+def test_a_module_without_a_layer_has_a_row_of_its_own():
+    layers, kinds, _ = distances(expert(fc=3))
+    assert (layers, kinds) == (["-"], ["fc"])
+
+
+def test_the_spectrum_is_cut_into_parts_whose_means_are_averaged_over_weights():
+    found = Expert("e", {"a": torch.tensor([4.0, -2.0, 1.0, 1.0]), "b": torch.tensor([1.0, 0.0]), "c": torch.ones(1)})
+    assert spectrum(found, 2).tolist() == pytest.approx([(3 + 1) / 2, (1 + 0) / 2])  # "c" is too short
+    assert spectrum(found, 5) is None
+
+
+# --- what is drawn
+
+
+def test_distances_are_drawn_as_they_are(axes):
+    found = expert(layers__0__up=3, layers__1__up=5, layers__1__q=7)
+    draw_distances(axes, found)
+    layers, kinds, table = distances(found)
+    drawn = torch.tensor(axes.images[0].get_array().filled(torch.nan))
+    assert torch.equal(drawn.isnan(), table.isnan()) and torch.equal(drawn.nan_to_num(), table.nan_to_num())
+    assert labels(axes.yaxis) == layers and labels(axes.xaxis) == kinds
+
+
+def test_a_line_of_the_spectrum_is_drawn_for_every_expert_that_is_long_enough(axes):
+    long, short = expert(a=30), expert(a=3)
+    draw_spectrum(axes, [long, short])
+    (line,) = axes.lines
+    assert line.get_ydata().tolist() == pytest.approx(spectrum(long, 24).tolist())
+
+
+def test_a_figure_without_a_line_has_no_legend(axes):
+    draw_spectrum(axes, [expert(a=3)])
+    assert axes.get_legend() is None
+
+
+def test_the_course_of_a_search_is_the_first_part_of_the_score_that_moves(axes):
+    history = [
+        {"best": [0.0, -3.0], "mean_score": [0.0, -4.0], "mean": [0.5]},
+        {"best": [0.0, -1.0], "mean_score": [0.0, -2.0], "mean": [0.7]},
+    ]
+    draw_search(axes, Mixture({"a": 0.7}, "few-shot", provenance={"history": history}))
+    assert [list(line.get_ydata()) for line in axes.lines] == [[-3.0, -1.0], [-4.0, -2.0]]
+
+
+def test_a_mixture_that_was_not_searched_has_no_course(axes):
+    with pytest.raises(ValueError, match="'explicit'"):
+        draw_search(axes, Mixture({"a": 1.0}))
+
+
+def test_bars_are_the_weights_and_what_is_left_for_the_base(axes):
+    draw_alpha(axes, Mixture({"a": 0.75, "b": -0.25}))
+    assert labels(axes.yaxis) == ["a", "b", "other"]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([0.75, -0.25, 0.5])
+
+
+def test_the_chosen_expert_of_each_prompt_is_in_bold(axes):
+    mixtures = [
+        Mixture({"a": 1.0}, probabilities={"a": 0.9, "b": 0.1, "other": 0.0}),
+        Mixture(probabilities={"a": 0.3, "b": 0.4, "other": 0.3}),  # below the threshold: the base
+        Mixture({"b": 1.0}),  # explicit
+    ]
+    draw_probabilities(axes, ["one", "two", "a prompt that is much too long for a label"], mixtures)
+    texts = {t.get_position(): (t.get_text(), t.get_weight()) for t in axes.texts}
+    assert texts[0, 0] == ("0.90", "bold") and texts[1, 0] == ("0.10", "normal")
+    assert texts[2, 1] == ("0.30", "bold") and texts[1, 1] == ("0.40", "normal")
+    assert texts[1, 2] == ("1.00", "bold")
+    assert all(len(label) <= 30 for label in labels(axes.yaxis))
+
+
+def test_decisions_are_drawn_with_their_counts(axes):
+    draw_decisions(axes, {"math": {"math": 3, "other": 1}, "code": {"code": 2}}, "first pass")
+    counts = {t.get_position(): t.get_text() for t in axes.texts}
+    assert labels(axes.xaxis) == ["code", "math", "other"]
+    assert [counts[j, 0] for j in range(3)] == ["0", "3", "1"] and [counts[j, 1] for j in range(3)] == ["2", "0", "0"]
+
+
+def test_a_figure_is_made_without_the_users_backend():
+    import matplotlib
+
+    before = matplotlib.get_backend(auto_select=False)
+    figure, axes = new_figure(3)
+    assert len(axes) == 3 and figure.canvas.manager is None
+    assert matplotlib.get_backend(auto_select=False) == before
