@@ -14,7 +14,7 @@ PACKAGE = ROOT / "src" / "peft_svf"
 
 # A module imports from rows above it, never from its own row. A package (tasks) is one module here.
 ROWS = [
-    ["basis", "cem", "plans", "probe", "search", "tasks", "_registration"],
+    ["basis", "cem", "parametrization", "plans", "probe", "search", "tasks", "_registration"],
     ["basis_cache", "checkpoint", "config", "expert", "targets"],
     ["layer", "fingerprint"],
     ["stacked"],

@@ -595,7 +595,7 @@ def _as_expert(
     offsets: dict[str, Tensor] = {}
     for module, layer in svf_layers(library.model).items():
         if any(module in expert.offsets for expert in experts):
-            table = table_of(experts, module, min(rank or layer.directions, layer.directions))
+            table = table_of(experts, module, layer.size_of(rank))
             offsets[module] = (by_block[weights.place(module)].to(table) @ table).contiguous()
     prints = {m: found for expert in experts for m, found in (expert.config.get("fingerprint") or {}).items()}
     config = experts[0].config | {

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +70,9 @@ def content_key(weight: Tensor) -> str:
     return digest.hexdigest()
 
 
-def fetch(names: Iterable[str], weight_of: Callable[[str], Tensor]) -> dict[str, tuple[Basis, Fingerprint]]:
+def fetch(
+    names: Iterable[str], weight_of: Callable[[str], Tensor], known: Mapping[str, str] | None = None
+) -> dict[str, tuple[Basis, Fingerprint]]:
     """
     Get the bases of weights from the cache; what is missing or damaged there is computed and added.
 
@@ -80,12 +82,17 @@ def fetch(names: Iterable[str], weight_of: Callable[[str], Tensor]) -> dict[str,
         weight_of (`Callable[[str], torch.Tensor]`):
             Gives the weight `(out, in)`, or a stack `(E, out, in)`, of a name. Called up to twice a name, so it may
             read lazily.
+        known (`Mapping[str, str]`, *optional*):
+            Content keys that are known without hashing, by name.
 
     Returns:
         `dict[str, tuple[Basis, Fingerprint]]`: per name the basis, on the CPU in float32 (float64 for float64).
     """
-    keys = {name: content_key(weight_of(name)) for name in names}
+    keys = {name: (known or {}).get(name) or content_key(weight_of(name)) for name in names}
     found = {key: entry for key in dict.fromkeys(keys.values()) if (entry := _read(key)) is not None}
+    for name in known or ():
+        if keys[name] not in found:  # what is computed is kept under the name of its content
+            keys[name] = content_key(weight_of(name))
     if missing := {key: name for name, key in keys.items() if key not in found}:
         try:
             (cache_dir() / "locks").mkdir(parents=True, exist_ok=True)

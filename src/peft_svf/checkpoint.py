@@ -3,17 +3,25 @@
 Loaded model -> the weights as its checkpoint stores them.
 
 A float32 checkpoint loaded in bfloat16 holds rounded weights, whose singular directions differ from the stored ones by
-far more than an expert moves them. Where the file can be found on this machine, the basis comes from the file. Nothing
-here loads a model or asks the Hub.
+far more than an expert moves them. Where the file can be found on this machine, the basis comes from the file. A memo
+beside the basis cache spares hashing weights again whose file is known by path, size and time. Nothing here loads a
+model or asks the Hub.
 """
 
+import hashlib
 import json
+import os
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+ROWS = 8  # of a weight that are compared with its file before the memo is believed
 
 
 class Checkpoint:
@@ -43,12 +51,81 @@ class Checkpoint:
         Returns:
             `torch.Tensor` like `loaded` in the dtype of the file, or `None` if no file holds this very weight.
         """
+        found = self._stored(name)
+        if found is None:
+            return None
+        with safe_open(found[0], framework="pt") as file:
+            stored = file.get_tensor(found[1])
+        same = stored.shape == loaded.shape and torch.equal(stored.to(loaded.dtype), loaded.detach().cpu())
+        return stored.to(loaded.device) if same else None
+
+    def recall(self, name: str, loaded: Tensor, memo: Path) -> str | None:
+        """
+        Look up the content key of a weight that was hashed before.
+
+        The file must have the path, size and time of then, and the weight its values in a few rows: training and
+        merging change them all. In doubt there is no answer, and the content decides.
+
+        Args:
+            name (`str`):
+                Name of the parameter in the model.
+            loaded (`torch.Tensor`):
+                The parameter.
+            memo (`Path`):
+                Folder of the memo.
+        """
+        found = self._stored(name)
+        if found is None:
+            return None
+        path, stored_name = found
+        keys = self._memo(path, memo)
+        key = keys.get(f"{stored_name} {loaded.dtype}")
+        if key is None:
+            return None
+        with safe_open(path, framework="pt") as file:
+            stored = file.get_slice(stored_name)
+            if tuple(stored.get_shape()) != tuple(loaded.shape):
+                return None
+            for row in range(0, len(loaded), max(1, len(loaded) // ROWS)):
+                if not torch.equal(stored[row : row + 1].to(loaded.dtype), loaded[row : row + 1].detach().cpu()):
+                    return None
+        return key
+
+    def remember(self, keys: Mapping[str, tuple[Tensor, str]], memo: Path) -> None:
+        """Write down the content keys of weights, by name with the loaded parameter, that the file holds as loaded."""
+        by_file: dict[Path, dict[str, str]] = {}
+        for name, (loaded, key) in keys.items():
+            found = self._stored(name)
+            if found is not None and self.weight(name, loaded) is not None:
+                by_file.setdefault(found[0], {})[f"{found[1]} {loaded.dtype}"] = key
+        for path, known in by_file.items():
+            entry = {**self._state(path), "keys": self._memo(path, memo) | known}
+            memo.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=memo, delete=False) as file:
+                json.dump(entry, file)
+            os.replace(file.name, self._memo_file(path, memo))
+
+    def _memo(self, path: Path, memo: Path) -> dict[str, str]:
+        try:
+            entry = json.loads(self._memo_file(path, memo).read_text())
+            return entry["keys"] if {k: entry[k] for k in ("path", "size", "mtime_ns")} == self._state(path) else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+    @staticmethod
+    def _state(path: Path) -> dict[str, Any]:
+        status = path.stat()
+        return {"path": str(path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+    @staticmethod
+    def _memo_file(path: Path, memo: Path) -> Path:
+        return memo / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()}.json"
+
+    def _stored(self, name: str) -> tuple[Path, str] | None:
+        """The file that holds a parameter, and its name there."""
         for candidate in (name, f"{self.prefix}.{name}", name.removeprefix(f"{self.prefix}.")):
             if (path := self._files.get(candidate)) is not None:
-                with safe_open(path, framework="pt") as file:
-                    stored = file.get_tensor(candidate)
-                same = stored.shape == loaded.shape and torch.equal(stored.to(loaded.dtype), loaded.detach().cpu())
-                return stored.to(loaded.device) if same else None
+                return path, candidate
         return None
 
     def _find_files(self) -> dict[str, Path]:

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from .basis import change, rescale, side_of
 from .basis_cache import Fingerprint
 from .config import SVFConfig
+from .parametrization import Parametrization, offset_of
 from .plans import Load, Merged, Plan, choose, factor, factored_linear, fold, merged_linear
 
 logger = logging.getLogger(__name__)
@@ -151,6 +152,7 @@ class SVFLayer(BaseTunerLayer):
         self.in_features, self.out_features = shape or _get_in_out_features(self.get_base_layer())
         self.side = side_of(self.out_features, self.in_features)
         self.svf_offset = OffsetDict()
+        self.svf_maps: dict[str, tuple[Parametrization, float]] = {}  # of adapters that train something else
         self.svf_rows: Tensor | None = None  # (B, k): an offset for each row of the batch, instead of the adapters'
         self._lasting = True  # the offset in force serves many forwards
         self._base_rows = False  # some of `svf_rows` are the base model
@@ -188,6 +190,9 @@ class SVFLayer(BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: SVFConfig) -> None:
         """Add the offset of an adapter, 0 everywhere (z = 1) unless `config.init_weights` is `False`."""
         size = self.size_of(config.rank)
+        self.svf_maps.pop(adapter_name, None)
+        if config.parametrization != "offset":
+            self.svf_maps[adapter_name] = (config.parametrization, config.limit)
         self.svf_offset[adapter_name] = Offset(torch.zeros(size) if config.init_weights else 0.5 * torch.randn(size))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -337,7 +342,27 @@ class SVFLayer(BaseTunerLayer):
 
     def _padded(self, adapter_name: str) -> Tensor:
         """The offset of an adapter with one entry per column of the basis: 0 for the directions it does not move."""
-        return self._pad(self.svf_offset[adapter_name].weight)
+        return self._pad(self.offset(adapter_name))
+
+    def offset(self, adapter_name: str) -> Tensor:
+        """The offset `z - 1` of an adapter, for the directions it moves."""
+        return self._mapped(adapter_name, self.svf_offset[adapter_name].weight)
+
+    def _mapped(self, adapter_name: str, parameter: Tensor) -> Tensor:
+        """The offset of an adapter from what it trains."""
+        if adapter_name not in self.svf_maps:
+            return parameter
+        return offset_of(parameter, *self.svf_maps[adapter_name], self._values_of(parameter))
+
+    def _values_of(self, parameter: Tensor) -> Tensor | None:
+        return None if self.svf_values is None else self.svf_values[: len(parameter)]
+
+    def fold_parametrization(self, adapter_name: str) -> None:
+        """Replace what an adapter trains by the offset it stands for."""
+        if adapter_name in self.svf_maps:
+            parameter = self.svf_offset[adapter_name].weight
+            parameter.data = self._mapped(adapter_name, parameter.data)
+            del self.svf_maps[adapter_name]
 
     def _rescale(self, weight: Tensor, offset: Tensor) -> Tensor:
         return rescale(weight, self._basis(), offset)
@@ -354,7 +379,7 @@ class SVFLayer(BaseTunerLayer):
         total = None
         for name in [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter:
             if (offset := offsets.find(name)) is not None:
-                offset = self._pad(offset)
+                offset = self._pad(self._mapped(name, offset) if self.svf_maps else offset)
                 total = offset if total is None else total + offset
         return total
 

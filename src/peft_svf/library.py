@@ -297,7 +297,7 @@ class ExpertLibrary:
         config, layers = entry.source.config, self.layers()
         for module, size in entry.source.sizes.items():
             layer = layers.get(module)
-            expected = min(config.get("rank") or layer.directions, layer.directions) if layer is not None else 0
+            expected = layer.size_of(config.get("rank")) if layer is not None else 0
             if size != expected:
                 found = "no such module" if layer is None else f"{expected} directions"
                 raise ValueError(
@@ -477,10 +477,15 @@ def _own(model: PreTrainedModel | PeftModel) -> list[_Entry]:
             for module, layer in model.named_modules()
             if isinstance(layer, SVFLayer) and name in layer.svf_offset
         }
-        offsets = {m: layer.svf_offset[name].weight.detach().float().cpu().clone() for m, layer in layers.items()}
+        offsets = {m: layer.offset(name).detach().float().cpu().clone() for m, layer in layers.items()}
         prints = {m: layer.svf_fingerprint.to_json() for m, layer in layers.items() if layer.svf_fingerprint}
         base = config.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", None)
-        known = {**config.to_dict(), "fingerprint": prints or None, "base_model_name_or_path": base}
+        known = {
+            **config.to_dict(),
+            "parametrization": "offset",
+            "fingerprint": prints or None,
+            "base_model_name_or_path": base,
+        }
         entries.append(_Entry(name, Expert(name, offsets, known)))
     return entries
 

@@ -8,7 +8,7 @@ Private names of PEFT were read in 0.21.2.
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .basis import Basis
-from .basis_cache import Fingerprint, fetch
+from .basis_cache import Fingerprint, cache_dir, fetch
 from .checkpoint import Checkpoint
 from .config import SVFConfig
 from .fingerprint import check
@@ -138,6 +138,16 @@ class SVFModel(BaseTuner):
             layer.svf_merged = layer.svf_factor = None
             layer.svf_announced = set() if index == 0 else None
 
+    def fold_parametrization(self, adapter_name: str = "default") -> None:
+        """
+        Turn an adapter that trains a mask into one that trains the offsets themselves; what it answers stays.
+
+        Experts are shared and mixed as offsets: do this when training is over, before saving.
+        """
+        for _, layer in _svf_layers(self.model):
+            layer.fold_parametrization(adapter_name)
+        self.peft_config[adapter_name].parametrization = "offset"
+
     def svf_memory(self) -> dict[str, dict[str, int]]:
         """
         Count the bytes that SVF keeps beside the base model.
@@ -245,6 +255,7 @@ class SVFModel(BaseTuner):
             target_modules=targets[0] if isinstance(targets[0], str) else set().union(*targets),  # type: ignore[arg-type]
             rank=None if None in ranks else max(ranks),
             fingerprint=None,
+            parametrization="offset",
             modules_to_save=None,
             init_weights=True,
         )
@@ -325,7 +336,7 @@ class SVFModel(BaseTuner):
             if source != "memory" and isinstance(weight.parameter, Tensor)
         }
         narrow = {name for name, parameter in plain.items() if parameter.dtype in (torch.bfloat16, torch.float16)}
-        checkpoint = Checkpoint(model) if (narrow if source == "auto" else plain) else None
+        checkpoint = Checkpoint(model) if plain else None
 
         def values_of(name: str) -> Tensor:
             weight = weights[name]
@@ -341,7 +352,17 @@ class SVFModel(BaseTuner):
                     )
             return weight.values(model)
 
-        return fetch(weights, values_of)
+        if checkpoint is None:
+            return fetch(weights, values_of)
+        memo = cache_dir() / "memo"
+        names_there = {name: weights[name].stored_name for name in plain}
+        known = {n: key for n, there in names_there.items() if (key := checkpoint.recall(there, plain[n].data, memo))}
+        found = fetch(weights, values_of, known)
+        new = {there: (plain[n].data, found[n][1].sha256) for n, there in names_there.items() if n not in known}
+        if new:
+            with suppress(OSError):  # a cache that cannot be written has said so
+                checkpoint.remember(new, memo)
+        return found
 
     def _check_base(
         self, model: nn.Module, adapter_name: str, config: SVFConfig

@@ -16,6 +16,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from .config import SVFConfig
 from .evaluation import Row, Summary, evaluate, paired_difference
 from .expert import read_offsets
 from .hub import CARD_NAME, expert_card
@@ -119,6 +120,8 @@ def write_expert(
         `dict`: what `result.json` holds.
     """
     folder, model, state = Path(folder), trainer.model, trainer.state
+    if isinstance(model.peft_config["default"], SVFConfig):
+        model.fold_parametrization()
     model.save_pretrained(folder, save_embedding_layers=False)
     found = held_out(model, trainer.processing_class, test, task, batch_size, **generation)
     z = {key.removeprefix("z/"): value for key, value in z_statistics(model).items() if key.count("/") == 1}
