@@ -11,7 +11,7 @@ RUN := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help test test-slow test-hub check format demo wheel clean
+.PHONY: help test test-slow test-hub check format demo bench learning wheel clean
 .SECONDARY:
 
 help:
@@ -20,6 +20,8 @@ help:
 	@echo "make test-slow  the tests marked slow, and those marked real if PEFT_SVF_SMOLLM2 names the checkpoint"
 	@echo "make test-hub   the tests that talk to the real Hub"
 	@echo "make check      ruff and mypy; make format mends what ruff can mend"
+	@echo "make bench      speed beside LoRA, TinyLoRA, IA3 and the dense form: a quarter of an hour on two free cores"
+	@echo "make learning   the training runs of benchmarks/learning that have no result yet, then their page"
 	@echo "make wheel      build the wheel and import it in a clean environment"
 	@echo "make clean      remove the environment and everything built"
 
@@ -55,6 +57,13 @@ format: $(VENV)/dev.stamp
 # All cores for the demo: OMP_NUM_THREADS=1 is for tests that run side by side.
 demo: $(VENV)/demo.stamp
 	env -u OMP_NUM_THREADS $(RUN) examples/demo.py $(DEMO_ARGS)
+
+bench: $(VENV)/demo.stamp $(VENV)/train.stamp
+	$(RUN) benchmarks/speed/run.py $(BENCH_ARGS)
+
+learning: $(VENV)/demo.stamp $(VENV)/train.stamp
+	env -u OMP_NUM_THREADS $(RUN) benchmarks/learning/run.py $(LEARNING_ARGS)
+	$(RUN) benchmarks/learning/report.py
 
 wheel: $(VENV)/torch.stamp
 	rm -rf build dist

@@ -9,7 +9,8 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny_model import tiny_model
+from tiny_model import tiny_model, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 from trainers import (
     CHOICE_ROWS,
     QUIET,
@@ -327,6 +328,23 @@ def test_text_prompts_are_answered_in_text(tmp_path):
         return [float(len(text)) for text in completions]
 
     trainer_of(tmp_path, rows, reward, per_device_train_batch_size=2).train()
+
+
+def test_completions_continue_plain_text_behind_the_beginning_of_text(tmp_path):
+    """As generation in TRL does: the tokenizer's own special tokens, where no chat template writes them."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = "<s>"
+    begin = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.convert_tokens_to_ids("<s>"))])
+    tokenizer.backend_tokenizer.post_processor = begin
+    trainer, seen = trainer_of(tmp_path, TEXT_ROWS, uneven), []
+    trainer.processing_class = tokenizer
+    trainer.model.generate = lambda input_ids, **_: (seen.append(input_ids), input_ids)[1]
+    trainer._complete([{"prompt": "ab"}, {"prompt": TEXT_ROWS[1]["prompt"]}])
+    texts = [tokenizer.convert_ids_to_tokens(row) for row in seen[0].tolist()]
+    assert [[t for t in text if t != "<pad>"] for text in texts] == [
+        ["<s>", "a", "b"],
+        ["<u>", "b", "?", "<end>", "<a>"],
+    ]
 
 
 # --- what is refused

@@ -266,8 +266,8 @@ def test_two_processes_take_the_step_of_one_with_twice_the_batch(kind, rows_each
     config.write_text(ACCELERATE)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(script)]
     run = subprocess.run(
-        [*launch, str(tmp_path), kind, str(rows_each)], capture_output=True, text=True, env=environment()
-    )
+        [*launch, str(tmp_path), kind, str(rows_each)], capture_output=True, text=True, env=environment(), timeout=120
+    )  # processes that wait for each other forever are an error, not a slow test
     assert run.returncode == 0, run.stderr[-9000:]
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     alone = divided(tmp_path, kind, 2 * rows_each)

@@ -46,13 +46,11 @@ from trl import GRPOConfig, GRPOTrainer
 
 from peft_svf import SVFConfig
 from peft_svf.training import (
-    MergedGenerationMixin,
     PromptFilter,
     ReinforceConfig,
     ReinforceTrainer,
     advantages_of,
     format_reward,
-    merged,
 )
 
 # --- advantages
@@ -798,83 +796,43 @@ def test_a_task_that_can_be_learned_is_learned(tmp_path):
     assert (1 + after) / 2 > 0.7
 
 
-# --- generation on merged weights
+# --- generation
 
 
-class Stock(MergedGenerationMixin, GRPOTrainer):
-    """The mixin alone, over TRL's own trainer."""
-
-
-def merging_trainer(folder, kind=ReinforceTrainer, **settings):
+@pytest.mark.parametrize("kind", [ReinforceTrainer, GRPOTrainer])
+def test_rollouts_run_on_merged_copies_and_leave_the_weights_alone(kind, tmp_path, monkeypatch):
     config = ReinforceConfig if kind is ReinforceTrainer else GRPOConfig
-    args = config(output_dir=str(folder), num_generations=3, save_strategy="no", **QUIET, **SHORT, **settings)
-    return kind(
-        tiny_model(), uneven, args, Dataset.from_list(TEXT_ROWS), processing_class=TOKENIZER,
-        peft_config=SVFConfig(init_weights=False),
+    args = config(output_dir=str(tmp_path), num_generations=3, save_strategy="no", **QUIET, **SHORT)
+    trainer = kind(
+        tiny_model(), uneven, args,
+        Dataset.from_list(TEXT_ROWS), processing_class=TOKENIZER, peft_config=SVFConfig(init_weights=False),
     )  # fmt: skip
+    model = trainer.model
+    before = {name: value.clone() for name, value in model.state_dict().items() if "svf_offset" not in name}
+    plans, original = [], type(model).generate
 
+    @functools.wraps(original)
+    def watched(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        plans.append({layer.svf_chosen for layer in pico.svf_layers(model).values()})
+        return output
 
-def states_while_generating(trainer, monkeypatch, fail=False):
-    """Whether the layers were merged, at each forward of `generate`."""
-    found = []
-
-    def watched(original):
-        @functools.wraps(original)
-        def generate(*args, **kwargs):
-            found.append([layer.merged for layer in pico.svf_layers(trainer.model).values()])
-            if fail:
-                raise RuntimeError("generation broke")
-            return original(*args, **kwargs)
-
-        return generate
-
-    monkeypatch.setattr(type(trainer.model), "generate", watched(type(trainer.model).generate))
-    return found
-
-
-def weights_of(trainer):
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
-
-
-@pytest.mark.parametrize("kind", [ReinforceTrainer, Stock])
-def test_completions_on_merged_weights_are_those_on_unmerged_ones(kind, tmp_path, monkeypatch):
-    trainer = merging_trainer(tmp_path, kind, generation_kwargs={"do_sample": False})
-    before, found = weights_of(trainer), states_while_generating(trainer, monkeypatch)
-    prompts = [row["prompt"] for row in TEXT_ROWS]
-    trainer.model.train()
-    merged_ids = trainer._generate(prompts)[1]
-    unmerged_ids = GRPOTrainer._generate(trainer, prompts)[1]
-    assert [all(state) for state in found] == [True, False] and not any(found[1])
-    assert merged_ids == unmerged_ids
-    after = weights_of(trainer)
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_merging_can_be_turned_off(tmp_path, monkeypatch):
-    trainer = merging_trainer(tmp_path, merge_for_generation=False)
-    found = states_while_generating(trainer, monkeypatch)
+    monkeypatch.setattr(type(model), "generate", watched)
     trainer.train()
-    assert found and not any(map(any, found))
+    assert plans and all(plan == {"merged"} for plan in plans)
+    assert all(torch.equal(before[name], model.state_dict()[name]) for name in before)
 
 
-def test_an_exception_while_generating_leaves_the_weights_unmerged(tmp_path, monkeypatch):
-    trainer = merging_trainer(tmp_path)
-    before, found = weights_of(trainer), states_while_generating(trainer, monkeypatch, fail=True)
-    with pytest.raises(RuntimeError, match="generation broke"):
-        trainer.train()
-    assert all(found[0])
-    after = weights_of(trainer)
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert not any(layer.merged for layer in pico.svf_layers(trainer.model).values())
-
-
-def test_leaving_merged_restores_the_weights_in_bfloat16():
-    model = get_peft_model(tiny_model(dtype=torch.bfloat16), SVFConfig(init_weights=False))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    for _ in range(3):
-        with merged(model):
-            assert all(layer.merged for layer in pico.svf_layers(model).values())
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+def test_the_plan_counts_the_forwards_of_a_whole_step(tmp_path):
+    settings = {**SHORT, "gradient_accumulation_steps": 3}
+    trainer = ReinforceTrainer(
+        tiny_model(), uneven,
+        ReinforceConfig(output_dir=str(tmp_path), num_generations=3, save_strategy="no", **QUIET, **settings),
+        Dataset.from_list(TEXT_ROWS * 3), processing_class=TOKENIZER, peft_config=SVFConfig(plan="narrow"),
+    )  # fmt: skip
+    assert {(layer.svf_plan, layer.svf_forwards) for layer in pico.svf_layers(trainer.model).values()} == {
+        ("narrow", 3)
+    }
 
 
 # --- scripts and imports

@@ -13,7 +13,6 @@ cell writes results/<cell>.json once; report.py makes the page from these files.
 
 import argparse
 import json
-import shlex
 import subprocess
 import sys
 import time
@@ -128,7 +127,7 @@ def run(cell: Cell) -> None:
             "curve": [entry for entry in history if "reward" in entry or "eval_reward" in entry],
         }
     result["test"]["records"] = [[r["id"], int(r["right"])] for r in result["test"]["records"]]
-    result["command"] = shlex.join(["python", *sys.argv])
+    result["command"] = f"python benchmarks/learning/run.py --only {cell.name}"
     result["versions"] = {name: version(name) for name in ("torch", "transformers", "peft", "trl", "peft-svf")}
     RESULTS.mkdir(exist_ok=True)
     partial = RESULTS / f"{cell.name}.json.partial"

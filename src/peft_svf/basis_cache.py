@@ -4,7 +4,8 @@ Weights -> their bases, computed once per content and kept on disk.
 
 An entry is named for the values of the weight it came from (upcast without loss, so one checkpoint loaded in bfloat16
 or in float32 is one entry): `<key>.safetensors` with Q, S and the probe, and `<key>.json`, the manifest with its
-checksum, which is written last: its presence means that the entry is whole. The folder is `PEFT_SVF_CACHE`, else
+checksum, which is written last: its presence means that the entry is whole. The checksum is compared where the file's
+size or time is not the manifest's. The folder is `PEFT_SVF_CACHE`, else
 `peft_svf` under `HF_HOME`. Nothing here knows of modules or adapters.
 """
 
@@ -17,12 +18,13 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
 from huggingface_hub import constants
 from huggingface_hub.utils import tqdm
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .basis import Basis, exact, factorize, probe
@@ -183,7 +185,18 @@ def _write(key: str, basis: Basis, fingerprint: Fingerprint) -> None:
         "sha256": hashlib.sha256(content).hexdigest(),
     }
     _replace(cache_dir() / f"{key}.safetensors", content)
+    _seal(key, manifest)
+
+
+def _seal(key: str, manifest: dict[str, Any]) -> None:
+    """Write the manifest of a whole entry, with the size and time of its file: while these stay, so do its bytes."""
+    manifest |= _state(cache_dir() / f"{key}.safetensors")
     _replace(cache_dir() / f"{key}.json", json.dumps(manifest, indent=1).encode())
+
+
+def _state(path: Path) -> dict[str, int]:
+    status = path.stat()
+    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -206,11 +219,13 @@ def _read(key: str) -> tuple[Basis, Fingerprint] | None:
         return None
     try:
         manifest = json.loads(manifest_path.read_text())
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != manifest["sha256"]:
-            raise ValueError("its checksum differs from the manifest")
-        tensors = load(content)
-        with suppress(OSError):  # a shared cache may be only readable
+        if any(manifest.get(name) != value for name, value in _state(path).items()):  # copied, or written to
+            if hashlib.sha256(path.read_bytes()).hexdigest() != manifest["sha256"]:
+                raise ValueError("its checksum differs from the manifest")
+            with suppress(OSError):  # a shared cache may be only readable
+                _seal(key, manifest)
+        tensors = load_file(path)
+        with suppress(OSError):
             os.utime(manifest_path)  # `prune` drops what was read longest ago
         return Basis(manifest["side"], tensors["Q"], tensors["S"]), Fingerprint(key, tensors["probe"])
     except Exception as error:  # whatever is wrong with it, the weight itself is at hand to compute it again

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from .config import SVFConfig
-from .evaluation import choice_logps, prompt_text
+from .evaluation import choice_logps, prompt_ids
 from .layer import SVFLayer
 from .runs import Run, check_patience, z_statistics
 
@@ -243,9 +243,8 @@ class EvolutionTrainer(Run, Trainer):
 
     def _complete(self, rows: Sequence[Row]) -> list[str]:
         tokenizer = self.processing_class
-        texts = [prompt_text(tokenizer, row["prompt"]) for row in rows]
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-        inputs = inputs.to(self.accelerator.device)
+        ids = {"input_ids": prompt_ids(tokenizer, [row["prompt"] for row in rows])}
+        inputs = tokenizer.pad(ids, return_tensors="pt", padding_side="left").to(self.accelerator.device)
         output = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.args.max_completion_length)
         return tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
 

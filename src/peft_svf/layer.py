@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from .basis import change, rescale, side_of
@@ -48,6 +49,29 @@ def held_weight(base: nn.Module) -> Tensor:
         if isinstance(tensor := getattr(base, name, None), Tensor):
             return tensor
     return next(chain(base.parameters(), base.buffers()))
+
+
+def undo_cpu_packing(base: nn.Module) -> None:
+    """
+    Undo what bitsandbytes (0.50) does to a 4-bit weight in its first forward of inference on a CPU with AVX512.
+
+    It packs the weight anew for a kernel through which no gradient flows, and whose layout PEFT cannot read. Saving
+    takes that back, but leaves the scales in the order of the kernel, or rounds them once more; they stay in bfloat16.
+    """
+    state: Any = getattr(getattr(base, "weight", None), "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        scales = state.absmax.T.reshape(-1).float()
+        base.state_dict()
+        state.absmax, state.nested = scales, False
+
+
+def refuse_zero3(weight: Tensor) -> None:
+    """Raise `ValueError` for a weight that DeepSpeed's ZeRO-3 has partitioned: nobody has run SVF on those."""
+    if hasattr(weight, "ds_id"):
+        raise ValueError(
+            "SVF does not run on weights that DeepSpeed ZeRO-3 has partitioned. z-vectors are small: use DDP, ZeRO-1 "
+            "or ZeRO-2, or FSDP2 (`torch.distributed.fsdp.fully_shard`) where the base model does not fit."
+        )
 
 
 def offloaded(base: nn.Module) -> bool:
@@ -159,6 +183,7 @@ class SVFLayer(BaseTunerLayer):
         self.svf_plan: Plan = "auto"
         self.svf_room = True  # memory for a second weight
         self.svf_forwards = 1  # forwards of an optimizer step
+        self.svf_generating = False  # the same z serves the forwards of `generate`, in training mode too
         self.svf_trusted = False  # the offset is known to be the one that `svf_merged` was built from
         self.svf_chosen: Plan | None = None  # for the last forward
         self.svf_announced: set[Plan] | None = None  # the model's first layer logs each plan once
@@ -168,6 +193,7 @@ class SVFLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.svf_fingerprint: Fingerprint | None = None
         self._pristine: Any = None
+        self._known: tuple[Tensor, ...] = ()  # the base parameter when the plan was set, see `_plain`
 
     @property
     def directions(self) -> int:
@@ -201,17 +227,17 @@ class SVFLayer(BaseTunerLayer):
         """Move an offset and the basis beside the weight. Unlike PEFT's, it leaves offsets in float32."""
         device = device or self.base_layer_device()
         offset = self.svf_offset[adapter_name]
-        if device is not None and not offset.weight.is_meta:
+        if not offset.weight.is_meta:
             offset.to(device)
-        if device is not None:
-            self._move_basis(device)
+        self._move_basis(device)
 
-    def base_layer_device(self) -> torch.device | None:
-        """Where the base layer is, or `None` if that cannot be told."""
-        return self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+    def base_layer_device(self) -> torch.device:
+        """Where the base layer computes."""
+        base: Any = self.get_base_layer()
+        return torch.device(base._hf_hook.execution_device) if offloaded(base) else self.base_weight.device
 
     def _move_basis(self, device: torch.device) -> None:
-        if self.svf_basis is not None and self.svf_basis.device != device:
+        if self.svf_basis is not None and self.svf_basis.device != device and device.type != "meta":
             self.set_basis(self.svf_basis.to(device), self.svf_values)
 
     def set_basis(self, Q: Tensor | None, values: Tensor | None) -> None:
@@ -229,6 +255,11 @@ class SVFLayer(BaseTunerLayer):
             "offsets": [offset.weight for offset in self.svf_offset.values()],
         }
         return {name: sum(0 if t is None else t.nbytes for t in tensors) for name, tensors in kept.items()}
+
+    def get_base_weight(self) -> Tensor:
+        """The base weight as a plain tensor, dequantised if it is packed."""
+        undo_cpu_packing(self.get_base_layer())
+        return super().get_base_weight()
 
     def logical_weight(self) -> Tensor:
         """The base weight as `(out, in)`: dequantised if it is packed, transposed for `Conv1D`; never a merged one."""
@@ -293,8 +324,10 @@ class SVFLayer(BaseTunerLayer):
 
         Raises:
             `ValueError`: with `safe_merge`, if an adapter makes a weight that is not finite.
-            `TypeError`: if the weight is packed by a quantisation that cannot be undone.
+            `TypeError`: if the weight is packed by a quantisation that cannot be undone, or sharded.
         """
+        if isinstance(self.base_weight, DTensor):
+            raise TypeError("A sharded weight cannot be merged: save the adapter and merge it into the whole model.")
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.svf_offset]
         for name in names:
             weight = self.logical_weight()
@@ -320,15 +353,20 @@ class SVFLayer(BaseTunerLayer):
         base = self.get_base_layer()
         if self.quantization_backend is None:
             return (self.base_weight.data,)
-        return base.weight, dict(base.weight.__dict__), copy.copy(getattr(base, "state", None))
+        weight = base._parameters.get("weight")
+        return base, weight, dict(getattr(weight, "__dict__", {})), copy.copy(getattr(base, "state", None))
 
     def _restore(self, snapshot: tuple[Any, ...]) -> None:
         base = self.get_base_layer()
         if self.quantization_backend is None:
             self.base_weight.data = snapshot[0].to(self.base_weight.device, self.base_weight.dtype)
             return
-        base.weight, attributes, state = snapshot
-        base.weight.__dict__.update(attributes)  # PEFT's 4-bit setter edits the old parameter's flags as well
+        pristine, weight, attributes, state = snapshot
+        if base is not pristine:  # PEFT's setter for HQQ puts another module in its place
+            self.base_layer = base = pristine
+        if weight is not None:
+            base.weight = weight
+            weight.__dict__.update(attributes)  # PEFT's 4-bit setter edits the old parameter's flags as well
         if state is not None:
             base.state = state
 
@@ -389,6 +427,9 @@ class SVFLayer(BaseTunerLayer):
 
         Qwen2.5's k_proj has a bias 20 times the signal; z gradients from `y - bias` are 8 % off there in bfloat16.
         """
+        if offloaded(base := self.get_base_layer()):
+            with onloaded(base):
+                return self._without_bias(x, y)
         if y.dtype not in (torch.bfloat16, torch.float16) or self.quantization_backend is not None:
             return y - self.bias
         weight = self.weight.T if isinstance(self.get_base_layer(), Conv1D) else self.weight
@@ -427,9 +468,7 @@ class Linear(nn.Module, SVFLayer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Linear":
         super()._apply(fn, recurse)
-        device = self.base_layer_device()
-        if device is not None and device.type != "meta":
-            self._move_basis(device)
+        self._move_basis(self.base_layer_device())
         return self
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -476,7 +515,7 @@ class Linear(nn.Module, SVFLayer):
         It asks what `forward`, `_plan` and `_merged_for` ask, without their attribute look-ups (25 -> 2 microseconds).
         """
         if (
-            self.training
+            (self.training and not self.svf_generating)
             or self._disable_adapters
             or self.merged_adapters
             or not self._lasting
@@ -498,6 +537,7 @@ class Linear(nn.Module, SVFLayer):
 
     def _plan(self, x: Tensor, offset: Tensor) -> Plan:
         if torch.compiler.is_compiling() or not self._plain():
+            refuse_zero3(self.base_weight)
             return "narrow"
         rows = offset.dim() == 2
         load = Load(
@@ -506,7 +546,7 @@ class Linear(nn.Module, SVFLayer):
             r=self.directions,
             k=offset.shape[-1],
             # not whether gradients are on: checkpointing runs a first forward without, and both must agree to the bit
-            training=self.training and offset.requires_grad,
+            training=self.training and offset.requires_grad and not self.svf_generating,
             rows=rows,
             base_rows=self._base_rows,
             lasting=self._lasting,
@@ -520,12 +560,19 @@ class Linear(nn.Module, SVFLayer):
         return chosen
 
     def _plain(self) -> bool:
-        """Whether the base layer is nothing but a product with a frozen weight, which another one can stand in for."""
+        """
+        Whether the base layer is nothing but a product with a frozen weight, which another one can stand in for.
+
+        FSDP shards weights between forwards; while a module runs it has a plain parameter, another object than the one
+        that the plan was set for. A copy of that one would undo the sharding.
+        """
         base = self.base_layer
         return (
             type(base) in (nn.Linear, Conv1D)
+            and len(self._known) == 1
+            and base._parameters.get("weight") is self._known[0]
             and type(base.weight.data) is Tensor
-            and not base.weight.requires_grad
+            and not (base.weight.requires_grad or hasattr(base.weight, "ds_id"))
             and not (base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook"))
         )
 

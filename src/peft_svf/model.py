@@ -14,24 +14,26 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _get_in_out_features
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from psutil import virtual_memory
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from .basis import Basis
+from .basis import Basis, side_of
 from .basis_cache import Fingerprint, cache_dir, fetch
 from .checkpoint import Checkpoint
 from .config import SVFConfig
 from .fingerprint import check
-from .layer import BASE, Linear, SVFLayer, escape
+from .layer import BASE, Linear, SVFLayer, escape, held_weight, offloaded, onloaded, refuse_zero3, undo_cpu_packing
 from .plans import PLANS, Plan
 from .stacked import ParamWrapper
 from .targets import DEFAULT_TARGETS, adaptable, default_targets
 
 logger = logging.getLogger(__name__)
+MISFIT = 0.35  # SmolLM2's weights in 4 bits are below 0.2 and in 3 bits below 0.3; another layer's lie above 0.4
 
 
 class SVFModel(BaseTuner):
@@ -45,6 +47,7 @@ class SVFModel(BaseTuner):
     prefix = "svf_"
     tuner_layer_cls = SVFLayer
     target_module_mapping = DEFAULT_TARGETS  # type: ignore[assignment]
+    _waiting = False  # for weights that were on the meta device when their bases were asked for
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # A bare config, not PEFT's dict by name: transformers loads an adapter into its own model. Where its file's
@@ -89,28 +92,44 @@ class SVFModel(BaseTuner):
         """
         Give every SVF layer its basis, from the cache or by computing it; layers that have theirs are left alone.
 
-        Weights on the meta device get none: call it again once they are loaded.
+        Weights on the meta device get none until they are loaded; then the next forward of the `PeftModel` does it.
 
         Args:
             known (`dict`, *optional*):
-                Bases by module name that are at hand already.
+                Bases by module name that are at hand already, of adapters whose fingerprint is checked.
+
+        Raises:
+            `ValueError`: if an adapter's fingerprint names another base, or needs more directions than are known.
         """
-        layers = {}
+        layers, self._waiting = {}, False
         for name, layer in _svf_layers(self.model):
             matrices = getattr(layer, "matrices", 1)
             needed = max((offset.weight.shape[0] // matrices for offset in layer.svf_offset.values()), default=0)
             have = 0 if layer.svf_basis is None else layer.svf_basis.shape[-1]
-            if have < needed and not layer.base_weight.is_meta:
+            if have < needed and _absent(layer.get_base_layer(), layer.base_weight):
+                self._waiting = True
+            elif have < needed:
                 layers[layer.weight_name(name)] = (layer, needed)
-        known = known or {}
-        known = known | self._bases(self.model, [name for name in layers if name not in known])
+        if known is None:
+            known = {}
+            for adapter_name, config in self.peft_config.items() if layers else ():
+                known |= self._check_base(self.model, adapter_name, config)
+        short = [n for n, (_, needed) in layers.items() if n not in known or known[n][0].Q.shape[-1] < needed]
+        known = known | self._bases(self.model, short)
         for name, (layer, needed) in layers.items():
-            basis, layer.svf_fingerprint = known[name]
+            basis, fingerprint = known[name]
+            if layer.svf_fingerprint is not None and layer.svf_fingerprint.sha256 != fingerprint.sha256:
+                raise ValueError(
+                    f"An adapter has brought {layer.svf_basis.shape[-1]} directions of {name} along, and {needed} are "  # type: ignore[union-attr]
+                    "needed now: those of this base would be others. Load it on a base of its own, or ship all "
+                    "directions (an adapter with rank=None and save_basis=True)."
+                )
+            layer.svf_fingerprint = fingerprint
             wanted = basis.Q.dtype
             if wanted == torch.float32:
                 wanted = getattr(torch, next(iter(self.peft_config.values())).basis_dtype)
             Q = basis.Q if needed == basis.Q.shape[-1] else basis.Q[..., :needed].clone()
-            layer.set_basis(Q.to(layer.base_weight.device, wanted), basis.S[..., :needed])
+            layer.set_basis(Q.to(layer.base_layer_device(), wanted), basis.S[..., :needed])
         self.set_plan(next(iter(self.peft_config.values())).plan)
 
     def set_plan(self, plan: Plan, forwards_per_step: int = 1) -> None:
@@ -137,6 +156,7 @@ class SVFModel(BaseTuner):
             layer.svf_plan, layer.svf_forwards, layer.svf_room = plan, forwards_per_step, room
             layer.svf_merged = layer.svf_factor = None
             layer.svf_announced = set() if index == 0 else None
+            layer._known = (layer.base_weight,)
 
     def fold_parametrization(self, adapter_name: str = "default") -> None:
         """
@@ -159,6 +179,12 @@ class SVFModel(BaseTuner):
         memory = {name: layer.svf_bytes() for name, layer in _svf_layers(self.model)}
         kinds = ("basis", "merged", "factored", "offsets")
         return memory | {"total": {kind: sum(of[kind] for of in memory.values()) for kind in kinds}}
+
+    def train(self, mode: bool = True) -> "SVFModel":
+        """Switch between training and evaluation; see [`~layer.undo_cpu_packing`] for what else training takes."""
+        for module in self.model.modules() if mode else ():
+            undo_cpu_packing(module)
+        return super().train(mode)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge as PEFT does; an adapter that `safe_merge` refuses leaves every weight as it was, not only its own."""
@@ -302,15 +328,17 @@ class SVFModel(BaseTuner):
                 "rescaling one would change the other when merged. Leave it out, or load the model with "
                 "`tie_word_embeddings=False`."
             )
-        layer: SVFLayer = (
-            Linear(target, adapter_name, config, **get_quantization_kwargs(self.model))
-            if parameter_name is None
-            else ParamWrapper(target, adapter_name, parameter_name, config)
-        )
+        with onloaded(target):
+            layer: SVFLayer = (
+                Linear(target, adapter_name, config, **get_quantization_kwargs(self.model))
+                if parameter_name is None
+                else ParamWrapper(target, adapter_name, parameter_name, config)
+            )
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is active
         layer.train(target.training)
-        self._replace_module(parent, target_name, layer, target)
+        with onloaded(target):  # PEFT moves the offset to where the weight is: with accelerate's offload it is nowhere
+            self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Put a module in another's place. PEFT's own also copies `weight`, which a stack of experts does not have."""
@@ -330,30 +358,38 @@ class SVFModel(BaseTuner):
         source = next(iter(self.peft_config.values())).basis_from
         find = _finder(model)
         weights = {name: weight for name in names if (weight := find(name)) is not None}
-        plain = {
-            name: weight.parameter
-            for name, weight in weights.items()
-            if source != "memory" and isinstance(weight.parameter, Tensor)
-        }
-        narrow = {name for name, parameter in plain.items() if parameter.dtype in (torch.bfloat16, torch.float16)}
-        checkpoint = Checkpoint(model) if plain else None
+        checkpoint = Checkpoint(model) if weights and source != "memory" else None
 
         def values_of(name: str) -> Tensor:
             weight = weights[name]
-            if checkpoint is not None and (source == "checkpoint" or name in narrow):
-                stored = checkpoint.weight(weight.stored_name, weight.parameter.data)
-                if stored is not None:
-                    return stored.T if isinstance(weight.holder, Conv1D) else stored
-                if source == "checkpoint":
-                    raise ValueError(
-                        f"basis_from='checkpoint', but no safetensors file of {checkpoint.name or 'this model'!r} on "
-                        f"this machine holds the weight of {name} as it is loaded. Use basis_from='memory', or "
-                        "load the model from a local folder or the Hub cache."
-                    )
-            return weight.values(model)
+            packed = weight.backend(model) is not None
+            rounded = packed or weight.parameter.dtype in (torch.bfloat16, torch.float16)
+            loaded = weight.values(model, name)
+            if checkpoint is None or not (rounded or source == "checkpoint"):
+                return loaded
+            transposed = isinstance(weight.holder, Conv1D)
+            stored = checkpoint.weight(weight.stored_name, loaded.T if transposed else loaded, packed)
+            if stored is None and source == "checkpoint":
+                raise ValueError(
+                    f"basis_from='checkpoint', but no safetensors file of {checkpoint.name or 'this model'!r} on "
+                    f"this machine holds the weight of {name} as it is loaded. Use basis_from='memory', or "
+                    "load the model from a local folder or the Hub cache."
+                )
+            if stored is None:
+                return loaded
+            return stored.T if transposed else stored
 
+        if any(isinstance(weight.parameter, DTensor) for weight in weights.values()):
+            gathered: dict[
+                str, tuple[Basis, Fingerprint]
+            ] = {}  # all processes take part in gathering, so none may hold the lock of the cache meanwhile
+            for name in weights:
+                whole = values_of(name)
+                gathered |= fetch([name], lambda _, whole=whole: whole)  # type: ignore[misc]
+            return gathered
         if checkpoint is None:
             return fetch(weights, values_of)
+        plain = {name: weight.parameter for name, weight in weights.items() if weight.in_memory(model)}
         memo = cache_dir() / "memo"
         names_there = {name: weights[name].stored_name for name in plain}
         known = {n: key for n, there in names_there.items() if (key := checkpoint.recall(there, plain[n].data, memo))}
@@ -373,8 +409,11 @@ class SVFModel(BaseTuner):
         saved = {name: Fingerprint.from_json(entry) for name, entry in config.fingerprint.items()}
         adapted = {layer.weight_name(name): layer.svf_fingerprint for name, layer in _svf_layers(model)}
         found = {name: weight for name in saved if (weight := _finder(model)(name)) is not None}
-        missing = [n for n, weight in found.items() if adapted.get(n) is None and not weight.parameter.is_meta]
-        bases = self._bases(model, missing)
+        missing = [
+            n for n, weight in found.items() if adapted.get(n) is None and not _absent(weight.holder, weight.parameter)
+        ]
+        bases = self._shipped(model, adapter_name, config, {name: found[name] for name in missing})
+        bases |= self._bases(model, [name for name in missing if name not in bases])
         own = {name: fingerprint for name, fingerprint in adapted.items() if fingerprint is not None}
         own |= {name: fingerprint for name, (_, fingerprint) in bases.items()}
         here = getattr(model, "name_or_path", "") or type(model).__name__
@@ -390,10 +429,41 @@ class SVFModel(BaseTuner):
         )
         return bases
 
+    def _shipped(
+        self, model: nn.Module, adapter_name: str, config: SVFConfig, weights: "dict[str, _Weight]"
+    ) -> dict[str, tuple[Basis, Fingerprint]]:
+        """Read the bases that an adapter has brought along, and refuse those of other weights than these."""
+        bases = {}
+        for name, (Q, values, sha256) in config.read_bases().items():
+            if name not in weights:
+                continue
+            fingerprint = Fingerprint.from_json((config.fingerprint or {})[name])
+            shape = weights[name].shape(model)
+            side, r = side_of(*shape[-2:]), min(shape[-2:])
+            fits = Q.shape[:-1] == (*shape[:-2], r) and min(config.rank or r, r) <= Q.shape[-1] <= r
+            if sha256 != fingerprint.sha256 or not fits:
+                raise ValueError(
+                    f"Adapter {adapter_name!r} has brought along a basis of shape {tuple(Q.shape)} for {name}, which "
+                    f"does not belong to its fingerprint and to a weight of shape {tuple(shape)}: its files "
+                    "are of different experts, or this base is not the one it was trained on. Fetch both again."
+                )
+            readable = getattr(weights[name].backend(model), "supports_merge", True)
+            distance = misfit(weights[name].values(model, name).to(Q.device), Q, values) if readable else 0.0
+            if not distance <= MISFIT:
+                raise ValueError(
+                    f"Adapter {adapter_name!r} does not belong to this base model: the basis that it has brought "
+                    f"along for {name} does not fit the weight here (distance {distance:.2g}; 4 bits make 0.2, at "
+                    f"most {MISFIT:g} is accepted). Load {config.base_model_name_or_path!r}."
+                )
+            bases[name] = (Basis(side, Q, values), fingerprint)
+        return bases
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Serve a mixed batch: `adapter_names` gives one adapter, or `"__base__"`, for each row."""
         names = kwargs.pop("adapter_names", None)
+        if self._waiting:
+            self.fetch_bases()
         if names is None:
             with nullcontext() if torch.compiler.is_compiling() else self._trusting():
                 yield
@@ -427,21 +497,28 @@ class SVFModel(BaseTuner):
 
     @contextmanager
     def _trusting(self) -> Iterator[None]:
-        """Compare all merged weights with their z at once, on a GPU with one wait instead of one for each layer."""
-        layers = [layer for layer in self._layers() if layer.svf_merged is not None and layer.svf_rows is None]
-        pairs = [(layer.svf_merged.offset, layer._active_offset()) for layer in layers if layer.svf_merged is not None]
+        """
+        Tell the layers what one call of the `PeftModel` knows for all of its forwards.
+
+        Without gradients it is generation or scoring, in training mode too (TRL's rollouts): one z for what follows.
+        Merged weights are compared with their z all at once, on a GPU with one wait instead of one for each layer.
+        """
+        layers, without = self._layers(), not torch.is_grad_enabled()
+        kept = [layer for layer in layers if layer.svf_merged is not None and layer.svf_rows is None]
+        pairs = [(layer.svf_merged.offset, layer._active_offset()) for layer in kept if layer.svf_merged is not None]
         known = [(built, now) for built, now in pairs if now is not None and built.shape == now.shape]
-        if not known or len(known) < len(layers) or not _waits(known[0][0].device):
-            yield  # each layer looks for itself
-            return
-        same = torch.equal(torch.cat([built for built, _ in known]), torch.cat([now.detach() for _, now in known]))
+        same = False
+        if known and len(known) == len(kept) and _waits(known[0][0].device):
+            same = torch.equal(torch.cat([built for built, _ in known]), torch.cat([now.detach() for _, now in known]))
         for layer in layers:
+            layer.svf_generating = without
+        for layer in kept:
             layer.svf_trusted = same
         try:
             yield
         finally:
             for layer in layers:
-                layer.svf_trusted = False
+                layer.svf_generating = layer.svf_trusted = False
 
     def _layers(self) -> list[SVFLayer]:
         return [module for module in self.model.modules() if isinstance(module, SVFLayer)]
@@ -456,15 +533,18 @@ class SVFModel(BaseTuner):
         PEFT saves the config next, so this is also where it gets the fingerprint of the base.
         """
         key = f"svf_offset.{escape(adapter_name)}.weight"
-        found, fingerprint = {}, {}
+        found, fingerprint, bases = {}, {}, {}
         for name, layer in _svf_layers(model):
             if adapter_name in layer.svf_offset:
-                offset = layer.svf_offset[adapter_name].weight
-                found[f"{name}.{key}"] = state_dict.get(f"{name}.{key}", offset.detach())
-                if layer.svf_fingerprint is not None:
+                offset = state_dict.get(f"{name}.{key}", layer.svf_offset[adapter_name].weight.detach())
+                found[f"{name}.{key}"] = offset.full_tensor() if isinstance(offset, DTensor) else offset
+                if layer.svf_fingerprint is not None and layer.svf_basis is not None and layer.svf_values is not None:
                     weight = layer.weight_name(name).removeprefix("base_model.model.")
                     fingerprint[weight] = layer.svf_fingerprint.to_json()
+                    bases[weight] = (layer.svf_basis, layer.svf_values)
         config.record_fingerprint(fingerprint or config.fingerprint)
+        if config.save_basis:
+            config.record_bases(bases)
         return found
 
     @classmethod
@@ -531,14 +611,47 @@ class _Weight:
     stored_name: str
     layer: SVFLayer | None = None
 
-    def values(self, model: nn.Module) -> Tensor:
-        """The weight `(out, in)` or `(E, out, in)` as it is in memory, dequantised, never a merged one."""
+    def backend(self, model: nn.Module) -> Any:
+        """PEFT's quantisation backend for the module, or `None` where the weight is not packed."""
+        return resolve_quantization_backend(self.holder, **get_quantization_kwargs(model))
+
+    def shape(self, model: nn.Module) -> tuple[int, ...]:
+        """`(out, in)` or `(E, out, in)`, of packed weights too."""
+        if isinstance(self.holder, Conv1D) or self.backend(model) is not None:
+            within, out = _get_in_out_features(self.holder)
+            return out, within
+        return tuple(self.parameter.shape)
+
+    def in_memory(self, model: nn.Module) -> bool:
+        """Whether the parameter is the very weight: not packed, sharded or offloaded."""
+        return type(self.parameter.data) is Tensor and not self.parameter.is_meta and self.backend(model) is None
+
+    def values(self, model: nn.Module, name: str) -> Tensor:
+        """The weight `(out, in)` or `(E, out, in)` as it is in memory, whole, dequantised, never a merged one."""
+        refuse_zero3(self.parameter)
+        backend = self.backend(model)
+        with onloaded(self.holder):
+            try:
+                values = self._read(backend)
+            except (TypeError, NotImplementedError) as error:
+                if backend is None:
+                    raise
+                raise ValueError(
+                    f"The weight of {name} is packed by {backend.backend_name}, which PEFT cannot unpack, so its "
+                    "singular directions cannot be computed here. Load an expert that brings its basis along (made "
+                    "with save_basis=True on the unpacked model), or quantise the base with bitsandbytes, HQQ or "
+                    "torchao."
+                ) from error
+        return values.full_tensor() if isinstance(values, DTensor) else values
+
+    def _read(self, backend: Any) -> Tensor:
         if self.layer is not None:
             return self.layer.logical_weight()
-        if isinstance(self.holder, Conv1D):
-            return self.parameter.data.T
-        backend = resolve_quantization_backend(self.holder, **get_quantization_kwargs(model))
-        return self.parameter.data if backend is None else backend.get_base_weight(self.holder)
+        if backend is not None:
+            undo_cpu_packing(self.holder)
+            return backend.get_base_weight(self.holder)
+        values = getattr(self.holder, self.stored_name.rpartition(".")[2]).data
+        return values.T if isinstance(self.holder, Conv1D) else values
 
 
 def _finder(model: nn.Module) -> Callable[[str], _Weight | None]:
@@ -551,7 +664,7 @@ def _finder(model: nn.Module) -> Callable[[str], _Weight | None]:
             stored = name if isinstance(layer, ParamWrapper) else f"{name}.weight"
             return _Weight(layer.get_base_layer(), layer.base_weight, stored, layer)
         if (module := modules.get(name)) is not None:
-            return _Weight(module, module.weight, f"{name}.weight") if adaptable(module) else None
+            return _Weight(module, held_weight(module), f"{name}.weight") if adaptable(module) else None
         parent, _, parameter = name.rpartition(".")
         holder = modules.get(parent)
         if isinstance(holder, SVFLayer):  # another of its parameters is adapted
@@ -560,6 +673,25 @@ def _finder(model: nn.Module) -> Callable[[str], _Weight | None]:
         return None if found is None or holder is None else _Weight(holder, found, name)
 
     return find
+
+
+def misfit(weight: Tensor, Q: Tensor, values: Tensor) -> float:
+    """
+    Tell how far a weight is from having these singular directions and values: 0 if it has them, about 1.4 by chance.
+
+    `norm(Q^T G Q - diag(values^2)) / norm(diag(values^2) - mean(eigenvalues of G))` with `G` the Gram matrix of the
+    weight `(out, in)` on its narrow side, or of each of a stack. Rounding moves it by twice its own size.
+    """
+    wide, Q, squares = weight.double(), Q.double(), torch.diag_embed(values.double().square())
+    h = wide @ Q if side_of(*weight.shape[-2:]) == "in" else wide.mT @ Q  # (..., long, k)
+    mean = wide.square().mean() * max(weight.shape[-2:])
+    uniform = mean * torch.eye(Q.shape[-1], dtype=wide.dtype, device=wide.device)
+    return float((h.mT @ h - squares).norm() / (squares - uniform).norm())
+
+
+def _absent(holder: nn.Module, parameter: Tensor) -> bool:
+    """Whether a weight has no values yet; one that accelerate offloads has, elsewhere."""
+    return parameter.is_meta and not offloaded(holder)
 
 
 def _room(layers: list[SVFLayer]) -> bool:

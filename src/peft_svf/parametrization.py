@@ -24,7 +24,7 @@ def offset_of(parameter: Tensor, kind: Parametrization, limit: float, S: Tensor 
     | kind | z |
     |---|---|
     | `"offset"` | `1 + d`, the paper's equation |
-    | `"sigmoid"` | `limit * sigmoid(p0 + d)`, from 0 to `limit`, the mask of the paper's code; `p0` makes it 1 at d = 0 |
+    | `"sigmoid"` | `limit * sigmoid(p0 + d)`, 0 to `limit`, the mask of the paper's code; `p0` makes it 1 at d = 0 |
     | `"reference"` | with that mask `m = sigmoid(0.1 + d)`, `m * sum(S) / sum(S * m)`: the nuclear norm stays |
     | `"bounded"` | `1 + limit * tanh(d / limit)`, from `1 - limit` to `1 + limit`, slope 1 at d = 0 |
 

@@ -24,8 +24,8 @@ class ParamWrapper(nn.Module, SVFLayer):
     SVF of one parameter `(E, out, in)` or `(out, in)` of any module.
 
     PEFT nests one wrapper per parameter and knows them by this class's name. In training the rescaled stack is made in
-    each forward, and its gradient, of the size of the stack, lives until this module's backward has projected it on z;
-    in inference it is made once for each z.
+    each forward and kept by autograd until the module's backward (activation checkpointing shortens that), where its
+    gradient, of the same size, is projected on z; in inference it is made once for each z.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ParamWrapper(nn.Module, SVFLayer):
     def weight_name(self, name: str) -> str:
         return f"{name.replace('.base_layer', '')}.{self.parameter_name}"
 
-    def base_layer_device(self) -> torch.device | None:
+    def base_layer_device(self) -> torch.device:
         return self.base_weight.device
 
     def get_base_weight(self) -> Tensor:

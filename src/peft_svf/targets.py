@@ -45,7 +45,8 @@ def default_targets(model: nn.Module, model_type: str | None) -> set[str] | str:
     Name the modules that SVF adapts unless told otherwise: the MLP weights, the paper's choice.
 
     Where these are no linear modules (fused experts) it is attention q and v; where the table has no such
-    architecture, what LoRA adapts there. Both are logged.
+    architecture, what LoRA adapts there. Both are logged. In a model that also sees or hears it is the language side
+    alone: a vision tower has to be asked for.
 
     Args:
         model (`torch.nn.Module`):
@@ -56,6 +57,13 @@ def default_targets(model: nn.Module, model_type: str | None) -> set[str] | str:
     Raises:
         `ValueError`: if nobody knows the architecture.
     """
+    side = _language_side(model)
+    if side is not None:
+        name, module = side
+        endings = default_targets(module, module.config.model_type)
+        last = name.rpartition(".")[2]  # "language_model.layers.0.mlp.up_proj": no vision tower has such a name
+        inner = [inner for inner, part in module.named_modules() if adaptable(part) and _ends(inner, endings)]
+        return {f"{last}.{name.removesuffix('.base_layer')}" for name in inner}
     targets = DEFAULT_TARGETS.get(model_type)  # type: ignore[arg-type]
     if targets is None:
         targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
@@ -70,7 +78,25 @@ def default_targets(model: nn.Module, model_type: str | None) -> set[str] | str:
     names = [name.removesuffix(adapted) for name, module in model.named_modules() if adaptable(module)]
     if isinstance(targets, str):  # spelled out as endings, so that `layers_to_transform` applies to it as well
         return {match[1] for name in names if (match := re.fullmatch(targets, name))}
-    if not any(f".{name}".endswith(f".{target}") for name in names for target in targets):
+    if not any(_ends(name, set(targets)) for name in names):
         logger.info(f"The MLP weights of {model_type!r} are no linear modules: SVF targets attention q and v.")
         targets = ATTENTION
     return set(targets)
+
+
+def _language_side(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """The part of a model for several kinds of input that reads and writes text, with its name."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if text is config:
+        return None
+    parts = ((name, part) for name, part in model.named_modules() if getattr(part, "config", None) is text)
+    return next(parts, None)
+
+
+def _ends(name: str, targets: set[str] | str) -> bool:
+    """Whether PEFT would take a module for a target."""
+    name = name.removesuffix(".base_layer")
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(f".{name}".endswith(f".{target}") for target in targets)

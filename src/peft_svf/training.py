@@ -4,7 +4,7 @@ Model, task rows and reward -> a trained z-vector expert, by REINFORCE (arXiv 25
 
 A thin subclass of TRL's `GRPOTrainer`: data, generation, logging and checkpoints are TRL's. What is ours: the
 estimators of the advantage, both directions of the KL penalty and its form in the reward, a filter of prompts that
-teach nothing, generation on merged weights, greedy evaluation, and rows of the choice form, whose action is one of the
+teach nothing, greedy evaluation, and rows of the choice form, whose action is one of the
 row's `choices` and whose policy is the softmax of their summed token log-likelihoods. Private names of TRL were read
 in 1.16.
 """
@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig
 
 from .evaluation import choice_logps
+from .model import SVFModel
 from .runs import PromptFilter, Run, check_patience, z_statistics
 
 try:
@@ -131,8 +131,6 @@ class ReinforceConfig(GRPOConfig):
             per prompt).
         greedy_eval (`bool`):
             Evaluate on the likeliest completion or choice.
-        merge_for_generation (`bool`):
-            Fold z into the weights while completions are generated, which makes a rollout cheaper.
         early_stopping_patience (`int`, *optional*):
             Stop after so many evaluations without a better one.
     """
@@ -148,6 +146,8 @@ class ReinforceConfig(GRPOConfig):
     beta: float = 0.0
     metric_for_best_model: str | None = "eval_reward"
     restore_callback_states_from_checkpoint: bool = True  # early stopping and the filter go on counting
+    # Bases are buffers and never change. Sent at each forward, they would wait for processes whose rows need fewer.
+    ddp_broadcast_buffers: bool | None = False
     advantage_estimator: Estimator = field(default="rloo", metadata={"help": "How rewards become advantages."})
     reward_clip: float | None = field(default=None, metadata={"help": "Clip rewards to [-x, x]."})
     kl_direction: Literal["policy_ref", "ref_policy"] = field(default="policy_ref", metadata={"help": "Which KL."})
@@ -155,7 +155,6 @@ class ReinforceConfig(GRPOConfig):
     prompt_filter: bool = field(default=False, metadata={"help": "Pass over prompts that teach nothing."})
     greedy_rollouts: bool = field(default=False, metadata={"help": "Roll out the likeliest completion."})
     greedy_eval: bool = field(default=True, metadata={"help": "Evaluate on the likeliest completion."})
-    merge_for_generation: bool = field(default=True, metadata={"help": "Generate on merged weights."})
     early_stopping_patience: int | None = field(default=None, metadata={"help": "Evaluations without a better one."})
 
     def __post_init__(self) -> None:
@@ -259,31 +258,7 @@ def _world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-class MergedGenerationMixin:
-    """For any TRL trainer that rolls out: completions are generated on merged weights, which are restored after."""
-
-    def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        model = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
-        settings: Any = self.args  # type: ignore[attr-defined]
-        wanted = getattr(settings, "merge_for_generation", True) and not settings.use_vllm  # TRL merges for vLLM
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # type: ignore[attr-defined]
-        if not wanted or sharded or not isinstance(model, PeftModel):
-            return super()._generate(*args, **kwargs)  # type: ignore[misc]
-        with merged(model):
-            return super()._generate(*args, **kwargs)  # type: ignore[misc]
-
-
-@contextmanager
-def merged(model: PeftModel) -> Iterator[None]:
-    """Fold the active adapters into the weights while the context is open, and restore these to the bit."""
-    model.merge_adapter()
-    try:
-        yield
-    finally:
-        model.unmerge_adapter()
-
-
-class ReinforceTrainer(Run, MergedGenerationMixin, GRPOTrainer):
+class ReinforceTrainer(Run, GRPOTrainer):
     """
     Train z-vectors, or any PEFT adapter, by REINFORCE.
 
@@ -321,6 +296,9 @@ class ReinforceTrainer(Run, MergedGenerationMixin, GRPOTrainer):
         for parameter in self.model.parameters():
             if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()  # TRL makes them bfloat16 on quantised bases
+        if isinstance(tuner := getattr(self.model, "base_model", None), SVFModel):
+            plan = tuner.peft_config[tuner.active_adapters[0]].plan
+            tuner.set_plan(plan, forwards_per_step=args.gradient_accumulation_steps)
         self.stop_early(args.early_stopping_patience)
         if args.prompt_filter:
             self._number_rows()
@@ -549,11 +527,9 @@ def _without_luspo_remark() -> Iterator[None]:
 
 
 __all__ = [
-    "MergedGenerationMixin",
     "PromptFilter",
     "ReinforceConfig",
     "ReinforceTrainer",
     "advantages_of",
     "format_reward",
-    "merged",
 ]
