@@ -11,7 +11,7 @@ RUN := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help test test-slow test-hub check format demo bench learning wheel clean
+.PHONY: help test test-slow test-hub check format demo bench learning adaptation wheel clean
 .SECONDARY:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make check      ruff and mypy; make format mends what ruff can mend"
 	@echo "make bench      speed beside LoRA, TinyLoRA, IA3 and the dense form: a quarter of an hour on two free cores"
 	@echo "make learning   the training runs of benchmarks/learning that have no result yet, then their page"
+	@echo "make adaptation the measurements of benchmarks/adaptation that have no result yet, then their page"
 	@echo "make wheel      build the wheel and import it in a clean environment"
 	@echo "make clean      remove the environment and everything built"
 
@@ -64,6 +65,9 @@ bench: $(VENV)/demo.stamp $(VENV)/train.stamp
 learning: $(VENV)/demo.stamp $(VENV)/train.stamp
 	env -u OMP_NUM_THREADS $(RUN) benchmarks/learning/run.py $(LEARNING_ARGS)
 	$(RUN) benchmarks/learning/report.py
+
+adaptation: $(VENV)/demo.stamp $(VENV)/train.stamp $(VENV)/search.stamp
+	$(RUN) benchmarks/adaptation/run_all.py $(ADAPTATION_ARGS)
 
 wheel: $(VENV)/torch.stamp
 	rm -rf build dist

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import logging
 import pickle
+import re
 from types import SimpleNamespace
 
 import oracle
@@ -22,10 +23,11 @@ from pico import COMMON, OneLayer, inputs, logits, one_layer, randomize, svf_lay
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_svf import SVFConfig, basis_cache, layer, model, targets
+from peft_svf import SVFConfig, basis_cache, hub, layer, model, targets
 from peft_svf.config import BASIS_NAME
 
 FP32, BF16 = torch.float32, torch.bfloat16
+WEIGHTS = 6  # MLP weights of the base
 INSTALLED = {"8-bit": "bitsandbytes", "4-bit": "bitsandbytes", "double": "bitsandbytes"}
 INSTALLED |= {"torchao": "torchao", "hqq": "hqq"}
 TOLERANCE = {"8-bit": 2e-2, "4-bit": 1e-5, "double": 1e-5, "torchao": 1e-5, "hqq": 1e-5}
@@ -393,6 +395,29 @@ def test_a_copied_config_carries_no_bases(folder, tmp_path):
     assert "_bases" not in config.__dict__ and (tmp_path / BASIS_NAME).exists()
 
 
+def test_pushing_carries_the_basis_along_and_pulling_asks_for_it(folder, tmp_path, monkeypatch):
+    sent, asked = [], []
+    trained = adapt(load(folder, dtype=BF16), save_basis=True)
+    api = SimpleNamespace(
+        create_repo=lambda name, **_: SimpleNamespace(repo_id=name),
+        upload_folder=lambda folder_path, **_: sent.extend(path.name for path in folder_path.iterdir()),
+    )
+    monkeypatch.setattr(hub, "HfApi", lambda **_: api)
+    monkeypatch.setattr(hub, "_has_edited_card", lambda *_: False)
+    trained.push_to_hub("me/math", base_model="org/base")
+    assert BASIS_NAME in sent and "adapter_model.safetensors" in sent
+
+    def download(repo_id, filename, *, subfolder=None, revision=None, user_agent=None):
+        asked.append((repo_id, filename, revision))
+        return str(tmp_path / filename)
+
+    adapt(load(folder), save_basis=True).save_pretrained(tmp_path)
+    for module in ("peft_svf.config", "peft.config"):
+        monkeypatch.setattr(f"{module}.hf_hub_download", download)
+    loaded = SVFConfig.from_pretrained("me/math", revision="v2")
+    assert asked[-1] == ("me/math", BASIS_NAME, "v2") and len(loaded.read_bases()) == WEIGHTS
+
+
 # --- packed layers that cannot be unpacked
 
 
@@ -456,3 +481,14 @@ def test_no_error_of_the_base_is_hidden_by_the_reading_of_packed_weights(monkeyp
     monkeypatch.setattr(model._Weight, "_read", lambda *_: (_ for _ in ()).throw(TypeError("other")))
     with pytest.raises(TypeError, match="other"):
         get_peft_model(base, SVFConfig(target_modules=["fc"]))
+
+
+def test_the_example_trains_on_four_bits_and_serves_the_unquantised_base(monkeypatch, tmp_path, capsys):
+    import qsvf
+
+    monkeypatch.setattr("sys.argv", ["qsvf.py", "--tiny", "--steps", "8", "--out", str(tmp_path / "expert")])
+    qsvf.main()
+    losses = [[float(x) for x in re.findall(r"\d+\.\d+", line)] for line in capsys.readouterr().out.splitlines()]
+    packed, whole = (pair for pair in losses if len(pair) == 2 and pair[0] > 2)
+    assert packed[1] < packed[0] and whole[1] < whole[0]
+    assert (tmp_path / "expert" / "adapter_model.safetensors").exists()

@@ -5,6 +5,7 @@ Architecture -> the modules that SVF targets by default, and which modules it ca
 
 import logging
 import re
+from typing import Any
 
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, resolve_quantization_backend
 from torch import nn
@@ -59,8 +60,8 @@ def default_targets(model: nn.Module, model_type: str | None) -> set[str] | str:
     """
     side = _language_side(model)
     if side is not None:
-        name, module = side
-        endings = default_targets(module, module.config.model_type)
+        name, module, text_type = side
+        endings = default_targets(module, text_type)
         last = name.rpartition(".")[2]  # "language_model.layers.0.mlp.up_proj": no vision tower has such a name
         inner = [inner for inner, part in module.named_modules() if adaptable(part) and _ends(inner, endings)]
         return {f"{last}.{name.removesuffix('.base_layer')}" for name in inner}
@@ -84,14 +85,15 @@ def default_targets(model: nn.Module, model_type: str | None) -> set[str] | str:
     return set(targets)
 
 
-def _language_side(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """The part of a model for several kinds of input that reads and writes text, with its name."""
-    config = getattr(model, "config", None)
+def _language_side(model: nn.Module) -> tuple[str, nn.Module, str | None] | None:
+    """The name, the module and the type of what reads and writes text in a model for several kinds of input."""
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if text is config:
         return None
     parts = ((name, part) for name, part in model.named_modules() if getattr(part, "config", None) is text)
-    return next(parts, None)
+    name, part = next(parts, ("", model))
+    return (name, part, getattr(text, "model_type", None)) if name else None
 
 
 def _ends(name: str, targets: set[str] | str) -> bool:

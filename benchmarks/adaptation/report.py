@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Result files of this folder -> docs/results/adaptation.md with its figures. Every number comes from a result file.
+
+    python benchmarks/adaptation/report.py [FOLDER]     # default: results/<hash of the experts as they are now>
+"""
+
+import json
+import statistics
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import few_shot
+import transfer
+from common import FOLDERS, HERE, ROOT, paired, results_folder
+from dispatch import FIT, SOURCES, UNSEEN, WAYS
+
+from peft_svf import Mixture
+from peft_svf.plots import draw_alpha, draw_decisions, draw_search, new_figure
+
+PAGE = ROOT / "docs" / "results" / "adaptation.md"
+NOT_RUN = "not run"
+TITLES = {"svamp": "SVAMP", "arc_challenge": "ARC-Challenge", "math": "MATH-500", "humaneval": "HumanEval"}
+Results = Mapping[str, dict[str, Any]]
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)] + [""]
+
+
+def with_gain(result: dict[str, Any] | None, base: dict[str, Any] | None) -> str:
+    """Accuracy, and its paired gain on the base."""
+    if result is None:
+        return NOT_RUN
+    if base is None:
+        return f"{result['accuracy']:.3f}"
+    gain, half = paired(result, base)
+    return f"{result['accuracy']:.3f} ({gain:+.3f} ± {half:.3f})"
+
+
+def dispatch_part(found: Results) -> list[str]:
+    lines = ["## First pass: which kind of question?", ""]
+    results = {way: found.get(f"dispatch-{way.replace(', ', '-')}") for way in WAYS}
+    cost = found.get("dispatch-cost", {}).get("ways", {})
+    rows = []
+    for way, result in results.items():
+        priced = cost.get(way.removesuffix(", temperature"))
+        share = f"{priced['share']:.0%} ({priced['first_pass_ms']:.0f} ms)" if priced else NOT_RUN
+        if result is None:
+            rows.append([way, NOT_RUN, "", "", share])
+            continue
+        low, high = result["interval"]
+        accuracy = f"{result['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
+        rows.append([way, accuracy, f"{result['ece']:.3f}", f"{result['brier']:.3f}", share])
+    there = {way: result for way, result in results.items() if result}
+    if there:
+        n = next(iter(there.values()))["n"]
+        lines += [
+            f"{n} held-out questions, as many of each kind (code, math, reasoning, other); chance is 0.250. "
+            "ECE is the calibration error in ten bins, the Brier score goes from 0 to 2. The "
+            "share is that of pass 1 in the CPU time to the first token, for single requests.",
+            "",
+        ]
+    lines += table(["first pass", "accuracy, 95 %", "ECE", "Brier", "share of time to first token"], rows)
+    if there:
+        lines += ["By source of the question (right of asked):", ""]
+        head = ["source", "kind", "in the classifier's training", *there]
+        body = []
+        for source, kind in SOURCES.items():
+            counts = [r["right_of_source"].get(source, [0, 0]) for r in there.values()]
+            seen = "no" if source in UNSEEN else "other templates" if source == "everyday" else "its training split"
+            body.append([source, kind, seen, *(f"{right}/{n}" for right, n in counts)])
+        lines += table(head, body)
+        figure, axes = new_figure(len(there))
+        for panel, (way, result) in zip(axes, there.items(), strict=True):
+            draw_decisions(panel, result["confusion"], way)
+        lines += [save(figure, "dispatch", "Confusion of each first pass"), ""]
+    if settings := found.get("dispatch-probe_settings"):
+        tried = ", ".join(f"{name} {accuracy:.3f}" for name, accuracy in settings["validation accuracy"].items())
+        lines += [
+            f"The probe reads layer {settings['layer']} of {settings['layers']}, as the library does, by "
+            f"{settings['method']}, chosen on {settings['n']} validation questions after fitting on {FIT} others of "
+            f"each kind: {tried}.",
+            "",
+        ]
+    if fitted := results["prompt, calibrated, temperature"]:
+        lines += [f"The temperature {fitted['temperature']:.2f} was fitted to the same validation questions.", ""]
+    return lines
+
+
+def few_shot_part(found: Results) -> list[str]:
+    def cell(task: str, way: str) -> dict[str, Any] | None:
+        return found.get(few_shot.name_of(task, way))
+
+    lines = [
+        "## Tasks that no expert was trained on",
+        "",
+        'Accuracy in choice form, with the paired gain on the base and its 95 % interval. "Prompt" and '
+        '"classifier" answer each question by the expert that this first pass chooses for it. Of searches the mean '
+        'over the draws of examples that were run, and their range; the gain is that of the first draw. "Best single '
+        'expert" is one for all tasks, "oracle" the best of base and experts for each task: both are chosen on the '
+        "test rows, so no method could know them.",
+        "",
+    ]
+    tasks = list(few_shot.TASKS)
+    bases = {task: cell(task, "base") for task in tasks}
+    rows = [["test rows", *(str(bases[t]["n"]) if bases[t] else "" for t in tasks)]]
+    rows.append(["base", *(with_gain(bases[t], None) for t in tasks)])
+    rows += [[way, *(with_gain(cell(t, way), bases[t]) for t in tasks)] for way in FOLDERS]
+    complete = {t: {w: cell(t, w) for w in few_shot.ALONE} for t in tasks if all(cell(t, w) for w in few_shot.ALONE)}
+    if complete:
+        mean = {w: statistics.mean(of[w]["accuracy"] for of in complete.values()) for w in FOLDERS}
+        best = max(mean, key=lambda way: mean[way])
+        oracle = {t: max(of, key=lambda way: of[way]["accuracy"]) for t, of in complete.items()}
+        rows.append([f"best single expert: {best}", *(with_gain(cell(t, best), bases[t]) for t in tasks)])
+        shown = [f"{with_gain(cell(t, oracle[t]), bases[t])}: {oracle[t]}" if t in oracle else NOT_RUN for t in tasks]
+        rows.append(["oracle", *shown])
+    ways = ("uniform", *few_shot.FIRST_PASSES)
+    rows += [[way, *(with_gain(cell(t, way), bases[t]) for t in tasks)] for way in ways]
+    planned = {each.name for each in few_shot.cells(Namespace(seed=0, rows=None, out=None))}
+    costs = []
+    for method in few_shot.METHODS:
+        for shots in few_shot.SHOTS:
+            if few_shot.name_of(tasks[0], few_shot.search_name(method, shots, 0)) not in planned:
+                continue
+            draws = {
+                t: [cell(t, few_shot.search_name(method, shots, d)) for d in range(few_shot.DRAWS)] for t in tasks
+            }
+            title = f"{method.replace('_', ', ')}, {shots} examples"
+            rows.append([title, *(of_draws(draws[t], bases[t]) for t in tasks)])
+            if done := [result for results in draws.values() for result in results if result]:
+                costs.append([title, *cost_of(done)])
+    lines += table(["", *(TITLES[t] for t in tasks)], rows)
+    if costs:
+        head = ["search", "CPU seconds, mean", "tokens read, mean", "tokens generated", "fell back", "runs"]
+        lines += ["What adapting costs, over all tasks and draws that were run:", "", *table(head, costs)]
+    passes = [r for t in tasks for w in few_shot.FIRST_PASSES if (r := cell(t, w))]
+    if passes:
+        each = statistics.mean(r["adapting_cpu_seconds"] / r["n"] for r in passes)
+        lines += [f"The first pass by prompt or classifier takes {each:.2f} CPU seconds a question, in batches.", ""]
+    shown = {t: result for t in tasks if (result := cell(t, few_shot.search_name("cem", 5, 0)))}
+    if shown:
+        weights, axes = new_figure(len(shown))
+        course, curves = new_figure(len(shown))
+        for bar, curve, (task, result) in zip(axes, curves, shown.items(), strict=True):
+            mixture = Mixture(**result["mixture"])
+            draw_alpha(bar, mixture)
+            draw_search(curve, mixture)
+            bar.set_title(TITLES[task])
+            curve.set_title(TITLES[task])
+        lines += [save(weights, "weights", "Weights that CEM found on 5 examples, first draw"), ""]
+        lines += [save(course, "curve", "Course of these searches"), ""]
+    return lines
+
+
+def of_draws(results: list[dict[str, Any] | None], base: dict[str, Any] | None) -> str:
+    done = [result for result in results if result]
+    if len(done) < 2:
+        return with_gain(done[0] if done else None, base)
+    accuracies = [result["accuracy"] for result in done]
+    gain = f"; {with_gain(results[0], base).partition(' ')[2].strip('()')}" if results[0] and base else ""
+    return (
+        f"{statistics.mean(accuracies):.3f} ({min(accuracies):.3f} to {max(accuracies):.3f}, {len(done)} draws{gain})"
+    )
+
+
+def cost_of(done: list[dict[str, Any]]) -> list[str]:
+    checks = [result["mixture"]["provenance"]["held_out"] for result in done]
+    checked = [check for check in checks if check["examples"]]
+    fell = sum(check["fell_back"] is not None for check in checked)
+    return [
+        f"{statistics.mean(result['adapting_cpu_seconds'] for result in done):.0f}",
+        f"{statistics.mean(result['tokens_read'] for result in done):,.0f}",
+        str(sum(result["tokens_generated"] for result in done)),
+        f"{fell} of {len(checked)}" if checked else "not checked",
+        str(len(done)),
+    ]
+
+
+def mixed_part(found: Results) -> list[str]:
+    lines = ["## Eight requests with eight mixtures in one batch", ""]
+    result = found.get("mixed_batch")
+    if result is None:
+        return [*lines, "Not run.", ""]
+    lines += [
+        f"Float32, {result['new_tokens']} new tokens each: {result['same_text_as_one_by_one']} of {result['rows']} "
+        f"texts are equal to those of the requests one by one; {result['other_text_than_the_base']} differ from the "
+        "base model's. CPU time of the whole batch:",
+        "",
+    ]
+    least = {way: min(times) for way, times in result["CPU seconds"].items()}
+    rows = [[way, f"{seconds:.2f}", f"{result['ratio_to_base'][way]:.2f}"] for way, seconds in least.items()]
+    lines += table(["", "seconds", "of the base's"], rows)
+    if populations := sorted(HERE.glob("population-*.json")):
+        last = json.loads(populations[-1].read_text())
+        rows = [
+            [form, *(f"{seconds:.1f}" for seconds in part["CPU seconds"].values())]
+            for form, part in last["results"].items()
+        ]
+        ways = list(next(iter(last["results"].values()))["CPU seconds"])
+        lines += [f"Scoring a population of mixtures, CPU seconds (`{populations[-1].name}`):", ""]
+        lines += table(["", *ways], rows)
+    return lines
+
+
+def transfer_part(found: Results) -> list[str]:
+    lines = [
+        "## Experts given to another model",
+        "",
+        "From SmolLM2-135M to a sibling: the same checkpoint after a short full fine-tuning. It is the only pair of "
+        "equal shape that was to be had; models that went their own ways are a harder test. Gains are paired with the "
+        "target without an expert.",
+        "",
+    ]
+    sibling = found.get("transfer-sibling")
+    if sibling:
+        settings, change = sibling["settings"], sibling["relative change of a weight"]
+        lines += [
+            f"{settings['steps']} steps of {settings['batch']} solved problems ({sibling['data']}), rate "
+            f"{settings['rate']:g}, seed {settings['seed']}; loss {statistics.mean(sibling['losses'][:10]):.2f} over "
+            f"the first ten steps, {statistics.mean(sibling['losses'][-10:]):.2f} over the last. A weight moved by "
+            f"{change['mean']:.2%} of its norm on average.",
+            "",
+        ]
+    tasks = list(transfer.TASKS)
+
+    def cell(task: str, way: str) -> dict[str, Any] | None:
+        return found.get(f"transfer-{task}-{way}")
+
+    rows = [["test rows", *(str(base["n"]) if (base := cell(t, "target-base")) else "" for t in tasks)]]
+    rows.append(["source, base", *(with_gain(cell(t, "source-base"), None) for t in tasks)])
+    gains = [with_gain(cell(t, "source-expert"), cell(t, "source-base")) for t in tasks]
+    rows.append(["source, its expert (gain on the source)", *gains])
+    for way in ("base", *transfer.WAYS, "few_shot"):
+        bases = [cell(t, "target-base") if way != "base" else None for t in tasks]
+        shown = [with_gain(cell(t, f"target-{way}"), base) for t, base in zip(tasks, bases, strict=True)]
+        rows.append([f"target, {way.replace('_', '-')}", *shown])
+    lines += table(["", *tasks], rows)
+    cosines = {t: r["mean_abs_cosine"] for t in tasks if "mean_abs_cosine" in (r := cell(t, "target-aligned") or {})}
+    if cosines:
+        shown = ", ".join(f"{task} {cosine:.3f}" for task, cosine in cosines.items())
+        lines += [f"Mean abs(cos) between matched directions: {shown}.", ""]
+    return lines
+
+
+def save(figure: Any, name: str, text: str) -> str:
+    """Write a figure beside the page; the line that shows it."""
+    path = PAGE.with_name(f"adaptation-{name}.png")
+    figure.savefig(path)
+    return f"![{text}]({path.name})"
+
+
+def main() -> None:
+    folder = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else results_folder()
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    if not found:
+        raise SystemExit(f"There are no results in {folder}: python benchmarks/adaptation/run_all.py")
+    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    shown = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder.name
+    one = next(iter(found.values()))
+    lines = [
+        "# Adaptation, measured",
+        "",
+        "SmolLM2-135M-Instruct in bfloat16 on one CPU thread, with the experts of `examples/experts` (code: MBPP, "
+        "math: GSM8K, reasoning: ARC-Easy) and the classifier of `examples/classifiers`. Answers are of the choice "
+        "form, the likeliest of the given options: answers that a model of this size generates are hardly ever right, "
+        "so they would not tell the ways apart.",
+        "",
+        f"Made by `python benchmarks/adaptation/report.py` from the files in `{shown}`; "
+        "`python benchmarks/adaptation/run_all.py --minutes 20` runs what is missing there. A cell that the time did "
+        f'not suffice for is "{NOT_RUN}". Versions: '
+        + ", ".join(f"{name} {version}" for name, version in one["versions"].items())
+        + f"; {one['machine']['cores']} cores, {one['machine']['cpu_capability']}, shared with other work.",
+        "",
+        *dispatch_part(found),
+        *few_shot_part(found),
+        *mixed_part(found),
+        *transfer_part(found),
+    ]
+    PAGE.write_text("\n".join(lines).rstrip() + "\n")
+    print(f"Wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
