@@ -32,6 +32,8 @@ METHODS = {
     "gradient": {"method": "gradient"},
 }
 SHOTS, DRAWS = (3, 5, 10), 3
+# of fewer examples none is held out anyway
+SEARCHES = [(m, shots) for m in METHODS for shots in SHOTS if m != "cem_unchecked" or shots >= FEWEST]
 SEARCH = {"population": 8, "iterations": 3, "elites": 0.25}
 
 
@@ -99,9 +101,7 @@ def cells(args: argparse.Namespace) -> list[Cell]:
 
     def add(tasks: list[str], shots: int, draw: int) -> None:
         for task in tasks:
-            for method in METHODS:
-                if method == "cem_unchecked" and shots < FEWEST:
-                    continue  # of so few examples none is held out anyway
+            for method in (method for method, count in SEARCHES if count == shots):
                 name = name_of(task, search_name(method, shots, draw))
                 made.append(Cell(name, functools.partial(search, task, method, shots, draw, args)))
 

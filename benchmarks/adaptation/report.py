@@ -8,7 +8,6 @@ Result files of this folder -> docs/results/adaptation.md with its figures. Ever
 import json
 import statistics
 import sys
-from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from peft_svf.plots import draw_alpha, draw_decisions, draw_search, new_figure
 
 PAGE = ROOT / "docs" / "results" / "adaptation.md"
 NOT_RUN = "not run"
+DRAWN = ("cem_unchecked", 5, 0)  # the search in the figures
 TITLES = {"svamp": "SVAMP", "arc_challenge": "ARC-Challenge", "math": "MATH-500", "humaneval": "HumanEval"}
 Results = Mapping[str, dict[str, Any]]
 
@@ -120,19 +120,14 @@ def few_shot_part(found: Results) -> list[str]:
         rows.append(["oracle", *shown])
     ways = ("uniform", *few_shot.FIRST_PASSES)
     rows += [[way, *(with_gain(cell(t, way), bases[t]) for t in tasks)] for way in ways]
-    planned = {each.name for each in few_shot.cells(Namespace(seed=0, rows=None, out=None))}
     costs = []
-    for method in few_shot.METHODS:
-        for shots in few_shot.SHOTS:
-            if few_shot.name_of(tasks[0], few_shot.search_name(method, shots, 0)) not in planned:
-                continue
-            draws = {
-                t: [cell(t, few_shot.search_name(method, shots, d)) for d in range(few_shot.DRAWS)] for t in tasks
-            }
-            title = f"{method.replace('_', ', ')}, {shots} examples"
-            rows.append([title, *(of_draws(draws[t], bases[t]) for t in tasks)])
-            if done := [result for results in draws.values() for result in results if result]:
-                costs.append([title, *cost_of(done)])
+    for method, shots in few_shot.SEARCHES:
+        title = f"{method.replace('_', ', ')}, {shots} examples"
+        names = [few_shot.search_name(method, shots, draw) for draw in range(few_shot.DRAWS)]
+        draws = {task: [cell(task, name) for name in names] for task in tasks}
+        rows.append([title, *(of_draws(draws[t], bases[t]) for t in tasks)])
+        if done := [result for results in draws.values() for result in results if result]:
+            costs.append([title, *cost_of(done)])
     lines += table(["", *(TITLES[t] for t in tasks)], rows)
     if costs:
         head = ["search", "CPU seconds, mean", "tokens read, mean", "tokens generated", "fell back", "runs"]
@@ -141,7 +136,7 @@ def few_shot_part(found: Results) -> list[str]:
     if passes:
         each = statistics.mean(r["adapting_cpu_seconds"] / r["n"] for r in passes)
         lines += [f"The first pass by prompt or classifier takes {each:.2f} CPU seconds a question, in batches.", ""]
-    shown = {t: result for t in tasks if (result := cell(t, few_shot.search_name("cem", 5, 0)))}
+    shown = {t: result for t in tasks if (result := cell(t, few_shot.search_name(*DRAWN)))}
     if shown:
         weights, axes = new_figure(len(shown))
         course, curves = new_figure(len(shown))
@@ -151,7 +146,7 @@ def few_shot_part(found: Results) -> list[str]:
             draw_search(curve, mixture)
             bar.set_title(TITLES[task])
             curve.set_title(TITLES[task])
-        lines += [save(weights, "weights", "Weights that CEM found on 5 examples, first draw"), ""]
+        lines += [save(weights, "weights", "Weights that CEM found on 5 examples, unchecked, first draw"), ""]
         lines += [save(course, "curve", "Course of these searches"), ""]
     return lines
 

@@ -113,6 +113,10 @@ class ParamWrapper(nn.Module, SVFLayer):
             self.svf_chosen = "narrow"
             Q = self._basis()
             return _Rescale.apply(weight, Q, offset.view(*Q.shape[:-2], Q.shape[-1]))
+        if not self._known or weight is not self._known[0]:  # FSDP shows a whole stack only while the module runs
+            self.svf_chosen = "narrow"
+            with torch.no_grad():
+                return self._rescale(weight.data, offset.detach())
         self.svf_chosen = "merged"
         key = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
         if self._rescaled is None or self._rescaled[0] != key or not torch.equal(self._rescaled[1], offset):
