@@ -74,9 +74,10 @@ def dispatch_part(found: Results) -> list[str]:
             seen = "no" if source in UNSEEN else "other templates" if source == "everyday" else "its training split"
             body.append([source, kind, seen, *(f"{right}/{n}" for right, n in counts)])
         lines += table(head, body)
-        figure, axes = new_figure(len(there))
-        for panel, (way, result) in zip(axes, there.items(), strict=True):
-            draw_decisions(panel, result["confusion"], way)
+        drawn = {way: result for way, result in there.items() if "temperature" not in way}  # which changes no choice
+        figure, axes = new_figure(len(drawn))
+        for panel, (way, result) in zip(axes, drawn.items(), strict=True):
+            draw_decisions(panel, dict(sorted(result["confusion"].items())), way)
         lines += [save(figure, "dispatch", "Confusion of each first pass"), ""]
     if settings := found.get("dispatch-probe_settings"):
         tried = ", ".join(f"{name} {accuracy:.3f}" for name, accuracy in settings["validation accuracy"].items())
