@@ -95,7 +95,7 @@ def run_cells(cells: Sequence[Cell], args: argparse.Namespace) -> None:
         result = cell.measure()
         result = {
             "cell": cell.name,
-            "command": shlex.join(["python", *sys.argv]),
+            "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
             "started": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}",
             "seed": args.seed,
             "versions": {"python": platform.python_version(), **versions(), "cma": version("cma")},
