@@ -157,8 +157,8 @@ class Layer:
             merged = plans.fold(self.weight, None, self.side, self.Q, self.S, self.offset.detach())
             return lambda x: plans.merged_linear(x, self.offset, merged), [self.offset]
         if name == "factored":
-            B = plans.factor(self.weight, self.side, self.Q)
-            return lambda x: plans.factored_linear(x, B, self.side, self.Q, self.offset, None), [self.offset]
+            factored = plans.split(self.weight, None, self.side, self.Q)
+            return lambda x: plans.factored_linear(x, factored, 1 + self.offset), [self.offset]
         k = min(64, self.r) if name == "k=64" else self.r
         Q, offset = self.Q[:, :k].contiguous(), self.offset.detach()[:k].clone().requires_grad_()
         if self.side == "in":
@@ -315,7 +315,7 @@ def g4(bench: Bench) -> None:
 
     def decode(name: str) -> Callable[[], Any]:
         basis, plans = own("basis"), own("plans")
-        factors = [plans.factor(layer.weight, layer.side, layer.Q) for layer in stack] if name == "factored" else []
+        factors = [plans.split(layer.weight, None, layer.side, layer.Q) for layer in stack if name == "factored"]
 
         def run() -> None:
             for i, layer in enumerate(stack):
@@ -323,7 +323,7 @@ def g4(bench: Bench) -> None:
                 if name == BASE:
                     F.linear(x, layer.weight)
                 elif name == "factored":
-                    plans.factored_linear(x, factors[i], layer.side, layer.Q, offset, None)
+                    plans.factored_linear(x, factors[i], 1 + offset)
                 elif layer.side == "in":
                     Q = layer.Q[:, :64] if name == "k=64" else layer.Q
                     F.linear(x + basis.change(x, Q, offset[..., : Q.shape[1]]), layer.weight)

@@ -13,11 +13,11 @@ from pico import build, inputs, logits, matrix_of, one_layer, randomize, svf_lay
 from peft_svf import SVFConfig, model
 from peft_svf.plans import Load, break_even, choose
 
-FP64, FP32, BF16 = torch.float64, torch.float32, torch.bfloat16
-TOLERANCE = {FP64: 1e-12, FP32: 2e-5, BF16: 4e-2}  # relative to the largest entry
+FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+TOLERANCE = {FP64: 1e-12, FP32: 2e-5, BF16: 4e-2, FP16: 5e-3}  # relative to the largest entry
 PLANS = ["merged", "narrow", "factored"]
 all_plans = pytest.mark.parametrize("plan", PLANS)
-usual_dtypes = pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+usual_dtypes = pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
 both_sides = pytest.mark.parametrize("shape", [(11, 7), (5, 13)], ids=["in", "out"])
 
 
@@ -36,7 +36,7 @@ def draw(seed):
     shape = rng.choice([(rng.randint(3, 20), rng.randint(3, 20)), (9, 9)])
     kind = rng.choice(["linear", "conv1d"])
     case = {"shape": shape, "kind": kind, "bias": kind == "conv1d" or rng.random() < 0.5}
-    case["dtype"] = rng.choice([FP64, FP32, BF16])
+    case["dtype"] = rng.choice([FP64, FP32, BF16, FP16])
     case["rank"] = rng.choice([None, rng.randint(1, min(shape))])
     z = 1 + 0.5 * torch.randn(case["rank"] or min(shape), generator=torch.Generator().manual_seed(seed))
     for value in (0.0, -1.5, 1.0):
@@ -212,7 +212,7 @@ def test_autocast_gives_its_dtype_and_float32_gradients(dtype):
     z = 1 + 0.2 * torch.randn(7)
     by_data(layer, z)
     x, g = torch.randn(64, 7, requires_grad=True), torch.randn(64, 11)
-    with torch.autocast("cpu", dtype=BF16, enabled=dtype == BF16):
+    with torch.autocast("cpu", dtype=dtype if dtype != FP32 else BF16, enabled=dtype != FP32):
         y = adapter(x)
     assert y.dtype == dtype and layer.svf_chosen == "merged"
     y.backward(g.to(y.dtype))
@@ -257,6 +257,43 @@ def test_rows_without_the_base_go_through_the_factors_and_with_it_through_the_ba
         assert layer.svf_chosen == "narrow"
     assert torch.equal(z[0], plain(x)[0])
     close(y[1], oracle.output(matrix_of(plain.fc), plain.fc.bias, 1 + offsets[1], x[1]), FP32)
+
+
+@both_sides
+@torch.no_grad()
+def test_what_decoding_repeats_is_seen_to_change(shape):
+    """The short way of the factored plan keeps the rows' z from token to token."""
+    adapter, layer, plain = adapted("factored", shape)
+    adapter.eval()
+
+    def check(x, offsets):
+        z = (1 + offsets).repeat_interleave(len(x) // len(offsets), 0)
+        for _ in range(2):
+            y = adapter(x)
+            assert layer.svf_chosen == "factored"
+            for row in range(len(x)):
+                close(y[row], oracle.output(matrix_of(layer.base_layer), plain.fc.bias, z[row], x[row]), FP32)
+
+    offsets = 0.3 * torch.randn(2, layer.directions)
+    with layer.rows(offsets):
+        check(torch.randn(2, 3, layer.in_features), offsets)
+        check(torch.randn(2, 1, layer.in_features), offsets)
+        check(torch.randn(4, 1, layer.in_features), offsets)  # beams
+        check(torch.randn(2, layer.in_features), offsets)
+        offsets.mul_(-1)
+        check(torch.randn(2, layer.in_features), offsets)
+        layer.base_layer.weight.data = 2 * layer.base_layer.weight.data  # same directions
+        check(torch.randn(2, layer.in_features), offsets)
+        x = torch.randn(2, layer.in_features)
+        with adapter.disable_adapter():
+            assert torch.equal(adapter(x), layer.base_layer(x))
+        assert adapter(x.bfloat16()).dtype == FP32  # the layer casts its input
+    other = offsets.clone().mul_(0.5)
+    with layer.rows(other):
+        check(torch.randn(2, layer.in_features), other)
+    merged = layer.svf_offset["default"].weight
+    merged.data.fill_(0.2)
+    check(torch.randn(2, layer.in_features), merged.detach().expand(2, -1))
 
 
 def test_a_rounded_basis_does_not_blur_a_more_precise_model():
@@ -383,6 +420,25 @@ def test_values_are_compared_once_per_forward_where_comparing_waits(monkeypatch)
     torch.testing.assert_close(logits(adapter), changed, rtol=1e-4, atol=1e-4)
     assert not any(layer.svf_trusted for layer in layers)
     hook.remove()
+
+
+def test_a_graph_that_is_captured_compares_no_values_and_reads_z_where_it_lies(monkeypatch):
+    adapter, layer, plain = adapted("merged", (11, 7))
+    adapter.eval()
+    x, offsets = torch.randn(2, 3, 7), 0.3 * torch.randn(2, 7)
+    with torch.no_grad():
+        adapter(x)
+        assert layer.svf_chosen == "merged"
+        monkeypatch.setattr("peft_svf.layer.capturing", lambda x: True)
+        monkeypatch.setattr(torch, "equal", lambda *_: pytest.fail("waits for the device"))
+        for z in (1 + 0.3 * torch.randn(7), 1 + 0.3 * torch.randn(7)):
+            by_data(layer, z)
+            close(layer(x), oracle.output(matrix_of(plain.fc), plain.fc.bias, z, x), FP32)
+            assert layer.svf_chosen == "narrow"
+        with layer.rows(offsets):
+            for row, y in enumerate(layer(x)):
+                close(y, oracle.output(matrix_of(plain.fc), plain.fc.bias, 1 + offsets[row], x[row]), FP32)
+            assert layer.svf_chosen == "narrow"
 
 
 def test_no_svf_tensor_is_a_buffer():

@@ -125,13 +125,13 @@ def test_flops_are_those_that_pytorch_counts(tall, wide, tokens):
     from torch.utils.flop_counter import FlopCounterMode
 
     from peft_svf.basis import factorize
-    from peft_svf.plans import factor, factored_linear, fold, merged_linear
+    from peft_svf.plans import factored_linear, fold, merged_linear, split
 
     shape = f.Shape("fc", tall, wide, 1)
     weight, x = torch.randn(tall, wide), torch.randn(tokens, wide, requires_grad=True)
     basis = factorize(weight)
     Q, S, offset = basis.Q.float(), basis.S.float(), torch.full((shape.r,), 0.1, requires_grad=True)
-    B = factor(weight, "in", Q)
+    factored = split(weight, None, "in", Q)
 
     def counted(run):
         with FlopCounterMode(display=False) as counter:
@@ -145,7 +145,7 @@ def test_flops_are_those_that_pytorch_counts(tall, wide, tokens):
     cost, _ = counted(lambda: y.backward(torch.ones_like(y)))
     # the r x r product is projected on one side by a product, on the other by sums that are no products
     assert cost == f.forward_flops([shape], tokens) + f.gradient_flops([shape], tokens)
-    cost, _ = counted(lambda: factored_linear(x, B, "in", Q, offset, None))
+    cost, _ = counted(lambda: factored_linear(x, factored, 1 + offset))
     assert cost == f.factored_flops([shape], tokens)
 
 

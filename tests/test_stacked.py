@@ -3,6 +3,7 @@
 
 import copy
 
+import accelerate
 import oracle
 import pytest
 import torch
@@ -238,6 +239,21 @@ def test_what_is_no_stack_of_matrices_is_refused_and_leaves_the_model_alone():
     with pytest.raises(ValueError, match=r"'sinks' .*shape \(2,\).*stacks of them"):
         get_peft_model(plain, SVFConfig(target_parameters=["self_attn.sinks"]))
     assert not svf_layers(plain) and torch.equal(logits(plain), logits(before))
+
+
+@pytest.mark.parametrize("first", ["adapter", "offload"])
+def test_offloaded_stacks_are_refused_and_leave_the_model_alone(first):
+    plain = build("mixtral").eval()
+    if first == "offload":
+        model = accelerate.cpu_offload(build("mixtral"), execution_device=torch.device("cpu")).eval()
+        with pytest.raises(ValueError, match="is offloaded by accelerate"):
+            get_peft_model(model, SVFConfig(target_parameters=EXPERTS))
+        assert torch.equal(logits(model), logits(plain))
+        return
+    model = adapt("mixtral").eval()
+    accelerate.cpu_offload(model.base_model.model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="is offloaded by accelerate"):
+        logits(model)
 
 
 def test_a_module_without_routing_beside_its_tokens_refuses_rows_of_their_own():

@@ -56,6 +56,16 @@ def tiny(dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
 
 
+def wide(dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """One random decoder layer of the width of a 1.1B Llama, where bytes outweigh Python."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=2048, intermediate_size=5632, num_hidden_layers=1, num_attention_heads=32,
+        num_key_value_heads=4, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+
+
 def trunk(model: PreTrainedModel, layers: int) -> nn.Module:
     """The first decoder layers of a model, without its head."""
     cut = sharing(model.get_decoder())

@@ -78,6 +78,7 @@ TARGETS = [
     ),
     Target("basis cache hit, over hashing the weights and reading the bases", 1.3, "B7/cache", HIT, (HASHED, READ)),
     Target("basis cache hit on a known weight file, over reading alone", 1.3, "B7/cache", KNOWN, (READ,)),
+    Target("the same for weights of width 2048", 1.3, "B7/cache/2048", KNOWN, (READ,)),
 ]
 
 

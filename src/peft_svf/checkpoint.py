@@ -21,7 +21,7 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-ROWS = 8  # of a weight that are compared with its file before the memo is believed
+ROWS = (0, 0.5, 1)  # of a weight, first to last, that are compared with its file before the memo is believed
 PACKED = 0.7  # 4 bits lose about 0.1 of a weight's norm, 2 bits 0.5; another weight differs by 1.4
 
 
@@ -91,7 +91,7 @@ class Checkpoint:
         stored = file.get_slice(stored_name)
         if tuple(stored.get_shape()) != tuple(loaded.shape):
             return None
-        for row in range(0, len(loaded), max(1, len(loaded) // ROWS)):
+        for row in (int(part * (len(loaded) - 1)) for part in ROWS):
             if not torch.equal(stored[row : row + 1].to(loaded.dtype), loaded[row : row + 1].detach().cpu()):
                 return None
         return key

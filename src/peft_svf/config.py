@@ -54,7 +54,8 @@ class SVFConfig(PeftConfig):
             Move only the `rank` largest singular values of each weight and keep the others as they are.
         basis_dtype (`str`):
             `"float32"`, or `"bfloat16"` for half the memory and faster products on a bfloat16 base (it rounds the
-            directions). The first adapter of a model decides.
+            directions, and the gradients of the smallest 5 % of singular values are then a third off: case B10 of
+            benchmarks/speed). The first adapter of a model decides.
         parametrization (`str`):
             What is trained: `"offset"`, the paper's z itself; `"sigmoid"`, the mask of its code, z between 0 and
             `limit`; `"reference"`, that mask with the nuclear norm of each weight kept; `"bounded"`, z between

@@ -26,7 +26,7 @@ from .basis import change, rescale, side_of
 from .basis_cache import Fingerprint
 from .config import SVFConfig
 from .parametrization import Parametrization, offset_of
-from .plans import Load, Merged, Plan, choose, factor, factored_linear, fold, merged_linear
+from .plans import Factored, Load, Merged, Plan, choose, factored_linear, fold, merged_linear, split
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ class SVFLayer(BaseTunerLayer):
         self.svf_chosen: Plan | None = None  # for the last forward
         self.svf_announced: set[Plan] | None = None  # the model's first layer logs each plan once
         self.svf_merged: Merged | None = None
-        self.svf_factor: Tensor | None = None
+        self.svf_factored: Factored | None = None
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self.svf_fingerprint: Fingerprint | None = None
@@ -244,17 +244,22 @@ class SVFLayer(BaseTunerLayer):
         """Take a basis `(r, k)` with its singular values `(k,)`; what was built from another one is dropped."""
         self.svf_basis = Q
         self.svf_values = values if Q is None or values is None else values.to(Q.device)
-        self.svf_merged = self.svf_factor = None
+        self.svf_merged = self.svf_factored = None
 
     def svf_bytes(self) -> dict[str, int]:
         """Count what this layer keeps in memory beside its base layer, in bytes."""
         kept: dict[str, list[Tensor | None]] = {
             "basis": [self.svf_basis, self.svf_values],
             "merged": [self.svf_merged.weight, self.svf_merged.thin] if self.svf_merged is not None else [],
-            "factored": [self.svf_factor],
+            "factored": [] if (kept := self.svf_factored) is None else [kept.first, kept.second],
             "offsets": [offset.weight for offset in self.svf_offset.values()],
         }
-        return {name: sum(0 if t is None else t.nbytes for t in tensors) for name, tensors in kept.items()}
+        basis = None if self.svf_basis is None else self.svf_basis.data_ptr()  # is itself one of the factors
+        counted = {
+            name: [t for t in tensors if t is not None and (name == "basis" or t.data_ptr() != basis)]
+            for name, tensors in kept.items()
+        }
+        return {name: sum(t.nbytes for t in tensors) for name, tensors in counted.items()}
 
     def get_base_weight(self) -> Tensor:
         """The base weight as a plain tensor, dequantised if it is packed."""
@@ -451,6 +456,15 @@ def _spread(offset: Tensor, x: Tensor) -> Tensor:
     return offset.view(x.shape[0], *[1] * (x.dim() - 2), -1)
 
 
+def capturing(x: Tensor) -> bool:
+    """
+    Whether a CUDA graph is being captured: nothing may wait for the device, and replays must see later values of z.
+
+    The narrow plan reads z where it lies: the parameter of the adapter, or the tensor given to `rows`.
+    """
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _key(weight: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
     """Identifies a base weight and the dtype it is used in."""
     return weight.data_ptr(), weight._version, dtype, weight.device
@@ -472,9 +486,11 @@ class Linear(nn.Module, SVFLayer):
         return self
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        repeated = not torch.compiler.is_compiling() and not (args or kwargs)
-        if repeated and (merged := self.svf_merged) is not None and self._serves(merged, x):
-            return F.linear(x, merged.weight, merged.bias)
+        if not (args or kwargs or torch.compiler.is_compiling()) and (kept := self._kept_for(x)) is not None:
+            if isinstance(kept, Merged):
+                return F.linear(x, kept.weight, kept.bias)
+            assert kept.scale is not None
+            return factored_linear(x, kept, kept.scale)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -494,12 +510,12 @@ class Linear(nn.Module, SVFLayer):
                 with torch.autocast(x.device.type, enabled=False):
                     return merged_linear(x.to(merged.weight.dtype), offset, merged)
             self.svf_chosen = "narrow"
-        Q, offset = self._basis(), _spread(offset, x)
         if self.svf_chosen == "factored":
-            if self.svf_factor is None:
-                with torch.no_grad():
-                    self.svf_factor = factor(self.logical_weight(), self.side, Q)
-            return factored_linear(x, self.svf_factor, self.side, Q, offset, self.bias)
+            factored, scale = self._factored(), 1 + _spread(offset, x)
+            if not torch.is_grad_enabled():
+                factored.remember(x, offset, scale)
+            return factored_linear(x, factored, scale)
+        Q, offset = self._basis(), _spread(offset, x)
         if self.side == "in":
             return self.base_layer(x + change(x, Q, offset), *args, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
@@ -508,35 +524,38 @@ class Linear(nn.Module, SVFLayer):
         u = y if self.bias is None else self._without_bias(x, y)
         return y + change(u, Q, offset)
 
-    def _serves(self, merged: Merged, x: Tensor) -> bool:
+    def _kept_for(self, x: Tensor) -> Merged | Factored | None:
         """
-        Whether this forward repeats the last one of inference with the same z: the short way, for decoding.
+        What the last forward of inference built, if this one repeats it with the same z: the short way, for decoding.
 
         It asks what `forward`, `_plan` and `_merged_for` ask, without their attribute look-ups (25 -> 2 microseconds).
         """
+        kept = self.svf_merged if self.svf_chosen == "merged" else self.svf_factored
         if (
-            (self.training and not self.svf_generating)
+            kept is None
+            or (self.training and not self.svf_generating)
             or self._disable_adapters
             or self.merged_adapters
-            or not self._lasting
-            or self.svf_chosen != "merged"
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled(x.device.type)
-            or x.dtype != merged.weight.dtype
+            or capturing(x)
         ):
-            return False
+            return None
         base: Any = self._modules["base_layer"]
-        weight = base._parameters["weight"]
-        if base._forward_hooks or base._forward_pre_hooks or merged.key != _key(weight, x.dtype):
-            return False
-        return self.svf_trusted or self._holds(merged, self._active_offset())
+        if base._forward_hooks or base._forward_pre_hooks or kept.key != _key(base._parameters["weight"], x.dtype):
+            return None
+        if isinstance(kept, Merged):
+            known = self._lasting and (self.svf_trusted or self._holds(kept, self._active_offset()))
+        else:
+            known = self.svf_chosen == "factored" and kept.knows(x, self.svf_rows)
+        return kept if known else None
 
     def _holds(self, merged: Merged, offset: Tensor | None) -> bool:
         """Whether a merged weight was built from these values: writes through `.data` leave version counters alone."""
         return offset is not None and offset.dim() == 1 and torch.equal(merged.offset, offset)
 
     def _plan(self, x: Tensor, offset: Tensor) -> Plan:
-        if torch.compiler.is_compiling() or not self._plain():
+        if torch.compiler.is_compiling() or capturing(x) or not self._plain():
             refuse_zero3(self.base_weight)
             return "narrow"
         rows = offset.dim() == 2
@@ -575,6 +594,15 @@ class Linear(nn.Module, SVFLayer):
             and not (base.weight.requires_grad or hasattr(base.weight, "ds_id"))
             and not (base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook"))
         )
+
+    def _factored(self) -> Factored:
+        """The two factors of the weight, made where they are not there."""
+        weight = self.base_layer.weight
+        key = _key(weight, weight.dtype)
+        if self.svf_factored is None or self.svf_factored.key != key:
+            with torch.no_grad():
+                self.svf_factored = split(self.logical_weight(), self.base_layer.bias, self.side, self._basis(), key)
+        return self.svf_factored
 
     def _merged_for(self, offset: Tensor, dtype: torch.dtype) -> Merged | None:
         """The merged copy of the weight for an offset, built where it is not there."""

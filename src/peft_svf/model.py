@@ -154,7 +154,7 @@ class SVFModel(BaseTuner):
             logger.info("There is no memory for a merged copy of the adapted weights: SVF uses the narrow plan.")
         for index, layer in enumerate(layers):
             layer.svf_plan, layer.svf_forwards, layer.svf_room = plan, forwards_per_step, room
-            layer.svf_merged = layer.svf_factor = None
+            layer.svf_merged = layer.svf_factored = None
             layer.svf_announced = set() if index == 0 else None
             layer._known = (layer.base_weight,)
 
@@ -408,7 +408,8 @@ class SVFModel(BaseTuner):
             return {}
         saved = {name: Fingerprint.from_json(entry) for name, entry in config.fingerprint.items()}
         adapted = {layer.weight_name(name): layer.svf_fingerprint for name, layer in _svf_layers(model)}
-        found = {name: weight for name in saved if (weight := _finder(model)(name)) is not None}
+        find = _finder(model)
+        found = {name: weight for name in saved if (weight := find(name)) is not None}
         missing = [
             n for n, weight in found.items() if adapted.get(n) is None and not _absent(weight.holder, weight.parameter)
         ]

@@ -199,25 +199,61 @@ def factor(weight: Tensor, side: str, Q: Tensor) -> Tensor:
     return (wide @ Q.to(wide.dtype) if side == "in" else Q.to(wide.dtype).mT @ wide).to(weight.dtype)
 
 
-def factored_linear(x: Tensor, B: Tensor, side: str, Q: Tensor, offset: Tensor, bias: Tensor | None) -> Tensor:
+@dataclass
+class Factored:
     """
-    Apply a rescaled weight through its two factors, without the weight itself.
+    A weight as two factors, and the z that it was last applied with.
 
     Args:
-        x (`torch.Tensor` of shape `(..., in)`): Activations.
-        B (`torch.Tensor`): What [`factor`] returns.
-        side (`str`): Where the basis multiplies.
-        Q (`torch.Tensor` of shape `(r, r)`): The whole basis.
-        offset (`torch.Tensor`, broadcastable to `(..., r)`): `z - 1`. Gradients flow to `offset` and `x`.
+        first (`torch.Tensor` of shape `(r, in)`), second (`torch.Tensor` of shape `(out, r)`):
+            Their product is the weight, up to rounding.
         bias (`torch.Tensor` of shape `(out,)`, *optional*): Added to the product.
-
-    Returns:
-        `torch.Tensor` of shape `(..., out)` in the dtype of `x`.
+        key (`tuple`): Identifies the weight.
+        offset (`torch.Tensor` of shape `(B, k)`, *optional*): The very tensor that `scale` was made of.
+        scale (`torch.Tensor`, *optional*): z in the shape that activations of `rows` rows and `dims` dimensions take.
     """
-    Q = Q.to(B.dtype)
+
+    first: Tensor
+    second: Tensor
+    bias: Tensor | None
+    key: tuple[Any, ...]
+    offset: Tensor | None = None
+    version: int = 0
+    scale: Tensor | None = None
+    rows: int = 0
+    dims: int = 0
+
+    def remember(self, x: Tensor, offset: Tensor, scale: Tensor) -> None:
+        """Keep the z of the rows of `x`: decoding asks for it in every layer and for every token."""
+        self.offset, self.version, self.scale = offset, offset._version, scale
+        self.rows, self.dims = x.shape[0], x.dim()
+
+    def knows(self, x: Tensor, offset: Tensor | None) -> bool:
+        """Whether `scale` is that of these offsets for activations like `x`."""
+        return (
+            offset is not None
+            and offset is self.offset
+            and offset._version == self.version
+            and (self.rows, self.dims) == (x.shape[0], x.dim())
+        )
+
+
+def split(weight: Tensor, bias: Tensor | None, side: str, Q: Tensor, key: tuple[Any, ...] = ()) -> Factored:
+    """Split a weight `(out, in)` by its whole basis `(r, r)` into two factors, both in its dtype."""
+    B, Q = factor(weight, side, Q), Q.to(weight.dtype)
     first, second = (Q.mT, B) if side == "in" else (B, Q)
-    h = F.linear(x, first)  # (..., r)
-    return F.linear((h * (1 + offset)).to(h.dtype), second, bias)
+    return Factored(first, second, bias, key)
+
+
+def factored_linear(x: Tensor, factored: Factored, scale: Tensor) -> Tensor:
+    """
+    Apply a rescaled weight through its two factors: `(..., in)` -> `(..., out)` in the dtype of `x`.
+
+    `scale` is z, broadcastable to `(..., r)`, in float32: near 1 half precision has too few digits for it. Gradients
+    flow to it and to `x`.
+    """
+    h = F.linear(x, factored.first)  # (..., r)
+    return F.linear((h * scale).to(h.dtype), factored.second, factored.bias)
 
 
 def merged_linear(x: Tensor, offset: Tensor, merged: Merged) -> Tensor:

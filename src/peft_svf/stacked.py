@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .basis import rescale
 from .config import SVFConfig
-from .layer import SVFLayer
+from .layer import SVFLayer, capturing, offloaded
 
 
 class ParamWrapper(nn.Module, SVFLayer):
@@ -34,6 +34,7 @@ class ParamWrapper(nn.Module, SVFLayer):
         super().__init__()
         self.parameter_name = parameter_name
         self.base_layer = base_layer
+        self._refuse_offload()
         shape = self.base_weight.shape
         if len(shape) not in (2, 3) or not self.base_weight.is_floating_point():
             raise ValueError(
@@ -74,6 +75,15 @@ class ParamWrapper(nn.Module, SVFLayer):
     def svf_bytes(self) -> dict[str, int]:
         return super().svf_bytes() | {"merged": 0 if self._rescaled is None else self._rescaled[-1].nbytes}
 
+    def _refuse_offload(self) -> None:
+        """Raise where the module's hook would put the base stack back in the place of the rescaled one."""
+        if offloaded(self.get_base_layer()):
+            raise ValueError(
+                f"{self.parameter_name!r} of {type(self.get_base_layer()).__name__} is offloaded by accelerate, where "
+                "SVF cannot rescale stacked weights: give the model more room (`max_memory`), or adapt "
+                "`target_modules`, which may be offloaded."
+            )
+
     def _rescale(self, weight: Tensor, offset: Tensor) -> Tensor:
         Q = self._basis()
         return rescale(weight, Q, offset.view(*Q.shape[:-2], Q.shape[-1]))
@@ -101,6 +111,7 @@ class ParamWrapper(nn.Module, SVFLayer):
         offset = None if self.merged else self._active_offset()
         if offset is None:
             return self.base_layer(*args, **kwargs)
+        self._refuse_offload()
         if offset.dim() == 2:
             return self._by_rows(offset, args, kwargs)
         with self._in_place(self._stack(offset)):
@@ -113,7 +124,8 @@ class ParamWrapper(nn.Module, SVFLayer):
             self.svf_chosen = "narrow"
             Q = self._basis()
             return _Rescale.apply(weight, Q, offset.view(*Q.shape[:-2], Q.shape[-1]))
-        if not self._known or weight is not self._known[0]:  # FSDP shows a whole stack only while the module runs
+        # FSDP shows a whole stack only while the module runs
+        if not self._known or weight is not self._known[0] or capturing(weight):
             self.svf_chosen = "narrow"
             with torch.no_grad():
                 return self._rescale(weight.data, offset.detach())
