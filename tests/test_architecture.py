@@ -18,6 +18,7 @@ ROWS = [
     ["basis_cache", "checkpoint", "config", "expert", "targets"],
     ["layer", "fingerprint"],
     ["stacked"],
+    ["bases"],
     ["model"],
     ["library", "evaluation", "hub", "plots", "runs", "transfer"],
     ["training", "evolution", "evaluator", "result"],
@@ -28,7 +29,7 @@ ROWS = [
     ["__main__"],
 ]
 RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}
-PRIVATE_NAMES_ALLOWED = {"_registration", "layer", "stacked", "model", "training"}
+PRIVATE_NAMES_ALLOWED = {"_registration", "layer", "stacked", "bases", "model", "training"}
 MAY_PRINT = {"cli"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))

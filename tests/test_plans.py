@@ -378,6 +378,14 @@ def test_memory_is_counted_to_the_byte_and_given_back():
     assert "plan='narrow'" in repr(adapter)
 
 
+@pytest.mark.parametrize("basis_dtype, copies", [("float32", 0), ("bfloat16", 1)])
+def test_the_basis_counts_once_where_it_is_one_of_the_factors(basis_dtype, copies):
+    adapter, layer, _ = adapted("factored", (11, 7), basis_dtype=basis_dtype)
+    layer.svf_basis = layer.svf_basis.to(getattr(torch, basis_dtype))
+    layer._factored()
+    assert layer.svf_bytes()["factored"] == 4 * (11 * 7 + copies * 7 * 7)
+
+
 def test_the_choice_is_logged_once_and_shown(caplog):
     adapter = get_peft_model(build("llama"), SVFConfig()).eval()
     with caplog.at_level("INFO", logger="peft_svf.layer"):

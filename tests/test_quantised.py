@@ -23,7 +23,7 @@ from pico import COMMON, OneLayer, inputs, logits, one_layer, randomize, svf_lay
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_svf import SVFConfig, basis_cache, hub, layer, model, targets
+from peft_svf import SVFConfig, bases, basis_cache, hub, layer, targets
 from peft_svf.config import BASIS_NAME
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -276,7 +276,7 @@ def test_a_basis_that_is_brought_along_is_used_to_the_bit_and_not_computed(
     trained = save_with_basis(folder, tmp_path, basis_from="memory", **config)
     base = load(folder, kind)
     monkeypatch.setattr(basis_cache, "factorize", None)  # whoever calls it fails
-    monkeypatch.setattr(model, "fetch", lambda names, *_: dict.fromkeys(names, None))
+    monkeypatch.setattr(bases, "fetch", lambda names, *_: dict.fromkeys(names, None))
     loaded = PeftModel.from_pretrained(base, tmp_path).eval()
     for name, svf in svf_layers(loaded).items():
         mine = svf_layers(trained)[name]
@@ -443,7 +443,7 @@ def gptq(monkeypatch):
             return quantization_utils.ForwardOnlyQuantizationBackend("gptq")
         return quantization_utils.resolve_quantization_backend(base_layer, **kwargs)
 
-    for module in (layer, model, targets):
+    for module in (layer, bases, targets):
         monkeypatch.setattr(module, "resolve_quantization_backend", resolve)
 
 
@@ -478,7 +478,7 @@ def test_weights_that_cannot_be_unpacked_serve_an_expert_that_brings_its_basis(s
 
 def test_no_error_of_the_base_is_hidden_by_the_reading_of_packed_weights(monkeypatch):
     base = one_layer()
-    monkeypatch.setattr(model._Weight, "_read", lambda *_: (_ for _ in ()).throw(TypeError("other")))
+    monkeypatch.setattr(bases.Weight, "_read", lambda *_: (_ for _ in ()).throw(TypeError("other")))
     with pytest.raises(TypeError, match="other"):
         get_peft_model(base, SVFConfig(target_modules=["fc"]))
 

@@ -248,18 +248,15 @@ class SVFLayer(BaseTunerLayer):
 
     def svf_bytes(self) -> dict[str, int]:
         """Count what this layer keeps in memory beside its base layer, in bytes."""
+        Q, merged, factored = self.svf_basis, self.svf_merged, self.svf_factored
+        factors = [] if factored is None else [factored.first, factored.second]
         kept: dict[str, list[Tensor | None]] = {
-            "basis": [self.svf_basis, self.svf_values],
-            "merged": [self.svf_merged.weight, self.svf_merged.thin] if self.svf_merged is not None else [],
-            "factored": [] if (kept := self.svf_factored) is None else [kept.first, kept.second],
+            "basis": [Q, self.svf_values],
+            "merged": [] if merged is None else [merged.weight, merged.thin],
+            "factored": [t for t in factors if Q is None or t.data_ptr() != Q.data_ptr()],  # the basis may be one
             "offsets": [offset.weight for offset in self.svf_offset.values()],
         }
-        basis = None if self.svf_basis is None else self.svf_basis.data_ptr()  # is itself one of the factors
-        counted = {
-            name: [t for t in tensors if t is not None and (name == "basis" or t.data_ptr() != basis)]
-            for name, tensors in kept.items()
-        }
-        return {name: sum(t.nbytes for t in tensors) for name, tensors in counted.items()}
+        return {name: sum(0 if t is None else t.nbytes for t in tensors) for name, tensors in kept.items()}
 
     def get_base_weight(self) -> Tensor:
         """The base weight as a plain tensor, dequantised if it is packed."""

@@ -1,39 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Base model + `SVFConfig` -> the model with SVF layers: finds targets, fetches bases, checks fingerprints, replaces.
+Base model + `SVFConfig` -> the model with SVF layers: finds targets, replaces them, gives them their bases.
 
 Private names of PEFT were read in 0.21.2.
 """
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.quantization_utils import get_quantization_kwargs
 from psutil import virtual_memory
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers.pytorch_utils import Conv1D
 
-from .basis import Basis, side_of
-from .basis_cache import Fingerprint, cache_dir, fetch
-from .checkpoint import Checkpoint
+from .bases import Known, absent, bases_of, checked_bases, svf_layers
 from .config import SVFConfig
-from .fingerprint import check
-from .layer import BASE, Linear, SVFLayer, escape, held_weight, offloaded, onloaded, refuse_zero3, undo_cpu_packing
+from .layer import BASE, Linear, SVFLayer, escape, onloaded, undo_cpu_packing
 from .plans import PLANS, Plan
 from .stacked import ParamWrapper
 from .targets import DEFAULT_TARGETS, adaptable, default_targets
 
 logger = logging.getLogger(__name__)
-MISFIT = 0.35  # SmolLM2's weights in 4 bits are below 0.2 and in 3 bits below 0.3; another layer's lie above 0.4
 
 
 class SVFModel(BaseTuner):
@@ -73,10 +68,10 @@ class SVFModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        if next(_svf_layers(model), None) is None:
+        if next(svf_layers(model), None) is None:
             self._trainable_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         try:
-            bases = self._check_base(model, adapter_name, config)
+            bases = checked_bases(model, adapter_name, config, self._source)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self.fetch_bases(bases)
         except BaseException:
@@ -88,7 +83,7 @@ class SVFModel(BaseTuner):
                 model._hf_peft_config_loaded = False  # type: ignore[assignment]
             raise
 
-    def fetch_bases(self, known: dict[str, tuple[Basis, Fingerprint]] | None = None) -> None:
+    def fetch_bases(self, known: Known | None = None) -> None:
         """
         Give every SVF layer its basis, from the cache or by computing it; layers that have theirs are left alone.
 
@@ -102,20 +97,20 @@ class SVFModel(BaseTuner):
             `ValueError`: if an adapter's fingerprint names another base, or needs more directions than are known.
         """
         layers, self._waiting = {}, False
-        for name, layer in _svf_layers(self.model):
+        for name, layer in svf_layers(self.model):
             matrices = getattr(layer, "matrices", 1)
             needed = max((offset.weight.shape[0] // matrices for offset in layer.svf_offset.values()), default=0)
             have = 0 if layer.svf_basis is None else layer.svf_basis.shape[-1]
-            if have < needed and _absent(layer.get_base_layer(), layer.base_weight):
+            if have < needed and absent(layer.get_base_layer(), layer.base_weight):
                 self._waiting = True
             elif have < needed:
                 layers[layer.weight_name(name)] = (layer, needed)
         if known is None:
             known = {}
             for adapter_name, config in self.peft_config.items() if layers else ():
-                known |= self._check_base(self.model, adapter_name, config)
+                known |= checked_bases(self.model, adapter_name, config, self._source)
         short = [n for n, (_, needed) in layers.items() if n not in known or known[n][0].Q.shape[-1] < needed]
-        known = known | self._bases(self.model, short)
+        known = known | bases_of(self.model, short, self._source)
         for name, (layer, needed) in layers.items():
             basis, fingerprint = known[name]
             if layer.svf_fingerprint is not None and layer.svf_fingerprint.sha256 != fingerprint.sha256:
@@ -131,6 +126,11 @@ class SVFModel(BaseTuner):
             Q = basis.Q if needed == basis.Q.shape[-1] else basis.Q[..., :needed].clone()
             layer.set_basis(Q.to(layer.base_layer_device(), wanted), basis.S[..., :needed])
         self.set_plan(next(iter(self.peft_config.values())).plan)
+
+    @property
+    def _source(self) -> str:
+        """Where the values of weights come from: the first adapter of a model decides."""
+        return next(iter(self.peft_config.values())).basis_from
 
     def set_plan(self, plan: Plan, forwards_per_step: int = 1) -> None:
         """
@@ -148,7 +148,7 @@ class SVFModel(BaseTuner):
         """
         if plan not in PLANS:
             raise ValueError(f"`plan` must be one of {', '.join(PLANS)}; got {plan!r}.")
-        layers = [layer for _, layer in _svf_layers(self.model)]
+        layers = [layer for _, layer in svf_layers(self.model)]
         room = _room(layers)
         if not room and plan == "auto":
             logger.info("There is no memory for a merged copy of the adapted weights: SVF uses the narrow plan.")
@@ -164,7 +164,7 @@ class SVFModel(BaseTuner):
 
         Experts are shared and mixed as offsets: do this when training is over, before saving.
         """
-        for _, layer in _svf_layers(self.model):
+        for _, layer in svf_layers(self.model):
             layer.fold_parametrization(adapter_name)
         self.peft_config[adapter_name].parametrization = "offset"
 
@@ -176,7 +176,7 @@ class SVFModel(BaseTuner):
             `dict`: by module name, and as `"total"`, the bytes of `basis`, of `merged` and `factored` (kept from the
             first forward that needs them) and of `offsets`.
         """
-        memory = {name: layer.svf_bytes() for name, layer in _svf_layers(self.model)}
+        memory = {name: layer.svf_bytes() for name, layer in svf_layers(self.model)}
         kinds = ("basis", "merged", "factored", "offsets")
         return memory | {"total": {kind: sum(of[kind] for of in memory.values()) for kind in kinds}}
 
@@ -209,7 +209,7 @@ class SVFModel(BaseTuner):
         return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
 
     def _merged(self) -> dict[SVFLayer, list[str]]:
-        return {layer: list(layer.merged_adapters) for _, layer in _svf_layers(self.model)}
+        return {layer: list(layer.merged_adapters) for _, layer in svf_layers(self.model)}
 
     def _restore_merged(self, before: dict[SVFLayer, list[str]]) -> None:
         for layer, names in before.items():
@@ -274,7 +274,7 @@ class SVFModel(BaseTuner):
         ranks = [config.rank for config in configs]
         targets = [config.target_modules for config in configs]
         if any(isinstance(target, str) for target in targets) and any(target != targets[0] for target in targets):
-            named = [name for name, layer in _svf_layers(self.model) if any(a in layer.svf_offset for a in adapters)]
+            named = [name for name, layer in svf_layers(self.model) if any(a in layer.svf_offset for a in adapters)]
             targets = [set(named)]
         self.peft_config[adapter_name] = replace(
             configs[0],
@@ -286,7 +286,7 @@ class SVFModel(BaseTuner):
             init_weights=True,
         )
         self.inject_adapter(self.model, adapter_name)
-        for _, layer in _svf_layers(self.model):
+        for _, layer in svf_layers(self.model):
             if adapter_name not in layer.svf_offset:
                 continue
             mixed = layer.svf_offset[adapter_name].weight.data
@@ -348,116 +348,10 @@ class SVFModel(BaseTuner):
         """Offsets are float32; with `autocast_adapter_dtype=False` they take the dtype of their base weight."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not autocast_adapter_dtype:
-            for _, layer in _svf_layers(self.model):
+            for _, layer in svf_layers(self.model):
                 dtype = layer.base_weight.dtype
                 if adapter_name in layer.svf_offset and dtype.is_floating_point:
                     layer.svf_offset[adapter_name].to(dtype)
-
-    def _bases(self, model: nn.Module, names: list[str]) -> dict[str, tuple[Basis, Fingerprint]]:
-        """Fetch the bases of weights by name, of their stored values where `basis_from` says so."""
-        source = next(iter(self.peft_config.values())).basis_from
-        find = _finder(model)
-        weights = {name: weight for name in names if (weight := find(name)) is not None}
-        checkpoint = Checkpoint(model) if weights and source != "memory" else None
-
-        def values_of(name: str) -> Tensor:
-            weight = weights[name]
-            packed = weight.backend(model) is not None
-            rounded = packed or weight.parameter.dtype in (torch.bfloat16, torch.float16)
-            loaded = weight.values(model, name)
-            if checkpoint is None or not (rounded or source == "checkpoint"):
-                return loaded
-            transposed = isinstance(weight.holder, Conv1D)
-            stored = checkpoint.weight(weight.stored_name, loaded.T if transposed else loaded, packed)
-            if stored is None and source == "checkpoint":
-                raise ValueError(
-                    f"basis_from='checkpoint', but no safetensors file of {checkpoint.name or 'this model'!r} on "
-                    f"this machine holds the weight of {name} as it is loaded. Use basis_from='memory', or "
-                    "load the model from a local folder or the Hub cache."
-                )
-            if stored is None:
-                return loaded
-            return stored.T if transposed else stored
-
-        if any(isinstance(weight.parameter, DTensor) for weight in weights.values()):
-            gathered: dict[
-                str, tuple[Basis, Fingerprint]
-            ] = {}  # all processes take part in gathering, so none may hold the lock of the cache meanwhile
-            for name in weights:
-                whole = values_of(name)
-                gathered |= fetch([name], lambda _, whole=whole: whole)  # type: ignore[misc]
-            return gathered
-        if checkpoint is None:
-            return fetch(weights, values_of)
-        plain = {name: weight.parameter for name, weight in weights.items() if weight.in_memory(model)}
-        memo = cache_dir() / "memo"
-        names_there = {name: weights[name].stored_name for name in plain}
-        known = {n: key for n, there in names_there.items() if (key := checkpoint.recall(there, plain[n].data, memo))}
-        found = fetch(weights, values_of, known)
-        new = {there: (plain[n].data, found[n][1].sha256) for n, there in names_there.items() if n not in known}
-        if new:
-            with suppress(OSError):  # a cache that cannot be written has said so
-                checkpoint.remember(new, memo)
-        return found
-
-    def _check_base(
-        self, model: nn.Module, adapter_name: str, config: SVFConfig
-    ) -> dict[str, tuple[Basis, Fingerprint]]:
-        """Compare the fingerprint of a saved adapter with this base; returns the bases that were needed for it."""
-        if not config.fingerprint or config.fingerprint_recorded:
-            return {}
-        saved = {name: Fingerprint.from_json(entry) for name, entry in config.fingerprint.items()}
-        adapted = {layer.weight_name(name): layer.svf_fingerprint for name, layer in _svf_layers(model)}
-        find = _finder(model)
-        found = {name: weight for name in saved if (weight := find(name)) is not None}
-        missing = [
-            n for n, weight in found.items() if adapted.get(n) is None and not _absent(weight.holder, weight.parameter)
-        ]
-        bases = self._shipped(model, adapter_name, config, {name: found[name] for name in missing})
-        bases |= self._bases(model, [name for name in missing if name not in bases])
-        own = {name: fingerprint for name, fingerprint in adapted.items() if fingerprint is not None}
-        own |= {name: fingerprint for name, (_, fingerprint) in bases.items()}
-        here = getattr(model, "name_or_path", "") or type(model).__name__
-        if getattr(model, "is_quantized", False):
-            here += " (quantised)"
-        check(
-            saved,
-            own,
-            absent=[name for name in saved if name not in found],
-            adapter=adapter_name,
-            here=here,
-            there=config.base_model_name_or_path,
-        )
-        return bases
-
-    def _shipped(
-        self, model: nn.Module, adapter_name: str, config: SVFConfig, weights: "dict[str, _Weight]"
-    ) -> dict[str, tuple[Basis, Fingerprint]]:
-        """Read the bases that an adapter has brought along, and refuse those of other weights than these."""
-        bases = {}
-        for name, (Q, values, sha256) in config.read_bases().items():
-            if name not in weights:
-                continue
-            fingerprint = Fingerprint.from_json((config.fingerprint or {})[name])
-            shape = weights[name].shape(model)
-            side, r = side_of(*shape[-2:]), min(shape[-2:])
-            fits = Q.shape[:-1] == (*shape[:-2], r) and min(config.rank or r, r) <= Q.shape[-1] <= r
-            if sha256 != fingerprint.sha256 or not fits:
-                raise ValueError(
-                    f"Adapter {adapter_name!r} has brought along a basis of shape {tuple(Q.shape)} for {name}, which "
-                    f"does not belong to its fingerprint and to a weight of shape {tuple(shape)}: its files "
-                    "are of different experts, or this base is not the one it was trained on. Fetch both again."
-                )
-            readable = getattr(weights[name].backend(model), "supports_merge", True)
-            distance = misfit(weights[name].values(model, name).to(Q.device), Q, values) if readable else 0.0
-            if not distance <= MISFIT:
-                raise ValueError(
-                    f"Adapter {adapter_name!r} does not belong to this base model: the basis that it has brought "
-                    f"along for {name} does not fit the weight here (distance {distance:.2g}; 4 bits make 0.2, at "
-                    f"most {MISFIT:g} is accepted). Load {config.base_model_name_or_path!r}."
-                )
-            bases[name] = (Basis(side, Q, values), fingerprint)
-        return bases
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -471,7 +365,7 @@ class SVFModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = [layer for _, layer in _svf_layers(self)]
+        layers = [layer for _, layer in svf_layers(self)]
         known = {BASE}.union(*(layer.svf_offset.keys() for layer in layers))
         if unknown := sorted(set(names) - known):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
@@ -535,7 +429,7 @@ class SVFModel(BaseTuner):
         """
         key = f"svf_offset.{escape(adapter_name)}.weight"
         found, fingerprint, bases = {}, {}, {}
-        for name, layer in _svf_layers(model):
+        for name, layer in svf_layers(model):
             if adapter_name in layer.svf_offset:
                 offset = state_dict.get(f"{name}.{key}", layer.svf_offset[adapter_name].weight.detach())
                 found[f"{name}.{key}"] = offset.full_tensor() if isinstance(offset, DTensor) else offset
@@ -570,7 +464,7 @@ class SVFModel(BaseTuner):
         model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, str]:
         renamed = {}
-        for name, layer in _svf_layers(model):
+        for name, layer in svf_layers(model):
             if adapter_name not in layer.svf_offset:
                 continue
             prefix_here = "base_model.model." if name.startswith("base_model.model.") else ""
@@ -596,105 +490,6 @@ class SVFModel(BaseTuner):
         return renamed
 
 
-def _svf_layers(model: nn.Module) -> Iterator[tuple[str, SVFLayer]]:
-    """The SVF layers of a model with their names, without what `torch.compile` and FSDP put in front."""
-    for name, module in model.named_modules():
-        if isinstance(module, SVFLayer):
-            yield name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", ""), module
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """A weight of the model, adapted or not: a parameter of a linear module, or one that is targeted by name."""
-
-    holder: nn.Module
-    parameter: Tensor
-    stored_name: str
-    layer: SVFLayer | None = None
-
-    def backend(self, model: nn.Module) -> Any:
-        """PEFT's quantisation backend for the module, or `None` where the weight is not packed."""
-        return resolve_quantization_backend(self.holder, **get_quantization_kwargs(model))
-
-    def shape(self, model: nn.Module) -> tuple[int, ...]:
-        """`(out, in)` or `(E, out, in)`, of packed weights too."""
-        if isinstance(self.holder, Conv1D) or self.backend(model) is not None:
-            within, out = _get_in_out_features(self.holder)
-            return out, within
-        return tuple(self.parameter.shape)
-
-    def in_memory(self, model: nn.Module) -> bool:
-        """Whether the parameter is the very weight: not packed, sharded or offloaded."""
-        return type(self.parameter.data) is Tensor and not self.parameter.is_meta and self.backend(model) is None
-
-    def values(self, model: nn.Module, name: str) -> Tensor:
-        """The weight `(out, in)` or `(E, out, in)` as it is in memory, whole, dequantised, never a merged one."""
-        refuse_zero3(self.parameter)
-        backend = self.backend(model)
-        with onloaded(self.holder):
-            try:
-                values = self._read(backend)
-            except (TypeError, NotImplementedError) as error:
-                if backend is None:
-                    raise
-                raise ValueError(
-                    f"The weight of {name} is packed by {backend.backend_name}, which PEFT cannot unpack, so its "
-                    "singular directions cannot be computed here. Load an expert that brings its basis along (made "
-                    "with save_basis=True on the unpacked model), or quantise the base with bitsandbytes, HQQ or "
-                    "torchao."
-                ) from error
-        return values.full_tensor() if isinstance(values, DTensor) else values
-
-    def _read(self, backend: Any) -> Tensor:
-        if self.layer is not None:
-            return self.layer.logical_weight()
-        if backend is not None:
-            undo_cpu_packing(self.holder)
-            return backend.get_base_weight(self.holder)
-        values = getattr(self.holder, self.stored_name.rpartition(".")[2]).data
-        return values.T if isinstance(self.holder, Conv1D) else values
-
-
-def _finder(model: nn.Module) -> Callable[[str], _Weight | None]:
-    """Look up weights as fingerprints call them: by module, or by module and parameter."""
-    modules = dict(model.named_modules())
-    layers = {layer.weight_name(name): layer for name, layer in _svf_layers(model)}
-
-    def find(name: str) -> _Weight | None:
-        if (layer := layers.get(name)) is not None:
-            stored = name if isinstance(layer, ParamWrapper) else f"{name}.weight"
-            return _Weight(layer.get_base_layer(), layer.base_weight, stored, layer)
-        if (module := modules.get(name)) is not None:
-            return _Weight(module, held_weight(module), f"{name}.weight") if adaptable(module) else None
-        parent, _, parameter = name.rpartition(".")
-        holder = modules.get(parent)
-        if isinstance(holder, SVFLayer):  # another of its parameters is adapted
-            holder = holder.get_base_layer()
-        found = None if holder is None else holder._parameters.get(parameter)
-        return None if found is None or holder is None else _Weight(holder, found, name)
-
-    return find
-
-
-def misfit(weight: Tensor, Q: Tensor, values: Tensor) -> float:
-    """
-    Tell how far a weight is from having these singular directions and values: 0 if it has them, about 1.4 by chance.
-
-    `norm(Q^T G Q - diag(values^2)) / norm(diag(values^2) - mean(eigenvalues of G))` with `G` the Gram matrix of the
-    weight `(out, in)` on its narrow side, or of each of a stack. Rounding moves it by twice its own size.
-    """
-    wide, Q, squares = weight.double(), Q.double(), torch.diag_embed(values.double().square())
-    h = wide @ Q if side_of(*weight.shape[-2:]) == "in" else wide.mT @ Q  # (..., long, k)
-    mean = wide.square().mean() * max(weight.shape[-2:])
-    uniform = mean * torch.eye(Q.shape[-1], dtype=wide.dtype, device=wide.device)
-    return float((h.mT @ h - squares).norm() / (squares - uniform).norm())
-
-
-def _absent(holder: nn.Module, parameter: Tensor) -> bool:
-    """Whether a weight has no values yet; one that accelerate offloads has, elsewhere."""
-    return parameter.is_meta and not offloaded(holder)
-
-
 def _room(layers: list[SVFLayer]) -> bool:
     """Whether a second copy of the adapted weights takes at most half of the memory that is free beside them."""
     needed: dict[torch.device, int] = defaultdict(int)
@@ -712,7 +507,7 @@ def _waits(device: torch.device) -> bool:
 
 def _remove(model: nn.Module, adapter_name: str) -> None:
     """Undo a half-made injection: drop the adapter's offsets, and layers that are left with none."""
-    for name, layer in reversed(list(_svf_layers(model))):  # wrappers of parameters lie inside each other
+    for name, layer in reversed(list(svf_layers(model))):  # wrappers of parameters lie inside each other
         if adapter_name in layer.svf_offset:
             del layer.svf_offset[adapter_name]
         if not len(layer.svf_offset):
