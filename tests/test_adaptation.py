@@ -12,13 +12,14 @@ import torch
 from experts import alone, assert_same, base, state
 from tiny_model import tiny_tokenizer
 
-from peft_svf import ExpertLibrary, Mixture, adaptation, evaluator
+from peft_svf import ExpertLibrary, Mixture, adaptation, evaluator, first_pass
 from peft_svf.adaptation import (
     LABEL_TOKENS,
     QUESTION_TOKENS,
     boxed_prompt,
     dispatch,
     few_shot,
+    fit_calibration,
     fit_probe,
     fit_temperature,
     kind_scores,
@@ -27,6 +28,7 @@ from peft_svf.adaptation import (
 from peft_svf.evaluation import choice_logps, evaluate
 from peft_svf.evaluator import blocks_of
 from peft_svf.expert import Expert
+from peft_svf.first_pass import CONTENT_FREE
 from peft_svf.probe import Probe
 from peft_svf.tasks import Task, dispatch_prompt
 
@@ -66,6 +68,20 @@ def oracle(model, prompt, kinds=KINDS):
         answer = tokenizer(name, add_special_tokens=False).input_ids
         logits = model(input_ids=torch.tensor([start + answer])).logits[0, len(start) - 1 : -1].double()
         found.append(logits.log_softmax(-1)[torch.arange(len(answer)), answer].sum())
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def channel_oracle(model, prompt, kinds=KINDS):
+    """Log-likelihoods of a prompt after a system prompt for each kind, read in one plain forward of its own."""
+    found = []
+    for name, what in kinds.items():
+        turns = [{"role": "system", "content": f"The user asks for {what or name}."}, user(prompt)]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        start = tokenizer(text[: text.index(prompt)], add_special_tokens=False).input_ids
+        asked = tokenizer(prompt, add_special_tokens=False).input_ids
+        logits = model(input_ids=torch.tensor([start + asked])).logits[0, len(start) - 1 : -1].double()
+        found.append(logits.log_softmax(-1)[torch.arange(len(asked)), asked].sum())
     return torch.stack(found)
 
 
@@ -111,18 +127,72 @@ def test_nothing_to_decide_is_no_decision(library):
     assert dispatch(library, tokenizer, []) == []
 
 
-def test_the_prompt_strategy_reads_the_likelihoods_of_the_base_model(library):
+def test_names_are_read_by_the_likelihoods_of_the_base_model(library):
     logps = torch.stack([oracle(base(), prompt) for prompt in PROMPTS])
-    found = probabilities(dispatch(library, tokenizer, PROMPTS, calibrate=False))
+    found = probabilities(dispatch(library, tokenizer, PROMPTS, read="likelihood", calibrate=False))
     torch.testing.assert_close(found, logps.softmax(-1), atol=1e-4, rtol=0)
 
 
-def test_calibration_subtracts_the_likelihoods_of_the_empty_request(library):
-    logps = torch.stack([oracle(base(), prompt) for prompt in PROMPTS]) - oracle(base(), "")
-    calibrated = probabilities(dispatch(library, tokenizer, PROMPTS))
-    torch.testing.assert_close(calibrated, logps.softmax(-1), atol=1e-4, rtol=0)
-    empty = dispatch(library, tokenizer, [""])[0]
-    assert empty.confidence == pytest.approx(0, abs=1e-5)
+def test_the_prompt_strategy_reads_the_request_as_what_a_user_of_each_kind_says(library):
+    logps = torch.stack([channel_oracle(base(), prompt) for prompt in PROMPTS])
+    found = kind_scores(library, tokenizer, PROMPTS).double()
+    torch.testing.assert_close(found, logps - logps.mean(-1, keepdim=True), atol=1e-3, rtol=0)
+    assert torch.equal(kind_scores(library, tokenizer, PROMPTS, read="channel").double(), found)
+    shares = probabilities(dispatch(library, tokenizer, PROMPTS))
+    torch.testing.assert_close(shares, logps.softmax(-1), atol=1e-3, rtol=0)
+    assert dispatch(library, tokenizer, [PROMPTS[0], ""])[1].confidence == pytest.approx(0, abs=1e-6)
+
+
+def test_a_kind_is_announced_by_its_description_in_any_template(monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    assert first_pass.channel_prompt(tokenizer, "math", "") == "The user asks for math.\n"
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system prompt') }}{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", refusing + "<u>{{ messages[0].content }}</u>")
+    assert first_pass.channel_prompt(tokenizer, "math", "sums") == "<u>The user asks for sums.\n"
+
+
+def test_calibration_subtracts_the_mean_over_requests_that_say_nothing(library):
+    free = torch.stack([oracle(base(), text) for text in CONTENT_FREE]).mean(0)
+    logps = torch.stack([oracle(base(), prompt) for prompt in PROMPTS]) - free
+    for settings in ({}, {"calibrate": True}):
+        calibrated = probabilities(dispatch(library, tokenizer, PROMPTS, read="likelihood", **settings))
+        torch.testing.assert_close(calibrated, logps.softmax(-1), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("read", ["likelihood", "channel"])
+def test_batch_calibration_divides_by_the_mean_probability_of_each_kind(read, library, tmp_path):
+    raw = kind_scores(library, tokenizer, PROMPTS, read=read, calibrate=False).double()
+    fitted = fit_calibration(library, tokenizer, PROMPTS, read=read)
+    shares = raw.softmax(-1) / raw.softmax(-1).mean(0)
+    fitted.save(tmp_path)
+    found = probabilities(dispatch(library, tokenizer, PROMPTS, read=read, calibrate=Probe.load(tmp_path)))
+    torch.testing.assert_close(found, shares / shares.sum(-1, keepdim=True), atol=1e-4, rtol=0)
+
+
+def test_a_calibration_to_known_kinds_makes_them_likelier(library):
+    prompts, kinds = 3 * PROMPTS, 3 * ["math", "code", "other", "code"]
+    fitted = fit_calibration(library, tokenizer, prompts, kinds)
+    right = torch.tensor([NAMES.index(kind) for kind in kinds])
+    before, after = (
+        torch.nn.functional.cross_entropy(kind_scores(library, tokenizer, prompts, calibrate=c).double(), right)
+        for c in (False, fitted)
+    )
+    assert after < before
+    two = fit_calibration(library, tokenizer, PROMPTS, ["math", "other", "math", "other"])
+    assert [m.probabilities["code"] for m in dispatch(library, tokenizer, PROMPTS, calibrate=two)] == [0.0] * 4
+
+
+def test_a_calibration_of_other_names_or_readings_is_refused(library, folders):
+    fitted = fit_calibration(library, tokenizer, PROMPTS, read="likelihood")
+    with pytest.raises(ValueError, match=r"read by 'likelihood', but here are .* read by 'channel': fit it with"):
+        dispatch(library, tokenizer, PROMPTS, calibrate=fitted)
+    with pytest.raises(ValueError, match=r"was fitted to .*'code'.*, but here are .'math', 'other'."):
+        fewer = ExpertLibrary(base(), [folders["math"]])
+        dispatch(fewer, tokenizer, PROMPTS, read="likelihood", calibrate=fitted)
+    with pytest.raises(ValueError, match="fitted to prompts, got none"):
+        fit_calibration(library, tokenizer, [])
+    with pytest.raises(ValueError, match='leave calibrate out with "generate"'):
+        dispatch(library, tokenizer, PROMPTS, read="generate", calibrate=True)
 
 
 def test_the_classifier_strategy_reads_those_of_the_classifier(library, folders):
@@ -130,10 +200,11 @@ def test_the_classifier_strategy_reads_those_of_the_classifier(library, folders)
     logps = torch.stack([oracle(classifier, prompt) for prompt in PROMPTS])
     found = probabilities(dispatch(library, tokenizer, PROMPTS, strategy="classifier"))
     torch.testing.assert_close(found, logps.softmax(-1), atol=1e-4, rtol=0)
-    base_says = probabilities(dispatch(library, tokenizer, PROMPTS, calibrate=False))
+    base_says = probabilities(dispatch(library, tokenizer, PROMPTS, read="likelihood", calibrate=False))
     assert not torch.allclose(found, base_says, atol=1e-2)
     calibrated = probabilities(dispatch(library, tokenizer, PROMPTS, strategy="classifier", calibrate=True))
-    torch.testing.assert_close(calibrated, (logps - oracle(classifier, "")).softmax(-1), atol=1e-4, rtol=0)
+    free = torch.stack([oracle(classifier, text) for text in CONTENT_FREE]).mean(0)
+    torch.testing.assert_close(calibrated, (logps - free).softmax(-1), atol=1e-4, rtol=0)
 
 
 def test_below_the_threshold_the_base_answers(library):
@@ -180,7 +251,7 @@ def test_dispatch_leaves_the_model_as_it_was_also_after_an_exception(library, mo
     before = state(library.model)
     for strategy in ("prompt", "classifier"):
         dispatch(library, tokenizer, PROMPTS, strategy=strategy)
-    monkeypatch.setattr(adaptation, "choice_logps", lambda *_: 1 / 0)
+    monkeypatch.setattr(first_pass, "choice_logps", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         dispatch(library, tokenizer, PROMPTS, strategy="classifier")
     assert_same(library.model, before)
@@ -192,11 +263,14 @@ def test_dispatch_leaves_the_model_as_it_was_also_after_an_exception(library, mo
 def test_calibration_by_a_prior_that_prefers_no_name_changes_nothing(library, monkeypatch):
     draws = torch.Generator().manual_seed(0)
 
-    def logps(model, _, rows):  # the empty request, last, likes all names alike
-        return torch.cat([torch.randn(len(rows) - 1, 3, generator=draws.manual_seed(1)), torch.full((1, 3), -7.0)])
+    def logps(model, _, rows):  # the requests that say nothing, which come first, like all names alike
+        drawn = torch.randn(len(PROMPTS), 3, generator=draws.manual_seed(1))
+        return torch.cat([torch.full((3, 3), -7.0), drawn])[-len(rows) :]
 
-    monkeypatch.setattr(adaptation, "choice_logps", logps)
-    with_it, without = (probabilities(dispatch(library, tokenizer, PROMPTS, calibrate=c)) for c in (True, False))
+    monkeypatch.setattr(first_pass, "choice_logps", logps)
+    with_it, without = (
+        probabilities(dispatch(library, tokenizer, PROMPTS, read="likelihood", calibrate=c)) for c in (True, False)
+    )
     torch.testing.assert_close(with_it, without)
 
 
@@ -325,7 +399,7 @@ def test_the_written_form_is_bounded_greedy_and_one_by_one_what_it_is_in_a_batch
     finally:
         library.model.generation_config.do_sample = sampling
     assert together == apart and all(m.strategy == strategy for m in together)
-    with pytest.raises(ValueError, match="no reading 'guess': choose 'likelihood' or 'generate'"):
+    with pytest.raises(ValueError, match="no reading 'guess': choose 'likelihood' or 'channel' or 'generate'"):
         dispatch(library, tokenizer, PROMPTS, read="guess")
 
 

@@ -11,6 +11,7 @@ from pico import build, svf_layers
 from transformers import AutoModelForCausalLM
 
 from peft_svf import SVFConfig, basis_cache
+from peft_svf.checkpoint import SAMPLES, STRIDES
 
 
 @pytest.fixture
@@ -76,6 +77,21 @@ def test_weights_that_were_trained_in_memory_are_hashed_and_have_their_own_basis
     assert not any(trained[name][1] == first[name][1] for name in first)
 
 
+def test_rows_that_were_pruned_in_memory_are_seen(saved, hashed):
+    first = bases(load(saved))
+    model, name = load(saved), "model.layers.0.mlp.up_proj"
+    model.get_submodule(name).weight.data[2:4] = 0
+    pruned = bases(model)
+    assert [n for n in first if pruned[n][1] != first[n][1]] == [name]
+
+
+def test_the_sample_of_a_large_weight_reaches_every_row_and_column():
+    rows, columns = 1536, 576
+    seen = torch.zeros(rows * columns, dtype=torch.bool)
+    seen[:: next(p for p in STRIDES if rows * columns >= SAMPLES * p)] = True
+    assert seen.view(rows, columns).any(1).all() and seen.view(rows, columns).any(0).all()
+
+
 def test_weights_that_are_not_the_files_are_not_remembered(saved, hashed):
     model = load(saved)
     model.model.layers[0].mlp.up_proj.weight.data[3, 1] += 1e-3  # a row that no sample looks at is still compared once
@@ -99,7 +115,7 @@ def test_a_damaged_memo_counts_as_none(saved, hashed, content):
     memo.write_text(content)
     assert same(bases(load(saved)), first)
     assert len(hashed) == 2 * len(first)
-    assert set(json.loads(memo.read_text())) == {"path", "size", "mtime_ns", "keys"}
+    assert set(json.loads(memo.read_text())) == {"path", "size", "mtime_ns", "weights"}
 
 
 def test_what_is_computed_after_pruning_is_kept_under_its_content(saved, hashed):

@@ -2,7 +2,6 @@
 """Laws of the command line: a verb says what the library says; what a user gets wrong is one line."""
 
 import json
-import random
 import re
 import signal
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import YAML, run, write_rows
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_model import tiny_model, tiny_tokenizer
@@ -23,26 +23,6 @@ from peft_svf.evaluation import choice_logps, evaluate
 from peft_svf.tasks import Task
 
 ROOT = Path(__file__).resolve().parents[1]
-YAML = """\
-model_name_or_path: {base}
-task: {rows}
-description: the larger of two numbers
-output_dir: {out}
-max_steps: 4
-per_device_train_batch_size: 16
-learning_rate: 2e-2
-eval_strategy: steps
-eval_steps: 2
-disable_tqdm: true
-"""
-
-
-def write_rows(path, count=80):
-    draw = random.Random(0)
-    pairs = [draw.sample(range(10, 100), 2) for _ in range(count)]
-    rows = [{"prompt": f"{a} or {b}?", "choices": [str(a), str(b)], "label": int(b > a)} for a, b in pairs]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +34,8 @@ def home(tmp_path_factory):
     rows = write_rows(folder / "rows.jsonl")
     text = YAML.format(base=folder / "base", rows=rows, out=folder / "expert")
     (folder / "train.yaml").write_text(text)
+    # bases that were just computed lie at another alignment than those read from the cache: sums round differently
+    assert main(["factor", str(folder / "base")]) == 0
     assert main(["train", str(folder / "train.yaml")]) == 0
     # another expert of the same base, with known z
     config = Expert.load(folder / "expert").config
@@ -61,14 +43,6 @@ def home(tmp_path_factory):
     offsets = {m: torch.randn(len(d), generator=draws) for m, d in Expert.load(folder / "expert").offsets.items()}
     Expert("wild", offsets, config).save(folder / "wild")
     return folder
-
-
-def run(capsys, *argv):
-    """Exit code and what was printed, to the user and as an error."""
-    capsys.readouterr()
-    code = main([str(part) for part in argv])
-    printed = capsys.readouterr()
-    return code, printed.out, printed.err
 
 
 def loaded(home, *experts):

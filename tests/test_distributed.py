@@ -2,16 +2,19 @@
 """
 Laws of SVF where weights are not simply there: several processes, sharded, partitioned, offloaded, on the meta device.
 
-What needs two processes is one run of two gloo workers, marked slow; each test reads what they left.
+What needs two processes is a run of two gloo workers, marked slow; each test reads what they left.
 """
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import accelerate
 import pytest
 import torch
 import torch.multiprocessing
+import trainers
 from peft import PeftModel, get_peft_model
 from pico import build, inputs, logits, randomize, svf_layers
 from safetensors.torch import load_file
@@ -181,6 +184,98 @@ def test_a_base_that_is_sharded_already_gets_the_bases_of_the_whole_weights(rank
     for found in ranks[0]:
         same(found["late bases"], {name: layer.svf_basis for name, layer in svf_layers(whole).items()})
         torch.testing.assert_close(found["late logits"], logits(whole, {"input_ids": batch()}), rtol=0, atol=1e-4)
+
+
+# --- the trainer on shards
+
+FSDP = """
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_transformer_layer_cls_to_wrap: LlamaDecoderLayer
+  fsdp_cpu_ram_efficient_loading: false
+  fsdp_state_dict_type: FULL_STATE_DICT
+num_machines: 1
+num_processes: 2
+mixed_precision: 'no'
+use_cpu: true
+"""
+SHARDED = """
+import sys, torch, trainers as t
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from peft_svf.evolution import EvolutionConfig, EvolutionTrainer
+
+class Config(t.ReinforceConfig):
+    def __post_init__(self):
+        super().__post_init__()
+        self.device  # starts the processes, which accelerate would not shard as they are no GPUs
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+t.ReinforceConfig = Config
+folder, found = sys.argv[1], {}
+try:
+    t.divided(folder, "choice", 2)
+except ValueError as error:
+    found["choice"] = str(error)
+try:
+    args = EvolutionConfig(folder, **t.QUIET)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    EvolutionTrainer(
+        t.tiny_model(), t.uneven, args, t.TEXT_ROWS, processing_class=t.TOKENIZER, peft_config=t.SVFConfig()
+    )
+except ValueError as error:
+    found["evolution"] = str(error)
+trainer = t.divided(folder, "generate", 2)
+trainer.train()
+layers = [module for module in trainer.model.modules() if hasattr(module, "svf_chosen")]
+found["plans"] = {layer.svf_chosen for layer in layers}
+found["kinds"] = {type(p).__name__ for p in trainer.model.parameters()}
+found["log"] = trainer.state.log_history[0]["z/mean_distance_from_1"]
+found["z"] = t.flat(p.full_tensor() for p in t.offsets(trainer.model))
+trainer.save_model(f"{folder}/saved")
+torch.save(found, f"{folder}/{trainer.args.process_index}.pt")
+trainer.accelerator.end_training()
+"""
+
+
+@pytest.fixture(scope="module")
+def trained_on_shards(tmp_path_factory):
+    """What two processes found that trained on shards, as accelerate's FSDP2 makes them, and where they saved."""
+    folder = tmp_path_factory.mktemp("shards")
+    (folder / "train.py").write_text(SHARDED)
+    (folder / "fsdp.yaml").write_text(FSDP)
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(folder / "fsdp.yaml")]
+    run = subprocess.run(
+        [sys.executable, *launch, str(folder / "train.py"), str(folder)], capture_output=True, text=True,
+        env=trainers.environment(), timeout=240,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-9000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)], folder
+
+
+@pytest.mark.slow
+def test_the_trainer_on_shards_takes_the_step_of_one_process_with_the_whole_batch(trained_on_shards, tmp_path):
+    (one, other), folder = trained_on_shards
+    alone = trainers.divided(tmp_path, "generate", 4)
+    start = trainers.trained_z(alone).clone()
+    alone.train()
+    assert one["kinds"] == {"DTensor"} and one["plans"] == {"narrow"}
+    assert torch.equal(one["z"], other["z"])
+    trainers.same(one["z"] - start, trainers.trained_z(alone) - start)
+    assert one["log"] == other["log"] == pytest.approx(float(start.abs().mean()))
+    stored = load_file(folder / "saved" / "adapter_model.safetensors")
+    names = [name.replace(".default", "") for name, p in alone.model.named_parameters() if p.requires_grad]
+    assert torch.equal(torch.cat([stored[name] for name in names]), one["z"])
+
+
+@pytest.mark.slow
+def test_rows_with_choices_and_evolution_are_refused_on_shards(trained_on_shards):
+    for found in trained_on_shards[0]:
+        assert "different numbers of forwards" in found["choice"] and "Use DDP" in found["choice"]
+        assert "EvolutionTrainer moves whole z-vectors" in found["evolution"]
 
 
 # --- one process

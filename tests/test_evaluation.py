@@ -7,6 +7,7 @@ import math
 import pico
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import get_peft_model
 from tiny_model import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -141,26 +142,29 @@ def test_gradients_are_those_of_the_plain_forwards():
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])  # OPT flattens batch and tokens before its MLP
-def test_rows_with_their_own_adapters_score_as_one_by_one(kind):
+def test_members_of_a_batch_score_all_rows_as_one_by_one(kind):
     model = get_peft_model(build(kind), SVFConfig(init_weights=False))
     model.add_adapter("other", SVFConfig(init_weights=False))
     names = ["other", "__base__", "default", "other"]
     with torch.no_grad(), contextlib.ExitStack() as stack:
         for layer in pico.svf_layers(model).values():
             stack.enter_context(layer.rows(layer.named_offsets(names)))
-        found = choice_logps(model, TOKENIZER, ROWS, share_prefix=False)
-    for name, row, logps in zip(names, ROWS, found, strict=True):
+        found = choice_logps(model, TOKENIZER, ROWS, len(names))
+    for i, name in enumerate(names):
         with torch.no_grad(), model.disable_adapter() if name == "__base__" else contextlib.nullcontext():
             if name != "__base__":
                 model.set_adapter(name)
-            close(logps[: len(row["choices"])], plain_logps(model, row))
+            for row, logps in zip(ROWS, found[i * len(ROWS) : (i + 1) * len(ROWS)], strict=True):
+                close(logps[: len(row["choices"])], plain_logps(model, row))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text"])
 def test_what_prompts_begin_with_is_read_once_and_changes_nothing(kind):
     model = build(kind)
     rows = [{**row, "prompt": f"all begin alike: {i * 'so'}"} for i, row in enumerate(ROWS)]  # the first has no more
-    one, other = (choice_logps(model, TOKENIZER, rows, share_prefix=share) for share in (True, False))
+    one = choice_logps(model, TOKENIZER, rows)
+    alone = [choice_logps(model, TOKENIZER, [row])[0] for row in rows]
+    other = torch.stack([F.pad(logps, (0, one.shape[1] - len(logps)), value=float("-inf")) for logps in alone])
     close(one, other)
     weight = model.get_input_embeddings().weight
     gradients = [torch.autograd.grad(logps.clamp(min=-1e4).sum(), weight)[0] for logps in (one, other)]
@@ -337,6 +341,14 @@ def test_paired_difference_by_hand():
     assert (low, high) == pytest.approx((mean - half, mean + half), abs=1e-6)
     assert paired_difference(other, one)[0] == -found
     assert paired_difference(one, one) == (0.0, (0.0, 0.0))
+
+
+def test_where_answers_are_graded_their_grades_are_compared():
+    one, other = summary_of([1, 0, 0]), summary_of([0, 0, 1])
+    for summary, scores in ((one, [1.0, 2 / 3, 1 / 3]), (other, [0.0, 1 / 3, 1.0])):
+        for record, score in zip(summary.records, scores, strict=True):
+            record["score"] = score
+    assert paired_difference(one, other)[0] == pytest.approx((1 + 1 / 3 - 2 / 3) / 3)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import experts
@@ -16,7 +17,15 @@ from tiny_model import tiny_tokenizer
 
 from peft_svf import ExpertLibrary, Mixture, evaluator
 from peft_svf.evaluation import choice_logps
-from peft_svf.evaluator import AccelerateEvaluator, Judge, LocalEvaluator, Weights, blocks_of, svf_layers
+from peft_svf.evaluator import (
+    AccelerateEvaluator,
+    Judge,
+    LocalEvaluator,
+    RayEvaluator,
+    Weights,
+    blocks_of,
+    svf_layers,
+)
 from peft_svf.tasks import Task
 
 CHOICES = [
@@ -125,11 +134,11 @@ def test_normalized_weights_sum_to_one_and_nothing_stays_the_base():
     }
 
 
-def plain_logps(model, _, rows, share_prefix=True):
-    """Log-likelihoods in float64: one forward over prompt and choice, no cache."""
+def plain_logps(model, _, rows, members):
+    """Log-likelihoods in float64, `(members * rows, choices)`: one forward over prompt and choice, no cache."""
     columns = []
     for k in range(len(rows[0]["choices"])):
-        texts = [[tokenizer(text).input_ids for text in (row["prompt"], row["choices"][k])] for row in rows]
+        texts = [[tokenizer(text).input_ids for text in (row["prompt"], row["choices"][k])] for row in rows] * members
         width = max(len(p) + len(c) for p, c in texts)
         ids = torch.tensor([p + c + [0] * (width - len(p) - len(c)) for p, c in texts]) % pico.VOCABULARY
         logps = model(input_ids=ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
@@ -278,3 +287,74 @@ def test_two_processes_find_what_one_finds_and_both_hear_of_an_error(tmp_path):
         "process 1 is done",
     ]
     assert (tmp_path / "state.json").exists()
+
+
+RAY = """
+import functools, sys
+import numpy as np, ray
+import experts
+from peft_svf import Transformer2Model
+from peft_svf.evaluator import LocalEvaluator, RayEvaluator
+from test_evaluator import ANSWERS, CHOICES, GENERATION, MEMBERS, judge, tokenizer
+
+def make(folders):
+    return Transformer2Model(experts.base(), tokenizer, folders)
+
+def broken(folders):
+    raise ZeroDivisionError("in the factory")
+
+def refused(shared, own):
+    try:
+        shared(own, MEMBERS)
+    except (ValueError, ZeroDivisionError) as error:
+        print("refused:", " ".join(str(error).split()))
+
+folders = [f"{sys.argv[1]}/code", f"{sys.argv[1]}/math"]
+model, other = make(folders), make({"code": folders[1], "math": folders[0]})
+ray.init(num_cpus=2, include_dashboard=False)
+with RayEvaluator(functools.partial(make, folders), workers=2) as shared:
+    for examples, settings in ((CHOICES, {"gradients": True}), (ANSWERS, {}), (ANSWERS, GENERATION)):
+        own = judge(model.library, examples, **settings)
+        here, there = LocalEvaluator()(own, MEMBERS), shared(own, MEMBERS)
+        np.testing.assert_allclose(there.scores, here.scores, atol=1e-4)
+        assert there.tokens == here.tokens and len(set(map(tuple, np.round(here.scores, 4)))) > 3
+        if here.gradients is not None:
+            np.testing.assert_allclose(there.gradients, here.gradients, atol=1e-4)
+    assert len(shared(own, MEMBERS[:1]).scores) == 1  # fewer members than workers
+    search = {"population": 6, "iterations": 2, "elites": 0.5, "holdout": 0, "seed": 1}
+    found, alone = model.adapt(CHOICES, evaluator=shared, **search), model.adapt(CHOICES, **search)
+    assert found.alpha == alone.alpha and found.provenance["tokens"] == alone.provenance["tokens"]
+    refused(shared, judge(model.library, [{**CHOICES[0], "prompt": "x" * 600}]))
+    refused(shared, judge(other.library, CHOICES))
+    assert len(shared(own, MEMBERS).scores) == len(MEMBERS)  # an exception ends no worker
+refused(shared, own)
+with RayEvaluator(functools.partial(broken, folders), workers=2) as shared:  # of two CPUs: the first two have ended
+    refused(shared, own)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra ray")
+def test_two_ray_workers_score_as_this_process_and_raise_their_errors_here(folders, tmp_path):
+    (tmp_path / "driver.py").write_text(RAY)
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "driver.py", str(folders["code"].parent)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(str(root / part) for part in ("src", "examples", "tests"))},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    refused = [line for line in done.stdout.splitlines() if line.startswith("refused:")]
+    told = ("the model's context is 512", "The expert 'code' of the search is not", "was closed", "in the factory")
+    assert len(refused) == len(told) and all(text in line for text, line in zip(told, refused, strict=True)), refused
+
+
+def test_ray_is_asked_for_by_its_extra_and_workers_are_counted(monkeypatch):
+    with pytest.raises(ValueError, match="at least 1 worker, got workers=0"):
+        RayEvaluator(base, workers=0)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r'pip install "peft-svf\[ray\]"'):
+        RayEvaluator(base)

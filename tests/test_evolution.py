@@ -26,7 +26,14 @@ from trainers import (
     trained_z,
     uneven,
 )
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    TrainerCallback,
+)
 
 from peft_svf import SVFConfig
 from peft_svf.evaluation import choice_logps
@@ -98,7 +105,7 @@ def test_a_z_score_has_mean_zero_and_unit_deviation():
 
 def alone(trainer, member):
     """The trainer's model with one member written into its offsets, for plain forwards."""
-    weights = offsets(trainer.model)
+    weights = [layer.svf_offset[name].weight for layer, name in trainer._layers.items()]
     for weight, part in zip(weights, member.split([len(weight) for weight in weights]), strict=True):
         weight.data.copy_(part)
     return trainer.model
@@ -106,7 +113,8 @@ def alone(trainer, member):
 
 def by_hand(trainer, members, rows, reward):
     """Each member's mean reward, one row and one member at a time."""
-    start, found = trained_z(trainer).clone(), []
+    start = flat(layer.svf_offset[name].weight for layer, name in trainer._layers.items()).clone()
+    found = []
     for member in members:
         model, rewards = alone(trainer, member), []
         for row in rows:
@@ -140,6 +148,31 @@ def test_members_move_only_the_directions_of_the_adapter(tmp_path):
     members = draws(0, 3, len(trained_z(trainer))).float()
     wanted = by_hand(trainer, members, CHOICE_ROWS, right_choice)
     torch.testing.assert_close(trainer._fitness(members, CHOICE_ROWS), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+@pytest.mark.parametrize("kind", ["sigmoid", "reference", "bounded"])
+def test_members_of_a_mapped_parameter_score_as_each_alone(kind, rank, tmp_path):
+    """What is drawn is the trained parameter; the model answers with the z that it stands for."""
+    svf = SVFConfig(parametrization=kind, rank=rank, init_weights=False)
+    trainer = trainer_of(tmp_path, CHOICE_ROWS, right_choice, svf=svf)
+    members = draws(0, 3, len(trained_z(trainer))).float()
+    wanted = by_hand(trainer, members, CHOICE_ROWS, right_choice)
+    torch.testing.assert_close(trainer._fitness(members, CHOICE_ROWS), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+def test_members_of_stacked_experts_score_as_each_alone(rank, tmp_path):
+    fields = {"vocab_size": len(TOKENIZER), "max_position_embeddings": 512}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**{**pico.config("qwen3_moe").to_dict(), **fields}))
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    svf = SVFConfig(target_modules=[], target_parameters=names, rank=rank, init_weights=False)
+    trainer = trainer_of(tmp_path, CHOICE_ROWS, right_choice, model=model, svf=svf)
+    members = 0.5 * draws(0, 3, len(trained_z(trainer))).float()
+    wanted = by_hand(trainer, members, CHOICE_ROWS, right_choice)
+    assert float(wanted.std()) > 1e-3
+    torch.testing.assert_close(trainer._fitness(members, CHOICE_ROWS), wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_several_rewards_are_added_by_their_weights_and_none_counts_as_zero(tmp_path):
@@ -176,7 +209,7 @@ class Recorder(EvolutionTrainer):
 
 def test_many_members_find_the_direction_of_the_true_gradient(tmp_path):
     """Against backpropagation through the expected reward: few directions, so that the population spans them."""
-    settings = {"population": 2000, "sigma": 0.01, "shaping": "none", "max_steps": 1, "rows_per_forward": 2000}
+    settings = {"population": 600, "sigma": 0.01, "shaping": "none", "max_steps": 1, "rows_per_forward": 600}
     svf = SVFConfig(target_modules=["up_proj"], rank=3, init_weights=False)
     trainer = trainer_of(tmp_path, CHOICE_ROWS, right_choice, svf=svf, kind=Recorder, learning_rate=0.0, **settings)
     trainer.train()
@@ -249,16 +282,23 @@ def test_same_seed_same_z(form, tmp_path):
     assert not torch.equal(runs[0], runs[2])
 
 
-@pytest.mark.parametrize("step", [1, 3, 4, 5])
-def test_a_resumed_run_is_the_uninterrupted_one(step, tmp_path):
-    rows = random_rows(12)  # three steps an epoch
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """Three steps an epoch, each epoch in an order of its own."""
+    folder, rows = tmp_path_factory.mktemp("whole"), random_rows(12)
     settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": 1, "kind": Recorder}
-    whole = trainer_of(tmp_path / "whole", rows, right_choice, **settings)
+    whole = trainer_of(folder, rows, right_choice, **settings)
     whole.train()
     assert whole.rows[:3] != whole.rows[3:6]
+    return rows, settings, whole, folder
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 5])
+def test_a_resumed_run_is_the_uninterrupted_one(step, whole_run, tmp_path):
+    rows, settings, whole, folder = whole_run
     evaluated = {"eval_rows": rows, "eval_strategy": "steps", "eval_steps": 1}  # which changes nothing
-    again = trainer_of(tmp_path / "again", rows, right_choice, **settings, **evaluated)
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    again = trainer_of(tmp_path, rows, right_choice, **settings, **evaluated)
+    again.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
     assert again.rows == whole.rows[step:]
     assert torch.equal(trained_z(again), trained_z(whole))
 

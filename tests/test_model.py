@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from pico import CAUSAL, CONFIGS, build, fill, inputs, logits, matrix_of, one_layer, randomize, svf_layers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_svf import SVFConfig
@@ -336,6 +336,27 @@ def test_a_one_hot_mixture_is_that_expert():
         model.add_weighted_adapter(["a", "b"], [1.0, 0.0], kind, combination_type=kind)
         model.set_adapter(kind)
         close(logits(model), expected("llama", z_a))
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ({"layers_to_transform": [0]}, {"layers_to_transform": [1]}),
+        ({"exclude_modules": ["up_proj"]}, {}),
+        ({"target_modules": ["up_proj"]}, {"target_modules": r".*\.0\.mlp\.down_proj"}),
+    ],
+)
+def test_a_mixture_reaches_whatever_its_sources_reach(one, other):
+    model = adapt("llama", "a", seed=1, **one)
+    model.add_adapter("b", SVFConfig(**other))
+    randomize(model, "b", seed=2)
+    for name, weights in (("first", [1.0, 0.0]), ("second", [0.0, 1.0])):
+        model.add_weighted_adapter(["a", "b"], weights, name)
+    for source, mixture in (("a", "first"), ("b", "second")):
+        model.set_adapter(source)
+        alone = logits(model)
+        model.set_adapter(mixture)
+        torch.testing.assert_close(logits(model), alone)
 
 
 def test_what_is_left_of_a_linear_mixture_is_the_base():
@@ -1020,3 +1041,57 @@ def test_every_causal_architecture_of_the_tests_generates():
         ids = inputs(model, batch=1)["input_ids"]
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, min_new_tokens=2)
         assert out.shape == (1, 9)
+
+
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_a_refused_state_leaves_an_adapter_that_was_there_alone(adapters, tmp_path):
+    model = adapt(seed=1)
+    if adapters == 2:
+        model.add_adapter("other", SVFConfig())
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    before, state = logits(model), get_peft_model_state_dict(model)
+    bad = {name: torch.full_like(offset, torch.nan) for name, offset in state.items()}
+    with pytest.raises(ValueError, match="NaN"):
+        set_peft_model_state_dict(model, bad)
+    model.save_pretrained(tmp_path)
+    save_file(bad, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="NaN"):
+        model.load_adapter(tmp_path, "default")  # as Trainer loads the best checkpoint
+    with pytest.raises(ValueError, match="NaN"):
+        model.load_adapter(tmp_path, "new")
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trainable
+    assert set(model.peft_config) == {"default", "other"} if adapters == 2 else {"default"}
+    assert torch.equal(logits(model), before)
+
+
+def test_the_batch_of_mixed_adapters_is_that_of_the_tokens():
+    model = adapt(seed=1)
+    ids = inputs(model)
+    rows = len(ids["input_ids"])
+    places = torch.arange(ids["input_ids"].shape[1])[None]
+    with torch.no_grad():
+        found = model(position_ids=places, **ids, adapter_names=["default"] * rows).logits
+    torch.testing.assert_close(found, logits(model))
+
+
+def test_a_module_that_reads_a_weight_without_running_it_is_refused():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2)
+
+    with pytest.raises(ValueError, match="MultiheadAttention reads its weight"):
+        get_peft_model(Attention(), SVFConfig(target_modules=["out_proj"]))
+
+
+def test_replicas_of_data_parallel_training_compute_the_same():
+    """torch's `replicate` leaves parameters as plain attributes."""
+    model = adapt(seed=1)
+    expected = logits(model)
+    for layer in svf_layers(model).values():
+        for module in layer.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    del module._parameters[name]
+                    object.__setattr__(module, name, parameter.detach().clone())
+    torch.testing.assert_close(logits(model), expected)

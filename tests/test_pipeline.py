@@ -7,23 +7,18 @@ import experts
 import pytest
 import torch
 from experts import GREEDY, alone, assert_same, base, state, write
-from peft import PeftModel
-from PIL import Image
 from tiny_model import tiny_tokenizer
 from torch.utils.data import Dataset
 from transformers import (
-    Idefics3Config,
-    Idefics3ForConditionalGeneration,
-    Idefics3ImageProcessorPil,
-    Idefics3Processor,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     TextIteratorStreamer,
     pipeline,
 )
+from transformers.pipelines.pt_utils import KeyDataset
 
 from peft_svf import Mixture, Transformer2Model, Transformer2Pipeline, two_pass
-from peft_svf.pipeline import Transformer2ImagePipeline
 
 TEXTS = ["What is 3 + 4?", "def", "Tell me a story."]
 CHATS = [[{"role": "user", "content": text}] for text in TEXTS]
@@ -144,6 +139,55 @@ def test_beams_and_returned_sequences_stay_with_their_prompt(pipe):
         [record["generated_text"] for record in row] for row in expected
     ]
     assert [[record["dispatch"]["choice"] for record in row] for row in found] == [[name] * 2 for name in each]
+
+
+def more_options(tokenizer):
+    """What else a call of text-generation may say."""
+    return {
+        "generation config": {"generation_config": GenerationConfig(max_new_tokens=5, do_sample=False)},
+        "long generation config": {"generation_config": GenerationConfig(max_new_tokens=33, do_sample=False)},
+        "stop strings": GREEDY | {"stop_strings": ["a", "8"], "tokenizer": tokenizer},
+        "stop sequence": GREEDY | {"stop_sequence": "a"},
+        "maximal length": {"max_length": 40, "do_sample": False},
+        "prefix": GREEDY | {"prefix": "go on: "},
+        "shorter prompts": GREEDY | {"tokenizer_encode_kwargs": {"truncation": True, "max_length": 4}},
+        "special tokens": GREEDY | {"skip_special_tokens": False, "add_special_tokens": True},
+        "text": GREEDY | {"return_text": True, "clean_up_tokenization_spaces": True},
+        "no workers": GREEDY | {"num_workers": 0, "batch_size": 2},
+        "static cache": GREEDY | {"cache_implementation": "static", "batch_size": 2},
+        "chunked prefill": GREEDY | {"prefill_chunk_size": 5},
+        "assistant": GREEDY | {"assistant_model": base(seed=7)},
+        "prompt lookup": GREEDY | {"prompt_lookup_num_tokens": 3},
+    }
+
+
+@pytest.mark.parametrize("options", more_options(None))
+@pytest.mark.parametrize("inputs", ["texts", "chats"])
+def test_whatever_a_call_says_an_expert_answers_as_text_generation_on_it(inputs, options, pipe, stock, stock_math):
+    for name, own in (("other", stock), ("math", stock_math)):
+        settings = more_options(own.tokenizer)[options]
+        assert pipe(INPUTS[inputs], expert=name, **settings) == own(INPUTS[inputs], **settings)
+    found = pipe(INPUTS[inputs], return_dispatch=True, **settings)
+    for (record,), mixture in zip(found, pipe.model.first_pass(INPUTS[inputs]), strict=True):
+        assert record["dispatch"]["choice"] == mixture.choice
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"assistant_model": base(seed=7)},
+        {"device": "cpu"},
+        {"dtype": torch.float32},
+        {"batch_size": 2, "num_workers": 0},
+        {"return_full_text": False},
+        {"num_beams": 2},
+    ],
+    ids=str,
+)
+def test_what_the_constructor_takes_is_text_generations(arguments, folders):
+    stock = pipeline("text-generation", model=base(), tokenizer=tiny_tokenizer(), **arguments)
+    for inputs in TEXTS if "assistant_model" in arguments else (TEXTS, CHATS):
+        assert make(folders, **arguments)(inputs, expert="other", **GREEDY) == stock(inputs, **GREEDY)
 
 
 def test_sampling_with_a_seed_gives_what_text_generation_gives(pipe, stock):
@@ -333,7 +377,12 @@ def test_generators_and_datasets_are_answered_one_by_one_and_lazily(pipe):
         assert next(answers) == expected[0] and len(read) < len(prompts)
         assert list(answers) == expected[1:]
         assert list(pipe(lazily(), batch_size=3, **GREEDY)) == expected
-    assert list(pipe(Prompts(TEXTS), batch_size=2, expert="math", **GREEDY)) == pipe(TEXTS, expert="math", **GREEDY)
+    expected = pipe(TEXTS, expert="math", **GREEDY)
+    column = KeyDataset([{"prompt": text} for text in TEXTS], "prompt")
+    for dataset in (Prompts(TEXTS), column):
+        assert list(pipe(dataset, batch_size=2, expert="math", **GREEDY)) == expected
+    with pytest.raises(ValueError, match="got 3 for a KeyDataset: make a list of it"):
+        pipe(column, expert=["math"] * 3, **GREEDY)
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # Python 3.12 on fork
@@ -487,113 +536,29 @@ def test_saving_a_pipeline_is_refused_and_writes_nothing(pipe, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# --- models that see images
+# --- compiled
 
 
-IMAGES = [Image.new("RGB", (20, 12), (200, 10, 10)), Image.new("RGB", (16, 16), (0, 10, 250))]
-LANGUAGE = r".*text_model.*\.(gate|up|down)_proj"
-SEEING = (
-    "{% for m in messages %}<{{ m['role'][0] }}>{% for p in m['content'] %}"
-    "{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}{% endif %}{% endfor %}<end>{% endfor %}<a>"
-)
+def test_a_compiled_model_answers_alike_and_has_no_graph_per_expert(folders, pipe):
+    torch._dynamo.reset()
+    graphs = []
 
+    def counting(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
 
-def seeing_processor():
-    tokenizer = tiny_tokenizer()
-    marks = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<s>", "<u>", "<a>", *marks]})
-    sizes = {"size": {"longest_edge": 16}, "max_image_size": {"longest_edge": 16}}
-    images = Idefics3ImageProcessorPil(**sizes, do_image_splitting=False)
-    return Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=SEEING)
-
-
-def seeing_model(name="seeing"):
-    tokenizer = seeing_processor().tokenizer
-    text = base().config.to_dict() | {"vocab_size": len(tokenizer)}
-    sees = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Idefics3Config(
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        scale_factor=2,
-        pad_token_id=0,
-        vision_config=sees | {"image_size": 16, "patch_size": 4},
-        text_config=text,
+    model = base()
+    model.compile(backend=counting, dynamic=True)
+    with pytest.raises(ValueError, match=r"wrapped hides its modules.*model\.compile\(\)"):
+        Transformer2Model(torch.compile(model, backend=counting), tiny_tokenizer(), [folders["math"]])
+    compiled = pipeline(
+        "transformer2", model=model, tokenizer=tiny_tokenizer(), experts=[folders["math"], folders["code"]]
     )
-    torch.manual_seed(0)
-    model = Idefics3ForConditionalGeneration(config).eval()
-    model.config._name_or_path = model.name_or_path = name
-    return model
-
-
-def asks(i, text):
-    return [{"role": "user", "content": [{"type": "image", "image": IMAGES[i]}, {"type": "text", "text": text}]}]
-
-
-@pytest.fixture(scope="module")
-def seeing(tmp_path_factory):
-    """A pipeline, and text and images with each expert alone by transformers' own pipeline."""
-    folder = tmp_path_factory.mktemp("seeing")
-    seeing_model().save_pretrained(folder / "base")
-    seeing_processor().save_pretrained(folder / "base")
-    name = str(folder / "base")
-    named = [write(folder, n, i, seeing_model(name), target_modules=LANGUAGE) for n, i in (("math", 2), ("code", 1))]
-    stock = {"other": pipeline("image-text-to-text", model=seeing_model(), processor=seeing_processor())}
-    for path in named:
-        one = PeftModel.from_pretrained(seeing_model(), str(path)).eval().base_model.model
-        stock[path.name] = pipeline("image-text-to-text", model=one, processor=seeing_processor())
-    pipe = pipeline("transformer2", model=seeing_model(name), processor=seeing_processor(), experts=named)
-    return pipe, stock, named
-
-
-SHORT = {"max_new_tokens": 5}
-
-
-def test_a_model_that_sees_images_answers_as_image_text_to_text(seeing):
-    pipe, stock, _ = seeing
-    assert isinstance(pipe, Transformer2ImagePipeline)
-    chats = [asks(0, "What is it?"), asks(1, "Is it 3?")]
-    answers = {}
-    for name in NAMES:
-        answers[name] = stock[name](text=chats, **SHORT)
-        assert pipe(text=chats, expert=name, **SHORT) == answers[name]
-        assert pipe(text=chats, expert=name, batch_size=2, **SHORT) == answers[name]
-        assert pipe(text=chats[0], expert=name, **SHORT) == stock[name](text=chats[0], **SHORT)
-        texts = {"images": IMAGES, "text": ["<image>a", "<image>bcd"]}
-        assert pipe(**texts, expert=name, **SHORT) == stock[name](**texts, **SHORT)
-    assert answers["math"] != answers["code"] != answers["other"]
-    for batch_size in (1, 2):
-        rows = pipe(text=chats, expert=["math", "other"], batch_size=batch_size, **SHORT)
-        assert rows == [answers["math"][0], answers["other"][1]]
-
-
-def test_the_first_pass_of_a_model_that_sees_images_reads_the_text(seeing):
-    pipe, _, _ = seeing
-    texts = ["What is 3 + 4?", "def"]
-    decided = pipe.model.first_pass(texts)
-    chats = [asks(i, text) for i, text in enumerate(texts)]
-    for batch_size in (1, 2):
-        found = pipe(text=chats, return_dispatch=True, batch_size=batch_size, **SHORT)
-        assert [record["dispatch"]["choice"] for (record,) in found] == [mixture.choice for mixture in decided]
-    images = {"images": IMAGES, "text": [f"<image>{text}" for text in texts]}
-    assert [
-        record["dispatch"]["choice"] for record in pipe(**images, expert="math", return_dispatch=True, **SHORT)
-    ] == [
-        "math",
-        "math",
-    ]
-
-
-def test_a_model_that_sees_images_is_loaded_whole(seeing):
-    pipe, _, named = seeing
-    folder = pipe.model.name_or_path
-    expected = pipe(text=asks(0, "x"), expert="math", **SHORT)
-    made = [
-        pipeline("transformer2", model=folder, experts=named),
-        pipeline("transformer2", experts=named),
-        Transformer2Pipeline.from_pretrained(experts=named),
-    ]
-    for found in made:
-        assert isinstance(found, Transformer2ImagePipeline)
-        assert found(text=asks(0, "x"), expert="math", **SHORT) == expected
+    counts = []
+    for name in ("math", "code"):
+        assert compiled(TEXTS[0], expert=name, **GREEDY) == pipe(TEXTS[0], expert=name, **GREEDY)
+        counts.append(len(graphs))
+    assert counts[0] == counts[1] > 0
 
 
 # --- afterwards

@@ -2,7 +2,10 @@
 """Laws of the execution plans: each is the paper's formula, sees every change of z, and leaves the base alone."""
 
 import copy
+import gc
 import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import oracle
 import pytest
@@ -10,7 +13,7 @@ import torch
 from peft import get_peft_model
 from pico import build, inputs, logits, matrix_of, one_layer, randomize, svf_layers
 
-from peft_svf import SVFConfig, model
+from peft_svf import SVFConfig, model, plans
 from peft_svf.plans import Load, break_even, choose
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -153,6 +156,46 @@ def test_a_second_backward_after_a_change_of_z_is_refused_not_wrong():
     adapter(x)
     with pytest.raises(RuntimeError, match="changed between a forward and a second backward"):
         loss.backward()
+
+
+def test_graphs_that_are_dropped_hold_no_merged_weight():
+    """Checkpointing runs each forward twice and drops the first graph."""
+    adapter, layer, _ = adapted("merged", (11, 7))
+    addresses = set()
+    for step in range(3):
+        by_data(layer, torch.full((7,), 1 + 0.1 * step))
+        torch.utils.checkpoint.checkpoint(adapter, torch.randn(6, 7), use_reentrant=False).sum().backward()
+        gc.collect()
+        assert not layer.svf_merged.pending
+        addresses.add(layer.svf_merged.weight.data_ptr())
+    assert len(addresses) == 1
+
+
+def test_threads_that_find_another_z_agree(monkeypatch):
+    """Both would build the merged weight in the same memory."""
+    adapter, layer, plain = adapted("merged", (96, 64))
+    adapter.eval()
+    x = torch.randn(2, 64)
+    real, running, most = plans.fold, [0], []
+
+    def slow(*args):
+        running[0] += 1
+        most.append(running[0])
+        time.sleep(0.05)  # a thread that came in would do so now
+        built = real(*args)
+        running[0] -= 1
+        return built
+
+    monkeypatch.setattr("peft_svf.layer.fold", slow)
+    with torch.no_grad():
+        adapter(x)
+        z = 1 + 0.3 * torch.randn(64)
+        by_data(layer, z)
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda _: torch.no_grad()(adapter)(x), range(4)))
+    assert most == [1, 1]
+    for y in answers:
+        close(y, oracle.output(matrix_of(plain.fc), plain.fc.bias, z, x), FP32)
 
 
 def test_merged_weights_are_rebuilt_in_place():
@@ -350,6 +393,32 @@ def test_a_hook_on_the_base_layer_still_runs():
     assert seen and layer.svf_chosen == "narrow"
 
 
+def test_whatever_hangs_on_the_base_layer_still_runs():
+    def replace_forward(base, seen):
+        real = base.forward
+        base.forward = lambda x: (seen.append(1), real(x))[1]
+
+    def hook_backward(base, seen):
+        base.register_full_backward_hook(lambda *_: seen.append(1))
+
+    for hang in (replace_forward, hook_backward):
+        adapter, layer, _ = adapted("merged", (11, 7))
+        seen = []
+        adapter.eval()
+        with torch.no_grad():
+            adapter(torch.randn(2, 7))
+        hang(layer.base_layer, seen)
+        adapter.train()(torch.randn(2, 7, requires_grad=True)).sum().backward()
+        assert seen and layer.svf_chosen == "narrow"
+
+
+def test_a_base_bias_that_trains_keeps_its_gradient():
+    adapter, layer, _ = adapted("merged", (11, 7))
+    layer.base_layer.bias.requires_grad_(True)
+    adapter(torch.randn(5, 7)).sum().backward()
+    assert torch.equal(layer.base_layer.bias.grad, torch.full((11,), 5.0))
+
+
 def test_a_base_weight_that_trains_keeps_its_gradient():
     adapter, layer, _ = adapted("merged", (11, 7))
     layer.base_layer.weight.requires_grad_(True)
@@ -368,6 +437,7 @@ def test_memory_is_counted_to_the_byte_and_given_back():
         assert layer.svf_bytes() == {
             "basis": 4 * r * r + layer.svf_values.nbytes,
             "merged": size,
+            "pristine": 0,
             "factored": 0,
             "offsets": 4 * r,
         }
@@ -378,9 +448,70 @@ def test_memory_is_counted_to_the_byte_and_given_back():
     assert "plan='narrow'" in repr(adapter)
 
 
+def test_merging_gives_back_the_merged_copy_and_counts_the_pristine_weight():
+    adapter = get_peft_model(build("llama"), SVFConfig(plan="merged")).eval()
+    logits(adapter)
+    size = adapter.svf_memory()["total"]["merged"]
+    adapter.merge_adapter()
+    logits(adapter)
+    assert size and adapter.svf_memory()["total"] | {"basis": 0, "offsets": 0} == {
+        "basis": 0,
+        "merged": 0,
+        "pristine": size,
+        "factored": 0,
+        "offsets": 0,
+    }
+    adapter.unmerge_adapter()
+    assert adapter.svf_memory()["total"]["pristine"] == 0
+
+
+def test_copies_and_files_of_a_model_hold_nothing_that_is_kept_for_speed():
+    adapter = get_peft_model(build("llama"), SVFConfig(plan="merged")).eval()
+    randomize(adapter)
+    expected = logits(adapter)
+    twin = copy.deepcopy(adapter)
+    assert all(layer.svf_merged is not None for layer in svf_layers(adapter).values())
+    assert all(layer.svf_merged is None for layer in svf_layers(twin).values())
+    assert torch.equal(logits(twin), expected)
+
+
+@pytest.mark.parametrize("plan", ["auto", *PLANS])
+def test_inference_mode_leaves_nothing_that_training_or_another_z_cannot_use(plan):
+    adapter = get_peft_model(build("llama"), SVFConfig(plan=plan)).eval()
+    adapter.add_adapter("other", SVFConfig())
+    randomize(adapter, "default", 1)
+    randomize(adapter, "other", 2)
+    ids = inputs(adapter)
+    names = ["default", "other"] * len(ids["input_ids"])
+    names = names[: len(ids["input_ids"])]
+    expected = logits(adapter), logits(adapter, adapter_names=names)
+    with torch.inference_mode():
+        torch.testing.assert_close(adapter(**ids).logits, expected[0])
+        torch.testing.assert_close(adapter(**ids, adapter_names=names).logits, expected[1])
+    adapter.set_adapter("other")
+    logits(adapter)
+    adapter.set_adapter("default")
+    with torch.inference_mode():
+        adapter(**ids)
+    adapter.train()
+    loss = adapter(**ids).logits.square().mean()
+    loss.backward()
+    torch.testing.assert_close(adapter.eval()(**ids).logits, expected[0])
+    with torch.inference_mode():
+        whole = get_peft_model(build("llama"), SVFConfig(plan=plan)).eval()
+        assert whole(**ids).logits.shape == expected[0].shape
+
+
+def test_a_plan_that_was_asked_for_outlives_another_adapter():
+    adapter = get_peft_model(build("llama"), SVFConfig())
+    adapter.set_plan("narrow", forwards_per_step=4)
+    adapter.add_adapter("other", SVFConfig())
+    assert {(layer.svf_plan, layer.svf_forwards) for layer in svf_layers(adapter).values()} == {("narrow", 4)}
+
+
 @pytest.mark.parametrize("basis_dtype, copies", [("float32", 0), ("bfloat16", 1)])
 def test_the_basis_counts_once_where_it_is_one_of_the_factors(basis_dtype, copies):
-    adapter, layer, _ = adapted("factored", (11, 7), basis_dtype=basis_dtype)
+    _, layer, _ = adapted("factored", (11, 7), basis_dtype=basis_dtype)
     layer.svf_basis = layer.svf_basis.to(getattr(torch, basis_dtype))
     layer._factored()
     assert layer.svf_bytes()["factored"] == 4 * (11 * 7 + copies * 7 * 7)

@@ -95,7 +95,7 @@ def test_bytes_are_those_that_the_model_counts_on_its_tensors(targets):
         pico.randomize(model, scale=0.1)
         pico.logits(model)
         totals[plan] = model.base_model.svf_memory()["total"]
-    own = {"basis": f.basis_bytes(shapes, in_float32), "merged": 0, "factored": 0}
+    own = {"basis": f.basis_bytes(shapes, in_float32), "merged": 0, "pristine": 0, "factored": 0}
     own["offsets"] = f.FP32 * f.svf_parameters(shapes)
     assert totals == {
         "narrow": own,

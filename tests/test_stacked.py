@@ -2,6 +2,7 @@
 """Laws of SVF on parameters: the stacked weights of fused mixture-of-experts modules, against the oracle."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import accelerate
 import oracle
@@ -239,6 +240,32 @@ def test_what_is_no_stack_of_matrices_is_refused_and_leaves_the_model_alone():
     with pytest.raises(ValueError, match=r"'sinks' .*shape \(2,\).*stacks of them"):
         get_peft_model(plain, SVFConfig(target_parameters=["self_attn.sinks"]))
     assert not svf_layers(plain) and torch.equal(logits(plain), logits(before))
+
+
+def test_the_basis_follows_the_model_and_inference_mode_leaves_nothing_behind():
+    model = adapt("mixtral").eval()
+    layer = next(iter(svf_layers(model).values()))
+    moved = []
+    layer._move_basis = moved.append
+    model.double()
+    assert moved and all(device.type == "cpu" for device in moved)
+    model.float()
+    with torch.inference_mode():
+        logits(model)
+        model(**inputs(model))
+    randomize(model, seed=3)
+    logits(model)
+    model.train()(**inputs(model)).logits.sum().backward()
+
+
+def test_threads_leave_the_parameter_in_place():
+    model = adapt("mixtral").eval()
+    randomize(model)
+    expected = logits(model)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: logits(model), range(24)))
+    assert all(torch.equal(answer, expected) for answer in answers)
+    assert torch.equal(logits(model), expected)
 
 
 @pytest.mark.parametrize("first", ["adapter", "offload"])

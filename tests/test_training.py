@@ -9,6 +9,7 @@ import logging
 import math
 import subprocess
 import sys
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pico
@@ -41,10 +42,12 @@ from trainers import (
     trainer_of,
     uneven,
 )
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
 from peft_svf import SVFConfig
+from peft_svf.evolution import EvolutionConfig
+from peft_svf.runs import z_statistics
 from peft_svf.training import (
     PromptFilter,
     ReinforceConfig,
@@ -243,6 +246,15 @@ def test_presets_are_the_text_and_the_code_of_the_paper(preset):
     own = make(output_dir="unused", beta=0.2, gradient_accumulation_steps=3, eval_strategy="no", **QUIET)
     assert (own.beta, own.gradient_accumulation_steps) == (0.2, 3)
     assert (own.load_best_model_at_end, own.early_stopping_patience) == (False, None)
+
+
+@pytest.mark.parametrize("config, parent", [(ReinforceConfig, GRPOConfig), (EvolutionConfig, TrainingArguments)])
+def test_every_field_that_is_ours_or_has_our_default_is_on_the_reference_page(config, parent):
+    page = (ROOT / "docs" / "reference" / "training.md").read_text()
+    theirs = {entry.name: entry.default for entry in fields(parent)}
+    ours = [entry.name for entry in fields(config) if theirs.get(entry.name, entry) != entry.default]
+    assert len(ours) > 10
+    assert [name for name in ours if f"`{name}`" not in page] == []
 
 
 def test_checkpoints_between_rollouts_are_pointed_out(caplog):
@@ -693,6 +705,16 @@ def test_how_far_z_has_moved_is_logged_whole_and_by_block(tmp_path):
         assert len(here) == 3
         assert log[f"z/{name}/mean_distance_from_1"] == pytest.approx(float(flat(here).abs().mean()))
     assert 0 < log["choices/probability"] <= 1
+
+
+def test_the_distance_of_a_mapped_parameter_is_that_of_its_z():
+    """With the reference's mask z is 1 at the parameter 0 only where all of a weight's parameters are."""
+    model = get_peft_model(tiny_model(), SVFConfig(parametrization="reference", init_weights=False))
+    found = z_statistics(model)
+    model.fold_parametrization()
+    folded = flat(layer.svf_offset["default"].weight for layer in pico.svf_layers(model).values()).abs()
+    assert found["z/mean_distance_from_1"] == pytest.approx(float(folded.mean()))
+    assert found["z/max_distance_from_1"] == pytest.approx(float(folded.max()))
 
 
 def test_a_run_logs_what_it_can_be_judged_by(tmp_path):

@@ -11,7 +11,7 @@ from experts import GREEDY, alone, assert_same, base, state, write
 from tiny_model import tiny_tokenizer
 from transformers import GenerationConfig, LlamaModel, LogitsProcessor, LogitsProcessorList
 
-from peft_svf import Expert, ExpertLibrary, Mixture, Transformer2Model, adaptation, two_pass
+from peft_svf import Expert, ExpertLibrary, Mixture, Transformer2Model, first_pass, two_pass
 from peft_svf.expert import SavedExpert
 from peft_svf.layer import Linear, SVFLayer
 
@@ -402,8 +402,8 @@ def breaking(real, at):
 
 
 STEPS = {
-    "first pass": (adaptation, "choice_logps", 1),
-    "decision": (adaptation, "Mixture", 2),
+    "first pass": (first_pass, "choice_logps", 1),
+    "decision": (first_pass, "Mixture", 2),
     "reading an expert": (SavedExpert, "load", 1),
     "activation": (SVFLayer, "rows", 5),
     "first layer": (Linear, "forward", 1),

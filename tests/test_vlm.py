@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of SVF on models that see: the language side by default, the vision tower on request. Tiny, random."""
 
+import io
+
 import oracle
 import pytest
+import seeing
 import torch
 import transformers as hf
+from datasets import Dataset, Image
 from peft import PeftModel, get_peft_model
 from pico import matrix_of, randomize, svf_layers
 from torch import nn
+from trainers import FORMS, QUIET, SHORT, STILL, Recorder, flat, offsets, same, trained_z, uneven
 
 from peft_svf import SVFConfig
+from peft_svf.evaluation import evaluate
+from peft_svf.tasks import get_task
+from peft_svf.training import ReinforceConfig
 
 IMAGE, VOCABULARY = 60, 64
 TEXT = {
@@ -188,3 +196,96 @@ def test_the_checkpoint_of_a_model_that_sees_gives_the_bases(kind, tmp_path):
     rounded = get_peft_model(stored, SVFConfig(basis_from="checkpoint"))
     for name, layer in svf_layers(rounded).items():
         assert torch.equal(layer.svf_basis, svf_layers(exact)[name].svf_basis)
+
+
+# --- training on images
+
+
+def textvqa_rows():
+    """Rows of TextVQA as they come out of a file: undecoded images, questions of different lengths."""
+    task = get_task("textvqa")
+    return [
+        task.row({"question": "what" * (1 + i), "answers": ["a"] * 10, "id": str(i), "image": {"bytes": png(image)}})
+        for i, image in enumerate([*seeing.IMAGES, seeing.IMAGES[0]])
+    ]
+
+
+def png(image):
+    found = io.BytesIO()
+    image.save(found, "png")
+    return found.getvalue()
+
+
+def sees_and_learns(kind, folder, **settings):
+    model, processor = seeing.model(kind), seeing.processor(kind)
+    model.lm_head.weight.data.mul_(0.1)  # several tokens are likely
+    data = Dataset.from_list(textvqa_rows()).cast_column("image", Image())
+    args = ReinforceConfig(str(folder), save_strategy="no", **QUIET, **{**SHORT, "num_generations": 4, **settings})
+    return Recorder(
+        model, uneven, args, data, eval_dataset=data, processing_class=processor,
+        peft_config=SVFConfig(init_weights=False),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", seeing.KINDS)
+@pytest.mark.parametrize("penalty", [{}, {"beta": 0.1, "kl_in_reward": True}], ids=["plain", "penalty"])
+def test_the_gradient_on_images_is_reinforce_on_each_row_with_its_own(kind, penalty, tmp_path):
+    trainer = sees_and_learns(kind, tmp_path, **STILL, **penalty)
+    processor, model = trainer.processing_class, trainer.model
+    trainer.train()
+    (output,), (rows,), (texts,) = trainer.outputs, trainer.inputs, trainer.texts
+    assert len({row["id"] for row in rows}) == 3
+
+    def logps(i):
+        """Log-probability of a completion by one plain forward over an unpadded prompt that is written by hand."""
+        row = rows[i]
+        text = f"<u>{seeing.PICTURE[kind]}{row['prompt'][0]['content'][1]['text']}<end><a>"
+        inputs = processor(text=[text], images=[[row["image"]]], return_tensors="pt")
+        prompt = inputs.pop("input_ids")
+        tokens = output["completion_ids"][i][output["completion_mask"][i].bool()][None]
+        for name in ("attention_mask", "mm_token_type_ids"):
+            if name in inputs:
+                rest = torch.full_like(tokens, name == "attention_mask")
+                inputs[name] = torch.cat([inputs[name], rest], dim=1)
+        found = model(input_ids=torch.cat([prompt, tokens], dim=1), use_cache=False, **inputs).logits.log_softmax(-1)
+        return found[0, prompt.shape[1] - 1 : -1].gather(1, tokens[0][:, None]).sum()
+
+    policy = torch.stack([logps(i) for i in range(len(rows))])
+    rewards = torch.tensor(uneven([[{"content": text}] for text in texts]))
+    if penalty:
+        with model.disable_adapter(), torch.no_grad():
+            reference = torch.stack([logps(i) for i in range(len(rows))])
+        rewards = rewards - penalty["beta"] * (policy.detach() - reference)
+    groups = rewards.view(-1, 4)
+    advantages = (groups - (groups.sum(1, keepdim=True) - groups) / 3).flatten()  # minus the mean of the other three
+    expected = torch.autograd.grad(-(advantages * policy).mean(), offsets(model))
+    same(trainer.gradients[0], flat(expected))
+
+
+@pytest.mark.parametrize("kind", seeing.KINDS)
+def test_an_expert_learns_on_images_is_evaluated_and_saved(kind, tmp_path):
+    trainer = sees_and_learns(kind, tmp_path / "run", max_steps=2, eval_strategy="steps", eval_steps=2)
+    before = trained_z(trainer).clone()
+    trainer.train()
+    assert (trained_z(trainer) != before).all()
+    assert [record["eval_reward"] for record in trainer.state.log_history if "eval_reward" in record]
+    trainer.save_model(str(tmp_path / "expert"))
+    expert = PeftModel.from_pretrained(seeing.model(kind), str(tmp_path / "expert"))
+    assert torch.equal(flat(p for n, p in expert.named_parameters() if ".svf_offset." in n), trained_z(trainer))
+    # the processor that training leaves reads the same rows for evaluation
+    summary = evaluate(trainer.model, trainer.processing_class, textvqa_rows(), max_new_tokens=3)
+    assert (summary.task, summary.n) == ("textvqa", 3)
+
+
+@pytest.mark.parametrize("kind", seeing.KINDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_of_text_train_a_model_that_sees(kind, form, tmp_path):
+    rows, reward = FORMS[form]
+    args = ReinforceConfig(str(tmp_path), save_strategy="no", **QUIET, **SHORT, num_generations=4)
+    trainer = Recorder(
+        seeing.model(kind), reward, args, Dataset.from_list(rows), processing_class=seeing.processor(kind),
+        peft_config=SVFConfig(init_weights=False),
+    )  # fmt: skip
+    before = trained_z(trainer).clone()
+    trainer.train()
+    assert float(trainer.gradients[0].norm()) > 0 and (trained_z(trainer) != before).any()

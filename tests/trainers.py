@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests of training share: tiny rows and rewards, a trainer that keeps what it saw, its trained z."""
 
+import copy
+import gc
 import os
 import random
 from pathlib import Path
@@ -16,6 +18,10 @@ from transformers import TrainerCallback
 
 from peft_svf import SVFConfig
 from peft_svf.training import ReinforceConfig, ReinforceTrainer
+
+# transformers collects garbage at each start of a training: what was imported so far need not be looked through again
+gc.collect()
+gc.freeze()
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = tiny_tokenizer()
@@ -80,7 +86,7 @@ class Recorder(ReinforceTrainer):
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
         self.inputs.append(self._inputs)
-        self.outputs.append({name: value.clone() for name, value in output.items()})
+        self.outputs.append(copy.deepcopy(output))
         return output
 
 

@@ -3,7 +3,8 @@
 What the measurements of adaptation share: SmolLM2-135M with the experts of examples/, cells with a result file each.
 
 A cell is one measurement; it writes `<folder>/<cell>.json` once, with command, seed, versions and machine, and is not
-run again while that file is there. The folder is named for the content of the experts: retrained ones get a new one.
+run again while that file is there. The folder is named for the content of the experts and the edition of the
+measurements: retrained experts, or other settings or code that move figures, get a new one.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import platform
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -37,6 +39,7 @@ EXPERTS = ("code", "math", "reasoning")
 FOLDERS = {name: ROOT / "examples" / "experts" / name for name in EXPERTS}
 CLASSIFIER = ROOT / "examples" / "classifiers" / "dispatch"
 BATCH = 16
+EDITION = 2  # raised with every change of settings or code that moves figures
 
 
 class Cell(NamedTuple):
@@ -77,22 +80,36 @@ def fingerprints() -> dict[str, str]:
 
 
 def results_folder() -> Path:
-    """The folder of the experts as they are now."""
-    return HERE / "results" / hashlib.sha256("".join(fingerprints().values()).encode()).hexdigest()[:12]
+    """The folder of the experts and measurements as they are now."""
+    content = "".join([*fingerprints().values(), str(EDITION)])
+    return HERE / "results" / hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
-def run_cells(cells: Sequence[Cell], args: argparse.Namespace) -> None:
-    """Run the cells that have no file yet, in their order, until the time is used up."""
+def run_cells(cells: Sequence[Cell], args: argparse.Namespace, keep_going: bool = False) -> list[str]:
+    """
+    Run the cells that have no file yet, in their order, until the time is used up.
+
+    Returns:
+        The names of cells that raised, which are told and passed over with `keep_going`.
+    """
     experts = fingerprints()
     start, missing = time.monotonic(), [cell for cell in cells if not (args.out / f"{cell.name}.json").exists()]
+    failed = []
     print(f"{len(cells) - len(missing)} of {len(cells)} cells are done; budget {args.minutes:g} min", flush=True)
     for done, cell in enumerate(missing):
         spent = (time.monotonic() - start) / 60
         if spent >= args.minutes:
             print(f"{len(missing) - done} cells not run: the {args.minutes:g} min are used up", flush=True)
-            return
+            break
         begin, cpu = time.perf_counter(), time.process_time()
-        result = cell.measure()
+        try:
+            result = cell.measure()
+        except Exception:
+            if not keep_going:
+                raise
+            failed.append(cell.name)
+            print(f"{spent:5.1f} min  {cell.name} failed: {traceback.format_exc()}", flush=True)
+            continue
         result = {
             "cell": cell.name,
             "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
@@ -111,6 +128,7 @@ def run_cells(cells: Sequence[Cell], args: argparse.Namespace) -> None:
         write_file(path, json.dumps(result) + "\n")
         shown = f"accuracy {result['accuracy']:.3f}, " if "accuracy" in result else ""
         print(f"{spent:5.1f} min  {cell.name}: {shown}{result['cpu_seconds']} CPU s", flush=True)
+    return failed
 
 
 def machine() -> dict[str, Any]:

@@ -6,7 +6,11 @@ How often is each first pass right, how sure is it, and what does it cost? On he
 
 Half of the questions are from sources that the classifier expert was not trained on, where there are such: HumanEval
 and MATH-500, and requests written by hand for "other". SVAMP and ARC-Challenge are in its training split, though no
-expert's. The probe's method, and the temperature, are fixed beforehand on validation questions.
+expert's. What is fitted, is fitted beforehand to validation questions: the probe, temperature and calibrations.
+
+"Names" scores the names of the kinds as answers, "prompt", the default, the request as what each kind would ask.
+"Content-free" divides by the likelihoods of requests that say nothing, "batch" by the mean over unlabelled questions,
+"fitted" is a logistic regression on the likelihoods of labelled ones.
 """
 
 import argparse
@@ -19,7 +23,7 @@ import torch
 from common import HERE, Cell, arguments, found, load, parse, run_cells
 
 from peft_svf import Mixture
-from peft_svf.adaptation import ANYTHING_ELSE, dispatch, fit_probe, fit_temperature
+from peft_svf.adaptation import ANYTHING_ELSE, dispatch, fit_calibration, fit_probe, fit_temperature
 from peft_svf.evaluation import prompt_ids, wilson
 from peft_svf.expert import OTHER
 from peft_svf.probe import METHODS, Probe
@@ -40,10 +44,16 @@ SOURCES = {  # name -> kind; the task of that name, test split
     "written by hand": OTHER,
 }
 UNSEEN = ("humaneval", "math", "written by hand")  # by the classifier, in training
-WAYS = {  # settings of `dispatch`
-    "prompt": {"strategy": "prompt", "calibrate": False},
-    "prompt, calibrated": {"strategy": "prompt", "calibrate": True},
-    "prompt, calibrated, temperature": {"strategy": "prompt", "calibrate": True},
+NAMES = {"strategy": "prompt", "read": "likelihood"}
+WAYS = {  # settings of `dispatch`; "prompt" is the library's default
+    "names": {**NAMES, "calibrate": False},
+    "names, content-free": {**NAMES, "calibrate": True},
+    "names, batch": {**NAMES, "fit": "unlabelled"},
+    "names, fitted": {**NAMES, "fit": "labelled"},
+    "prompt": {"strategy": "prompt"},
+    "prompt, temperature": {"strategy": "prompt", "fit": "temperature"},
+    "prompt, batch": {"strategy": "prompt", "fit": "unlabelled"},
+    "prompt, fitted": {"strategy": "prompt", "fit": "labelled"},
     "classifier": {"strategy": "classifier"},
     "probe": {"strategy": "probe"},
 }
@@ -115,13 +125,18 @@ def probe_of(method: str, seed: int, rows: int | None) -> Probe:
 
 
 def settings_of(way: str, args: argparse.Namespace) -> dict:
-    """What was fixed on validation questions: probe or temperature."""
+    """What was fixed on validation questions: probe, temperature or calibration."""
     settings, model = dict(WAYS[way]), load()
+    fit = settings.pop("fit", None)
+    prompts, kinds = validation(args, 0)
     if way == "probe":
         method = found(args.out, "dispatch-probe_settings")["method"]
         settings["probe"] = probe_of(method, args.seed, args.rows)
-    if "temperature" in way:
-        settings["temperature"] = fit_temperature(model.library, model.tokenizer, *validation(args, 0), **settings)
+    if fit == "temperature":
+        settings["temperature"] = fit_temperature(model.library, model.tokenizer, prompts, kinds, **settings)
+    elif fit:
+        known = kinds if fit == "labelled" else None
+        settings["calibrate"] = fit_calibration(model.library, model.tokenizer, prompts, known, **settings)
     return settings
 
 
@@ -177,8 +192,8 @@ def cost(args: argparse.Namespace) -> dict:
     some = [text for _, text in asked[:: max(1, len(asked) // TIMED)]][:TIMED]
     shares = {}
     for way in WAYS:
-        if "temperature" in way:
-            continue  # costs what calibration does
+        if "fit" in WAYS[way]:
+            continue  # costs what the way does without
         settings = settings_of(way, args)
         times = []
         for text in [some[0], *some]:  # the first warms up

@@ -6,35 +6,39 @@ Adapting to tasks that no expert was trained on: SVAMP, ARC-Challenge, MATH-500,
 
 A cell is a task with the base, an expert, the uniform mixture, a first pass (each question by the expert that was
 chosen for it), or a search on 3, 5 or 10 examples in one of three draws. Searches check their result on held-out
-examples, as the library does by itself; "unchecked" doesn't. Examples are of the validation split; of
-HumanEval, which has none, of questions that are not tested. Generated scores of this model are about 0, so nothing is
-generated: a search costs tokens read.
+examples, as the library does by itself; "unchecked" doesn't; "per layer" has a weight for each expert and block. All
+end after their iterations, or before a number of tokens read that keeps a cell at about three minutes of one core.
+Examples are of the validation split; of HumanEval, which has none, of questions that are not tested. Generated scores
+of this model are about 0, so nothing is generated.
 """
 
 import argparse
 import functools
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from common import EXPERTS, Cell, arguments, found, load, parse, questions, run_cells, score, scored
 
 from peft_svf import Mixture
-from peft_svf.adaptation import FEWEST
 
-TASKS = {"svamp": 150, "arc_challenge": 150, "math": 120, "humaneval": 60}  # test rows
+TASKS = {"svamp": 150, "arc_challenge": 150, "math": 150, "humaneval": 134}  # test rows; HumanEval has 164 in all
 ALONE = {"base": {}, **{name: {name: 1.0} for name in EXPERTS}}
 STATIC = {**ALONE, "uniform": {name: 1 / len(EXPERTS) for name in EXPERTS}}
 FIRST_PASSES = ("prompt", "classifier")
+SEARCH = {"population": 8, "iterations": 6, "elites": 0.25, "max_tokens": 50_000}
+BACKWARD = {"max_tokens": 35_000}  # a token costs two to three times as much with its gradient
 METHODS = {
     "cem": {"method": "cem"},
-    "cem_unchecked": {"method": "cem", "holdout": 0},  # the search sees all examples, its result is taken as it is
     "cma": {"method": "cma"},
-    "gradient": {"method": "gradient"},
+    "gradient": {"method": "gradient", **BACKWARD},
+    "cem_unchecked": {"method": "cem", "holdout": 0},  # the search sees all examples, its result is taken as it is
+    "per_layer": {"method": "gradient", "per_layer": True, "name": "per layer", **BACKWARD},
 }
 SHOTS, DRAWS = (3, 5, 10), 3
-# of fewer examples none is held out anyway
-SEARCHES = [(m, shots) for m in METHODS for shots in SHOTS if m != "cem_unchecked" or shots >= FEWEST]
-SEARCH = {"population": 8, "iterations": 3, "elites": 0.25}
+# of fewer examples none is held out anyway; 30 weights an expert need the most examples
+SEARCHES = [(m, shots) for m in ("cem", "cma", "gradient") for shots in SHOTS] + [("cem_unchecked", 5)]
+PER_LAYER = ("svamp", "arc_challenge")
 
 
 def name_of(task: str, way: str) -> str:
@@ -82,6 +86,8 @@ def search(task: str, method: str, shots: int, draw: int, args: argparse.Namespa
     known = next((way for way, alpha in ALONE.items() if alpha == mixture.alpha), None)
     tested = found(args.out, name_of(task, known)) if known else None
     tested = tested or score(model, test_rows(task, args), mixture.alpha)
+    if made := settings.get("name"):  # an expert of the library
+        model.library.remove(made)
     return {
         "task": task,
         "settings": settings | {"examples": shots, "draw": draw},
@@ -95,26 +101,34 @@ def search(task: str, method: str, shots: int, draw: int, args: argparse.Namespa
     }
 
 
+def static_cells(args: argparse.Namespace) -> list[Cell]:
+    """Base, experts, uniform mixture and first passes on each task."""
+    made = []
+    for task in TASKS:
+        made += [Cell(name_of(task, way), functools.partial(static, task, way, args)) for way in STATIC]
+        made += [Cell(name_of(task, w), functools.partial(first_pass, task, w, args)) for w in FIRST_PASSES]
+    return made
+
+
+def search_cells(args: argparse.Namespace, draws: Sequence[int] = range(DRAWS)) -> list[Cell]:
+    """The searches of some draws: first each with 5 examples, which the table can be read by, then with 3 and 10."""
+
+    def cell(task: str, method: str, shots: int, draw: int) -> Cell:
+        name = name_of(task, search_name(method, shots, draw))
+        return Cell(name, functools.partial(search, task, method, shots, draw, args))
+
+    made = []
+    for draw in draws:
+        for shots in sorted(SHOTS, key=lambda shots: (shots != 5, shots)):
+            methods = [method for method, count in SEARCHES if count == shots]
+            made += [cell(task, method, shots, draw) for task in TASKS for method in methods]
+        made += [cell(task, "per_layer", max(SHOTS), draw) for task in PER_LAYER]
+    return made
+
+
 def cells(args: argparse.Namespace) -> list[Cell]:
     """All cells, the most telling first: few minutes fill the table from the top."""
-    made: list[Cell] = []
-
-    def add(tasks: list[str], shots: int, draw: int) -> None:
-        for task in tasks:
-            for method in (method for method, count in SEARCHES if count == shots):
-                name = name_of(task, search_name(method, shots, draw))
-                made.append(Cell(name, functools.partial(search, task, method, shots, draw, args)))
-
-    for tasks in (["svamp", "arc_challenge"], ["math", "humaneval"]):  # the cheap ones first
-        for task in tasks:
-            made += [Cell(name_of(task, way), functools.partial(static, task, way, args)) for way in STATIC]
-            made += [Cell(name_of(task, w), functools.partial(first_pass, task, w, args)) for w in FIRST_PASSES]
-        add(tasks, 5, 0)
-    for draw in range(DRAWS):
-        for shots in SHOTS:
-            if (shots, draw) != (5, 0):
-                add(list(TASKS), shots, draw)
-    return made
+    return [*static_cells(args), *search_cells(args)]
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from peft_svf import Mixture
 from peft_svf.evaluation import prompt_ids
 from peft_svf.tasks import get_task
 
-ROWS, REPEATS = 8, 2
+ROWS, REPEATS, NEW_TOKENS = 8, 2, 16
 
 
 def mixtures(seed: int) -> list[Mixture]:
@@ -36,7 +36,7 @@ def texts(tokenizer: PreTrainedTokenizerBase, output: torch.Tensor, tokens: int)
 
 
 def measure(args: argparse.Namespace) -> dict:
-    model, tokens = load(torch.float32), args.new_tokens
+    model, tokens = load(torch.float32), NEW_TOKENS
     tokenizer, chosen = model.tokenizer, mixtures(args.seed)
     sources = ["svamp", "gsm8k", "arc_easy", "mbpp"] * (ROWS // 4)
     rows = [get_task(name).rows("test", limit=2, seed=args.seed)[i // 4] for i, name in enumerate(sources)]
@@ -86,8 +86,10 @@ def measure(args: argparse.Namespace) -> dict:
     }
 
 
+def cells(args: argparse.Namespace) -> list[Cell]:
+    return [Cell("mixed_batch", lambda: measure(args))]
+
+
 if __name__ == "__main__":
-    parser = arguments(__doc__)
-    parser.add_argument("--new-tokens", type=int, default=16)
-    args = parse(parser)
-    run_cells([Cell("mixed_batch", lambda: measure(args))], args)
+    args = parse(arguments(__doc__))
+    run_cells(cells(args), args)

@@ -22,8 +22,10 @@ from peft_svf.plots import draw_alpha, draw_decisions, draw_search, new_figure
 
 PAGE = ROOT / "docs" / "results" / "adaptation.md"
 NOT_RUN = "not run"
+DRAWN_WAYS = ("names", "names, content-free", "prompt", "classifier", "probe")
 DRAWN = ("cem_unchecked", 5, 0)  # the search in the figures
 TITLES = {"svamp": "SVAMP", "arc_challenge": "ARC-Challenge", "math": "MATH-500", "humaneval": "HumanEval"}
+TITLES |= {"cem_unchecked": "cem, unchecked", "per_layer": "gradient, per layer"}
 Results = Mapping[str, dict[str, Any]]
 
 
@@ -47,7 +49,7 @@ def dispatch_part(found: Results) -> list[str]:
     cost = found.get("dispatch-cost", {}).get("ways", {})
     rows = []
     for way, result in results.items():
-        priced = cost.get(way.removesuffix(", temperature"))
+        priced = cost.get(way if "fit" not in WAYS[way] else way.partition(",")[0])
         share = f"{priced['share']:.0%} ({priced['first_pass_ms']:.0f} ms)" if priced else NOT_RUN
         if result is None:
             rows.append([way, NOT_RUN, "", "", share])
@@ -74,7 +76,7 @@ def dispatch_part(found: Results) -> list[str]:
             seen = "no" if source in UNSEEN else "other templates" if source == "everyday" else "its training split"
             body.append([source, kind, seen, *(f"{right}/{n}" for right, n in counts)])
         lines += table(head, body)
-        drawn = {way: result for way, result in there.items() if "temperature" not in way}  # which changes no choice
+        drawn = {way: result for way, result in there.items() if way in DRAWN_WAYS}
         figure, axes = new_figure(len(drawn))
         for panel, (way, result) in zip(axes, drawn.items(), strict=True):
             draw_decisions(panel, dict(sorted(result["confusion"].items())), way)
@@ -87,8 +89,12 @@ def dispatch_part(found: Results) -> list[str]:
             f"each kind: {tried}.",
             "",
         ]
-    if fitted := results["prompt, calibrated, temperature"]:
-        lines += [f"The temperature {fitted['temperature']:.2f} was fitted to the same validation questions.", ""]
+    if fitted := results["prompt, temperature"]:
+        lines += [
+            f"The temperature {fitted['temperature']:.2f} and what is fitted to labelled questions saw the same {FIT} "
+            "of each kind, batch calibration their texts alone.",
+            "",
+        ]
     return lines
 
 
@@ -103,7 +109,12 @@ def few_shot_part(found: Results) -> list[str]:
         '"classifier" answer each question by the expert that this first pass chooses for it. Of searches the mean '
         'over the draws of examples that were run, and their range; the gain is that of the first draw. "Best single '
         'expert" is one for all tasks, "oracle" the best of base and experts for each task: both are chosen on the '
-        "test rows, so no method could know them.",
+        "test rows, so no method could know them. Searches draw populations of "
+        f"{few_shot.SEARCH['population']} (the gradient climbs from five points at once) and end after "
+        f"{few_shot.SEARCH['iterations']} of them, or before {few_shot.SEARCH['max_tokens']:,} tokens are read "
+        f"({few_shot.BACKWARD['max_tokens']:,} with gradients). Of 5 and of 10 examples the result is checked on a "
+        "quarter and given up for base or best expert if it is no better; of 3, and where it says unchecked, it is "
+        "taken as it is.",
         "",
     ]
     tasks = list(few_shot.TASKS)
@@ -122,8 +133,8 @@ def few_shot_part(found: Results) -> list[str]:
     ways = ("uniform", *few_shot.FIRST_PASSES)
     rows += [[way, *(with_gain(cell(t, way), bases[t]) for t in tasks)] for way in ways]
     costs = []
-    for method, shots in few_shot.SEARCHES:
-        title = f"{method.replace('_', ', ')}, {shots} examples"
+    for method, shots in [*few_shot.SEARCHES, ("per_layer", max(few_shot.SHOTS))]:
+        title = f"{TITLES.get(method, method)}, {shots} examples"
         names = [few_shot.search_name(method, shots, draw) for draw in range(few_shot.DRAWS)]
         draws = {task: [cell(task, name) for name in names] for task in tasks}
         rows.append([title, *(of_draws(draws[t], bases[t]) for t in tasks)])
@@ -149,7 +160,23 @@ def few_shot_part(found: Results) -> list[str]:
             curve.set_title(TITLES[task])
         lines += [save(weights, "weights", "Weights that CEM found on 5 examples, unchecked, first draw"), ""]
         lines += [save(course, "curve", "Course of these searches"), ""]
+    layered = {t: r for t in tasks if (r := cell(t, few_shot.search_name("per_layer", max(few_shot.SHOTS), 0)))}
+    if drawable := {t: r["mixture"]["provenance"]["layers"] for t, r in layered.items()}:
+        figure, axes = new_figure(len(drawable), height=5.0)
+        for panel, (task, layers) in zip(axes, drawable.items(), strict=True):
+            draw_layers(panel, layers, TITLES[task])
+        lines += [save(figure, "layers", "Weights per layer that the gradient found on 10 examples, first draw"), ""]
     return lines
+
+
+def draw_layers(axes: Any, layers: Mapping[str, Mapping[str, float]], title: str) -> None:
+    """Draw the weight of each expert in each block of the model, with a scale beside it."""
+    names = list(next(iter(layers.values())))
+    weights = [[row[name] for name in names] for row in layers.values()]
+    image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    axes.set_xticks(range(len(names)), names)
+    axes.set(ylabel="layer", title=title)
+    axes.figure.colorbar(image, ax=axes, label="weight α")
 
 
 def of_draws(results: list[dict[str, Any] | None], base: dict[str, Any] | None) -> str:
@@ -239,6 +266,7 @@ def transfer_part(found: Results) -> list[str]:
     if cosines:
         shown = ", ".join(f"{task} {cosine:.3f}" for task, cosine in cosines.items())
         lines += [f"Mean abs(cos) between matched directions: {shown}.", ""]
+    lines += [f"The control on a model of another shape, z-vectors interpolated to Qwen2.5-Coder-0.5B: {NOT_RUN}.", ""]
     return lines
 
 

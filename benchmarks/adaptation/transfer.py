@@ -172,13 +172,17 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     return made
 
 
+def parser(doc: str) -> argparse.ArgumentParser:
+    made = arguments(doc)
+    made.add_argument("--source", help="Hub id or folder; default SmolLM2-135M, whose experts lie in examples/")
+    made.add_argument("--target", help="the same; default the sibling, which is made in the first cell")
+    made.add_argument("--experts", nargs="+", help=f"folders of experts of the source, of {', '.join(TASKS)}")
+    made.add_argument("--steps", type=int, default=30, help="of the sibling's fine-tuning")
+    return made
+
+
 if __name__ == "__main__":
-    parser = arguments(__doc__)
-    parser.add_argument("--source", help="Hub id or folder; default SmolLM2-135M, whose experts lie in examples/")
-    parser.add_argument("--target", help="the same; default the sibling, which is made in the first cell")
-    parser.add_argument("--experts", nargs="+", help=f"folders of experts of the source, of {', '.join(TASKS)}")
-    parser.add_argument("--steps", type=int, default=30, help="of the sibling's fine-tuning")
-    args = parse(parser)
+    args = parse(parser(__doc__))
     if len({bool(given) for given in (args.source, args.target, args.experts)}) > 1:
         raise SystemExit("Give --source, --target and --experts together, or none of them.")
     if args.target and args.out == results_folder():

@@ -1,137 +1,353 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Result files of run.py -> docs/results/learning.md with its table and curves. Every number comes from a result file.
+Result files of run.py -> docs/results/learning.md with its tables, verdicts and curves, all from these files.
 
     python benchmarks/learning/report.py
+
+A method's setting (learning rate, temperature) is the one with the highest mean validation reward on the seeds that
+all its settings have run; the test split chooses nothing. What is not run is shown as not run.
 """
 
 import json
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from run import HERE, RESULTS, Cell
+from cells import HERE, RESULTS, Cell, read_cells
 
 from peft_svf.evaluation import NINETY_FIVE
 from peft_svf.plots import new_figure
 
 PAGE = HERE.parents[1] / "docs" / "results" / "learning.md"
-NAMES = {
-    "svf-mlp": "SVF, MLP",
-    "svf-qv": "SVF, attention q and v",
-    "svf-both": "SVF, MLP and q, v",
-    "lora16-mlp": "LoRA r=16, MLP",
-    "lora16-all": "LoRA r=16, all linear",
-    "ia3-mlp": "IA3, MLP",
-    "tinylora-mlp": "TinyLoRA, MLP",
+ADAPTERS = {
+    "svf": "SVF",
+    "svf_reference": "SVF with the mask of the paper's code",
+    "svf_rank16": "SVF, 16 largest",
+    "lora16": "LoRA r=16",
+    "ia3": "IA3",
+    "tinylora": "TinyLoRA",
 }
+PLACES = {"mlp": "MLP", "qv": "q and v", "both": "MLP, q and v", "all": "all linear"}
+LEARNERS = {"reinforce": "", "sft": ", next-token loss", "evolution": ", evolution"}
+FALL = 0.1  # of validation accuracy, from the best to the last: what is called a collapse here
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # two-sided 95 %, by freedom
+
+SVF, LORA = "svf-mlp", "lora16-mlp"
+CLAIMS = [  # one kind of cell is said to be ahead of another
+    ("SVF learns better than LoRA under the same budget (paper)", SVF, LORA),
+    ("REINFORCE teaches z more than next-token loss on the right answers (paper)", SVF, f"sft-{SVF}"),
+    ("REINFORCE teaches LoRA more than next-token loss", LORA, f"sft-{LORA}"),
+    ("Plain z learns better than the mask of the paper's code", SVF, "svf_reference-mlp"),
+    ("MLP weights are better targets than q and v (paper: better, both best)", SVF, "svf-qv"),
+    ("MLP, q and v together are better than MLP alone (paper)", "svf-both", SVF),
+    ("REINFORCE teaches z more than evolution with as many answers", SVF, f"evolution-{SVF}"),
+    ("The same with the 16 largest singular values of a weight", "svf_rank16-mlp", "evolution-svf_rank16-mlp"),
+]
+
+Result = dict[str, Any]
+Setting = tuple[float, float]  # learning rate, temperature
 
 
-def paired(result: dict[str, Any], base: dict[str, Any]) -> tuple[float, float]:
-    """Mean and 95 % half-width of the paired difference in accuracy."""
-    before = dict(base["test"]["records"])
-    gaps = [right - before[row] for row, right in result["test"]["records"]]
-    return statistics.mean(gaps), NINETY_FIVE * statistics.pstdev(gaps) / math.sqrt(len(gaps))
+class Pool:
+    """
+    Paired differences of several seeds: their mean and its 95 % interval over rows and seeds.
+
+    The half width is `sqrt((1.96 s_rows / sqrt(n))² + (t s_seeds / sqrt(k))²)`: `s_rows` is the deviation over the `n`
+    test rows of the difference averaged over the `k` seeds, `s_seeds` that of the seeds' means, `t` Student's with
+    `k - 1` degrees of freedom. Chance that belongs to a row in a seed counts in both: the interval is rather too wide.
+    With one seed it is that of the rows alone.
+
+    Args:
+        differences (sequence of sequences): One row of `n` differences for each seed.
+    """
+
+    def __init__(self, differences: Sequence[Sequence[float]]) -> None:
+        self.seeds = [statistics.mean(each) for each in differences]
+        self.mean = statistics.mean(self.seeds)
+        rows = [statistics.mean(each) for each in zip(*differences, strict=True)]
+        self.half = NINETY_FIVE * statistics.pstdev(rows) / math.sqrt(len(rows))
+        if len(self.seeds) > 1:
+            t = STUDENT.get(len(self.seeds) - 1, STUDENT[max(STUDENT)])
+            self.half = math.hypot(self.half, t * statistics.stdev(self.seeds) / math.sqrt(len(self.seeds)))
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} [{self.mean - self.half:+.3f}, {self.mean + self.half:+.3f}]"
+
+    @property
+    def sign(self) -> int:
+        """Whether the interval lies above 0 (1), below (-1), or neither (0)."""
+        return (self.mean > self.half) - (self.mean < -self.half)
 
 
-def table(cells: list[Cell], found: dict[str, dict[str, Any]], base: dict[str, Any]) -> list[str]:
-    """One line per cell, missing ones too."""
-    lines = [
-        "| method | trained numbers | lr | seed | best step | validation | test | gain on the base | minutes |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+class Runs:
+    """The cells of one task that were run, and what they say."""
+
+    def __init__(self, task: str, cells: Sequence[Cell], found: dict[str, Result]) -> None:
+        self.task = task
+        self.cells = [cell for cell in cells if cell.task == task]
+        self.base = found.get(f"{task}-base")
+        self.found = found if self.base else {}  # without it there is nothing to compare with
+        self.done = [cell for cell in self.cells if cell.name in found and cell.method != "base"]
+
+    def of(self, kind: str, setting: Setting | None = None) -> dict[int, Result]:
+        """Results of a kind in one setting, default the chosen one, by seed."""
+        setting = self.setting(kind) if setting is None else setting
+        return {c.seed: self.found[c.name] for c in self.done if (c.kind, c.setting) == (kind, setting)}
+
+    def setting(self, kind: str) -> Setting | None:
+        """What validation chooses, the lower one of equals; `None` where nothing was run."""
+        settings = sorted({cell.setting for cell in self.done if cell.kind == kind})
+        if not settings:
+            return None
+        runs = {setting: self.of(kind, setting) for setting in settings}
+        shared = set.intersection(*(set(by_seed) for by_seed in runs.values()))
+
+        def reward(setting: Setting) -> float:
+            return _mean(r["best_validation"] for seed, r in runs[setting].items() if seed in shared or not shared)
+
+        return max(settings, key=reward)
+
+    def gain(self, results: Sequence[Result]) -> Pool:
+        """Gain over the base."""
+        assert self.base is not None
+        return Pool([differences(result, self.base) for result in results])
+
+    def against(self, one: str, other: str) -> Pool | None:
+        """One kind minus another, seed by seed on the same rows; `None` where they have no seed in common."""
+        ones, others = self.of(one), self.of(other)
+        shared = sorted(ones.keys() & others.keys())
+        return Pool([differences(ones[seed], others[seed]) for seed in shared]) if shared else None
+
+
+def differences(one: Result, other: Result) -> list[float]:
+    """Right or not, row by row, of one result minus another."""
+    before = dict(other["test"]["records"])
+    if set(before) != {row for row, _ in one["test"]["records"]}:
+        names = [result["cell"]["name"] for result in (one, other)]
+        raise SystemExit(f"{names[0]} and {names[1]} were tested on different rows: run one of them again.")
+    return [float(right - before[row]) for row, right in one["test"]["records"]]
+
+
+def label(cell: Cell) -> str:
+    adapter, _, where = cell.method.partition("-")
+    budget = [
+        f"{getattr(cell, n)} {n}" for n in ("steps", "questions", "samples") if getattr(cell, n) != getattr(Cell, n)
     ]
-    for cell in cells:
-        result = found.get(cell.name)
-        start = f"| {NAMES[cell.method]} | "
-        if result is None:
-            lines.append(start + f"| {cell.lr:g} | {cell.seed} | not run | | | | |")
+    return ", ".join([f"{ADAPTERS[adapter]}, {PLACES[where]}{LEARNERS[cell.learner]}", *budget])
+
+
+def written(setting: Setting | None) -> str:
+    assert setting is not None
+    lr, temperature = setting
+    return f"{lr:g}" + (f", T = {temperature:g}" if temperature != 1 else "")
+
+
+def header(titles: str) -> list[str]:
+    """The head of a table, of titles with commas between them."""
+    columns = titles.split(", ")
+    return [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+
+
+def table(runs: Runs) -> list[str]:
+    """One line per cell, missing ones too; the setting that validation chose is marked."""
+    titles = "method, trained numbers, lr, seed, best step, validation, test, gain on the base, answers, minutes"
+    lines = header(titles)
+    for cell in runs.cells:
+        if cell.method == "base":
             continue
-        gain, half = paired(result, base)
-        validation = (result["best_validation"] + 1) / 2  # of rewards +1 and -1
+        result = runs.found.get(cell.name)
+        if result is None:
+            lines.append(f"| {label(cell)} | | {written(cell.setting)} | {cell.seed} | not run | | | | | |")
+            continue
+        chosen = " *" if cell.setting == runs.setting(cell.kind) else ""
         lines.append(
-            start
-            + f"{result['trainable']:,} | {cell.lr:g} | {cell.seed} | {result['best_step']} | {validation:.3f} | "
-            f"{result['test']['accuracy']:.3f} | {gain:+.3f} [{gain - half:+.3f}, {gain + half:+.3f}] | "
-            f"{result['seconds'] / 60:.0f} |"
+            f"| {label(cell)} | {result['trainable']:,} | {written(cell.setting)}{chosen} | {cell.seed} | "
+            f"{result['best_step']} | {accuracy(result['best_validation']):.3f} | {result['test']['accuracy']:.3f} | "
+            f"{runs.gain([result])} | {result['answers']:,} | {result['seconds'] / 60:.0f} |"
         )
     return lines
 
 
-def seeds(cells: list[Cell], found: dict[str, dict[str, Any]], base: dict[str, Any]) -> list[str]:
-    """Mean and spread over seeds where a method was run with several at one rate."""
-    groups: dict[tuple[str, float], list[float]] = defaultdict(list)
-    for cell in cells:
-        if cell.name in found:
-            groups[cell.method, cell.lr].append(paired(found[cell.name], base)[0])
-    return [
-        f"- {NAMES[method]}, lr {lr:g}: mean gain {statistics.mean(gains):+.3f} over {len(gains)} seeds "
-        f"(from {min(gains):+.3f} to {max(gains):+.3f})."
-        for (method, lr), gains in groups.items()
-        if len(gains) > 1
+def summary(runs: Runs) -> list[str]:
+    """One line per method in the setting that validation chose, over its seeds."""
+    lines = header("method, lr, seeds, test (mean), gain on the base, gain by seed")
+    for cell in {cell.kind: cell for cell in runs.done}.values():
+        results = list(runs.of(cell.kind).values())
+        gain = runs.gain(results)
+        test = _mean(result["test"]["accuracy"] for result in results)
+        each = ", ".join(f"{value:+.3f}" for value in gain.seeds)
+        setting = written(runs.setting(cell.kind))
+        lines.append(f"| {label(cell)} | {setting} | {len(results)} | {test:.3f} | {gain} | {each} |")
+    return lines
+
+
+def verdicts(runs: Runs) -> list[str]:
+    """The claims, each with what these runs say of it."""
+    lines = header("claim, here, numbers")
+    wanted = {cell.kind for cell in runs.cells}
+    for claim, one, other in CLAIMS:
+        if {one, other} <= wanted:
+            lines.append(f"| {claim} | {ahead(runs.against(one, other))} |")
+    for claim, judge in (
+        ("It does with under 3 % of LoRA's parameters (paper: 2.4 %)", smaller),
+        (f"LoRA collapses under REINFORCE (paper: on some tasks), validation falling by more than {FALL}", collapse),
+        ("At equal tokens REINFORCE is ahead of evolution", equal_tokens),
+    ):
+        if judge is not equal_tokens or f"evolution-{SVF}" in wanted:
+            lines.append(f"| {claim} | {judge(runs)} |")
+    return lines
+
+
+def ahead(gap: Pool | None) -> str:
+    if gap is None:
+        return "not run |"
+    count = len(gap.seeds)
+    seeds = "one seed: the interval is of the test rows alone" if count == 1 else f"{count} seeds"
+    verdict = {1: "holds", -1: "the other way round", 0: "undecided"}[gap.sign]
+    return f"{verdict} | {gap}, {seeds}"
+
+
+def smaller(runs: Runs) -> str:
+    gap = runs.against(SVF, LORA)
+    if gap is None:
+        return "not run |"
+    mine, theirs = (next(iter(runs.of(kind).values()))["trainable"] for kind in (SVF, LORA))
+    share = 100 * mine / theirs
+    least = {1: "more than", 0: "within the interval as much as", -1: "less than"}[gap.sign]
+    verdict = {1: "holds", 0: "undecided", -1: "no"}[gap.sign] if share < 3 else "no"
+    return f"{verdict} | {mine:,} of {theirs:,}, {share:.1f} %, learn {least} all of them"
+
+
+def collapse(runs: Runs) -> str:
+    """A run collapses if validation ends more than `FALL` below its best, or if the test lies below the base."""
+    results = [runs.found[cell.name] for cell in runs.done if cell.kind == LORA]
+    if not results:
+        return "not run |"
+    falls = [accuracy(r["best_validation"]) - accuracy(validations(r)[-1]["eval_reward"]) for r in results]
+    below = [runs.gain([result]).sign < 0 for result in results]
+    count = sum(fall > FALL or low for fall, low in zip(falls, below, strict=True))
+    verdict = "no" if not count else "holds" if count == len(results) else "in some runs"
+    return (
+        f"{verdict} | {len(results)} runs: validation ends up to {max(falls):.3f} below its best, "
+        f"{sum(below)} test below the base"
+    )
+
+
+def equal_tokens(runs: Runs) -> str:
+    """Validation of evolution, in its best form, when it has read at least what REINFORCE reads in its whole run."""
+    found = []
+    for cell in runs.done:
+        reinforced, evolved = runs.of(SVF).get(cell.seed), runs.found[cell.name]
+        if cell.learner == "evolution" and cell.method == SVF and reinforced and "tokens" in reinforced["curve"][-1]:
+            tokens = reinforced["curve"][-1]["tokens"]
+            found.append((*compared(reinforced, evolved, tokens), tokens))
+    if not found:
+        return "not run |"
+    ours, theirs, tokens = max(found, key=lambda each: each[1] - each[0])
+    verdict = "holds" if ours > theirs else "no"
+    return f"{verdict} | validation accuracy {ours:.3f} against {theirs:.3f} after {tokens:,} tokens"
+
+
+def compared(reinforced: Result, evolved: Result, tokens: int) -> tuple[float, float]:
+    """Best validation accuracies of both, of the second up to the first validation with as many tokens."""
+    checks = validations(evolved)
+    enough = next((i for i, entry in enumerate(checks) if entry["tokens"] >= tokens), len(checks) - 1)
+    return accuracy(reinforced["best_validation"]), accuracy(max(e["eval_reward"] for e in checks[: enough + 1]))
+
+
+def validations(result: Result) -> list[dict[str, float]]:
+    return [entry for entry in result["curve"] if "eval_reward" in entry]
+
+
+def accuracy(reward: float) -> float:
+    """Share of right answers, of rewards 1 and -1."""
+    return (reward + 1) / 2
+
+
+def draw(runs: Runs, folder: Path) -> Path:
+    """Training reward and validation accuracy by step, and validation by tokens read where these were counted."""
+    counted = [cell for cell in runs.done if "tokens" in runs.found[cell.name]["curve"][-1]]
+    panels: list[tuple[str, str, str, Sequence[Cell], Callable[[float], float]]] = [
+        ("step", "reward", "share of sampled answers right", runs.done, accuracy),
+        ("step", "eval_reward", "validation accuracy", runs.done, accuracy),
     ]
-
-
-def draw(task: str, cells: list[Cell], found: dict[str, dict[str, Any]]) -> Path:
-    """Training reward and validation accuracy by step."""
-    figure, (left, right) = new_figure(2)
-    colours: dict[str, str] = {}
-    for cell in cells:
-        if cell.name not in found:
-            continue
-        curve = found[cell.name]["curve"]
-        colour = colours.setdefault(cell.method, f"C{len(colours)}")
-        label = NAMES[cell.method] if cell.method not in {c for c in colours if c != cell.method} else None
-        steps = [(e["step"], (e["reward"] + 1) / 2) for e in curve if "reward" in e]
-        checks = [(e["step"], (e["eval_reward"] + 1) / 2) for e in curve if "eval_reward" in e]
-        left.plot(*zip(*steps, strict=True), color=colour, alpha=0.6, lw=1, label=label)
-        right.plot(*zip(*checks, strict=True), color=colour, marker="o", alpha=0.7, label=label)
-    left.set(xlabel="optimizer step", ylabel="share of sampled answers right", title=f"{task}: training")
-    right.set(xlabel="optimizer step", ylabel="accuracy", title=f"{task}: validation, 160 questions")
-    handles, labels = right.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    right.legend(unique.values(), unique.keys(), fontsize=7)
-    path = PAGE.parent / f"learning-{task}.png"
+    if len({cell.learner for cell in counted}) > 1:
+        panels.append(("tokens", "eval_reward", "validation accuracy", counted, accuracy))
+    figure, axes = new_figure(len(panels))
+    colours = {kind: f"C{i % 10}" for i, kind in enumerate(dict.fromkeys(cell.kind for cell in runs.done))}
+    named: dict[str, Any] = {}
+    for panel, (x, y, title, cells, scale) in zip(axes, panels, strict=True):
+        for cell in cells:
+            points = [(entry[x], scale(entry[y])) for entry in runs.found[cell.name]["curve"] if y in entry]
+            if points:
+                style = {
+                    "alpha": 0.9 if cell.setting == runs.setting(cell.kind) else 0.25,
+                    "marker": "o" if y != "reward" else "",
+                }
+                (line,) = panel.plot(*zip(*points, strict=True), color=colours[cell.kind], lw=1.2, ms=3, **style)
+                if style["alpha"] > 0.5:
+                    named.setdefault(label(cell), line)
+        panel.set(xlabel="tokens read in training" if x == "tokens" else "optimizer step", ylabel=title)
+        if x == "tokens":
+            panel.set_xscale("log")
+    figure.legend(named.values(), named.keys(), fontsize=7, loc="outside lower center", ncols=3)
+    path = folder / f"learning-{runs.task}.png"
     figure.savefig(path)
     return path
 
 
-def main() -> None:
-    cells = [Cell(**entry) for entry in json.loads((HERE / "cells.json").read_text())]
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
-    PAGE.parent.mkdir(parents=True, exist_ok=True)
+def section(runs: Runs, folder: Path) -> list[str]:
+    """What stands on the page about one task."""
+    if runs.base is None:
+        return [f"## {runs.task}", "", "The base was not run.", "", *table(runs)]
+    test = runs.base["test"]
+    low, high = test["interval"]
+    lines = [f"## {runs.task}", "", f"Base {test['accuracy']:.3f} [{low:.3f}, {high:.3f}], n = {test['n']}.", ""]
+    lines += [*verdicts(runs), "", *summary(runs), ""] if runs.done else []
+    lines += ["Every cell; * is the setting that validation chose:", "", *table(runs)]
+    return lines + (["", f"![Curves]({draw(runs, folder).name})"] if runs.done else [])
+
+
+def page(cells: Sequence[Cell], found: dict[str, Result], folder: Path) -> str:
+    """The whole page; figures go into the folder."""
+    sources = Counter(found[cell.name].get("source", "not recorded") for cell in cells if cell.name in found)
     lines = [
         "# Does it learn?",
         "",
-        "Reinforcement learning with the same questions, sampled answers, reward (+1, -1), baseline (leave-one-out) "
-        "and test rows for every method; only the adapter and its learning rate differ. SmolLM2-135M-Instruct in "
-        "bfloat16 on a CPU, choice form: the policy is the softmax over the log-likelihoods of the given answers. "
-        "Gains are paired over the test rows, with 95 % intervals. Times are wall clock on a machine with other work: "
-        "no comparison. The cells of 2026-11-24 trained on 2251 questions, 3 of which stand in the test split too "
-        "(they are left out since); one seed each, so differences between methods of a few points are no finding.",
+        "SmolLM2-135M-Instruct in bfloat16 on a CPU, choice form: the policy is the softmax over the log-likelihoods "
+        "of the given answers. Every method sees the same questions in the same order, the same number of steps "
+        f"({Cell.steps} of {Cell.questions} questions unless the table says otherwise) and the same test rows. "
+        f"REINFORCE samples {Cell.samples} answers a question (reward +1 or -1, baseline the mean of the others), "
+        f"evolution lets {Cell.samples} members answer it, next-token loss reads the right answer. T is the "
+        "temperature of the policy that is sampled from, 1 unless it is given. Learning rate, temperature and "
+        "checkpoint of a method are those with the highest validation reward (the first two on the seeds that all "
+        "have run); the test split chooses nothing.",
+        "",
+        "Gains are paired over test rows, with 95 % intervals; over several seeds the interval holds the spread of "
+        "rows and that of seeds (Student's t). *Holds* and *the other way round* say that the interval leaves 0 out. "
+        "Tokens are positions read in forward passes of training, padding included; REINFORCE and next-token loss do "
+        "a backward pass beside. Minutes are wall clock on a machine with other work: no comparison.",
         "",
         "Made by `python benchmarks/learning/report.py` from `benchmarks/learning/results/`; "
-        "`python benchmarks/learning/run.py` runs what is missing.",
+        "`python benchmarks/learning/run.py` runs what is missing. State of the package's code (sha256) by number of "
+        f"cells: {', '.join(f'{name} {count}' for name, count in sources.items()) or 'none'}.",
     ]
     for task in dict.fromkeys(cell.task for cell in cells):
-        base = found.get(f"{task}-base")
-        mine = [cell for cell in cells if cell.task == task and cell.method != "base"]
-        lines += ["", f"## {task}", ""]
-        if base is None:
-            lines += ["The base was not run.", ""]
-            continue
-        low, high = base["test"]["interval"]
-        steps = {(c.steps, c.questions, c.samples) for c in mine}
-        shape = ", ".join(f"{s} steps of {q} questions with {k} samples" for s, q, k in steps)
-        accuracy = base["test"]["accuracy"]
-        lines += [f"Base {accuracy:.3f} [{low:.3f}, {high:.3f}], n = {base['test']['n']}; {shape}.", ""]
-        lines += table(mine, found, base)
-        if several := seeds(mine, found, base):
-            lines += ["", *several]
-        if any(cell.name in found for cell in mine):
-            lines += ["", f"![Curves]({draw(task, mine, found).name})"]
-    PAGE.write_text("\n".join(lines) + "\n")
+        lines += ["", *section(Runs(task, cells, found), folder)]
+    return "\n".join(lines) + "\n"
+
+
+def _mean(values: Any) -> float:
+    return statistics.mean(values)
+
+
+def main() -> None:
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    PAGE.write_text(page(read_cells(), found, PAGE.parent))
     print(f"Wrote {PAGE}")
 
 

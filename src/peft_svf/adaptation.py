@@ -2,363 +2,68 @@
 """
 The first pass of Transformer² (arXiv 2501.06252, section 3.3): a prompt, or a few examples -> `Mixture`.
 
-`dispatch` asks "which kind of request is this": the base model, a classifier expert, or a linear probe on hidden
-states. `few_shot` searches mixture weights on solved examples and checks them on examples that the search has not
-seen. All leave the model as it was.
+`few_shot`, here, searches mixture weights on solved examples and checks them on examples that the search has not seen.
+`dispatch`, of `first_pass`, asks "which kind of request is this". Both leave the model as it was.
 """
 
 import hashlib
 import json
 import logging
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .cem import CrossEntropy
-from .evaluation import choice_logps, prompt_text
-from .evaluator import Evaluator, Example, Judge, LocalEvaluator, Weights, blocks_of, svf_layers, table_of
+from .evaluator import (
+    Evaluator,
+    Example,
+    Judge,
+    LocalEvaluator,
+    Weights,
+    blocks_of,
+    digest_of_experts,
+    svf_layers,
+    table_of,
+)
 from .expert import OTHER, Expert, Mixture
+from .first_pass import (
+    ANYTHING_ELSE,
+    FALLBACKS,
+    LABEL_TOKENS,
+    QUESTION_TOKENS,
+    READINGS,
+    STRATEGIES,
+    Prompt,
+    boxed_prompt,
+    check_strategy,
+    dispatch,
+    features,
+    fit_calibration,
+    fit_probe,
+    fit_temperature,
+    kind_scores,
+    read_boxed,
+)
 from .library import ExpertLibrary
-from .probe import Probe
-from .probe import temperature as temperature_of
 from .search import Ascent, CovarianceAdaptation, Found, Score, Searcher, maximise
-from .tasks import Task, dispatch_prompt
+from .tasks import Task
+
+__all__ = [
+    "ANYTHING_ELSE", "FALLBACKS", "LABEL_TOKENS", "METHODS", "QUESTION_TOKENS", "READINGS", "STRATEGIES", "Prompt",
+    "boxed_prompt", "check_strategy", "dispatch", "features", "few_shot", "fit_calibration", "fit_probe",
+    "fit_temperature", "kind_scores", "read_boxed",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
-Prompt = str | list[dict[str, Any]]
-STRATEGIES = ("prompt", "classifier", "probe")
-READINGS = ("likelihood", "generate")
-FALLBACKS = ("base", "mix")
 METHODS = ("cem", "cma", "gradient")
-ANYTHING_ELSE = "anything else"  # what the prompt says of "other"
-QUESTION_TOKENS = 256  # of the request that the first pass reads: it is bounded
-LABEL_TOKENS = 48  # of the answer that `read="generate"` waits for
-BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*['\"]?([^{}'\"]*?)['\"]?\s*\}")
 FEWEST = 4  # examples from which on some are held out by default
-
-
-# --- dispatch: prompts -> mixtures
-
-
-def dispatch(
-    library: ExpertLibrary,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    *,
-    strategy: str = "prompt",
-    threshold: float = 0.0,
-    calibrate: bool | None = None,
-    batch_size: int = 16,
-    read: str = "likelihood",
-    temperature: float = 1.0,
-    fallback: str = "base",
-    soft: bool = False,
-    probe: Probe | None = None,
-) -> list[Mixture]:
-    """
-    Choose one expert, or the base model, for each prompt by the likelihood of its name.
-
-    Args:
-        library ([`~library.ExpertLibrary`]):
-            The experts; their names and descriptions stand in the question that the model is asked.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Of the base model.
-        prompts (`Sequence[str | list[dict]]`):
-            Texts or chats. Of a chat the last user message is read, of either the first 256 tokens.
-        strategy (`str`):
-            `"prompt"` asks the base model, `"classifier"` the library's classifier expert, `"probe"` a linear probe.
-        threshold (`float`):
-            Below this confidence `fallback` decides.
-        calibrate (`bool`, *optional*):
-            Divide the likelihoods by those of an empty request (contextual calibration): small models have a favourite
-            answer. Default: for `"prompt"` only, the others are trained.
-        batch_size (`int`):
-            Prompts per forward.
-        read (`str`):
-            `"likelihood"` scores the names; `"generate"` is the paper's form: the model writes `\\boxed{name}`,
-            greedily and within 48 tokens. What cannot be read is `"other"` with confidence 0.
-        temperature (`float`):
-            Divides the scores before the softmax, see [`fit_temperature`].
-        fallback (`str`):
-            What a decision below the threshold becomes: `"base"`, or `"mix"`, all experts by their probabilities.
-        soft (`bool`):
-            Use the probabilities as weights in every decision; that of `"other"` is the base model's share.
-        probe ([`~probe.Probe`], *optional*):
-            For `strategy="probe"`, see [`fit_probe`].
-
-    Returns:
-        `list[Mixture]` with confidence and probabilities; one-hot or empty unless they are mixed. The same for the
-        same input.
-
-    Raises:
-        `ValueError`: for another strategy, reading or fallback, `"classifier"` without a classifier, `"probe"`
-            without a probe of these experts, a temperature that is not positive, or a prompt over the context.
-    """
-    check_strategy(library, strategy, probe)
-    for given, known, what in ((read, READINGS, "reading"), (fallback, FALLBACKS, "fallback")):
-        if given not in known:
-            raise ValueError(f"There is no {what} {given!r}: choose {' or '.join(map(repr, known))}.")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"The temperature must be a positive number, got {temperature!r}.")
-    names = [*library.descriptions, OTHER]
-    if read == "generate":
-        if strategy == "probe":
-            raise ValueError('A probe writes no answer: read="generate" goes with "prompt" or "classifier".')
-        rows = _written(library, tokenizer, prompts, strategy, batch_size)
-    else:
-        scores = kind_scores(library, tokenizer, prompts, strategy, calibrate, batch_size, probe)
-        rows = (scores / temperature).softmax(-1).tolist()
-    mixtures = [_decide(dict(zip(names, row, strict=True)), strategy, threshold, fallback, soft) for row in rows]
-    for mixture in mixtures:
-        logger.debug(f"dispatch by {strategy}: {mixture.record()}")
-    return mixtures
-
-
-def check_strategy(library: ExpertLibrary, strategy: str, probe: Probe | None = None) -> None:
-    """Raise a `ValueError` for a strategy that does not exist, or that lacks its classifier or probe."""
-    if strategy not in STRATEGIES:
-        raise ValueError(f"There is no dispatch strategy {strategy!r}: choose {' or '.join(map(repr, STRATEGIES))}.")
-    if strategy == "classifier" and library.classifier is None:
-        raise ValueError("strategy='classifier' needs a classifier expert: pass classifier=... with the experts.")
-    if strategy == "probe" and probe is None:
-        raise ValueError("strategy='probe' needs a probe: fit one with fit_probe(...), or Probe.load(folder).")
-    if strategy == "probe" and probe is not None and (odd := sorted({*probe.labels} - {*library.names, OTHER})):
-        raise ValueError(
-            f"The probe names {odd[0]!r}, but the experts are {', '.join(library.names)}: fit it with these names."
-        )
-
-
-def kind_scores(
-    library: ExpertLibrary,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    strategy: str = "prompt",
-    calibrate: bool | None = None,
-    batch_size: int = 16,
-    probe: Probe | None = None,
-) -> Tensor:
-    """
-    Score each kind for each prompt; arguments as in [`dispatch`].
-
-    Returns:
-        `torch.Tensor` of shape `(prompts, experts + 1)`, the experts by name and `"other"` last. Its softmax are
-        probabilities; `-inf` for a kind that the probe was not fitted to.
-    """
-    check_strategy(library, strategy, probe)
-    calibrate = strategy == "prompt" if calibrate is None else calibrate
-    kinds = {**library.descriptions, OTHER: ANYTHING_ELSE}
-    names, parts = list(kinds), [torch.zeros(0, len(kinds))]
-    if probe is not None and strategy == "probe":
-        scores = torch.full((len(prompts), len(names)), -math.inf)
-        if prompts:
-            seen = features(library, tokenizer, prompts, probe.provenance["kinds_listed"], batch_size)
-            scores[:, [names.index(label) for label in probe.labels]] = probe.scores(seen)
-        return scores
-    for start in range(0, len(prompts), batch_size):
-        questions = [_question(tokenizer, prompt) for prompt in prompts[start : start + batch_size]]
-        rows = [{"prompt": dispatch_prompt(question, kinds), "choices": names} for question in (*questions, "")]
-        with torch.no_grad(), library.activate(_asked(library, strategy)) as model:
-            logps = choice_logps(model, tokenizer, rows)
-        parts.append((logps[:-1] - logps[-1] if calibrate else logps[:-1]).cpu())
-    return torch.cat(parts)
-
-
-def fit_temperature(
-    library: ExpertLibrary,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    kinds: Sequence[str],
-    **settings: Any,
-) -> float:
-    """
-    Fit the temperature of [`dispatch`] to a few prompts of known kind, which should not be those it is judged by.
-
-    Args:
-        library, tokenizer, prompts:
-            As in [`dispatch`].
-        kinds (`Sequence[str]`):
-            The right expert of each prompt, or `"other"`.
-        settings:
-            Of [`kind_scores`]: `strategy`, `calibrate`, `batch_size`, `probe`.
-
-    Returns:
-        `float` between 0.01 and 100; above 1 where the first pass is surer than it is right.
-
-    Raises:
-        `ValueError`: without prompts, if there is not one kind for each, or one is no expert.
-    """
-    names = _known_kinds(library, prompts, kinds)
-    scores = kind_scores(library, tokenizer, prompts, **settings)
-    return temperature_of(scores, torch.tensor([names.index(kind) for kind in kinds]))
-
-
-def fit_probe(
-    library: ExpertLibrary,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    kinds: Sequence[str],
-    *,
-    method: Literal["centroid", "logistic"] = "logistic",
-    batch_size: int = 16,
-) -> Probe:
-    """
-    Fit a linear probe on the base model's hidden states to a few prompts of known kind.
-
-    Args:
-        library, tokenizer, prompts, batch_size:
-            As in [`dispatch`].
-        kinds (`Sequence[str]`):
-            The right expert of each prompt, or `"other"`; two prompts or more of each.
-        method (`str`):
-            `"logistic"` or `"centroid"`, see [`~probe.Probe.fit`].
-
-    Returns:
-        [`~probe.Probe`], to be passed as `probe=` or saved.
-
-    Raises:
-        `ValueError`: as in [`fit_temperature`] and [`~probe.Probe.fit`].
-    """
-    _known_kinds(library, prompts, kinds)
-    listed = {**library.descriptions, OTHER: ANYTHING_ELSE}
-    found = features(library, tokenizer, prompts, listed, batch_size)
-    base = library.model.get_base_model().name_or_path
-    return Probe.fit(found, kinds, method=method, kinds_listed=listed, base_model=base)
-
-
-@torch.no_grad()
-def features(
-    library: ExpertLibrary,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    kinds: Mapping[str, str],
-    batch_size: int = 16,
-) -> Tensor:
-    """
-    What a probe sees of prompts: the base model's hidden state in its middle layer, where the kind is to be named.
-
-    Args:
-        kinds (`Mapping[str, str]`):
-            Names and descriptions that the question lists, the same in fitting and use.
-
-    Returns:
-        `torch.Tensor` of shape `(prompts, d)`, float32.
-    """
-    found = []
-    for start in range(0, len(prompts), batch_size):
-        questions = [_question(tokenizer, prompt) for prompt in prompts[start : start + batch_size]]
-        inputs = _tokens(library, tokenizer, [dispatch_prompt(question, kinds) for question in questions])
-        with library.activate(Mixture()) as model:
-            states = model(**inputs, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
-        found.append(states[len(states) // 2][:, -1].float().cpu())  # of layers + 1 times (B, tokens, d)
-    return torch.cat(found)
-
-
-def _tokens(
-    library: ExpertLibrary, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[dict[str, str]]], room: int = 0
-) -> Any:
-    """Chats as left-padded ids, mask and positions; a `ValueError` if they and `room` more exceed the context."""
-    texts = [prompt_text(tokenizer, prompt) for prompt in prompts]
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    length = inputs.input_ids.shape[1]
-    limit = getattr(library.model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and length + room > limit:
-        raise ValueError(
-            f"The first pass reads {length} tokens and writes up to {room}, but the model's context is {limit}: "
-            "shorten the descriptions of the experts."
-        )
-    found = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
-    if not room:  # `generate` counts positions itself
-        found["position_ids"] = (inputs.attention_mask.cumsum(-1) - 1).clamp(min=0)
-    return {name: tensor.to(next(library.model.parameters()).device) for name, tensor in found.items()}
-
-
-def _decide(probabilities: dict[str, float], strategy: str, threshold: float, fallback: str, soft: bool) -> Mixture:
-    """One decision: the likeliest kind, or all of them by their probabilities."""
-    n, best = len(probabilities), max(probabilities.values())
-    choice = OTHER if probabilities[OTHER] == best else max(probabilities, key=lambda name: probabilities[name])
-    confidence = min(1.0, max(0.0, (best - 1 / n) / (1 - 1 / n)))
-    sure = confidence >= threshold
-    if (soft and confidence > 0) if sure else fallback == "mix":  # where nothing is known, nothing is mixed
-        alpha = {name: p for name, p in probabilities.items() if name != OTHER}
-    else:
-        alpha = {choice: 1.0} if sure and choice != OTHER else {}
-    return Mixture(alpha, strategy, confidence, probabilities)
-
-
-def _asked(library: ExpertLibrary, strategy: str) -> Mixture:
-    """Who answers the first pass: the base model or the classifier expert."""
-    return Mixture({library.classifier: 1.0}) if strategy == "classifier" and library.classifier else Mixture()
-
-
-def _written(
-    library: ExpertLibrary, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], strategy: str, size: int
-) -> list[list[float]]:
-    """Probabilities per prompt of the kind that the model writes: 1 for it; all alike where it writes none."""
-    kinds = {**library.descriptions, OTHER: ANYTHING_ELSE}
-    names, rows = list(kinds), []
-    settings = GenerationConfig(
-        max_new_tokens=LABEL_TOKENS, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
-    )  # not the model's own: the first pass neither samples nor searches beams
-    for start in range(0, len(prompts), size):
-        questions = [_question(tokenizer, prompt) for prompt in prompts[start : start + size]]
-        inputs = _tokens(library, tokenizer, [boxed_prompt(q, kinds) for q in questions], room=LABEL_TOKENS)
-        with torch.no_grad(), library.activate(_asked(library, strategy)) as model:
-            output = model.generate(**inputs, generation_config=settings)
-        length = inputs["input_ids"].shape[1]
-        for text in tokenizer.batch_decode(output[:, length:], skip_special_tokens=True):
-            kind = read_boxed(text, names)
-            rows.append([1 / len(names) if kind is None else float(name == kind) for name in names])
-    return rows
-
-
-def boxed_prompt(question: str, kinds: Mapping[str, str]) -> list[dict[str, str]]:
-    r"""The adaptation prompt of the paper (arXiv 2501.06252, appendix): the kinds, and `\boxed{}` for the answer."""
-    named = "\n".join(f"- {name}: {what}" if what else f"- {name}" for name, what in kinds.items())
-    text = (
-        f"Analyze the given request and classify it into one of {len(kinds)} categories:\n{named}\n"
-        "If it spans several, choose the dominant one. Answer with the category in \\boxed{} notation, for example "
-        f"\\boxed{{{next(iter(kinds))}}}.\nRequest: {question}"
-    )
-    return [{"role": "user", "content": text}]
-
-
-def read_boxed(text: str, names: Sequence[str]) -> str | None:
-    r"""The kind in the first `\boxed{}` of a text, whatever its case; `None` if there is none, or an unknown one."""
-    found = BOXED.search(text)
-    return next((name for name in names if found and name.casefold() == found.group(1).strip().casefold()), None)
-
-
-def _known_kinds(library: ExpertLibrary, prompts: Sequence[Prompt], kinds: Sequence[str]) -> list[str]:
-    names = [*library.descriptions, OTHER]
-    if not prompts or len(prompts) != len(kinds):
-        raise ValueError(
-            f"Fitting needs prompts with one kind each; got {len(prompts)} prompts and {len(kinds)} kinds."
-        )
-    if unknown := sorted(set(kinds) - set(names)):
-        raise ValueError(f"There is no expert {unknown[0]!r}; the kinds are {', '.join(names)}.")
-    return names
-
-
-def _question(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
-    """The text that is to be classified: the last user message, bounded."""
-    if not isinstance(prompt, str):
-        users = [message for message in prompt if message.get("role") == "user"] or list(prompt)
-        content = users[-1]["content"]
-        texts = [content] if isinstance(content, str) else [part["text"] for part in content if part.get("text")]
-        prompt = " ".join(texts)
-    ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    return prompt if len(ids) <= QUESTION_TOKENS else tokenizer.decode(ids[:QUESTION_TOKENS], skip_special_tokens=True)
-
-
-# --- few-shot: solved examples -> one mixture
 
 
 def few_shot(
@@ -468,7 +173,7 @@ def few_shot(
     searcher = _searcher(weights, **settings)
     settings |= {"normalize": normalize, "per_layer": per_layer}
     depends = {**settings, "task": task and task.name, "generation": repr(sorted(generation.items()))}
-    depends |= {"examples": _digest(seen), "experts": _digest_of_experts(library)}
+    depends |= {"examples": _digest(seen), "experts": digest_of_experts(library)}
     bar = tqdm(
         total=iterations, desc="Searching mixture weights", name="peft_svf.adaptation", disable=not evaluate.main
     )
@@ -620,14 +325,3 @@ def _warn_of_ties(found: Found) -> None:
 
 def _digest(rows: Sequence[Example]) -> str:
     return hashlib.sha256(json.dumps([dict(row) for row in rows], sort_keys=True, default=repr).encode()).hexdigest()
-
-
-def _digest_of_experts(library: ExpertLibrary) -> dict[str, str]:
-    """A hash of the offsets of each expert."""
-    found = {}
-    for name in library.names:
-        content = hashlib.sha256()
-        for module, offset in sorted(library.expert(name).offsets.items()):
-            content.update(module.encode() + offset.float().cpu().numpy().tobytes())
-        found[name] = content.hexdigest()
-    return found

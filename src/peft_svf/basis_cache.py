@@ -32,6 +32,7 @@ from .basis import Basis, exact, factorize, probe
 logger = logging.getLogger(__name__)
 PROCEDURE = "svf-basis v1"
 AT_ONCE = 8  # matrices that an accelerator factorises together
+ALIGNMENT = 64  # bytes, of tensors in memory
 
 
 @dataclass(frozen=True)
@@ -82,30 +83,37 @@ def fetch(
         names (`Iterable[str]`):
             Names of the weights.
         weight_of (`Callable[[str], torch.Tensor]`):
-            Gives the weight `(out, in)`, or a stack `(E, out, in)`, of a name. Called up to twice a name, so it may
-            read lazily.
+            Gives the weight `(out, in)`, or a stack `(E, out, in)`, of a name. Called up to three times a name, one
+            after the other, so it may read lazily.
         known (`Mapping[str, str]`, *optional*):
             Content keys that are known without hashing, by name.
 
     Returns:
         `dict[str, tuple[Basis, Fingerprint]]`: per name the basis, on the CPU in float32 (float64 for float64).
     """
-    keys = {name: (known or {}).get(name) or content_key(weight_of(name)) for name in names}
+    shapes = {}
+
+    def key_of(name: str) -> str:
+        weight = weight_of(name)
+        shapes[name] = weight.shape
+        return content_key(weight)
+
+    keys = {name: (known or {}).get(name) or key_of(name) for name in names}
     found = {key: entry for key in dict.fromkeys(keys.values()) if (entry := _read(key)) is not None}
     for name in known or ():
         if keys[name] not in found:  # what is computed is kept under the name of its content
-            keys[name] = content_key(weight_of(name))
+            keys[name] = key_of(name)
     if missing := {key: name for name, key in keys.items() if key not in found}:
         try:
             (cache_dir() / "locks").mkdir(parents=True, exist_ok=True)
             lock = cache_dir() / "locks" / hashlib.sha256("".join(sorted(missing)).encode()).hexdigest()
             with FileLock(lock, mode=0o666):  # two processes with the same model: one computes, the other reads
-                found |= _compute(missing, weight_of)
+                found |= _compute(missing, weight_of, shapes)
         except OSError as error:
             logger.warning(
                 f"The basis cache {cache_dir()} cannot be written ({error}); bases are computed again next time."
             )
-            found |= _compute(missing, weight_of, keep=False)
+            found |= _compute(missing, weight_of, shapes, keep=False)
         else:
             entries, size = usage()
             logger.info(f"Basis cache {cache_dir()}: {entries} entries, {size / 1e6:.0f} MB.")
@@ -136,7 +144,7 @@ def prune(keep_bytes: int = 0) -> int:
 
 
 def _compute(
-    missing: dict[str, str], weight_of: Callable[[str], Tensor], keep: bool = True
+    missing: dict[str, str], weight_of: Callable[[str], Tensor], shapes: Mapping[str, torch.Size], keep: bool = True
 ) -> dict[str, tuple[Basis, Fingerprint]]:
     """Compute the bases of `missing` (key -> name of a weight), batched by shape on an accelerator, and write them."""
     found = {}
@@ -152,7 +160,7 @@ def _compute(
             weight = weight_of(name)
             batch = {key: weight}
             if weight.is_cuda and weight.dim() == 2:  # on a CPU one matrix at a time already uses all threads
-                same = [k for k, n in todo.items() if weight_of(n).shape == weight.shape][:AT_ONCE]
+                same = [k for k, n in todo.items() if shapes[n] == weight.shape][:AT_ONCE]
                 batch = {k: weight_of(todo[k]) for k in same}
             stacked = _factorize(torch.stack(list(batch.values())))
             for k, Q, S in zip(batch, stacked.Q, stacked.S, strict=True):
@@ -177,7 +185,7 @@ def _factorize(weights: Tensor) -> Basis:
 
 def _write(key: str, basis: Basis, fingerprint: Fingerprint) -> None:
     tensors = {"Q": basis.Q.contiguous(), "S": basis.S.contiguous(), "probe": fingerprint.probe}
-    content = save(tensors, metadata={"procedure": PROCEDURE, "side": basis.side})
+    content = _aligned(save(tensors, metadata={"procedure": PROCEDURE, "side": basis.side}))
     manifest = {
         "procedure": PROCEDURE,
         "side": basis.side,
@@ -186,6 +194,13 @@ def _write(key: str, basis: Basis, fingerprint: Fingerprint) -> None:
     }
     _replace(cache_dir() / f"{key}.safetensors", content)
     _seal(key, manifest)
+
+
+def _aligned(content: bytes) -> bytes:
+    """Pad the header of a safetensors file so that its numbers lie where those in memory do: products round alike."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    padding = -start % ALIGNMENT
+    return (start - 8 + padding).to_bytes(8, "little") + content[8:start] + b" " * padding + content[start:]
 
 
 def _seal(key: str, manifest: dict[str, Any]) -> None:
@@ -225,9 +240,10 @@ def _read(key: str) -> tuple[Basis, Fingerprint] | None:
             with suppress(OSError):  # a shared cache may be only readable
                 _seal(key, manifest)
         tensors = load_file(path)
+        Q = tensors["Q"] if tensors["Q"].data_ptr() % ALIGNMENT == 0 else tensors["Q"].clone()
         with suppress(OSError):
             os.utime(manifest_path)  # `prune` drops what was read longest ago
-        return Basis(manifest["side"], tensors["Q"], tensors["S"]), Fingerprint(key, tensors["probe"])
+        return Basis(manifest["side"], Q, tensors["S"]), Fingerprint(key, tensors["probe"])
     except Exception as error:  # whatever is wrong with it, the weight itself is at hand to compute it again
         logger.warning(f"The entry {path} of the basis cache is damaged and is computed again: {error}.")
         with suppress(OSError):

@@ -4,8 +4,8 @@ Model and rows -> scored records and their summary.
 
 A row of the choice form has `prompt`, `choices` and `label`; the policy over its choices is the softmax of their
 summed token log-likelihoods as the assistant's answer. A row of the generated form has `prompt` and is
-judged by its task's check. `choice_logps` is also what training differentiates and what the first pass scores labels
-with.
+judged by its task's check; it may have a picture in its column `image`, or several in `images`, which a processor
+reads. `choice_logps` is also what training differentiates and what the first pass scores labels with.
 """
 
 import copy
@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from .prompts import Reader, Row, has_image, prompt_ids, prompt_text, read_images, tokenizer_of
 from .tasks import Task, get_task
 
-Row = Mapping[str, Any]
 NINETY_FIVE = NormalDist().inv_cdf(0.975)
 
 
@@ -40,10 +40,11 @@ class Summary:
         task (`str`): Name of the task.
         form (`str`): `"choice"` or `"generate"`.
         n (`int`): Number of rows.
-        accuracy (`float`): Share of rows answered right.
-        interval (`tuple[float, float]`): 95 % Wilson interval of the accuracy.
+        accuracy (`float`): Mean grade of the rows: the share answered right, or the task's own such as VQA accuracy.
+        interval (`tuple[float, float]`): 95 % Wilson interval of the accuracy; grades between 0 and 1 vary less.
         seconds (`float`): Wall clock.
-        records (`list[dict]`): Per row `id`, `right`, and the choice with its probability or the completion.
+        records (`list[dict]`): Per row `id`, `right`, and the choice with its probability, or the completion with its
+            `score`, the grade from 0 to 1.
     """
 
     task: str
@@ -59,8 +60,8 @@ class Summary:
         return {key: value for key, value in asdict(self).items() if records or key != "records"}
 
 
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of `right` successes in `n` trials."""
+def wilson(right: float, n: int) -> tuple[float, float]:
+    """95 % Wilson score interval of `right` successes, or a sum of grades from 0 to 1, in `n` trials."""
     if n == 0:
         return 0.0, 1.0
     p, z2 = right / n, NINETY_FIVE**2
@@ -79,42 +80,12 @@ def paired_difference(one: Summary, other: Summary) -> tuple[float, tuple[float,
     if [r["id"] for r in one.records] != [r["id"] for r in other.records] or not one.n:
         raise ValueError(f"Only summaries of the same rows compare: {one.task} ({one.n}), {other.task} ({other.n}).")
     pairs = zip(one.records, other.records, strict=True)
-    gaps = torch.tensor([float(a["right"]) - float(b["right"]) for a, b in pairs], dtype=torch.float64)
+    gaps = torch.tensor([_grade(a) - _grade(b) for a, b in pairs], dtype=torch.float64)
     mean, half = float(gaps.mean()), NINETY_FIVE * float(gaps.std(correction=0)) / math.sqrt(one.n)
     return mean, (mean - half, mean + half)
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> str:
-    """
-    Write a prompt as the model reads it, up to where its answer begins.
-
-    A chat goes through the tokenizer's template; without one its contents stand on lines of their own, and a string is
-    left as it is.
-    """
-    if isinstance(prompt, str):
-        return prompt
-    if tokenizer.chat_template is None:
-        return "\n".join(message["content"] for message in prompt) + "\n"
-    return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[dict[str, str]]]) -> list[list[int]]:
-    """
-    Tokenise prompts as generation does: a chat template writes its special tokens, plain text gets the tokenizer's.
-    """
-    found = []
-    for prompt in prompts:
-        plain = isinstance(prompt, str) or tokenizer.chat_template is None
-        ids = tokenizer(prompt_text(tokenizer, prompt), add_special_tokens=plain).input_ids
-        if plain and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # an answer follows
-            ids = ids[:-1]
-        found.append(ids)
-    return found
-
-
-def choice_logps(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], share_prefix: bool = True
-) -> Tensor:
+def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row], members: int = 1) -> Tensor:
     """
     Log-likelihood of each choice of each row, summed over its tokens.
 
@@ -126,23 +97,29 @@ def choice_logps(
     Args:
         model (`PreTrainedModel` or `PeftModel`):
             Causal language model or `PeftModel`; gradient checkpointing must be off (it drops the cache).
-        tokenizer (`PreTrainedTokenizerBase`):
-            Its tokenizer.
+        tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`):
+            Its tokenizer, or its processor, of which the text side is used.
         rows (`Sequence[Mapping]`):
             Each with `prompt` (chat or text) and `choices` (texts), of which rows may have different numbers.
-        share_prefix (`bool`):
-            Read the common beginning of the prompts once. Not possible where rows have adapters of their own
-            (`SVFLayer.rows`).
+        members (`int`):
+            How many adapters the model has at once (`SVFLayer.rows` of as many offsets): each scores all rows.
 
     Returns:
-        `torch.Tensor` of shape `(rows, choices)`, float32; `-inf` where a row has fewer choices.
+        `torch.Tensor` of shape `(members * rows, choices)`, float32, the rows of the first member first; `-inf` where
+        a row has fewer choices.
 
     Raises:
-        `ValueError`: if a prompt or a choice is empty, if a prompt with its longest choice exceeds the model's
-            context, or if gradient checkpointing is on.
+        `ValueError`: if a prompt or a choice is empty, if a row has an image, if a prompt with its longest choice
+            exceeds the model's context, or if gradient checkpointing is on.
     """
     device = next(model.parameters()).device
+    if (seen := next(filter(has_image, rows), None)) is not None:
+        raise ValueError(
+            f"Row {seen.get('id')!r} has an image: log-likelihoods are those of texts. Let the model write its "
+            "answer, in a row without `choices` and in no search that scores given answers."
+        )
     prompts = prompt_ids(tokenizer, [row["prompt"] for row in rows])
+    tokenizer = tokenizer_of(tokenizer)
     options = [[tokenizer(text, add_special_tokens=False).input_ids for text in row["choices"]] for row in rows]
     for row, prompt, choices in zip(rows, prompts, options, strict=True):
         if not prompt:
@@ -159,43 +136,39 @@ def choice_logps(
 
     shared = 0
     cache = None
-    if share_prefix and len(prompts) > 1:
+    if len(prompts) > 1:
         same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
         shared = min(len(list(same)), min(map(len, prompts)) - 1)  # a token of each prompt is left to read
     if shared:
-        begin = torch.tensor([prompts[0][:shared]], device=device)  # (1, shared)
+        begin = torch.tensor([prompts[0][:shared]] * members, device=device)  # (M, shared)
         cache = _read(model, begin, torch.ones_like(begin)).past_key_values
         cache.batch_repeat_interleave(len(prompts))
         prompts = [prompt[shared:] for prompt in prompts]
-    # (N, P) left-padded, so that every prompt ends at the same place
+    # (M * N, P) left-padded, so that every prompt ends at the same place
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[1] * shared + [0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts] * members, device=device)
+    read = [[1] * shared + [0] * (width - len(p)) + [1] * len(p) for p in prompts]
+    mask = torch.tensor(read * members, device=device)
     prefix = _read(model, ids, mask, past_key_values=cache)
-    first = prefix.logits[:, -1].float().log_softmax(-1)  # (N, vocabulary): the first token of every choice
-    places = [(n, k) for n, choices in enumerate(options) for k in range(len(choices) if share_prefix else most)]
-    # choices alike in length share a forward: less padding; rows with adapters of their own keep their order
-    groups = list(_alike(places, options, len(rows))) if share_prefix else [places]
-    sums = []
-    for group in groups:
-        flat = [options[n][min(k, len(options[n]) - 1)] for n, k in group]
-        rows_of = torch.tensor([n for n, _ in group], device=device)
+    first = prefix.logits[:, -1].float().log_softmax(-1)  # (M * N, vocabulary): the first token of every choice
+    places = [(n, k) for n, choices in enumerate(options) for k in range(len(choices))]
+    found = torch.full((members * len(rows), most), float("-inf"), device=device)
+    for group in _alike(places, options, len(rows)):  # choices alike in length share a forward: less padding
+        flat = [options[n][k] for n, k in group] * members
+        where = [(m * len(rows) + n, k) for m in range(members) for n, k in group]
+        rows_of, column = torch.tensor(where, device=device).T
         length = max(map(len, flat))
-        labels = torch.tensor([c + [-100] * (length - len(c)) for c in flat], device=device)  # (G, C) right-padded
+        labels = torch.tensor([c + [-100] * (length - len(c)) for c in flat], device=device)  # (M * G, C) right-padded
         logps = first[rows_of, labels[:, 0]]
         if length > 1:
             both = torch.cat([mask[rows_of], (labels[:, :-1] >= 0).long()], dim=1)
             some = _select(prefix.past_key_values, rows_of)
             logits = _forward(model, labels[:, :-1].clamp(min=0), both, past_key_values=some, use_cache=True).logits
             rest = F.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
-            logps = logps - rest.view(len(group), length - 1).sum(-1)
-        sums.append(logps)
-    where = torch.tensor([place for group in groups for place in group], device=device)
-    found = torch.full((len(rows), most), float("-inf"), device=device)
-    found = found.index_put((where[:, 0], where[:, 1]), torch.cat(sums))
-    absent = torch.tensor([[k >= len(choices) for k in range(most)] for choices in options], device=device)
-    return found.masked_fill(absent, float("-inf"))
+            logps = logps - rest.view(len(flat), length - 1).sum(-1)
+        found = found.index_put((rows_of, column), logps)
+    return found
 
 
 def _alike(
@@ -215,7 +188,7 @@ def _select(cache: Any, rows: Tensor) -> Any:
 
 def evaluate(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     rows: Sequence[Row],
     batch_size: int = 16,
     task: Task | None = None,
@@ -226,11 +199,13 @@ def evaluate(
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
-            Causal language model, with the adapters it is to answer with.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Its tokenizer.
+            Causal language model, with the adapters it is to answer with; it may see images.
+        tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`):
+            Its tokenizer; rows with images need its processor.
         rows (`Sequence[Mapping]`):
-            Rows of one form, see the module docstring.
+            Rows of one form, see the module docstring. A picture is a PIL image, the name of a file, or
+            `{"path", "bytes"}` as `datasets` has it undecoded; it is opened with its batch. It belongs to an image
+            part of the prompt, or stands before the first user's text where the contents are strings, as in TRL.
         batch_size (`int`):
             Rows per forward.
         task ([`~tasks.Task`], *optional*):
@@ -240,6 +215,10 @@ def evaluate(
 
     Returns:
         [`Summary`].
+
+    Raises:
+        `ValueError`: without rows, and for what [`choice_logps`] or [`~prompts.read_images`] refuses.
+        `FileNotFoundError`: if there is no such picture.
     """
     if not rows:
         raise ValueError("There are no rows to evaluate.")
@@ -262,7 +241,7 @@ def evaluate(
     finally:
         model.train(training)
     found = [records[i] for i in range(len(rows))]
-    right = sum(record["right"] for record in found)
+    right = sum(map(_grade, found))
     name = task.name if task is not None else str(rows[0].get("task", "rows"))
     seconds = time.perf_counter() - start
     return Summary(name, form, len(found), right / len(found), wilson(right, len(found)), seconds, found)
@@ -277,13 +256,22 @@ def score_choices(logps: Tensor, rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
+def _grade(record: Mapping[str, Any]) -> float:
+    return float(record.get("score", record["right"]))
+
+
 def _generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], task: Task | None, kwargs: dict
+    model: PreTrainedModel, reader: Reader, rows: Sequence[Row], task: Task | None, kwargs: dict
 ) -> list[dict]:
-    ids = {"input_ids": prompt_ids(tokenizer, [row["prompt"] for row in rows])}
-    inputs = tokenizer.pad(ids, return_tensors="pt", padding_side="left").to(next(model.parameters()).device)
+    tokenizer = tokenizer_of(reader)
+    if any(map(has_image, rows)):
+        inputs = read_images(reader, rows).to(dtype=_inner(model).dtype)
+    else:
+        ids = {"input_ids": prompt_ids(reader, [row["prompt"] for row in rows])}
+        inputs = tokenizer.pad(ids, return_tensors="pt", padding_side="left")
+    inputs = inputs.to(next(model.parameters()).device)
     output = model.generate(**inputs, **{"max_new_tokens": 256, "do_sample": False, **kwargs})
-    completions = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    completions = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     found = []
     for row, text in zip(rows, completions, strict=True):
         judge = task or get_task(row["task"])
@@ -323,3 +311,17 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
+
+
+__all__ = [
+    "NINETY_FIVE",
+    "Row",
+    "Summary",
+    "choice_logps",
+    "evaluate",
+    "paired_difference",
+    "prompt_ids",
+    "prompt_text",
+    "score_choices",
+    "wilson",
+]

@@ -3,12 +3,17 @@
 A population of mixtures and solved examples -> scores, many of both in one forward or one `generate`.
 
 [`Weights`] turns the vectors of a search into mixtures, [`Judge`] scores them on examples, an [`Evaluator`] decides
-where: in this process, or shared out among those of `accelerate launch`. Nothing here knows how a search goes on.
+where: in this process, shared out among those of `accelerate launch`, or among the workers of a Ray cluster. Nothing
+here knows how a search goes on.
+
+    with RayEvaluator(partial(Transformer2Model.from_pretrained, "base", ["me/math", "me/code"]), workers=4) as shared:
+        mixture = model.adapt(examples, evaluator=shared)
 """
 
+import hashlib
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -99,6 +104,9 @@ class Judge:
             Give the gradients of the log-likelihood too: `z` is linear in the weights, so one backward has them all.
         seed (`int`):
             Of sampled completions.
+
+    Attributes:
+        settings (`dict`): The arguments beside library and tokenizer: with them another process builds the same judge.
     """
 
     def __init__(
@@ -114,6 +122,10 @@ class Judge:
         gradients: bool = False,
         seed: int = 0,
     ) -> None:
+        self.settings: dict[str, Any] = {
+            "weights": weights, "examples": list(examples), "task": task, "generation": generation,
+            "batch_size": batch_size, "gradients": gradients, "seed": seed,
+        }  # fmt: skip
         self.library, self.tokenizer, self.weights = library, tokenizer, weights
         self.experts = [library.expert(name) for name in weights.names]
         self._tables: dict[str, Tensor] = {}
@@ -144,18 +156,19 @@ class Judge:
         vectors = torch.tensor(members, dtype=torch.float64, requires_grad=self.gradients)
         slopes = torch.zeros_like(vectors)
         right, logp = np.zeros((2, len(members), len(self.rows)))
-        for pairs in self._batches(len(members)):
-            places, rows = [m for m, _ in pairs], [self.rows[e] for _, e in pairs]
+        for places, examples in self._blocks(len(members)):
+            rows = [self.rows[e] for e in examples]
             with torch.set_grad_enabled(self.gradients), self._rowwise(vectors, places) as model:
-                logps = choice_logps(model, self.tokenizer, rows, share_prefix=False)
+                logps = choice_logps(model, self.tokenizer, rows, len(places))  # (members * examples, choices)
                 logps = logps.log_softmax(-1) if self.choices else logps
-                labels = torch.tensor([row["label"] for row in rows], device=logps.device)
-                chosen = logps.gather(1, labels[:, None]).squeeze(1)  # (rows,)
+                labels = torch.tensor([row["label"] for row in rows] * len(places), device=logps.device)
+                chosen = logps.gather(1, labels[:, None]).squeeze(1)
                 if self.gradients:
                     slopes += torch.autograd.grad(chosen.sum() / len(self.rows), vectors)[0]
-            best = logps.detach().max(-1).values
-            for (m, e), p, top in zip(pairs, chosen.tolist(), best.tolist(), strict=True):
-                right[m, e], logp[m, e] = self.choices and p == top, p
+            block = np.ix_(places, examples)
+            logp[block] = chosen.detach().cpu().view(len(places), -1).numpy()
+            best = logps.detach().max(-1).values == chosen
+            right[block] = best.cpu().view(len(places), -1).numpy() if self.choices else 0
         return right, logp, slopes.numpy() if self.gradients else None
 
     def _completions(self, members: np.ndarray) -> tuple[np.ndarray, int]:
@@ -174,7 +187,7 @@ class Judge:
                     model, self.tokenizer, examples, batch_size=len(pairs), task=self.task, **self.generation
                 ).records
             for (m, e), record in zip(pairs, found, strict=True):
-                right[m, e] = record["right"]
+                right[m, e] = record["score"]
                 tokens += self._prompt_tokens[e] + self._count(record["completion"])
         return right, tokens
 
@@ -184,9 +197,22 @@ class Judge:
         for start in range(0, len(pairs), self.batch_size):
             yield pairs[start : start + self.batch_size]
 
+    def _blocks(self, members: int) -> Iterator[tuple[list[int], list[int]]]:
+        """Members and examples that share a forward, at most `batch_size` rows: as many members as possible."""
+        together = min(members, self.batch_size)
+        each = self.batch_size // together  # examples
+        for first in range(0, members, together):
+            for start in range(0, len(self.rows), each):
+                yield (
+                    list(range(first, min(first + together, members))),
+                    list(range(start, min(start + each, len(self.rows)))),
+                )
+
     @contextmanager
     def _rowwise(self, vectors: Tensor, places: Sequence[int]) -> Iterator[PeftModel]:
-        """Give row i of the next forwards the mixture of `vectors[places[i]]`; gradients flow to the vectors."""
+        """
+        Give part i of the rows of the next forwards the mixture of `vectors[places[i]]`; gradients flow to them.
+        """
         weights = self.weights.of(vectors)[list(places)]  # (rows, blocks or 1, experts)
         with self.library.activate(Mixture()) as model, ExitStack() as stack:
             for module, layer in svf_layers(model).items():
@@ -282,6 +308,93 @@ class AccelerateEvaluator:
             if isinstance(part, Exception):
                 raise part
         return _join(parts)
+
+
+class RayEvaluator:
+    """
+    Share a population out among the workers of a Ray cluster (extra `ray`), on this machine or many.
+
+    Only the calling process searches. Each worker builds the model once, at its first population, and scores its share
+    of every population; the scores are those of [`LocalEvaluator`] up to the rounding of batched products, where the
+    workers' models have this one's dtype. An exception in a worker is raised here, with its type and text. `close`, or
+    the end of the `with` block, ends the workers. A Ray that `ray.init` has not been called for starts by itself.
+
+    Args:
+        factory (`Callable`):
+            Picklable; returns what has a `library` and a `tokenizer`, such as `functools.partial(
+            Transformer2Model.from_pretrained, "base", ["me/math", "me/code"])`. Paths in it have to exist on every
+            machine, and its experts have to be the caller's.
+        workers (`int`):
+            How many there are.
+        options:
+            Of each Ray actor, such as `num_gpus=1`; by default each has one CPU, and torch that many threads.
+
+    Raises:
+        `ImportError`: without Ray.
+        `ValueError`: for fewer than one worker; when it is called: if an expert is not the worker's, or after `close`.
+    """
+
+    main = True
+
+    def __init__(self, factory: Callable[[], Any], workers: int = 2, **options: Any) -> None:
+        if workers < 1:
+            raise ValueError(f"A RayEvaluator needs at least 1 worker, got workers={workers}.")
+        try:
+            import ray
+        except ImportError as error:
+            raise ImportError('RayEvaluator needs the library ray: pip install "peft-svf[ray]".') from error
+        self._ray = ray
+        actor = ray.remote(**{"num_cpus": 1, **options})(_Worker)
+        self._workers = [actor.remote(factory) for _ in range(workers)]
+
+    def __call__(self, judge: Judge, members: np.ndarray) -> Judged:
+        if not self._workers:
+            raise ValueError("This RayEvaluator was closed, its workers have ended: make another one.")
+        recipe = self._ray.put((judge.settings, digest_of_experts(judge.library)))
+        shares = [share for share in np.array_split(members, len(self._workers)) if len(share)]
+        asked = zip(self._workers, shares, strict=False)  # there may be fewer members than workers
+        return _join(self._ray.get([worker.score.remote(recipe, share) for worker, share in asked]))
+
+    def close(self) -> None:
+        """End the workers; Ray itself goes on."""
+        for worker in self._workers:
+            self._ray.kill(worker)
+        self._workers = []
+
+    def __enter__(self) -> "RayEvaluator":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Worker:
+    """A model of a process of its own, and judges on it."""
+
+    def __init__(self, factory: Callable[[], Any]) -> None:
+        self._factory, self._model = factory, None
+
+    def score(self, recipe: tuple[dict[str, Any], dict[str, str]], members: np.ndarray) -> Judged:
+        self._model = model = self._model or self._factory()  # not in __init__: its exceptions are raised as they are
+        settings, digests = recipe
+        mine = digest_of_experts(model.library)
+        if odd := [name for name, digest in digests.items() if mine.get(name) != digest]:
+            raise ValueError(
+                f"The expert {odd[0]!r} of the search is not that of a worker, which has {', '.join(mine)}: give the "
+                "factory of RayEvaluator the same experts under the same names."
+            )
+        return Judge(model.library, model.tokenizer, **settings)(np.array(members))  # Ray's arrays are read-only
+
+
+def digest_of_experts(library: ExpertLibrary) -> dict[str, str]:
+    """A hash of the offsets of each expert."""
+    found = {}
+    for name in library.names:
+        content = hashlib.sha256()
+        for module, offset in sorted(library.expert(name).offsets.items()):
+            content.update(module.encode() + offset.float().cpu().numpy().tobytes())
+        found[name] = content.hexdigest()
+    return found
 
 
 def _join(parts: Sequence[Judged]) -> Judged:

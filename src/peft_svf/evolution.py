@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
@@ -91,7 +90,8 @@ class EvolutionConfig(TrainingArguments):
         population (`int`):
             Members of a step, an even number: two for each direction.
         sigma (`float`):
-            Standard deviation of the members' z around the mean.
+            Standard deviation of the members around the mean, in units of what is trained: of z itself, unless the
+            config's `parametrization` maps it.
         shaping (`str`):
             How fitness becomes weights, see [`shaped`].
         rows_per_forward (`int`):
@@ -158,7 +158,7 @@ class EvolutionTrainer(Run, Trainer):
             Everything else that `Trainer` takes.
 
     Raises:
-        `ValueError`: if something else than z is trainable, or adapters are merged or disabled.
+        `ValueError`: if something else than z is trainable, if adapters are merged or disabled, or under FSDP.
     """
 
     def __init__(
@@ -190,12 +190,17 @@ class EvolutionTrainer(Run, Trainer):
             data_collator=list,
             **kwargs,
         )
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "EvolutionTrainer moves whole z-vectors and does not run under FSDP: use DDP; it keeps no activations "
+                "and takes bases packed in 4 or 8 bits."
+            )
         self.stop_early(args.early_stopping_patience)
 
     def training_step(self, model: Any, inputs: list[Row], num_items_in_batch: Any = None) -> Tensor:
         """Leave the estimate of one batch of rows in the offsets' `.grad`; returns minus the mean fitness."""
         self.model.eval()  # no dropout: members differ by their z alone
-        weights = list(self._layers.values())
+        weights = [layer.svf_offset[name].weight for layer, name in self._layers.items()]
         z = torch.cat([weight.detach() for weight in weights])  # (D,)
         noise = self._draw(z)  # (P, D)
         members = torch.cat([z + self.args.sigma * noise, z - self.args.sigma * noise])
@@ -231,7 +236,7 @@ class EvolutionTrainer(Run, Trainer):
     def _expected(self, members: Tensor, rows: Sequence[Row], table: Tensor) -> Tensor:
         """Expected rewards `(members, rows)` over the choices, whose rewards are `(rows, choices)`."""
         with self._as(members), self.compute_loss_context_manager():
-            logps = choice_logps(self.model, self.processing_class, [*rows] * len(members), len(members) == 1)
+            logps = choice_logps(self.model, self.processing_class, rows, len(members))
         return (logps.softmax(-1).view(len(members), *table.shape) * table).sum(-1)
 
     def _completed(self, members: Tensor, rows: Sequence[Row]) -> Tensor:
@@ -251,12 +256,11 @@ class EvolutionTrainer(Run, Trainer):
     @contextmanager
     def _as(self, members: Tensor) -> Iterator[None]:
         """Give the consecutive parts of the next batches the z-vectors `(members, D)` while the context is open."""
-        sizes = [len(weight) for weight in self._layers.values()]
+        sizes = [len(layer.svf_offset[name].weight) for layer, name in self._layers.items()]
         with ExitStack() as stack:
-            for layer, part in zip(self._layers, members.split(sizes, dim=1), strict=True):
-                assert layer.svf_basis is not None
-                part = F.pad(part, (0, layer.svf_basis.shape[-1] - part.shape[1]))  # directions it does not move
-                stack.enter_context(layer.rows(part[0] if len(part) == 1 else part))
+            for (layer, name), parts in zip(self._layers.items(), members.split(sizes, dim=1), strict=True):
+                offsets = torch.stack([layer._pad(layer._mapped(name, part)) for part in parts])
+                stack.enter_context(layer.rows(offsets[0] if len(offsets) == 1 else offsets))
             yield
 
     def _rewards(self, rows: Sequence[Row], texts: Sequence[str]) -> Tensor:
@@ -343,9 +347,9 @@ class EvolutionTrainer(Run, Trainer):
         return 0
 
 
-def _trained_layers(model: Any) -> dict[SVFLayer, Tensor]:
-    """The trained offset `(k,)` of each layer, which are all that is trainable."""
-    found: dict[SVFLayer, Tensor] = {}
+def _trained_layers(model: Any) -> dict[SVFLayer, str]:
+    """The layers whose z is trained, each with its adapter's name; nothing else is trainable."""
+    found: dict[SVFLayer, str] = {}
     for layer in (module for module in model.modules() if isinstance(module, SVFLayer)):
         if layer.merged or layer.disable_adapters:
             raise ValueError("The model's adapters are merged or disabled: unmerge and enable them before training.")
@@ -353,8 +357,8 @@ def _trained_layers(model: Any) -> dict[SVFLayer, Tensor]:
             if name in layer.svf_offset and layer.svf_offset[name].weight.requires_grad:
                 if layer in found:
                     raise ValueError(f"Evolution trains one adapter, but {layer.active_adapters} are active: set one.")
-                found[layer] = layer.svf_offset[name].weight
-    trained = {id(weight) for weight in found.values()}
+                found[layer] = name
+    trained = {id(layer.svf_offset[name].weight) for layer, name in found.items()}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in trained]
     if not found or others:
         raise ValueError(

@@ -175,6 +175,11 @@ class SavedExpert:
                 f"Expert {name!r} in {folder} holds more than z-vectors, first {min(others)!r}, and cannot be mixed. "
                 "Load it with PeftModel.from_pretrained instead."
             )
+        if stacks := config.get("target_parameters"):
+            raise ValueError(
+                f"Expert {name!r} in {folder} rescales stacked weights ({', '.join(map(str, stacks))}), which are not "
+                "mixed here: load it with PeftModel.from_pretrained, where rows choose adapters by `adapter_names`."
+            )
         if wide := [(module, shape) for module, shape in shapes.items() if len(shape) != 1]:
             raise ValueError(
                 f"Expert {name!r} in {folder} cannot be loaded: its offset for {wide[0][0]} has shape {wide[0][1]}; "

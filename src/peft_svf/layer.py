@@ -8,6 +8,7 @@ The layer is given its basis by `SVFModel`; it does not know where bases come fr
 
 import copy
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,11 +27,23 @@ from .basis import change, rescale, side_of
 from .basis_cache import Fingerprint
 from .config import SVFConfig
 from .parametrization import Parametrization, offset_of
-from .plans import Factored, Load, Merged, Plan, choose, factored_linear, fold, merged_linear, split
+from .plans import (
+    Factored,
+    Load,
+    Merged,
+    Plan,
+    choose,
+    factored_linear,
+    fold,
+    merged_linear,
+    split,
+    version_of,
+)
 
 logger = logging.getLogger(__name__)
 
 BASE = "__base__"  # PEFT's name for "no adapter" in mixed batches
+BUILDING = threading.RLock()  # of threads that find z changed one builds, in the memory of what was there
 
 
 def escape(name: str) -> str:
@@ -125,7 +138,7 @@ class OffsetDict(nn.ModuleDict):
     def find(self, name: str) -> Tensor | None:
         """The offset of an adapter, or `None`: the short way of a forward, without attribute look-ups."""
         holder = self._modules.get(name if self._names.get(name) == name else escape(name))
-        return None if holder is None else holder._parameters["weight"]
+        return None if holder is None else holder.weight  # type: ignore[return-value]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys())
@@ -253,10 +266,15 @@ class SVFLayer(BaseTunerLayer):
         kept: dict[str, list[Tensor | None]] = {
             "basis": [Q, self.svf_values],
             "merged": [] if merged is None else [merged.weight, merged.thin],
+            "pristine": [self._pristine[0]] if self._pristine and self.quantization_backend is None else [],
             "factored": [t for t in factors if Q is None or t.data_ptr() != Q.data_ptr()],  # the basis may be one
             "offsets": [offset.weight for offset in self.svf_offset.values()],
         }
         return {name: sum(0 if t is None else t.nbytes for t in tensors) for name, tensors in kept.items()}
+
+    def lean_state(self) -> dict[str, Any]:
+        """What a copy or a file gets: what is kept for speed is made anew there."""
+        return self.__dict__ | {"svf_merged": None, "svf_factored": None, "_compiled_call_impl": None}
 
     def get_base_weight(self) -> Tensor:
         """The base weight as a plain tensor, dequantised if it is packed."""
@@ -340,6 +358,7 @@ class SVFLayer(BaseTunerLayer):
             self._pristine = self._pristine or self._snapshot()
             self.set_base_weight(merged.T.contiguous() if isinstance(self.get_base_layer(), Conv1D) else merged)
             self.merged_adapters.append(name)
+            self.svf_merged = self.svf_factored = None
 
     def unmerge(self) -> None:
         """Put the pristine weight back, to the bit."""
@@ -464,7 +483,18 @@ def capturing(x: Tensor) -> bool:
 
 def _key(weight: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
     """Identifies a base weight and the dtype it is used in."""
-    return weight.data_ptr(), weight._version, dtype, weight.device
+    return weight.data_ptr(), version_of(weight), dtype, weight.device
+
+
+def _untouched(base: nn.Module) -> bool:
+    """Whether nobody has hung anything on the forward of a module, which another product would pass by."""
+    return not (
+        base._forward_hooks
+        or base._forward_pre_hooks
+        or base._backward_hooks
+        or base._backward_pre_hooks
+        or "forward" in base.__dict__
+    )
 
 
 class Linear(nn.Module, SVFLayer):
@@ -476,6 +506,9 @@ class Linear(nn.Module, SVFLayer):
         self.svf_basis = self.svf_values = None
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.lean_state()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Linear":
         super()._apply(fn, recurse)
@@ -539,7 +572,8 @@ class Linear(nn.Module, SVFLayer):
         ):
             return None
         base: Any = self._modules["base_layer"]
-        if base._forward_hooks or base._forward_pre_hooks or kept.key != _key(base._parameters["weight"], x.dtype):
+        weight = base._parameters.get("weight")
+        if weight is None or not _untouched(base) or kept.key != _key(weight, x.dtype):
             return None
         if isinstance(kept, Merged):
             known = self._lasting and (self.svf_trusted or self._holds(kept, self._active_offset()))
@@ -589,37 +623,45 @@ class Linear(nn.Module, SVFLayer):
             and base._parameters.get("weight") is self._known[0]
             and type(base.weight.data) is Tensor
             and not (base.weight.requires_grad or hasattr(base.weight, "ds_id"))
-            and not (base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook"))
+            and not (base.bias is not None and base.bias.requires_grad)
+            and _untouched(base)
         )
 
     def _factored(self) -> Factored:
         """The two factors of the weight, made where they are not there."""
         weight = self.base_layer.weight
-        key = _key(weight, weight.dtype)
-        if self.svf_factored is None or self.svf_factored.key != key:
-            with torch.no_grad():
-                self.svf_factored = split(self.logical_weight(), self.base_layer.bias, self.side, self._basis(), key)
-        return self.svf_factored
+        key, kept = _key(weight, weight.dtype), self.svf_factored
+        if kept is None or kept.key != key:
+            kept = split(self.logical_weight(), self.base_layer.bias, self.side, self._basis(), key)
+            self.svf_factored = kept
+        return kept
 
     def _merged_for(self, offset: Tensor, dtype: torch.dtype) -> Merged | None:
         """The merged copy of the weight for an offset, built where it is not there."""
         key = _key(self.base_layer.weight, dtype)
-        merged = self.svf_merged
-        if merged is not None and merged.key == key and (self.svf_trusted or self._holds(merged, offset)):
+
+        def found() -> Merged | None:
+            merged = self.svf_merged
+            same = merged is not None and merged.key == key and (self.svf_trusted or self._holds(merged, offset))
+            return merged if same else None
+
+        if (merged := found()) is not None:
             return merged
         bias = self.base_layer.bias
         assert self.svf_basis is not None and self.svf_values is not None
-        self.svf_merged = fold(
-            self.logical_weight().to(dtype),
-            bias if bias is None else bias.to(dtype),
-            self.side,
-            self.svf_basis,
-            self.svf_values,
-            offset.detach(),
-            key,
-            merged,
-        )
-        return self.svf_merged
+        with BUILDING:
+            if (merged := found()) is None:
+                merged = self.svf_merged = fold(
+                    self.logical_weight().to(dtype),
+                    bias if bias is None else bias.to(dtype),
+                    self.side,
+                    self.svf_basis,
+                    self.svf_values,
+                    offset.detach(),
+                    key,
+                    self.svf_merged,
+                )
+        return merged
 
     def extra_repr(self) -> str:
         kept = self.directions if self.svf_basis is None else self.svf_basis.shape[-1]

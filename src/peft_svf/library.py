@@ -393,6 +393,10 @@ class _Tables:
         """
         Mix the offsets of each layer: `(B, k)` for weights `(B, experts)`, `(k,)` for one row, empty where all are 0.
         """
+        with torch.inference_mode(False), torch.no_grad():  # what is kept here serves later calls
+            return self._mixed(entries, alpha, layers)
+
+    def _mixed(self, entries: Sequence[_Entry], alpha: Tensor, layers: Mapping[str, SVFLayer]) -> dict[str, Tensor]:
         places = self._hold(entries)
         mixed = {}
         for name, layer in layers.items():

@@ -29,6 +29,7 @@ from .stacked import ParamWrapper
 from .targets import DEFAULT_TARGETS, adaptable, default_targets
 
 logger = logging.getLogger(__name__)
+MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}  # their kernels read the weight of `out_proj`
 
 
 class SVFModel(BaseTuner):
@@ -43,6 +44,8 @@ class SVFModel(BaseTuner):
     tuner_layer_cls = SVFLayer
     target_module_mapping = DEFAULT_TARGETS  # type: ignore[assignment]
     _waiting = False  # for weights that were on the meta device when their bases were asked for
+    _unfilled: frozenset[str] = frozenset()  # adapters made for a file that has not been read yet
+    _asked: tuple[Plan, int] | None = None  # by `set_plan`
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # A bare config, not PEFT's dict by name: transformers loads an adapter into its own model. Where its file's
@@ -72,6 +75,8 @@ class SVFModel(BaseTuner):
             self._trainable_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         try:
             bases = checked_bases(model, adapter_name, config, self._source)
+            if config.fingerprint and not config.fingerprint_recorded:
+                self._unfilled |= {adapter_name}
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self.fetch_bases(bases)
         except BaseException:
@@ -125,7 +130,7 @@ class SVFModel(BaseTuner):
                 wanted = getattr(torch, next(iter(self.peft_config.values())).basis_dtype)
             Q = basis.Q if needed == basis.Q.shape[-1] else basis.Q[..., :needed].clone()
             layer.set_basis(Q.to(layer.base_layer_device(), wanted), basis.S[..., :needed])
-        self.set_plan(next(iter(self.peft_config.values())).plan)
+        self._follow(*(self._asked or (next(iter(self.peft_config.values())).plan, 1)))
 
     @property
     def _source(self) -> str:
@@ -134,7 +139,8 @@ class SVFModel(BaseTuner):
 
     def set_plan(self, plan: Plan, forwards_per_step: int = 1) -> None:
         """
-        Choose how the layers compute, see [`plans`]; what another plan has kept in memory is given back.
+        Choose how the layers compute, see [`plans`], those of adapters to come too; what another plan has kept in
+        memory is given back.
 
         Args:
             plan (`str`):
@@ -148,6 +154,10 @@ class SVFModel(BaseTuner):
         """
         if plan not in PLANS:
             raise ValueError(f"`plan` must be one of {', '.join(PLANS)}; got {plan!r}.")
+        self._asked = plan, forwards_per_step
+        self._follow(plan, forwards_per_step)
+
+    def _follow(self, plan: Plan, forwards_per_step: int) -> None:
         layers = [layer for _, layer in svf_layers(self.model)]
         room = _room(layers)
         if not room and plan == "auto":
@@ -174,10 +184,10 @@ class SVFModel(BaseTuner):
 
         Returns:
             `dict`: by module name, and as `"total"`, the bytes of `basis`, of `merged` and `factored` (kept from the
-            first forward that needs them) and of `offsets`.
+            first forward that needs them), of `pristine` weights that `merge_adapter` has replaced, and of `offsets`.
         """
         memory = {name: layer.svf_bytes() for name, layer in svf_layers(self.model)}
-        kinds = ("basis", "merged", "factored", "offsets")
+        kinds = ("basis", "merged", "pristine", "factored", "offsets")
         return memory | {"total": {kind: sum(of[kind] for of in memory.values()) for kind in kinds}}
 
     def train(self, mode: bool = True) -> "SVFModel":
@@ -272,13 +282,18 @@ class SVFModel(BaseTuner):
 
         configs = [self.peft_config[name] for name in adapters]
         ranks = [config.rank for config in configs]
-        targets = [config.target_modules for config in configs]
-        if any(isinstance(target, str) for target in targets) and any(target != targets[0] for target in targets):
-            named = [name for name, layer in svf_layers(self.model) if any(a in layer.svf_offset for a in adapters)]
-            targets = [set(named)]
+        reached = [
+            (name, layer) for name, layer in svf_layers(self.model) if any(a in layer.svf_offset for a in adapters)
+        ]
+        stacks = [layer.weight_name(name) for name, layer in reached if isinstance(layer, ParamWrapper)]
         self.peft_config[adapter_name] = replace(
             configs[0],
-            target_modules=targets[0] if isinstance(targets[0], str) else set().union(*targets),  # type: ignore[arg-type]
+            # by name: what two configs select is no union of their fields
+            target_modules={name for name, layer in reached if not isinstance(layer, ParamWrapper)},
+            target_parameters=stacks or None,
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
             rank=None if None in ranks else max(ranks),
             fingerprint=None,
             parametrization="offset",
@@ -320,6 +335,12 @@ class SVFModel(BaseTuner):
             raise ValueError(
                 f"Target module {current_key} is not supported: it is a {type(target).__name__}, SVF adapts "
                 "`torch.nn.Linear`, transformers' `Conv1D` and linears quantised by a library that PEFT knows."
+            )
+        mamba = getattr(self.model.config, "model_type", None) in MAMBA if hasattr(self.model, "config") else False
+        if isinstance(parent, nn.MultiheadAttention) or (mamba and target_name == "out_proj"):
+            raise ValueError(
+                f"Target module {current_key} cannot be adapted: {type(parent).__name__} reads its weight without "
+                "running it, so z would change nothing. Leave it out of `target_modules`."
             )
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         if target is head and self.model.config.get_text_config().tie_word_embeddings:
@@ -373,7 +394,8 @@ class SVFModel(BaseTuner):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        batch = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        inputs = [*args, *(value for name, value in kwargs.items() if "position" not in name)]  # these may be one row
+        batch = next((value for value in inputs if isinstance(value, Tensor)), None)
         if batch is not None and len(names) != batch.shape[0]:
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, "
@@ -400,11 +422,7 @@ class SVFModel(BaseTuner):
         """
         layers, without = self._layers(), not torch.is_grad_enabled()
         kept = [layer for layer in layers if layer.svf_merged is not None and layer.svf_rows is None]
-        pairs = [(layer.svf_merged.offset, layer._active_offset()) for layer in kept if layer.svf_merged is not None]
-        known = [(built, now) for built, now in pairs if now is not None and built.shape == now.shape]
-        same = False
-        if known and len(known) == len(kept) and _waits(known[0][0].device):
-            same = torch.equal(torch.cat([built for built, _ in known]), torch.cat([now.detach() for _, now in known]))
+        same = bool(kept) and _waits(kept[0].svf_merged.offset.device) and _unchanged(kept)  # type: ignore[union-attr]
         for layer in layers:
             layer.svf_generating = without
         for layer in kept:
@@ -451,12 +469,16 @@ class SVFModel(BaseTuner):
         cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Map the keys of a file to those of the model and refuse vectors that do not fit or are not finite."""
+        tuner = getattr(model, "base_model", None)
         try:
             renamed = cls._checked_keys(model, config, adapter_name, state_dict)
         except ValueError:
-            if isinstance(tuner := getattr(model, "base_model", None), SVFModel):
+            if isinstance(tuner, SVFModel) and adapter_name in tuner._unfilled:  # one that trains keeps what it has
                 tuner.withdraw(adapter_name)
             raise
+        finally:
+            if isinstance(tuner, SVFModel):
+                tuner._unfilled -= {adapter_name}
         return {renamed.get(key, key): value for key, value in state_dict.items()}
 
     @staticmethod
@@ -498,6 +520,15 @@ def _room(layers: list[SVFLayer]) -> bool:
         needed[weight.device] += weight.numel() * weight.element_size()
     free = {"cuda": lambda device: torch.cuda.mem_get_info(device)[0], "cpu": lambda _: virtual_memory().available}
     return all(2 * count <= free[device.type](device) for device, count in needed.items() if device.type in free)
+
+
+def _unchanged(layers: list[SVFLayer]) -> bool:
+    """Whether all merged weights were built from the offsets in force, with one comparison."""
+    pairs = [(layer.svf_merged.offset, layer._active_offset()) for layer in layers if layer.svf_merged is not None]
+    known = [(built, now.detach()) for built, now in pairs if now is not None and built.shape == now.shape]
+    if len(known) < len(layers):
+        return False
+    return torch.equal(torch.cat([built for built, _ in known]), torch.cat([now for _, now in known]))
 
 
 def _waits(device: torch.device) -> bool:

@@ -6,6 +6,7 @@ Inputs and outputs are those of transformers' text-generation pipeline, for a mo
 image-text-to-text pipeline; an option adds the decision of the first pass.
 """
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    GenerationConfig,
+    GenerationMixin,
     ImageTextToTextPipeline,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -25,6 +28,9 @@ from .library import Source
 from .two_pass import Transformer2Model
 
 OPTIONS = ("expert", "mixture", "strategy", "threshold", "dispatch_kwargs")  # of a call
+# Arguments of `generate` that image-text-to-text would hand to the processor, which ignores them.
+GENERATE = {*inspect.signature(GenerationMixin.generate).parameters, *GenerationConfig().to_dict()}
+GENERATE -= {"max_new_tokens"}  # which it takes
 SETTINGS = ("experts", "classifier", "strategy", "threshold", "limit_bytes", "dispatch_kwargs")  # of the model
 
 
@@ -84,20 +90,21 @@ class _TwoPasses:
             for name in ("expert", "mixture"):
                 given = kwargs.get(name)
                 if isinstance(given, (list, tuple)):
-                    key = next((key for key in ("text_inputs", "text") if key in kwargs), None)
-                    directed = self._directed(inputs[0] if key is None else kwargs[key], name, given)
-                    if key is None:
-                        inputs = (directed, *inputs[1:])
+                    key = next((key for key in ("text_inputs", "text") if key in kwargs), "images")  # may be chats
+                    if key == "images" and inputs:  # text stands last, after images
+                        inputs = (*inputs[:-1], self._directed(inputs[-1], name, given))
                     else:
-                        kwargs[key] = directed
+                        kwargs[key] = self._directed(kwargs.get(key), name, given)
                     del kwargs[name]
             return super().__call__(*inputs, **kwargs)  # type: ignore[misc]
 
     def _directed(self, inputs: Any, name: str, given: Sequence[Any]) -> list[Any]:
         """Attach one choice to each prompt, so that it stays with its row however the pipeline batches."""
         if not isinstance(inputs, list) or _is_chat(inputs) or len(inputs) != len(given):
-            count = len(inputs) if isinstance(inputs, list) and not _is_chat(inputs) else 1
-            raise ValueError(f"A list of {name}s has one for each prompt of a list, got {len(given)} for {count}.")
+            found: Any = len(inputs) if isinstance(inputs, list) and not _is_chat(inputs) else 1
+            if not isinstance(inputs, (str, list, Chat)):
+                found = f"a {type(inputs).__name__}: make a list of it"
+            raise ValueError(f"A list of {name}s has one for each prompt of a list, got {len(given)} for {found}.")
         chosen: dict[str, Any] = {name: given}
         mixtures = self.model.first_pass(inputs, **chosen)
         return [_carrying(prompt, mixture) for prompt, mixture in zip(inputs, mixtures, strict=True)]
@@ -183,7 +190,8 @@ class Transformer2ImagePipeline(_TwoPasses, ImageTextToTextPipeline):
     The same for a model that sees images: transformers' image-text-to-text pipeline in two passes.
 
     The first pass reads the text of a request, not its images. Arguments as in [`Transformer2Pipeline`], with
-    `processor` in place of the tokenizer; those of a call are image-text-to-text's.
+    `processor` in place of the tokenizer; those of a call are image-text-to-text's, and those of `generate` may stand
+    beside them as well as in `generate_kwargs`.
     """
 
     def __init__(
@@ -203,6 +211,11 @@ class Transformer2ImagePipeline(_TwoPasses, ImageTextToTextPipeline):
         model = _two_passes(model, processor, experts, classifier, strategy, threshold, limit_bytes, dispatch_kwargs)
         super().__init__(model=model, processor=processor or model.processor, **kwargs)
         self.tokenizer.padding_side = "left"  # batches of a model that generates
+
+    def _sanitize_parameters(self, return_dispatch: bool | None = None, **kwargs: Any) -> tuple[dict, dict, dict]:
+        if own := {name: kwargs.pop(name) for name in GENERATE & kwargs.keys()}:
+            kwargs["generate_kwargs"] = {**own, **(kwargs.get("generate_kwargs") or {})}
+        return super()._sanitize_parameters(return_dispatch, **kwargs)
 
     def _forward(
         self,

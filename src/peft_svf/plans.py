@@ -18,6 +18,7 @@ one, for plain weights. z = 1 is the base model to the bit in the first two; in 
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +111,8 @@ class Merged:
         offset (`torch.Tensor` of shape `(k,)`): The values that `weight` was built from.
         key (`tuple`): Identifies the base weight that it was built from.
         tail (`torch.Tensor`, *optional*): Directions whose gradient is taken by the exact thin product.
-        pending (`int`): Forwards whose backward has not come yet: until it has, `weight` must not change.
+        pending (`WeakSet`): Graphs whose backward has not come yet: until it has, `weight` must not change. A graph
+            that is dropped, as those of checkpointing are, drops out.
     """
 
     weight: Tensor
@@ -122,7 +124,16 @@ class Merged:
     key: tuple[Any, ...]
     tail: Tensor | None = None
     thin: Tensor | None = field(default=None, repr=False)  # base @ Q[:, tail], or Q[:, tail].T @ base
-    pending: int = 0
+    pending: "WeakSet[_Graph]" = field(default_factory=WeakSet, repr=False)
+
+
+class _Graph:
+    """Lives as long as the autograd graph of one forward."""
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to, as far as it counts: those made in `torch.inference_mode` do not."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def fold(
@@ -162,7 +173,7 @@ def fold(
     Returns:
         [`Merged`], or `None` where so many z are near 0 that the narrow plan serves better.
     """
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # what is kept serves training, too
         small = (1 + offset).abs() < SMALL_Z[weight.dtype]
         if weight.dtype in (torch.bfloat16, torch.float16):
             small |= TAIL * S.median() > S
@@ -225,6 +236,8 @@ class Factored:
 
     def remember(self, x: Tensor, offset: Tensor, scale: Tensor) -> None:
         """Keep the z of the rows of `x`: decoding asks for it in every layer and for every token."""
+        if offset.is_inference():  # could be written to unseen
+            return
         self.offset, self.version, self.scale = offset, offset._version, scale
         self.rows, self.dims = x.shape[0], x.dim()
 
@@ -240,8 +253,9 @@ class Factored:
 
 def split(weight: Tensor, bias: Tensor | None, side: str, Q: Tensor, key: tuple[Any, ...] = ()) -> Factored:
     """Split a weight `(out, in)` by its whole basis `(r, r)` into two factors, both in its dtype."""
-    B, Q = factor(weight, side, Q), Q.to(weight.dtype)
-    first, second = (Q.mT, B) if side == "in" else (B, Q)
+    with torch.inference_mode(False), torch.no_grad():
+        B, Q = factor(weight, side, Q), Q.to(weight.dtype)
+        first, second = (Q.mT, B) if side == "in" else (B, Q)
     return Factored(first, second, bias, key)
 
 
@@ -281,15 +295,15 @@ class _MergedLinear(torch.autograd.Function):
             ctx.from_y = from_y
             needed = (offset, y if from_y else x)
         ctx.save_for_backward(*needed)
-        ctx.merged, ctx.version = merged, merged.weight._version
-        merged.pending += 1
+        ctx.merged, ctx.version, ctx.graph = merged, merged.weight._version, _Graph()
+        merged.pending.add(ctx.graph)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
         merged: Merged = ctx.merged
-        merged.pending = max(0, merged.pending - 1)
+        merged.pending.discard(ctx.graph)
         if merged.weight._version != ctx.version:
             raise RuntimeError(
                 "The z-vector of an SVF layer changed between a forward and a second backward through it: run the "

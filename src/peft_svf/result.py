@@ -147,18 +147,25 @@ def write_expert(
     return result
 
 
+def _step(args: Any) -> str:
+    """What one step sees, of the settings of either trainer."""
+    if (members := getattr(args, "population", None)) is not None:
+        questions = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return f"{questions} questions with {members} members"
+    return f"{args.generation_batch_size // args.num_generations} questions with {args.num_generations} samples"
+
+
 def _card(folder: Path, result: Mapping[str, Any], args: Any, base: str, dtype: Any, license: str | None) -> str:
     base_id = base
     if Path(base).exists():  # a folder of this machine: its last part is all that a card can say of it
         base_id = re.sub(r"[^\w.]+|\.\.+|--+", "-", Path(base).resolve().name).strip("-._") or "base"
     form = {"choice": "softmax over the options' log-likelihoods", "generate": "generated answers"}[result["form"]]
-    questions = args.generation_batch_size // args.num_generations
     training = {
         "bits of the base": result["base_model"] if base_id == base != result["base_model"] else None,
         "name of the base": "that of a local folder: the Hub may have none like it" if base_id != base else None,
         "data": f"{result['task']}, training split, {result['form']} form ({form})",
         "reward": "+1 right, -1 wrong",
-        "steps": f"{result['steps']} of {questions} questions with {args.num_generations} samples",
+        "steps": f"{result['steps']} of {_step(args)}",
         "best step": result["best_step"],
         "learning rate": args.learning_rate,
         "seed": result["seed"],

@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from .layer import SVFLayer
+
 BLOCK = re.compile(r"(?:base_model\.model\.)?(?P<block>.*?\.\d+)\.")
-OFFSET = re.compile(r"(?:base_model\.model\.)?(?P<module>.*)\.svf_offset\..*")
 
 
 def last_checkpoint(folder: str | PathLike[str]) -> Path:
@@ -54,7 +56,7 @@ def _state(checkpoint: Path) -> dict[str, Any] | None:
 
 def z_statistics(model: nn.Module) -> dict[str, float]:
     """
-    Measure how far the trained multipliers are from 1, dimensionless.
+    Measure how far the trained multipliers are from 1, dimensionless. Under FSDP every process has to call it.
 
     Returns:
         `dict` with `z/mean_distance_from_1` and `z/max_distance_from_1` over all entries, and the mean per block of
@@ -62,10 +64,14 @@ def z_statistics(model: nn.Module) -> dict[str, float]:
         z-vector is trained.
     """
     blocks: dict[str, list[Tensor]] = defaultdict(list)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and (match := OFFSET.fullmatch(name)):
-            block = BLOCK.match(name)
-            blocks[block["block"] if block else match["module"]].append(parameter.detach().flatten().abs())
+    for name, layer in model.named_modules():
+        for adapter, offset in layer.svf_offset.items() if isinstance(layer, SVFLayer) else ():
+            if offset.weight.requires_grad:
+                trained = offset.weight.detach()
+                whole = trained.full_tensor() if isinstance(trained, DTensor) else trained  # sharded by FSDP2
+                block = BLOCK.match(name)
+                key = block["block"] if block else name.removeprefix("base_model.model.")
+                blocks[key].append(layer._mapped(adapter, whole).abs().flatten())
     if not blocks:
         return {}
     joined = [torch.cat(vectors) for vectors in blocks.values()]

@@ -2,16 +2,17 @@
 """
 A YAML file and `--field value` overrides -> the settings of a training run.
 
-The file follows TRL: one flat mapping for all classes, `env` for environment variables. Everything that TRL's trainer
-takes is a field of `ReinforceConfig`; here stands the rest: which model, which task, which singular values.
+The file follows TRL: one flat mapping for all classes, `env` for environment variables. How it is trained are the
+fields of `ReinforceConfig`, or of `EvolutionConfig` where `algorithm` says so; here stands the rest: which model,
+which task, which singular values.
 """
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import yaml
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from .config import SVFConfig
 
 if TYPE_CHECKING:
+    from .evolution import EvolutionConfig
     from .training import ReinforceConfig
 
 TASK_HELP = "Name of a benchmark, or a JSONL file of your own: prompt and answer, or prompt, choices and label."
@@ -32,6 +34,10 @@ class ScriptArguments:
     task: str = field(metadata={"help": TASK_HELP})
     form: Literal["choice", "generate"] | None = field(
         default=None, metadata={"help": "choice: pick one of the row's texts; generate: free text. Default what fits."}
+    )
+    algorithm: Literal["reinforce", "evolution"] = field(
+        default="reinforce",
+        metadata={"help": "reinforce: policy gradients; evolution: evolution strategies, forward passes only."},
     )
     train_rows: int | None = field(default=None, metadata={"help": "Training rows at most; default all."})
     eval_rows: int | None = field(default=None, metadata={"help": "Validation rows at most; default all."})
@@ -77,6 +83,11 @@ TRAINING_HELP = """
     per_device_train_batch_size, num_generations
                          Completions per step and device; completions per prompt.
     learning_rate, seed, eval_strategy, eval_steps, save_steps, load_best_model_at_end, early_stopping_patience
+  With algorithm: evolution every field of EvolutionConfig, which is transformers' TrainingArguments:
+    per_device_train_batch_size, population
+                         Rows per step and device; members that answer each.
+    sigma, shaping       How far members lie from the mean; how their rewards are weighed.
+  With both:
     report_to            Where logs go: tensorboard, wandb, ...; default nowhere.
 
 Ctrl-C finishes the step and saves a checkpoint, which --resume goes on from; a second Ctrl-C ends at once.
@@ -89,7 +100,7 @@ class Settings(NamedTuple):
     model: ModelArguments
     script: ScriptArguments
     svf: SVFArguments
-    training: "ReinforceConfig"
+    training: "ReinforceConfig | EvolutionConfig"
 
 
 def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
@@ -99,7 +110,8 @@ def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
     Args:
         path (`str`):
             A mapping of fields of [`ModelArguments`], [`ScriptArguments`], [`SVFArguments`] and
-            [`~training.ReinforceConfig`]; `env` sets environment variables, as in TRL's files.
+            [`~training.ReinforceConfig`], or with `algorithm: evolution` [`~evolution.EvolutionConfig`]; `env` sets
+            environment variables, as in TRL's files.
         overrides (`Sequence[str]`):
             The rest of a command line.
 
@@ -109,29 +121,32 @@ def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
     Raises:
         `FileNotFoundError`: if there is no such file.
         `ImportError`: if TRL is missing; the message names the extra.
-        `ValueError`: if the file is no YAML mapping, or a key is unknown, missing or of another type.
+        `ValueError`: if the file is no YAML mapping, or a key is unknown, missing, of the other algorithm or of
+            another type.
     """
     from .training import ReinforceConfig  # names the extra where TRL is missing
 
     from trl import TrlParser  # isort: skip
+    from .evolution import EvolutionConfig
 
     class Parser(TrlParser):
         def error(self, message: str) -> None:  # argparse would print the usage of hundreds of fields
             raise ValueError(f"{path} with its overrides: {message}.")
 
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no settings: it needs one `key: value` a line.")
+    content = _read_yaml(path)
     variables = content.pop("env", None) or {}
     if not isinstance(variables, dict):
         raise ValueError(f"{path}: 'env' is a mapping of environment variables, got {variables!r}.")
     os.environ.update({str(name): str(value) for name, value in variables.items()})
-    classes = (ModelArguments, ScriptArguments, SVFArguments, ReinforceConfig)
+    algorithms = {"reinforce": ReinforceConfig, "evolution": EvolutionConfig}
+    algorithm = _algorithm(content, overrides)
+    if algorithm not in list(algorithms):  # a list of a file has no hash
+        raise ValueError(f"{path}: 'algorithm' is {' or '.join(map(repr, algorithms))}, got {algorithm!r}.")
+    classes = (ModelArguments, ScriptArguments, SVFArguments, algorithms.pop(algorithm))
     parser = Parser(classes, allow_abbrev=False)
     known = {entry.name: str(entry.type) for each in classes for entry in fields(each)}
+    for other, config in algorithms.items():
+        _refuse_other(path, [*content, *_names(overrides)], known, algorithm, other, {f.name for f in fields(config)})
     for key, value in content.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
@@ -144,10 +159,47 @@ def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
         parser.set_defaults(bf16=False, dataloader_pin_memory=False)
     elif not torch.cuda.is_bf16_supported():
         parser.set_defaults(bf16=False)
+    if algorithm == "evolution":
+        parser.set_defaults(logging_steps=10)  # as TRL's configs; transformers' 500 would show nothing of most runs
     # numbers as text, so that they go through the same types as those of the command line
     numbers = {key: str(value) for key, value in content.items() if isinstance(value, (bool, int, float))}
     parser.set_defaults_with_config(**{**content, **numbers})
     return Settings(*parser.parse_args_into_dataclasses(list(overrides)))
+
+
+def _read_yaml(path: str) -> dict[Any, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no settings: it needs one `key: value` a line.")
+    return content
+
+
+def _names(overrides: Sequence[str]) -> list[str]:
+    """The fields that overrides name, written `--some_field value`, `--some-field value` or `--some_field=value`."""
+    return [part[2:].partition("=")[0].replace("-", "_") for part in overrides if part.startswith("--")]
+
+
+def _algorithm(content: Mapping[Any, Any], overrides: Sequence[str]) -> Any:
+    """The algorithm that file and overrides name: it decides which other fields there are."""
+    for part, after in zip(reversed(overrides), [None, *reversed(overrides)], strict=False):
+        name, equals, value = part.partition("=")
+        if name == "--algorithm":
+            return value if equals else after
+    return content.get("algorithm", "reinforce")
+
+
+def _refuse_other(
+    path: str, given: Sequence[Any], known: Mapping[str, str], algorithm: str, other: str, theirs: set[str]
+) -> None:
+    """Raise a `ValueError` for a setting that the other algorithm has alone."""
+    if odd := [key for key in given if key in theirs and key not in known]:
+        raise ValueError(
+            f"{path} with its overrides: {odd[0]!r} is a setting of algorithm {other!r}, and this run's is "
+            f"{algorithm!r}: leave it out, or set `algorithm: {other}`."
+        )
 
 
 def svf_config(arguments: SVFArguments, model: PreTrainedModel, description: str | None = None) -> SVFConfig:

@@ -7,6 +7,7 @@ stack in the parameter's place. One z-vector holds the multipliers of all its ma
 names of PEFT were read in 0.21.2.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from .basis import rescale
 from .config import SVFConfig
 from .layer import SVFLayer, capturing, offloaded
+from .plans import version_of
+
+SWAPPING = threading.RLock()  # a module with a rescaled stack in it is one thread's
 
 
 class ParamWrapper(nn.Module, SVFLayer):
@@ -72,6 +76,15 @@ class ParamWrapper(nn.Module, SVFLayer):
         super().set_basis(Q, values)
         self._rescaled = None
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "ParamWrapper":
+        super()._apply(fn, recurse)
+        self._move_basis(self.base_layer_device())
+        self._rescaled = None
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.lean_state() | {"_rescaled": None}
+
     def svf_bytes(self) -> dict[str, int]:
         return super().svf_bytes() | {"merged": 0 if self._rescaled is None else self._rescaled[-1].nbytes}
 
@@ -112,10 +125,11 @@ class ParamWrapper(nn.Module, SVFLayer):
         if offset is None:
             return self.base_layer(*args, **kwargs)
         self._refuse_offload()
-        if offset.dim() == 2:
-            return self._by_rows(offset, args, kwargs)
-        with self._in_place(self._stack(offset)):
-            return self.base_layer(*args, **kwargs)
+        with SWAPPING:
+            if offset.dim() == 2:
+                return self._by_rows(offset, args, kwargs)
+            with self._in_place(self._stack(offset)):
+                return self.base_layer(*args, **kwargs)
 
     def _stack(self, offset: Tensor) -> Tensor:
         """The rescaled stack, in the dtype of the base's: with its gradient in training, else kept for the next."""
@@ -130,11 +144,11 @@ class ParamWrapper(nn.Module, SVFLayer):
             with torch.no_grad():
                 return self._rescale(weight.data, offset.detach())
         self.svf_chosen = "merged"
-        key = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
-        if self._rescaled is None or self._rescaled[0] != key or not torch.equal(self._rescaled[1], offset):
-            with torch.no_grad():
-                self._rescaled = (key, offset.detach().clone(), self._rescale(weight.data, offset.detach()))
-        return self._rescaled[-1]
+        key, kept = (weight.data_ptr(), version_of(weight), weight.dtype, weight.device), self._rescaled
+        if kept is None or kept[0] != key or not torch.equal(kept[1], offset):
+            with torch.inference_mode(False), torch.no_grad():
+                kept = self._rescaled = (key, offset.detach().clone(), self._rescale(weight.data, offset.detach()))
+        return kept[-1]
 
     @contextmanager
     def _in_place(self, stack: Tensor) -> Iterator[None]:

@@ -273,6 +273,10 @@ class ReinforceTrainer(Run, GRPOTrainer):
             Rows with `prompt`, and with `choices` for the choice form. Other columns go to the reward.
         kwargs:
             Everything else that `GRPOTrainer` takes.
+
+    Raises:
+        `ValueError`: if the data have fewer rows than a step takes prompts, or rows with `choices` are to be trained
+            under FSDP.
     """
 
     def __init__(
@@ -287,6 +291,11 @@ class ReinforceTrainer(Run, GRPOTrainer):
             args.pad_to_multiple_of = None  # its number takes one place
         with _without_luspo_remark():
             super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
+        if self._choice_form and self.is_fsdp_enabled:
+            raise ValueError(
+                "Rows with `choices` cannot be trained under FSDP: processes need different numbers of forwards for "
+                "them, and FSDP gathers weights in each. Use DDP, or the generated form."
+            )
         prompts = args.generation_batch_size // args.num_generations
         if isinstance(self.train_dataset, Sized) and len(self.train_dataset) < prompts:
             raise ValueError(
@@ -411,7 +420,9 @@ class ReinforceTrainer(Run, GRPOTrainer):
     def _number_rows(self) -> None:
         if not isinstance(self.train_dataset, Sized):
             raise ValueError("prompt_filter puts other rows in the place of some: it needs data with a length.")
-        rows: Any = self.train_dataset
+        data: Any = self.train_dataset
+        asked = [name for name in ("prompt", "choices", "id") if name in _columns(data)]
+        rows = data.select_columns(asked)  # images stay unread
         self._numbers = {_key(rows[number]): number for number in range(len(rows))}
 
     @property
@@ -497,7 +508,7 @@ class ReinforceTrainer(Run, GRPOTrainer):
 
 def _key(row: Mapping[str, Any]) -> str:
     """What makes a row the same question: its prompt and its choices."""
-    return json.dumps([row.get("prompt"), row.get("choices")], default=str)
+    return json.dumps([row.get("prompt"), row.get("choices"), row.get("id")], default=str)  # images differ by id
 
 
 def _columns(dataset: Any) -> Sequence[str]:

@@ -26,8 +26,9 @@ from transformers import (
     ProcessorMixin,
 )
 
-from .adaptation import check_strategy, dispatch, few_shot
+from .adaptation import few_shot
 from .expert import OTHER, Expert, Mixture, SavedExpert
+from .first_pass import check_strategy, dispatch
 from .library import ExpertLibrary, Source, explicit
 from .tasks import Task
 
@@ -60,10 +61,11 @@ class Transformer2Model:
         limit_bytes (`int`, *optional*):
             Memory for z-vectors; experts that were used longest ago make room.
         dispatch_kwargs (`dict`, *optional*):
-            For [`~adaptation.dispatch`]: `probe`, `read`, `temperature`, `fallback`, `soft`, `calibrate`.
+            For [`~first_pass.dispatch`]: `probe`, `read`, `temperature`, `fallback`, `soft`, `calibrate`.
 
     Raises:
-        `ValueError`: for what [`~library.ExpertLibrary`] refuses, or a strategy without its classifier or probe.
+        `ValueError`: for what [`~library.ExpertLibrary`] refuses, a strategy without its classifier or probe, or a
+            model that is wrapped by `torch.compile`.
     """
 
     def __init__(
@@ -77,6 +79,11 @@ class Transformer2Model:
         limit_bytes: int | None = None,
         dispatch_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        if hasattr(model, "_orig_mod"):
+            raise ValueError(
+                "A model that torch.compile has wrapped hides its modules from the experts: compile it in place, "
+                "model.compile(), before or after."
+            )
         self.processor = tokenizer if isinstance(tokenizer, ProcessorMixin) else None
         self.tokenizer: PreTrainedTokenizerBase = tokenizer if self.processor is None else self.processor.tokenizer
         self.library = ExpertLibrary(model, experts, classifier, limit_bytes)
@@ -162,6 +169,8 @@ class Transformer2Model:
         if given is None:
             how, limit = strategy or self.strategy, self.threshold if threshold is None else threshold
             settings = {**self.dispatch_kwargs, **(dispatch_kwargs or {})}
+            if mark := getattr(self.processor, "image_token", None):  # the first pass reads no images
+                prompts = [prompt.replace(mark, "") if isinstance(prompt, str) else prompt for prompt in prompts]
             return dispatch(self.library, self.tokenizer, prompts, strategy=how, threshold=limit, **settings)
         found = _each(given, len(prompts))
         if len(found) != len(prompts):
@@ -207,7 +216,8 @@ class Transformer2Model:
             What `generate` returns; with `return_dispatch` a tuple of that and a `list[Mixture]`.
 
         Raises:
-            `ValueError`: if a prompt fills the model's context, or a cache is passed.
+            `ValueError`: if a prompt fills the model's context, a cache is passed, or experts that change how images
+                are seen differ in a batch with images.
         """
         if kwargs.get("past_key_values") is not None:
             raise ValueError("A key/value cache holds the activations of other weights: pass input_ids alone.")
@@ -234,9 +244,23 @@ class Transformer2Model:
                 threshold=threshold,
                 dispatch_kwargs=dispatch_kwargs,
             )
+            if kwargs.get("pixel_values") is not None:
+                self._check_tower(mixtures)
             with self.library.activate(mixtures, merge) as model, torch.no_grad():
                 output = model.generate(input_ids=input_ids, **kwargs)
         return (output, mixtures) if return_dispatch else output
+
+    def _check_tower(self, mixtures: Sequence[Mixture]) -> None:
+        """Refuse a z for each row where a batch is one of images or patches: they are not as many for each prompt."""
+        if all(mixture.alpha == mixtures[0].alpha for mixture in mixtures):
+            return
+        base = self.get_base_model()
+        rowwise = {*base.get_decoder().modules(), base.get_output_embeddings()}
+        if seeing := [name for name, layer in self.library.layers().items() if layer not in rowwise]:
+            raise ValueError(
+                f"Experts move {seeing[0]}, which reads the images of a batch and knows nothing of its rows: give all "
+                "rows one expert or mixture, or take batches of one (batch_size=1)."
+            )
 
     def _new_tokens(self, length: int, kwargs: Mapping[str, Any]) -> int:
         """How many tokens `generate` may add to prompts of this length, for all that is said of it."""

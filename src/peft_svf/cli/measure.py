@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`eval`, `adapt` and `dispatch`: experts over their base -> accuracies, a mixture, decisions of the first pass."""
+
+import argparse
+import json
+import os
+import shlex
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..prompts import Row, has_image
+from .console import interval, new_path, save_figure, score, short, table, weights
+from .sources import find_expert, find_task, load_model, read_examples, read_mixture
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..evaluation import Summary
+    from ..expert import Mixture
+    from ..prompts import Reader
+    from ..two_pass import Transformer2Model
+
+FIRST_PASS = ("strategy", "threshold", "fallback", "soft", "calibrate", "read", "temperature", "classifier", "probe")
+SEARCH = ("method", "population", "iterations", "elites", "seed", "batch_size")
+WAYS = ("base", "mixture", "two_pass")  # keys of a result beside the names of experts
+
+
+# eval ----------------------------------------------------------------------------------------------------------
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Measure the base, experts, a mixture or two-pass answering on a task; write a result."""
+    from .. import evaluation
+    from ..result import versions, write_file
+
+    task = find_task(args.task)
+    form = args.form or task.forms[0]
+    out = new_path(args.out or Path(f"eval-{task.name}-{datetime.now():%Y%m%d-%H%M%S}.json"))
+    strategy, mixture = _asked(args)
+    rows = task.rows(args.split, form, limit=args.limit)
+    if not rows:
+        raise ValueError(f"Task {task.name!r} has no {args.split} rows in the {form} form.")
+    images = any(map(has_image, rows))
+    generation = {"max_new_tokens": args.max_new_tokens} if form == "generate" else {}
+
+    def measure(model: "PreTrainedModel", reader: "Reader", some: Sequence[Row]) -> "Summary":
+        return evaluation.evaluate(model, reader, some, args.batch_size, task, **generation)
+
+    first_pass = None
+    if args.experts:
+        two_pass = load_experts(args, images)
+        base_model = two_pass.name_or_path
+        summaries, first_pass = _measure_experts(args, two_pass, rows, mixture, strategy, measure)
+    else:
+        base_model = args.model
+        base, reader = load_model(args.model, args.revision, args.dtype, images=images)
+        assert reader is not None
+        summaries = {"base": measure(base, reader, rows)}
+    others = {way: found for way, found in summaries.items() if way != "base"}
+    gains = {way: evaluation.paired_difference(found, summaries["base"]) for way, found in others.items()}
+    print(f"{task.name}, {args.split} split, {form} form, n = {len(rows)}; 95 % intervals, gains paired")
+    _show_summaries(summaries, gains)
+    if mixture is not None:
+        print(f"mixture: {weights(_shares(mixture))}")
+    if first_pass is not None:
+        chosen = ", ".join(f"{name} {count}" for name, count in first_pass["chosen"].items())
+        print(f"chosen by the first pass ({strategy}): {chosen}; mean confidence {first_pass['confidence']:.2f}")
+    result = {
+        "command": args.command,
+        "versions": versions(),
+        "base_model": base_model,
+        "experts": args.experts,
+        "mixture": None if mixture is None else mixture.alpha,
+        "first_pass": first_pass,
+        "task": task.name,
+        "form": form,
+        "split": args.split,
+        "summaries": {way: found.to_json(args.records) for way, found in summaries.items()},
+        "gains": {way: {"gain": gain, "interval": ends} for way, (gain, ends) in gains.items()},
+    }
+    write_file(out, json.dumps(result, indent=1))
+    print(f"Wrote {out}")
+
+
+def _asked(args: argparse.Namespace) -> "tuple[str | None, Mixture | None]":
+    """The strategy and the mixture that are to be measured; what cannot be is refused before anything is loaded."""
+    given = first_pass_options(args)
+    if not args.experts:
+        if args.mixture or given:
+            raise ValueError(f"{given[0] if given else '--mixture'} needs the experts to choose from: --experts ...")
+        if args.model is None:
+            raise ValueError("There is nothing to measure: name --experts, or a base model by --model.")
+    strategy = strategy_of(args)
+    if given and strategy is None:
+        raise ValueError(f"{given[0]} is of a first pass: name one by --strategy prompt, classifier or probe.")
+    return strategy, read_mixture(args.mixture) if args.mixture else None
+
+
+def _measure_experts(
+    args: argparse.Namespace,
+    two_pass: "Transformer2Model",
+    rows: Sequence[Row],
+    mixture: "Mixture | None",
+    strategy: str | None,
+    measure: "Callable[[PreTrainedModel, Reader, Sequence[Row]], Summary]",
+) -> "tuple[dict[str, Summary], dict[str, Any] | None]":
+    """Measure the base, the mixture or each expert, and with a strategy two passes; what the first pass has found."""
+    from ..expert import Mixture
+    from ..library import explicit
+
+    if taken := [name for name in two_pass.library.names if name in WAYS]:
+        raise ValueError(f"An expert called {taken[0]!r} cannot be told from the row of that name: NAME=EXPERT.")
+    ways = {"base": Mixture()}
+    if mixture is None:
+        ways |= {name: explicit(name) for name in two_pass.library.names}
+    else:
+        ways["mixture"] = mixture
+        with two_pass.using(mixture):
+            pass  # an unknown expert is refused before the base is measured
+    reader = two_pass.processor or two_pass.tokenizer
+    first_pass: dict[str, Any] | None = None
+    mixtures: list[Mixture] = []
+    if strategy is not None:
+        first_pass, mixtures = decide(args, strategy, two_pass, [row["prompt"] for row in rows])
+    summaries = {}
+    for way, each in ways.items():
+        with two_pass.using(each) as model:
+            summaries[way] = measure(model, reader, rows)
+    if mixtures:
+        summaries["two_pass"] = answer_each(two_pass, rows, mixtures, lambda model, some: measure(model, reader, some))
+    return summaries, first_pass
+
+
+def _show_summaries(
+    summaries: "Mapping[str, Summary]", gains: Mapping[str, tuple[float, tuple[float, float]]]
+) -> None:
+    lines = []
+    for way, found in summaries.items():
+        gain = [f"{gains[way][0]:+.3f}", interval(gains[way][1], "+")] if way in gains else ["", ""]
+        name = "two passes" if way == "two_pass" else way
+        lines.append([name, f"{found.accuracy:.3f}", interval(found.interval), *gain])
+    print(table(["", "accuracy", "interval", "gain", "interval"], lines))
+
+
+def answer_each(
+    two_pass: "Transformer2Model",
+    rows: Sequence[Row],
+    mixtures: "Sequence[Mixture]",
+    measure: "Callable[[PreTrainedModel, Sequence[Row]], Summary]",
+) -> "Summary":
+    """
+    Answer each row by its own mixture; rows that share one are answered together.
+
+    Args:
+        two_pass ([`~two_pass.Transformer2Model`]): Base and experts.
+        rows (`Sequence[Mapping]`): Of a task.
+        mixtures (`Sequence[Mixture]`): One per row.
+        measure (`Callable`): The adapted model and some rows -> their [`~evaluation.Summary`].
+
+    Returns:
+        [`~evaluation.Summary`] of all rows, the records in their order, each with its `dispatch`.
+    """
+    from ..evaluation import Summary, wilson
+
+    groups: dict[frozenset[tuple[str, float]], list[int]] = defaultdict(list)
+    for place, mixture in enumerate(mixtures):
+        groups[frozenset(mixture.alpha.items())].append(place)
+    records: dict[int, dict[str, Any]] = {}
+    total = seconds = 0.0
+    for places in groups.values():
+        some = [rows[i] for i in places]
+        with two_pass.using(mixtures[places[0]]) as model:
+            found = measure(model, some)
+        total, seconds = total + found.accuracy * found.n, seconds + found.seconds
+        records |= {
+            i: {**record, "dispatch": mixtures[i].record()} for i, record in zip(places, found.records, strict=True)
+        }
+    n = len(rows)
+    return Summary(found.task, found.form, n, total / n, wilson(total, n), seconds, [records[i] for i in range(n)])
+
+
+# adapt ---------------------------------------------------------------------------------------------------------
+
+
+def adapt(args: argparse.Namespace) -> None:
+    """Search the mixture of experts that answers solved examples best; save it, or the expert it makes per layer."""
+    from ..plots import draw_alpha, draw_search
+
+    out = args.out or Path((args.name or "") if args.per_layer else "mixture.json")
+    if not out.name:
+        raise ValueError("--per-layer makes an expert: name it by --name, or its folder by --out.")
+    new_path(out)
+    examples, held_out = read_examples(args.examples), _holdout(args.holdout)
+    if any(map(has_image, examples)):
+        raise ValueError(f"In {args.examples} an example has an image: the search scores texts.")
+    task = find_task(args.task) if args.task else None
+    if args.max_new_tokens is not None and (task is None or "choices" in examples[0]):
+        raise ValueError("--max-new-tokens is of generated answers: it needs --task, and examples with an 'answer'.")
+    if args.low >= args.high:
+        raise ValueError(f"--low and --high are the ends of a weight's range; got {args.low} and {args.high}.")
+    model = load_experts(args)
+    names = [*SEARCH, "low", "high", "normalize", "per_layer", "state", "max_tokens", "max_seconds"]
+    settings = {name: getattr(args, name) for name in names} | {"holdout": held_out}
+    if args.max_new_tokens is not None:
+        settings["max_new_tokens"] = args.max_new_tokens
+    name = args.name or (out.name if args.per_layer else None)
+    mixture = model.adapt(examples, task, name=name, **settings)
+    found, check = mixture.provenance, mixture.provenance["held_out"]
+    if args.per_layer:
+        model.library.expert(str(name)).save(out)
+        header = ["block", *next(iter(found["layers"].values()))]
+        print(table(header, [[b, *(f"{w:.3f}" for w in row.values())] for b, row in found["layers"].items()]))
+    else:
+        mixture.save(out)
+        print(table(["expert", "weight"], [[each, f"{weight:.3f}"] for each, weight in _shares(mixture).items()]))
+    print(f"score on the {found['examples']} examples of the search: {score(found['score'])}")
+    if check["examples"]:
+        scores = [f"{each} {score(values)}" for each, values in check.items() if isinstance(values, list)]
+        print(f"on {check['examples']} that it did not see: {', '.join(scores)}")
+    if check["fell_back"]:
+        print(f"The mixture that was found is no better there: this is {check['fell_back']!r} alone.")
+    if found["stopped"]:
+        print(f"Ended by {found['stopped']} after {len(found['history'])} of {args.iterations} iterations.")
+    print("On other questions it may be less. Measure:")
+    again = [
+        *(["--model", args.model] if args.model else []),
+        "--experts",
+        *([out] if args.per_layer else args.experts),
+    ]
+    again += [] if args.per_layer else ["--mixture", out]
+    print(f"  peft-svf eval {shlex.join(map(str, again))} --task ...")
+    print(f"Wrote {out}")
+    if args.plot:
+        weights_too = [] if args.per_layer else [lambda axes: draw_alpha(axes, mixture)]
+        save_figure(args.plot, [lambda axes: draw_search(axes, mixture), *weights_too])
+
+
+def _holdout(given: str) -> float | list[dict[str, Any]]:
+    """A share of the examples, or examples of a file."""
+    try:
+        return float(given)
+    except ValueError:
+        if os.path.exists(given):
+            return read_examples(Path(given))
+    raise ValueError(f"--holdout is a share of the examples such as 0.25, or a JSONL file of others; got {given!r}.")
+
+
+# dispatch, and the first pass of eval --------------------------------------------------------------------------
+
+
+def dispatch(args: argparse.Namespace) -> None:
+    """Show which expert would answer prompts."""
+    from ..plots import draw_probabilities
+
+    rows = [] if args.file is None else read_examples(args.file)
+    prompts = [*args.prompts, *(row["prompt"] for row in rows)]
+    if not prompts:
+        raise ValueError("There are no prompts: name some, or a file of them by --file.")
+    strategy = strategy_of(args) or "prompt"
+    _, mixtures = decide(args, strategy, load_experts(args), prompts)
+    texts = [_text(prompt) for prompt in prompts]
+    mixed = any(mixture.alpha not in ({}, {mixture.choice: 1.0}) for mixture in mixtures)
+    lines = [
+        [m.choice, f"{m.confidence:.2f}", *([weights(_shares(m))] if mixed else []), short(text, 70)]
+        for m, text in zip(mixtures, texts, strict=True)
+    ]
+    print(table(["expert", "confidence", *(["weights"] if mixed else []), "prompt"], lines))
+    if args.plot:
+        save_figure(args.plot, [lambda axes: draw_probabilities(axes, texts, mixtures)])
+
+
+def first_pass_options(args: argparse.Namespace) -> list[str]:
+    """The options of a first pass that were given."""
+    return [f"--{name}" for name in (*FIRST_PASS, "fit") if getattr(args, name) is not None]
+
+
+def strategy_of(args: argparse.Namespace) -> str | None:
+    """
+    The strategy that was named, or that of the classifier or probe that was; `None` where nothing says one.
+
+    Raises:
+        `ValueError`: where options do not go together.
+        `FileExistsError`: if the probe that is to be fitted is there.
+    """
+    strategy = args.strategy or ("classifier" if args.classifier else "probe" if args.probe else None)
+    for option in ("classifier", "probe"):
+        if strategy == option and not (getattr(args, option) or (option == "probe" and args.fit)):
+            fit = ", or prompts to fit one to by --fit" if option == "probe" else ""
+            raise ValueError(f"--strategy {option} needs a {option}: name it by --{option}{fit}.")
+        if getattr(args, option) and strategy != option:
+            raise ValueError(f"--{option} goes with --strategy {option}, not with {strategy!r}.")
+    if args.read == "generate" and (args.fit or strategy == "probe"):
+        raise ValueError("--read generate has no scores to fit to or to read off a probe: leave it out.")
+    if args.fit and args.probe:
+        new_path(args.probe, "--probe")
+    if args.fit and args.temperature is not None and strategy != "probe":
+        raise ValueError("--fit finds the temperature: leave --temperature out.")
+    return strategy
+
+
+def decide(
+    args: argparse.Namespace, strategy: str, model: "Transformer2Model", prompts: Sequence[Any]
+) -> "tuple[dict[str, Any], list[Mixture]]":
+    """Run the first pass: what a result says of it, and the mixture of each prompt."""
+    settings = {name: getattr(args, name) for name in ("fallback", "soft", "calibrate", "read", "temperature")}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    fitted = fit_first_pass(args, strategy, model)
+    threshold = args.threshold or 0.0
+    start = time.perf_counter()
+    mixtures = model.first_pass(
+        prompts,
+        strategy=strategy,
+        threshold=threshold,
+        dispatch_kwargs={**settings, **fitted, "batch_size": args.batch_size},
+    )
+    facts: dict[str, Any] = {
+        "strategy": strategy,
+        "threshold": threshold,
+        **settings,
+        **{name: value for name, value in fitted.items() if name == "temperature"},
+        "classifier": args.classifier,
+        "probe": None if args.probe is None else str(args.probe),
+        "fit": None if args.fit is None else str(args.fit),
+        "chosen": dict(Counter(mixture.choice for mixture in mixtures).most_common()),
+        "confidence": sum(mixture.confidence for mixture in mixtures) / len(mixtures),
+        "seconds": time.perf_counter() - start,
+    }
+    return facts, mixtures
+
+
+def fit_first_pass(args: argparse.Namespace, strategy: str, model: "Transformer2Model") -> dict[str, Any]:
+    """Fit what `--fit` has prompts for: the probe, or of another strategy the temperature; else read the probe."""
+    from ..adaptation import fit_probe, fit_temperature
+    from ..probe import Probe
+
+    library, tokenizer = model.library, model.tokenizer
+    if args.fit is None:
+        return {"probe": Probe.load(args.probe)} if strategy == "probe" else {}
+    rows = read_examples(args.fit, "expert")
+    prompts, kinds = [row["prompt"] for row in rows], [row["expert"] for row in rows]
+    if strategy == "probe":
+        probe = fit_probe(library, tokenizer, prompts, kinds, method=args.probe_method, batch_size=args.batch_size)
+        if args.probe is not None:
+            probe.save(args.probe)
+            print(f"Wrote {args.probe}: a probe fitted to {len(rows)} prompts")
+        return {"probe": probe}
+    settings = {"strategy": strategy, "calibrate": args.calibrate, "batch_size": args.batch_size}
+    temperature = fit_temperature(library, tokenizer, prompts, kinds, **settings)
+    print(f"temperature fitted to {len(rows)} prompts: {temperature:.3f}")
+    return {"temperature": temperature}
+
+
+# What the verbs share. -----------------------------------------------------------------------------------------
+
+
+def load_experts(args: argparse.Namespace, images: bool = False) -> "Transformer2Model":
+    """Load the experts that the arguments name, and the base model under them."""
+    from ..expert import Expert
+    from ..two_pass import Transformer2Model, base_of
+
+    experts = [find_expert(source) for source in args.experts]
+    name, revision = (args.model, args.revision) if args.model else base_of(experts)
+    model, reader = load_model(name, args.revision or revision, args.dtype, images=images)
+    assert reader is not None
+    classifier = getattr(args, "classifier", None)
+    return Transformer2Model(model, reader, experts, None if classifier is None else Expert.load(classifier))
+
+
+def _shares(mixture: "Mixture") -> dict[str, float]:
+    """The weights of a mixture, and what is left for the base."""
+    return {**mixture.alpha, "other": 1 - sum(mixture.alpha.values())}
+
+
+def _text(prompt: str | list[Mapping[str, Any]]) -> str:
+    """What a prompt says, on one line."""
+    return prompt if isinstance(prompt, str) else " ".join(str(message["content"]) for message in prompt)

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command line names -> tasks, base models, experts, mixtures, examples. Nothing here prints."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from ..config import SVFConfig
+    from ..expert import Expert, Mixture
+    from ..prompts import Reader
+    from ..tasks import Task
+
+
+def find_task(name: str) -> "Task":
+    """Find a benchmark by its name, or make a task of a JSONL file or folder."""
+    from ..tasks import get_task, jsonl_task, task_names
+
+    own = name not in task_names() and (os.path.exists(name) or "/" in name or name.endswith((".jsonl", ".jsonl.gz")))
+    return jsonl_task(name) if own else get_task(name)
+
+
+def load_model(
+    name: str,
+    revision: str | None = None,
+    dtype: str = "auto",
+    *,
+    images: bool = False,
+    reader: bool = True,
+    device: "torch.device | None" = None,
+    trust_remote_code: bool = False,
+) -> "tuple[PreTrainedModel, Reader | None]":
+    """
+    Load a base model onto the accelerator, where there is one, and what reads its prompts.
+
+    Args:
+        name (`str`): Folder or Hub repository.
+        revision (`str`, *optional*): Branch, tag or commit.
+        dtype (`str`): Of the weights; `"auto"` is that of the checkpoint.
+        images (`bool`): Whether the rows that it is to answer have images.
+        reader (`bool`): Whether prompts are to be read at all.
+        device (`torch.device`, *optional*): Instead of the accelerator.
+        trust_remote_code (`bool`): As in transformers.
+
+    Returns:
+        The model and its tokenizer, or the processor of one that sees; `None` without a `reader`.
+
+    Raises:
+        `OSError`: if there is no such model.
+        `ValueError`: for images, if the model sees none.
+    """
+    import torch
+    from transformers import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoProcessor,
+        AutoTokenizer,
+    )
+
+    if device is None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    sees = type(AutoConfig.from_pretrained(name, **shared)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if images and not sees:
+        raise ValueError(f"These rows have images, but {name} sees none: name a vision-language model.")
+    found = (AutoProcessor if sees else AutoTokenizer).from_pretrained(name, **shared) if reader else None
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    return kind.from_pretrained(name, dtype=dtype, **shared).to(device), found
+
+
+def find_expert(source: str) -> "Expert":
+    """Load an expert from `SOURCE` or `NAME=SOURCE`."""
+    from ..expert import Expert
+
+    name, equals, rest = source.partition("=")
+    return Expert.load(rest, name) if equals and not os.path.exists(source) else Expert.load(source)
+
+
+def read_mixture(given: Sequence[str]) -> "Mixture":
+    """Read a saved mixture, or one that is written out as `NAME=WEIGHT`s."""
+    from ..expert import Mixture
+
+    if len(given) == 1 and ("=" not in given[0] or os.path.exists(given[0])):
+        return Mixture.load(given[0])
+    alpha: dict[str, float] = {}
+    for entry in given:
+        name, _, weight = entry.partition("=")
+        try:
+            alpha[name] = float(weight)
+        except ValueError:
+            raise ValueError(
+                f"A mixture is a file, or expert names with weights such as math=0.7; got {entry!r}."
+            ) from None
+    return Mixture(alpha)
+
+
+def read_examples(path: Path, *texts: str) -> list[dict[str, Any]]:
+    """
+    Read rows, one JSON object a line; a prompt that is a text becomes a user's turn, as in a task of one's own.
+
+    Args:
+        path (`Path`): The file.
+        texts (`str`): What each row needs besides `prompt`, as a text.
+
+    Raises:
+        `FileNotFoundError`: if there is no such file.
+        `ValueError`: if there is no row, or a line is no object with what it needs; the message has its number.
+    """
+    from ..tasks.task import read_lines, user_turn
+
+    found = []
+    for number, line in read_lines(path):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"Line {number} of {path} is no JSON: {error}.") from error
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), (str, list)):
+            raise ValueError(f"Line {number} of {path} is no object with a 'prompt', a text or a chat.")
+        if missing := [key for key in texts if not isinstance(row.get(key), str)]:
+            raise ValueError(f"Line {number} of {path} has no {missing[0]!r} that is a text; it has {list(row)}.")
+        prompt = row["prompt"]
+        found.append({**row, "prompt": user_turn(prompt) if isinstance(prompt, str) else prompt})
+    if not found:
+        raise ValueError(f"{path} has no line: it needs one JSON object a line.")
+    return found
+
+
+def weights_of(model: "PreTrainedModel", svf: "SVFConfig") -> list[tuple[str, int, int, int]]:
+    """Name the weights that a config targets, with their two sizes and numbers of multipliers; factors nothing."""
+    from dataclasses import replace
+
+    import torch
+    from peft import get_peft_model
+
+    with torch.device("meta"):  # the shapes alone
+        shell = type(model)(model.config)
+    layers = get_peft_model(shell, replace(svf)).named_modules()
+    return [
+        (
+            name.removeprefix("base_model.model."),
+            *layer.get_base_layer().weight.shape,
+            len(layer.svf_offset["default"].weight),
+        )
+        for name, layer in layers
+        if hasattr(layer, "svf_offset") and hasattr(layer, "base_layer")
+    ]

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of `train` and `eval` beyond policy gradients on texts: evolution strategies, questions about images."""
+
+import json
+import re
+
+import experts
+import pytest
+import seeing
+import torch
+from command_line import YAML, run, write_rows
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_model import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+from peft_svf import Expert, SVFConfig
+from peft_svf.cli import find_task
+from peft_svf.evaluation import evaluate
+from peft_svf.evolution import EvolutionConfig, EvolutionTrainer
+from peft_svf.settings import read_settings
+
+EVOLUTION = "algorithm: evolution\npopulation: 4\nsigma: 0.2\n"
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a tiny base, rows, a settings file of evolution, and `evolved`, trained from it."""
+    folder = tmp_path_factory.mktemp("cli_train")
+    tiny_model().save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    rows = write_rows(folder / "rows.jsonl")
+    text = YAML.format(base=folder / "base", rows=rows, out=folder / "evolved")
+    (folder / "reinforce.yaml").write_text(text)
+    (folder / "train.yaml").write_text(text.replace("size: 16", "size: 4") + EVOLUTION)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evolved(home):
+    from peft_svf.cli import main
+
+    assert main(["factor", str(home / "base")]) == 0  # all runs read their bases from the cache
+    assert main(["train", str(home / "train.yaml")]) == 0
+    return home / "evolved"
+
+
+# --- evolution strategies
+
+
+def test_evolution_from_a_file_is_evolution_from_python(home, evolved, tmp_path):
+    task = find_task(str(home / "rows.jsonl"))
+    rows = {split: task.rows(split, "choice", seed=42 if split == "train" else 0) for split in ("train", "validation")}
+    config = EvolutionConfig(
+        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=4, learning_rate=2e-2, population=4,
+        sigma=0.2, eval_strategy="steps", eval_steps=2, disable_tqdm=True, logging_steps=10, report_to="none",
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_pretrained(home / "base")
+    trainer = EvolutionTrainer(
+        base, task.reward, config, rows["train"], rows["validation"], processing_class=tiny_tokenizer(),
+        peft_config=SVFConfig(task_type="CAUSAL_LM"),
+    )  # fmt: skip
+    trainer.train()
+    trainer.model.save_pretrained(tmp_path / "expert")
+    here, there = load_file(tmp_path / "expert" / WEIGHTS), load_file(evolved / WEIGHTS)
+    assert here.keys() == there.keys() and any(bool(z.any()) for z in here.values())
+    for key, z in here.items():
+        torch.testing.assert_close(there[key], z)
+
+
+def test_an_evolved_expert_is_tested_and_has_a_card(home, evolved):
+    rows = find_task(str(home / "rows.jsonl")).rows("test")
+    result, card = json.loads((evolved / "result.json").read_text()), (evolved / "README.md").read_text()
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(home / "base"), evolved)
+    assert result["expert"]["accuracy"] == evaluate(model, tiny_tokenizer(), rows).accuracy
+    assert [entry["step"] for entry in result["curve"] if "eval_reward" in entry] == [2, 4]
+    assert "steps: 4 of 4 questions with 4 " in card and result["command"] in card
+    assert Expert.load(evolved).description == "the larger of two numbers"
+
+
+def test_an_interrupted_and_resumed_evolution_is_the_uninterrupted_one(home, evolved, tmp_path, capsys, monkeypatch):
+    from test_cli import interrupt
+
+    train = ["train", home / "train.yaml", "--output_dir", tmp_path / "out"]
+    interrupt(monkeypatch, times=1)
+    code, out, _ = run(capsys, *train)
+    assert code == 130 and "Stopped after step 1 of 4" in out
+    code, out, _ = run(capsys, *train, "--resume")
+    assert code == 0 and re.search(r"^step +4  validation reward -?\d", out, re.MULTILINE)
+    whole, resumed = load_file(evolved / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_dry_run_of_evolution_counts_rows_times_members(home, tmp_path, capsys):
+    code, out, _ = run(capsys, "train", home / "train.yaml", "--output_dir", tmp_path / "out", "--dry-run")
+    assert code == 0 and not (tmp_path / "out").exists()
+    assert "4 questions x 4 members = 16 sequences" in out and "4 steps = 64 sequences" in out
+    assert "read once by each member" in out
+    # the other algorithm over the same file: an override decides, and what it does not know is left out
+    over = ["--algorithm=evolution", "--population", "6", "--output_dir", tmp_path / "out", "--dry-run"]
+    code, out, _ = run(capsys, "train", home / "reinforce.yaml", *over)
+    assert code == 0 and "16 questions x 6 members = 96 sequences" in out
+
+
+def test_the_greedy_answer_is_the_sample_of_a_dry_run_of_evolution(home, tmp_path, capsys):
+    rows = [{"prompt": f"{i} + 1 =", "answer": i + 1} for i in range(60)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    over = ["--task", tmp_path / "sums.jsonl", "--output_dir", tmp_path / "out", "--max_completion_length", "4"]
+    code, out, _ = run(capsys, "train", home / "train.yaml", *over, "--dry-run")
+    row = find_task(str(tmp_path / "sums.jsonl")).rows("train", "generate", seed=42)[0]
+    task = find_task(str(tmp_path / "sums.jsonl"))
+    expected = evaluate(tiny_model(), tiny_tokenizer(), [row], 1, task, max_new_tokens=4).records[0]["completion"]
+    assert code == 0 and f"The greedy answer of the base (reward -1):\n{expected}" in out
+
+
+def test_what_does_not_belong_to_the_algorithm_is_refused_by_name(home, tmp_path, capsys):
+    def file(name, text):
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    plain, evolution = ((home / name).read_text() for name in ("reinforce.yaml", "train.yaml"))
+    train, out = ["train", home / "train.yaml"], ["--output_dir", tmp_path / "out"]
+    cases = {
+        "key of the other": (["train", file("a.yaml", plain + "population: 4\n")], "'population' is a setting of alg"),
+        "and the other way": (
+            ["train", file("b.yaml", evolution + "beta: 0.1\n")],
+            "'beta' is a setting of algorithm",
+        ),
+        "override": ([*train, "--num_generations", "8"], "'num_generations' is a setting of algorithm 'reinforce'"),
+        "dashes": ([*train, "--num-generations=8"], "'num_generations' is a setting of algorithm 'reinforce'"),
+        "algorithm over the file": (
+            [*train, "--algorithm", "reinforce"],
+            "'population' is a setting of algorithm 'evo",
+        ),
+        "no such algorithm": (["train", file("c.yaml", plain + "algorithm: walk\n")], "'algorithm' is 'reinforce' or"),
+        "nor over it": ([*train, "--algorithm", "walk"], "'algorithm' is 'reinforce' or 'evolution', got 'walk'"),
+        "no value": ([*train, "--algorithm"], "'algorithm' is 'reinforce' or 'evolution', got None"),
+        "a list": (["train", file("d.yaml", plain + "algorithm: [evolution]\n")], "'algorithm' is 'reinforce' or"),
+        "odd population": ([*train, *out, "--population", "5"], "an even number"),
+        "no sigma": ([*train, *out, "--sigma", "0"], "must be above 0"),
+        "no number": ([*train, *out, "--sigma", "wide"], "invalid float value: 'wide'"),
+        "no such shaping": ([*train, *out, "--shaping", "square"], "square"),
+        "patience": ([*train, *out, "--eval_strategy", "no", "--early_stopping_patience", "2"], "counts evaluations"),
+        "misspelt": (["train", file("e.yaml", evolution + "sigmma: 1\n")], "did you mean 'sigma'?"),
+    }
+    for case, (argv, said) in cases.items():
+        code, printed, err = run(capsys, *argv)
+        last = err.strip().splitlines()[-1:]
+        assert code == 2 and last and last[0].startswith("peft-svf train: error: "), (case, printed, err)
+        assert said in last[0], (case, last)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_without_an_algorithm_reinforces(home):
+    from peft_svf.training import ReinforceConfig
+
+    assert isinstance(read_settings(str(home / "reinforce.yaml")).training, ReinforceConfig)
+
+
+# --- questions about images
+
+
+@pytest.fixture(scope="module")
+def sights(tmp_path_factory):
+    """A folder with a tiny base that sees, an expert of it, and the published files of TextVQA with two images."""
+    folder = tmp_path_factory.mktemp("sights")
+    seeing.model(name=str(folder / "base")).save_pretrained(folder / "base")
+    seeing.processor().save_pretrained(folder / "base")
+    base = AutoModelForImageTextToText.from_pretrained(folder / "base")
+    experts.write(folder, "seer", seed=1, of=base)
+    data = folder / "data" / "textvqa"
+    data.mkdir(parents=True)
+    for number, image in enumerate(seeing.IMAGES):
+        image.save(data / f"{number}.png")
+    for split, count in {"train": 40, "val": 4}.items():
+        rows = [
+            {"question_id": i, "question": f"What is {i}?", "image_id": i, "image": f"{i % 2}.png",
+             "answers": ["red" if i % 2 == 0 else "blue"] * 10}
+            for i in range(count)
+        ]  # fmt: skip
+        (data / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_a_base_that_sees_and_its_experts_are_measured_on_images(sights, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PEFT_SVF_DATA", str(sights / "data"))
+    short = ["--task", "textvqa", "--max-new-tokens", 4, "--records", "--out", tmp_path / "r.json"]
+    code, _, err = run(capsys, "eval", "--experts", sights / "seer", "--strategy", "prompt", *short)
+    assert code == 0, err
+    found = json.loads((tmp_path / "r.json").read_text())
+    task = find_task("textvqa")
+    base = AutoModelForImageTextToText.from_pretrained(sights / "base")
+    model = PeftModel.from_pretrained(base, sights / "seer")
+    rows, processor = task.rows("test", "generate"), AutoProcessor.from_pretrained(sights / "base")
+    expected = evaluate(model, processor, rows, task=task, max_new_tokens=4)
+    assert len(rows) == 4
+    assert [r["completion"] for r in found["summaries"]["seer"]["records"]] == [
+        r["completion"] for r in expected.records
+    ]
+    assert sum(found["first_pass"]["chosen"].values()) == len(found["summaries"]["two_pass"]["records"]) == 4
+
+
+def test_a_base_that_sees_nothing_is_refused_for_images(sights, home, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PEFT_SVF_DATA", str(sights / "data"))
+    code, _, err = run(capsys, "eval", "--model", home / "base", "--task", "textvqa", "--out", tmp_path / "r.json")
+    assert code == 2 and "sees none: name a vision-language model" in err.splitlines()[-1]
+
+
+def test_what_would_not_see_the_images_is_refused_for_them(sights, home, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PEFT_SVF_DATA", str(sights / "data"))
+    base = ["--model_name_or_path", sights / "base", "--task", "textvqa", "--output_dir", tmp_path / "out"]
+    code, _, err = run(capsys, "train", home / "train.yaml", *base)
+    assert code == 2 and "these rows have images" in err.splitlines()[-1] and not (tmp_path / "out").exists()
+    part = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    example = {"prompt": part, "image": str(sights / "data" / "textvqa" / "0.png"), "answer": "red"}
+    (tmp_path / "few.jsonl").write_text(json.dumps(example))
+    adapt = ["adapt", "--experts", sights / "seer", "--examples", tmp_path / "few.jsonl", "--out", tmp_path / "m.json"]
+    code, _, err = run(capsys, *adapt)
+    assert code == 2 and "an example has an image" in err.splitlines()[-1]
+
+
+def test_an_expert_is_trained_on_images(sights, home, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PEFT_SVF_DATA", str(sights / "data"))
+    over = {"model_name_or_path": sights / "base", "task": "textvqa", "output_dir": tmp_path / "out", "max_steps": 1}
+    over |= {"max_completion_length": 4, "eval_strategy": "no", "per_device_train_batch_size": 8}
+    arguments = [part for key, value in over.items() for part in (f"--{key}", value)]
+    code, out, err = run(capsys, "train", home / "reinforce.yaml", *arguments, "--dry-run")
+    assert code == 0 and "those of images not counted" in out, err
+    code, out, err = run(capsys, "train", home / "reinforce.yaml", *arguments)
+    assert code == 0, err
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (result["task"], result["form"], result["expert"]["n"]) == ("textvqa", "generate", 4)
