@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=16, help="questions a step")
     parser.add_argument("--samples", type=int, default=16, help="sampled answers a question")
     parser.add_argument("--lr", type=float, default=5e-3)
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the policy; above 1 it tries more answers")
+    parser.add_argument("--temperature", type=float, help="of the policy; default 4 for choices, else 1")
     parser.add_argument("--estimator", default="rloo", choices=["none", "batch", "batch_norm", "rloo", "group"])
     parser.add_argument("--beta", type=float, default=0.0, help="weight of KL(policy || base)")
     parser.add_argument("--eval-every", type=int, default=10)
@@ -82,7 +82,7 @@ def main() -> None:
         per_device_eval_batch_size=args.batch_size,
         num_generations=args.samples,
         learning_rate=args.lr,
-        temperature=args.temperature,
+        temperature=args.temperature or (4.0 if args.form == "choice" else 1.0),  # a model is too sure of long choices
         warmup_steps=2,
         max_grad_norm=1.0,  # hundreds of samples a step are smooth enough
         advantage_estimator=args.estimator,

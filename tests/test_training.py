@@ -554,6 +554,14 @@ def test_a_stream_of_rows_with_choices_is_of_the_choice_form(tmp_path):
     assert 0 < trainer.state.log_history[0]["choices/probability"] < 1
 
 
+@pytest.mark.parametrize("temperature, hints", [(0.01, 1), (1.0, 0)])
+def test_a_policy_that_is_sure_of_its_choices_is_pointed_out_once(temperature, hints, tmp_path, caplog):
+    settings = {**RUN, "max_steps": 2, "temperature": temperature}
+    with caplog.at_level(logging.WARNING, "peft_svf.training"):
+        trainer_of(tmp_path, CHOICE_ROWS, right_choice, **settings).train()
+    assert caplog.text.count("A higher temperature, such as 4, tries the others") == hints
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_greedy_rollouts_take_the_likeliest(form, tmp_path):
     settings = {"advantage_estimator": "none", "num_generations": 1, "greedy_rollouts": True}

@@ -37,6 +37,7 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 Estimator = Literal["none", "batch", "batch_norm", "rloo", "group"]
 PAPER_BATCH = 256  # completions a step, of the paper and of its code
+SURE = 0.6  # mean probability of a pick from which a higher temperature learned more: GSM8K .64, MBPP .92
 
 
 def advantages_of(rewards: Tensor, estimator: Estimator, num_generations: int = 1) -> Tensor:
@@ -474,10 +475,20 @@ class ReinforceTrainer(Run, GRPOTrainer):
         texts = [row["choices"][k] for row, k in zip(self._inputs, picks.tolist(), strict=True)]
         chat = not isinstance(self._inputs[0]["prompt"], str)
         completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
-        picked = logps.gather(1, picks[:, None]).exp().mean()
-        self._metrics[mode]["choices/probability"].append(self.accelerator.gather(picked).mean().item())
+        picked = self.accelerator.gather(logps.gather(1, picks[:, None]).exp().mean()).mean().item()
+        if mode == "train" and not self._metrics[mode]["choices/probability"] and picked > SURE and not greedy:
+            self._hint_at_temperature(picked)
+        self._metrics[mode]["choices/probability"].append(picked)
         actions = [[k] for k in picks.tolist()]
         return [[i] for i in which], actions, None, completions, None, {}, None, []
+
+    def _hint_at_temperature(self, picked: float) -> None:
+        if self.state.global_step == 0 and self.accelerator.is_main_process:
+            logger.warning(
+                f"Before training the policy picks choices with a mean probability of {picked:.2f} at temperature="
+                f"{self.temperature:g}: most samples of a row are equal and teach nothing. A higher temperature, such "
+                "as 4, tries the others; what evaluation answers does not depend on it."
+            )
 
     def _get_per_token_logps_and_entropies(
         self,
