@@ -340,7 +340,7 @@ def test_paired_difference_by_hand():
     assert found == pytest.approx(mean)
     assert (low, high) == pytest.approx((mean - half, mean + half), abs=1e-6)
     assert paired_difference(other, one)[0] == -found
-    assert paired_difference(one, one) == (0.0, (0.0, 0.0))
+    assert paired_difference(one, one)[0] == 0.0
 
 
 def test_where_answers_are_graded_their_grades_are_compared():
@@ -366,3 +366,10 @@ def test_a_summary_is_json_with_and_without_its_records():
     assert "records" not in summary.to_json()
     assert summary.to_json(records=True)["records"] == summary.records
     assert summary.to_json()["interval"] == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("n", [1, 10, 1000])
+def test_equal_rows_leave_an_interval_open(n):
+    one = summary_of([1] * n)
+    gain, (low, high) = paired_difference(one, one)
+    assert gain == 0 and low == -high and high == min(1.0, 3 / n)

@@ -483,3 +483,19 @@ def test_processes_share_their_estimates_of_different_rows_and_directions(tmp_pa
     assert all(not mine & {row["id"] for row in batch} for mine, batch in zip(ids, other[0], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(gradients, other[1], strict=True))
     assert torch.equal(z, other[2])
+
+
+def test_a_member_that_overflows_is_the_worst(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path, CHOICE_ROWS, right_choice, max_steps=1)
+    real = trainer._fitness
+
+    def broken(members, rows):
+        fitness = real(members, rows)
+        fitness[0] = torch.nan
+        return fitness
+
+    seen = []
+    monkeypatch.setattr(trainer, "_fitness", broken)
+    monkeypatch.setattr("peft_svf.evolution.shaped", lambda fitness, how: seen.append(fitness) or shaped(fitness, how))
+    trainer.train()
+    assert seen and all(each.isfinite().all() and each[0] == each.min() for each in seen)

@@ -266,7 +266,7 @@ def test_evolution_is_compared_at_the_tokens_that_reinforce_read():
         {"step": i, "eval_reward": v, "tokens": t} for i, v, t in ((1, 0.0, 60), (2, 0.2, 120), (3, 0.8, 180))
     ]
     runs = runs_of([(BASE, result(BASE, [0, 1])), (svf, one), (evolved, other)])
-    assert report.equal_tokens(runs).startswith("holds | validation accuracy 0.700 against 0.600 after 100 tokens")
+    assert report.equal_tokens(runs).startswith("ahead | validation accuracy 0.700 against 0.600 after 100 tokens")
 
 
 def test_the_cells_of_the_benchmark_have_names_of_their_own_and_methods_that_exist():

@@ -34,6 +34,15 @@ def test_asserts_decide_when_there_are_any():
     assert not result.ok and result.reason.startswith("assert 2 of 2: AssertionError")
 
 
+@pytest.mark.parametrize(
+    "patch", ["__main__.exec = lambda *a: None", "__main__.compile = lambda *a: 'pass'", "builtins.int = lambda x: 4"]
+)
+def test_what_the_first_assert_calls_cannot_fake_the_second(patch):
+    code = f"def f(x):\n    import __main__, builtins\n    {patch}\n    return 1"
+    result = run_python(code, ["assert f(1) == 1", "assert int(f(2)) == 4"])
+    assert not result.ok and result.reason.startswith("assert 2 of 2: AssertionError")
+
+
 def test_an_error_is_the_reason():
     assert run_python("1 / 0").reason == "ZeroDivisionError: division by zero"
     assert "SyntaxError" in run_python("def f(:").reason
@@ -58,6 +67,10 @@ def test_an_error_is_the_reason():
         "def f(x): raise SystemExit(0)",
         "def f(x):\n    import os\n    os._exit(0)",
         "import os, signal; os.kill(os.getpid(), signal.SIGTERM)",
+        "import __main__; __main__.enumerate = lambda *a: []\ndef f(x): return []",
+        "import __main__; __main__.exec = lambda *a: None\ndef f(x): return []",
+        "import __main__; __main__.compile = lambda *a: 'pass'\ndef f(x): return []",
+        "def f(x):\n    import builtins\n    builtins.len = lambda x: 3\n    return []",
     ],
 )
 def test_success_cannot_be_faked(code):

@@ -825,3 +825,17 @@ def test_every_task_file_opens_with_an_example():
         module = sys.modules[type(TASKS[name]).__module__]
         text = ast.get_docstring(ast.parse((folder / Path(module.__file__).name).read_text()))
         assert all(word in text.lower() for word in ("prompt (", "reward", "source", "licence")), name
+
+
+@pytest.mark.parametrize(
+    "completion, right",
+    [
+        ("The answer is a plant cell.", False),
+        ("The best choice a student has is (B).", False),
+        ("The answer is (a).", True),
+        ("Answer: **A**", True),
+    ],
+)
+def test_the_article_is_no_letter(completion, right):
+    row = {"answer": "A", "options": ["bees", "a plant cell"], "id": "1", "task": "arc_easy"}
+    assert get_task("arc_easy").check(completion, row) is right

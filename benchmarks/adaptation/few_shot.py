@@ -83,11 +83,13 @@ def search(task: str, method: str, shots: int, draw: int, args: argparse.Namespa
     settings = {**SEARCH, **METHODS[method], "seed": args.seed + draw}
     mixture: Mixture = model.adapt(examples(task, shots, draw, args), **settings)
     wall, cpu = time.perf_counter() - begin[0], time.process_time() - begin[1]
-    known = next((way for way, alpha in ALONE.items() if alpha == mixture.alpha), None)
-    tested = found(args.out, name_of(task, known)) if known else None
-    tested = tested or score(model, test_rows(task, args), mixture.alpha)
-    if made := settings.get("name"):  # an expert of the library
-        model.library.remove(made)
+    try:
+        known = next((way for way, alpha in ALONE.items() if alpha == mixture.alpha), None)
+        tested = found(args.out, name_of(task, known)) if known else None
+        tested = tested or score(model, test_rows(task, args), mixture.alpha)
+    finally:
+        if made := settings.get("name"):  # an expert of the library, which later cells share
+            model.library.remove(made)
     return {
         "task": task,
         "settings": settings | {"examples": shots, "draw": draw},

@@ -243,12 +243,14 @@ def equal_tokens(runs: Runs) -> str:
         reinforced, evolved = runs.of(SVF).get(cell.seed), runs.found[cell.name]
         if cell.learner == "evolution" and cell.method == SVF and reinforced and "tokens" in reinforced["curve"][-1]:
             tokens = reinforced["curve"][-1]["tokens"]
+            if validations(evolved)[-1]["tokens"] < tokens:
+                continue
             found.append((*compared(reinforced, evolved, tokens), tokens))
     if not found:
         return "not run |"
     ours, theirs, tokens = max(found, key=lambda each: each[1] - each[0])
-    verdict = "holds" if ours > theirs else "no"
-    return f"{verdict} | validation accuracy {ours:.3f} against {theirs:.3f} after {tokens:,} tokens"
+    verdict = "ahead" if ours > theirs else "not ahead"
+    return f"{verdict} | validation accuracy {ours:.3f} against {theirs:.3f} after {tokens:,} tokens; no interval"
 
 
 def compared(reinforced: Result, evolved: Result, tokens: int) -> tuple[float, float]:

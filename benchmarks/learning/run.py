@@ -43,6 +43,7 @@ def run(cell: Cell, base: Callable[[], tuple[Any, Any]] = load, results: Path = 
     from peft_svf.runs import last_checkpoint
     from peft_svf.tasks import get_task
 
+    code = source()
     model, tokenizer = base()
     task = get_task(cell.task)
     test = task.rows("test", "choice", limit=cell.test_rows)
@@ -67,7 +68,7 @@ def run(cell: Cell, base: Callable[[], tuple[Any, Any]] = load, results: Path = 
     result["test"]["records"] = [[r["id"], int(r["right"])] for r in result["test"]["records"]]
     result["command"] = f"python benchmarks/learning/run.py --only {cell.name}"
     result["versions"] = {name: version(name) for name in ("torch", "transformers", "peft", "trl", "peft-svf")}
-    result["source"] = source()
+    result["source"] = code
     results.mkdir(exist_ok=True)
     partial = results / f"{cell.name}.json.partial"
     partial.write_text(json.dumps(result, indent=1))

@@ -148,6 +148,7 @@ class Judge:
         if self.task is not None:
             right, more = self._completions(members)
             tokens += more
+        logp = np.where(np.isnan(logp), -np.inf, logp)  # z-vectors that overflow are worse than any
         scores: list[Score] = [(float(r), float(p)) for r, p in zip(right.mean(1), logp.mean(1), strict=True)]
         return Judged(scores, gradients, tokens, time.perf_counter() - begin)
 
@@ -193,6 +194,11 @@ class Judge:
 
     def _batches(self, members: int) -> Iterator[list[tuple[int, int]]]:
         """Pairs of member and example, one example's side by side: they are alike in length."""
+        if self.generation.get("do_sample"):  # rows draw in turn: one member at a time, each from the same seed
+            for m in range(members):
+                for start in range(0, len(self.rows), self.batch_size):
+                    yield [(m, e) for e in range(start, min(start + self.batch_size, len(self.rows)))]
+            return
         pairs = [(m, e) for e in range(len(self.rows)) for m in range(members)]
         for start in range(0, len(pairs), self.batch_size):
             yield pairs[start : start + self.batch_size]

@@ -205,6 +205,8 @@ class EvolutionTrainer(Run, Trainer):
         noise = self._draw(z)  # (P, D)
         members = torch.cat([z + self.args.sigma * noise, z - self.args.sigma * noise])
         fitness = self._fitness(members, inputs)
+        finite = fitness[fitness.isfinite()]  # a member that overflows is the worst
+        fitness = torch.where(fitness.isfinite(), fitness, finite.min() if len(finite) else 0.0)
         above, below = shaped(fitness, self.args.shaping).chunk(2)
         gradient = self.accelerator.reduce(estimate(noise, above, below, self.args.sigma), reduction="mean")
         share = -gradient / self.current_gradient_accumulation_steps  # optimizers descend
@@ -267,7 +269,8 @@ class EvolutionTrainer(Run, Trainer):
         """The weighted reward `(rows,)` of one text for each row."""
         chat = not isinstance(rows[0]["prompt"], str)
         completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else list(texts)
-        columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion")}
+        keys = dict.fromkeys(key for row in rows for key in row if key not in ("prompt", "completion"))
+        columns = {key: [row.get(key) for row in rows] for key in keys}
         prompts = [row["prompt"] for row in rows]
         total = torch.zeros(len(rows), device=self.accelerator.device)
         for reward, weight in zip(self.reward_funcs, self.reward_weights, strict=True):

@@ -9,22 +9,25 @@ prompts, is: a temperature, a prior, a probe. The model is left as it was.
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from .evaluation import choice_logps, prompt_text
+from .evaluation import choice_logps
 from .expert import OTHER, Mixture
 from .library import ExpertLibrary
 from .probe import Probe
 from .probe import temperature as temperature_of
-from .prompts import chat_text
+from .prompts import chat_text, prompt_ids
 from .tasks import dispatch_prompt
 
+P = ParamSpec("P")
+T = TypeVar("T")
 logger = logging.getLogger("peft_svf.adaptation")  # first passes of all kinds log there
 Prompt = str | list[dict[str, Any]]
 STRATEGIES = ("prompt", "classifier", "probe")
@@ -38,6 +41,18 @@ LABEL_TOKENS = 48  # of the answer that `read="generate"` waits for
 BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*['\"]?([^{}'\"]*?)['\"]?\s*\}")
 
 
+def _held(run: Callable[Concatenate[ExpertLibrary, P], T]) -> Callable[Concatenate[ExpertLibrary, P], T]:
+    """Let a first pass see one set of experts from its beginning to its end, whatever others add and remove."""
+
+    @wraps(run)
+    def inside(library: ExpertLibrary, *args: P.args, **kwargs: P.kwargs) -> T:
+        with library.holding():
+            return run(library, *args, **kwargs)
+
+    return inside
+
+
+@_held
 def dispatch(
     library: ExpertLibrary,
     tokenizer: PreTrainedTokenizerBase,
@@ -133,6 +148,7 @@ def check_strategy(library: ExpertLibrary, strategy: str, probe: Probe | None = 
         )
 
 
+@_held
 def kind_scores(
     library: ExpertLibrary,
     tokenizer: PreTrainedTokenizerBase,
@@ -240,6 +256,7 @@ def _kinds(library: ExpertLibrary) -> dict[str, str]:
     return {**library.descriptions, OTHER: ANYTHING_ELSE}
 
 
+@_held
 def fit_temperature(
     library: ExpertLibrary,
     tokenizer: PreTrainedTokenizerBase,
@@ -269,6 +286,7 @@ def fit_temperature(
     return temperature_of(scores, torch.tensor([names.index(kind) for kind in kinds]))
 
 
+@_held
 def fit_calibration(
     library: ExpertLibrary,
     tokenizer: PreTrainedTokenizerBase,
@@ -314,6 +332,7 @@ def fit_calibration(
     return Probe(tuple(names), torch.eye(len(names)), -prior, {"method": "batch", "prompts": len(prompts), **facts})
 
 
+@_held
 def fit_probe(
     library: ExpertLibrary,
     tokenizer: PreTrainedTokenizerBase,
@@ -379,8 +398,8 @@ def _tokens(
     library: ExpertLibrary, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[dict[str, str]]], room: int = 0
 ) -> Any:
     """Chats as left-padded ids, mask and positions; a `ValueError` if they and `room` more exceed the context."""
-    texts = [prompt_text(tokenizer, prompt) for prompt in prompts]
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    ids = {"input_ids": prompt_ids(tokenizer, prompts)}
+    inputs = tokenizer.pad(ids, return_tensors="pt", padding_side="left")
     length = inputs.input_ids.shape[1]
     limit = getattr(library.model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and length + room > limit:

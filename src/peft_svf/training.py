@@ -206,6 +206,8 @@ class ReinforceConfig(GRPOConfig):
                 "kl_in_reward subtracts beta times KL(policy ‖ base): it needs beta > 0 and "
                 f"kl_direction='policy_ref', got beta={self.beta} and kl_direction={self.kl_direction!r}."
             )
+        if not self.use_bias_correction_kl and self.kl_direction == "policy_ref":
+            raise ValueError("use_bias_correction_kl follows kl_direction: set kl_direction='ref_policy'.")
         if self.beta and not self.kl_in_reward and self.importance_sampling_level != "token":
             raise ValueError("With beta > 0 only importance_sampling_level='token' penalises a KL divergence.")
         check_patience(self.early_stopping_patience, self.eval_strategy)

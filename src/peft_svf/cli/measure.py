@@ -348,7 +348,7 @@ def fit_first_pass(args: argparse.Namespace, strategy: str, model: "Transformer2
             probe.save(args.probe)
             print(f"Wrote {args.probe}: a probe fitted to {len(rows)} prompts")
         return {"probe": probe}
-    settings = {"strategy": strategy, "calibrate": args.calibrate, "batch_size": args.batch_size}
+    settings = {"strategy": strategy, "calibrate": args.calibrate, "batch_size": args.batch_size, "read": args.read}
     temperature = fit_temperature(library, tokenizer, prompts, kinds, **settings)
     print(f"temperature fitted to {len(rows)} prompts: {temperature:.3f}")
     return {"temperature": temperature}

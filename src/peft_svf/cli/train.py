@@ -62,6 +62,11 @@ def train(args: argparse.Namespace) -> int:
         show_cost(model, reader, rows, config, svf)
         return 0
     trainer = make_trainer(model, reader, task, rows, config, svf)
+    if trainer.is_fsdp_enabled:
+        raise ValueError(
+            "peft-svf train tests and saves in one process, which FSDP does not allow: use DDP, or a script with "
+            "ReinforceTrainer (docs/how_to/distributed.md)."
+        )
     _show_progress(trainer)
     start = time.perf_counter()
     with _stopping(trainer) as stopped:

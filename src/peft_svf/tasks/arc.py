@@ -22,7 +22,9 @@ from typing import Any
 from .task import SPLITS, HubSource, Record, Task, plain, user_turn
 
 LETTERS = "ABCDE"
-_STATED = re.compile(r"(?:answer|option|choice)\s*(?:is|:)?\s*:?\s*\**\(?([A-E])\b\)?", re.IGNORECASE)
+_STATED = re.compile(  # "(a)" is a letter, "a plant" is not
+    r"(?i:answer|option|choice)\s*(?i:is)?\s*:?\s*\**(?:\(([A-Ea-e])\)|([A-E])\b)"
+)
 _ALONE = re.compile(r"^[\s(*]*([A-E])\s*(?:[).:*]|$)")  # "A) honey", not "A bee"
 
 
@@ -57,7 +59,7 @@ class Arc(Task):
 
     def check(self, completion: str, row: Mapping[str, Any]) -> bool:
         """Compare the last stated letter; without one a leading letter, or the option's text standing alone."""
-        stated = _STATED.findall(completion)
+        stated = ["".join(pair) for pair in _STATED.findall(completion)]
         if stated:
             return stated[-1].upper() == row["answer"]
         alone = _ALONE.match(completion)

@@ -85,6 +85,7 @@ def run(job: dict[str, Any], report: Callable[..., None]) -> None:
             __import__(name)
     modules = [module for module in list(sys.modules.values()) if isinstance(module, type(sys))]
     before = [(vars(module), dict(vars(module))) for module in modules]
+    mine, ours, numbered = globals(), dict(globals()), list(enumerate(asserts, 1))
     space: dict[str, Any] = {"__name__": "solution" if asserts else "__main__", "__builtins__": builtins}
     space["exit"] = space["quit"] = sys.exit  # `-S` leaves out the module that defines them
     try:
@@ -95,12 +96,14 @@ def run(job: dict[str, Any], report: Callable[..., None]) -> None:
         return report(ok=done, reason="" if done else f"left by exit({error.code!r})")
     except BaseException as error:
         return report(ok=False, reason=_said(error))
-    sys.settrace(None)
-    sys.setprofile(None)
-    for names, original in before:  # no function is called by its name here: it could be a patched one
-        names.update(original)
-    space["__builtins__"] = builtins
-    for number, line in enumerate(asserts, 1):
+    for number, line in numbered:
+        mine.clear()  # the code may have put an `exec` of its own here, now or in what an assert calls
+        mine.update(ours)
+        for names, original in before:  # no function is called by its name until here: it could be a patched one
+            names.update(original)
+        sys.settrace(None)
+        sys.setprofile(None)
+        space["__builtins__"] = builtins
         try:
             exec(compile(line, f"<assert {number}>", "exec"), space)
         except BaseException as error:
