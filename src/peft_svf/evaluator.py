@@ -24,6 +24,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from .bases import svf_layers as named_layers
 from .evaluation import choice_logps, evaluate, prompt_text
 from .expert import OTHER, PREFIX, Expert, Mixture
 from .layer import SVFLayer
@@ -242,11 +243,7 @@ class Judge:
 
 def svf_layers(model: torch.nn.Module) -> dict[str, SVFLayer]:
     """The SVF layers by the names of the base model's modules, whatever is wrapped around it."""
-    return {
-        name.replace("_orig_mod.", "").removeprefix(PREFIX): module
-        for name, module in model.named_modules()
-        if isinstance(module, SVFLayer)
-    }
+    return {name.removeprefix(PREFIX): layer for name, layer in named_layers(model)}
 
 
 def table_of(experts: Sequence[Expert], module: str, size: int) -> Tensor:

@@ -261,7 +261,7 @@ class EvolutionTrainer(Run, Trainer):
         sizes = [len(layer.svf_offset[name].weight) for layer, name in self._layers.items()]
         with ExitStack() as stack:
             for (layer, name), parts in zip(self._layers.items(), members.split(sizes, dim=1), strict=True):
-                offsets = torch.stack([layer._pad(layer._mapped(name, part)) for part in parts])
+                offsets = torch.stack([layer.padded(layer.mapped(name, part)) for part in parts])
                 stack.enter_context(layer.rows(offsets[0] if len(offsets) == 1 else offsets))
             yield
 

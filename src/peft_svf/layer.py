@@ -400,14 +400,13 @@ class SVFLayer(BaseTunerLayer):
         return self.svf_basis
 
     def _padded(self, adapter_name: str) -> Tensor:
-        """The offset of an adapter with one entry per column of the basis: 0 for the directions it does not move."""
-        return self._pad(self.offset(adapter_name))
+        return self.padded(self.offset(adapter_name))
 
     def offset(self, adapter_name: str) -> Tensor:
         """The offset `z - 1` of an adapter, for the directions it moves."""
-        return self._mapped(adapter_name, self.svf_offset[adapter_name].weight)
+        return self.mapped(adapter_name, self.svf_offset[adapter_name].weight)
 
-    def _mapped(self, adapter_name: str, parameter: Tensor) -> Tensor:
+    def mapped(self, adapter_name: str, parameter: Tensor) -> Tensor:
         """The offset of an adapter from what it trains."""
         if adapter_name not in self.svf_maps:
             return parameter
@@ -420,13 +419,14 @@ class SVFLayer(BaseTunerLayer):
         """Replace what an adapter trains by the offset it stands for."""
         if adapter_name in self.svf_maps:
             parameter = self.svf_offset[adapter_name].weight
-            parameter.data = self._mapped(adapter_name, parameter.data)
+            parameter.data = self.mapped(adapter_name, parameter.data)
             del self.svf_maps[adapter_name]
 
     def _rescale(self, weight: Tensor, offset: Tensor) -> Tensor:
         return rescale(weight, self._basis(), offset)
 
-    def _pad(self, offset: Tensor) -> Tensor:
+    def padded(self, offset: Tensor) -> Tensor:
+        """An offset with one entry per column of the basis: 0 for the directions that it does not move."""
         missing = self._basis().shape[-1] - offset.shape[0]
         return F.pad(offset, (0, missing)) if missing else offset
 
@@ -438,7 +438,7 @@ class SVFLayer(BaseTunerLayer):
         total = None
         for name in [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter:
             if (offset := offsets.find(name)) is not None:
-                offset = self._pad(self._mapped(name, offset) if self.svf_maps else offset)
+                offset = self.padded(self.mapped(name, offset) if self.svf_maps else offset)
                 total = offset if total is None else total + offset
         return total
 

@@ -71,7 +71,7 @@ def z_statistics(model: nn.Module) -> dict[str, float]:
                 whole = trained.full_tensor() if isinstance(trained, DTensor) else trained  # sharded by FSDP2
                 block = BLOCK.match(name)
                 key = block["block"] if block else name.removeprefix("base_model.model.")
-                blocks[key].append(layer._mapped(adapter, whole).abs().flatten())
+                blocks[key].append(layer.mapped(adapter, whole).abs().flatten())
     if not blocks:
         return {}
     joined = [torch.cat(vectors) for vectors in blocks.values()]

@@ -101,16 +101,16 @@ class ParamWrapper(nn.Module, SVFLayer):
         Q = self._basis()
         return rescale(weight, Q, offset.view(*Q.shape[:-2], Q.shape[-1]))
 
-    def _mapped(self, adapter_name: str, parameter: Tensor) -> Tensor:
+    def mapped(self, adapter_name: str, parameter: Tensor) -> Tensor:
         matrices = parameter.view(self.matrices, -1)  # each keeps its own nuclear norm
-        return super()._mapped(adapter_name, matrices).flatten()
+        return super().mapped(adapter_name, matrices).flatten()
 
     def _values_of(self, parameter: Tensor) -> Tensor | None:
         if self.svf_values is None:
             return None
         return self.svf_values.view(self.matrices, -1)[:, : parameter.shape[-1]]
 
-    def _pad(self, offset: Tensor) -> Tensor:
+    def padded(self, offset: Tensor) -> Tensor:
         Q = self._basis()
         k = Q.shape[-1]
         own = offset.view(self.matrices, -1)
