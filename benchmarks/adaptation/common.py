@@ -53,6 +53,7 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     """The options that every script has."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20, help="wall clock after which no further cell begins")
+    parser.add_argument("--only", default="", help="part of the name of the cells to run, such as few_shot-svamp")
     parser.add_argument("--rows", type=int, help="at most so many questions of a task, for trying; needs --out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder of the result files; default results/<hash of the experts>")
@@ -94,8 +95,9 @@ def run_cells(cells: Sequence[Cell], args: argparse.Namespace, keep_going: bool 
     """
     experts = fingerprints()
     start, missing = time.monotonic(), [cell for cell in cells if not (args.out / f"{cell.name}.json").exists()]
+    missing = [cell for cell in missing if args.only in cell.name]
     failed = []
-    print(f"{len(cells) - len(missing)} of {len(cells)} cells are done; budget {args.minutes:g} min", flush=True)
+    print(f"{len(missing)} of {len(cells)} cells to run; budget {args.minutes:g} min", flush=True)
     for done, cell in enumerate(missing):
         spent = (time.monotonic() - start) / 60
         if spent >= args.minutes:

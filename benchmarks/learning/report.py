@@ -5,7 +5,8 @@ Result files of run.py -> docs/results/learning.md with its tables, verdicts and
     python benchmarks/learning/report.py
 
 A method's setting (learning rate, temperature) is the one with the highest mean validation reward on the seeds that
-all its settings have run; the test split chooses nothing. What is not run is shown as not run.
+all its settings have run, of equals the one with more seeds; the test split chooses nothing. What is not run is shown
+as not run.
 """
 
 import json
@@ -98,15 +99,16 @@ class Runs:
         return {c.seed: self.found[c.name] for c in self.done if (c.kind, c.setting) == (kind, setting)}
 
     def setting(self, kind: str) -> Setting | None:
-        """What validation chooses, the lower one of equals; `None` where nothing was run."""
+        """What validation chooses, of equals the one with more seeds, then the lower; `None` where nothing was run."""
         settings = sorted({cell.setting for cell in self.done if cell.kind == kind})
         if not settings:
             return None
         runs = {setting: self.of(kind, setting) for setting in settings}
         shared = set.intersection(*(set(by_seed) for by_seed in runs.values()))
 
-        def reward(setting: Setting) -> float:
-            return _mean(r["best_validation"] for seed, r in runs[setting].items() if seed in shared or not shared)
+        def reward(setting: Setting) -> tuple[float, int]:
+            counted = (r["best_validation"] for seed, r in runs[setting].items() if seed in shared or not shared)
+            return _mean(counted), len(runs[setting])
 
         return max(settings, key=reward)
 
