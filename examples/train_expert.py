@@ -97,6 +97,7 @@ def main() -> None:
         early_stopping_patience=3,
         report_to="none",
         bf16=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
         seed=args.seed,
     )
     targets = args.targets.split(",") if args.targets and "," in args.targets else args.targets

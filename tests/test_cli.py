@@ -107,6 +107,8 @@ def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one(home, tmp_path,
     whole, resumed = (load_file(f / "adapter_model.safetensors") for f in (home / "expert", tmp_path / "out"))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    code, _, err = run(capsys, *train, "--resume")
+    assert code == 2 and "This run is finished (4 of 4 steps): raise max_steps" in err
 
 
 def test_the_second_interrupt_ends_at_once(home, tmp_path, capsys, monkeypatch):

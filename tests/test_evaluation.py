@@ -373,3 +373,10 @@ def test_equal_rows_leave_an_interval_open(n):
     one = summary_of([1] * n)
     gain, (low, high) = paired_difference(one, one)
     assert gain == 0 and low == -high and high == min(1.0, 3 / n)
+
+
+@pytest.mark.parametrize("choices", ["ab", [1, 2], None])
+def test_choices_that_are_no_list_of_texts_are_refused(choices):
+    row = {"id": "x", "prompt": "which?", "choices": choices, "label": 0}
+    with pytest.raises(ValueError, match="Row 'x' needs choices that are a list of texts"):
+        choice_logps(tiny_model(), TOKENIZER, [row])

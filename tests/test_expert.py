@@ -273,3 +273,9 @@ def test_a_file_without_a_mixture_is_named(text, tmp_path):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"mixture\.json holds no mixture"):
         Mixture.load(path)
+
+
+def test_a_file_without_weights_is_no_mixture(tmp_path):
+    (tmp_path / "m.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no mixture: 'alpha'"):
+        Mixture.load(tmp_path / "m.json")

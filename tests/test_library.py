@@ -693,3 +693,8 @@ def test_an_expert_made_by_hand_is_checked_before_the_model_changes(folders):
     with pytest.raises(ValueError, match="finite"):
         ExpertLibrary(base(), [Expert("nan", offsets, Expert.load(folders["math"]).config)])
     assert set(SEEDS) == set(folders)
+
+
+def test_one_path_instead_of_a_list_is_refused():
+    with pytest.raises(ValueError, match="a list or a dict of experts, got 'mine'"):
+        ExpertLibrary(base(), "mine")

@@ -180,7 +180,8 @@ def few_shot(
 
     def progress(found: Found) -> None:
         bar.update()
-        bar.set_postfix(best=f"{found.score[0]:.3f}", tokens=found.tokens)
+        checked = form == "choices" or task is not None  # else the likelihood is all there is
+        bar.set_postfix(best=f"{found.score[0 if checked else 1]:.3f}", tokens=found.tokens)
 
     with bar:
         found = maximise(

@@ -220,6 +220,7 @@ def _replace(path: Path, content: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
+        os.chmod(temporary, 0o644)  # a cache may be shared, and `mkstemp` lets nobody else read
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

@@ -53,7 +53,7 @@ class CrossEntropy:
         start: Sequence[float] | None = None,
         starts: Sequence[Sequence[float]] = (),
     ) -> None:
-        self.keep = int(elites * population)
+        self.keep = max(1, int(elites * population)) if elites > 0 else 0
         if size < 1 or population < 2 or not 1 <= self.keep <= population:
             raise ValueError(
                 f"A search needs at least 1 number, 2 members and 1 elite; got size={size}, population={population}, "

@@ -121,6 +121,11 @@ def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row],
         )
     prompts = prompt_ids(tokenizer, [row["prompt"] for row in rows])
     tokenizer = tokenizer_of(tokenizer)
+    for number, row in enumerate(rows):
+        if not isinstance(row["choices"], (list, tuple)) or not all(isinstance(text, str) for text in row["choices"]):
+            raise ValueError(
+                f"Row {row.get('id', number)!r} needs choices that are a list of texts, got {row['choices']!r}."
+            )
     options = [[tokenizer(text, add_special_tokens=False).input_ids for text in row["choices"]] for row in rows]
     for row, prompt, choices in zip(rows, prompts, options, strict=True):
         if not prompt:

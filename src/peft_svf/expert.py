@@ -284,7 +284,10 @@ class Mixture:
     def load(cls, path: str | os.PathLike[str]) -> "Mixture":
         """Read a mixture that [`Mixture.save`] wrote. Raises `ValueError` if the file holds none."""
         try:
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if "alpha" not in content:
+                raise ValueError("'alpha', the weights by expert, is missing")
+            return cls(**content)
         except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} holds no mixture: {error}.") from error
 

@@ -116,6 +116,8 @@ def dispatch(
     check_strategy(library, strategy, probe)
     if fallback not in FALLBACKS:
         raise ValueError(f"There is no fallback {fallback!r}: choose {' or '.join(map(repr, FALLBACKS))}.")
+    if not (isinstance(threshold, (int, float)) and threshold >= 0):
+        raise ValueError(f"The threshold is a confidence from 0 to 1, got {threshold!r}; above 1 nothing reaches it.")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"The temperature must be a positive number, got {temperature!r}.")
     names = [*library.descriptions, OTHER]

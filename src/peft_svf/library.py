@@ -74,6 +74,8 @@ class ExpertLibrary:
         classifier: Source | None = None,
         limit_bytes: int | None = None,
     ) -> None:
+        if isinstance(experts, (str, PathLike)):
+            raise ValueError(f"experts is a list or a dict of experts, got {str(experts)!r}.")
         given = experts.items() if isinstance(experts, Mapping) else [(None, source) for source in experts]
         entries = [*_own(model), *(_find(source, name) for name, source in given)]
         if not entries:
@@ -503,7 +505,9 @@ def _check_name(name: str, taken: Sequence[str] | Mapping[str, object]) -> None:
     if name == OTHER:
         raise ValueError(f"No expert can be called {OTHER!r}: that name stands for the base model.")
     if name in taken:
-        raise ValueError(f"Two experts are called {name!r}: pass them as a dict with a name for each.")
+        raise ValueError(
+            f"Two experts are called {name!r}: give each a name, as a dict (on the command line NAME=EXPERT)."
+        )
 
 
 def explicit(name: str) -> Mixture:

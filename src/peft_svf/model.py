@@ -470,6 +470,10 @@ class SVFModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Map the keys of a file to those of the model and refuse vectors that do not fit or are not finite."""
         tuner = getattr(model, "base_model", None)
+        if not config.fingerprint:
+            logger.warning(
+                f"Adapter {adapter_name!r} has no fingerprint: whether it belongs to this base model is not checked."
+            )
         try:
             renamed = cls._checked_keys(model, config, adapter_name, state_dict)
         except ValueError:

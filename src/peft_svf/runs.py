@@ -41,8 +41,13 @@ def last_checkpoint(folder: str | PathLike[str]) -> Path:
             return path
     raise ValueError(
         f"There is no whole checkpoint in {str(folder)!r} to resume from, of {len(found)} folders named checkpoint-N: "
-        "train without resume_from_checkpoint, or name another output_dir."
+        "train without resuming, or name another output_dir."
     )
+
+
+def step_of_checkpoint(checkpoint: str | PathLike[str]) -> int:
+    """The steps that a run had made when it wrote a checkpoint; 0 where that cannot be read."""
+    return int((_state(Path(checkpoint)) or {}).get("global_step", 0))
 
 
 def _state(checkpoint: Path) -> dict[str, Any] | None:

@@ -6,12 +6,14 @@ Prompts -> first pass -> `Mixture` per row -> second pass: Transformer² (arXiv 
 passes: the weights differ. Between calls the model is the base model with its adapters, to the bit.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel
 from torch import Tensor
 from transformers import (
@@ -320,4 +322,12 @@ def base_of(experts: Sequence[Source] | Mapping[str, Source]) -> tuple[str, str 
             f"The experts name {'several base models: ' + named if names else 'no base model'}. Write "
             'pipeline("transformer2", model="<base model>", experts=[...]).'
         )
+    if not os.path.isdir(names[0]):
+        try:
+            validate_repo_id(names[0])
+        except HFValidationError:
+            raise ValueError(
+                f"The experts were trained on {names[0]!r}, which is no folder and no Hub repository: say which model "
+                "that is, by model=... (on the command line --model). For those of examples/ see examples/smollm2.py."
+            ) from None
     return names[0], revisions[0] if revisions else None

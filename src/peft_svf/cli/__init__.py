@@ -12,6 +12,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,6 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="z-vector experts (Transformer², arXiv 2501.06252): train, measure, look into, mix.",
         epilog="peft-svf VERB --help tells more. Data: docs/reference/cli.md.",
     )
+    parser.add_argument("--version", action="version", version=f"peft-svf {version('peft-svf')}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, run: Any, what: str, more: str = "", epilog: str = "") -> argparse.ArgumentParser:
@@ -91,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
             "Measure the base, experts, a mixture or two-pass answering on a task.",
             "Without experts the base alone, with experts each beside the base, with --mixture that mixture of them "
             "instead; with --strategy also the answers of experts that a first pass chooses, row by row. Prints "
-            "accuracies with 95 %% intervals and writes a result JSON.",
+            "accuracies with 95 % intervals and writes a result JSON.",
         )
     )
     _add_factor(

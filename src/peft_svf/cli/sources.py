@@ -25,6 +25,9 @@ def find_task(name: str) -> "Task":
     return jsonl_task(name) if own else get_task(name)
 
 
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
 def load_model(
     name: str,
     revision: str | None = None,
@@ -64,6 +67,8 @@ def load_model(
         AutoTokenizer,
     )
 
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is one of {', '.join(DTYPES)}; got {dtype!r}.")
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}

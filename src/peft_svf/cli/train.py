@@ -61,6 +61,11 @@ def train(args: argparse.Namespace) -> int:
         show_sample(model, reader, task, rows["train"][0], config)
         show_cost(model, reader, rows, config, svf)
         return 0
+    from ..runs import step_of_checkpoint
+
+    done = 0 if checkpoint is None else step_of_checkpoint(checkpoint)
+    if 0 < config.max_steps <= done and (Path(config.output_dir) / "result.json").exists():
+        raise ValueError(f"This run is finished ({done} of {config.max_steps} steps): raise max_steps to go on.")
     trainer = make_trainer(model, reader, task, rows, config, svf)
     if trainer.is_fsdp_enabled:
         raise ValueError(
