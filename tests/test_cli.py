@@ -276,7 +276,7 @@ def wrong(home, tmp_path):
         "unknown key": (["train", tmp_path / "misspelt.yaml"], "'max_step': did you mean 'max_steps'?"),
         "wrong type": (["train", tmp_path / "type.yaml"], "'max_steps' is one value, not a list"),
         "no integer": (["train", tmp_path / "float.yaml"], "invalid int value: '4.5'"),
-        "unknown override": ([*train, "--max_stepz", "3"], "--max_stepz"),
+        "unknown override": ([*train, "--max_stepz", "3"], "'max_stepz': did you mean 'max_steps'?"),
         "bad value": ([*train, "--max_steps", "many"], "max_steps"),
         "unknown task": (
             [*train, "--task", "arc_eazy", "--output_dir", tmp_path / "o"],

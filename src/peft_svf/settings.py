@@ -147,11 +147,15 @@ def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
     known = {entry.name: str(entry.type) for each in classes for entry in fields(each)}
     for other, config in algorithms.items():
         _refuse_other(path, [*content, *_names(overrides)], known, algorithm, other, {f.name for f in fields(config)})
-    for key, value in content.items():
+    given = [*content, *_names(overrides)]
+    for key in given:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "peft-svf train --help lists those that exist."
-            raise ValueError(f"{path} has an unknown key {key!r}: {hint}")
+            raise ValueError(f"{path} with its overrides has an unknown key {key!r}: {hint}")
+    if "output_dir" not in given:
+        raise ValueError(f"{path} names no output_dir: the folder that becomes the expert.")
+    for key, value in content.items():
         if isinstance(value, list) and "list" not in known[key]:
             raise ValueError(f"{path}: {key!r} is one value, not a list; got {value}.")
     # what transformers and TRL turn on by default and then refuse, or warn of, where the device has none
