@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import constants
 from peft import get_peft_model
 from pico import build, logits, randomize, svf_layers
+from safetensors.torch import load_file
 
 from peft_svf import SVFConfig, basis_cache
 from peft_svf.basis import factorize, probe
@@ -349,3 +350,13 @@ def test_experts_do_not_depend_on_whether_the_basis_was_computed_or_read(folder)
         outputs.append(logits(model))
         assert len(svf_layers(model)) == 6
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (17, 40)])
+def test_numbers_of_an_entry_begin_where_those_of_a_tensor_do(folder, shape):
+    """Products of operands that lie elsewhere round otherwise: a cold cache and a warm one would differ."""
+    basis_cache.fetch(["fc"], lambda _: torch.randn(shape))
+    (file,) = folder.glob("*.safetensors")
+    content = file.read_bytes()
+    assert (8 + int.from_bytes(content[:8], "little")) % 64 == 0
+    assert len(load_file(file)["S"]) == min(shape)
