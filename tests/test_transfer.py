@@ -2,6 +2,7 @@
 """Laws of transfer: the same base changes nothing, a turned base is found out, a control keeps the numbers."""
 
 import experts
+import numpy as np
 import pico
 import pytest
 import torch
@@ -139,6 +140,56 @@ def test_lengths_that_differ_are_refused_or_interpolated(expert, low):
         transfer_expert(expert, base(), narrower, "aligned", lengths="interpolate")
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3, 7])
+def test_depths_that_differ_are_refused_or_interpolated(depth, tmp_path):
+    source = other_shape(num_hidden_layers=3)
+    expert = Expert.load(write(tmp_path, "math", seed=2, of=source))
+    target = other_shape(num_hidden_layers=depth)
+    found = transfer_expert(expert, source, target, depths="interpolate")
+    assert len(found.offsets) == 3 * depth
+    for rest in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
+        values = np.stack([expert.offsets[f"model.layers.{layer}.{rest}"] for layer in range(3)])
+        for layer in range(depth):
+            place = layer * 2 / max(depth - 1, 1)
+            expected = [np.interp(place, range(3), column) for column in values.T]
+            np.testing.assert_allclose(found.offsets[f"model.layers.{layer}.{rest}"], expected, atol=1e-6)
+    assert found.provenance["depths"] == "interpolate"
+    found.save(tmp_path / "moved")
+    same(Expert.load(tmp_path / "moved"), found)
+    ExpertLibrary(target, [tmp_path / "moved"]).model.unload()
+    if depth == 3:
+        same(found, expert)
+        return
+    refused = rf"3 layers in the source and {depth} in the target: choose depths='interpolate'"
+    for wrong in ({}, {"mode": "aligned", "depths": "interpolate"}):
+        with pytest.raises(ValueError, match=refused):
+            transfer_expert(expert, source, target, **wrong)
+    control = transfer_expert(expert, source, target, "shuffled", depths="interpolate")
+    for module, offset in found.offsets.items():
+        assert torch.equal(control.offsets[module].sort().values, offset.sort().values)
+
+
+def test_an_expert_of_one_layer_fades_over_the_layers_of_a_deeper_model(tmp_path):
+    expert = Expert.load(write(tmp_path, "first", seed=2, layers_to_transform=[0]))
+    found = transfer_expert(expert, base(), other_shape(num_hidden_layers=3), depths="interpolate")
+    for module, offset in expert.offsets.items():
+        torch.testing.assert_close(found.offsets[module], offset)
+        torch.testing.assert_close(found.offsets[module.replace("layers.0", "layers.1")], offset / 2)
+    assert not any("layers.2" in module for module in found.offsets)
+    assert found.config["layers_to_transform"] is None
+    ExpertLibrary(other_shape(num_hidden_layers=3), [found])
+
+
+def test_width_and_depth_are_interpolated_together(expert):
+    both = other_shape(num_hidden_layers=3, hidden_size=16, head_dim=4)
+    wide = transfer_expert(expert, base(), other_shape(hidden_size=16, head_dim=4), lengths="interpolate")
+    found = transfer_expert(expert, base(), both, lengths="interpolate", depths="interpolate")
+    first, second = (wide.offsets[f"model.layers.{layer}.mlp.up_proj"] for layer in range(2))
+    torch.testing.assert_close(found.offsets["model.layers.1.mlp.up_proj"], (first + second) / 2)
+    with pytest.raises(ValueError, match="24 singular values in the source and 16 in the target"):
+        transfer_expert(expert, base(), both, depths="interpolate")
+
+
 # --- what goes in and comes out
 
 
@@ -192,8 +243,10 @@ def test_weights_that_are_stored_transposed_transfer_too(kind, tmp_path):
 def test_what_cannot_be_transferred_is_refused_by_name(expert):
     with pytest.raises(ValueError, match="no mode 'best'"):
         transfer_expert(expert, base(), base(), "best")
-    with pytest.raises(ValueError, match=r"target has no model.layers.1.*'math' moves"):
-        transfer_expert(expert, base(), other_shape(num_hidden_layers=1))
+    with pytest.raises(ValueError, match=r"target has no model.layers.0.*'math' moves"):
+        transfer_expert(expert, base(), pico.build("gpt2"))
+    with pytest.raises(ValueError, match=r"no mode 'ordered' with lengths='refuse' and depths='stretch'"):
+        transfer_expert(expert, base(), base(), depths="stretch")
     with pytest.raises(ValueError, match="does not belong to this base model"):
         transfer_expert(expert, base(seed=5), base())
 

@@ -23,6 +23,7 @@ from peft_svf.plots import draw_alpha, draw_decisions, draw_search, new_figure
 PAGE = ROOT / "docs" / "results" / "adaptation.md"
 NOT_RUN = "not run"
 DRAWN_WAYS = ("names", "names, content-free", "prompt", "classifier", "probe")
+OTHER_SHAPE = "other_shape/"  # the folder beside the results, and what begins their names here
 DRAWN = ("cem_unchecked", 5, 0)  # the search in the figures
 TITLES = {"svamp": "SVAMP", "arc_challenge": "ARC-Challenge", "math": "MATH-500", "humaneval": "HumanEval"}
 TITLES |= {"cem_unchecked": "cem, unchecked", "per_layer": "gradient, per layer"}
@@ -266,8 +267,30 @@ def transfer_part(found: Results) -> list[str]:
     if cosines:
         shown = ", ".join(f"{task} {cosine:.3f}" for task, cosine in cosines.items())
         lines += [f"Mean abs(cos) between matched directions: {shown}.", ""]
-    lines += [f"The control on a model of another shape, z-vectors interpolated to Qwen2.5-Coder-0.5B: {NOT_RUN}.", ""]
-    return lines
+    return [*lines, *shape_part(found)]
+
+
+def shape_part(found: Results) -> list[str]:
+    """The same experts, interpolated to a model of other widths and depth."""
+    there = {name.removeprefix(OTHER_SHAPE): result for name, result in found.items() if name.startswith(OTHER_SHAPE)}
+    lines = [
+        "### A model of another shape",
+        "",
+        "Qwen2.5-Coder-0.5B-Instruct has 24 layers where SmolLM2 has 30, and wider ones: z is interpolated over "
+        "spectrum and depth. Nothing speaks for its directions meaning the same, so this is the negative control.",
+        "",
+    ]
+    if not there:
+        return [*lines, f"It was {NOT_RUN}.", ""]
+
+    def cell(task: str, way: str) -> dict[str, Any] | None:
+        return there.get(f"transfer-{task}-target-{way}")
+
+    tasks, ways = list(transfer.TASKS), [way for way in (*transfer.WAYS, "few_shot") if way != "aligned"]
+    rows = [["test rows", *(str(base["n"]) if (base := cell(t, "base")) else "" for t in tasks)]]
+    rows.append(["base", *(with_gain(cell(t, "base"), None) for t in tasks)])
+    rows += [[way.replace("_", "-"), *(with_gain(cell(t, way), cell(t, "base")) for t in tasks)] for way in ways]
+    return [*lines, *table(["", *tasks], rows), f"Made by `{next(iter(there.values()))['command']}`.", ""]
 
 
 def save(figure: Any, name: str, text: str) -> str:
@@ -279,7 +302,9 @@ def save(figure: Any, name: str, text: str) -> str:
 
 def main() -> None:
     folder = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else results_folder()
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    files = {path.stem: path for path in sorted(folder.glob("*.json"))}
+    files |= {OTHER_SHAPE + path.stem: path for path in sorted(folder.glob(f"{OTHER_SHAPE}*.json"))}
+    found = {name: json.loads(path.read_text()) for name, path in files.items()}
     if not found:
         raise SystemExit(f"There are no results in {folder}: python benchmarks/adaptation/run_all.py")
     PAGE.parent.mkdir(parents=True, exist_ok=True)

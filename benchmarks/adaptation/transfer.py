@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Do the experts of one model help another of the same shape? (arXiv 2501.06252, section 4.4)
+Do the experts of one model help another? (arXiv 2501.06252, section 4.4)
 
     python benchmarks/adaptation/transfer.py                                       # SmolLM2-135M -> its sibling
+    python benchmarks/adaptation/transfer.py --target B --out results/b            # SmolLM2-135M -> another model
     python benchmarks/adaptation/transfer.py --source A --target B --experts FOLDER FOLDER --out results/a-b
 
 The sibling is SmolLM2-135M after a short full fine-tuning on GSM8K's solutions: no second pre-trained model of equal
 shape is at hand, and one that went its own way is a harder test. Ways: the i-th number to the i-th singular value
 ("ordered"), the same numbers shuffled (three seeds, the control), matched directions ("aligned"), and a few-shot
-search over the ordered ones. Two models of the Hub or of folders and their experts go the same way.
+search over the ordered ones. Models of the Hub or of folders go the same way; where widths or depths differ, z-vectors
+are interpolated and nothing is aligned.
 """
 
 import argparse
@@ -20,7 +22,8 @@ from pathlib import Path
 
 import torch
 from common import FOLDERS, ROOT, Cell, arguments, parse, questions, results_folder, run_cells, score
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from smollm2 import load_smollm2, smollm2_folder
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from peft_svf import Expert, Transformer2Model
 from peft_svf.evaluation import prompt_text
@@ -33,6 +36,7 @@ SHUFFLES = 3
 WAYS = ("ordered", *(f"shuffled-{seed}" for seed in range(SHUFFLES)), "aligned")
 SEARCH = {"population": 8, "iterations": 3, "elites": 0.25}
 SHOTS = 5
+STRETCHED = {"lengths": "interpolate", "depths": "interpolate"}  # nothing where the shapes are equal
 # Of the sibling's fine-tuning. At a rate of 5e-5 weights move by 0.2 % of their norm, as much as bfloat16 rounds.
 BATCH, TOKENS, RATE = 2, 192, 3e-4
 
@@ -49,8 +53,6 @@ def sibling(args: argparse.Namespace) -> tuple[Path, dict]:
     written = folder / "sibling.json"
     if written.exists():
         return folder, json.loads(written.read_text())
-    from smollm2 import load_smollm2
-
     model, tokenizer = load_smollm2(torch.float32)
     rows, losses = get_task("gsm8k").load("train"), []
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
@@ -99,8 +101,6 @@ class Pair:
     @functools.cached_property
     def source(self) -> Transformer2Model:
         if self.args.source is None:
-            from smollm2 import load_smollm2
-
             model, tokenizer = load_smollm2()
         else:
             model = AutoModelForCausalLM.from_pretrained(self.args.source, dtype=torch.bfloat16)
@@ -112,9 +112,10 @@ class Pair:
         folder = self.args.target or sibling(self.args)[0]
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         model.name_or_path = str(self.args.target or "sibling")
+        tokenizer = AutoTokenizer.from_pretrained(self.args.target) if self.args.target else self.source.tokenizer
         first = next(iter(self.experts))
-        expert = transfer_expert(self.experts[first], self.source.library.model, model, "ordered")
-        return Transformer2Model(model, self.source.tokenizer, {f"{first} ordered": expert})
+        expert = transfer_expert(self.experts[first], self.source.library.model, model, "ordered", **STRETCHED)
+        return Transformer2Model(model, tokenizer, {f"{first} ordered": expert})
 
     def moved(self, kind: str, way: str) -> Expert:
         """An expert of the source, given to the target and known there as "math ordered"."""
@@ -122,7 +123,8 @@ class Pair:
         if name not in library.names:
             mode, _, seed = way.partition("-")
             one, other = self.source.library.model, library.model
-            library.add(transfer_expert(self.experts[kind], one, other, mode, seed=int(seed or 0), name=name))
+            moved = transfer_expert(self.experts[kind], one, other, mode, seed=int(seed or 0), name=name, **STRETCHED)
+            library.add(moved)
         return library.expert(name)
 
     def on_source(self, task: str, alpha: dict[str, float]) -> dict:
@@ -140,7 +142,7 @@ class Pair:
     def few_shot(self, task: str) -> dict:
         """A search over all ordered experts on a few validation questions, tested on the target."""
         experts = {kind: self.moved(kind, "ordered") for kind in self.experts}
-        model = Transformer2Model(self.target.library.model, self.source.tokenizer, experts)  # on the same weights
+        model = Transformer2Model(self.target.library.model, self.target.tokenizer, experts)  # on the same weights
         split = "validation" if "validation" in get_task(task).files else "train"
         shots = get_task(task).rows(split, limit=SHOTS, seed=self.args.seed)
         begin = time.process_time()
@@ -167,15 +169,23 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     for task, kind in sorted(((t, k) for k, t in tasks_of(pair).items()), key=lambda pair: list(TASKS).index(pair[0])):
         ways = {"source-base": (pair.on_source, task, {}), "source-expert": (pair.on_source, task, {kind: 1.0})}
         ways |= {f"target-{way}": (pair.on_target, task, kind, way) for way in ("base", *WAYS)}
+        if args.target and shape(args.target) != shape(args.source or smollm2_folder()):
+            del ways["target-aligned"]
         ways["target-few_shot"] = (pair.few_shot, task)
         made += [Cell(f"transfer-{task}-{way}", functools.partial(*call)) for way, call in ways.items()]
     return made
 
 
+def shape(model: str | Path) -> dict:
+    """What has to be equal for directions to be matched."""
+    config = AutoConfig.from_pretrained(model)
+    return {name: getattr(config, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+
+
 def parser(doc: str) -> argparse.ArgumentParser:
     made = arguments(doc)
     made.add_argument("--source", help="Hub id or folder; default SmolLM2-135M, whose experts lie in examples/")
-    made.add_argument("--target", help="the same; default the sibling, which is made in the first cell")
+    made.add_argument("--target", help="the same, of any shape; default the sibling, which is made in the first cell")
     made.add_argument("--experts", nargs="+", help=f"folders of experts of the source, of {', '.join(TASKS)}")
     made.add_argument("--steps", type=int, default=30, help="of the sibling's fine-tuning")
     return made
@@ -183,8 +193,8 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     args = parse(parser(__doc__))
-    if len({bool(given) for given in (args.source, args.target, args.experts)}) > 1:
-        raise SystemExit("Give --source, --target and --experts together, or none of them.")
+    if bool(args.source) != bool(args.experts) or (args.source and not args.target):
+        raise SystemExit("Give --source with --experts and --target, --target alone, or none of them.")
     if args.target and args.out == results_folder():
         raise SystemExit("Results of another pair need a folder of their own: give --out.")
     run_cells(cells(args), args)

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-An expert of one base model -> an expert of another one of the same shape (arXiv 2501.06252, section 4.4).
+An expert of one base model -> an expert of another one of like architecture (arXiv 2501.06252, section 4.4).
 
 A z-vector says how strongly to use each singular direction of a weight. Another model has other directions: which of
-them gets which number is a choice, and this module has three. In go an expert and two models, or the bases of their
-weights; out comes an expert as a value. Whether it is any good, only an evaluation can say.
+them gets which number is a choice, and this module has three. Widths and depths that differ are refused, or
+interpolated. In go an expert and two models, or the bases of their weights; out comes an expert as a value. Whether it
+is any good, only an evaluation can say.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -26,6 +28,7 @@ from .layer import SVFLayer
 Bases = Mapping[str, tuple[Basis, Fingerprint]]
 MODES = ("ordered", "shuffled", "aligned")
 NARROW = (torch.bfloat16, torch.float16)
+LAYER = re.compile(r"(?P<stack>.+?)\.(?P<index>\d+)\.(?P<rest>.+)")  # model.layers.3.mlp.up_proj
 
 
 def transfer_expert(
@@ -35,6 +38,7 @@ def transfer_expert(
     mode: Literal["ordered", "shuffled", "aligned"] = "ordered",
     *,
     lengths: Literal["refuse", "interpolate"] = "refuse",
+    depths: Literal["refuse", "interpolate"] = "refuse",
     seed: int = 0,
     name: str | None = None,
 ) -> Expert:
@@ -43,7 +47,8 @@ def transfer_expert(
 
     Args:
         expert ([`~expert.Expert`]):
-            Its modules must exist under the same names in both models.
+            Its modules must exist under the same names in both models; with `depths="interpolate"` the numbers of
+            layers in these names may differ.
         source, target (`torch.nn.Module` or `Mapping[str, tuple[Basis, Fingerprint]]`):
             The model that the expert belongs to and the one that gets it, or their bases by module as
             [`~basis_cache.fetch`] returns them. Models stay as they are.
@@ -55,6 +60,10 @@ def transfer_expert(
         lengths (`str`):
             What happens where the weights have different numbers of singular values: `"refuse"`, or `"interpolate"`
             linearly over the place in the spectrum, from the largest to the smallest. Aligned needs equal sizes.
+        depths (`str`):
+            What happens where the models have different numbers of layers: `"refuse"`, or `"interpolate"` linearly
+            over the place in the stack: the first layer gets what the first has, the last what the last has, one
+            between gets the mean of the two nearest by distance. Aligned needs equal depths.
         seed (`int`):
             Of the shuffling.
         name (`str`, *optional*):
@@ -65,29 +74,36 @@ def transfer_expert(
         for aligned per module the mean of `abs(cos)` over the matched directions that the expert moves.
 
     Raises:
-        `ValueError`: for another mode, a module that is missing, an expert of another source, or sizes that differ.
+        `ValueError`: for another mode, a module that is missing, an expert of another source, or sizes or depths that
+            differ.
     """
-    if mode not in MODES or lengths not in ("refuse", "interpolate"):
+    if mode not in MODES or not {lengths, depths} <= {"refuse", "interpolate"}:
         raise ValueError(
-            f"There is no mode {mode!r} with lengths={lengths!r}: choose {', '.join(map(repr, MODES))}, and 'refuse' "
-            "or 'interpolate'."
+            f"There is no mode {mode!r} with lengths={lengths!r} and depths={depths!r}: choose "
+            f"{', '.join(map(repr, MODES))}, and 'refuse' or 'interpolate'."
         )
-    ours, theirs = _bases(source, expert, "source"), _bases(target, expert, "target")
+    ours = _bases(source, expert.offsets, expert, "source")
     _check_source(expert, source, ours)
+    taken = _from_layers(expert, _names(source), _names(target), refuse=depths == "refuse" or mode == "aligned")
+    theirs = _bases(target, taken, expert, "target")
     draws = torch.Generator().manual_seed(seed)
     offsets, cosines = {}, {}
-    for module, offset in sorted(expert.offsets.items()):
-        one, other = ours[module][0], theirs[module][0]
+    for module, shares in sorted(taken.items()):
+        other = theirs[module][0]
         if mode == "aligned":
-            offsets[module], cosines[module] = _aligned(module, offset, one, other)
+            offsets[module], cosines[module] = _aligned(module, expert.offsets[module], ours[module][0], other)
             continue
-        if len(one.S) != len(other.S) and lengths == "refuse":
-            raise ValueError(
-                f"{module} has {len(one.S)} singular values in the source and {len(other.S)} in the target: choose "
-                "lengths='interpolate', or a target of the same shape."
-            )
-        moved = _stretched(offset, max(1, round(len(offset) * len(other.S) / len(one.S))))
-        offsets[module] = moved[torch.randperm(len(moved), generator=draws)] if mode == "shuffled" else moved
+        moved = []
+        for of, share in shares.items():
+            one, offset = ours[of][0], expert.offsets[of]
+            if len(one.S) != len(other.S) and lengths == "refuse":
+                raise ValueError(
+                    f"{of} has {len(one.S)} singular values in the source and {len(other.S)} in the target: choose "
+                    "lengths='interpolate', or a target of the same shape."
+                )
+            moved.append(share * _stretched(offset, max(1, round(len(offset) * len(other.S) / len(one.S)))))
+        mixed = torch.nn.utils.rnn.pad_sequence(moved).sum(1)  # z = 1 where one of the two ends
+        offsets[module] = mixed[torch.randperm(len(mixed), generator=draws)] if mode == "shuffled" else mixed
     # a config has one rank, so all vectors that are shorter than their weight allows get the length of the longest
     rank = max(map(len, offsets.values()))
     sizes = {module: min(rank, len(theirs[module][0].S)) for module in offsets}
@@ -99,8 +115,11 @@ def transfer_expert(
         "fingerprint": {module: theirs[module][1].to_json() for module in offsets},
         "rank": rank if any(sizes[module] < len(theirs[module][0].S) for module in offsets) else None,
     }
+    if set(offsets) != set(expert.offsets):  # other layers than the config speaks of
+        named = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+        config |= {"target_modules": sorted(offsets), **named}
     provenance: dict[str, Any] = {"transfer": mode, "expert": expert.name, "from": expert.base_model}
-    provenance |= {"to": _name(target), "lengths": lengths}
+    provenance |= {"to": _name(target), "lengths": lengths, "depths": depths}
     if mode == "shuffled":
         provenance["seed"] = seed
     if mode == "aligned":
@@ -149,6 +168,45 @@ def _aligned(module: str, offset: Tensor, source: Basis, target: Basis) -> tuple
     return moved[:used], round(float(cosine[torch.arange(len(offset)), columns].mean()), 6)
 
 
+def _from_layers(
+    expert: Expert, source: Iterable[str], target: Iterable[str], refuse: bool
+) -> dict[str, dict[str, float]]:
+    """Per module of the target the modules of the expert that it takes its numbers from, and their shares."""
+    ours, theirs = _depths(source), _depths(target)
+    taken: dict[str, dict[str, float]] = {}
+    for module in expert.offsets:
+        place = LAYER.fullmatch(module)
+        before, after = (depths.get(place["stack"], 0) if place else 0 for depths in (ours, theirs))
+        if place is None or before == after or not after:
+            taken.setdefault(module, {})[module] = 1.0
+        elif refuse:
+            raise ValueError(
+                f"{place['stack']} has {before} layers in the source and {after} in the target: choose "
+                "depths='interpolate' with mode='ordered' or 'shuffled', or a target of the same depth."
+            )
+        else:
+            for layer in range(after):
+                share = 1 - abs(layer * (before - 1) / max(after - 1, 1) - int(place["index"]))
+                if share > 1e-9:
+                    taken.setdefault(f"{place['stack']}.{layer}.{place['rest']}", {})[module] = share
+    return taken
+
+
+def _depths(names: Iterable[str]) -> dict[str, int]:
+    """How many layers each stack of a model has: {"model.layers": 30}."""
+    found: dict[str, int] = {}
+    for name in names:
+        if place := LAYER.fullmatch(name):
+            found[place["stack"]] = max(found.get(place["stack"], 0), int(place["index"]) + 1)
+    return found
+
+
+def _names(model: nn.Module | Bases) -> list[str]:
+    if isinstance(model, Mapping):
+        return list(model)
+    return [name for name, _ in (model.get_base_model() if isinstance(model, PeftModel) else model).named_modules()]
+
+
 def _stretched(offset: Tensor, size: int) -> Tensor:
     if size == len(offset):
         return offset.clone()
@@ -173,14 +231,14 @@ def _check_source(expert: Expert, source: nn.Module | Bases, ours: Bases) -> Non
     )
 
 
-def _bases(model: nn.Module | Bases, expert: Expert, which: str) -> Bases:
-    """The bases of the weights that an expert moves, as the tuner takes them: of stored weights if loading rounds."""
+def _bases(model: nn.Module | Bases, modules: Iterable[str], expert: Expert, which: str) -> Bases:
+    """The bases of some weights as the tuner takes them: of stored weights if loading rounds."""
     if isinstance(model, Mapping):
         found: Mapping[str, Any] = model
     else:
         model = model.get_base_model() if isinstance(model, PeftModel) else model
         found = dict(model.named_modules())
-    if missing := sorted(set(expert.offsets) - set(found)):
+    if missing := sorted(set(modules) - set(found)):
         raise ValueError(
             f"The {which} has no {missing[0]}, which expert {expert.name!r} moves: experts transfer between models "
             "whose weights have the same names."
@@ -203,4 +261,4 @@ def _bases(model: nn.Module | Bases, expert: Expert, which: str) -> Bases:
         weight = weight if stored is None else stored
         return weight.T if isinstance(base, Conv1D) else weight
 
-    return fetch(expert.offsets, weight_of)
+    return fetch(modules, weight_of)
