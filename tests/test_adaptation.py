@@ -467,10 +467,11 @@ class Contains(Task):
         return any(letter in completion for letter in self.letters)
 
 
-def choice_score(library, mixture, examples):
+def choice_score(library, mixture, examples, temperature=8.0):
     """Share of right choices, then mean log-probability of the right one, one example at a time."""
     with torch.no_grad(), library.activate(mixture) as model:
-        logps = torch.cat([choice_logps(model, tokenizer, [row]) for row in examples]).double().log_softmax(-1)
+        logps = torch.cat([choice_logps(model, tokenizer, [row]) for row in examples]).double()
+    logps = (logps / temperature).log_softmax(-1)
     labels = torch.tensor([row["label"] for row in examples])
     right = (logps.argmax(-1) == labels).double().mean()
     return float(right), float(logps[torch.arange(len(labels)), labels].mean())
@@ -498,7 +499,9 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_the_result_is_no_worse_than_the_base_and_each_expert(form, library):
     examples, settings, score = FORMS[form]
-    found = few_shot(library, tokenizer, examples, **SMALL, **settings)
+    checked = few_shot(library, tokenizer, examples, **SMALL, **settings)
+    assert checked.provenance["score"] == pytest.approx(score(library, checked, examples), abs=1e-4)
+    found = few_shot(library, tokenizer, examples, holdout=0, **SMALL, **settings)
     assert found.provenance["score"] == pytest.approx(score(library, found, examples), abs=1e-4)
     assert found.strategy == "few-shot" and set(found.alpha) <= {"code", "math"}
     for alpha in ({}, {"math": 1.0}, {"code": 1.0}):
@@ -670,7 +673,7 @@ def test_an_interrupted_search_leaves_the_base_and_goes_on_as_if_nothing_had_bee
     done = len(json.loads((tmp_path / "search.json").read_text())["populations"])
     assert done == 2
     resumed = few_shot(library, tokenizer, CHOICES, state=tmp_path / "search.json", **settings)
-    assert resumed == whole and len(calls) == 3 + (5 - done)
+    assert resumed == whole and len(calls) == 3 + (5 - done) + 1  # base and experts in the check
 
 
 def test_a_state_file_of_other_examples_experts_or_settings_is_refused(library, folders, tmp_path):
@@ -686,23 +689,25 @@ def test_a_state_file_of_other_examples_experts_or_settings_is_refused(library, 
 
 
 def scored_by(table, monkeypatch):
-    """Judges that give a vector the score that `table(vector, is it held out)` says."""
+    """Judges that give a vector on each example the score that `table(vector, example's number)` says."""
 
     class Told:
         def __init__(self, library, tokenizer, weights, examples, **_):
-            self.held_out = len(examples) == 2
+            self.numbers = [int(example["prompt"].split()[0]) for example in examples]
 
         def __call__(self, members):
-            return evaluator.Judged([table(member.tolist(), self.held_out) for member in members])
+            each = np.array([[table(member.tolist(), i) for i in self.numbers] for member in members], float)
+            return evaluator.Judged([tuple(mean) for mean in each.mean(1).tolist()], each=each)
 
     monkeypatch.setattr(adaptation, "Judge", Told)
 
 
 EIGHT = [{"prompt": f"{a} + 1 =", "answer": str(a + 1)} for a in range(8)]
+CORNERS = {(0.0, 0.0): "other", (1.0, 0.0): "code", (0.0, 1.0): "math"}
 
 
 @pytest.mark.parametrize(
-    "held_out, alpha, what",
+    "unseen, alpha, what",
     [
         ({"other": 0.3, "code": 0.2, "math": 0.9, "found": 0.5}, None, None),  # math was not best on the examples
         ({"other": 0.3, "code": 0.6, "math": 0.0, "found": 0.5}, {"code": 1.0}, "code"),
@@ -710,35 +715,111 @@ EIGHT = [{"prompt": f"{a} + 1 =", "answer": str(a + 1)} for a in range(8)]
         ({"other": 0.5, "code": 0.2, "math": 0.0, "found": 0.5}, {}, "other"),  # no better: the simpler one
     ],
 )
+@pytest.mark.parametrize("share", [True, False], ids=["a share", "other examples"])
 def test_a_mixture_that_is_no_better_on_held_out_examples_gives_way(
-    held_out, alpha, what, library, monkeypatch, caplog
+    share, unseen, alpha, what, library, monkeypatch, caplog
 ):
-    corners = {(0.0, 0.0): "other", (1.0, 0.0): "code", (0.0, 1.0): "math"}
+    drawn = [int(row["prompt"].split()[0]) for row in held_out_of(EIGHT)] if share else [8, 9]
 
-    def table(vector, out):
-        kind = corners.get(tuple(vector), "found")
-        if out:
-            return (0.0, held_out[kind])
+    def table(vector, example):
+        kind = CORNERS.get(tuple(vector), "found")
+        if example in drawn:
+            return (0.0, unseen[kind])
         return (0.0, {"other": 0.1, "code": 0.2, "math": 0.15, "found": 1 - abs(vector[0] - 0.4)}[kind])
 
     scored_by(table, monkeypatch)
+    others = [{"prompt": f"{a} + 1 =", "answer": str(a + 1)} for a in (8, 9)]
     with caplog.at_level(logging.WARNING, "peft_svf.adaptation"):
-        found = few_shot(library, tokenizer, EIGHT, **SMALL)
+        found = few_shot(library, tokenizer, EIGHT, holdout=0.25 if share else others, **SMALL)
     check = found.provenance["held_out"]
-    assert check["examples"] == 2 and found.provenance["examples"] == 6 and check["fell_back"] == what
-    assert check["found"] == [0.0, 0.5] and check["code"] == [0.0, held_out["code"]] and "math" not in check
+    assert check["examples"] == 2 and check["fell_back"] == what
+    assert found.provenance["examples"] == (6 if share else 8)
+    assert check["found"] == [0.0, 0.5] and check["code"] == [0.0, unseen["code"]] and "math" not in check
     if what is None:
         assert 0 < found.alpha["code"] < 1 and not caplog.records
     else:
         assert found.alpha == alpha and "is returned instead" in caplog.text
-        assert found.provenance["score"] == [0.0, {"code": 0.2, "other": 0.1}[what]]
+        assert found.provenance["score"] == pytest.approx([0.0, {"code": 0.2, "other": 0.1}[what]])
 
 
-def test_the_best_expert_itself_is_kept_if_it_beats_the_base(library, monkeypatch):
-    best = {(1.0, 0.0): 1.0, (0.0, 0.0): 0.4}
-    scored_by(lambda vector, out: (0.0, best.get(tuple(vector), 0.2)), monkeypatch)
+def test_leaving_one_out_scores_each_example_by_what_the_others_choose(library, monkeypatch):
+    """Against a second search for each example, of the same candidates."""
+    draws, known, asked = np.random.default_rng(1), {}, []
+
+    def table(vector, example):
+        if tuple(vector) not in known:
+            known[tuple(vector)] = np.stack([draws.integers(0, 2, 8), draws.normal(size=8)], -1)
+            asked.append(tuple(vector))
+        return tuple(known[tuple(vector)][example])
+
+    scored_by(table, monkeypatch)
     found = few_shot(library, tokenizer, EIGHT, **SMALL)
+    check = found.provenance["held_out"]
+
+    def left_out(vectors):
+        total = np.zeros(2)
+        for i in range(8):
+            rest = [example for example in range(8) if example != i]
+            total += known[max(vectors, key=lambda v: tuple(known[v][rest].mean(0)))][i]
+        return total / 8
+
+    experts = {name: corner for corner, name in CORNERS.items() if name != "other"}
+    best = max(experts, key=lambda name: tuple(known[experts[name]].mean(0)))
+    assert check["examples"] == 8 and check["by"] == "leave-one-out"
+    assert check["found"] == pytest.approx(left_out(asked))
+    assert check[best] == pytest.approx(left_out(list(experts.values())))
+    assert check["other"] == pytest.approx(known[0.0, 0.0].mean(0))
+    rivals = {name: check[name] for name in ("other", best)}
+    expected = None if check["found"] > max(rivals.values()) else max(rivals, key=rivals.get)
+    assert check["fell_back"] == expected
+
+
+@pytest.mark.parametrize("lucky", [False, True], ids=["a real gain", "luck"])
+def test_leaving_one_out_tells_a_real_gain_from_a_chosen_one(lucky, library, monkeypatch):
+    """Every example likes 0.4 of code, or candidates differ by noise around what is worse than the base."""
+    kept, chosen, believed = [], [], []
+    for seed in range(12):
+        draws, known = np.random.default_rng(seed), {}
+
+        def table(vector, example, draws=draws, known=known):
+            luck = known.setdefault(tuple(vector), draws.normal(-0.2, 1, size=8))
+            return (0.0, luck[example] * any(vector) if lucky else 0.1 * luck[example] - abs(vector[0] - 0.4))
+
+        scored_by(table, monkeypatch)
+        checked, taken = (few_shot(library, tokenizer, EIGHT, holdout=h, **SMALL) for h in ("leave-one-out", 0))
+        kept.append(checked.alpha == taken.alpha)
+        chosen.append(checked.provenance["held_out"]["found"][1])
+        believed.append(taken.provenance["score"][1])
+    if lucky:  # on average each is 0.2 worse than the base: the check knows, the search does not
+        assert np.mean(believed) > 0.2 and np.mean(chosen) == pytest.approx(-0.2, abs=0.2)
+        assert sum(kept) <= 6
+    else:
+        assert all(kept)
+
+
+def test_a_single_example_is_not_checked_and_the_log_says_so(library, caplog):
+    with caplog.at_level(logging.INFO, "peft_svf.adaptation"):
+        found = few_shot(library, tokenizer, CHOICES[:1], **SMALL)
+    assert found.provenance["held_out"] == {"examples": 0, "fell_back": None}
+    assert "single example is not checked" in caplog.text
+
+
+@pytest.mark.parametrize("holdout", [0.25, "leave-one-out"])
+def test_the_best_expert_itself_is_kept_if_it_beats_the_base(holdout, library, monkeypatch):
+    best = {(1.0, 0.0): 1.0, (0.0, 0.0): 0.4}
+    scored_by(lambda vector, _: (0.0, best.get(tuple(vector), 0.2)), monkeypatch)
+    found = few_shot(library, tokenizer, EIGHT, holdout=holdout, **SMALL)
     assert found.alpha == {"code": 1.0} and found.provenance["held_out"]["fell_back"] is None
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_a_temperature_divides_the_likelihoods_of_choices(temperature, library):
+    found = few_shot(library, tokenizer, CHOICES, holdout=0, temperature=temperature, **SMALL)
+    expected = choice_score(library, found, CHOICES, temperature)
+    assert found.provenance["score"] == pytest.approx(expected, abs=1e-4)
+    assert found.provenance["temperature"] == temperature
+    with pytest.raises(ValueError, match="temperature of choices is more than 0, got 0"):
+        few_shot(library, tokenizer, CHOICES, temperature=0, **SMALL)
 
 
 def test_held_out_examples_are_not_searched_on(library, monkeypatch):
@@ -750,16 +831,21 @@ def test_held_out_examples_are_not_searched_on(library, monkeypatch):
             super().__init__(library, tokenizer, weights, examples, **settings)
 
     monkeypatch.setattr(adaptation, "Judge", Watch)
-    few_shot(library, tokenizer, EIGHT, **SMALL)
-    assert len(searched[0]) == 6 and len(searched[-1]) == 2 and not set(searched[0]) & set(searched[-1])
+    few_shot(library, tokenizer, EIGHT, holdout=0.25, **SMALL)
+    seen, unseen = (next(rows for rows in searched if len(rows) == count) for count in (6, 2))
+    assert len(searched) > 1 and not set(seen) & set(unseen) and {len(rows) for rows in searched} == {6, 2}
     searched.clear()
     few_shot(library, tokenizer, EIGHT, holdout=ANSWERS, **SMALL)
-    assert len(searched[0]) == 8 and searched[-1] == [row["prompt"] for row in ANSWERS]
+    assert len(searched[0]) == 8 and [row["prompt"] for row in ANSWERS] in searched
     searched.clear()
-    few_shot(library, tokenizer, EIGHT, holdout=0, **SMALL)
-    assert [len(rows) for rows in searched if rows] == [8] * len(searched)
-    for share in (-0.1, 1.0):
-        with pytest.raises(ValueError, match="holdout is a share"):
+    for all_seen in (0, "leave-one-out"):
+        searched.clear()
+        few_shot(library, tokenizer, EIGHT, holdout=all_seen, **SMALL)
+        assert [len(rows) for rows in searched if rows] == [8] * len(searched)
+    with pytest.raises(ValueError, match=r"holdout=0.4 of 1 examples leaves none"):
+        few_shot(library, tokenizer, EIGHT[:1], holdout=0.4, **SMALL)
+    for share in (-0.1, 1.0, "half"):
+        with pytest.raises(ValueError, match="holdout is 'leave-one-out', a share"):
             few_shot(library, tokenizer, EIGHT, holdout=share, **SMALL)
     with pytest.raises(ValueError, match="held-out examples have another form"):
         few_shot(library, tokenizer, EIGHT, holdout=CHOICES, **SMALL)

@@ -199,16 +199,17 @@ def test_weights_per_layer_become_an_expert_that_eval_takes(home, tmp_path, caps
 
 def test_the_range_of_the_weights_their_name_and_a_held_out_file_are_those_of_python(home, tmp_path, capsys):
     checks = few(tmp_path / "checks.jsonl", 3)
-    more = ["--low", -0.5, "--high", 2, "--name", "wide", "--holdout", checks, "--out", tmp_path / "m.json"]
+    more = ["--low", -0.5, "--high", 2, "--name", "wide", "--holdout", checks, "--temperature", 3]
+    more += ["--out", tmp_path / "m.json"]
     code, _, err = run(capsys, "adapt", *both(home), "--examples", few(tmp_path / "few.jsonl"), *SEARCH, *more)
     assert code == 0, err
     base = AutoModelForCausalLM.from_pretrained(home / "base")
     model = Transformer2Model(base, tiny_tokenizer(), [home / "code", home / "math"])
-    settings = {"low": -0.5, "high": 2.0, "name": "wide", "holdout": rows_of(checks)}
+    settings = {"low": -0.5, "high": 2.0, "name": "wide", "holdout": rows_of(checks), "temperature": 3}
     expected = model.adapt(rows_of(tmp_path / "few.jsonl"), **AS_PYTHON, **settings)
     found = Mixture.load(tmp_path / "m.json")
     assert found.alpha == pytest.approx(expected.alpha) and found.provenance["name"] == "wide"
-    assert (found.provenance["low"], found.provenance["high"]) == (-0.5, 2.0)
+    assert [found.provenance[key] for key in ("low", "high", "temperature")] == [-0.5, 2.0, 3.0]
     assert found.provenance["held_out"]["examples"] == 3
 
 
@@ -282,7 +283,7 @@ def wrong(home, tmp_path):
         "no name": (["adapt", *two, "--examples", tmp_path / "few.jsonl", "--per-layer"], "name it by --name"),
         "name of an expert": ([*adapt, "--per-layer", "--name", "math"], "a name=... that no expert has"),
         "folder is there": ([*adapt[:-1], home, "--per-layer"], "is there already"),
-        "holdout": ([*adapt, "--holdout", "some"], "--holdout is a share"),
+        "holdout": ([*adapt, "--holdout", "some"], "--holdout is leave-one-out, a share"),
         "whole holdout": ([*adapt, "--holdout", "1"], "less than 1"),
         "no method": ([*adapt, "--method", "walk"], "There is no search 'walk'"),
         "no tokens": ([*adapt, "--max-tokens", "-1"], "--max-tokens: expected a whole number from 1"),

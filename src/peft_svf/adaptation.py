@@ -2,7 +2,7 @@
 """
 The first pass of Transformer² (arXiv 2501.06252, section 3.3): a prompt, or a few examples -> `Mixture`.
 
-`few_shot`, here, searches mixture weights on solved examples and checks them on examples that the search has not seen.
+`few_shot`, here, searches mixture weights on solved examples and checks them on examples that did not choose them.
 `dispatch`, of `first_pass`, asks "which kind of request is this". Both leave the model as it was.
 """
 
@@ -10,9 +10,9 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ from .first_pass import (
     read_boxed,
 )
 from .library import ExpertLibrary
-from .search import Ascent, CovarianceAdaptation, Found, Score, Searcher, maximise
+from .search import Ascent, CovarianceAdaptation, Found, Judged, Score, Searcher, maximise
 from .tasks import Task
 
 __all__ = [
@@ -63,7 +63,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 METHODS = ("cem", "cma", "gradient")
-FEWEST = 4  # examples from which on some are held out by default
+LEAVE_ONE_OUT: Literal["leave-one-out"] = "leave-one-out"
+TEMPERATURE = 8.0  # of choices in a search
 
 
 def few_shot(
@@ -82,7 +83,8 @@ def few_shot(
     batch_size: int = 32,
     normalize: bool = False,
     per_layer: bool = False,
-    holdout: float | Sequence[Example] = 0.25,
+    temperature: float = TEMPERATURE,
+    holdout: float | Literal["leave-one-out"] | Sequence[Example] = LEAVE_ONE_OUT,
     state: str | PathLike[str] | None = None,
     max_tokens: int | None = None,
     max_seconds: float | None = None,
@@ -91,10 +93,10 @@ def few_shot(
     **generation: Any,
 ) -> Mixture:
     """
-    Search mixture weights on a few solved examples, and check them on examples that the search has not seen.
+    Search mixture weights on a few solved examples, and check them on examples that did not choose them.
 
     The first population holds the base model and each single expert. The result has to beat the base and the best of
-    these on the held-out examples; if it does not, the better of the two is returned, with a warning in the log and in
+    these in the check; if it does not, the better of the two is returned, with a warning in the log and in
     `provenance["held_out"]["fell_back"]`.
 
     Args:
@@ -104,9 +106,10 @@ def few_shot(
             Of the base model.
         examples (`Sequence[Mapping]`):
             All of one form. `{"prompt", "choices", "label"}`: scored by the share of right choices, ties by the
-            log-probability of the right one. `{"prompt", "answer"}` with a `task`: by the task's check of a greedy
-            completion, ties by the log-likelihood of the answer. Without a task: by the latter alone. Where all
-            candidates answer equally many right (none, or all), the tie-break alone decides, and the log says so.
+            log-probability of the right one at `temperature`. `{"prompt", "answer"}` with a `task`: by the task's
+            check of a greedy completion, ties by the log-likelihood of the answer. Without a task: by the latter
+            alone. Where all candidates answer equally many right (none, or all), the tie-break alone decides, and the
+            log says so.
         task ([`~tasks.Task`], *optional*):
             Checks completions; not asked about choices.
         method (`str`):
@@ -125,9 +128,17 @@ def few_shot(
             One weight per expert and block of the model instead of one per expert. The mixed z-vector becomes an
             expert of the library under `name`, and the mixture returned is that expert alone; the weights are in
             `provenance["layers"]`.
-        holdout (`float` or `Sequence[Mapping]`):
-            The share of the examples that the search does not see, drawn by the seed; examples of the same form; or 0
-            for no check. Of fewer than 4 examples none is held out.
+        temperature (`float`):
+            Divides the log-likelihoods of choices before they become probabilities. At 1 one sure mistake outweighs
+            everything that a few examples say; 8 was measured better on three tasks
+            (`benchmarks/adaptation/selection.py`).
+        holdout (`"leave-one-out"`, `float` or `Sequence[Mapping]`):
+            What checks the result. `"leave-one-out"`: the search sees all examples; each is then answered by the
+            candidate that is best on the others, and the mean of these scores is compared, as is that of the best
+            single expert, chosen in the same way. It costs nothing, but the candidates themselves were drawn with all
+            examples in view: with many weights (`per_layer`) it flatters. A share of the examples, drawn by the seed,
+            or other examples of the same form, that the search does not see; or 0 for no check. A single example is
+            not checked.
         state (`str` or path, *optional*):
             File with the scores so far. If the search is interrupted, the same call goes on from it.
         max_tokens, max_seconds (*optional*):
@@ -157,6 +168,8 @@ def few_shot(
     task = task if form == "answer" else None
     if generation and task is None:
         raise TypeError(f"few_shot does not know {', '.join(generation)}: these examples need no generation.")
+    if not temperature > 0:
+        raise ValueError(f"The temperature of choices is more than 0, got {temperature}.")
     weights = Weights(tuple(library.names), blocks_of(library.model) if per_layer else (), normalize)
     seen, unseen = _split(examples, holdout, seed, form)
     evaluate = evaluator or LocalEvaluator()
@@ -164,7 +177,7 @@ def few_shot(
     def judge_of(rows: Sequence[Example], gradients: bool = False) -> Callable[[np.ndarray], Any]:
         judge = Judge(
             library, tokenizer, weights, rows, task=task, generation=generation, batch_size=batch_size,
-            gradients=gradients, seed=seed,
+            gradients=gradients, seed=seed, temperature=temperature,
         )  # fmt: skip
         return lambda members: evaluate(judge, members)
 
@@ -172,6 +185,8 @@ def few_shot(
     settings |= {"low": low, "high": high, "seed": seed}
     searcher = _searcher(weights, **settings)
     settings |= {"normalize": normalize, "per_layer": per_layer}
+    if form == "choices":
+        settings["temperature"] = temperature
     depends = {**settings, "task": task and task.name, "generation": repr(sorted(generation.items()))}
     depends |= {"examples": _digest(seen), "experts": digest_of_experts(library)}
     bar = tqdm(
@@ -191,11 +206,12 @@ def few_shot(
         )  # fmt: skip
     if form == "choices" or task is not None:
         _warn_of_ties(found)
-    vector, score, check = _checked(weights, found, judge_of(seen), judge_of(unseen) if unseen else None)
+    others = judge_of(unseen) if unseen else None
+    vector, score, check = check_choice(weights, found, judge_of(seen), others, holdout == LEAVE_ONE_OUT)
     provenance = {
         **({"name": name} if name else {}), **settings, "iterations": len(found.history), "examples": len(seen),
-        "held_out": {"examples": len(unseen), **check}, "score": list(score), "tokens": found.tokens,
-        "stopped": found.stopped, "history": found.history,
+        "held_out": check, "score": list(score), "tokens": found.tokens, "stopped": found.stopped,
+        "history": found.history,
     }  # fmt: skip
     logger.info(f"few-shot search: {found.tokens} tokens, {found.seconds:.0f} s, score {score}")
     if per_layer:
@@ -230,18 +246,23 @@ def _form(examples: Sequence[Example]) -> str:
 
 
 def _split(
-    examples: Sequence[Example], holdout: float | Sequence[Example], seed: int, form: str
+    examples: Sequence[Example], holdout: float | str | Sequence[Example], seed: int, form: str
 ) -> tuple[list[Example], list[Example]]:
-    """The examples that the search sees, and those that check its result."""
+    """The examples that the search sees, and others that check its result."""
+    if holdout == LEAVE_ONE_OUT:
+        return list(examples), []
+    if isinstance(holdout, str) or (isinstance(holdout, (int, float)) and not 0 <= holdout < 1):
+        raise ValueError(
+            f"holdout is {LEAVE_ONE_OUT!r}, a share of the examples of at least 0 and less than 1, or other examples; "
+            f"got {holdout!r}."
+        )
     if not isinstance(holdout, (int, float)):
         if holdout and _form(holdout) != form:
             raise ValueError(f"The held-out examples have another form than the others, which have {form!r}.")
         return list(examples), list(holdout)
-    if not 0 <= holdout < 1:
-        raise ValueError(f"holdout is a share of the examples, at least 0 and less than 1, got {holdout}.")
-    count = max(1, round(holdout * len(examples))) if holdout and len(examples) >= FEWEST else 0
-    if holdout and not count:
-        logger.info(f"{len(examples)} examples are too few to hold some out: the result is not checked.")
+    count = max(1, round(holdout * len(examples))) if holdout else 0
+    if count >= len(examples):
+        raise ValueError(f"holdout={holdout} of {len(examples)} examples leaves none to search on.")
     order = np.random.default_rng(seed).permutation(len(examples)).tolist()
     return [examples[i] for i in sorted(order[count:])], [examples[i] for i in sorted(order[:count])]
 
@@ -263,28 +284,74 @@ def _searcher(weights: Weights, *, method: str, population: int, elites: float, 
     return Ascent(weights.size, **settings)
 
 
-def _checked(
+def check_choice(
     weights: Weights,
     found: Found,
-    judge: Callable[[np.ndarray], Any],
-    held_out: Callable[[np.ndarray], Any] | None,
+    judge: Callable[[np.ndarray], Judged],
+    unseen: Callable[[np.ndarray], Judged] | None,
+    leave_one_out: bool,
 ) -> tuple[np.ndarray, Score, dict[str, Any]]:
-    """The found vector if it beats base and best single expert on held-out examples, else the better of these two."""
-    if held_out is None:
-        return found.best, found.score, {"fell_back": None}
+    """
+    Keep what a search found if it beats the base and the best single expert on examples that did not choose it.
+
+    Args:
+        weights, found ([`~evaluator.Weights`], [`~search.Found`]):
+            How vectors are read, and the end of a search.
+        judge (`Callable`):
+            Scores vectors on the examples of the search.
+        unseen (`Callable`, *optional*):
+            Scores them on other examples: then these are the check.
+        leave_one_out (`bool`):
+            Without others, whether each example is answered by the candidate that is best on the rest.
+
+    Returns:
+        The vector to use, its score on the examples of the search, and what the check found, as JSON values.
+    """
+    if unseen is None and not (leave_one_out and found.each is not None and found.each.shape[1] > 1):
+        if leave_one_out:
+            logger.info("A single example is not checked: no other could choose a candidate for it.")
+        return found.best, found.score, {"examples": 0, "fell_back": None}
     corners = weights.corners()
-    alone = dict(zip(corners, judge(np.asarray(list(corners.values()))).scores, strict=True))
-    rivals = [OTHER, max(weights.names, key=lambda name: alone[name])]
-    mine, *theirs = held_out(np.stack([found.best, *(np.asarray(corners[rival]) for rival in rivals)])).scores
-    check: dict[str, Any] = {"found": list(mine), **{r: list(s) for r, s in zip(rivals, theirs, strict=True)}}
+    judged = judge(np.asarray(list(corners.values())))
+    alone = dict(zip(corners, judged.scores, strict=True))
+    rivals = (OTHER, max(weights.names, key=lambda name: alone[name]))
+    if unseen is not None:
+        there = unseen(np.stack([found.best, *(np.asarray(corners[rival]) for rival in rivals)]))
+        mine, *theirs = there.scores
+        check: dict[str, Any] = {} if there.each is None else {"examples": there.each.shape[1]}
+    else:
+        assert found.each is not None and judged.each is not None
+        mine, theirs = _choosing(found.each), [alone[OTHER], _choosing(judged.each[1:])]
+        check = {"examples": found.each.shape[1], "by": LEAVE_ONE_OUT}
+    return _decided(found, mine, dict(zip(rivals, theirs, strict=True)), corners, alone, check)
+
+
+def _choosing(each: np.ndarray) -> Score:
+    """The mean score of the candidate best on the other examples; `each`: `(candidates, examples, entries)`."""
+    count = each.shape[1]
+    rest = [np.delete(each, i, 1).mean(1) for i in range(count)]
+    chosen = [max(range(len(each)), key=lambda row: tuple(means[row])) for means in rest]  # the first of equal ones
+    return tuple(float(x) for x in each[chosen, range(count)].mean(0))
+
+
+def _decided(
+    found: Found,
+    mine: Score,
+    theirs: Mapping[str, Score],
+    corners: Mapping[str, list[float]],
+    alone: Mapping[str, Score],
+    check: dict[str, Any],
+) -> tuple[np.ndarray, Score, dict[str, Any]]:
+    """The found vector if its score in the check beats those of base and best expert, else the better of these two."""
+    check |= {"found": list(mine), **{rival: list(score) for rival, score in theirs.items()}}
+    best = max(theirs, key=lambda rival: theirs[rival])  # of equal ones the base
     # where the search has found a rival itself, that one cannot beat it
-    beaten = [s >= mine and corners[r] != found.best.tolist() for r, s in zip(rivals, theirs, strict=True)]
-    best = rivals[theirs.index(max(theirs))]
-    if not any(beaten):
+    beaten = any(score >= mine and corners[rival] != found.best.tolist() for rival, score in theirs.items())
+    if not beaten or corners[best] == found.best.tolist():
         return found.best, found.score, {**check, "fell_back": None}
     logger.warning(
-        f"The mixture that the search found scores {mine} on held-out examples, no better than "
-        f"{'the base model' if best == OTHER else f'the expert {best!r} alone'} with {max(theirs)}: that is returned "
+        f"The mixture that the search found scores {mine} on examples that did not choose it, no better than "
+        f"{'the base model' if best == OTHER else f'the expert {best!r} alone'} with {theirs[best]}: that is returned "
         "instead. More examples may help."
     )
     return np.asarray(corners[best]), alone[best], {**check, "fell_back": best}

@@ -83,7 +83,8 @@ class Judge:
     """
     Score vectors on examples.
 
-    `{"prompt", "choices", "label"}`: the share of right choices, then the mean log-probability of the right ones.
+    `{"prompt", "choices", "label"}`: the share of right choices, then the mean log-probability of the right ones at a
+    temperature.
     `{"prompt", "answer"}`: with a task the share of completions that pass its check, then the mean log-likelihood of
     the answers; without one the latter alone. Every member sees the same examples, and sampled completions the same
     random numbers.
@@ -105,6 +106,8 @@ class Judge:
             Give the gradients of the log-likelihood too: `z` is linear in the weights, so one backward has them all.
         seed (`int`):
             Of sampled completions.
+        temperature (`float`):
+            Divides the log-likelihoods of choices before they become probabilities.
 
     Attributes:
         settings (`dict`): The arguments beside library and tokenizer: with them another process builds the same judge.
@@ -122,10 +125,11 @@ class Judge:
         batch_size: int = 32,
         gradients: bool = False,
         seed: int = 0,
+        temperature: float = 1.0,
     ) -> None:
         self.settings: dict[str, Any] = {
             "weights": weights, "examples": list(examples), "task": task, "generation": generation,
-            "batch_size": batch_size, "gradients": gradients, "seed": seed,
+            "batch_size": batch_size, "gradients": gradients, "seed": seed, "temperature": temperature,
         }  # fmt: skip
         self.library, self.tokenizer, self.weights = library, tokenizer, weights
         self.experts = [library.expert(name) for name in weights.names]
@@ -133,7 +137,7 @@ class Judge:
         self.choices = "choices" in examples[0]
         self.task = None if self.choices else task
         self.generation, self.batch_size = dict(generation or {}), batch_size
-        self.gradients, self.seed = gradients, seed
+        self.gradients, self.seed, self.temperature = gradients, seed, temperature
         # in the order in which `evaluate` reads rows: rows of one length share a batch
         self.examples = sorted(examples, key=lambda example: len(str(example["prompt"])))
         self.rows = [e if self.choices else {**e, "choices": [e["answer"]], "label": 0} for e in self.examples]
@@ -151,7 +155,7 @@ class Judge:
             tokens += more
         logp = np.where(np.isnan(logp), -np.inf, logp)  # z-vectors that overflow are worse than any
         scores: list[Score] = [(float(r), float(p)) for r, p in zip(right.mean(1), logp.mean(1), strict=True)]
-        return Judged(scores, gradients, tokens, time.perf_counter() - begin)
+        return Judged(scores, gradients, np.stack([right, logp], -1), tokens, time.perf_counter() - begin)
 
     def _likelihoods(self, members: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Right or not and log-probability of the right choice, `(members, examples)`; gradients of its mean."""
@@ -162,7 +166,7 @@ class Judge:
             rows = [self.rows[e] for e in examples]
             with torch.set_grad_enabled(self.gradients), self._rowwise(vectors, places) as model:
                 logps = choice_logps(model, self.tokenizer, rows, len(places))  # (members * examples, choices)
-                logps = logps.log_softmax(-1) if self.choices else logps
+                logps = (logps / self.temperature).log_softmax(-1) if self.choices else logps
                 labels = torch.tensor([row["label"] for row in rows] * len(places), device=logps.device)
                 chosen = logps.gather(1, labels[:, None]).squeeze(1)
                 if self.gradients:
@@ -403,6 +407,11 @@ def digest_of_experts(library: ExpertLibrary) -> dict[str, str]:
 def _join(parts: Sequence[Judged]) -> Judged:
     """One verdict of the verdicts on consecutive parts of a population."""
     gradients = [part.gradients for part in parts if part.gradients is not None]
-    scores = [score for part in parts for score in part.scores]
-    slopes = np.concatenate(gradients) if gradients else None
-    return Judged(scores, slopes, sum(part.tokens for part in parts), max(part.seconds for part in parts))
+    each = [part.each for part in parts if part.each is not None]
+    return Judged(
+        [score for part in parts for score in part.scores],
+        np.concatenate(gradients) if gradients else None,
+        np.concatenate(each) if each else None,
+        sum(part.tokens for part in parts),
+        max(part.seconds for part in parts),
+    )

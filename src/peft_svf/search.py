@@ -27,11 +27,14 @@ class Judged(NamedTuple):
     Args:
         scores (`list[tuple[float, ...]]`): One per member, larger is better, NaN the worst.
         gradients (`np.ndarray` of shape `(members, size)`, *optional*): Of the last entry of each score.
+        each (`np.ndarray` of shape `(members, examples, entries)`, *optional*): The scores of single examples, whose
+            mean the scores are.
         tokens (`int`), seconds (`float`): What it cost.
     """
 
     scores: list[Score]
     gradients: np.ndarray | None = None
+    each: np.ndarray | None = None
     tokens: int = 0
     seconds: float = 0.0
 
@@ -55,6 +58,8 @@ class Found:
         best (`np.ndarray` of shape `(size,)`): The best member ever scored; of equal ones the first.
         score (`tuple[float, ...]`): Its score.
         history (`list[dict]`): Per population the best score so far, the mean score, the centre of the next.
+        members (`np.ndarray` of shape `(n, size)`), each (`np.ndarray` of shape `(n, examples, entries)`, *optional*):
+            All that were scored, and their scores by example.
         tokens (`int`), seconds (`float`): What scoring has cost, runs before an interruption included.
         stopped (`str`): The budget that ended the search early, or nothing.
     """
@@ -62,6 +67,8 @@ class Found:
     best: np.ndarray
     score: Score = ()
     history: list[dict[str, Any]] = field(default_factory=list)
+    members: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    each: np.ndarray | None = None
     tokens: int = 0
     seconds: float = 0.0
     stopped: str = ""
@@ -114,6 +121,7 @@ def maximise(
     settings = json.loads(json.dumps(dict(settings or {})))
     past = _read(Path(state), settings) if state is not None else []
     found = Found(best=searcher.mean)
+    asked: list[np.ndarray] = []
     for iteration in range(iterations):
         members = searcher.ask()
         digest = hashlib.sha256(np.ascontiguousarray(members).tobytes()).hexdigest()
@@ -130,6 +138,7 @@ def maximise(
                 f"The search state {state} was written by a search that drew other numbers in population {iteration} "
                 "(another version or machine): delete it to begin anew."
             )
+        asked.append(members)
         scores = [tuple(-math.inf if math.isnan(x) else float(x) for x in score) for score in entry["scores"]]
         top = max(range(len(scores)), key=lambda i: scores[i])  # the first of equal ones
         if not found.score or scores[top] > found.score:
@@ -142,6 +151,9 @@ def maximise(
         found.history.append({"best": list(found.score), "mean_score": mean_score, "mean": searcher.mean.tolist()})
         if on_iteration is not None and on_iteration(found):
             break
+    found.members = np.concatenate(asked)
+    if all(entry["each"] is not None for entry in past[: len(asked)]):
+        found.each = np.concatenate([np.asarray(entry["each"], float) for entry in past[: len(asked)]])
     return found
 
 
@@ -263,6 +275,7 @@ def _entry(judge: Callable[[np.ndarray], Judged], members: np.ndarray, digest: s
         "members": digest,
         "scores": [[float(x) for x in score] for score in judged.scores],
         "gradients": None if judged.gradients is None else judged.gradients.tolist(),
+        "each": None if judged.each is None else judged.each.tolist(),
         "tokens": int(judged.tokens),
         "seconds": float(judged.seconds),
     }
@@ -275,7 +288,7 @@ def _read(path: Path, settings: Mapping[str, Any]) -> list[dict]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         there, past = content["settings"], content["populations"]
-        whole = all({"members", "scores", "gradients", "tokens", "seconds"} <= set(entry) for entry in past)
+        whole = all({"members", "scores", "gradients", "each", "tokens", "seconds"} <= set(entry) for entry in past)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"The search state {path} cannot be read ({error!r}): delete it to begin anew.") from error
     if not whole:

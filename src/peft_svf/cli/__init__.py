@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..adaptation import LEAVE_ONE_OUT, TEMPERATURE
 from ..settings import TASK_HELP, describe
 from . import measure, train, weights
 from .sources import find_task, read_mixture
@@ -191,10 +192,12 @@ def _add_adapt(parser: argparse.ArgumentParser) -> None:
     search.add_argument("--batch-size", type=_count, default=32, help="rows per forward (%(default)s)")
     search.add_argument(
         "--holdout",
-        default="0.25",
+        default=LEAVE_ONE_OUT,
         metavar="SHARE or FILE",
-        help="share of the examples that checks the result, or a JSONL of others (%(default)s)",
+        help="what checks the result: leave-one-out, a share of the examples, a JSONL of others, 0 for none "
+        "(%(default)s)",
     )
+    search.add_argument("--temperature", type=_positive, default=TEMPERATURE, help="of choices (%(default)s)")
     search.add_argument("--max-tokens", type=_count, help="end the search before it has read more")
     search.add_argument("--max-seconds", type=_positive, help="end the search before it takes longer")
     search.add_argument(

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adaptation import LEAVE_ONE_OUT
 from ..prompts import Row, has_image
 from .console import interval, new_path, save_figure, score, short, table, weights
 from .sources import find_expert, find_task, load_model, read_examples, read_mixture
@@ -203,7 +204,7 @@ def adapt(args: argparse.Namespace) -> None:
     if args.low >= args.high:
         raise ValueError(f"--low and --high are the ends of a weight's range; got {args.low} and {args.high}.")
     model = load_experts(args)
-    names = [*SEARCH, "low", "high", "normalize", "per_layer", "state", "max_tokens", "max_seconds"]
+    names = [*SEARCH, "low", "high", "normalize", "per_layer", "temperature", "state", "max_tokens", "max_seconds"]
     settings = {name: getattr(args, name) for name in names} | {"holdout": held_out}
     if args.max_new_tokens is not None:
         settings["max_new_tokens"] = args.max_new_tokens
@@ -220,7 +221,8 @@ def adapt(args: argparse.Namespace) -> None:
     print(f"score on the {found['examples']} examples of the search: {score(found['score'])}")
     if check["examples"]:
         scores = [f"{each} {score(values)}" for each, values in check.items() if isinstance(values, list)]
-        print(f"on {check['examples']} that it did not see: {', '.join(scores)}")
+        which = "left out in turn" if "by" in check else "that it did not see"
+        print(f"on {check['examples']} {which}: {', '.join(scores)}")
     if check["fell_back"]:
         print(f"The mixture that was found is no better there: this is {check['fell_back']!r} alone.")
     if found["stopped"]:
@@ -239,14 +241,19 @@ def adapt(args: argparse.Namespace) -> None:
         save_figure(args.plot, [lambda axes: draw_search(axes, mixture), *weights_too])
 
 
-def _holdout(given: str) -> float | list[dict[str, Any]]:
-    """A share of the examples, or examples of a file."""
+def _holdout(given: str) -> float | str | list[dict[str, Any]]:
+    """Each example in turn, a share of the examples, or examples of a file."""
+    if given == LEAVE_ONE_OUT:
+        return given
     try:
         return float(given)
     except ValueError:
         if os.path.exists(given):
             return read_examples(Path(given))
-    raise ValueError(f"--holdout is a share of the examples such as 0.25, or a JSONL file of others; got {given!r}.")
+    raise ValueError(
+        f"--holdout is {LEAVE_ONE_OUT}, a share of the examples such as 0.25, or a JSONL file of others; "
+        f"got {given!r}."
+    )
 
 
 # dispatch, and the first pass of eval --------------------------------------------------------------------------
