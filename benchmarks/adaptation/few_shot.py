@@ -5,11 +5,11 @@ Adapting to tasks that no expert was trained on: SVAMP, ARC-Challenge, MATH-500,
     python benchmarks/adaptation/few_shot.py --minutes 60    # what has no result yet, the most telling cells first
 
 A cell is a task with the base, an expert, the uniform mixture, a first pass (each question by the expert that was
-chosen for it), or a search on 3, 5 or 10 examples in one of three draws. Searches check their result on held-out
-examples, as the library does by itself; "unchecked" doesn't; "per layer" has a weight for each expert and block. All
-end after their iterations, or before a number of tokens read that keeps a cell at about three minutes of one core.
-Examples are of the validation split; of HumanEval, which has none, of questions that are not tested. Generated scores
-of this model are about 0, so nothing is generated.
+chosen for it), or a search on 3, 5 or 10 examples in one of three draws. Searches check their result by leaving one
+example out at a time, as the library does by itself; "unchecked" doesn't; "per layer" has a weight for each expert and
+block. All end after their iterations, or before a number of tokens read that keeps a cell at about three minutes of
+one core. Examples are of the validation split; of HumanEval, which has none, of questions that are not tested.
+Generated scores of this model are about 0, so nothing is generated.
 """
 
 import argparse
@@ -36,7 +36,7 @@ METHODS = {
     "per_layer": {"method": "gradient", "per_layer": True, "name": "per layer", **BACKWARD},
 }
 SHOTS, DRAWS = (3, 5, 10), 3
-# of fewer examples none is held out anyway; 30 weights an expert need the most examples
+# 30 weights an expert need the most examples
 SEARCHES = [(m, shots) for m in ("cem", "cma", "gradient") for shots in SHOTS] + [("cem_unchecked", 5)]
 PER_LAYER = ("svamp", "arc_challenge")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import few_shot
+import selection
 import transfer
 from common import FOLDERS, HERE, ROOT, paired, results_folder
 from dispatch import FIT, SOURCES, UNSEEN, WAYS
@@ -113,9 +114,8 @@ def few_shot_part(found: Results) -> list[str]:
         "test rows, so no method could know them. Searches draw populations of "
         f"{few_shot.SEARCH['population']} (the gradient climbs from five points at once) and end after "
         f"{few_shot.SEARCH['iterations']} of them, or before {few_shot.SEARCH['max_tokens']:,} tokens are read "
-        f"({few_shot.BACKWARD['max_tokens']:,} with gradients). Of 5 and of 10 examples the result is checked on a "
-        "quarter and given up for base or best expert if it is no better; of 3, and where it says unchecked, it is "
-        "taken as it is.",
+        f"({few_shot.BACKWARD['max_tokens']:,} with gradients). The result is checked by leaving one example out at a "
+        "time, and given up for base or best expert if it is no better; where it says unchecked, it is taken.",
         "",
     ]
     tasks = list(few_shot.TASKS)
@@ -167,6 +167,35 @@ def few_shot_part(found: Results) -> list[str]:
         for panel, (task, layers) in zip(axes, drawable.items(), strict=True):
             draw_layers(panel, layers, TITLES[task])
         lines += [save(figure, "layers", "Weights per layer that the gradient found on 10 examples, first draw"), ""]
+    return lines
+
+
+def selection_part(found: Results) -> list[str]:
+    """What a few examples can choose, over many draws of them."""
+    cells = {task: found.get(f"selection-{task}") for task in selection.POOL}
+    lines = [
+        "## What a few examples can choose, and what should check them",
+        "",
+        f"A search tells this for one draw of examples; here {selection.DRAWS} draws choose among the same "
+        f"{len(selection.MIXTURES)} mixtures (base, experts, halves, sums), whose answers to all rows are known. Mean "
+        "gain on the base over the rows that were not drawn; in brackets the share of draws that end worse than the "
+        "base. Scores are the share of right choices, ties by the log-probability of the right one at temperature T. "
+        "The best of the mixtures on all rows is what no choice can beat.",
+        "",
+    ]
+    for task, cell in cells.items():
+        if cell is None:
+            lines += [f"{TITLES[task]}: {NOT_RUN}.", ""]
+            continue
+        table_of, rows = selection.compare(cell), []
+        for check, title in (("leave-one-out", "leave-one-out"), ("0.25", "a quarter held out"), ("0", "unchecked")):
+            for temperature in selection.TEMPERATURES:
+                entries = [table_of.get((check, temperature, count)) for count in selection.SHOTS]
+                shown = [f"{e['gain']:+.3f} ({e['worse']:.0%})" if e else "" for e in entries]
+                rows.append([f"{title}, T = {temperature:g}", *shown])
+        best, n = selection.best(cell), len(cell["labels"])
+        lines += [f"{TITLES[task]}, {n} rows; base {best['base']:.3f}, best mixture {best['best']:.3f}:", ""]
+        lines += table(["", *(f"{count} examples" for count in selection.SHOTS)], rows)
     return lines
 
 
@@ -326,6 +355,7 @@ def main() -> None:
         "",
         *dispatch_part(found),
         *few_shot_part(found),
+        *selection_part(found),
         *mixed_part(found),
         *transfer_part(found),
     ]

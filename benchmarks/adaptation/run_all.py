@@ -5,9 +5,9 @@ All measurements of adaptation within a budget of minutes, then their page.
     python benchmarks/adaptation/run_all.py --minutes 20    # again: goes on with what is missing
 
 The minutes are wall clock: no cell begins after them. Cells run in the order of importance: first passes and mixed
-batches, the tasks that no expert was trained on with the searches of the first draw, transfer, the other draws. Each
-takes at most three minutes of one core. With other experts in examples/ all cells are run anew, into a folder of
-their own.
+batches, the tasks that no expert was trained on, what a few examples can choose, the searches of the first draw,
+transfer, the other draws. Most take at most three minutes of one core. With other experts in examples/ all cells are
+run anew, into a folder of their own.
 """
 
 import subprocess
@@ -16,6 +16,7 @@ import sys
 import dispatch
 import few_shot
 import mixed_batch
+import selection
 import transfer
 from common import HERE, Cell, parse, run_cells
 
@@ -26,6 +27,7 @@ def main() -> None:
         *dispatch.cells(args),
         *mixed_batch.cells(args),
         *few_shot.static_cells(args),
+        *selection.cells(args),
         *few_shot.search_cells(args, [0]),
         *transfer.cells(args),
         *few_shot.search_cells(args, range(1, few_shot.DRAWS)),

@@ -63,8 +63,7 @@ def compare(result: Mapping[str, Any], seed: int = 0) -> dict[tuple[str, float, 
         By check, temperature and number of examples: the mean `gain` on the base over the rows that were not drawn,
         its 10 % quantile `low`, the share of draws that are `worse` than the base and of those that end with `base`.
     """
-    mixtures, labels = np.asarray(result["mixtures"]), np.asarray(result["labels"])
-    right = np.asarray([[int(np.argmax(x) == y) for x, y in zip(a, labels, strict=True)] for a in result["logps"]])
+    mixtures, labels, right = np.asarray(result["mixtures"]), np.asarray(result["labels"]), right_of(result)
     weights, found = Weights(EXPERTS), {}
     for temperature in TEMPERATURES:
         each = np.stack([right, right_logps(result["logps"], labels, temperature)], -1)  # (mixtures, rows, 2)
@@ -83,6 +82,18 @@ def compare(result: Mapping[str, Any], seed: int = 0) -> dict[tuple[str, float, 
                     "base": np.mean([c == 0 for c in chosen]),
                 }  # fmt: skip
     return found
+
+
+def right_of(result: Mapping[str, Any]) -> np.ndarray:
+    """Whether each mixture answers each row right, `(mixtures, rows)`."""
+    pairs = [zip(rows, result["labels"], strict=True) for rows in result["logps"]]
+    return np.asarray([[int(np.argmax(row) == label) for row, label in each] for each in pairs])
+
+
+def best(result: Mapping[str, Any]) -> dict[str, float]:
+    """Accuracy over all rows of the base and of the best mixture."""
+    accuracy = right_of(result).mean(1)
+    return {"base": float(accuracy[0]), "best": float(accuracy.max())}
 
 
 def choose(each: np.ndarray, drawn: np.ndarray, check: Any, mixtures: np.ndarray, weights: Weights) -> int:
