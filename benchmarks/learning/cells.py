@@ -7,6 +7,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+CHANGES = ("steps", "questions", "samples", "beta", "baseline")  # fields that stand in names where they are not usual
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Cell:
         eval_steps (`int`): Steps between validations, which choose the checkpoint.
         test_rows (`int`): Rows of the test split at most.
         temperature (`float`): Of the policy that REINFORCE samples from; testing takes the likeliest choice at any.
+        beta (`float`), baseline (`str`): Of REINFORCE: weight of KL(policy ‖ base), what rewards are compared with.
     """
 
     task: str
@@ -38,6 +40,8 @@ class Cell:
     eval_steps: int = 10
     test_rows: int = 1000
     temperature: float = 1.0
+    beta: float = 0.0
+    baseline: str = "rloo"
 
     @property
     def setting(self) -> tuple[float, float]:
@@ -46,12 +50,10 @@ class Cell:
 
     @property
     def kind(self) -> str:
-        """What the cell compares: learner, method and budget, whatever setting and seed."""
+        """What the cell compares: learner, method, budget and penalty, whatever setting and seed."""
         learner = "" if self.learner == "reinforce" else f"{self.learner}-"
         budget = "".join(
-            f"-{name}{getattr(self, name)}"
-            for name in ("steps", "questions", "samples")
-            if getattr(self, name) != getattr(Cell, name)
+            f"-{name}{getattr(self, name)}" for name in CHANGES if getattr(self, name) != getattr(Cell, name)
         )
         return learner + self.method + budget
 

@@ -30,6 +30,7 @@ SVF: dict[str, dict[str, Any]] = {
     "svf": {},
     "svf_reference": {"parametrization": "reference"},  # sigmoid mask, nuclear norm kept: the paper's code
     "svf_rank16": {"rank": 16},
+    "svf_rank64": {"rank": 64},
 }
 
 
@@ -72,6 +73,8 @@ def reinforce(cell: Cell, model: Any, tokenizer: Any, task: Task, common: dict[s
             per_device_train_batch_size=cell.questions * cell.samples,
             num_generations=cell.samples,
             temperature=cell.temperature,
+            beta=cell.beta,
+            advantage_estimator=cell.baseline,
             max_grad_norm=1.0,
         ),
         Dataset.from_list(task.rows("train", "choice", seed=cell.seed)),

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cells import HERE, RESULTS, Cell, read_cells
+from cells import CHANGES, HERE, RESULTS, Cell, read_cells
 
 from peft_svf.evaluation import NINETY_FIVE
 from peft_svf.plots import new_figure
@@ -27,6 +27,7 @@ ADAPTERS = {
     "svf": "SVF",
     "svf_reference": "SVF with the mask of the paper's code",
     "svf_rank16": "SVF, 16 largest",
+    "svf_rank64": "SVF, 64 largest",
     "lora16": "LoRA r=16",
     "ia3": "IA3",
     "tinylora": "TinyLoRA",
@@ -44,6 +45,9 @@ CLAIMS = [  # one kind of cell is said to be ahead of another
     ("Plain z learns better than the mask of the paper's code", SVF, "svf_reference-mlp"),
     ("MLP weights are better targets than q and v (paper: better, both best)", SVF, "svf-qv"),
     ("MLP, q and v together are better than MLP alone (paper)", "svf-both", SVF),
+    ("The 64 largest singular values of a weight teach as much as all of them", "svf_rank64-mlp", SVF),
+    ("A penalty of 0.05 KL(policy ‖ base) helps z", f"{SVF}-beta0.05", SVF),
+    ("The question's other answers are a better baseline than the batch", SVF, f"{SVF}-baselinebatch"),
     ("REINFORCE teaches z more than evolution with as many answers", SVF, f"evolution-{SVF}"),
     ("The same with the 16 largest singular values of a weight", "svf_rank16-mlp", "evolution-svf_rank16-mlp"),
 ]
@@ -135,9 +139,7 @@ def differences(one: Result, other: Result) -> list[float]:
 
 def label(cell: Cell) -> str:
     adapter, _, where = cell.method.partition("-")
-    budget = [
-        f"{getattr(cell, n)} {n}" for n in ("steps", "questions", "samples") if getattr(cell, n) != getattr(Cell, n)
-    ]
+    budget = [f"{getattr(cell, n)} {n}" for n in CHANGES if getattr(cell, n) != getattr(Cell, n)]
     return ", ".join([f"{ADAPTERS[adapter]}, {PLACES[where]}{LEARNERS[cell.learner]}", *budget])
 
 
