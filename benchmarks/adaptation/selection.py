@@ -12,6 +12,7 @@ library's own checks.
 
 import argparse
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -65,6 +66,7 @@ def compare(result: Mapping[str, Any], seed: int = 0) -> dict[tuple[str, float, 
     """
     mixtures, labels, right = np.asarray(result["mixtures"]), np.asarray(result["labels"]), right_of(result)
     weights, found = Weights(EXPERTS), {}
+    logging.getLogger("peft_svf.adaptation").setLevel(logging.ERROR)  # a check that gives up warns, hundreds of times
     for temperature in TEMPERATURES:
         each = np.stack([right, right_logps(result["logps"], labels, temperature)], -1)  # (mixtures, rows, 2)
         for count in SHOTS:
