@@ -2,7 +2,9 @@
 """Laws of scoring: log-likelihoods of choices against plain forwards, and the arithmetic of a summary."""
 
 import contextlib
+import inspect
 import math
+from types import SimpleNamespace
 
 import pico
 import pytest
@@ -13,7 +15,16 @@ from tiny_model import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from peft_svf import SVFConfig
-from peft_svf.evaluation import Summary, choice_logps, evaluate, paired_difference, prompt_text, score_choices, wilson
+from peft_svf.evaluation import (
+    Summary,
+    cache_name,
+    choice_logps,
+    evaluate,
+    paired_difference,
+    prompt_text,
+    score_choices,
+    wilson,
+)
 from peft_svf.tasks import get_task
 
 TOKENIZER = tiny_tokenizer()
@@ -198,6 +209,25 @@ def test_a_row_without_choices_is_refused_by_name(choices):
 def test_an_empty_prompt_is_refused_by_name():
     with pytest.raises(ValueError, match="Row 'silent' has an empty prompt"):
         choice_logps(build(), TOKENIZER, [{"id": "silent", "prompt": "", "choices": ["a", "b"]}])
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_goes_in_and_out_by_the_name_that_forward_gives_it(name, monkeypatch):
+    model = build()
+    expected = [plain_logps(model, row) for row in ROWS]
+    plain, own = model.forward, cache_name(model)
+    signature = inspect.signature(plain)
+
+    def forward(**kwargs):
+        output = plain(**{own: kwargs.pop(name)}, **kwargs)
+        return SimpleNamespace(logits=output.logits, **{name: output[own]})
+
+    named = [p.replace(name=name) if p.name == own else p for p in signature.parameters.values()]
+    forward.__signature__ = signature.replace(parameters=named)
+    monkeypatch.setattr(model, "forward", forward)
+    with torch.no_grad():
+        for logps, choices in zip(choice_logps(model, TOKENIZER, ROWS), expected, strict=True):
+            close(logps[: len(choices)], choices)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -3,16 +3,19 @@
 
 import copy
 import logging
+from importlib.metadata import version
 
 import oracle
 import pytest
 import torch
 import transformers as hf
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from pico import CAUSAL, CONFIGS, build, fill, inputs, logits, matrix_of, one_layer, randomize, svf_layers
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from peft_svf import SVFConfig
 
@@ -36,6 +39,10 @@ DTYPES = [torch.float32, torch.bfloat16]
 usual_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 some_kinds = pytest.mark.parametrize("kind", SOME)
 every_kind = pytest.mark.parametrize("kind", CONFIGS)
+own_methods = pytest.mark.skipif(
+    Version(version("peft")) < Version(MIN_PEFT_VERSION),
+    reason=f"the `add_adapter` of transformers {hf.__version__} asks for peft >= {MIN_PEFT_VERSION}",
+)
 
 ALL_LINEAR = {"target_modules": "all-linear"}
 
@@ -701,6 +708,7 @@ def test_a_model_cast_after_adapting_still_equals_the_paper_formula(move):
 # --- transformers' own methods
 
 
+@own_methods
 def test_transformers_add_adapter_trains_saves_and_loads(tmp_path):
     base = build("llama", name="pico/llama")
     base.add_adapter(SVFConfig(), adapter_name="math")
@@ -719,6 +727,7 @@ def test_transformers_add_adapter_trains_saves_and_loads(tmp_path):
     assert torch.equal(logits(peft), logits(base))
 
 
+@own_methods
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # PEFT's, for any second adapter
 def test_transformers_methods_hold_several_adapters():
     base = build("llama")
@@ -967,7 +976,7 @@ BAD_TARGETS = {
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer")  # PEFT's, before ours
 @pytest.mark.parametrize("case", BAD_TARGETS)
-@pytest.mark.parametrize("how", ["get_peft_model", "add_adapter"])
+@pytest.mark.parametrize("how", ["get_peft_model", pytest.param("add_adapter", marks=own_methods)])
 def test_targets_that_cannot_be_adapted_are_refused_and_the_base_is_unchanged(case, how):
     base_kwargs, config, message = BAD_TARGETS[case]
     base = build("llama", **base_kwargs)

@@ -491,6 +491,7 @@ def test_making_one_logs_no_error(folders, caplog):
         (TEXTS, {"expert": "math", "mixture": [{}] * 3}, "not both"),
         (TEXTS, {"strategy": "magic"}, "no dispatch strategy 'magic'"),
         (TEXTS, {"past_key_values": ()}, "activations of other weights"),
+        (TEXTS, {"cache": ()}, "activations of other weights"),
         ("x" * 600, {}, "The prompt has 600 tokens, but the model's context is 512"),
         ("x" * 600, {"expert": "math"}, "The prompt has 600 tokens, but the model's context is 512"),
     ],

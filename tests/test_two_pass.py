@@ -9,7 +9,7 @@ import pytest
 import torch
 from experts import GREEDY, alone, assert_same, base, state, write
 from tiny_model import tiny_tokenizer
-from transformers import GenerationConfig, LlamaModel, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LlamaModel, LogitsProcessor, LogitsProcessorList
 
 from peft_svf import Expert, ExpertLibrary, Mixture, Transformer2Model, first_pass, two_pass
 from peft_svf.expert import SavedExpert
@@ -258,10 +258,10 @@ def test_a_choice_that_cannot_be_is_refused(chosen, message, model):
 # --- what is refused
 
 
-def test_a_cache_of_other_weights_is_refused(model):
-    cache = base()(**inputs(), use_cache=True).past_key_values
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params"])
+def test_a_cache_of_other_weights_is_refused(name, model):
     with pytest.raises(ValueError, match="activations of other weights"):
-        model.generate(**inputs(), past_key_values=cache, expert="math")
+        model.generate(**inputs(), **{name: DynamicCache()}, expert="math")
 
 
 def test_a_prompt_that_fills_the_context_is_refused_with_both_lengths(model, no_first_pass):

@@ -64,6 +64,7 @@ from transformers import AutoModel, DynamicCache
 from peft_svf import SVFConfig
 from peft_svf.basis import exact, factorize, probe, probe_distance, rescale
 from peft_svf.basis_cache import cache_dir, fetch
+from peft_svf.evaluation import cache_name
 from peft_svf.expert import Expert, Mixture
 from peft_svf.fingerprint import ACCEPT, REFUSE
 from peft_svf.layer import Linear as SVFLinear
@@ -318,11 +319,12 @@ def set_plan(model: Any, name: str) -> None:
 def decoding(model: Any, prompt: Tensor, **kwargs: Any) -> Callable[[], None]:
     """One decoding step `(rows, 1)` behind the key-value cache of a prompt; the cache stays as it is."""
     cache = DynamicCache(config=model.config)
-    model(input_ids=prompt, past_key_values=cache, use_cache=True, **kwargs)
+    kwargs |= {cache_name(model): cache, "use_cache": True}
+    model(input_ids=prompt, **kwargs)
     token = prompt[:, -1:]
 
     def step() -> None:
-        model(input_ids=token, past_key_values=cache, use_cache=True, **kwargs)
+        model(input_ids=token, **kwargs)
         cache.crop(-1)
 
     return step

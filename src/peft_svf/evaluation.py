@@ -29,6 +29,8 @@ from .prompts import Reader, Row, has_image, prompt_ids, prompt_text, read_image
 from .tasks import Task, get_task
 
 NINETY_FIVE = NormalDist().inv_cdf(0.975)
+# What `forward` and `generate` call a cache: since transformers 5.24; before; before, in models without attention.
+CACHES = ("cache", "past_key_values", "cache_params")
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row],
         shared = min(len(list(same)), min(map(len, prompts)) - 1)  # a token of each prompt is left to read
     if shared:
         begin = torch.tensor([prompts[0][:shared]] * members, device=device)  # (M, shared)
-        cache = _read(model, begin, torch.ones_like(begin)).past_key_values
+        _, cache = _read(model, begin, torch.ones_like(begin))
         cache.batch_repeat_interleave(len(prompts))
         prompts = [prompt[shared:] for prompt in prompts]
     # (M * N, P) left-padded, so that every prompt ends at the same place
@@ -156,8 +158,8 @@ def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row],
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts] * members, device=device)
     read = [[1] * shared + [0] * (width - len(p)) + [1] * len(p) for p in prompts]
     mask = torch.tensor(read * members, device=device)
-    prefix = _read(model, ids, mask, past_key_values=cache)
-    first = prefix.logits[:, -1].float().log_softmax(-1)  # (M * N, vocabulary): the first token of every choice
+    logits, cache = _read(model, ids, mask, cache)
+    first = logits[:, -1].float().log_softmax(-1)  # (M * N, vocabulary): the first token of every choice
     places = [(n, k) for n, choices in enumerate(options) for k in range(len(choices))]
     found = torch.full((members * len(rows), most), float("-inf"), device=device)
     for group in _alike(places, options, len(rows)):  # choices alike in length share a forward: less padding
@@ -169,8 +171,7 @@ def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row],
         logps = first[rows_of, labels[:, 0]]
         if length > 1:
             both = torch.cat([mask[rows_of], (labels[:, :-1] >= 0).long()], dim=1)
-            some = _select(prefix.past_key_values, rows_of)
-            logits = _forward(model, labels[:, :-1].clamp(min=0), both, past_key_values=some, use_cache=True).logits
+            logits, _ = _forward(model, labels[:, :-1].clamp(min=0), both, _select(cache, rows_of))
             rest = F.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
             logps = logps - rest.view(len(flat), length - 1).sum(-1)
         found = found.index_put((rows_of, column), logps)
@@ -293,21 +294,29 @@ def _inner(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _read(model: PreTrainedModel, ids: Tensor, mask: Tensor, **kwargs: Any) -> Any:
-    """Read prompts `(N, P)` into a cache; logits of their last tokens only."""
+def cache_name(model: Any) -> str:
+    """Which of [`CACHES`] a model takes and returns, by the signature of its forward: code from the Hub may lag."""
+    takes = inspect.signature(_inner(model).forward).parameters
+    return next((name for name in CACHES if name in takes), CACHES[0])
+
+
+def _read(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+    """Read prompts `(N, P)`, behind a cache if there is one: logits `(N, 1, V)` of their last tokens, and a cache."""
     # as an index: the slice that `1` stands for is not contiguous, and the head would be copied once per row
     last = torch.tensor([ids.shape[1] - 1], device=ids.device)
-    output = _forward(model, ids, mask, logits_to_keep=last, use_cache=True, **kwargs)
-    if output.past_key_values is None or not output.past_key_values.get_seq_length():  # a checkpointed layer
+    logits, cache = _forward(model, ids, mask, cache, logits_to_keep=last)
+    if cache is None or not cache.get_seq_length():  # a checkpointed layer
         raise ValueError("Scoring choices shares the prompt's cache: turn gradient checkpointing off.")
-    return output
+    return logits, cache
 
 
-def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, **kwargs: Any) -> Any:
+def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any, **kwargs: Any) -> tuple[Tensor, Any]:
     """Call the model on the last `ids.shape[1]` positions of `mask`, with the positions that padding calls for."""
     if "position_ids" in inspect.signature(_inner(model).forward).parameters:
         kwargs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    return model(input_ids=ids, attention_mask=mask, **kwargs)
+    name = cache_name(model)
+    output = model(input_ids=ids, attention_mask=mask, use_cache=True, **{name: cache}, **kwargs)
+    return output.logits, getattr(output, name)
 
 
 def _one_begins_another(choices: list[list[int]]) -> bool:

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from .adaptation import few_shot
+from .evaluation import CACHES
 from .expert import OTHER, Expert, Mixture, SavedExpert
 from .first_pass import check_strategy, dispatch
 from .library import ExpertLibrary, Source, explicit
@@ -221,7 +222,7 @@ class Transformer2Model:
             `ValueError`: if a prompt fills the model's context, a cache is passed, or experts that change how images
                 are seen differ in a batch with images.
         """
-        if kwargs.get("past_key_values") is not None:
+        if any(kwargs.get(name) is not None for name in CACHES):
             raise ValueError("A key/value cache holds the activations of other weights: pass input_ids alone.")
         if input_ids is None and prompts is None and expert is None and mixture is None:
             raise ValueError("generate needs input_ids of shape (batch, tokens).")
