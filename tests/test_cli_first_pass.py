@@ -11,7 +11,7 @@ from command_line import run, write_rows
 from tiny_model import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from peft_svf import Expert, Mixture, Transformer2Model
+from peft_svf import Expert, Mixture, Transformer2Model, plots
 from peft_svf.adaptation import fit_probe, fit_temperature
 from peft_svf.cli import find_task
 from peft_svf.evaluation import choice_logps
@@ -161,6 +161,28 @@ def test_prompts_of_known_kind_fit_the_temperature(home, model, capsys):
     assert re.search(rf"^{mixture.choice} +{mixture.confidence:.2f} +x \+ 1$", out, re.MULTILINE)
 
 
+def drawn(monkeypatch, name):
+    """The arguments of a figure's panels, each time one is drawn."""
+    found, real = [], getattr(plots, name)
+    monkeypatch.setattr(plots, name, lambda axes, *args: found.append(args) or real(axes, *args))
+    return found
+
+
+def test_prompts_of_known_kind_are_drawn_by_kind_and_others_by_their_probabilities(
+    home, model, tmp_path, capsys, monkeypatch
+):
+    by_kind, singly = drawn(monkeypatch, "draw_decisions"), drawn(monkeypatch, "draw_probabilities")
+    shared = ["dispatch", *both(home), "--strategy", "prompt", "--file", home / "kinds.jsonl", "--plot"]
+    assert run(capsys, *shared, tmp_path / "kinds.png")[0] == 0
+    decided = model.first_pass(chats([prompt for prompt, _ in KINDS]), strategy="prompt")
+    counts = {kind: {} for _, kind in KINDS}
+    for (_, kind), mixture in zip(KINDS, decided, strict=True):
+        counts[kind][mixture.choice] = counts[kind].get(mixture.choice, 0) + 1
+    assert [found[0] for found in by_kind] == [counts] and not singly
+    assert run(capsys, shared[0], "of no kind", *shared[1:], tmp_path / "all.png")[0] == 0
+    assert [len(found[0]) for found in singly] == [1 + len(KINDS)] and len(by_kind) == 1
+
+
 # --- adapt
 
 
@@ -177,9 +199,11 @@ def rows_of(path):
     return [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
 
 
-def test_weights_per_layer_become_an_expert_that_eval_takes(home, tmp_path, capsys):
+def test_weights_per_layer_become_an_expert_that_eval_takes(home, tmp_path, capsys, monkeypatch):
+    layered = drawn(monkeypatch, "draw_layers")
     arguments = ["adapt", *both(home), "--examples", few(tmp_path / "few.jsonl"), *SEARCH, "--method", "cma"]
-    code, out, err = run(capsys, *arguments, "--per-layer", "--out", tmp_path / "sums")
+    more = ["--per-layer", "--out", tmp_path / "sums", "--plot", tmp_path / "sums.png"]
+    code, out, err = run(capsys, *arguments, *more)
     assert code == 0, err
     base = AutoModelForCausalLM.from_pretrained(home / "base")
     model = Transformer2Model(base, tiny_tokenizer(), [home / "code", home / "math"])
@@ -190,6 +214,7 @@ def test_weights_per_layer_become_an_expert_that_eval_takes(home, tmp_path, caps
     assert found.offsets.keys() == expected.offsets.keys()
     for module, offset in expected.offsets.items():
         torch.testing.assert_close(found.offsets[module], offset)
+    assert [(list(layers), title) for layers, title in layered] == [(list(mixture.provenance["layers"]), "sums")]
     for block, row in mixture.provenance["layers"].items():
         assert re.search(rf"^{block} +" + " +".join(f"{w:.3f}" for w in row.values()) + "$", out, re.MULTILINE)
     shared = ["eval", "--experts", tmp_path / "sums", "--task", home / "rows.jsonl", "--limit", 3]

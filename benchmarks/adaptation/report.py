@@ -19,7 +19,7 @@ from common import FOLDERS, HERE, ROOT, paired, results_folder
 from dispatch import FIT, SOURCES, UNSEEN, WAYS
 
 from peft_svf import Mixture
-from peft_svf.plots import draw_alpha, draw_decisions, draw_search, new_figure
+from peft_svf.plots import draw_alpha, draw_decisions, draw_layers, draw_search, new_figure
 
 PAGE = ROOT / "docs" / "results" / "adaptation.md"
 NOT_RUN = "not run"
@@ -197,16 +197,6 @@ def selection_part(found: Results) -> list[str]:
         lines += [f"{TITLES[task]}, {n} rows; base {best['base']:.3f}, best mixture {best['best']:.3f}:", ""]
         lines += table(["", *(f"{count} examples" for count in selection.SHOTS)], rows)
     return lines
-
-
-def draw_layers(axes: Any, layers: Mapping[str, Mapping[str, float]], title: str) -> None:
-    """Draw the weight of each expert in each block of the model, with a scale beside it."""
-    names = list(next(iter(layers.values())))
-    weights = [[row[name] for name in names] for row in layers.values()]
-    image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    axes.set_xticks(range(len(names)), names)
-    axes.set(ylabel="layer", title=title)
-    axes.figure.colorbar(image, ax=axes, label="weight α")
 
 
 def of_draws(results: list[dict[str, Any] | None], base: dict[str, Any] | None) -> str:

@@ -220,7 +220,9 @@ def _add_dispatch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what a user asks")
     parser.add_argument("--file", type=Path, help="more prompts: JSONL with `prompt` in each line")
     parser.add_argument("--batch-size", type=_count, default=16, help="prompts per forward (%(default)s)")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the probabilities")
+    parser.add_argument(
+        "--plot", type=Path, metavar="PNG", help="draw the probabilities, or what was chosen for each kind"
+    )
     _add_first_pass(parser, "default: what --classifier or --probe is for, else prompt")
 
 

@@ -18,6 +18,7 @@ from .console import interval, new_path, save_figure, score, short, table, weigh
 from .sources import find_expert, find_task, load_model, read_examples, read_mixture
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from transformers import PreTrainedModel
 
     from ..evaluation import Summary
@@ -189,7 +190,7 @@ def answer_each(
 
 def adapt(args: argparse.Namespace) -> None:
     """Search the mixture of experts that answers solved examples best; save it, or the expert it makes per layer."""
-    from ..plots import draw_alpha, draw_search
+    from ..plots import draw_alpha, draw_layers, draw_search
 
     out = args.out or Path((args.name or "") if args.per_layer else "mixture.json")
     if not out.name:
@@ -217,7 +218,8 @@ def adapt(args: argparse.Namespace) -> None:
         print(table(header, [[b, *(f"{w:.3f}" for w in row.values())] for b, row in found["layers"].items()]))
     else:
         mixture.save(out)
-        print(table(["expert", "weight"], [[each, f"{weight:.3f}"] for each, weight in _shares(mixture).items()]))
+        shares = {**dict.fromkeys(model.library.names, 0.0), **_shares(mixture)}
+        print(table(["expert", "weight"], [[each, f"{weight:.3f}"] for each, weight in shares.items()]))
     print(f"score on the {found['examples']} examples of the search: {score(found['score'])}")
     if check["examples"]:
         scores = [f"{each} {score(values)}" for each, values in check.items() if isinstance(values, list)]
@@ -237,8 +239,15 @@ def adapt(args: argparse.Namespace) -> None:
     print(f"  peft-svf eval {shlex.join(map(str, again))} --task ...")
     print(f"Wrote {out}")
     if args.plot:
-        weights_too = [] if args.per_layer else [lambda axes: draw_alpha(axes, mixture)]
-        save_figure(args.plot, [lambda axes: draw_search(axes, mixture), *weights_too])
+
+        def draw_weights(axes: "Axes") -> None:
+            if args.per_layer:
+                draw_layers(axes, found["layers"], str(name))
+            else:
+                draw_alpha(axes, mixture, model.library.names)
+
+        count = len(model.library.names) + 1
+        save_figure(args.plot, [lambda axes: draw_search(axes, mixture), draw_weights], count, count)
 
 
 def _holdout(given: str) -> float | str | list[dict[str, Any]]:
@@ -261,14 +270,15 @@ def _holdout(given: str) -> float | str | list[dict[str, Any]]:
 
 def dispatch(args: argparse.Namespace) -> None:
     """Show which expert would answer prompts."""
-    from ..plots import draw_probabilities
+    from ..plots import draw_decisions, draw_probabilities
 
     rows = [] if args.file is None else read_examples(args.file)
     prompts = [*args.prompts, *(row["prompt"] for row in rows)]
     if not prompts:
         raise ValueError("There are no prompts: name some, or a file of them by --file.")
     strategy = strategy_of(args) or "prompt"
-    _, mixtures = decide(args, strategy, load_experts(args), prompts)
+    model = load_experts(args)
+    _, mixtures = decide(args, strategy, model, prompts)
     texts = [_text(prompt) for prompt in prompts]
     mixed = any(mixture.alpha not in ({}, {mixture.choice: 1.0}) for mixture in mixtures)
     lines = [
@@ -276,8 +286,17 @@ def dispatch(args: argparse.Namespace) -> None:
         for m, text in zip(mixtures, texts, strict=True)
     ]
     print(table(["expert", "confidence", *(["weights"] if mixed else []), "prompt"], lines))
-    if args.plot:
-        save_figure(args.plot, [lambda axes: draw_probabilities(axes, texts, mixtures)])
+    names = [*model.library.names, "other"]
+    kinds: list[Any] = [] if args.prompts else [row.get("expert") for row in rows]
+    if args.plot and kinds and all(isinstance(kind, str) for kind in kinds):
+        counts: dict[str, Counter[str]] = {kind: Counter() for kind in sorted(kinds)}
+        for kind, mixture in zip(kinds, mixtures, strict=True):
+            counts[kind][mixture.choice] += 1
+        save_figure(
+            args.plot, [lambda axes: draw_decisions(axes, counts, f"first pass: {strategy}")], *[len(names)] * 2
+        )
+    elif args.plot:
+        save_figure(args.plot, [lambda axes: draw_probabilities(axes, texts, mixtures)], len(texts), len(names))
 
 
 def first_pass_options(args: argparse.Namespace) -> list[str]:
