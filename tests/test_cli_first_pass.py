@@ -12,9 +12,10 @@ from tiny_model import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from peft_svf import Expert, Mixture, Transformer2Model, plots
-from peft_svf.adaptation import fit_probe, fit_temperature
+from peft_svf.adaptation import fit_calibration, fit_probe, fit_temperature
 from peft_svf.cli import find_task
 from peft_svf.evaluation import choice_logps
+from peft_svf.evaluator import Judge
 from peft_svf.probe import Probe
 
 KINDS = [("1 + 1 =", "math"), ("9 - 4 =", "math"), ("write a loop", "code"), ("sort a list", "code"), ("hi", "other")]
@@ -161,6 +162,23 @@ def test_prompts_of_known_kind_fit_the_temperature(home, model, capsys):
     assert re.search(rf"^{mixture.choice} +{mixture.confidence:.2f} +x \+ 1$", out, re.MULTILINE)
 
 
+@pytest.mark.parametrize("strategy", ["prompt", "classifier"])
+def test_a_calibration_that_was_saved_while_it_was_fitted_decides_the_same(strategy, home, model, tmp_path, capsys):
+    prompts, kinds = zip(*KINDS, strict=True)
+    given = (model.library, model.tokenizer, chats(prompts), kinds)
+    settings = {"calibrate": fit_calibration(*given, strategy=strategy), "soft": True}
+    (mixture,) = model.first_pass(["x + 1"], strategy=strategy, dispatch_kwargs=settings)
+    classifier = ["--classifier", home / "kinds"] if strategy == "classifier" else []
+    shared = ["dispatch", "x + 1", *both(home), *classifier, "--strategy", strategy, "--soft"]
+    shared += ["--calibration", tmp_path / "calibration"]
+    said = ", ".join(f"{name} {weight:.3f}" for name, weight in mixture.alpha.items())
+    for fit in (["--fit", home / "kinds.jsonl"], []):
+        code, out, err = run(capsys, *shared, *fit)
+        assert code == 0, err
+        assert re.search(rf"^{mixture.choice} +{mixture.confidence:.2f} +{said}, other .* x \+ 1$", out, re.MULTILINE)
+    assert torch.equal(Probe.load(tmp_path / "calibration").weight, settings["calibrate"].weight)
+
+
 def drawn(monkeypatch, name):
     """The arguments of a figure's panels, each time one is drawn."""
     found, real = [], getattr(plots, name)
@@ -253,6 +271,30 @@ def test_a_budget_ends_the_search_and_is_named(home, tmp_path, capsys):
     assert len(Mixture.load(tmp_path / "m.json").provenance["history"]) == 1
 
 
+def test_an_interrupted_search_says_how_it_goes_on_and_a_finished_one_that_it_has_ended(
+    home, tmp_path, capsys, monkeypatch
+):
+    shared = ["adapt", *both(home), "--examples", few(tmp_path / "few.jsonl"), *SEARCH, "--out", tmp_path / "m.json"]
+    state = ["--state", tmp_path / "state.json"]
+    judged, real = [], Judge.__call__
+
+    def interrupted(judge, members):
+        judged.append(members)
+        if len(judged) == 2:
+            raise KeyboardInterrupt
+        return real(judge, members)
+
+    monkeypatch.setattr(Judge, "__call__", interrupted)
+    code, _, err = run(capsys, *shared, *state)
+    assert code == 130 and err.strip().endswith(f"Interrupted: the same command goes on from {tmp_path}/state.json.")
+    assert run(capsys, *shared, *state)[0] == 0
+    judged[1:] = []
+    code, _, err = run(capsys, *shared[:-1], tmp_path / "n.json")
+    assert code == 130 and "begins anew; with --state FILE it would go on" in err
+    code, _, err = run(capsys, *shared, *state)
+    assert code == 2 and "from a search that has ended" in err and "peft-svf eval --mixture" in err
+
+
 # --- what a user can get wrong
 
 
@@ -291,6 +333,14 @@ def wrong(home, tmp_path):
         "probe method": ([*dispatch, *probe, "--probe-method", "deep"], "invalid choice: 'deep'"),
         "probe that writes": ([*dispatch, *probe, "--probe", "p", "--read", "generate"], "--read generate"),
         "two temperatures": ([*dispatch, "--fit", home / "kinds.jsonl", "--temperature", "2"], "--fit finds"),
+        "two calibrations": ([*dispatch, "--calibration", "c", "--no-calibrate"], "--calibration goes with"),
+        "calibrated probe": ([*dispatch, *probe, "--probe", "p", "--calibration", "c"], "--calibration goes with"),
+        "calibration is not there": ([*dispatch, "--calibration", tmp_path / "nothing"], "nothing"),
+        "calibration is there": (
+            [*dispatch, "--fit", home / "kinds.jsonl", "--calibration", tmp_path],
+            "name another place by --calibration",
+        ),
+        "calibration of no strategy": ([*eval_, "--calibration", "c"], "--calibration is of a first pass"),
         "no labels file": ([*dispatch, *probe, "--fit", tmp_path / "nothing.jsonl"], "nothing.jsonl"),
         "no label": ([*dispatch, *probe, "--fit", tmp_path / "unlabelled.jsonl"], "Line 2 of"),
         "no such label": ([*dispatch, *probe, "--fit", tmp_path / "unknown.jsonl"], "no expert 'maths'"),

@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to their callers
     try:
         return args.run(args) or 0
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "Interrupted.", file=sys.stderr)
         return train.INTERRUPTED
     except (ValueError, OSError, ImportError) as error:
         if args.debug:
@@ -245,7 +245,7 @@ def _add_first_pass(parser: argparse.ArgumentParser, default: str) -> None:
         "--fit",
         type=Path,
         metavar="FILE",
-        help="JSONL of prompts with their `expert` or other: fits the probe, or of other strategies the temperature",
+        help="JSONL of prompts with their `expert` or other: fits the probe, the --calibration, or else a temperature",
     )
     group.add_argument(
         "--probe-method", default="logistic", choices=["logistic", "centroid"], help="of --fit (%(default)s)"
@@ -262,6 +262,9 @@ def _add_first_pass(parser: argparse.ArgumentParser, default: str) -> None:
         action=argparse.BooleanOptionalAction,
         help="divide likelihoods by their means over requests that say nothing; default with --strategy prompt "
         "--read likelihood",
+    )
+    group.add_argument(
+        "--calibration", type=Path, metavar="FOLDER", help="saved calibration; with --fit where it is saved"
     )
     group.add_argument(
         "--read",
