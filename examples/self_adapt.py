@@ -17,7 +17,7 @@ from smollm2 import load_smollm2
 from tiny_model import tiny_model, tiny_tokenizer
 from transformers import TextIteratorStreamer, pipeline
 
-from peft_svf import SVFConfig
+from peft_svf import Mixture, SVFConfig
 from peft_svf.transfer import transfer_expert
 
 HERE = Path(__file__).resolve().parent
@@ -47,10 +47,10 @@ def main() -> None:
             folders = {name: HERE / "experts" / name for name in ("code", "math", "reasoning")}
             folders["dispatch"] = HERE / "classifiers" / "dispatch"
         settings = {"max_new_tokens": 8 if tiny else 48, "do_sample": False, "return_full_text": False}
-        tell(base, tokenizer, folders, settings)
+        tell(base, tokenizer, folders, settings, Path(scratch))
 
 
-def tell(base, tokenizer, folders: dict[str, Path], settings: dict) -> None:
+def tell(base, tokenizer, folders: dict[str, Path], settings: dict, scratch: Path) -> None:
     experts = [folders["math"], folders["reasoning"]]
     pipe = pipeline("transformer2", model=base, tokenizer=tokenizer, experts=experts, classifier=folders["dispatch"])
     model, library = pipe.model, pipe.model.library
@@ -62,6 +62,8 @@ def tell(base, tokenizer, folders: dict[str, Path], settings: dict) -> None:
     for question, (output,) in zip(QUESTIONS, outputs, strict=True):
         found = output["dispatch"]
         print(f"   {question}\n   -> {found['choice']} ({found['confidence']:.2f}): {output['generated_text']!r}")
+    unsure = model.first_pass(QUESTIONS, threshold=0.9, dispatch_kwargs={"fallback": "mix"})
+    print(f"   where it is not sure enough all may answer: {[shown(mixture) for mixture in unsure]}")
 
     print("\n2. Or you say who answers, row by row; what the weights leave of 1 is the base model:")
     chosen = [{"math": 1.0}, {"math": 0.5, "reasoning": 0.5}, {}]
@@ -70,7 +72,13 @@ def tell(base, tokenizer, folders: dict[str, Path], settings: dict) -> None:
 
     print("\n3. Or a few solved examples say it:")
     mixture = model.adapt(EXAMPLES, population=8, iterations=3, elites=0.25, seed=0)
-    print(f"   {({name: round(weight, 2) for name, weight in mixture.alpha.items()}) or 'the base alone'}")
+    check = mixture.provenance["held_out"]  # each example was left out once; right, then its log-probability
+    found, base_alone = ([round(x, 2) for x in check[name]] for name in ("found", "other"))
+    verdict = f"given up for {check['fell_back']!r}" if check["fell_back"] else "kept"
+    print(f"   on examples that did not choose it what was found scores {found}, the base {base_alone}: {verdict}")
+    print(f"   {shown(mixture)}, saved and loaded again")
+    mixture.save(scratch / "sums.json")
+    mixture = Mixture.load(scratch / "sums.json")
     with model.using(mixture) as active, torch.no_grad():  # for forwards of your own
         active(**tokenizer("2 + 2 =", return_tensors="pt").to(model.device))
 
@@ -81,14 +89,29 @@ def tell(base, tokenizer, folders: dict[str, Path], settings: dict) -> None:
     print("   " + repr("".join(streamer)))
     asking.join()
 
-    print("\n5. The library holds z-vectors, not models:")
+    print("\n5. Weights for each layer make a new expert, which the first pass can choose from then on:")
+    search = {"method": "gradient", "iterations": 3, "holdout": 0}  # no check: it flatters where weights are many
+    layers = model.adapt(EXAMPLES, per_layer=True, name="sums", **search).provenance["layers"]
+    library.expert("sums").save(scratch / "sums")
+    (output,) = pipe(chats[0], expert="sums", **settings)
+    print(
+        f"   {len(layers)} layers, the last {shown(Mixture(list(layers.values())[-1]))}: {output['generated_text']!r}"
+    )
+
+    print("\n6. The library holds z-vectors, not models:")
     print(f"   {library.names}, in memory {library.in_memory}: {library.nbytes / 1e3:.0f} kB")
     math = library.expert("math")
     library.add(transfer_expert(math, base, base, mode="shuffled", seed=0, name="control"))
     rows = model.first_pass([""] * 3, expert=["math", "control", "other"])
     print(f"   asked by name: {[mixture.choice for mixture in rows]}; its control has the same numbers, shuffled")
     library.remove("control")
+    library.remove("sums")
     print(f"   {library.names}; the model between calls is the base model, to the bit")
+
+
+def shown(mixture: Mixture) -> str:
+    """The weights of a mixture on one line."""
+    return ", ".join(f"{name} {weight:.2f}" for name, weight in mixture.alpha.items()) or "the base alone"
 
 
 def random_expert(folder: Path, seed: int) -> Path:

@@ -11,10 +11,11 @@ from command_line import run, write_rows
 from tiny_model import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from peft_svf import Expert, Mixture, Transformer2Model
-from peft_svf.adaptation import fit_probe, fit_temperature
+from peft_svf import Expert, Mixture, Transformer2Model, plots
+from peft_svf.adaptation import fit_calibration, fit_probe, fit_temperature
 from peft_svf.cli import find_task
 from peft_svf.evaluation import choice_logps
+from peft_svf.evaluator import Judge
 from peft_svf.probe import Probe
 
 KINDS = [("1 + 1 =", "math"), ("9 - 4 =", "math"), ("write a loop", "code"), ("sort a list", "code"), ("hi", "other")]
@@ -161,6 +162,45 @@ def test_prompts_of_known_kind_fit_the_temperature(home, model, capsys):
     assert re.search(rf"^{mixture.choice} +{mixture.confidence:.2f} +x \+ 1$", out, re.MULTILINE)
 
 
+@pytest.mark.parametrize("strategy", ["prompt", "classifier"])
+def test_a_calibration_that_was_saved_while_it_was_fitted_decides_the_same(strategy, home, model, tmp_path, capsys):
+    prompts, kinds = zip(*KINDS, strict=True)
+    given = (model.library, model.tokenizer, chats(prompts), kinds)
+    settings = {"calibrate": fit_calibration(*given, strategy=strategy), "soft": True}
+    (mixture,) = model.first_pass(["x + 1"], strategy=strategy, dispatch_kwargs=settings)
+    classifier = ["--classifier", home / "kinds"] if strategy == "classifier" else []
+    shared = ["dispatch", "x + 1", *both(home), *classifier, "--strategy", strategy, "--soft"]
+    shared += ["--calibration", tmp_path / "calibration"]
+    said = ", ".join(f"{name} {weight:.3f}" for name, weight in mixture.alpha.items())
+    for fit in (["--fit", home / "kinds.jsonl"], []):
+        code, out, err = run(capsys, *shared, *fit)
+        assert code == 0, err
+        assert re.search(rf"^{mixture.choice} +{mixture.confidence:.2f} +{said}, other .* x \+ 1$", out, re.MULTILINE)
+    assert torch.equal(Probe.load(tmp_path / "calibration").weight, settings["calibrate"].weight)
+
+
+def drawn(monkeypatch, name):
+    """The arguments of a figure's panels, each time one is drawn."""
+    found, real = [], getattr(plots, name)
+    monkeypatch.setattr(plots, name, lambda axes, *args: found.append(args) or real(axes, *args))
+    return found
+
+
+def test_prompts_of_known_kind_are_drawn_by_kind_and_others_by_their_probabilities(
+    home, model, tmp_path, capsys, monkeypatch
+):
+    by_kind, singly = drawn(monkeypatch, "draw_decisions"), drawn(monkeypatch, "draw_probabilities")
+    shared = ["dispatch", *both(home), "--strategy", "prompt", "--file", home / "kinds.jsonl", "--plot"]
+    assert run(capsys, *shared, tmp_path / "kinds.png")[0] == 0
+    decided = model.first_pass(chats([prompt for prompt, _ in KINDS]), strategy="prompt")
+    counts = {kind: {} for _, kind in KINDS}
+    for (_, kind), mixture in zip(KINDS, decided, strict=True):
+        counts[kind][mixture.choice] = counts[kind].get(mixture.choice, 0) + 1
+    assert [found[0] for found in by_kind] == [counts] and not singly
+    assert run(capsys, shared[0], "of no kind", *shared[1:], tmp_path / "all.png")[0] == 0
+    assert [len(found[0]) for found in singly] == [1 + len(KINDS)] and len(by_kind) == 1
+
+
 # --- adapt
 
 
@@ -177,9 +217,11 @@ def rows_of(path):
     return [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
 
 
-def test_weights_per_layer_become_an_expert_that_eval_takes(home, tmp_path, capsys):
+def test_weights_per_layer_become_an_expert_that_eval_takes(home, tmp_path, capsys, monkeypatch):
+    layered = drawn(monkeypatch, "draw_layers")
     arguments = ["adapt", *both(home), "--examples", few(tmp_path / "few.jsonl"), *SEARCH, "--method", "cma"]
-    code, out, err = run(capsys, *arguments, "--per-layer", "--out", tmp_path / "sums")
+    more = ["--per-layer", "--out", tmp_path / "sums", "--plot", tmp_path / "sums.png"]
+    code, out, err = run(capsys, *arguments, *more)
     assert code == 0, err
     base = AutoModelForCausalLM.from_pretrained(home / "base")
     model = Transformer2Model(base, tiny_tokenizer(), [home / "code", home / "math"])
@@ -190,6 +232,7 @@ def test_weights_per_layer_become_an_expert_that_eval_takes(home, tmp_path, caps
     assert found.offsets.keys() == expected.offsets.keys()
     for module, offset in expected.offsets.items():
         torch.testing.assert_close(found.offsets[module], offset)
+    assert [(list(layers), title) for layers, title in layered] == [(list(mixture.provenance["layers"]), "sums")]
     for block, row in mixture.provenance["layers"].items():
         assert re.search(rf"^{block} +" + " +".join(f"{w:.3f}" for w in row.values()) + "$", out, re.MULTILINE)
     shared = ["eval", "--experts", tmp_path / "sums", "--task", home / "rows.jsonl", "--limit", 3]
@@ -226,6 +269,30 @@ def test_a_budget_ends_the_search_and_is_named(home, tmp_path, capsys):
     code, out, _ = run(capsys, *arguments, "--max-tokens", 1)
     assert code == 0 and "Ended by max_tokens after 1 of 2 iterations" in out
     assert len(Mixture.load(tmp_path / "m.json").provenance["history"]) == 1
+
+
+def test_an_interrupted_search_says_how_it_goes_on_and_a_finished_one_that_it_has_ended(
+    home, tmp_path, capsys, monkeypatch
+):
+    shared = ["adapt", *both(home), "--examples", few(tmp_path / "few.jsonl"), *SEARCH, "--out", tmp_path / "m.json"]
+    state = ["--state", tmp_path / "state.json"]
+    judged, real = [], Judge.__call__
+
+    def interrupted(judge, members):
+        judged.append(members)
+        if len(judged) == 2:
+            raise KeyboardInterrupt
+        return real(judge, members)
+
+    monkeypatch.setattr(Judge, "__call__", interrupted)
+    code, _, err = run(capsys, *shared, *state)
+    assert code == 130 and err.strip().endswith(f"Interrupted: the same command goes on from {tmp_path}/state.json.")
+    assert run(capsys, *shared, *state)[0] == 0
+    judged[1:] = []
+    code, _, err = run(capsys, *shared[:-1], tmp_path / "n.json")
+    assert code == 130 and "begins anew; with --state FILE it would go on" in err
+    code, _, err = run(capsys, *shared, *state)
+    assert code == 2 and "from a search that has ended" in err and "peft-svf eval --mixture" in err
 
 
 # --- what a user can get wrong
@@ -266,6 +333,14 @@ def wrong(home, tmp_path):
         "probe method": ([*dispatch, *probe, "--probe-method", "deep"], "invalid choice: 'deep'"),
         "probe that writes": ([*dispatch, *probe, "--probe", "p", "--read", "generate"], "--read generate"),
         "two temperatures": ([*dispatch, "--fit", home / "kinds.jsonl", "--temperature", "2"], "--fit finds"),
+        "two calibrations": ([*dispatch, "--calibration", "c", "--no-calibrate"], "--calibration goes with"),
+        "calibrated probe": ([*dispatch, *probe, "--probe", "p", "--calibration", "c"], "--calibration goes with"),
+        "calibration is not there": ([*dispatch, "--calibration", tmp_path / "nothing"], "nothing"),
+        "calibration is there": (
+            [*dispatch, "--fit", home / "kinds.jsonl", "--calibration", tmp_path],
+            "name another place by --calibration",
+        ),
+        "calibration of no strategy": ([*eval_, "--calibration", "c"], "--calibration is of a first pass"),
         "no labels file": ([*dispatch, *probe, "--fit", tmp_path / "nothing.jsonl"], "nothing.jsonl"),
         "no label": ([*dispatch, *probe, "--fit", tmp_path / "unlabelled.jsonl"], "Line 2 of"),
         "no such label": ([*dispatch, *probe, "--fit", tmp_path / "unknown.jsonl"], "no expert 'maths'"),

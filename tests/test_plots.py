@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of figures: what is drawn is what was computed, and what is computed are plain means of abs(z - 1)."""
 
+import io
+import itertools
 import math
 
 import pytest
@@ -12,10 +14,12 @@ from peft_svf.plots import (
     draw_alpha,
     draw_decisions,
     draw_distances,
+    draw_layers,
     draw_probabilities,
     draw_search,
     draw_spectrum,
     new_figure,
+    size_of,
     spectrum,
 )
 
@@ -103,6 +107,16 @@ def test_the_course_of_a_search_is_the_first_part_of_the_score_that_moves(axes):
     ]
     draw_search(axes, Mixture({"a": 0.7}, "few-shot", provenance={"history": history}))
     assert [list(line.get_ydata()) for line in axes.lines] == [[-3.0, -1.0], [-4.0, -2.0]]
+    assert axes.get_ylabel() == "log-likelihood of the examples"
+    assert all(tick == int(tick) for tick in axes.get_xticks())
+
+
+def test_the_course_of_a_search_of_one_iteration_is_a_point(axes):
+    history = [{"best": [0.5, -3.0], "mean_score": [0.25, -4.0], "mean": [0.5]}]
+    draw_search(axes, Mixture({"a": 0.7}, "few-shot", provenance={"history": history}))
+    assert [line.get_marker() for line in axes.lines] == ["o", "o"]
+    assert axes.get_ylabel() == "share right of the examples"
+    assert all(tick == int(tick) for tick in axes.get_xticks())
 
 
 def test_a_mixture_that_was_not_searched_has_no_course(axes):
@@ -114,6 +128,20 @@ def test_bars_are_the_weights_and_what_is_left_for_the_base(axes):
     draw_alpha(axes, Mixture({"a": 0.75, "b": -0.25}))
     assert labels(axes.yaxis) == ["a", "b", "other"]
     assert [bar.get_width() for bar in axes.patches] == pytest.approx([0.75, -0.25, 0.5])
+
+
+def test_an_expert_without_weight_has_a_bar_of_0(axes):
+    draw_alpha(axes, Mixture({"b": 0.75}), ["a", "b", "c"])
+    assert labels(axes.yaxis) == ["a", "b", "c", "other"]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([0.0, 0.75, 0.0, 0.25])
+
+
+def test_weights_per_layer_are_drawn_as_they_are(axes):
+    layers = {"model.layers.0": {"a": -0.5, "b": 0.25}, "model.layers.1": {"a": 1.5, "b": 1.0}}
+    draw_layers(axes, layers, "sums")
+    (image,) = axes.images
+    assert image.get_array().tolist() == [[-0.5, 0.25], [1.5, 1.0]] and image.get_clim() == (-0.5, 1.5)
+    assert labels(axes.yaxis) == ["0", "1"] and labels(axes.xaxis) == ["a", "b"]
 
 
 def test_the_chosen_expert_of_each_prompt_is_in_bold(axes):
@@ -128,6 +156,33 @@ def test_the_chosen_expert_of_each_prompt_is_in_bold(axes):
     assert texts[2, 1] == ("0.30", "bold") and texts[1, 1] == ("0.40", "normal")
     assert texts[1, 2] == ("1.00", "bold")
     assert all(len(label) <= 30 for label in labels(axes.yaxis))
+
+
+def apart(axes):
+    """Whether the labels of the rows do not run into each other."""
+    axes.figure.savefig(io.BytesIO())
+    boxes = [tick.get_window_extent() for tick in axes.get_yticklabels()]
+    return len(boxes) > 2 and not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
+
+
+@pytest.mark.parametrize("count", [3, 31, 80])
+def test_labels_do_not_run_into_each_other_however_many_layers_there_are(count, axes):
+    draw_layers(axes, {f"model.layers.{i}": {"a": 0.5, "b": 1.0} for i in range(count)}, "sums")
+    assert apart(axes)
+    _, (axes,) = new_figure(1)
+    draw_distances(axes, Expert("e", {f"layers.{i}.up": torch.ones(3) for i in range(count)}))
+    assert apart(axes)
+
+
+@pytest.mark.parametrize("count", [3, 30, 120, 400])
+def test_labels_do_not_run_into_each_other_however_many_prompts_there_are(count):
+    names = ["mathematics-gsm8k", "code-mbpp-python", "reasoning-arc-easy", "poetry", "history-of-europe", "other"]
+    mixtures = [Mixture({}, probabilities=dict.fromkeys(names, 1 / 6)) for _ in range(count)]
+    _, (axes,) = new_figure(1, **size_of(count, len(names)))
+    draw_probabilities(axes, ["a prompt: $5 for a pen,\n$ and \\frac for a label"] * count, mixtures)
+    assert apart(axes)
+    assert all(tick.get_rotation() > 0 for tick in axes.get_xticklabels())
+    assert len(axes.texts) == (len(names) * count if count <= 30 else 0)
 
 
 def test_decisions_are_drawn_with_their_counts(axes):

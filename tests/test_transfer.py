@@ -161,8 +161,9 @@ def test_depths_that_differ_are_refused_or_interpolated(depth, tmp_path):
         same(found, expert)
         return
     refused = rf"3 layers in the source and {depth} in the target: choose depths='interpolate'"
-    for wrong in ({}, {"mode": "aligned", "depths": "interpolate"}):
-        with pytest.raises(ValueError, match=refused):
+    aligned = rf"3 layers in the source and {depth} in the target: mode='aligned' needs equal depths, .*mode='ordered'"
+    for wrong, said in (({}, refused), ({"mode": "aligned", "depths": "interpolate"}, aligned)):
+        with pytest.raises(ValueError, match=said):
             transfer_expert(expert, source, target, **wrong)
     control = transfer_expert(expert, source, target, "shuffled", depths="interpolate")
     for module, offset in found.offsets.items():
@@ -238,6 +239,15 @@ def test_weights_that_are_stored_transposed_transfer_too(kind, tmp_path):
     assert all(len(found.offsets[module]) == len(offset) for module, offset in one.offsets.items())
     same(transfer_expert(one, make(0), get_peft_model(make(0), SVFConfig()), "aligned"), one)
     ExpertLibrary(make(1), [found])
+
+
+def test_models_that_change_places_or_are_not_loaded_are_told(expert, tmp_path):
+    longer = Expert.load(write(tmp_path, "long", of=other_shape(num_hidden_layers=3)))
+    with pytest.raises(ValueError, match=r"no model.layers.2.*the expert has 3 model.layers, the source 2: .* change"):
+        transfer_expert(longer, base(), other_shape(num_hidden_layers=3), depths="interpolate")
+    for source, target, which in (("me/model", base(), "source"), (base(), "me/model", "target")):
+        with pytest.raises(TypeError, match=rf"{which} .* got 'me/model': load it .*from_pretrained\('me/model'\)"):
+            transfer_expert(expert, source, target)
 
 
 def test_what_cannot_be_transferred_is_refused_by_name(expert):

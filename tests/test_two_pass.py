@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the model with two passes: what it answers is what the chosen experts answer, and nothing of it stays."""
 
+import logging
 import math
 import threading
 
@@ -14,6 +15,7 @@ from transformers import DynamicCache, GenerationConfig, LlamaModel, LogitsProce
 from peft_svf import Expert, ExpertLibrary, Mixture, Transformer2Model, first_pass, two_pass
 from peft_svf.expert import SavedExpert
 from peft_svf.layer import Linear, SVFLayer
+from peft_svf.pipeline import Transformer2Pipeline
 
 TEXTS = ["What is 3 + 4?", "def", "Tell me a story."]
 tokenizer = tiny_tokenizer()
@@ -121,6 +123,21 @@ def test_without_anything_to_read_the_second_pass_begins_at_the_first_token(fold
         model.generate(**GREEDY)
 
 
+def test_the_rows_of_inputs_and_of_embeddings_each_have_their_expert(model, no_first_pass):
+    batch, each = inputs(), ["math", "other", "code"]
+    expected = model.generate(**batch, expert=each, **GREEDY).tolist()
+    found = model.generate(inputs=batch["input_ids"], attention_mask=batch["attention_mask"], expert=each, **GREEDY)
+    assert found.tolist() == expected
+    states = model.get_input_embeddings()(batch["input_ids"])
+    embedded = {"inputs_embeds": states, "attention_mask": batch["attention_mask"]}
+    new = model.generate(**embedded, expert=each, **GREEDY)
+    assert new.tolist() == [row[batch["input_ids"].shape[1] :] for row in expected]
+    with pytest.raises(ValueError, match="inputs_embeds cannot be read by a first pass"):
+        model.generate(**embedded, **GREEDY)
+    with pytest.raises(ValueError, match=r"3 prompts, but experts or mixtures for 2"):
+        model.generate(**embedded, expert=each[:2], **GREEDY)
+
+
 def options():
     """Ways of `generate` that change how the model runs, not what it answers to."""
     assistant = base(seed=7)
@@ -205,6 +222,38 @@ def test_a_mixture_that_was_found_keeps_how_it_was_found(model):
     assert found.probabilities == {}
 
 
+@pytest.mark.parametrize("chosen", [{"expert": "math"}, {"mixture": {"code": 0.5}}, {}], ids=str)
+def test_every_decision_is_logged_once(chosen, model, caplog):
+    pipe = Transformer2Pipeline(model, batch_size=2)
+    for decide in (
+        lambda: model.first_pass(TEXTS, **chosen),
+        lambda: model.generate(**inputs(), **chosen, **GREEDY),
+        lambda: pipe(TEXTS, **chosen, **GREEDY),
+        lambda: pipe(TEXTS, **{name: [value] * 3 for name, value in chosen.items()}, **GREEDY),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.DEBUG, logger="peft_svf"):
+            decide()
+        said = [record for record in caplog.records if "'choice': " in record.getMessage()]
+        assert len(said) == len(TEXTS) and {r.levelname for r in said} == {"INFO"}
+        assert {r.name for r in said} == {"peft_svf.two_pass"}
+
+
+def test_of_many_names_the_nearest_are_named(folders):
+    one = Expert.load(folders["math"])
+    many = Transformer2Model(base(), tokenizer, {f"math-{i}": one for i in range(40)})
+    for refused in (
+        lambda: many.first_pass(TEXTS, expert="math_31"),
+        lambda: many.using({"math_31": 1.0}).__enter__(),
+        lambda: first_pass.fit_probe(many.library, tokenizer, TEXTS, ["math_31", "math-1", "math-1"]),
+    ):
+        with pytest.raises(
+            ValueError, match=r"no expert 'math_31'; of the 41 names the nearest are math-31, math-"
+        ) as found:
+            refused()
+        assert str(found.value).count("math-") == 5
+
+
 def test_the_strategy_is_the_classifiers_where_there_is_one(model, folders):
     plain = Transformer2Model(base(), tokenizer, [folders["math"]])
     assert (model.strategy, plain.strategy) == ("classifier", "prompt")
@@ -281,6 +330,27 @@ def test_a_strategy_that_cannot_work_is_refused_at_once(folders):
         Transformer2Model(base(), tokenizer, [folders["math"]], strategy="magic")
     with pytest.raises(ValueError, match="needs a classifier"):
         Transformer2Model(base(), tokenizer, [folders["math"]], strategy="classifier")
+
+
+def test_a_model_of_two_passes_is_not_saved_as_an_adapter_without_an_effect(model, tmp_path):
+    for refused in (lambda: model.save_pretrained(tmp_path / "it"), lambda: model.push_to_hub("me/it")):
+        with pytest.raises(ValueError, match=r"saved by its experts.*library\.expert\(name\)\.save\(folder\)"):
+            refused()
+    assert not (tmp_path / "it").exists()
+
+
+def test_what_is_no_batch_of_ids_is_refused_with_the_way_out(model):
+    batch = tokenizer(TEXTS, return_tensors="pt", padding=True, padding_side="left")
+    for given, error, message in [
+        (batch, TypeError, r"generate\(\*\*inputs\)"),
+        (batch.input_ids.tolist(), TypeError, "torch.tensor"),
+        ("What is 3 + 4?", TypeError, 'return_tensors="pt"'),
+        (batch.input_ids[0], ValueError, rf"\(batch, tokens\), got \({batch.input_ids.shape[1]},\)"),
+    ]:
+        with pytest.raises(error, match=message):
+            model.generate(given, expert="math")
+    with pytest.raises(ValueError, match="input_ids or inputs, not both"):
+        model.generate(batch.input_ids, inputs=batch.input_ids, expert="math")
 
 
 # --- afterwards

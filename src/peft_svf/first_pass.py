@@ -6,7 +6,7 @@ The base model, a classifier expert, or a linear probe on hidden states answers.
 prompts, is: a temperature, a prior, a probe. The model is left as it was.
 """
 
-import logging
+import difflib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,6 @@ from .tasks import dispatch_prompt
 
 P = ParamSpec("P")
 T = TypeVar("T")
-logger = logging.getLogger("peft_svf.adaptation")  # first passes of all kinds log there
 Prompt = str | list[dict[str, Any]]
 STRATEGIES = ("prompt", "classifier", "probe")
 READINGS = ("likelihood", "channel", "generate")
@@ -130,10 +129,7 @@ def dispatch(
     else:
         scores = kind_scores(library, tokenizer, prompts, strategy, calibrate, batch_size, probe, read)
         rows = (scores.double() / temperature).softmax(-1).tolist()
-    mixtures = [_decide(dict(zip(names, row, strict=True)), strategy, threshold, fallback, soft) for row in rows]
-    for mixture in mixtures:
-        logger.debug(f"dispatch by {strategy}: {mixture.record()}")
-    return mixtures
+    return [_decide(dict(zip(names, row, strict=True)), strategy, threshold, fallback, soft) for row in rows]
 
 
 def check_strategy(library: ExpertLibrary, strategy: str, probe: Probe | None = None) -> None:
@@ -478,8 +474,16 @@ def _known_kinds(library: ExpertLibrary, prompts: Sequence[Prompt], kinds: Seque
             f"Fitting needs prompts with one kind each; got {len(prompts)} prompts and {len(kinds)} kinds."
         )
     if unknown := sorted(set(kinds) - set(names)):
-        raise ValueError(f"There is no expert {unknown[0]!r}; the kinds are {', '.join(names)}.")
+        raise ValueError(no_expert(unknown[0], names))
     return names
+
+
+def no_expert(name: str, names: Sequence[str]) -> str:
+    """Say that there is no expert of a name, and which there are: of more than 20 the nearest five."""
+    if len(names) <= 20:
+        return f"There is no expert {name!r}; there are {', '.join(names)}."
+    nearest = difflib.get_close_matches(name, names, n=5, cutoff=0.0)
+    return f"There is no expert {name!r}; of the {len(names)} names the nearest are {', '.join(nearest)}."
 
 
 def _question(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:

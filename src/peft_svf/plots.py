@@ -3,6 +3,7 @@
 Experts and decisions -> figures. Needs matplotlib (`pip install 'peft-svf[demo]'`); loads no model.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MOST_LABELS = 150  # of rows; where there are more, not each has one
+MOST_NUMBERED = 30  # rows that are read cell by cell
+PARTS = ("share right", "log-likelihood")  # of a score on examples
 
-def new_figure(columns: int, height: float = 3.8) -> "tuple[Figure, list[Axes]]":
+
+def size_of(rows: int = 0, names: int = 0) -> dict[str, float]:
+    """The size in inches of a panel in which the labels of so many rows and columns do not run into each other."""
+    return {"height": max(3.8, 1.6 + 0.2 * min(rows, MOST_LABELS)), "width": max(4.6, 2.6 + 0.45 * names)}
+
+
+def new_figure(columns: int, height: float = 3.8, width: float = 4.6) -> "tuple[Figure, list[Axes]]":
     """
     Make a figure of panels side by side, without touching the user's backend or open figures.
 
@@ -28,7 +38,7 @@ def new_figure(columns: int, height: float = 3.8) -> "tuple[Figure, list[Axes]]"
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Figures need matplotlib: pip install 'peft-svf[demo]'") from error
-    figure = Figure(figsize=(4.6 * columns, height), layout="constrained", dpi=150)
+    figure = Figure(figsize=(width * columns, height), layout="constrained", dpi=150)
     axes: Any = figure.subplots(1, columns, squeeze=False)[0]
     return figure, list(axes)
 
@@ -53,7 +63,7 @@ def draw_decisions(axes: "Axes", counts: Mapping[str, Mapping[str, int]], title:
         for j in range(len(choices)):
             colour = "white" if shares[i, j] > 0.5 else "black"
             axes.text(j, i, f"{int(table[i, j])}", ha="center", va="center", color=colour)
-    axes.set_xticks(range(len(choices)), choices)
+    axes.set_xticks(range(len(choices)), choices, rotation=30, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(kinds)), kinds)
     axes.set(xlabel="chosen expert", ylabel="kind of question", title=title)
 
@@ -114,11 +124,35 @@ def draw_distances(axes: "Axes", expert: Expert) -> None:
     """Draw mean abs(z - 1) of each layer and kind of weight of an expert, with a scale beside it."""
     layers, kinds, table = distances(expert)
     image = axes.imshow(table.numpy(), cmap="Blues", vmin=0, aspect="auto", interpolation="nearest")
-    every = max(1, len(layers) // 16)  # labels that do not run into each other
+    every = math.ceil(len(layers) / 16)  # labels that do not run into each other
     axes.set_yticks(range(0, len(layers), every), layers[::every])
-    axes.set_xticks(range(len(kinds)), kinds, rotation=20, ha="right")
+    axes.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right", rotation_mode="anchor")
     axes.set(ylabel="layer", title=f"{expert.name}: mean |z − 1|")
     axes.figure.colorbar(image, ax=axes)
+
+
+def draw_layers(axes: "Axes", layers: Mapping[str, Mapping[str, float]], title: str) -> None:
+    """
+    Draw the weight of each expert in each block of a model, with a scale beside it.
+
+    Args:
+        axes (`matplotlib.axes.Axes`):
+            Panel to draw in.
+        layers (`Mapping[str, Mapping[str, float]]`):
+            By block the weights by name, as a search per layer leaves them in `provenance["layers"]`.
+        title (`str`):
+            Title of the panel.
+    """
+    names, alone = list(next(iter(layers.values()))), len({block.rpartition(".")[0] for block in layers}) == 1
+    weights = torch.tensor([[row[name] for name in names] for row in layers.values()])  # (blocks, experts)
+    low, high = min(0.0, float(weights.min())), max(1.0, float(weights.max()))
+    image = axes.imshow(weights.numpy(), cmap="Blues", vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+    every = math.ceil(len(layers) / 16)  # labels that do not run into each other
+    labels = [block.rpartition(".")[2] if alone else block for block in layers]
+    axes.set_yticks(range(0, len(labels), every), labels[::every])
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set(ylabel="layer", title=title)
+    axes.figure.colorbar(image, ax=axes, label="weight α")
 
 
 def draw_search(axes: "Axes", mixture: Mixture) -> None:
@@ -136,14 +170,15 @@ def draw_search(axes: "Axes", mixture: Mixture) -> None:
     parts = range(len(courses["best"]))
     part = next((i for i in parts if len({*courses["best"][i], *courses["mean_score"][i]}) > 1), 0)
     for key, label in (("best", "best so far"), ("mean_score", "mean of the population")):
-        axes.plot(range(1, len(history) + 1), courses[key][part], label=label)
-    axes.set(xlabel="iteration", ylabel="score on the examples", title="few-shot search")
+        axes.plot(range(1, len(history) + 1), courses[key][part], marker="o", markersize=3, label=label)
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
+    axes.set(xlabel="iteration", ylabel=f"{PARTS[part]} of the examples", title="few-shot search")
     axes.legend()
 
 
-def draw_alpha(axes: "Axes", mixture: Mixture) -> None:
-    """Draw the weights of a mixture as bars; what is left of 1 is the base's (`"other"`)."""
-    shares = {**mixture.alpha, OTHER: 1 - sum(mixture.alpha.values())}
+def draw_alpha(axes: "Axes", mixture: Mixture, names: Sequence[str] = ()) -> None:
+    """Draw the weights of a mixture as bars, 0 for other `names`; what is left of 1 is the base's (`"other"`)."""
+    shares = {**dict.fromkeys(names, 0.0), **mixture.alpha, OTHER: 1 - sum(mixture.alpha.values())}
     axes.barh(list(shares), list(shares.values()))
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set(xlabel="weight α", title=f"mixture ({mixture.strategy})")
@@ -153,9 +188,11 @@ def draw_probabilities(axes: "Axes", prompts: Sequence[str], mixtures: Sequence[
     """
     Draw the probability that the first pass gave each expert, one row per prompt; the chosen one is in bold.
 
+    Above 30 prompts there is a scale instead of numbers.
+
     Args:
         axes (`matplotlib.axes.Axes`):
-            Panel to draw in.
+            Panel to draw in, as large as [`size_of`] says.
         prompts (`Sequence[str]`):
             Labels of the rows.
         mixtures (`Sequence[Mixture]`):
@@ -163,14 +200,19 @@ def draw_probabilities(axes: "Axes", prompts: Sequence[str], mixtures: Sequence[
     """
     names = list(dict.fromkeys(name for mixture in mixtures for name in mixture.record()["probabilities"]))
     table = torch.tensor([[m.record()["probabilities"].get(name, 0.0) for name in names] for m in mixtures])
-    axes.imshow(table.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for i, mixture in enumerate(mixtures):
+    image = axes.imshow(table.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    if len(mixtures) > MOST_NUMBERED:
+        axes.figure.colorbar(image, ax=axes, label="probability")
+    for i, mixture in enumerate(mixtures if len(mixtures) <= MOST_NUMBERED else ()):
         for j, name in enumerate(names):
             weight = "bold" if name == mixture.choice else "normal"
             colour = "white" if table[i, j] > 0.5 else "black"
             axes.text(j, i, f"{table[i, j]:.2f}", ha="center", va="center", color=colour, weight=weight)
-    axes.set_xticks(range(len(names)), names)
-    axes.set_yticks(range(len(prompts)), [text if len(text) <= 30 else text[:29] + "…" for text in prompts])
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
+    every = math.ceil(len(prompts) / MOST_LABELS)
+    lines = [" ".join(text.split()) for text in prompts[::every]]
+    shown = [line if len(line) <= 30 else line[:29] + "…" for line in lines]
+    axes.set_yticks(range(0, len(prompts), every), shown, parse_math=False)  # a "$" is a dollar
     axes.set(xlabel="expert", title="first pass: probabilities")
 
 

@@ -76,15 +76,22 @@ def transfer_expert(
     Raises:
         `ValueError`: for another mode, a module that is missing, an expert of another source, or sizes or depths that
             differ.
+        `TypeError`: for models that are not loaded.
     """
     if mode not in MODES or not {lengths, depths} <= {"refuse", "interpolate"}:
         raise ValueError(
             f"There is no mode {mode!r} with lengths={lengths!r} and depths={depths!r}: choose "
             f"{', '.join(map(repr, MODES))}, and 'refuse' or 'interpolate'."
         )
+    for which, model in (("source", source), ("target", target)):
+        if not isinstance(model, (nn.Module, Mapping)):
+            raise TypeError(
+                f"The {which} is a model or its bases, got {model!r}: load it first, "
+                f"AutoModelForCausalLM.from_pretrained({model!r})."
+            )
     ours = _bases(source, expert.offsets, expert, "source")
     _check_source(expert, source, ours)
-    taken = _from_layers(expert, _names(source), _names(target), refuse=depths == "refuse" or mode == "aligned")
+    taken = _from_layers(expert, _names(source), _names(target), mode, depths)
     theirs = _bases(target, taken, expert, "target")
     draws = torch.Generator().manual_seed(seed)
     offsets, cosines = {}, {}
@@ -169,19 +176,20 @@ def _aligned(module: str, offset: Tensor, source: Basis, target: Basis) -> tuple
 
 
 def _from_layers(
-    expert: Expert, source: Iterable[str], target: Iterable[str], refuse: bool
+    expert: Expert, source: Iterable[str], target: Iterable[str], mode: str, depths: str
 ) -> dict[str, dict[str, float]]:
     """Per module of the target the modules of the expert that it takes its numbers from, and their shares."""
     ours, theirs = _depths(source), _depths(target)
     taken: dict[str, dict[str, float]] = {}
     for module in expert.offsets:
         place = LAYER.fullmatch(module)
-        before, after = (depths.get(place["stack"], 0) if place else 0 for depths in (ours, theirs))
+        before, after = (stacks.get(place["stack"], 0) if place else 0 for stacks in (ours, theirs))
         if place is None or before == after or not after:
             taken.setdefault(module, {})[module] = 1.0
-        elif refuse:
+        elif depths == "refuse" or mode == "aligned":
+            aligned = "mode='aligned' needs equal depths, " if mode == "aligned" else ""
             raise ValueError(
-                f"{place['stack']} has {before} layers in the source and {after} in the target: choose "
+                f"{place['stack']} has {before} layers in the source and {after} in the target: {aligned}choose "
                 "depths='interpolate' with mode='ordered' or 'shuffled', or a target of the same depth."
             )
         else:
@@ -239,10 +247,14 @@ def _bases(model: nn.Module | Bases, modules: Iterable[str], expert: Expert, whi
         model = model.get_base_model() if isinstance(model, PeftModel) else model
         found = dict(model.named_modules())
     if missing := sorted(set(modules) - set(found)):
-        raise ValueError(
-            f"The {which} has no {missing[0]}, which expert {expert.name!r} moves: experts transfer between models "
-            "whose weights have the same names."
-        )
+        place, there = LAYER.fullmatch(missing[0]), _depths(found)
+        if place and 0 < (depth := there.get(place["stack"], 0)) < (own := _depths(modules)[place["stack"]]):
+            hint = (
+                f"the expert has {own} {place['stack']}, the {which} {depth}: should source and target change places?"
+            )
+        else:
+            hint = "experts transfer between models whose weights have the same names."
+        raise ValueError(f"The {which} has no {missing[0]}, which expert {expert.name!r} moves: {hint}")
     if isinstance(model, Mapping):
         return model
     checkpoint = Checkpoint(model)

@@ -6,6 +6,7 @@ Prompts -> first pass -> `Mixture` per row -> second pass: Transformer² (arXiv 
 passes: the weights differ. Between calls the model is the base model with its adapters, to the bit.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,10 +32,11 @@ from transformers import (
 from .adaptation import few_shot
 from .evaluation import CACHES
 from .expert import OTHER, Expert, Mixture, SavedExpert
-from .first_pass import check_strategy, dispatch
+from .first_pass import check_strategy, dispatch, no_expert
 from .library import ExpertLibrary, Source, explicit
 from .tasks import Task
 
+logger = logging.getLogger(__name__)
 Chosen = Mixture | Mapping[str, float]
 # New tokens from which on merged weights pay: on SmolLM2-135M, one core, making them takes 0.43-0.56 s and saves 23 ms
 # of 71 a token.
@@ -148,7 +150,7 @@ class Transformer2Model:
         dispatch_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Mixture]:
         """
-        Find the mixture of each prompt; an explicit `expert` or `mixture` is taken as it is.
+        Find the mixture of each prompt; an explicit `expert` or `mixture` is taken as it is. All are logged.
 
         Args:
             prompts (`Sequence[str | list[dict]]`):
@@ -166,6 +168,21 @@ class Transformer2Model:
         Raises:
             `ValueError`: if both are given, a name is unknown, or there is not one for each prompt.
         """
+        mixtures = self.decide(prompts, expert, mixture, strategy, threshold, dispatch_kwargs)
+        for each in mixtures:
+            logger.info(f"{each.strategy}: {each.record()}")
+        return mixtures
+
+    def decide(
+        self,
+        prompts: Sequence[str | list[dict[str, Any]]],
+        expert: str | Sequence[str] | None = None,
+        mixture: Chosen | Sequence[Chosen] | None = None,
+        strategy: str | None = None,
+        threshold: float | None = None,
+        dispatch_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Mixture]:
+        """[`Transformer2Model.first_pass`] without a word in the log: for what hands its mixtures to `generate`."""
         if expert is not None and mixture is not None:
             raise ValueError("Give an expert or a mixture, not both.")
         given = mixture if expert is None else expert
@@ -178,17 +195,34 @@ class Transformer2Model:
         found = _each(given, len(prompts))
         if len(found) != len(prompts):
             raise ValueError(f"There are {len(prompts)} prompts, but experts or mixtures for {len(found)}.")
-        known = [*self.library.names, OTHER]
-        for m in found:
-            if unknown := [name for name in m.alpha if name not in known]:
-                raise ValueError(f"There is no expert {unknown[0]!r}; there are {', '.join(known)}.")
+        known = self._known(found)
         certain = {m.choice: {name: float(name == m.choice) for name in known} for m in found}
         return [replace(m, probabilities=m.probabilities or certain[m.choice]) for m in found]
+
+    def _known(self, mixtures: Sequence[Mixture]) -> list[str]:
+        """The names of the experts and `"other"`; a `ValueError` where a mixture has another."""
+        known = [*self.library.names, OTHER]
+        for name in (name for mixture in mixtures for name in mixture.alpha if name not in known):
+            raise ValueError(no_expert(name, known))
+        return known
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: the wrapped model would write an adapter with z = 1 and lose the experts."""
+        raise ValueError(
+            "A Transformer2Model is saved by its experts, which name their base model: "
+            "model.library.expert(name).save(folder) for each name in model.library.names. "
+            "PeftModel.from_pretrained(base, folder).push_to_hub(...) shares one."
+        )
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse as `save_pretrained` does."""
+        self.save_pretrained()
 
     def generate(
         self,
         input_ids: Tensor | None = None,
         *,
+        inputs: Tensor | None = None,
         prompts: Sequence[str | list[dict[str, Any]]] | None = None,
         expert: str | Sequence[str] | None = None,
         mixture: Chosen | Sequence[Chosen] | None = None,
@@ -204,7 +238,9 @@ class Transformer2Model:
         Args:
             input_ids (`torch.Tensor` of shape `(batch, tokens)`):
                 The prompts as the second pass reads them, left-padded. Without them an answer to nothing is generated,
-                as `generate` does; then the expert or mixture has to be given.
+                as `generate` does; then the expert or mixture has to be given, as with `inputs_embeds` alone.
+            inputs (`torch.Tensor` of shape `(batch, tokens)`):
+                The same under transformers' other name.
             prompts (`Sequence`, *optional*):
                 The same as texts or chats, for the first pass; default `input_ids`, decoded.
             expert, mixture, strategy, threshold, dispatch_kwargs:
@@ -221,12 +257,21 @@ class Transformer2Model:
         Raises:
             `ValueError`: if a prompt fills the model's context, a cache is passed, or experts that change how images
                 are seen differ in a batch with images.
+            `TypeError`: for prompts that are no tensor.
         """
         if any(kwargs.get(name) is not None for name in CACHES):
             raise ValueError("A key/value cache holds the activations of other weights: pass input_ids alone.")
+        if input_ids is not None and inputs is not None:
+            raise ValueError("Give input_ids or inputs, not both: they are the same.")
+        input_ids = inputs if input_ids is None else input_ids
+        _check_ids(input_ids)
+        states = kwargs.get("inputs_embeds")
         if input_ids is None and prompts is None and expert is None and mixture is None:
+            if states is not None:
+                raise ValueError("inputs_embeds cannot be read by a first pass: give prompts=, expert= or mixture=.")
             raise ValueError("generate needs input_ids of shape (batch, tokens).")
-        rows, length = (1, 0) if input_ids is None else input_ids.shape
+        read = states if input_ids is None else input_ids
+        rows, length = (1, 0) if read is None else read.shape[:2]
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and length >= limit:
             raise ValueError(
@@ -234,7 +279,9 @@ class Transformer2Model:
                 "room for an answer."
             )
         if prompts is None:
-            prompts = [""] if input_ids is None else self.tokenizer.batch_decode(input_ids, skip_special_tokens=True)
+            prompts = (
+                [""] * rows if input_ids is None else self.tokenizer.batch_decode(input_ids, skip_special_tokens=True)
+            )
         if len(prompts) != rows:
             raise ValueError(f"There are {len(prompts)} prompts for {rows} rows of input_ids.")
         merge = self._new_tokens(length, kwargs) >= MERGE_FROM
@@ -295,7 +342,9 @@ class Transformer2Model:
     @contextmanager
     def using(self, mixture: Chosen) -> Iterator[PeftModel]:
         """Give the model one mixture while the context is open, for forwards of one's own, on merged weights."""
-        with self.library.activate(_each(mixture, 1), merge=True) as model:
+        mixtures = _each(mixture, 1)
+        self._known(mixtures)
+        with self.library.activate(mixtures, merge=True) as model:
             yield model
 
 
@@ -304,6 +353,19 @@ def _each(given: str | Chosen | Sequence[str | Chosen], count: int) -> list[Mixt
     each = [given] * count if isinstance(given, (str, Mixture, Mapping)) else given
     mixtures = (explicit(g) if isinstance(g, str) else g if isinstance(g, Mixture) else Mixture(dict(g)) for g in each)
     return list(mixtures)
+
+
+def _check_ids(ids: Any) -> None:
+    """Refuse what is no batch of token ids."""
+    if isinstance(ids, Mapping):
+        raise TypeError("generate takes a tokenizer's output by its names: model.generate(**inputs).")
+    if ids is not None and not isinstance(ids, Tensor):
+        raise TypeError(
+            f"input_ids is a torch.Tensor of shape (batch, tokens), got a {type(ids).__name__}: "
+            'tokenizer(texts, return_tensors="pt", padding=True), or torch.tensor(ids) of rows of one length.'
+        )
+    if ids is not None and ids.dim() != 2:
+        raise ValueError(f"input_ids has shape (batch, tokens), got {tuple(ids.shape)}: ids[None] is a batch of one.")
 
 
 def base_of(experts: Sequence[Source] | Mapping[str, Source]) -> tuple[str, str | None]:

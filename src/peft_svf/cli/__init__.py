@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to their callers
     try:
         return args.run(args) or 0
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "Interrupted.", file=sys.stderr)
         return train.INTERRUPTED
     except (ValueError, OSError, ImportError) as error:
         if args.debug:
@@ -220,7 +220,9 @@ def _add_dispatch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what a user asks")
     parser.add_argument("--file", type=Path, help="more prompts: JSONL with `prompt` in each line")
     parser.add_argument("--batch-size", type=_count, default=16, help="prompts per forward (%(default)s)")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the probabilities")
+    parser.add_argument(
+        "--plot", type=Path, metavar="PNG", help="draw the probabilities, or what was chosen for each kind"
+    )
     _add_first_pass(parser, "default: what --classifier or --probe is for, else prompt")
 
 
@@ -243,7 +245,7 @@ def _add_first_pass(parser: argparse.ArgumentParser, default: str) -> None:
         "--fit",
         type=Path,
         metavar="FILE",
-        help="JSONL of prompts with their `expert` or other: fits the probe, or of other strategies the temperature",
+        help="JSONL of prompts with their `expert` or other: fits the probe, the --calibration, or else a temperature",
     )
     group.add_argument(
         "--probe-method", default="logistic", choices=["logistic", "centroid"], help="of --fit (%(default)s)"
@@ -260,6 +262,9 @@ def _add_first_pass(parser: argparse.ArgumentParser, default: str) -> None:
         action=argparse.BooleanOptionalAction,
         help="divide likelihoods by their means over requests that say nothing; default with --strategy prompt "
         "--read likelihood",
+    )
+    group.add_argument(
+        "--calibration", type=Path, metavar="FOLDER", help="saved calibration; with --fit where it is saved"
     )
     group.add_argument(
         "--read",

@@ -50,12 +50,12 @@ def new_path(path: Path, option: str = "--out") -> Path:
     return path
 
 
-def save_figure(path: Path, panels: "Sequence[Callable[[Axes], None]]") -> None:
-    """Draw panels side by side into a PNG."""
-    from ..plots import new_figure
+def save_figure(path: Path, panels: "Sequence[Callable[[Axes], None]]", rows: int = 0, names: int = 0) -> None:
+    """Draw panels side by side into a PNG, with room for so many labelled rows and columns."""
+    from ..plots import new_figure, size_of
     from ..result import write_file
 
-    figure, axes = new_figure(len(panels))
+    figure, axes = new_figure(len(panels), **size_of(rows, names))
     for draw, panel in zip(panels, axes, strict=True):
         draw(panel)
     content = io.BytesIO()

@@ -8,6 +8,7 @@ import shlex
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from .console import interval, new_path, save_figure, score, short, table, weigh
 from .sources import find_expert, find_task, load_model, read_examples, read_mixture
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from transformers import PreTrainedModel
 
     from ..evaluation import Summary
@@ -25,7 +27,10 @@ if TYPE_CHECKING:
     from ..prompts import Reader
     from ..two_pass import Transformer2Model
 
-FIRST_PASS = ("strategy", "threshold", "fallback", "soft", "calibrate", "read", "temperature", "classifier", "probe")
+FIRST_PASS = (
+    "strategy", "threshold", "fallback", "soft", "calibrate", "calibration", "read", "temperature", "classifier",
+    "probe",
+)  # fmt: skip
 SEARCH = ("method", "population", "iterations", "elites", "seed", "batch_size")
 WAYS = ("base", "mixture", "two_pass")  # keys of a result beside the names of experts
 
@@ -189,12 +194,12 @@ def answer_each(
 
 def adapt(args: argparse.Namespace) -> None:
     """Search the mixture of experts that answers solved examples best; save it, or the expert it makes per layer."""
-    from ..plots import draw_alpha, draw_search
+    from ..plots import draw_alpha, draw_layers, draw_search
 
     out = args.out or Path((args.name or "") if args.per_layer else "mixture.json")
     if not out.name:
         raise ValueError("--per-layer makes an expert: name it by --name, or its folder by --out.")
-    new_path(out)
+    _new_result(out, args.per_layer)
     examples, held_out = read_examples(args.examples), _holdout(args.holdout)
     if any(map(has_image, examples)):
         raise ValueError(f"In {args.examples} an example has an image: the search scores texts.")
@@ -209,7 +214,11 @@ def adapt(args: argparse.Namespace) -> None:
     if args.max_new_tokens is not None:
         settings["max_new_tokens"] = args.max_new_tokens
     name = args.name or (out.name if args.per_layer else None)
-    mixture = model.adapt(examples, task, name=name, **settings)
+    try:
+        mixture = model.adapt(examples, task, name=name, **settings)
+    except KeyboardInterrupt:
+        how = f"goes on from {args.state}" if args.state else "begins anew; with --state FILE it would go on"
+        raise KeyboardInterrupt(f"Interrupted: the same command {how}.") from None
     found, check = mixture.provenance, mixture.provenance["held_out"]
     if args.per_layer:
         model.library.expert(str(name)).save(out)
@@ -217,7 +226,8 @@ def adapt(args: argparse.Namespace) -> None:
         print(table(header, [[b, *(f"{w:.3f}" for w in row.values())] for b, row in found["layers"].items()]))
     else:
         mixture.save(out)
-        print(table(["expert", "weight"], [[each, f"{weight:.3f}"] for each, weight in _shares(mixture).items()]))
+        shares = {**dict.fromkeys(model.library.names, 0.0), **_shares(mixture)}
+        print(table(["expert", "weight"], [[each, f"{weight:.3f}"] for each, weight in shares.items()]))
     print(f"score on the {found['examples']} examples of the search: {score(found['score'])}")
     if check["examples"]:
         scores = [f"{each} {score(values)}" for each, values in check.items() if isinstance(values, list)]
@@ -237,8 +247,32 @@ def adapt(args: argparse.Namespace) -> None:
     print(f"  peft-svf eval {shlex.join(map(str, again))} --task ...")
     print(f"Wrote {out}")
     if args.plot:
-        weights_too = [] if args.per_layer else [lambda axes: draw_alpha(axes, mixture)]
-        save_figure(args.plot, [lambda axes: draw_search(axes, mixture), *weights_too])
+
+        def draw_weights(axes: "Axes") -> None:
+            if args.per_layer:
+                draw_layers(axes, found["layers"], str(name))
+            else:
+                draw_alpha(axes, mixture, model.library.names)
+
+        count = len(model.library.names) + 1
+        save_figure(args.plot, [lambda axes: draw_search(axes, mixture), draw_weights], count, count)
+
+
+def _new_result(out: Path, per_layer: bool) -> None:
+    """Refuse a path that exists; of one that a search has written say that it has ended."""
+    from ..expert import Expert, Mixture
+
+    found: dict[str, Any] = {}
+    if out.exists():  # else an expert would be looked for on the Hub
+        with suppress(OSError, ValueError):
+            found = Expert.load(out).provenance if per_layer else Mixture.load(out).provenance
+    if "history" in found:
+        use = f"peft-svf eval {'--experts' if per_layer else '--mixture'} {out} ..."
+        raise FileExistsError(
+            f"{out} is there already, from a search that has ended: `{use}` measures it; another one needs another "
+            "--out."
+        )
+    new_path(out)
 
 
 def _holdout(given: str) -> float | str | list[dict[str, Any]]:
@@ -261,14 +295,15 @@ def _holdout(given: str) -> float | str | list[dict[str, Any]]:
 
 def dispatch(args: argparse.Namespace) -> None:
     """Show which expert would answer prompts."""
-    from ..plots import draw_probabilities
+    from ..plots import draw_decisions, draw_probabilities
 
     rows = [] if args.file is None else read_examples(args.file)
     prompts = [*args.prompts, *(row["prompt"] for row in rows)]
     if not prompts:
         raise ValueError("There are no prompts: name some, or a file of them by --file.")
     strategy = strategy_of(args) or "prompt"
-    _, mixtures = decide(args, strategy, load_experts(args), prompts)
+    model = load_experts(args)
+    _, mixtures = decide(args, strategy, model, prompts)
     texts = [_text(prompt) for prompt in prompts]
     mixed = any(mixture.alpha not in ({}, {mixture.choice: 1.0}) for mixture in mixtures)
     lines = [
@@ -276,8 +311,17 @@ def dispatch(args: argparse.Namespace) -> None:
         for m, text in zip(mixtures, texts, strict=True)
     ]
     print(table(["expert", "confidence", *(["weights"] if mixed else []), "prompt"], lines))
-    if args.plot:
-        save_figure(args.plot, [lambda axes: draw_probabilities(axes, texts, mixtures)])
+    names = [*model.library.names, "other"]
+    kinds: list[Any] = [] if args.prompts else [row.get("expert") for row in rows]
+    if args.plot and kinds and all(isinstance(kind, str) for kind in kinds):
+        counts: dict[str, Counter[str]] = {kind: Counter() for kind in sorted(kinds)}
+        for kind, mixture in zip(kinds, mixtures, strict=True):
+            counts[kind][mixture.choice] += 1
+        save_figure(
+            args.plot, [lambda axes: draw_decisions(axes, counts, f"first pass: {strategy}")], *[len(names)] * 2
+        )
+    elif args.plot:
+        save_figure(args.plot, [lambda axes: draw_probabilities(axes, texts, mixtures)], len(texts), len(names))
 
 
 def first_pass_options(args: argparse.Namespace) -> list[str]:
@@ -291,7 +335,7 @@ def strategy_of(args: argparse.Namespace) -> str | None:
 
     Raises:
         `ValueError`: where options do not go together.
-        `FileExistsError`: if the probe that is to be fitted is there.
+        `FileExistsError`: if the probe or calibration that is to be fitted is there.
     """
     strategy = args.strategy or ("classifier" if args.classifier else "probe" if args.probe else None)
     for option in ("classifier", "probe"):
@@ -302,9 +346,12 @@ def strategy_of(args: argparse.Namespace) -> str | None:
             raise ValueError(f"--{option} goes with --strategy {option}, not with {strategy!r}.")
     if args.read == "generate" and (args.fit or strategy == "probe"):
         raise ValueError("--read generate has no scores to fit to or to read off a probe: leave it out.")
-    if args.fit and args.probe:
-        new_path(args.probe, "--probe")
-    if args.fit and args.temperature is not None and strategy != "probe":
+    if args.calibration and (strategy == "probe" or args.calibrate is not None or args.read == "generate"):
+        raise ValueError("--calibration goes with prompt or classifier, without --calibrate and --read generate.")
+    for option in ("probe", "calibration"):
+        if args.fit and getattr(args, option):
+            new_path(getattr(args, option), f"--{option}")
+    if args.fit and args.temperature is not None and strategy != "probe" and not args.calibration:
         raise ValueError("--fit finds the temperature: leave --temperature out.")
     return strategy
 
@@ -331,6 +378,7 @@ def decide(
         **{name: value for name, value in fitted.items() if name == "temperature"},
         "classifier": args.classifier,
         "probe": None if args.probe is None else str(args.probe),
+        "calibration": None if args.calibration is None else str(args.calibration),
         "fit": None if args.fit is None else str(args.fit),
         "chosen": dict(Counter(mixture.choice for mixture in mixtures).most_common()),
         "confidence": sum(mixture.confidence for mixture in mixtures) / len(mixtures),
@@ -340,25 +388,30 @@ def decide(
 
 
 def fit_first_pass(args: argparse.Namespace, strategy: str, model: "Transformer2Model") -> dict[str, Any]:
-    """Fit what `--fit` has prompts for: the probe, or of another strategy the temperature; else read the probe."""
-    from ..adaptation import fit_probe, fit_temperature
+    """Fit what `--fit` has prompts for: the probe, a calibration that has a place, or a temperature; else read it."""
+    from ..adaptation import fit_calibration, fit_probe, fit_temperature
     from ..probe import Probe
 
-    library, tokenizer = model.library, model.tokenizer
+    folder = args.probe if strategy == "probe" else args.calibration
+    name = "probe" if strategy == "probe" else "calibrate" if folder else "temperature"
     if args.fit is None:
-        return {"probe": Probe.load(args.probe)} if strategy == "probe" else {}
+        return {} if folder is None else {name: Probe.load(folder)}
     rows = read_examples(args.fit, "expert")
-    prompts, kinds = [row["prompt"] for row in rows], [row["expert"] for row in rows]
-    if strategy == "probe":
-        probe = fit_probe(library, tokenizer, prompts, kinds, method=args.probe_method, batch_size=args.batch_size)
-        if args.probe is not None:
-            probe.save(args.probe)
-            print(f"Wrote {args.probe}: a probe fitted to {len(rows)} prompts")
-        return {"probe": probe}
-    settings = {"strategy": strategy, "calibrate": args.calibrate, "batch_size": args.batch_size, "read": args.read}
-    temperature = fit_temperature(library, tokenizer, prompts, kinds, **settings)
-    print(f"temperature fitted to {len(rows)} prompts: {temperature:.3f}")
-    return {"temperature": temperature}
+    given: Any = (model.library, model.tokenizer, [row["prompt"] for row in rows], [row["expert"] for row in rows])
+    size = args.batch_size
+    if name == "temperature":
+        settings = {"strategy": strategy, "calibrate": args.calibrate, "batch_size": size, "read": args.read}
+        temperature = fit_temperature(*given, **settings)
+        print(f"temperature fitted to {len(rows)} prompts: {temperature:.3f}")
+        return {name: temperature}
+    if name == "probe":
+        fitted = fit_probe(*given, method=args.probe_method, batch_size=size)
+    else:
+        fitted = fit_calibration(*given, strategy=strategy, read=args.read, batch_size=size)
+    if folder is not None:
+        fitted.save(folder)
+        print(f"Wrote {folder}: a {'probe' if name == 'probe' else 'calibration'} fitted to {len(rows)} prompts")
+    return {name: fitted}
 
 
 # What the verbs share. -----------------------------------------------------------------------------------------
