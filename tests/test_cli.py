@@ -286,6 +286,10 @@ def wrong(home, tmp_path):
         "bad row": ([*train, "--task", tmp_path / "bad.jsonl", "--output_dir", tmp_path / "o"], "line 2"),
         "another run": (train, "holds another run already"),
         "no checkpoint": ([*train, "--resume", "--output_dir", tmp_path / "o"], "no whole checkpoint"),
+        "no such checkpoint": (
+            [*train, "--resume", tmp_path / "checkpoint-9", "--output_dir", tmp_path / "o", "--dry-run"],
+            "or --resume",
+        ),
         "no model": ([*train, "--model_name_or_path", tmp_path / "x", "--output_dir", tmp_path / "o"], "x"),
         "unknown expert": ([*eval_, "--experts", tmp_path / "nobody"], "nobody"),
         "expert not on the Hub": ([*eval_, "--experts", "me/nobody"], ""),

@@ -93,6 +93,42 @@ def test_an_interrupted_and_resumed_evolution_is_the_uninterrupted_one(home, evo
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
+ENDED = {
+    "steps": ("reinforce.yaml", {"lr_scheduler_type": "constant"}),
+    "epochs": ("reinforce.yaml", {"max_steps": -1, "num_train_epochs": 0.1, "lr_scheduler_type": "constant"}),
+    "early stop": (
+        "reinforce.yaml",
+        {"max_steps": 20, "eval_steps": 1, "save_steps": 1, "early_stopping_patience": 1, "load_best_model_at_end": 1},
+    ),
+    "evolution": ("train.yaml", {"lr_scheduler_type": "constant"}),
+}
+
+
+@pytest.mark.parametrize("kind", ENDED)
+def test_a_run_that_died_in_its_last_test_is_tested_and_not_trained_again(kind, home, tmp_path, capsys, monkeypatch):
+    def die(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    settings, over = ENDED[kind]
+    parts = [part for key, value in over.items() for part in (f"--{key}", value)]
+    whole, dead = (["train", home / settings, *parts, "--output_dir", tmp_path / name] for name in ("whole", "dead"))
+    assert run(capsys, *whole)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("peft_svf.result.write_expert", die)
+        assert run(capsys, *dead)[0] == 130
+    there = sorted(path.name for path in (tmp_path / "dead").iterdir())
+    code, _, err = run(capsys, *dead, "--resume")
+    assert code == 0 and "fingerprint" not in err, err
+    assert {path.name for path in (tmp_path / "dead").glob("checkpoint-*")} <= set(there)
+    one, other = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "dead"))
+    assert [one[key] for key in ("steps", "best_step", "z")] == [other[key] for key in ("steps", "best_step", "z")]
+    assert one["expert"]["accuracy"] == other["expert"]["accuracy"]
+    z, again = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "dead"))
+    assert any(bool(v.any()) for v in z.values()) and all(torch.equal(z[key], again[key]) for key in z)
+    code, _, err = run(capsys, *dead, "--resume")
+    assert code == 2 and ("This run stopped early" if kind == "early stop" else "This run is finished") in err
+
+
 def test_a_dry_run_of_evolution_counts_rows_times_members(home, tmp_path, capsys):
     code, out, _ = run(capsys, "train", home / "train.yaml", "--output_dir", tmp_path / "out", "--dry-run")
     assert code == 0 and not (tmp_path / "out").exists()

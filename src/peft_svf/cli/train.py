@@ -61,11 +61,6 @@ def train(args: argparse.Namespace) -> int:
         show_sample(model, reader, task, rows["train"][0], config)
         show_cost(model, reader, rows, config, svf)
         return 0
-    from ..runs import step_of_checkpoint
-
-    done = 0 if checkpoint is None else step_of_checkpoint(checkpoint)
-    if 0 < config.max_steps <= done and (Path(config.output_dir) / "result.json").exists():
-        raise ValueError(f"This run is finished ({done} of {config.max_steps} steps): raise max_steps to go on.")
     trainer = make_trainer(model, reader, task, rows, config, svf)
     if trainer.is_fsdp_enabled:
         raise ValueError(
@@ -159,12 +154,17 @@ def _rows(task: "Task", form: str, script: ScriptArguments, config: "Config") ->
 
 def _checkpoint(args: argparse.Namespace, config: "Config") -> str | None:
     """Name the checkpoint to go on from; refuse a folder that holds another run."""
-    from ..runs import last_checkpoint
+    from ..result import RESULT_NAME
+    from ..runs import ended, last_checkpoint
 
     folder = Path(config.output_dir)
     wanted = args.resume or config.resume_from_checkpoint
     if wanted:
-        return str(last_checkpoint(folder)) if str(wanted).lower() in ("last", "true") else str(wanted)
+        found = last_checkpoint(folder) if str(wanted).lower() in ("last", "true") else Path(wanted)
+        finished = ended(found, config)  # also refuses what is no checkpoint
+        if finished and (folder / RESULT_NAME).exists():
+            raise ValueError(finished)
+        return str(found)
     if not args.dry_run and (any(folder.glob("checkpoint-*")) or (folder / "adapter_config.json").exists()):
         raise ValueError(
             f"output_dir {str(folder)!r} holds another run already: go on with it by --resume, or name another folder "
