@@ -189,6 +189,64 @@ def test_what_does_not_belong_to_the_algorithm_is_refused_by_name(home, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+SETTINGS = {  # a line for the file -> what is said of it
+    "task:": "names no task: the benchmark or the JSONL file",
+    "model_name_or_path:": "names no model_name_or_path: the folder or Hub",
+    "output_dir:": "names no output_dir: the folder that",
+    "learning_rate:": "'learning_rate' has no value",
+    "learning_rate: {a: 1}": "'learning_rate' is one value, not a mapping",
+    "seed: null": "'seed' has no value",
+    "max_steps: 2026-01-01": "invalid int value: '2026-01-01'",
+    "eval_steps: true": "'eval_steps' is neither true nor false",
+    "eval_strategy: no": "stands in quotes",
+    "temperature: 0": "`temperature` must be above 0; got 0",
+    "beta: -1": "`beta` must be 0 or more; got -1",
+    "reward_clip: 0": "`reward_clip` must be above 0; got 0",
+    "early_stopping_patience: 0": "`early_stopping_patience` must be 1 or more; got 0",
+    "per_device_train_batch_size: 0": "`per_device_train_batch_size` must be 1 or more; got 0",
+    "per_device_eval_batch_size: -1": "`per_device_eval_batch_size` must be 1 or more; got -1",
+    "gradient_accumulation_steps: 0": "`gradient_accumulation_steps` must be 1 or more; got 0",
+    "max_completion_length: 0": "`max_completion_length` must be 1 or more; got 0",
+    "max_steps: 0": "max_steps=0 with num_train_epochs=3 trains nothing",
+    "max_steps: -1\nnum_train_epochs: 0": "max_steps=-1 with num_train_epochs=0 trains nothing",
+    "metric_for_best_model: eval_foo": "there is no 'foo' in an evaluation, but reward, ",
+    "algorithm: evolution\nmetric_for_best_model: eval_loss": "there is no 'loss' in an evaluation, but reward.",
+    "report_to: nothing_of_the_kind": "'nothing_of_the_kind' is not installed here",
+    "reward_weights: [1, 2]": "a list of one weight, as a task has one reward; got [1, 2]",
+    "reward_weights: 1": "a list of one weight",
+}
+
+
+@pytest.mark.parametrize("line", SETTINGS)
+def test_a_setting_that_means_nothing_is_refused_before_anything_is_loaded(line, home, tmp_path, capsys):
+    key = line.partition(":")[0]
+    others = [other for other in (home / "reinforce.yaml").read_text().splitlines() if not other.startswith(f"{key}:")]
+    if "\nnum_train_epochs" in line or "evolution" in line:
+        others = [other for other in others if not other.startswith("max_steps")]
+    (tmp_path / "train.yaml").write_text("\n".join([*others, line]))
+    code, _, err = run(capsys, "train", tmp_path / "train.yaml", "--dry-run")
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and last.startswith("peft-svf train: error: ") and SETTINGS[line] in last, err
+
+
+def test_what_admits_nothing_a_list_a_mapping_or_a_word_takes_it(home, tmp_path):
+    admitted = "rank: null\nreport_to: [none]\nlr_scheduler_kwargs: {a: 1}\nresume_from_checkpoint: true\n"
+    (tmp_path / "train.yaml").write_text((home / "reinforce.yaml").read_text() + admitted)
+    settings = read_settings(str(tmp_path / "train.yaml"))
+    assert settings.svf.rank is None and settings.training.lr_scheduler_kwargs == {"a": 1}
+    assert settings.training.resume_from_checkpoint == "True" and settings.training.report_to == []
+
+
+def test_a_file_names_what_is_trained_and_its_range(home, evolved, tmp_path, capsys):
+    (tmp_path / "train.yaml").write_text((home / "train.yaml").read_text() + "parametrization: bounded\nlimit: 0.01\n")
+    code, _, err = run(capsys, "train", tmp_path / "train.yaml", "--output_dir", tmp_path / "out")
+    largest = max(float(z.abs().max()) for z in Expert.load(tmp_path / "out").offsets.values())
+    assert code == 0 and 0 < largest <= 0.01 < max(float(z.abs().max()) for z in Expert.load(evolved).offsets.values())
+    out = ["--parametrization", "sigmoid", "--output_dir", tmp_path / "o"]
+    code, _, err = run(capsys, "train", tmp_path / "train.yaml", *out)
+    assert code == 2 and "`limit` must be a finite number above 1" in err
+
+
 def test_a_file_without_an_algorithm_reinforces(home):
     from peft_svf.training import ReinforceConfig
 

@@ -235,7 +235,16 @@ class Run:
             yield
 
 
-def check_patience(patience: int | None, eval_strategy: Any) -> None:
-    """Raise a `ValueError` where `early_stopping_patience` has no evaluations to count."""
-    if patience is not None and eval_strategy == "no":
+def check_run(args: Any) -> None:
+    """Raise a `ValueError` for settings of a run, of either trainer, that mean nothing."""
+    batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    for name in (*batches, "num_generations", "max_completion_length", "early_stopping_patience"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be 1 or more; got {value}.")
+    if args.max_steps == 0 or (args.max_steps < 0 and not args.num_train_epochs > 0):
+        raise ValueError(
+            f"max_steps={args.max_steps} with num_train_epochs={args.num_train_epochs:g} trains nothing: raise one."
+        )
+    if args.early_stopping_patience is not None and args.eval_strategy == "no":
         raise ValueError("early_stopping_patience counts evaluations: set eval_strategy to 'steps' or 'epoch'.")

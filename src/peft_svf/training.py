@@ -26,7 +26,7 @@ from transformers import GenerationConfig
 
 from .evaluation import choice_logps
 from .model import SVFModel
-from .runs import PromptFilter, Run, check_patience, z_statistics
+from .runs import PromptFilter, Run, check_run, z_statistics
 
 try:
     from accelerate.utils import gather_object
@@ -180,6 +180,14 @@ class ReinforceConfig(GRPOConfig):
 
     def _check(self) -> None:
         """Refuse settings that mean nothing, before TRL sees them."""
+        check_run(self)
+        for name, fits, what in (
+            ("temperature", self.temperature > 0, "above 0"),
+            ("beta", self.beta >= 0, "0 or more"),
+            ("reward_clip", self.reward_clip is None or self.reward_clip > 0, "above 0"),
+        ):
+            if not fits:
+                raise ValueError(f"`{name}` must be {what}; got {getattr(self, name)}.")
         single = self.num_generations == 1
         if self.advantage_estimator not in ("none", "batch", "batch_norm", "rloo", "group"):
             raise ValueError(f"`advantage_estimator` cannot be {self.advantage_estimator!r}.")
@@ -210,7 +218,6 @@ class ReinforceConfig(GRPOConfig):
             raise ValueError("use_bias_correction_kl follows kl_direction: set kl_direction='ref_policy'.")
         if self.beta and not self.kl_in_reward and self.importance_sampling_level != "token":
             raise ValueError("With beta > 0 only importance_sampling_level='token' penalises a KL divergence.")
-        check_patience(self.early_stopping_patience, self.eval_strategy)
 
     def _warn_of_checkpoints_between_rollouts(self) -> None:
         """Rollouts in use are not part of a checkpoint: a run resumed among them rolls out anew."""

@@ -72,7 +72,12 @@ def load_model(
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    sees = type(AutoConfig.from_pretrained(name, **shared)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    try:
+        sees = type(AutoConfig.from_pretrained(name, **shared)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    except OSError as error:
+        if os.path.isdir(name):
+            raise
+        raise OSError(f"There is no folder {name!r}, and none could be had from the Hub: {error}") from error
     if images and not sees:
         raise ValueError(f"These rows have images, but {name} sees none: name a vision-language model.")
     found = (AutoProcessor if sees else AutoTokenizer).from_pretrained(name, **shared) if reader else None
