@@ -237,6 +237,35 @@ def test_what_admits_nothing_a_list_a_mapping_or_a_word_takes_it(home, tmp_path)
     assert settings.training.resume_from_checkpoint == "True" and settings.training.report_to == []
 
 
+@pytest.mark.parametrize("algorithm", ["reinforce", "evolution"])
+@pytest.mark.parametrize("form", ["choice", "generate"])
+def test_a_row_that_the_model_cannot_hold_is_named_before_anything_is_trained(form, algorithm, home, tmp_path, capsys):
+    (tmp_path / "rows").mkdir()
+    for split, count in {"train": 30, "validation": 4, "test": 4}.items():
+        rows = [{"prompt": f"{split} {i}?", "choices": ["1", "2"], "label": 0} for i in range(count)]
+        if split == "test":
+            rows[2]["prompt"] += "x" * 505  # of 512 tokens: with the template and a choice too many
+        (tmp_path / "rows" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = home / ("train.yaml" if algorithm == "evolution" else "reinforce.yaml")
+    over = {"task": tmp_path / "rows", "form": form, "max_completion_length": 4, "output_dir": tmp_path / "out"}
+    arguments = [part for key, value in over.items() for part in (f"--{key}", value)]
+    for more in ((), ("--dry-run",)):
+        code, out, err = run(capsys, "train", settings, *arguments, *more)
+        last = err.strip().splitlines()[-1]
+        assert code == 2 and "The first row" not in out, (out, err)
+        assert "test.jsonl', line 3: its prompt and " in last and "the model's context is 512." in last, last
+        tokens = len("test 2?") + 505 + 3 + (1 if form == "choice" else 4)  # three marks of the template
+        assert f" are {tokens} tokens" in last
+    (tmp_path / "rows" / "test.jsonl").write_text(json.dumps({"prompt": "x?", "choices": ["1", "2"], "label": 0}))
+    assert run(capsys, "train", settings, *arguments, "--dry-run")[0] == 0
+
+
+def test_a_dry_run_refuses_a_step_of_more_prompts_than_there_are_rows(home, tmp_path, capsys):
+    over = ["--train_rows", 3, "--per_device_train_batch_size", 32, "--output_dir", tmp_path / "out", "--dry-run"]
+    code, _, err = run(capsys, "train", home / "reinforce.yaml", *over)
+    assert code == 2 and "A step takes 4 different prompts, but the training data have 3 rows" in err
+
+
 def test_a_file_names_what_is_trained_and_its_range(home, evolved, tmp_path, capsys):
     (tmp_path / "train.yaml").write_text((home / "train.yaml").read_text() + "parametrization: bounded\nlimit: 0.01\n")
     code, _, err = run(capsys, "train", tmp_path / "train.yaml", "--output_dir", tmp_path / "out")

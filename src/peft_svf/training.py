@@ -219,6 +219,15 @@ class ReinforceConfig(GRPOConfig):
         if self.beta and not self.kl_in_reward and self.importance_sampling_level != "token":
             raise ValueError("With beta > 0 only importance_sampling_level='token' penalises a KL divergence.")
 
+    def check_rows(self, count: int) -> None:
+        """Raise a `ValueError` if a step takes more different prompts than there are training rows."""
+        prompts = self.generation_batch_size // self.num_generations
+        if count < prompts:
+            raise ValueError(
+                f"A step takes {prompts} different prompts, but the training data have {count} rows: lower "
+                "per_device_train_batch_size or raise num_generations."
+            )
+
     def _warn_of_checkpoints_between_rollouts(self) -> None:
         """Rollouts in use are not part of a checkpoint: a run resumed among them rolls out anew."""
         every = max(1, self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps)
@@ -306,12 +315,8 @@ class ReinforceTrainer(Run, GRPOTrainer):
                 "Rows with `choices` cannot be trained under FSDP: processes need different numbers of forwards for "
                 "them, and FSDP gathers weights in each. Use DDP, or the generated form."
             )
-        prompts = args.generation_batch_size // args.num_generations
-        if isinstance(self.train_dataset, Sized) and len(self.train_dataset) < prompts:
-            raise ValueError(
-                f"A step takes {prompts} different prompts, but the training data have {len(self.train_dataset)} "
-                "rows: lower per_device_train_batch_size or raise num_generations."
-            )
+        if isinstance(self.train_dataset, Sized):
+            args.check_rows(len(self.train_dataset))
         for parameter in self.model.parameters():
             if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()  # TRL makes them bfloat16 on quantised bases

@@ -57,6 +57,7 @@ def train(args: argparse.Namespace) -> int:
     loud = config.process_index == 0
     if loud:
         print(f"{task.name}, {form} form: " + ", ".join(f"{len(found)} {split}" for split, found in rows.items()))
+    check_rows(model, reader, task, rows, config)
     if args.dry_run:
         show_sample(model, reader, task, rows["train"][0], config)
         show_cost(model, reader, rows, config, svf)
@@ -97,6 +98,33 @@ def train(args: argparse.Namespace) -> int:
         show_result(result, folder)
     trainer.accelerator.wait_for_everyone()
     return 0
+
+
+def check_rows(
+    model: "PreTrainedModel", reader: Reader, task: "Task", rows: Mapping[str, Sequence[Row]], config: "Config"
+) -> None:
+    """Raise a `ValueError` for rows that would end a run in its course: too few for a step, too long for the model."""
+    from ..evaluation import context_of, row_lengths
+    from ..evolution import EvolutionConfig
+
+    if not isinstance(config, EvolutionConfig):
+        config.check_rows(len(rows["train"]))
+    limit = context_of(model)
+    if limit is None:
+        return
+    choices = "choices" in rows["train"][0]
+    answer = 0 if choices else config.max_completion_length or 0
+    what = "its prompt and longest choice" if choices else f"its prompt and max_completion_length={answer}"
+    long = [
+        (task.place(split, row), length + answer)
+        for split, some in rows.items()
+        for row, length in zip(some, row_lengths(reader, some), strict=True)
+        if length + answer > limit
+    ]
+    if long:
+        place, length = long[0]
+        others = f" ({len(long) - 1} other rows are too long as well)" if len(long) > 1 else ""
+        raise ValueError(f"{place}: {what} are {length} tokens, but the model's context is {limit}{others}.")
 
 
 def make_trainer(
