@@ -93,6 +93,14 @@ def test_an_interrupted_and_resumed_evolution_is_the_uninterrupted_one(home, evo
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
+def test_progress_is_shown_as_it_is_made(home, tmp_path, capsys, monkeypatch):
+    shown = []
+    monkeypatch.setattr("builtins.print", lambda *parts, flush=False, **more: shown.append((parts, flush)))
+    run(capsys, "train", home / "train.yaml", "--output_dir", tmp_path / "out")
+    steps = [flush for parts, flush in shown if str(parts[0] if parts else "").startswith("step ")]
+    assert steps and all(steps)
+
+
 ENDED = {
     "steps": ("reinforce.yaml", {"lr_scheduler_type": "constant"}),
     "epochs": ("reinforce.yaml", {"max_steps": -1, "num_train_epochs": 0.1, "lr_scheduler_type": "constant"}),

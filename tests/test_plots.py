@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of figures: what is drawn is what was computed, and what is computed are plain means of abs(z - 1)."""
 
+import itertools
 import math
 
 import pytest
@@ -82,6 +83,15 @@ def test_distances_are_drawn_as_they_are(axes):
     drawn = torch.tensor(axes.images[0].get_array().filled(torch.nan))
     assert torch.equal(drawn.isnan(), table.isnan()) and torch.equal(drawn.nan_to_num(), table.nan_to_num())
     assert labels(axes.yaxis) == layers and labels(axes.xaxis) == kinds
+
+
+@pytest.mark.parametrize("layers", [16, 17, 30, 31, 80])
+def test_labels_of_many_layers_do_not_run_into_each_other(axes, layers):
+    draw_distances(axes, expert(**{f"layers__{i}__up": 3 for i in range(layers)}))
+    axes.figure.draw_without_rendering()
+    ends = sorted(tuple(tick.get_window_extent().intervaly) for tick in axes.yaxis.get_ticklabels())
+    assert len(ends) > 8 and all(one[1] < other[0] for one, other in itertools.pairwise(ends))
+    assert {int(label) for label in labels(axes.yaxis)} <= set(range(layers))
 
 
 def test_a_line_of_the_spectrum_is_drawn_for_every_expert_that_is_long_enough(axes):

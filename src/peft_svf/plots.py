@@ -114,7 +114,7 @@ def draw_distances(axes: "Axes", expert: Expert) -> None:
     """Draw mean abs(z - 1) of each layer and kind of weight of an expert, with a scale beside it."""
     layers, kinds, table = distances(expert)
     image = axes.imshow(table.numpy(), cmap="Blues", vmin=0, aspect="auto", interpolation="nearest")
-    every = max(1, len(layers) // 16)  # labels that do not run into each other
+    every = -(-len(layers) // 16)  # labels that do not run into each other
     axes.set_yticks(range(0, len(layers), every), layers[::every])
     axes.set_xticks(range(len(kinds)), kinds, rotation=20, ha="right")
     axes.set(ylabel="layer", title=f"{expert.name}: mean |z − 1|")

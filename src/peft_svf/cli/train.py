@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -225,7 +226,7 @@ def _show_progress(trainer: "Trainer") -> None:
 
     class Lines(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            say(state, logs or {}, print)
+            say(state, logs or {}, partial(print, flush=True))  # a pipe shows each line when it is written
 
     for theirs in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(theirs)
