@@ -80,6 +80,21 @@ def test_an_evolved_expert_is_tested_and_has_a_card(home, evolved):
     assert Expert.load(evolved).description == "the larger of two numbers"
 
 
+def test_the_result_has_the_settings_that_repeat_it(home, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = (home / "train.yaml").read_text().replace(f"output_dir: {home}/evolved", "output_dir: ~/first")
+    (tmp_path / "train.yaml").write_text(text + "hub_token: secret\nenv: {SOME_KEY: secret}\nwarmup_steps: 1\n")
+    assert run(capsys, "train", tmp_path / "train.yaml", "--seed", "7", "--warmup_steps", "0")[0] == 0
+    written = (tmp_path / "first" / "result.json").read_text()
+    settings = json.loads(written)["settings"]
+    assert (settings["output_dir"], settings["seed"], settings["warmup_steps"]) == ("~/first", 7, 0)
+    assert settings["learning_rate"] == 0.02 and settings["eval_strategy"] == "steps" and "secret" not in written
+    (tmp_path / "again.yaml").write_text(json.dumps({**settings, "output_dir": "~/again"}))  # JSON is YAML
+    assert run(capsys, "train", tmp_path / "again.yaml")[0] == 0
+    first, again = (load_file(tmp_path / name / WEIGHTS) for name in ("first", "again"))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+
+
 def test_an_interrupted_and_resumed_evolution_is_the_uninterrupted_one(home, evolved, tmp_path, capsys, monkeypatch):
     from test_cli import interrupt
 

@@ -8,10 +8,11 @@ which task, which singular values.
 """
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_type_hints
 
@@ -112,6 +113,7 @@ class Settings(NamedTuple):
     script: ScriptArguments
     svf: SVFArguments
     training: "ReinforceConfig | EvolutionConfig"
+    given: dict[str, Any]  # what file and overrides say, as JSON has it, without tokens and `env`
 
 
 def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
@@ -180,9 +182,14 @@ def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
     # numbers as text, so that they go through the same types as those of the command line
     texts = {k: v if v is None or isinstance(v, (list, dict)) else str(v) for k, v in content.items()}
     parser.set_defaults_with_config(**texts)
-    settings = Settings(*parser.parse_args_into_dataclasses(list(overrides)))
-    _check_training(settings.training, algorithm)
-    return settings
+    model, script, svf, training = parser.parse_args_into_dataclasses(list(overrides))
+    _check_training(training, algorithm)
+    values = {**asdict(model), **asdict(script), **asdict(svf), **training.to_dict()}
+    # paths as they were written: transformers puts the home folder in
+    values |= {k: str(v) for k, v in content.items() if isinstance(values[k], str) and k not in _names(overrides)}
+    public = [key for key in dict.fromkeys(given) if not key.endswith("_token")]
+    as_json = json.loads(json.dumps({key: values[key] for key in public}, default=str))
+    return Settings(model, script, svf, training, as_json)
 
 
 def _refuse_kind(path: str, key: str, value: Any, hint: str) -> None:

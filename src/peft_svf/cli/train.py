@@ -90,6 +90,7 @@ def train(args: argparse.Namespace) -> int:
             rows["test"],
             folder,
             command=args.command,
+            settings=settings.given,
             seconds=None if checkpoint else seconds,  # of a part only
             base_model=script.base_model,
             license=script.license,
