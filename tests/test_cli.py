@@ -270,7 +270,7 @@ def wrong(home, tmp_path):
     (tmp_path / "type.yaml").write_text((home / "train.yaml").read_text().replace("max_steps: 4", "max_steps: [4]"))
     (tmp_path / "float.yaml").write_text((home / "train.yaml").read_text().replace("max_steps: 4", "max_steps: 4.5"))
     return {
-        "no file": (["train", tmp_path / "nothing.yaml"], "nothing.yaml"),
+        "no file": (["train", tmp_path / "nothing.yaml"], "There is no settings file '"),
         "no mapping": (["train", tmp_path / "list.yaml"], "key: value"),
         "no YAML": (["train", tmp_path / "broken.yaml"], "is no YAML"),
         "unknown key": (["train", tmp_path / "misspelt.yaml"], "'max_step': did you mean 'max_steps'?"),
@@ -286,7 +286,14 @@ def wrong(home, tmp_path):
         "bad row": ([*train, "--task", tmp_path / "bad.jsonl", "--output_dir", tmp_path / "o"], "line 2"),
         "another run": (train, "holds another run already"),
         "no checkpoint": ([*train, "--resume", "--output_dir", tmp_path / "o"], "no whole checkpoint"),
-        "no model": ([*train, "--model_name_or_path", tmp_path / "x", "--output_dir", tmp_path / "o"], "x"),
+        "no such checkpoint": (
+            [*train, "--resume", tmp_path / "checkpoint-9", "--output_dir", tmp_path / "o", "--dry-run"],
+            "or --resume",
+        ),
+        "no model": (
+            [*train, "--model_name_or_path", tmp_path / "x", "--output_dir", tmp_path / "o"],
+            "There is no folder '",
+        ),
         "unknown expert": ([*eval_, "--experts", tmp_path / "nobody"], "nobody"),
         "expert not on the Hub": ([*eval_, "--experts", "me/nobody"], ""),
         "unknown name": ([*eval_, "--experts", home / "wild", "--mixture", "tame=1"], "There is no expert 'tame'"),

@@ -80,6 +80,21 @@ def test_an_evolved_expert_is_tested_and_has_a_card(home, evolved):
     assert Expert.load(evolved).description == "the larger of two numbers"
 
 
+def test_the_result_has_the_settings_that_repeat_it(home, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = (home / "train.yaml").read_text().replace(f"output_dir: {home}/evolved", "output_dir: ~/first")
+    (tmp_path / "train.yaml").write_text(text + "hub_token: secret\nenv: {SOME_KEY: secret}\nwarmup_steps: 1\n")
+    assert run(capsys, "train", tmp_path / "train.yaml", "--seed", "7", "--warmup_steps", "0")[0] == 0
+    written = (tmp_path / "first" / "result.json").read_text()
+    settings = json.loads(written)["settings"]
+    assert (settings["output_dir"], settings["seed"], settings["warmup_steps"]) == ("~/first", 7, 0)
+    assert settings["learning_rate"] == 0.02 and settings["eval_strategy"] == "steps" and "secret" not in written
+    (tmp_path / "again.yaml").write_text(json.dumps({**settings, "output_dir": "~/again"}))  # JSON is YAML
+    assert run(capsys, "train", tmp_path / "again.yaml")[0] == 0
+    first, again = (load_file(tmp_path / name / WEIGHTS) for name in ("first", "again"))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+
+
 def test_an_interrupted_and_resumed_evolution_is_the_uninterrupted_one(home, evolved, tmp_path, capsys, monkeypatch):
     from test_cli import interrupt
 
@@ -91,6 +106,50 @@ def test_an_interrupted_and_resumed_evolution_is_the_uninterrupted_one(home, evo
     assert code == 0 and re.search(r"^step +4  validation reward -?\d", out, re.MULTILINE)
     whole, resumed = load_file(evolved / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_progress_is_shown_as_it_is_made(home, tmp_path, capsys, monkeypatch):
+    shown = []
+    monkeypatch.setattr("builtins.print", lambda *parts, flush=False, **more: shown.append((parts, flush)))
+    run(capsys, "train", home / "train.yaml", "--output_dir", tmp_path / "out")
+    steps = [flush for parts, flush in shown if str(parts[0] if parts else "").startswith("step ")]
+    assert steps and all(steps)
+
+
+ENDED = {
+    "steps": ("reinforce.yaml", {"lr_scheduler_type": "constant"}),
+    "epochs": ("reinforce.yaml", {"max_steps": -1, "num_train_epochs": 0.1, "lr_scheduler_type": "constant"}),
+    "early stop": (
+        "reinforce.yaml",
+        {"max_steps": 20, "eval_steps": 1, "save_steps": 1, "early_stopping_patience": 1, "load_best_model_at_end": 1},
+    ),
+    "evolution": ("train.yaml", {"lr_scheduler_type": "constant"}),
+}
+
+
+@pytest.mark.parametrize("kind", ENDED)
+def test_a_run_that_died_in_its_last_test_is_tested_and_not_trained_again(kind, home, tmp_path, capsys, monkeypatch):
+    def die(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    settings, over = ENDED[kind]
+    parts = [part for key, value in over.items() for part in (f"--{key}", value)]
+    whole, dead = (["train", home / settings, *parts, "--output_dir", tmp_path / name] for name in ("whole", "dead"))
+    assert run(capsys, *whole)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("peft_svf.result.write_expert", die)
+        assert run(capsys, *dead)[0] == 130
+    there = sorted(path.name for path in (tmp_path / "dead").iterdir())
+    code, _, err = run(capsys, *dead, "--resume")
+    assert code == 0 and "fingerprint" not in err, err
+    assert {path.name for path in (tmp_path / "dead").glob("checkpoint-*")} <= set(there)
+    one, other = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "dead"))
+    assert [one[key] for key in ("steps", "best_step", "z")] == [other[key] for key in ("steps", "best_step", "z")]
+    assert one["expert"]["accuracy"] == other["expert"]["accuracy"]
+    z, again = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "dead"))
+    assert any(bool(v.any()) for v in z.values()) and all(torch.equal(z[key], again[key]) for key in z)
+    code, _, err = run(capsys, *dead, "--resume")
+    assert code == 2 and ("This run stopped early" if kind == "early stop" else "This run is finished") in err
 
 
 def test_a_dry_run_of_evolution_counts_rows_times_members(home, tmp_path, capsys):
@@ -151,6 +210,93 @@ def test_what_does_not_belong_to_the_algorithm_is_refused_by_name(home, tmp_path
         assert code == 2 and last and last[0].startswith("peft-svf train: error: "), (case, printed, err)
         assert said in last[0], (case, last)
     assert not (tmp_path / "out").exists()
+
+
+SETTINGS = {  # a line for the file -> what is said of it
+    "task:": "names no task: the benchmark or the JSONL file",
+    "model_name_or_path:": "names no model_name_or_path: the folder or Hub",
+    "output_dir:": "names no output_dir: the folder that",
+    "learning_rate:": "'learning_rate' has no value",
+    "learning_rate: {a: 1}": "'learning_rate' is one value, not a mapping",
+    "seed: null": "'seed' has no value",
+    "max_steps: 2026-01-01": "invalid int value: '2026-01-01'",
+    "eval_steps: true": "'eval_steps' is neither true nor false",
+    "eval_strategy: no": "stands in quotes",
+    "temperature: 0": "`temperature` must be above 0; got 0",
+    "beta: -1": "`beta` must be 0 or more; got -1",
+    "reward_clip: 0": "`reward_clip` must be above 0; got 0",
+    "early_stopping_patience: 0": "`early_stopping_patience` must be 1 or more; got 0",
+    "per_device_train_batch_size: 0": "`per_device_train_batch_size` must be 1 or more; got 0",
+    "per_device_eval_batch_size: -1": "`per_device_eval_batch_size` must be 1 or more; got -1",
+    "gradient_accumulation_steps: 0": "`gradient_accumulation_steps` must be 1 or more; got 0",
+    "max_completion_length: 0": "`max_completion_length` must be 1 or more; got 0",
+    "max_steps: 0": "max_steps=0 with num_train_epochs=3 trains nothing",
+    "max_steps: -1\nnum_train_epochs: 0": "max_steps=-1 with num_train_epochs=0 trains nothing",
+    "metric_for_best_model: eval_foo": "there is no 'foo' in an evaluation, but reward, ",
+    "algorithm: evolution\nmetric_for_best_model: eval_loss": "there is no 'loss' in an evaluation, but reward.",
+    "report_to: nothing_of_the_kind": "'nothing_of_the_kind' is not installed here",
+    "reward_weights: [1, 2]": "a list of one weight, as a task has one reward; got [1, 2]",
+    "reward_weights: 1": "a list of one weight",
+}
+
+
+@pytest.mark.parametrize("line", SETTINGS)
+def test_a_setting_that_means_nothing_is_refused_before_anything_is_loaded(line, home, tmp_path, capsys):
+    key = line.partition(":")[0]
+    others = [other for other in (home / "reinforce.yaml").read_text().splitlines() if not other.startswith(f"{key}:")]
+    if "\nnum_train_epochs" in line or "evolution" in line:
+        others = [other for other in others if not other.startswith("max_steps")]
+    (tmp_path / "train.yaml").write_text("\n".join([*others, line]))
+    code, _, err = run(capsys, "train", tmp_path / "train.yaml", "--dry-run")
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and last.startswith("peft-svf train: error: ") and SETTINGS[line] in last, err
+
+
+def test_what_admits_nothing_a_list_a_mapping_or_a_word_takes_it(home, tmp_path):
+    admitted = "rank: null\nreport_to: [none]\nlr_scheduler_kwargs: {a: 1}\nresume_from_checkpoint: true\n"
+    (tmp_path / "train.yaml").write_text((home / "reinforce.yaml").read_text() + admitted)
+    settings = read_settings(str(tmp_path / "train.yaml"))
+    assert settings.svf.rank is None and settings.training.lr_scheduler_kwargs == {"a": 1}
+    assert settings.training.resume_from_checkpoint == "True" and settings.training.report_to == []
+
+
+@pytest.mark.parametrize("algorithm", ["reinforce", "evolution"])
+@pytest.mark.parametrize("form", ["choice", "generate"])
+def test_a_row_that_the_model_cannot_hold_is_named_before_anything_is_trained(form, algorithm, home, tmp_path, capsys):
+    (tmp_path / "rows").mkdir()
+    for split, count in {"train": 30, "validation": 4, "test": 4}.items():
+        rows = [{"prompt": f"{split} {i}?", "choices": ["1", "2"], "label": 0} for i in range(count)]
+        if split == "test":
+            rows[2]["prompt"] += "x" * 505  # of 512 tokens: with the template and a choice too many
+        (tmp_path / "rows" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = home / ("train.yaml" if algorithm == "evolution" else "reinforce.yaml")
+    over = {"task": tmp_path / "rows", "form": form, "max_completion_length": 4, "output_dir": tmp_path / "out"}
+    arguments = [part for key, value in over.items() for part in (f"--{key}", value)]
+    for more in ((), ("--dry-run",)):
+        code, out, err = run(capsys, "train", settings, *arguments, *more)
+        last = err.strip().splitlines()[-1]
+        assert code == 2 and "The first row" not in out, (out, err)
+        assert "test.jsonl', line 3: its prompt and " in last and "the model's context is 512." in last, last
+        tokens = len("test 2?") + 505 + 3 + (1 if form == "choice" else 4)  # three marks of the template
+        assert f" are {tokens} tokens" in last
+    (tmp_path / "rows" / "test.jsonl").write_text(json.dumps({"prompt": "x?", "choices": ["1", "2"], "label": 0}))
+    assert run(capsys, "train", settings, *arguments, "--dry-run")[0] == 0
+
+
+def test_a_dry_run_refuses_a_step_of_more_prompts_than_there_are_rows(home, tmp_path, capsys):
+    over = ["--train_rows", 3, "--per_device_train_batch_size", 32, "--output_dir", tmp_path / "out", "--dry-run"]
+    code, _, err = run(capsys, "train", home / "reinforce.yaml", *over)
+    assert code == 2 and "A step takes 4 different prompts, but the training data have 3 rows" in err
+
+
+def test_a_file_names_what_is_trained_and_its_range(home, evolved, tmp_path, capsys):
+    (tmp_path / "train.yaml").write_text((home / "train.yaml").read_text() + "parametrization: bounded\nlimit: 0.01\n")
+    code, _, err = run(capsys, "train", tmp_path / "train.yaml", "--output_dir", tmp_path / "out")
+    largest = max(float(z.abs().max()) for z in Expert.load(tmp_path / "out").offsets.values())
+    assert code == 0 and 0 < largest <= 0.01 < max(float(z.abs().max()) for z in Expert.load(evolved).offsets.values())
+    out = ["--parametrization", "sigmoid", "--output_dir", tmp_path / "o"]
+    code, _, err = run(capsys, "train", tmp_path / "train.yaml", *out)
+    assert code == 2 and "`limit` must be a finite number above 1" in err
 
 
 def test_a_file_without_an_algorithm_reinforces(home):

@@ -88,6 +88,15 @@ def test_distances_are_drawn_as_they_are(axes):
     assert labels(axes.yaxis) == layers and labels(axes.xaxis) == kinds
 
 
+@pytest.mark.parametrize("layers", [16, 17, 30, 31, 80])
+def test_labels_of_many_layers_do_not_run_into_each_other(axes, layers):
+    draw_distances(axes, expert(**{f"layers__{i}__up": 3 for i in range(layers)}))
+    axes.figure.draw_without_rendering()
+    ends = sorted(tuple(tick.get_window_extent().intervaly) for tick in axes.yaxis.get_ticklabels())
+    assert len(ends) > 8 and all(one[1] < other[0] for one, other in itertools.pairwise(ends))
+    assert {int(label) for label in labels(axes.yaxis)} <= set(range(layers))
+
+
 def test_a_line_of_the_spectrum_is_drawn_for_every_expert_that_is_long_enough(axes):
     long, short = expert(a=30), expert(a=3)
     draw_spectrum(axes, [long, short])

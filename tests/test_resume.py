@@ -22,6 +22,7 @@ from trainers import (
     random_rows,
     right_choice,
     same,
+    soft_model,
     trained_z,
     trainer_of,
 )
@@ -169,7 +170,7 @@ def test_a_checkpoint_that_was_being_written_is_passed_over(damage, tmp_path):
         state.write_text(state.read_text()[:200])
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     again = trainer_of(tmp_path, rows, right_choice, **settings)
-    with pytest.raises(ValueError, match=r"checkpoint-3' is no whole checkpoint.*earlier one"):
+    with pytest.raises(ValueError, match=r"checkpoint-3' is no whole checkpoint.*earlier one, or --resume"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     again.train(resume_from_checkpoint=True)
     assert again.texts == whole.texts[2:]
@@ -181,6 +182,54 @@ def test_resuming_without_a_whole_checkpoint_says_so(tmp_path):
     (tmp_path / "checkpoint-best").mkdir()
     with pytest.raises(ValueError, match=r"no whole checkpoint in .* of 1 folders"):
         trainer_of(tmp_path, CHOICE_ROWS, right_choice, **RUN).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 0.5}])
+def test_a_run_that_has_ended_is_not_trained_further(length, tmp_path):
+    rows = random_rows(24)
+    settings = {**RUN, **SAVED, **length, "lr_scheduler_type": "constant"}
+    whole = trainer_of(tmp_path, rows, right_choice, **settings)
+    whole.train()
+    steps = whole.state.global_step
+    again = trainer_of(tmp_path, rows, right_choice, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == steps > 0 and again.texts == []
+    assert torch.equal(trained_z(again), trained_z(whole))
+    longer = {name: 2 * value if value > 0 else value for name, value in length.items()}
+    further = trainer_of(tmp_path, rows, right_choice, **settings | longer)
+    further.train(resume_from_checkpoint=True)
+    assert further.state.global_step == 2 * steps
+
+
+def test_a_run_that_stopped_early_gives_its_best_again(tmp_path):
+    settings = {**RUN, **EVALUATED, **SAVED, "max_steps": 20, "early_stopping_patience": 1}
+    settings |= {"load_best_model_at_end": True}
+    whole = trainer_of(tmp_path / "whole", random_rows(24), right_choice, **settings)
+    whole.train()
+    steps, best = whole.state.global_step, whole.state.best_global_step
+    assert 0 < best < steps < 20
+    (tmp_path / "whole").rename(tmp_path / "moved")
+    again = trainer_of(tmp_path / "moved", random_rows(24), right_choice, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert (again.state.global_step, again.texts) == (steps, [])
+    assert torch.equal(trained_z(again), trained_z(whole))
+    patient = {"early_stopping_patience": 9, "restore_callback_states_from_checkpoint": False}
+    further = trainer_of(tmp_path / "moved", random_rows(24), right_choice, **settings | patient)
+    further.train(resume_from_checkpoint=True)
+    assert further.state.global_step > steps
+
+
+def test_a_checkpoint_is_resumed_on_its_own_base_alone_and_then_in_silence(tmp_path, caplog):
+    settings = {**RUN, **SAVED, "max_steps": 2}
+    own, same_base, other = (soft_model(seed=seed) for seed in (0, 0, 5))
+    own.name_or_path = same_base.name_or_path = other.name_or_path = "base"
+    trainer_of(tmp_path, CHOICE_ROWS, right_choice, model=own, **settings).train()
+    again = trainer_of(tmp_path, CHOICE_ROWS, right_choice, model=same_base, **settings | {"max_steps": 3})
+    again.train(resume_from_checkpoint=True)
+    assert "no fingerprint" not in caplog.text
+    other = trainer_of(tmp_path, CHOICE_ROWS, right_choice, model=other, **settings)
+    with pytest.raises(ValueError, match="does not belong to this base model"):
+        other.train(resume_from_checkpoint=True)
 
 
 # --- other processes

@@ -766,12 +766,50 @@ def test_a_folder_of_jsonl_files_keeps_its_splits_and_refuses_a_prompt_of_the_te
         ({"prompt": "a", "choices": ["x", "x"], "label": 0}, "twice"),
         ({"prompt": "a", "choices": ["x", "y"], "label": 2}, "index from 0 to 1, not 2"),
         ({"prompt": "a", "choices": ["x", "y"], "label": "y"}, "index from 0 to 1, not 'y'"),
+        ({"prompt": [{"role": "user", "content": 3}], "answer": "a"}, "'prompt' must be"),
+        ({"prompt": [{"role": "user", "content": ["text"]}], "answer": "a"}, "'prompt' must be"),
+        ('{"prompt": "a", "answer": NaN}', "not JSON: NaN is no number"),
+        ('{"prompt": "a", "answer": "b", "level": Infinity}', "not JSON: Infinity is no number"),
+        ({"prompt": "a", "answer": "b", "completions": 1}, "cannot be called 'completions'"),
+        ({"prompt": "a", "answer": "b", "self": 1}, "cannot be called 'self'"),
+        ({"prompt": "a", "answer": "b", "level": "hard"}, "'level' is a text, but a number in line 1"),
+        ({"prompt": "a", "answer": "b", "level": True}, "'level' is a truth value, but a number in line 1"),
+        ({"prompt": "a", "answer": "b", "tags": [1, "x"]}, r"'tags\[\]' is a text, but a number in line 3"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "answer": "b"},
+            r"'prompt\[\].content' is a list, but a text in line 1",
+        ),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, line, said):
     path = lines(tmp_path / "mine.jsonl", [SUMS[0], "", line])
     with pytest.raises(ValueError, match=rf"mine\.jsonl', line 3: .*{said}"):
         jsonl_task(path)
+
+
+def test_what_may_differ_between_lines_comes_along_into_one_table(tmp_path):
+    from datasets import Dataset
+
+    more = [{"id": 1, "level": None, "of": {"a": 1}}, {"id": "x", "level": 2.5, "of": {"b": [1]}, "answer": "two"}, {}]
+    records = [{**record, **extra} for record, extra in zip(SUMS, more * 20, strict=True)]
+    records[3]["prompt"] = [{"role": "user", "content": "a chat"}]
+    task = jsonl_task(lines(tmp_path / "sums.jsonl", records))
+    assert len(Dataset.from_list(task.rows("train", "generate"))) > 30
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    path = lines(tmp_path / "quiz.jsonl", QUIZ)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert sum(len(jsonl_task(path).rows(split)) for split in SPLITS) == 60
+
+
+def test_a_row_knows_its_file_and_line(tmp_path):
+    path = lines(tmp_path / "quiz.jsonl", QUIZ)
+    task = jsonl_task(path)
+    for split in SPLITS:
+        for row in task.rows(split):
+            number = next(n for n, record in enumerate(QUIZ, 1) if record["prompt"] == row["prompt"][0]["content"])
+            assert task.place(split, row) == f"'{path}', line {number}"
 
 
 def test_a_source_of_two_sorts_too_few_or_no_lines_is_refused(tmp_path):

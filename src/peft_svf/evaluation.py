@@ -121,24 +121,10 @@ def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row],
             f"Row {seen.get('id')!r} has an image: log-likelihoods are those of texts. Let the model write its "
             "answer, in a row without `choices` and in no search that scores given answers."
         )
-    prompts = prompt_ids(tokenizer, [row["prompt"] for row in rows])
+    prompts, options = _encoded(tokenizer, rows)
     tokenizer = tokenizer_of(tokenizer)
-    for number, row in enumerate(rows):
-        if not isinstance(row["choices"], (list, tuple)) or not all(isinstance(text, str) for text in row["choices"]):
-            raise ValueError(
-                f"Row {row.get('id', number)!r} needs choices that are a list of texts, got {row['choices']!r}."
-            )
-    options = [[tokenizer(text, add_special_tokens=False).input_ids for text in row["choices"]] for row in rows]
-    for row, prompt, choices in zip(rows, prompts, options, strict=True):
-        if not prompt:
-            raise ValueError(f"Row {row.get('id')!r} has an empty prompt: there is nothing the choices could follow.")
-        if not choices or not all(choices):
-            raise ValueError(f"Row {row.get('id')!r} needs choices that are texts, got {row['choices']!r}.")
-    if tokenizer.eos_token_id is not None:
-        options = [[[*ids, tokenizer.eos_token_id] for ids in c] if _one_begins_another(c) else c for c in options]
     most = max(map(len, options))
-    longest = max(len(prompt) + max(map(len, choices)) for prompt, choices in zip(prompts, options, strict=True))
-    limit = getattr(_inner(model).config.get_text_config(), "max_position_embeddings", None)
+    longest, limit = max(_lengths(prompts, options)), context_of(model)
     if limit is not None and longest > limit:
         raise ValueError(f"A prompt and its choice have up to {longest} tokens, but the model's context is {limit}.")
 
@@ -176,6 +162,41 @@ def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row],
             logps = logps - rest.view(len(flat), length - 1).sum(-1)
         found = found.index_put((rows_of, column), logps)
     return found
+
+
+def _encoded(reader: Reader, rows: Sequence[Row]) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """Tokens of the prompts, and of the choices of each, which end with the end of turn where one begins another."""
+    prompts, tokenizer = prompt_ids(reader, [row["prompt"] for row in rows]), tokenizer_of(reader)
+    for number, row in enumerate(rows):
+        if not isinstance(row["choices"], (list, tuple)) or not all(isinstance(text, str) for text in row["choices"]):
+            raise ValueError(
+                f"Row {row.get('id', number)!r} needs choices that are a list of texts, got {row['choices']!r}."
+            )
+    options = [[tokenizer(text, add_special_tokens=False).input_ids for text in row["choices"]] for row in rows]
+    for row, prompt, choices in zip(rows, prompts, options, strict=True):
+        if not prompt:
+            raise ValueError(f"Row {row.get('id')!r} has an empty prompt: there is nothing the choices could follow.")
+        if not choices or not all(choices):
+            raise ValueError(f"Row {row.get('id')!r} needs choices that are texts, got {row['choices']!r}.")
+    if tokenizer.eos_token_id is not None:
+        options = [[[*ids, tokenizer.eos_token_id] for ids in c] if _one_begins_another(c) else c for c in options]
+    return prompts, options
+
+
+def _lengths(prompts: list[list[int]], options: list[list[list[int]]]) -> list[int]:
+    return [len(prompt) + max(map(len, choices)) for prompt, choices in zip(prompts, options, strict=True)]
+
+
+def row_lengths(reader: Reader, rows: Sequence[Row]) -> list[int]:
+    """Count the tokens of each row: of its prompt, with its longest choice where it has choices. Images count none."""
+    if rows and "choices" in rows[0]:
+        return _lengths(*_encoded(reader, rows))
+    return [len(ids) for ids in prompt_ids(reader, [row["prompt"] for row in rows])]
+
+
+def context_of(model: Any) -> int | None:
+    """The number of tokens that a model can see; `None` where its config sets no limit."""
+    return getattr(_inner(model).config.get_text_config(), "max_position_embeddings", None)
 
 
 def _alike(
@@ -334,10 +355,12 @@ __all__ = [
     "Row",
     "Summary",
     "choice_logps",
+    "context_of",
     "evaluate",
     "paired_difference",
     "prompt_ids",
     "prompt_text",
+    "row_lengths",
     "score_choices",
     "wilson",
 ]

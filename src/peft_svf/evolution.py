@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from .config import SVFConfig
 from .evaluation import choice_logps, prompt_ids
 from .layer import SVFLayer
-from .runs import Run, check_patience, z_statistics
+from .runs import Run, check_run, z_statistics
 
 Row = Mapping[str, Any]
 Reward = Callable[..., Sequence[float | None]]
@@ -129,7 +129,7 @@ class EvolutionConfig(TrainingArguments):
             raise ValueError(f"`rows_per_forward` must be 1 or more; got {self.rows_per_forward}.")
         if self.fp16:
             raise ValueError("fp16=True scales gradients, and there are none here: load the base in float16 instead.")
-        check_patience(self.early_stopping_patience, self.eval_strategy)
+        check_run(self)
         super().__post_init__()
 
 

@@ -82,6 +82,7 @@ def write_expert(
     folder: str | os.PathLike[str],
     *,
     command: str,
+    settings: Mapping[str, Any] | None = None,
     seconds: float | None = None,
     base_model: str | None = None,
     license: str | None = None,
@@ -104,6 +105,8 @@ def write_expert(
             Of the expert.
         command (`str`):
             Repeats the run.
+        settings (`Mapping`, *optional*):
+            What a file that the command names says, with values that JSON has.
         seconds (`float`, *optional*):
             Wall clock of training.
         base_model (`str`, *optional*):
@@ -127,6 +130,7 @@ def write_expert(
     z = {key.removeprefix("z/"): value for key, value in z_statistics(model).items() if key.count("/") == 1}
     result = {
         "command": command,
+        "settings": settings,
         "versions": versions(),
         "base_model": model.peft_config["default"].base_model_name_or_path,
         "task": task.name,

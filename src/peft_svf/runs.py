@@ -16,11 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import TrainOutput
 
+from .bases import checked_bases
+from .config import SVFConfig
 from .layer import SVFLayer
 
 BLOCK = re.compile(r"(?:base_model\.model\.)?(?P<block>.*?\.\d+)\.")
@@ -45,9 +51,36 @@ def last_checkpoint(folder: str | PathLike[str]) -> Path:
     )
 
 
-def step_of_checkpoint(checkpoint: str | PathLike[str]) -> int:
-    """The steps that a run had made when it wrote a checkpoint; 0 where that cannot be read."""
-    return int((_state(Path(checkpoint)) or {}).get("global_step", 0))
+def ended(checkpoint: str | PathLike[str], args: TrainingArguments) -> str | None:
+    """
+    Tell whether nothing is left to train after a checkpoint.
+
+    Returns:
+        `str` or `None`: why, and how to go on all the same; `None` where steps are left.
+
+    Raises:
+        `ValueError`: if it is no whole checkpoint.
+    """
+    state = _state(Path(checkpoint))
+    if state is None:
+        raise ValueError(
+            f"{str(checkpoint)!r} is no whole checkpoint: its trainer_state.json is missing or cut off. Name an "
+            "earlier one, or --resume (in Python resume_from_checkpoint=True) alone for the newest whole one."
+        )
+    step, epoch = state["global_step"], state.get("epoch") or 0
+    if 0 < args.max_steps <= step:
+        return f"This run is finished ({step} of {args.max_steps} steps): raise max_steps to go on."
+    if args.max_steps <= 0 and args.num_train_epochs <= epoch:
+        return f"This run is finished ({epoch:g} of {args.num_train_epochs:g} epochs): raise num_train_epochs."
+    stop = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback")
+    if stop and args.restore_callback_states_from_checkpoint:
+        passed = stop["attributes"]["early_stopping_patience_counter"]
+        if passed >= stop["args"]["early_stopping_patience"]:
+            return (
+                f"This run stopped early at step {step}, after {passed} evaluations without a better one: to go on, "
+                "set restore_callback_states_from_checkpoint to false."
+            )
+    return None
 
 
 def _state(checkpoint: Path) -> dict[str, Any] | None:
@@ -150,19 +183,44 @@ class Run:
             args, kwargs:
                 Everything else that `Trainer.train` takes.
 
+        Where a checkpoint is the end of its run nothing is trained: the adapter that the run ended with is loaded.
+
         Raises:
-            `ValueError`: if there is no whole checkpoint to resume from.
+            `ValueError`: if there is no whole checkpoint to resume from, or it belongs to another base model.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_checkpoint(self.args.output_dir))  # type: ignore[attr-defined]
-        state = _state(Path(resume_from_checkpoint)) if resume_from_checkpoint else {}
-        if state is None:
-            raise ValueError(
-                f"{str(resume_from_checkpoint)!r} is no whole checkpoint: its trainer_state.json is missing or cut "
-                "off. Name an earlier one, or resume_from_checkpoint=True for the newest whole one."
-            )
-        self.epochs_done = int(state.get("epoch") or 0)
+        if resume_from_checkpoint:
+            checkpoint = Path(str(resume_from_checkpoint))
+            over = ended(checkpoint, self.args)  # type: ignore[attr-defined]
+            self._check_base(checkpoint)
+            if over:
+                return self._load_ended(checkpoint)
+            self.epochs_done = int((_state(checkpoint) or {}).get("epoch") or 0)
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _check_base(self, checkpoint: Path) -> None:
+        """Compare the fingerprint of a checkpoint with this base: PEFT reads an adapter that is there without it."""
+        model: Any = self.model  # type: ignore[attr-defined]
+        name = model.active_adapters[0] if isinstance(model, PeftModel) else ""
+        config = model.peft_config[name] if name else None
+        if isinstance(config, SVFConfig) and not config.fingerprint and (checkpoint / CONFIG_NAME).is_file():
+            saved = SVFConfig.from_pretrained(str(checkpoint))
+            checked_bases(model.get_base_model(), name, saved, config.basis_from)
+            config.record_fingerprint(saved.fingerprint)
+
+    def _load_ended(self, checkpoint: Path) -> TrainOutput:
+        """Take state and adapter as `train` left them when it wrote its last checkpoint (transformers 5.23.0)."""
+        trainer: Any = self
+        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        trainer._load_from_checkpoint(str(checkpoint))
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+            # beside this one, also where the run's folder has moved
+            trainer.state.best_model_checkpoint = str(
+                checkpoint.parent / Path(trainer.state.best_model_checkpoint).name
+            )
+            trainer._load_best_model()
+        return TrainOutput(trainer.state.global_step, 0.0, {})
 
     def stop_early(self, patience: int | None) -> None:
         """Stop after so many evaluations without a better one; `None` never does."""
@@ -177,7 +235,16 @@ class Run:
             yield
 
 
-def check_patience(patience: int | None, eval_strategy: Any) -> None:
-    """Raise a `ValueError` where `early_stopping_patience` has no evaluations to count."""
-    if patience is not None and eval_strategy == "no":
+def check_run(args: Any) -> None:
+    """Raise a `ValueError` for settings of a run, of either trainer, that mean nothing."""
+    batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    for name in (*batches, "num_generations", "max_completion_length", "early_stopping_patience"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be 1 or more; got {value}.")
+    if args.max_steps == 0 or (args.max_steps < 0 and not args.num_train_epochs > 0):
+        raise ValueError(
+            f"max_steps={args.max_steps} with num_train_epochs={args.num_train_epochs:g} trains nothing: raise one."
+        )
+    if args.early_stopping_patience is not None and args.eval_strategy == "no":
         raise ValueError("early_stopping_patience counts evaluations: set eval_strategy to 'steps' or 'epoch'.")

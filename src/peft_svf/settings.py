@@ -8,17 +8,20 @@ which task, which singular values.
 """
 
 import difflib
+import json
 import os
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_type_hints
 
 import torch
 import yaml
 from transformers import PreTrainedModel
 
 from .config import SVFConfig
+from .parametrization import Parametrization
 
 if TYPE_CHECKING:
     from .evolution import EvolutionConfig
@@ -67,6 +70,10 @@ class SVFArguments:
     exclude_modules: list[str] | None = field(default=None, metadata={"help": "Modules to leave out."})
     layers_to_transform: list[int] | None = field(default=None, metadata={"help": "Indices of the layers."})
     rank: int | None = field(default=None, metadata={"help": "Move only so many of the largest singular values."})
+    parametrization: Parametrization = field(
+        default="offset", metadata={"help": "What is trained: offset (z itself), sigmoid, reference or bounded."}
+    )
+    limit: float = field(default=2.0, metadata={"help": "Range of z for parametrization sigmoid and bounded."})
     basis_dtype: Literal["float32", "bfloat16"] | None = field(
         default=None, metadata={"help": "Dtype of the basis; default bfloat16 on a bfloat16 base, else float32."}
     )
@@ -75,6 +82,11 @@ class SVFArguments:
     )
 
 
+NEEDED = {
+    "model_name_or_path": "the folder or Hub repository of the base model",
+    "task": "the benchmark or the JSONL file that is trained on",
+    "output_dir": "the folder that becomes the expert",
+}
 TRAINING_HELP = """
 
   How it is trained: every field of ReinforceConfig, which is TRL's GRPOConfig. The first to set:
@@ -101,6 +113,7 @@ class Settings(NamedTuple):
     script: ScriptArguments
     svf: SVFArguments
     training: "ReinforceConfig | EvolutionConfig"
+    given: dict[str, Any]  # what file and overrides say, as JSON has it, without tokens and `env`
 
 
 def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
@@ -153,11 +166,12 @@ def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "peft-svf train --help lists those that exist."
             raise ValueError(f"{path} with its overrides has an unknown key {key!r}: {hint}")
-    if "output_dir" not in given:
-        raise ValueError(f"{path} names no output_dir: the folder that becomes the expert.")
+    for key, what in NEEDED.items():
+        if content.get(key) is None and key not in _names(overrides):
+            raise ValueError(f"{path} names no {key}: {what}.")
+    hints = {name: str(hint) for each in classes for name, hint in get_type_hints(each).items()}
     for key, value in content.items():
-        if isinstance(value, list) and "list" not in known[key]:
-            raise ValueError(f"{path}: {key!r} is one value, not a list; got {value}.")
+        _refuse_kind(path, key, value, hints[key])
     # what transformers and TRL turn on by default and then refuse, or warn of, where the device has none
     if not torch.cuda.is_available():
         parser.set_defaults(bf16=False, dataloader_pin_memory=False)
@@ -166,12 +180,49 @@ def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
     if algorithm == "evolution":
         parser.set_defaults(logging_steps=10)  # as TRL's configs; transformers' 500 would show nothing of most runs
     # numbers as text, so that they go through the same types as those of the command line
-    numbers = {key: str(value) for key, value in content.items() if isinstance(value, (bool, int, float))}
-    parser.set_defaults_with_config(**{**content, **numbers})
-    return Settings(*parser.parse_args_into_dataclasses(list(overrides)))
+    texts = {k: v if v is None or isinstance(v, (list, dict)) else str(v) for k, v in content.items()}
+    parser.set_defaults_with_config(**texts)
+    model, script, svf, training = parser.parse_args_into_dataclasses(list(overrides))
+    _check_training(training, algorithm)
+    values = {**asdict(model), **asdict(script), **asdict(svf), **training.to_dict()}
+    # paths as they were written: transformers puts the home folder in
+    values |= {k: str(v) for k, v in content.items() if isinstance(values[k], str) and k not in _names(overrides)}
+    public = [key for key in dict.fromkeys(given) if not key.endswith("_token")]
+    as_json = json.loads(json.dumps({key: values[key] for key in public}, default=str))
+    return Settings(model, script, svf, training, as_json)
+
+
+def _refuse_kind(path: str, key: str, value: Any, hint: str) -> None:
+    """Raise a `ValueError` for nothing, a list, a mapping, true or false where the type of a field has none."""
+    kinds = {"list": (list, "one value, not a list"), "dict": (dict, "one value, not a mapping")}
+    if value is None and "None" not in hint and "Optional" not in hint:
+        raise ValueError(f"{path}: {key!r} has no value: leave the line out for its default.")
+    for kind, (of, what) in kinds.items():
+        if isinstance(value, of) and kind not in hint:
+            raise ValueError(f"{path}: {key!r} is {what}; got {value}.")
+    if isinstance(value, bool) and re.search("int|float|Strategy", hint):
+        raise ValueError(f'{path}: {key!r} is neither true nor false; a word such as no stands in quotes: "no".')
+
+
+def _check_training(config: "ReinforceConfig | EvolutionConfig", algorithm: str) -> None:
+    """Raise a `ValueError` for what would end a run in its course: loggers that are not here, unknown metrics."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    here = [*get_available_reporting_integrations(), "flyte"]  # which transformers does not look for
+    if absent := [name for name in config.report_to or () if name not in here]:
+        raise ValueError(f"report_to: {absent[0]!r} is not installed here, or no logger of transformers.")
+    weights = config.reward_weights
+    if weights is not None and not (isinstance(weights, list) and len(weights) == 1):
+        raise ValueError(f"reward_weights is a list of one weight, as a task has one reward; got {weights}.")
+    metric = str(config.metric_for_best_model).removeprefix("eval_")
+    known = {"evolution": ("reward",)}.get(algorithm, ("reward", "reward_std", "entropy", "kl", "loss"))
+    if config.eval_strategy != "no" and metric not in known and (algorithm == "evolution" or "/" not in metric):
+        raise ValueError(f"metric_for_best_model: there is no {metric!r} in an evaluation, but {', '.join(known)}.")
 
 
 def _read_yaml(path: str) -> dict[Any, Any]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no settings file '{path}'.")
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

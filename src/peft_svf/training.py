@@ -26,7 +26,7 @@ from transformers import GenerationConfig
 
 from .evaluation import choice_logps
 from .model import SVFModel
-from .runs import PromptFilter, Run, check_patience, z_statistics
+from .runs import PromptFilter, Run, check_run, z_statistics
 
 try:
     from accelerate.utils import gather_object
@@ -180,6 +180,14 @@ class ReinforceConfig(GRPOConfig):
 
     def _check(self) -> None:
         """Refuse settings that mean nothing, before TRL sees them."""
+        check_run(self)
+        for name, fits, what in (
+            ("temperature", self.temperature > 0, "above 0"),
+            ("beta", self.beta >= 0, "0 or more"),
+            ("reward_clip", self.reward_clip is None or self.reward_clip > 0, "above 0"),
+        ):
+            if not fits:
+                raise ValueError(f"`{name}` must be {what}; got {getattr(self, name)}.")
         single = self.num_generations == 1
         if self.advantage_estimator not in ("none", "batch", "batch_norm", "rloo", "group"):
             raise ValueError(f"`advantage_estimator` cannot be {self.advantage_estimator!r}.")
@@ -210,7 +218,15 @@ class ReinforceConfig(GRPOConfig):
             raise ValueError("use_bias_correction_kl follows kl_direction: set kl_direction='ref_policy'.")
         if self.beta and not self.kl_in_reward and self.importance_sampling_level != "token":
             raise ValueError("With beta > 0 only importance_sampling_level='token' penalises a KL divergence.")
-        check_patience(self.early_stopping_patience, self.eval_strategy)
+
+    def check_rows(self, count: int) -> None:
+        """Raise a `ValueError` if a step takes more different prompts than there are training rows."""
+        prompts = self.generation_batch_size // self.num_generations
+        if count < prompts:
+            raise ValueError(
+                f"A step takes {prompts} different prompts, but the training data have {count} rows: lower "
+                "per_device_train_batch_size or raise num_generations."
+            )
 
     def _warn_of_checkpoints_between_rollouts(self) -> None:
         """Rollouts in use are not part of a checkpoint: a run resumed among them rolls out anew."""
@@ -299,12 +315,8 @@ class ReinforceTrainer(Run, GRPOTrainer):
                 "Rows with `choices` cannot be trained under FSDP: processes need different numbers of forwards for "
                 "them, and FSDP gathers weights in each. Use DDP, or the generated form."
             )
-        prompts = args.generation_batch_size // args.num_generations
-        if isinstance(self.train_dataset, Sized) and len(self.train_dataset) < prompts:
-            raise ValueError(
-                f"A step takes {prompts} different prompts, but the training data have {len(self.train_dataset)} "
-                "rows: lower per_device_train_batch_size or raise num_generations."
-            )
+        if isinstance(self.train_dataset, Sized):
+            args.check_rows(len(self.train_dataset))
         for parameter in self.model.parameters():
             if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()  # TRL makes them bfloat16 on quantised bases

@@ -72,7 +72,12 @@ def load_model(
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    sees = type(AutoConfig.from_pretrained(name, **shared)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    try:
+        sees = type(AutoConfig.from_pretrained(name, **shared)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    except OSError as error:
+        if os.path.isdir(name):
+            raise
+        raise OSError(f"There is no folder {name!r}, and none could be had from the Hub: {error}") from error
     if images and not sees:
         raise ValueError(f"These rows have images, but {name} sees none: name a vision-language model.")
     found = (AutoProcessor if sees else AutoTokenizer).from_pretrained(name, **shared) if reader else None
@@ -118,6 +123,7 @@ def read_examples(path: Path, *texts: str) -> list[dict[str, Any]]:
         `FileNotFoundError`: if there is no such file.
         `ValueError`: if there is no row, or a line is no object with what it needs; the message has its number.
     """
+    from ..tasks.own import is_prompt
     from ..tasks.task import read_lines, user_turn
 
     found = []
@@ -126,7 +132,7 @@ def read_examples(path: Path, *texts: str) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError as error:
             raise ValueError(f"Line {number} of {path} is no JSON: {error}.") from error
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), (str, list)):
+        if not isinstance(row, dict) or not is_prompt(row.get("prompt")):
             raise ValueError(f"Line {number} of {path} is no object with a 'prompt', a text or a chat.")
         if missing := [key for key in texts if not isinstance(row.get(key), str)]:
             raise ValueError(f"Line {number} of {path} has no {missing[0]!r} that is a text; it has {list(row)}.")

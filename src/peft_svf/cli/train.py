@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -57,15 +58,11 @@ def train(args: argparse.Namespace) -> int:
     loud = config.process_index == 0
     if loud:
         print(f"{task.name}, {form} form: " + ", ".join(f"{len(found)} {split}" for split, found in rows.items()))
+    check_rows(model, reader, task, rows, config)
     if args.dry_run:
         show_sample(model, reader, task, rows["train"][0], config)
         show_cost(model, reader, rows, config, svf)
         return 0
-    from ..runs import step_of_checkpoint
-
-    done = 0 if checkpoint is None else step_of_checkpoint(checkpoint)
-    if 0 < config.max_steps <= done and (Path(config.output_dir) / "result.json").exists():
-        raise ValueError(f"This run is finished ({done} of {config.max_steps} steps): raise max_steps to go on.")
     trainer = make_trainer(model, reader, task, rows, config, svf)
     if trainer.is_fsdp_enabled:
         raise ValueError(
@@ -93,6 +90,7 @@ def train(args: argparse.Namespace) -> int:
             rows["test"],
             folder,
             command=args.command,
+            settings=settings.given,
             seconds=None if checkpoint else seconds,  # of a part only
             base_model=script.base_model,
             license=script.license,
@@ -102,6 +100,33 @@ def train(args: argparse.Namespace) -> int:
         show_result(result, folder)
     trainer.accelerator.wait_for_everyone()
     return 0
+
+
+def check_rows(
+    model: "PreTrainedModel", reader: Reader, task: "Task", rows: Mapping[str, Sequence[Row]], config: "Config"
+) -> None:
+    """Raise a `ValueError` for rows that would end a run in its course: too few for a step, too long for the model."""
+    from ..evaluation import context_of, row_lengths
+    from ..evolution import EvolutionConfig
+
+    if not isinstance(config, EvolutionConfig):
+        config.check_rows(len(rows["train"]))
+    limit = context_of(model)
+    if limit is None:
+        return
+    choices = "choices" in rows["train"][0]
+    answer = 0 if choices else config.max_completion_length or 0
+    what = "its prompt and longest choice" if choices else f"its prompt and max_completion_length={answer}"
+    long = [
+        (task.place(split, row), length + answer)
+        for split, some in rows.items()
+        for row, length in zip(some, row_lengths(reader, some), strict=True)
+        if length + answer > limit
+    ]
+    if long:
+        place, length = long[0]
+        others = f" ({len(long) - 1} other rows are too long as well)" if len(long) > 1 else ""
+        raise ValueError(f"{place}: {what} are {length} tokens, but the model's context is {limit}{others}.")
 
 
 def make_trainer(
@@ -159,12 +184,17 @@ def _rows(task: "Task", form: str, script: ScriptArguments, config: "Config") ->
 
 def _checkpoint(args: argparse.Namespace, config: "Config") -> str | None:
     """Name the checkpoint to go on from; refuse a folder that holds another run."""
-    from ..runs import last_checkpoint
+    from ..result import RESULT_NAME
+    from ..runs import ended, last_checkpoint
 
     folder = Path(config.output_dir)
     wanted = args.resume or config.resume_from_checkpoint
     if wanted:
-        return str(last_checkpoint(folder)) if str(wanted).lower() in ("last", "true") else str(wanted)
+        found = last_checkpoint(folder) if str(wanted).lower() in ("last", "true") else Path(wanted)
+        finished = ended(found, config)  # also refuses what is no checkpoint
+        if finished and (folder / RESULT_NAME).exists():
+            raise ValueError(finished)
+        return str(found)
     if not args.dry_run and (any(folder.glob("checkpoint-*")) or (folder / "adapter_config.json").exists()):
         raise ValueError(
             f"output_dir {str(folder)!r} holds another run already: go on with it by --resume, or name another folder "
@@ -197,7 +227,7 @@ def _show_progress(trainer: "Trainer") -> None:
 
     class Lines(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            say(state, logs or {}, print)
+            say(state, logs or {}, partial(print, flush=True))  # a pipe shows each line when it is written
 
     for theirs in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(theirs)

@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from .task import FORMS, SPLITS, Chat, Record, Task, plain, read_lines, user_tur
 from .word_problem import final_number
 
 Check = Callable[[str, Mapping[str, Any]], bool]
+TAKEN = {"completions", "prompts", "self"}  # of the arguments of `Task.reward`
 SHARES = {"test": 20, "validation": 10}  # percent of a single file; the rest is train
 
 
@@ -67,6 +68,12 @@ def jsonl_task(
     return _JsonlTask(path, name or stem, kind, description or f"rows of {path.name}", check)
 
 
+class _Line(Record):
+    """A record that knows where it stands."""
+
+    place = ""
+
+
 class _JsonlTask(Task):
     """Rows of a file or a folder; records are the lines, each with an id."""
 
@@ -77,6 +84,7 @@ class _JsonlTask(Task):
         for split, records in self._records_of.items():
             for index, record in enumerate(records):
                 record["id"] = str(record.get("id", f"{name}-{split}-{index}"))
+        self._places = {(s, record["id"]): record.place for s, some in self._records_of.items() for record in some}
         sorts = {"choices" in record for records in self._records_of.values() for record in records}
         if len(sorts) > 1:
             raise ValueError(f"'{path}' has lines with 'choices' and lines with 'answer'. Make two sources of them.")
@@ -84,6 +92,10 @@ class _JsonlTask(Task):
 
     def _records(self, split: str, folder: str | os.PathLike[str] | None) -> list[Record]:
         return [dict(record) for record in self._records_of[split]]
+
+    def place(self, split: str, row: Mapping[str, Any]) -> str:
+        """Name file and line."""
+        return self._places[split, row["id"]]
 
     def row(self, raw: Record) -> Record:
         """Give the line with its prompt as a chat and, where it has choices, the right one as the answer."""
@@ -111,7 +123,7 @@ def same_answer(completion: str, row: Mapping[str, Any]) -> bool:
     return _bare(completion) == _bare(answer)
 
 
-def _read_splits(path: Path) -> dict[str, list[Record]]:
+def _read_splits(path: Path) -> dict[str, list[_Line]]:
     if path.is_dir():
         files = {split: [path / f"{split}{end}" for end in (".jsonl.gz", ".jsonl")] for split in SPLITS}
         found = {split: next(filter(Path.is_file, paths), None) for split, paths in files.items()}
@@ -125,29 +137,66 @@ def _read_splits(path: Path) -> dict[str, list[Record]]:
     return _cut(path, _read(path))
 
 
-def _read(path: Path) -> list[Record]:
-    records = []
+def _read(path: Path) -> list[_Line]:
+    records: list[_Line] = []
+    kinds: dict[str, tuple[str, int]] = {}  # of values by their place in a line, and the line that had it first
     for number, line in read_lines(path):
         try:
-            record = json.loads(line)
+            record = json.loads(line, parse_constant=_refuse_constant)
         except ValueError as error:
             raise ValueError(f"'{path}', line {number}: not JSON: {error}.") from None
         wrong = _wrong(record)
+        for field, kind in (
+            () if wrong else _kinds({**record, "prompt": _chat(record["prompt"]), "id": "", "answer": ""})
+        ):
+            before, there = kinds.setdefault(field, (kind, number))
+            if before != kind:
+                wrong = f"'{field}' is {kind}, but {before} in line {there}: a field has one type in all lines"
         if wrong:
             raise ValueError(f"'{path}', line {number}: {wrong}.")
-        records.append(record)
+        records.append(_Line(record))
+        records[-1].place = f"'{path}', line {number}"
     if not records:
         raise ValueError(f"'{path}' has no lines.")
     return records
+
+
+def _as_in_a_table(record: Record) -> Record:
+    """The line with what the rows have as a text, or a chat, whatever it was."""
+    texts = ("id",) if "choices" in record else ("id", "answer")
+    return {**record, "prompt": _chat(record["prompt"]), **dict.fromkeys(texts)}
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _kinds(value: Any, field: str = "") -> Iterator[tuple[str, str]]:
+    """The types of a value and of all in it, by place; a table has one for each. What is null may be anything."""
+    if isinstance(value, dict):
+        yield field, "an object"
+        for key, inner in value.items():
+            yield from _kinds(inner, f"{field}.{key}" if field else key)
+    elif isinstance(value, list):
+        yield field, "a list"
+        for inner in value:
+            yield from _kinds(inner, f"{field}[]")
+    elif value is not None:
+        yield field, "a truth value" if isinstance(value, bool) else "a text" if isinstance(value, str) else "a number"
 
 
 def _wrong(record: Any) -> str:
     """Say what is wrong with a line; nothing if it's right."""
     if not isinstance(record, dict):
         return "expected an object with 'prompt' and 'answer', or 'prompt', 'choices' and 'label'"
+    if taken := sorted(TAKEN & record.keys()):
+        return f"a field cannot be called {taken[0]!r}: rewards get something else under this name"
     prompt = record.get("prompt")
-    if not (isinstance(prompt, str) and prompt.strip()) and not _is_chat(prompt):
-        return "'prompt' must be a text, or a chat: a list of messages with 'role' and 'content'"
+    if not is_prompt(prompt):
+        return (
+            "'prompt' must be a text, or a chat: a list of messages with 'role' and 'content', a text or a list of "
+            "parts with 'type'"
+        )
     if "choices" not in record:
         answer = record.get("answer")
         if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
@@ -163,9 +212,9 @@ def _wrong(record: Any) -> str:
     return ""
 
 
-def _cut(path: Path, records: list[Record]) -> dict[str, list[Record]]:
+def _cut(path: Path, records: list[_Line]) -> dict[str, list[_Line]]:
     """Deal the lines of one file by hashes of their prompts, so that equal prompts stay together."""
-    splits: dict[str, list[Record]] = {split: [] for split in SPLITS}
+    splits: dict[str, list[_Line]] = {split: [] for split in SPLITS}
     for record in records:
         share = int(hashlib.sha256(_key(record).encode()).hexdigest(), 16) % 100
         held_out = SHARES["test"] + SHARES["validation"]
@@ -180,7 +229,7 @@ def _cut(path: Path, records: list[Record]) -> dict[str, list[Record]]:
     return splits
 
 
-def _refuse_leaks(path: Path, splits: Mapping[str, list[Record]]) -> None:
+def _refuse_leaks(path: Path, splits: Mapping[str, list[_Line]]) -> None:
     tested = {_key(record) for record in splits.get("test", ())}
     for split in ("train", "validation"):
         shared = [record for record in splits.get(split, ()) if _key(record) in tested]
@@ -199,12 +248,19 @@ def _chat(prompt: str | Chat) -> Chat:
     return user_turn(prompt) if isinstance(prompt, str) else prompt
 
 
-def _is_chat(prompt: Any) -> bool:
-    return (
-        isinstance(prompt, list)
-        and len(prompt) > 0
-        and all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in prompt)
-    )
+def is_prompt(prompt: Any) -> bool:
+    """Tell whether something is a text that is not empty, or a chat."""
+    if isinstance(prompt, str):
+        return bool(prompt.strip())
+    return isinstance(prompt, list) and len(prompt) > 0 and all(map(_is_message, prompt))
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+        return False
+    content = message["content"]
+    parts = isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content)
+    return content is None or isinstance(content, str) or parts
 
 
 def _is_number(text: str) -> bool:

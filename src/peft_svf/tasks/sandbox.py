@@ -21,6 +21,7 @@ they were, so a patched `len` or `math.isclose` doesn't judge.
 What this does not protect against: code that hunts for the token in the harness's frames, that defines a name of its
 own which the asserts use (`len = ...`), that patches a class (`Fraction.__eq__`), or that returns an object equal to
 everything can pass asserts it should fail.
+The limit on memory is that of one process: as many children as are allowed can together take that many times as much.
 Without bubblewrap the code can read every file that the user can read. Where `closed` is empty it can also open
 connections, write where the user can write, read the environment of the user's other processes and end them, and leave
 a process behind in another session; a superuser's fork bomb then lasts until the wall-clock limit, as the kernel

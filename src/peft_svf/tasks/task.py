@@ -98,6 +98,10 @@ class Task:
         """Give a record's id: its own, else its place, "arc_easy-test-12"."""
         return str(record.get("id", place))
 
+    def place(self, split: str, row: Mapping[str, Any]) -> str:
+        """Say where a row of a split comes from, for a message about it."""
+        return f"Task '{self.name}', {split} row {row['id']!r}"
+
     def item(self, raw: Record) -> str:
         """Give what makes two records the same item: the prompt of the generated form, but for case and spaces."""
         return plain("\n".join(str(message["content"]) for message in self.row(raw)["prompt"]))
@@ -318,5 +322,5 @@ def read_jsonl(path: Path) -> list[Record]:
 def read_lines(path: Path) -> list[tuple[int, str]]:
     """Read the lines that aren't empty, each with its number from 1, from a plain or a gzipped file."""
     data = path.read_bytes()
-    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
