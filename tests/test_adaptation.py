@@ -673,7 +673,7 @@ def test_an_interrupted_search_leaves_the_base_and_goes_on_as_if_nothing_had_bee
     done = len(json.loads((tmp_path / "search.json").read_text())["populations"])
     assert done == 2
     resumed = few_shot(library, tokenizer, CHOICES, state=tmp_path / "search.json", **settings)
-    assert resumed == whole and len(calls) == 3 + (5 - done) + 1  # base and experts in the check
+    assert resumed == whole and len(calls) == 3 + (5 - done)  # base and experts are not scored again
 
 
 def test_a_state_file_of_other_examples_experts_or_settings_is_refused(library, folders, tmp_path):
@@ -893,6 +893,27 @@ def test_a_budget_ends_the_search_and_the_mixture_says_so(library):
     assert found.provenance["tokens"] == 3 * one.provenance["tokens"] and one.provenance["stopped"] == ""
     brief = few_shot(library, tokenizer, CHOICES, max_seconds=0.0, **SMALL)
     assert brief.provenance["stopped"] == "max_seconds" and brief.provenance["iterations"] == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"holdout": 0.25}, {"holdout": ANSWERS}, {"low": 0.1, "normalize": True}])
+def test_what_the_check_scores_counts_and_is_kept_within_the_budget(settings, library, monkeypatch):
+    spent = []
+
+    class Counting(evaluator.Judge):
+        def __call__(self, members):
+            spent.append(super().__call__(members))
+            return spent[-1]
+
+    monkeypatch.setattr(adaptation, "Judge", Counting)
+    one = few_shot(library, tokenizer, EIGHT, **settings, **SMALL | {"iterations": 1}).provenance["tokens"]
+    assert one == sum(judged.tokens for judged in spent)
+    if not settings:
+        assert len(spent) == 1  # the check of the whole search costs nothing: base and experts were in it
+    first, limit = spent[0].tokens, one + spent[0].tokens
+    spent.clear()
+    found = few_shot(library, tokenizer, EIGHT, max_tokens=limit, **settings, **SMALL | {"iterations": 9}).provenance
+    assert found["tokens"] == sum(judged.tokens for judged in spent) <= limit
+    assert found["stopped"] == "max_tokens" and found["iterations"] == 2 and found["tokens"] == one + first
 
 
 def test_an_unknown_search_is_refused(library):

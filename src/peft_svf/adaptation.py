@@ -142,7 +142,9 @@ def few_shot(
         state (`str` or path, *optional*):
             File with the scores so far. If the search is interrupted, the same call goes on from it.
         max_tokens, max_seconds (*optional*):
-            End of the search, see [`~search.maximise`]; interrupted runs count.
+            End of the search, see [`~search.maximise`]; interrupted runs count, and so does the check: it scores the
+            result, the base and the best expert on held-out examples, which is reserved at the cost of the last
+            population. The first population and the check are always scored.
         name (`str`, *optional*):
             What the mixture is called; kept in `provenance`. Needed for `per_layer`.
         evaluator ([`~evaluator.Evaluator`], *optional*):
@@ -198,11 +200,15 @@ def few_shot(
         checked = form == "choices" or task is not None  # else the likelihood is all there is
         bar.set_postfix(best=f"{found.score[0 if checked else 1]:.3f}", tokens=found.tokens)
 
+    # the check: base and experts where the range keeps them out of the search, then three vectors on other examples
+    corners = np.asarray(list(weights.corners().values()))
+    reserve = 0.0 if holdout == 0 else sum(map(any, corners != np.clip(corners, low, high)))
+    reserve += 3 * len(unseen) / len(seen)
     with bar:
         found = maximise(
             searcher, judge_of(seen, method == "gradient"), iterations,
             state=state, writes=evaluate.main, settings=depends,
-            max_tokens=max_tokens, max_seconds=max_seconds, on_iteration=progress,
+            max_tokens=max_tokens, max_seconds=max_seconds, reserve=reserve, on_iteration=progress,
         )  # fmt: skip
     if form == "choices" or task is not None:
         _warn_of_ties(found)
@@ -296,9 +302,9 @@ def check_choice(
 
     Args:
         weights, found ([`~evaluator.Weights`], [`~search.Found`]):
-            How vectors are read, and the end of a search.
+            How vectors are read, and the end of a search, to which the cost of the check is added.
         judge (`Callable`):
-            Scores vectors on the examples of the search.
+            Scores vectors on the examples of the search: the base and experts that it has not scored itself.
         unseen (`Callable`, *optional*):
             Scores them on other examples: then these are the check.
         leave_one_out (`bool`):
@@ -311,17 +317,31 @@ def check_choice(
         if leave_one_out:
             logger.info("A single example is not checked: no other could choose a candidate for it.")
         return found.best, found.score, {"examples": 0, "fell_back": None}
+
+    def scored(by: Callable[[np.ndarray], Judged], vectors: Sequence[Sequence[float]]) -> Judged:
+        judged = by(np.asarray(vectors))
+        found.tokens += judged.tokens
+        found.seconds += judged.seconds
+        return judged
+
     corners = weights.corners()
-    judged = judge(np.asarray(list(corners.values())))
-    alone = dict(zip(corners, judged.scores, strict=True))
+    known: dict[tuple[float, ...], np.ndarray] = {}  # scores by example
+    if found.each is not None:
+        known = dict(zip(map(tuple, found.members.tolist()), found.each, strict=True))
+    if missing := [corner for corner in corners.values() if tuple(corner) not in known]:
+        judged = scored(judge, missing)
+        assert judged.each is not None
+        known |= zip(map(tuple, missing), judged.each, strict=True)
+    each = np.stack([known[tuple(corner)] for corner in corners.values()])  # (base and experts, examples, entries)
+    alone: dict[str, Score] = dict(zip(corners, map(tuple, each.mean(1).tolist()), strict=True))
     rivals = (OTHER, max(weights.names, key=lambda name: alone[name]))
     if unseen is not None:
-        there = unseen(np.stack([found.best, *(np.asarray(corners[rival]) for rival in rivals)]))
+        there = scored(unseen, [found.best.tolist(), *(corners[rival] for rival in rivals)])
         mine, *theirs = there.scores
         check: dict[str, Any] = {} if there.each is None else {"examples": there.each.shape[1]}
     else:
-        assert found.each is not None and judged.each is not None
-        mine, theirs = _choosing(found.each), [alone[OTHER], _choosing(judged.each[1:])]
+        assert found.each is not None
+        mine, theirs = _choosing(found.each), [alone[OTHER], _choosing(each[1:])]
         check = {"examples": found.each.shape[1], "by": LEAVE_ONE_OUT}
     return _decided(found, mine, dict(zip(rivals, theirs, strict=True)), corners, alone, check)
 

@@ -84,6 +84,7 @@ def maximise(
     settings: Mapping[str, Any] | None = None,
     max_tokens: int | None = None,
     max_seconds: float | None = None,
+    reserve: float = 0.0,
     on_iteration: Callable[[Found], bool | None] | None = None,
 ) -> Found:
     """
@@ -107,6 +108,8 @@ def maximise(
         max_tokens, max_seconds (*optional*):
             The search ends before the population that would go beyond, judging by the cost of the one before. The
             first population is always scored.
+        reserve (`float`):
+            What the budgets have to hold besides, for a check of the result, as a number of members of a population.
         on_iteration (`Callable`, *optional*):
             Called after each population; `True` ends the search.
 
@@ -126,7 +129,7 @@ def maximise(
         members = searcher.ask()
         digest = hashlib.sha256(np.ascontiguousarray(members).tobytes()).hexdigest()
         if iteration == len(past):
-            found.stopped = _spent(found, past, max_tokens, max_seconds)
+            found.stopped = _spent(found, past, max_tokens, max_seconds, reserve)
             if found.stopped:
                 break
             past.append(_entry(judge, members, digest))
@@ -260,11 +263,14 @@ class Ascent:
         self.mean = self._members[max(range(len(scores)), key=lambda i: scores[i])]
 
 
-def _spent(found: Found, past: list[dict], max_tokens: int | None, max_seconds: float | None) -> str:
-    """The name of the budget that one more population like the last would go beyond, or nothing."""
-    if past and max_tokens is not None and found.tokens + past[-1]["tokens"] > max_tokens:
+def _spent(found: Found, past: list[dict], max_tokens: int | None, max_seconds: float | None, reserve: float) -> str:
+    """The name of the budget that one more population like the last, and the reserve, would go beyond, or nothing."""
+    if not past:
+        return ""
+    more = 1 + reserve / len(past[-1]["scores"])
+    if max_tokens is not None and found.tokens + more * past[-1]["tokens"] > max_tokens:
         return "max_tokens"
-    if past and max_seconds is not None and found.seconds + past[-1]["seconds"] > max_seconds:
+    if max_seconds is not None and found.seconds + more * past[-1]["seconds"] > max_seconds:
         return "max_seconds"
     return ""
 
