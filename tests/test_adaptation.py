@@ -684,7 +684,7 @@ def test_a_state_file_of_other_examples_experts_or_settings_is_refused(library, 
     with pytest.raises(ValueError, match="of another search: seed is 0 there and 1 here"):
         few_shot(library, tokenizer, CHOICES, state=file, seed=1, **SMALL)
     others = ExpertLibrary(base(), {"math": folders["code"], "code": folders["math"]})
-    with pytest.raises(ValueError, match="of another search: experts is"):
+    with pytest.raises(ValueError, match="of another search: of its experts changed: code, math"):
         few_shot(others, tokenizer, CHOICES, state=file, **SMALL)
 
 
