@@ -582,6 +582,13 @@ BAD = {
     "a label too large": (CHOICES, {"prompt": "1 + 1 =", "choices": ["1", "2"], "label": 2}, "2 choices and label 2"),
     "a label below 0": (CHOICES, {"prompt": "1 + 1 =", "choices": ["1", "2"], "label": -1}, "label -1"),
     "a label that is the text": (CHOICES, {"prompt": "1 + 1 =", "choices": ["1", "2"], "label": "2"}, "label '2'"),
+    "an empty choice": (CHOICES, {"prompt": "1 + 1 =", "choices": ["", "2"], "label": 1}, "choices that are texts"),
+    "choices in one text": (CHOICES, {"prompt": "1 + 1 =", "choices": "12", "label": 1}, "choices that are texts"),
+    "an empty prompt": (ANSWERS, {"prompt": "", "answer": "2"}, "empty prompt"),
+    "a chat without a message": (CHOICES, {**CHOICES[0], "prompt": []}, "empty prompt"),
+    "an image": (CHOICES, {**CHOICES[0], "image": "cat.png"}, "has an image"),
+    "a long prompt": (ANSWERS, {"prompt": "x" * 600, "answer": "y"}, "has 601 tokens, .*context is 512"),
+    "a long choice": (CHOICES, {**CHOICES[0], "choices": ["y", "x" * 600]}, "tokens, .*context is 512"),
     "one choice": (CHOICES, {"prompt": "1 + 1 =", "choices": ["2"], "label": 0}, "at least 2 choices"),
     "an answer among choices": (CHOICES, {"prompt": "1 + 1 =", "answer": "2"}, "another form"),
     "choices among answers": (ANSWERS, CHOICES[0], "another form"),
@@ -593,7 +600,15 @@ BAD = {
 def test_a_bad_example_is_refused_with_its_index(what, library):
     good, bad, message = BAD[what]
     with pytest.raises(ValueError, match=rf"Example 3 .*{message}"):
-        few_shot(library, tokenizer, [*good, bad], **SMALL)
+        few_shot(library, tokenizer, (row for row in [*good, bad]), **SMALL)
+    with pytest.raises(ValueError, match=rf"Held-out example 3 .*{message}"):
+        few_shot(library, tokenizer, good, holdout=(row for row in [*good, bad]), **SMALL)
+
+
+def test_a_generator_of_examples_is_its_examples(library):
+    listed = few_shot(library, tokenizer, EIGHT, holdout=ANSWERS, **SMALL)
+    drawn = few_shot(library, tokenizer, (row for row in EIGHT), holdout=(row for row in ANSWERS), **SMALL)
+    assert drawn == listed
 
 
 def test_no_examples_are_refused(library):
@@ -916,14 +931,36 @@ def test_what_the_check_scores_counts_and_is_kept_within_the_budget(settings, li
     assert found["stopped"] == "max_tokens" and found["iterations"] == 2 and found["tokens"] == one + first
 
 
+def test_what_cannot_work_is_refused_before_the_search(library, monkeypatch):
+    monkeypatch.setattr(adaptation, "maximise", lambda *_, **__: pytest.fail("it searched"))
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        few_shot(library, tokenizer, CHOICES, batch_size=0)
+    with pytest.raises(ValueError, match="can be called 'other'"):
+        few_shot(library, tokenizer, CHOICES, per_layer=True, name="other")
+    with pytest.raises(ValueError, match="Two experts are called 'math'"):
+        few_shot(library, tokenizer, CHOICES, per_layer=True, name="math")
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_gradients_are_found_in_inference_mode_too(per_layer, folders):
+    def found(own):
+        settings = {"method": "gradient", "iterations": 2, "name": "sums", "per_layer": per_layer}
+        return few_shot(own, tokenizer, ANSWERS, **settings), one_row(own)
+
+    def one_row(own):
+        with torch.no_grad(), own.activate(Mixture({own.names[-1]: 1.0})) as model:
+            return model(**experts.ids("after")).logits
+
+    libraries = [ExpertLibrary(base(), [folders["math"], folders["code"]]) for _ in range(2)]
+    outside = found(libraries[0])
+    with torch.inference_mode():
+        inside = found(libraries[1])
+    assert inside[0] == outside[0] and torch.equal(*(logits for _, logits in (inside, outside)))
+
+
 def test_an_unknown_search_is_refused(library):
     with pytest.raises(ValueError, match="no search 'luck': choose 'cem', 'cma', 'gradient'"):
         few_shot(library, tokenizer, CHOICES, method="luck")
-
-
-def test_an_example_over_the_context_is_refused(library):
-    with pytest.raises(ValueError, match="the model's context is 512"):
-        few_shot(library, tokenizer, [*ANSWERS, {"prompt": "x" * 600, "answer": "y"}], **SMALL)
 
 
 @all_methods
@@ -958,10 +995,9 @@ def test_weights_per_layer_of_experts_of_different_ranks_and_targets(folders, tm
     assert set(own.expert("both").sizes.values()) == {9}
 
 
-def test_weights_per_layer_need_a_name_that_is_free(library):
-    for name in (None, "math"):
-        with pytest.raises(ValueError, match=r"give it a name=\.\.\. that no expert has"):
-            few_shot(library, tokenizer, ANSWERS, per_layer=True, name=name, **SMALL)
+def test_weights_per_layer_need_a_name(library):
+    with pytest.raises(ValueError, match=r"give it a name=\.\.\."):
+        few_shot(library, tokenizer, ANSWERS, per_layer=True, **SMALL)
 
 
 def test_few_shot_leaves_the_model_as_it_was_also_after_an_exception(library):

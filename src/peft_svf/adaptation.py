@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal
 
@@ -52,6 +52,7 @@ from .first_pass import (
     read_boxed,
 )
 from .library import ExpertLibrary
+from .prompts import has_image, prompt_ids
 from .search import Ascent, CovarianceAdaptation, Found, Judged, Score, Searcher, maximise
 from .tasks import Task
 
@@ -67,10 +68,11 @@ LEAVE_ONE_OUT: Literal["leave-one-out"] = "leave-one-out"
 TEMPERATURE = 8.0  # of choices in a search
 
 
+@torch.inference_mode(False)  # gradients are asked for, and an expert made here may be used with them
 def few_shot(
     library: ExpertLibrary,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    examples: Iterable[Example],
     *,
     task: Task | None = None,
     method: str = "cem",
@@ -84,7 +86,7 @@ def few_shot(
     normalize: bool = False,
     per_layer: bool = False,
     temperature: float = TEMPERATURE,
-    holdout: float | Literal["leave-one-out"] | Sequence[Example] = LEAVE_ONE_OUT,
+    holdout: float | Literal["leave-one-out"] | Iterable[Example] = LEAVE_ONE_OUT,
     state: str | PathLike[str] | None = None,
     max_tokens: int | None = None,
     max_seconds: float | None = None,
@@ -104,7 +106,7 @@ def few_shot(
             The experts.
         tokenizer (`PreTrainedTokenizerBase`):
             Of the base model.
-        examples (`Sequence[Mapping]`):
+        examples (`Iterable[Mapping]`):
             All of one form. `{"prompt", "choices", "label"}`: scored by the share of right choices, ties by the
             log-probability of the right one at `temperature`. `{"prompt", "answer"}` with a `task`: by the task's
             check of a greedy completion, ties by the log-likelihood of the answer. Without a task: by the latter
@@ -132,7 +134,7 @@ def few_shot(
             Divides the log-likelihoods of choices before they become probabilities. At 1 one sure mistake outweighs
             everything that a few examples say; 8 was measured better on three tasks
             (`benchmarks/adaptation/selection.py`).
-        holdout (`"leave-one-out"`, `float` or `Sequence[Mapping]`):
+        holdout (`"leave-one-out"`, `float` or `Iterable[Mapping]`):
             What checks the result. `"leave-one-out"`: the search sees all examples; each is then answered by the
             candidate that is best on the others, and the mean of these scores is compared, as is that of the best
             single expert, chosen in the same way. It costs nothing, but the candidates themselves were drawn with all
@@ -157,16 +159,21 @@ def few_shot(
 
     Raises:
         `ValueError`: if there are no examples, one has neither choices with a label nor an answer or another form than
-            the first, one does not fit the context, the method is unknown, the population is too small, or the state
-            file is of another search.
+            the first, an image, or does not fit the context, the method is unknown, the population is too small, the
+            name is taken, or the state file is of another search.
         `TypeError`: for arguments of `generate` where nothing is generated.
         `ImportError`: for `"cma"` without its library.
     """
+    examples = list(examples)
+    if not isinstance(holdout, (str, int, float)):
+        holdout = list(holdout)
+    if per_layer and not name:
+        raise ValueError("Weights per layer make an expert of the library: give it a name=... that no expert has.")
+    if per_layer and name:
+        library.check_name(name)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     form = _form(examples)
-    if per_layer and (not name or name in library.names):
-        raise ValueError(
-            f"Weights per layer make an expert of the library: give it a name=... that no expert has, got {name!r}."
-        )
     task = task if form == "answer" else None
     if generation and task is None:
         raise TypeError(f"few_shot does not know {', '.join(generation)}: these examples need no generation.")
@@ -174,6 +181,8 @@ def few_shot(
         raise ValueError(f"The temperature of choices is more than 0, got {temperature}.")
     weights = Weights(tuple(library.names), blocks_of(library.model) if per_layer else (), normalize)
     seen, unseen = _split(examples, holdout, seed, form)
+    for what, rows in (("Example", examples), ("Held-out example", holdout if isinstance(holdout, list) else [])):
+        _check_fit(library, tokenizer, rows, what)
     evaluate = evaluator or LocalEvaluator()
 
     def judge_of(rows: Sequence[Example], gradients: bool = False) -> Callable[[np.ndarray], Any]:
@@ -225,7 +234,7 @@ def few_shot(
     return weights.mixture(vector, provenance)
 
 
-def _form(examples: Sequence[Example]) -> str:
+def _form(examples: Sequence[Example], what: str = "Example") -> str:
     """The one form of the examples, `"choices"` or `"answer"`; a `ValueError` names the first that is none."""
     if not examples:
         raise ValueError(
@@ -235,24 +244,47 @@ def _form(examples: Sequence[Example]) -> str:
     for i, example in enumerate(examples):
         if "prompt" not in example or not ({"choices", "label"} <= set(example) or "answer" in example):
             raise ValueError(
-                f"Example {i} needs 'prompt' and 'answer', or 'choices' and 'label'; it has {list(example)}."
+                f"{what} {i} needs 'prompt' and 'answer', or 'choices' and 'label'; it has {list(example)}."
             )
+        if not example["prompt"]:
+            raise ValueError(f"{what} {i} has an empty prompt: there is nothing an answer could follow.")
+        if has_image(example):
+            raise ValueError(f"{what} {i} has an image: log-likelihoods are those of texts.")
         if form not in example or (form == "answer" and "choices" in example):
-            raise ValueError(f"Example {i} has another form than example 0, which has {form!r}: adapt to one form.")
+            raise ValueError(f"{what} {i} has another form than example 0, which has {form!r}: adapt to one form.")
+        if form == "choices" and (
+            not isinstance(example["choices"], (list, tuple))
+            or not all(isinstance(text, str) and text for text in example["choices"])
+        ):
+            raise ValueError(f"{what} {i} needs a list of choices that are texts, got {example['choices']!r}.")
         if form == "choices" and not (
             len(example["choices"]) > 1 and example["label"] in range(len(example["choices"]))
         ):
             raise ValueError(
-                f"Example {i} needs at least 2 choices and as label the place of the right one, from 0; it has "
+                f"{what} {i} needs at least 2 choices and as label the place of the right one, from 0; it has "
                 f"{len(example['choices'])} choices and label {example['label']!r}."
             )
         if form == "answer" and not (isinstance(example["answer"], str) and example["answer"]):
-            raise ValueError(f"Example {i} needs an answer that is a text, got {example['answer']!r}.")
+            raise ValueError(f"{what} {i} needs an answer that is a text, got {example['answer']!r}.")
     return form
 
 
+def _check_fit(
+    library: ExpertLibrary, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], what: str
+) -> None:
+    """Refuse an example of which a prompt with its longest answer is more than the model reads."""
+    limit = getattr(library.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    for i, (example, prompt) in enumerate(
+        zip(examples, prompt_ids(tokenizer, [e["prompt"] for e in examples]), strict=True)
+    ):
+        texts = example["choices"] if "choices" in example else [example["answer"]]
+        tokens = len(prompt) + max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
+        if tokens > limit:
+            raise ValueError(f"{what} {i} has {tokens} tokens, but the model's context is {limit}: shorten it.")
+
+
 def _split(
-    examples: Sequence[Example], holdout: float | str | Sequence[Example], seed: int, form: str
+    examples: Sequence[Example], holdout: float | str | list[Example], seed: int, form: str
 ) -> tuple[list[Example], list[Example]]:
     """The examples that the search sees, and others that check its result."""
     if holdout == LEAVE_ONE_OUT:
@@ -263,9 +295,9 @@ def _split(
             f"got {holdout!r}."
         )
     if not isinstance(holdout, (int, float)):
-        if holdout and _form(holdout) != form:
+        if holdout and _form(holdout, "Held-out example") != form:
             raise ValueError(f"The held-out examples have another form than the others, which have {form!r}.")
-        return list(examples), list(holdout)
+        return list(examples), holdout
     count = max(1, round(holdout * len(examples))) if holdout else 0
     if count >= len(examples):
         raise ValueError(f"holdout={holdout} of {len(examples)} examples leaves none to search on.")

@@ -139,6 +139,10 @@ class ExpertLibrary:
             raise ValueError(self._unknown(name))
         return self._known[name].read()
 
+    def check_name(self, name: str) -> None:
+        """Refuse a name that something here has, or that is the base model's, with a `ValueError`."""
+        _check_name(name, self._entries)
+
     def add(self, source: Source, name: str | None = None) -> str:
         """
         Add an expert; requests that run go on.
@@ -157,13 +161,13 @@ class ExpertLibrary:
         """
         entry = _find(source, name)
         with self._lock:
-            _check_name(entry.name, self._entries)
+            self.check_name(entry.name)
             fits = self._fits(entry)
             if fits:
                 self._admit(entry)
         if not fits:
             with self._model_lock, self._lock:
-                _check_name(entry.name, self._entries)
+                self.check_name(entry.name)
                 self._admit(entry)
         return entry.name
 
