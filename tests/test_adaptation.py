@@ -27,7 +27,7 @@ from peft_svf.adaptation import (
 )
 from peft_svf.evaluation import choice_logps, evaluate
 from peft_svf.evaluator import blocks_of
-from peft_svf.expert import Expert
+from peft_svf.expert import Expert, SavedExpert
 from peft_svf.first_pass import CONTENT_FREE
 from peft_svf.probe import Probe
 from peft_svf.tasks import Task, dispatch_prompt
@@ -956,6 +956,24 @@ def test_gradients_are_found_in_inference_mode_too(per_layer, folders):
     with torch.inference_mode():
         inside = found(libraries[1])
     assert inside[0] == outside[0] and torch.equal(*(logits for _, logits in (inside, outside)))
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "gradient"}, {"per_layer": True, "name": "sums"}])
+def test_a_search_keeps_the_limit_and_finds_what_it_finds_without(settings, folders):
+    free = ExpertLibrary(base(), [folders["math"], folders["code"]])
+    each = 4 * sum(free.expert("math").sizes.values())
+    tight = ExpertLibrary(base(), [folders["math"], folders["code"]], limit_bytes=each)
+    found, expected = (few_shot(own, tokenizer, ANSWERS, holdout=0, **SMALL | settings) for own in (tight, free))
+    assert tight.nbytes <= each and found.alpha == pytest.approx(expected.alpha, abs=1e-3)
+    assert found.provenance["score"] == pytest.approx(expected.provenance["score"], abs=1e-4)
+
+
+def test_a_search_reads_experts_into_the_library_alone(folders, monkeypatch):
+    own = ExpertLibrary(base(), [folders["math"], folders["code"]])
+    few_shot(own, tokenizer, ANSWERS, **SMALL)
+    monkeypatch.setattr(SavedExpert, "load", lambda self: pytest.fail("read again"))
+    monkeypatch.setattr(adaptation, "digest_of_experts", lambda library: {})
+    few_shot(own, tokenizer, ANSWERS, **SMALL)
 
 
 def test_an_unknown_search_is_refused(library):

@@ -439,8 +439,20 @@ def test_the_expert_used_longest_ago_makes_room_and_is_read_again(tmp_path):
         seen.append(library.in_memory)
     assert seen[3:] == [["e1", "e2", "e0"], ["e2", "e0", "e3"], ["e0", "e3", "e4"], ["e3", "e4", "e1"]]
     assert torch.equal(with_mixture(library, *MANY), with_mixture(free, *MANY))
-    with pytest.raises(ValueError, match=f"4 experts at once, {4 * each} bytes.*holds 3"):
-        one_mixture(library, dict.fromkeys(["e0", "e1", "e2", "e3"], 0.25))
+
+
+@pytest.mark.parametrize("held", [1, 2, 5])
+def test_a_mixture_of_more_experts_than_the_limit_holds_is_that_mixture(held, tmp_path):
+    folders = many(tmp_path, 5) | {"low": write(tmp_path, "low", seed=6, rank=5, target_modules=["q_proj", "up_proj"])}
+    free = ExpertLibrary(base(), folders)
+    each = 4 * sum(layer.svf_basis.shape[-1] for layer in free.layers().values())
+    library = ExpertLibrary(base(), folders, limit_bytes=held * each)
+    rows = [{"e0": 0.5, "low": 0.25}, dict.fromkeys(folders, 0.2), {}]
+    for alpha in rows:
+        torch.testing.assert_close(one_mixture(library, alpha), one_mixture(free, alpha), atol=1e-5, rtol=1e-5)
+        assert library.nbytes <= held * each
+    torch.testing.assert_close(with_mixture(library, *rows), with_mixture(free, *rows), atol=1e-5, rtol=1e-5)
+    assert library.nbytes <= held * each and len(library.in_memory) == held
 
 
 def test_a_limit_below_one_expert_is_refused_and_the_model_is_as_it_was(folders):

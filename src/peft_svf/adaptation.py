@@ -17,7 +17,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .cem import CrossEntropy
@@ -29,8 +28,6 @@ from .evaluator import (
     Weights,
     blocks_of,
     digest_of_experts,
-    svf_layers,
-    table_of,
 )
 from .expert import OTHER, Expert, Mixture
 from .first_pass import (
@@ -41,6 +38,7 @@ from .first_pass import (
     READINGS,
     STRATEGIES,
     Prompt,
+    _held,
     boxed_prompt,
     check_strategy,
     dispatch,
@@ -69,6 +67,7 @@ TEMPERATURE = 8.0  # of choices in a search
 
 
 @torch.inference_mode(False)  # gradients are asked for, and an expert made here may be used with them
+@_held
 def few_shot(
     library: ExpertLibrary,
     tokenizer: PreTrainedTokenizerBase,
@@ -414,16 +413,18 @@ def _as_expert(
 ) -> Mixture:
     """Add the z-vector that weights per block stand for to the library, as an expert; a mixture of it alone."""
     by_block = weights.of(torch.tensor(vector, dtype=torch.float64)[None])[0]  # (blocks, experts)
-    experts = [library.expert(each) for each in weights.names]
-    ranks: list[Any] = [expert.config.get("rank") for expert in experts]
+    configs = [library.expert(each).config for each in weights.names]
+    ranks: list[Any] = [config.get("rank") for config in configs]
     rank = None if None in ranks else max(ranks)
-    offsets: dict[str, Tensor] = {}
-    for module, layer in svf_layers(library.model).items():
-        if any(module in expert.offsets for expert in experts):
-            table = table_of(experts, module, layer.size_of(rank))
-            offsets[module] = (by_block[weights.place(module)].to(table) @ table).contiguous()
-    prints = {m: found for expert in experts for m, found in (expert.config.get("fingerprint") or {}).items()}
-    config = experts[0].config | {
+    mixed = library.mix(weights.names, lambda module: by_block[None, weights.place(module)])  # (1, k) each
+    layers = library.layers()
+    offsets = {
+        module: offset[0, : layers[module].size_of(rank)].float().cpu().contiguous()
+        for module, offset in mixed.items()
+        if offset.numel()
+    }
+    prints = {m: found for config in configs for m, found in (config.get("fingerprint") or {}).items()}
+    config = configs[0] | {
         "description": f"mixed per layer from {', '.join(weights.names)}", "rank": rank, "fingerprint": prints or None,
         "target_modules": sorted(offsets), "exclude_modules": None, "layers_to_transform": None,
         "layers_pattern": None,
