@@ -256,6 +256,10 @@ def test_a_mixture_is_a_file_or_names_with_weights(tmp_path):
     Mixture({"a": 0.3}).save(tmp_path / "m=1.json")
     assert read_mixture([str(tmp_path / "m=1.json")]).alpha == {"a": 0.3}
     assert read_mixture(["a=0.7", "b=-0.25"]).alpha == {"a": 0.7, "b": -0.25}
+    with pytest.raises(
+        FileNotFoundError, match=r"no file 'sums': a mixture is one that .adapt. wrote, or expert names"
+    ):
+        read_mixture(["sums"])
 
 
 # --- what a user can get wrong

@@ -415,6 +415,45 @@ def test_the_last_expert_stays(library):
     assert library.names == ["math"]
 
 
+def test_a_named_mixture_is_kept_beside_the_experts(library, folders, tmp_path):
+    sums = Mixture({"math": 0.7, "code": 0.2}, "few-shot", 1.0, {}, {"seed": 1})
+    sums.save(tmp_path / "sums.json")
+    library.add_mixture("sums", sums)
+    library.add_mixture("saved", tmp_path / "sums.json")
+    assert library.mixture("sums") == library.mixture("saved") == sums and list(library.mixtures) == ["saved", "sums"]
+    assert library.mixture("math") == explicit("math") and library.mixture("other") == Mixture()
+    assert library.names == ["code", "math"] and list(library.descriptions) == ["code", "math"]
+    with library.holding():
+        library.remove("sums")
+        assert library.mixture("sums") == sums  # a request that has begun finishes with it
+    assert list(library.mixtures) == ["saved"]
+    library.add(folders["code"], "sums")  # the name is free again
+
+
+def test_names_are_unique_over_experts_and_mixtures(library, folders):
+    library.add_mixture("sums", Mixture({"math": 0.5}))
+    for add in (library.add_mixture, lambda name, _: library.add(folders["math"], name)):
+        with pytest.raises(ValueError, match=r"A mixture of this library is called 'sums': .*another name"):
+            add("sums", Mixture())
+        with pytest.raises(ValueError, match="can be called 'other'"):
+            add("other", Mixture())
+    with pytest.raises(ValueError, match="Two experts are called 'math'"):
+        library.add_mixture("math", Mixture())
+    with pytest.raises(
+        ValueError, match="no expert 'maths' in this library; there are code, math, other, the mixture"
+    ):
+        library.add_mixture("new", Mixture({"maths": 1.0}))
+
+
+def test_an_expert_of_a_named_mixture_stays_as_long_as_that_does(library):
+    library.add_mixture("sums", Mixture({"math": 0.5}))
+    with pytest.raises(ValueError, match=r"'math' is in the mixture 'sums': remove that first"):
+        library.remove("math")
+    library.remove("sums")
+    library.remove("math")
+    assert library.names == ["code"]
+
+
 # --- hundreds of experts
 
 

@@ -147,7 +147,8 @@ def few_shot(
             result, the base and the best expert on held-out examples, which is reserved at the cost of the last
             population. The first population and the check are always scored.
         name (`str`, *optional*):
-            What the mixture is called; kept in `provenance`. Needed for `per_layer`.
+            Under which the mixture is added to the library, with `per_layer` the expert that it makes, so that
+            requests may name it; kept in `provenance`. Needed for `per_layer`.
         evaluator ([`~evaluator.Evaluator`], *optional*):
             Where populations are scored; default this process.
         generation:
@@ -168,7 +169,7 @@ def few_shot(
         holdout = list(holdout)
     if per_layer and not name:
         raise ValueError("Weights per layer make an expert of the library: give it a name=... that no expert has.")
-    if per_layer and name:
+    if name:
         library.check_name(name)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
@@ -230,7 +231,10 @@ def few_shot(
     logger.info(f"few-shot search: {found.tokens} tokens, {found.seconds:.0f} s, score {score}")
     if per_layer:
         return _as_expert(library, weights, vector, str(name), provenance)
-    return weights.mixture(vector, provenance)
+    mixture = weights.mixture(vector, provenance)
+    if name:
+        library.add_mixture(name, mixture)
+    return mixture
 
 
 def _form(examples: Sequence[Example], what: str = "Example") -> str:

@@ -94,6 +94,7 @@ class ExpertLibrary:
         self._local = threading.local()
         self._held: list[dict[str, _Entry]] = []
         self._entries: dict[str, _Entry] = {}
+        self._mixtures: dict[str, Mixture] = {}
         self._tables = _Tables(limit_bytes)
         self._hosts: list[str] = []
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -129,6 +130,16 @@ class ExpertLibrary:
         """The memory of the z-vectors, in bytes; at most the limit."""
         return self._tables.nbytes
 
+    @property
+    def mixtures(self) -> dict[str, Mixture]:
+        """The named mixtures, sorted; in [`ExpertLibrary.holding`] those that were there when it was entered."""
+        held = getattr(self._local, "mixtures", None)
+        return dict(sorted((self._mixtures if held is None else held).items()))
+
+    def mixture(self, name: str) -> Mixture:
+        """What a name stands for: a named mixture, else an expert alone, of `"other"` the base model."""
+        return self.mixtures.get(name, explicit(name))
+
     def expert(self, name: str) -> Expert:
         """
         Get an expert as a value, to be saved, plotted or transferred.
@@ -143,6 +154,8 @@ class ExpertLibrary:
     def check_name(self, name: str) -> None:
         """Refuse a name that something here has, or that is the base model's, with a `ValueError`."""
         _check_name(name, self._entries)
+        if name in self._mixtures:
+            raise ValueError(f"A mixture of this library is called {name!r}: remove it, or take another name.")
 
     def add(self, source: Source, name: str | None = None) -> str:
         """
@@ -172,14 +185,35 @@ class ExpertLibrary:
                 self._admit(entry)
         return entry.name
 
-    def remove(self, name: str) -> None:
+    def add_mixture(self, name: str, mixture: Mixture | str | PathLike[str]) -> None:
         """
-        Remove an expert. A request that has begun finishes with it, also if its files are deleted now.
+        Add a mixture, or one from a file that [`~expert.Mixture.save`] wrote: requests may name it like an expert.
+
+        No first pass chooses it.
 
         Raises:
-            `ValueError`: if there is none of that name, or it is the last one.
+            `ValueError`: if the name is taken, an expert of the mixture is not here, or the file holds none.
+        """
+        found = mixture if isinstance(mixture, Mixture) else Mixture.load(mixture)
+        with self._lock:
+            self.check_name(name)
+            if unknown := sorted(set(found.alpha) - (set(self._entries) - {self.classifier})):
+                raise ValueError(self._unknown(unknown[0]))
+            self._mixtures[name] = found
+
+    def remove(self, name: str) -> None:
+        """
+        Remove an expert or a named mixture. A request that has begun finishes with it, also if its files are deleted.
+
+        Raises:
+            `ValueError`: if there is none of that name, or it is the last expert or one of a named mixture.
         """
         with self._lock:
+            if name in self._mixtures:
+                del self._mixtures[name]
+                return
+            if using := [mixture for mixture, found in self._mixtures.items() if name in found.alpha]:
+                raise ValueError(f"{name!r} is in the mixture {using[0]!r}: remove that first.")
             if name not in self._entries or name == self.classifier:
                 raise ValueError(self._unknown(name))
             if len(set(self._entries) - {self.classifier}) == 1:
@@ -192,16 +226,20 @@ class ExpertLibrary:
 
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """Let this thread see the experts of now until the context closes, whatever others add and remove."""
+        """Let this thread see the experts and mixtures of now until the context closes, whatever others change."""
         outer = getattr(self._local, "entries", None)
         with self._lock:
             entries = dict(self._entries) if outer is None else outer
             self._held.append(entries)
+            if outer is None:
+                self._local.mixtures = dict(self._mixtures)
         self._local.entries = entries
         try:
             yield
         finally:
             self._local.entries = outer
+            if outer is None:
+                self._local.mixtures = None
             with self._lock:
                 self._held = [held for held in self._held if held is not entries or outer is not None]
                 for entry in [entry for entry in self._tables.places if not self._is_known(entry)]:
@@ -251,6 +289,11 @@ class ExpertLibrary:
             finally:
                 self._local.active -= 1
 
+    @property
+    def choices(self) -> list[str]:
+        """What a request may name: experts, `"other"`, mixtures as such."""
+        return [*self.names, OTHER, *(f"the mixture {name}" for name in self.mixtures)]
+
     def mix(self, names: Sequence[str], alpha: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """
         Mix the offsets of each SVF layer, by module; gradients flow to the weights.
@@ -281,7 +324,7 @@ class ExpertLibrary:
         return any(known.get(entry.name) is entry for known in (self._entries, *self._held))
 
     def _unknown(self, name: str) -> str:
-        return f"There is no expert {name!r} in this library; there are {', '.join([*self.names, OTHER])}."
+        return f"There is no expert {name!r} in this library; there are {', '.join(self.choices)}."
 
     def layers(self) -> dict[str, SVFLayer]:
         """The SVF layers by the name of the base model's module, without what `torch.compile` puts in front."""

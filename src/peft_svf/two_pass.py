@@ -31,10 +31,10 @@ from transformers import (
 from .adaptation import few_shot
 from .expert import OTHER, Expert, Mixture, SavedExpert
 from .first_pass import check_strategy, dispatch
-from .library import ExpertLibrary, Source, explicit
+from .library import ExpertLibrary, Source
 from .tasks import Task
 
-Chosen = Mixture | Mapping[str, float]
+Chosen = str | Mixture | Mapping[str, float]  # a name is of an expert or of a mixture in the library
 # New tokens from which on merged weights pay: on SmolLM2-135M, one core, making them takes 0.43-0.56 s and saves 23 ms
 # of 71 a token.
 MERGE_FROM = 32
@@ -154,8 +154,8 @@ class Transformer2Model:
                 Texts or chats.
             expert (`str` or `Sequence[str]`, *optional*):
                 One name for all prompts or a list with one for each; `"other"` is the base model.
-            mixture ([`~expert.Mixture`], `dict[str, float]` or a sequence of them, *optional*):
-                The same with mixtures.
+            mixture ([`~expert.Mixture`], `dict[str, float]`, `str` or a sequence of them, *optional*):
+                The same with mixtures, or names of mixtures in the library.
             strategy, threshold, dispatch_kwargs:
                 Instead of the model's own.
 
@@ -174,13 +174,13 @@ class Transformer2Model:
             if mark := getattr(self.processor, "image_token", None):  # the first pass reads no images
                 prompts = [prompt.replace(mark, "") if isinstance(prompt, str) else prompt for prompt in prompts]
             return dispatch(self.library, self.tokenizer, prompts, strategy=how, threshold=limit, **settings)
-        found = _each(given, len(prompts))
+        found = _each(self.library, given, len(prompts))
         if len(found) != len(prompts):
             raise ValueError(f"There are {len(prompts)} prompts, but experts or mixtures for {len(found)}.")
         known = [*self.library.names, OTHER]
         for m in found:
             if unknown := [name for name in m.alpha if name not in known]:
-                raise ValueError(f"There is no expert {unknown[0]!r}; there are {', '.join(known)}.")
+                raise ValueError(f"There is no expert {unknown[0]!r}; there are {', '.join(self.library.choices)}.")
         certain = {m.choice: {name: float(name == m.choice) for name in known} for m in found}
         return [replace(m, probabilities=m.probabilities or certain[m.choice]) for m in found]
 
@@ -286,7 +286,7 @@ class Transformer2Model:
                 The other arguments of [`~adaptation.few_shot`].
 
         Returns:
-            [`~expert.Mixture`], to be passed as `mixture=` or saved.
+            [`~expert.Mixture`], to be passed as `mixture=`, by its `name` too, or saved.
         """
         with self.library.holding():
             return few_shot(self.library, self.tokenizer, examples, task=task, **search)
@@ -294,15 +294,15 @@ class Transformer2Model:
     @contextmanager
     def using(self, mixture: Chosen) -> Iterator[PeftModel]:
         """Give the model one mixture while the context is open, for forwards of one's own, on merged weights."""
-        with self.library.activate(_each(mixture, 1), merge=True) as model:
+        with self.library.activate(_each(self.library, mixture, 1), merge=True) as model:
             yield model
 
 
-def _each(given: str | Chosen | Sequence[str | Chosen], count: int) -> list[Mixture]:
+def _each(library: ExpertLibrary, given: Chosen | Sequence[Chosen], count: int) -> list[Mixture]:
     """The mixtures of `count` prompts, of what was given for all of them or as a list."""
     each = [given] * count if isinstance(given, (str, Mixture, Mapping)) else given
-    mixtures = (explicit(g) if isinstance(g, str) else g if isinstance(g, Mixture) else Mixture(dict(g)) for g in each)
-    return list(mixtures)
+    named = (library.mixture(g) if isinstance(g, str) else g for g in each)
+    return [g if isinstance(g, Mixture) else Mixture(dict(g)) for g in named]
 
 
 def base_of(experts: Sequence[Source] | Mapping[str, Source]) -> tuple[str, str | None]:

@@ -93,6 +93,11 @@ def read_mixture(given: Sequence[str]) -> "Mixture":
     from ..expert import Mixture
 
     if len(given) == 1 and ("=" not in given[0] or os.path.exists(given[0])):
+        if not os.path.exists(given[0]):
+            raise FileNotFoundError(
+                f"There is no file {given[0]!r}: a mixture is one that `adapt` wrote, or expert names with weights "
+                "such as math=0.7."
+            )
         return Mixture.load(given[0])
     alpha: dict[str, float] = {}
     for entry in given:
