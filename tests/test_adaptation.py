@@ -937,7 +937,7 @@ def test_what_cannot_work_is_refused_before_the_search(library, monkeypatch):
         few_shot(library, tokenizer, CHOICES, batch_size=0)
     with pytest.raises(ValueError, match="can be called 'other'"):
         few_shot(library, tokenizer, CHOICES, per_layer=True, name="other")
-    with pytest.raises(ValueError, match="Two experts are called 'math'"):
+    with pytest.raises(ValueError, match="An expert of this library is called 'math'"):
         few_shot(library, tokenizer, CHOICES, per_layer=True, name="math")
 
 

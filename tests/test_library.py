@@ -360,7 +360,10 @@ def test_an_added_expert_may_move_other_weights_and_more_directions(folders, tmp
 def test_an_expert_that_cannot_be_added_changes_nothing(what, library, folders, strangers, tmp_path):
     damaged = write(tmp_path, "damaged", seed=4)
     (damaged / WEIGHTS).write_bytes((damaged / WEIGHTS).read_bytes()[:-9])
-    more = {"a damaged file": (damaged, "'damaged'.*is damaged"), "one of the same name": (folders["math"], "Two exp")}
+    more = {
+        "a damaged file": (damaged, "'damaged'.*is damaged"),
+        "one of the same name": (folders["math"], "is called 'math'"),
+    }
     source, message = (strangers | more)[what]
     expected, before = one_mixture(library, {"math": 1.0}), state(library.model)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -433,11 +436,11 @@ def test_a_named_mixture_is_kept_beside_the_experts(library, folders, tmp_path):
 def test_names_are_unique_over_experts_and_mixtures(library, folders):
     library.add_mixture("sums", Mixture({"math": 0.5}))
     for add in (library.add_mixture, lambda name, _: library.add(folders["math"], name)):
-        with pytest.raises(ValueError, match=r"A mixture of this library is called 'sums': .*another name"):
+        with pytest.raises(ValueError, match=r"A mixture of this library is called 'sums': give another name"):
             add("sums", Mixture())
         with pytest.raises(ValueError, match="can be called 'other'"):
             add("other", Mixture())
-    with pytest.raises(ValueError, match="Two experts are called 'math'"):
+    with pytest.raises(ValueError, match="An expert of this library is called 'math'"):
         library.add_mixture("math", Mixture())
     with pytest.raises(
         ValueError, match="no expert 'maths' in this library; there are code, math, other, the mixture"

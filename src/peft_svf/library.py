@@ -153,9 +153,10 @@ class ExpertLibrary:
 
     def check_name(self, name: str) -> None:
         """Refuse a name that something here has, or that is the base model's, with a `ValueError`."""
-        _check_name(name, self._entries)
-        if name in self._mixtures:
-            raise ValueError(f"A mixture of this library is called {name!r}: remove it, or take another name.")
+        _check_name(name, ())
+        if name in self._entries or name in self._mixtures:
+            what = "An expert" if name in self._entries else "A mixture"
+            raise ValueError(f"{what} of this library is called {name!r}: give another name, or remove it first.")
 
     def add(self, source: Source, name: str | None = None) -> str:
         """
