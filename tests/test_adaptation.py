@@ -27,7 +27,7 @@ from peft_svf.adaptation import (
 )
 from peft_svf.evaluation import choice_logps, evaluate
 from peft_svf.evaluator import blocks_of
-from peft_svf.expert import Expert
+from peft_svf.expert import Expert, SavedExpert
 from peft_svf.first_pass import CONTENT_FREE
 from peft_svf.probe import Probe
 from peft_svf.tasks import Task, dispatch_prompt
@@ -576,6 +576,13 @@ BAD = {
     "a label too large": (CHOICES, {"prompt": "1 + 1 =", "choices": ["1", "2"], "label": 2}, "2 choices and label 2"),
     "a label below 0": (CHOICES, {"prompt": "1 + 1 =", "choices": ["1", "2"], "label": -1}, "label -1"),
     "a label that is the text": (CHOICES, {"prompt": "1 + 1 =", "choices": ["1", "2"], "label": "2"}, "label '2'"),
+    "an empty choice": (CHOICES, {"prompt": "1 + 1 =", "choices": ["", "2"], "label": 1}, "choices that are texts"),
+    "choices in one text": (CHOICES, {"prompt": "1 + 1 =", "choices": "12", "label": 1}, "choices that are texts"),
+    "an empty prompt": (ANSWERS, {"prompt": "", "answer": "2"}, "empty prompt"),
+    "a chat without a message": (CHOICES, {**CHOICES[0], "prompt": []}, "empty prompt"),
+    "an image": (CHOICES, {**CHOICES[0], "image": "cat.png"}, "has an image"),
+    "a long prompt": (ANSWERS, {"prompt": "x" * 600, "answer": "y"}, "has 601 tokens, .*context is 512"),
+    "a long choice": (CHOICES, {**CHOICES[0], "choices": ["y", "x" * 600]}, "tokens, .*context is 512"),
     "one choice": (CHOICES, {"prompt": "1 + 1 =", "choices": ["2"], "label": 0}, "at least 2 choices"),
     "an answer among choices": (CHOICES, {"prompt": "1 + 1 =", "answer": "2"}, "another form"),
     "choices among answers": (ANSWERS, CHOICES[0], "another form"),
@@ -587,7 +594,15 @@ BAD = {
 def test_a_bad_example_is_refused_with_its_index(what, library):
     good, bad, message = BAD[what]
     with pytest.raises(ValueError, match=rf"Example 3 .*{message}"):
-        few_shot(library, tokenizer, [*good, bad], **SMALL)
+        few_shot(library, tokenizer, (row for row in [*good, bad]), **SMALL)
+    with pytest.raises(ValueError, match=rf"Held-out example 3 .*{message}"):
+        few_shot(library, tokenizer, good, holdout=(row for row in [*good, bad]), **SMALL)
+
+
+def test_a_generator_of_examples_is_its_examples(library):
+    listed = few_shot(library, tokenizer, EIGHT, holdout=ANSWERS, **SMALL)
+    drawn = few_shot(library, tokenizer, (row for row in EIGHT), holdout=(row for row in ANSWERS), **SMALL)
+    assert drawn == listed
 
 
 def test_no_examples_are_refused(library):
@@ -667,7 +682,7 @@ def test_an_interrupted_search_leaves_the_base_and_goes_on_as_if_nothing_had_bee
     done = len(json.loads((tmp_path / "search.json").read_text())["populations"])
     assert done == 2
     resumed = few_shot(library, tokenizer, CHOICES, state=tmp_path / "search.json", **settings)
-    assert resumed == whole and len(calls) == 3 + (5 - done) + 1  # base and experts in the check
+    assert resumed == whole and len(calls) == 3 + (5 - done)  # base and experts are not scored again
 
 
 def test_a_state_file_of_other_examples_experts_or_settings_is_refused(library, folders, tmp_path):
@@ -678,7 +693,7 @@ def test_a_state_file_of_other_examples_experts_or_settings_is_refused(library, 
     with pytest.raises(ValueError, match="of another search: seed is 0 there and 1 here"):
         few_shot(library, tokenizer, CHOICES, state=file, seed=1, **SMALL)
     others = ExpertLibrary(base(), {"math": folders["code"], "code": folders["math"]})
-    with pytest.raises(ValueError, match="of another search: experts is"):
+    with pytest.raises(ValueError, match="of another search: of its experts changed: code, math"):
         few_shot(others, tokenizer, CHOICES, state=file, **SMALL)
 
 
@@ -889,14 +904,75 @@ def test_a_budget_ends_the_search_and_the_mixture_says_so(library):
     assert brief.provenance["stopped"] == "max_seconds" and brief.provenance["iterations"] == 1
 
 
+@pytest.mark.parametrize("settings", [{}, {"holdout": 0.25}, {"holdout": ANSWERS}, {"low": 0.1, "normalize": True}])
+def test_what_the_check_scores_counts_and_is_kept_within_the_budget(settings, library, monkeypatch):
+    spent = []
+
+    class Counting(evaluator.Judge):
+        def __call__(self, members):
+            spent.append(super().__call__(members))
+            return spent[-1]
+
+    monkeypatch.setattr(adaptation, "Judge", Counting)
+    one = few_shot(library, tokenizer, EIGHT, **settings, **SMALL | {"iterations": 1}).provenance["tokens"]
+    assert one == sum(judged.tokens for judged in spent)
+    if not settings:
+        assert len(spent) == 1  # the check of the whole search costs nothing: base and experts were in it
+    first, limit = spent[0].tokens, one + spent[0].tokens
+    spent.clear()
+    found = few_shot(library, tokenizer, EIGHT, max_tokens=limit, **settings, **SMALL | {"iterations": 9}).provenance
+    assert found["tokens"] == sum(judged.tokens for judged in spent) <= limit
+    assert found["stopped"] == "max_tokens" and found["iterations"] == 2 and found["tokens"] == one + first
+
+
+def test_what_cannot_work_is_refused_before_the_search(library, monkeypatch):
+    monkeypatch.setattr(adaptation, "maximise", lambda *_, **__: pytest.fail("it searched"))
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        few_shot(library, tokenizer, CHOICES, batch_size=0)
+    with pytest.raises(ValueError, match="can be called 'other'"):
+        few_shot(library, tokenizer, CHOICES, per_layer=True, name="other")
+    with pytest.raises(ValueError, match="An expert of this library is called 'math'"):
+        few_shot(library, tokenizer, CHOICES, per_layer=True, name="math")
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_gradients_are_found_in_inference_mode_too(per_layer, folders):
+    def found(own):
+        settings = {"method": "gradient", "iterations": 2, "name": "sums", "per_layer": per_layer}
+        return few_shot(own, tokenizer, ANSWERS, **settings), one_row(own)
+
+    def one_row(own):
+        with torch.no_grad(), own.activate(Mixture({own.names[-1]: 1.0})) as model:
+            return model(**experts.ids("after")).logits
+
+    libraries = [ExpertLibrary(base(), [folders["math"], folders["code"]]) for _ in range(2)]
+    outside = found(libraries[0])
+    with torch.inference_mode():
+        inside = found(libraries[1])
+    assert inside[0] == outside[0] and torch.equal(*(logits for _, logits in (inside, outside)))
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "gradient"}, {"per_layer": True, "name": "sums"}])
+def test_a_search_keeps_the_limit_and_finds_what_it_finds_without(settings, folders):
+    free = ExpertLibrary(base(), [folders["math"], folders["code"]])
+    each = 4 * sum(free.expert("math").sizes.values())
+    tight = ExpertLibrary(base(), [folders["math"], folders["code"]], limit_bytes=each)
+    found, expected = (few_shot(own, tokenizer, ANSWERS, holdout=0, **SMALL | settings) for own in (tight, free))
+    assert tight.nbytes <= each and found.alpha == pytest.approx(expected.alpha, abs=1e-3)
+    assert found.provenance["score"] == pytest.approx(expected.provenance["score"], abs=1e-4)
+
+
+def test_a_search_reads_experts_into_the_library_alone(folders, monkeypatch):
+    own = ExpertLibrary(base(), [folders["math"], folders["code"]])
+    few_shot(own, tokenizer, ANSWERS, **SMALL)
+    monkeypatch.setattr(SavedExpert, "load", lambda self: pytest.fail("read again"))
+    monkeypatch.setattr(adaptation, "digest_of_experts", lambda library: {})
+    few_shot(own, tokenizer, ANSWERS, **SMALL)
+
+
 def test_an_unknown_search_is_refused(library):
     with pytest.raises(ValueError, match="no search 'luck': choose 'cem', 'cma', 'gradient'"):
         few_shot(library, tokenizer, CHOICES, method="luck")
-
-
-def test_an_example_over_the_context_is_refused(library):
-    with pytest.raises(ValueError, match="the model's context is 512"):
-        few_shot(library, tokenizer, [*ANSWERS, {"prompt": "x" * 600, "answer": "y"}], **SMALL)
 
 
 @all_methods
@@ -931,10 +1007,9 @@ def test_weights_per_layer_of_experts_of_different_ranks_and_targets(folders, tm
     assert set(own.expert("both").sizes.values()) == {9}
 
 
-def test_weights_per_layer_need_a_name_that_is_free(library):
-    for name in (None, "math"):
-        with pytest.raises(ValueError, match=r"give it a name=\.\.\. that no expert has"):
-            few_shot(library, tokenizer, ANSWERS, per_layer=True, name=name, **SMALL)
+def test_weights_per_layer_need_a_name(library):
+    with pytest.raises(ValueError, match=r"give it a name=\.\.\."):
+        few_shot(library, tokenizer, ANSWERS, per_layer=True, **SMALL)
 
 
 def test_few_shot_leaves_the_model_as_it_was_also_after_an_exception(library):

@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM
 from peft_svf import Expert, Mixture, Transformer2Model
 from peft_svf.basis_cache import cache_dir, usage
 from peft_svf.cli import find_task, main, read_mixture
+from peft_svf.cli.sources import find_expert
 from peft_svf.evaluation import choice_logps, evaluate
+from peft_svf.expert import SavedExpert
 from peft_svf.tasks import Task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -254,6 +256,10 @@ def test_a_mixture_is_a_file_or_names_with_weights(tmp_path):
     Mixture({"a": 0.3}).save(tmp_path / "m=1.json")
     assert read_mixture([str(tmp_path / "m=1.json")]).alpha == {"a": 0.3}
     assert read_mixture(["a=0.7", "b=-0.25"]).alpha == {"a": 0.7, "b": -0.25}
+    with pytest.raises(
+        FileNotFoundError, match=r"no file 'sums': a mixture is one that .adapt. wrote, or expert names"
+    ):
+        read_mixture(["sums"])
 
 
 # --- what a user can get wrong
@@ -346,3 +352,8 @@ def test_help_as_a_module_imports_no_extra():
     assert text[0].startswith("usage: peft-svf")
     assert {"peft_svf.cli"} <= set(modules.split())
     assert not {"trl", "datasets", "matplotlib"} & set(modules.split())
+
+
+def test_experts_are_found_but_not_read_before_they_are_needed(home, monkeypatch):
+    monkeypatch.setattr(SavedExpert, "load", lambda self: pytest.fail("read"))
+    assert [find_expert(text).name for text in (str(home / "expert"), f"sums={home / 'expert'}")] == ["expert", "sums"]

@@ -356,7 +356,7 @@ def wrong(home, tmp_path):
         "no range": ([*adapt, "--low", "1", "--high", "0.5"], "--low and --high"),
         "infinite range": ([*adapt, "--high", "inf"], "--high: expected a number, got 'inf'"),
         "no name": (["adapt", *two, "--examples", tmp_path / "few.jsonl", "--per-layer"], "name it by --name"),
-        "name of an expert": ([*adapt, "--per-layer", "--name", "math"], "a name=... that no expert has"),
+        "name of an expert": ([*adapt, "--per-layer", "--name", "math"], "An expert of this library is called 'math'"),
         "folder is there": ([*adapt[:-1], home, "--per-layer"], "is there already"),
         "holdout": ([*adapt, "--holdout", "some"], "--holdout is leave-one-out, a share"),
         "whole holdout": ([*adapt, "--holdout", "1"], "less than 1"),

@@ -360,7 +360,10 @@ def test_an_added_expert_may_move_other_weights_and_more_directions(folders, tmp
 def test_an_expert_that_cannot_be_added_changes_nothing(what, library, folders, strangers, tmp_path):
     damaged = write(tmp_path, "damaged", seed=4)
     (damaged / WEIGHTS).write_bytes((damaged / WEIGHTS).read_bytes()[:-9])
-    more = {"a damaged file": (damaged, "'damaged'.*is damaged"), "one of the same name": (folders["math"], "Two exp")}
+    more = {
+        "a damaged file": (damaged, "'damaged'.*is damaged"),
+        "one of the same name": (folders["math"], "is called 'math'"),
+    }
     source, message = (strangers | more)[what]
     expected, before = one_mixture(library, {"math": 1.0}), state(library.model)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -415,6 +418,43 @@ def test_the_last_expert_stays(library):
     assert library.names == ["math"]
 
 
+def test_a_named_mixture_is_kept_beside_the_experts(library, folders, tmp_path):
+    sums = Mixture({"math": 0.7, "code": 0.2}, "few-shot", 1.0, {}, {"seed": 1})
+    sums.save(tmp_path / "sums.json")
+    library.add_mixture("sums", sums)
+    library.add_mixture("saved", tmp_path / "sums.json")
+    assert library.mixture("sums") == library.mixture("saved") == sums and list(library.mixtures) == ["saved", "sums"]
+    assert library.mixture("math") == explicit("math") and library.mixture("other") == Mixture()
+    assert library.names == ["code", "math"] and list(library.descriptions) == ["code", "math"]
+    with library.holding():
+        library.remove("sums")
+        assert library.mixture("sums") == sums  # a request that has begun finishes with it
+    assert list(library.mixtures) == ["saved"]
+    library.add(folders["code"], "sums")  # the name is free again
+
+
+def test_names_are_unique_over_experts_and_mixtures(library, folders):
+    library.add_mixture("sums", Mixture({"math": 0.5}))
+    for add in (library.add_mixture, lambda name, _: library.add(folders["math"], name)):
+        with pytest.raises(ValueError, match=r"A mixture of this library is called 'sums': give another name"):
+            add("sums", Mixture())
+        with pytest.raises(ValueError, match="can be called 'other'"):
+            add("other", Mixture())
+    with pytest.raises(ValueError, match="An expert of this library is called 'math'"):
+        library.add_mixture("math", Mixture())
+    with pytest.raises(ValueError, match="no expert 'maths'; there are code, math, other, the mixture"):
+        library.add_mixture("new", Mixture({"maths": 1.0}))
+
+
+def test_an_expert_of_a_named_mixture_stays_as_long_as_that_does(library):
+    library.add_mixture("sums", Mixture({"math": 0.5}))
+    with pytest.raises(ValueError, match=r"'math' is in the mixture 'sums': remove that first"):
+        library.remove("math")
+    library.remove("sums")
+    library.remove("math")
+    assert library.names == ["code"]
+
+
 # --- hundreds of experts
 
 
@@ -439,8 +479,20 @@ def test_the_expert_used_longest_ago_makes_room_and_is_read_again(tmp_path):
         seen.append(library.in_memory)
     assert seen[3:] == [["e1", "e2", "e0"], ["e2", "e0", "e3"], ["e0", "e3", "e4"], ["e3", "e4", "e1"]]
     assert torch.equal(with_mixture(library, *MANY), with_mixture(free, *MANY))
-    with pytest.raises(ValueError, match=f"4 experts at once, {4 * each} bytes.*holds 3"):
-        one_mixture(library, dict.fromkeys(["e0", "e1", "e2", "e3"], 0.25))
+
+
+@pytest.mark.parametrize("held", [1, 2, 5])
+def test_a_mixture_of_more_experts_than_the_limit_holds_is_that_mixture(held, tmp_path):
+    folders = many(tmp_path, 5) | {"low": write(tmp_path, "low", seed=6, rank=5, target_modules=["q_proj", "up_proj"])}
+    free = ExpertLibrary(base(), folders)
+    each = 4 * sum(layer.svf_basis.shape[-1] for layer in free.layers().values())
+    library = ExpertLibrary(base(), folders, limit_bytes=held * each)
+    rows = [{"e0": 0.5, "low": 0.25}, dict.fromkeys(folders, 0.2), {}]
+    for alpha in rows:
+        torch.testing.assert_close(one_mixture(library, alpha), one_mixture(free, alpha), atol=1e-5, rtol=1e-5)
+        assert library.nbytes <= held * each
+    torch.testing.assert_close(with_mixture(library, *rows), with_mixture(free, *rows), atol=1e-5, rtol=1e-5)
+    assert library.nbytes <= held * each and len(library.in_memory) == held
 
 
 def test_a_limit_below_one_expert_is_refused_and_the_model_is_as_it_was(folders):

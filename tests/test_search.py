@@ -142,7 +142,29 @@ def test_a_state_file_of_another_search_is_refused_and_left_alone(tmp_path):
     assert file.read_bytes() == before
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"settings": {}}', '{"settings": {}, "populations": [{}]}'])
+def test_of_settings_that_are_named_those_are_told_that_differ(tmp_path):
+    file, began = tmp_path / "s.json", {"experts": {"code": "1", "math": "2", "sums": "3"}}
+    maximise(SEARCHERS["cem"](), hill, 2, state=file, settings=began)
+    now = {"experts": {"code": "1", "math": "9", "new": "4", "b": "5"}}
+    told = r"of another search: of its experts new: b, new; gone: sums; changed: math\. Give"
+    with pytest.raises(ValueError, match=told):
+        maximise(SEARCHERS["cem"](), hill, 2, state=file, settings=now)
+
+
+@pytest.mark.parametrize("change", [{"format": 3}, {}], ids=["a later one", "an earlier one"])
+def test_a_state_file_of_another_version_is_not_called_damaged(change, tmp_path):
+    file = tmp_path / "s.json"
+    maximise(SEARCHERS["cem"](), hill, 2, state=file)
+    content = json.loads(file.read_text())
+    del content["format"], content["populations"][0]["each"]
+    file.write_text(json.dumps(content | change))
+    with pytest.raises(ValueError, match=r"s\.json was written by another version .*format is [13], expected 2"):
+        maximise(SEARCHERS["cem"](), hill, 2, state=file)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"settings": {}}', '{"format": 2, "settings": {}, "populations": [{}]}']
+)
 def test_a_damaged_state_file_is_refused(content, tmp_path):
     (tmp_path / "s.json").write_text(content)
     with pytest.raises(ValueError, match=r"search state .*s\.json .*delete it to begin anew"):

@@ -415,6 +415,26 @@ def test_adapt_finds_a_mixture_that_can_be_used(model):
     assert answers(model, mixture=found) == answers(model, mixture=dict(found.alpha))
 
 
+def test_what_adapt_found_is_used_by_its_name(folders, no_first_pass):
+    model = Transformer2Model(base(), tokenizer, [folders["math"], folders["code"]])
+    examples = [{"prompt": "2 + 2 =", "answer": "4"}, {"prompt": "3 + 6 =", "answer": "9"}]
+    found = model.adapt(examples, population=8, iterations=1, holdout=0, name="sums")
+    assert found.alpha and found.provenance["name"] == "sums"
+    expected = answers(model, TEXTS, mixture=found)
+    assert answers(model, TEXTS, mixture="sums") == answers(model, TEXTS, expert="sums") == expected
+    each = model.first_pass(TEXTS, mixture=["sums", {"math": 1.0}, "code"])
+    assert [m.alpha for m in each] == [found.alpha, {"math": 1.0}, {"code": 1.0}]
+    assert each[0].provenance == found.provenance
+    with model.using("sums") as one:
+        by_name = one(**inputs()).logits
+    with model.using(found) as one:
+        assert torch.equal(one(**inputs()).logits, by_name)
+    with pytest.raises(ValueError, match="no expert 'maths'; there are code, math, other, the mixture sums"):
+        model.first_pass(TEXTS, mixture="maths")
+    with pytest.raises(ValueError, match="A mixture of this library is called 'sums'"):
+        model.adapt(examples, population=8, iterations=1, name="sums")
+
+
 def test_adapting_and_using_restore_what_was_there_also_after_an_exception(model, monkeypatch):
     before = state(model.library.model)
     outer, inner = {"math": 1.0}, {"code": 1.0}

@@ -10,14 +10,13 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .cem import CrossEntropy
@@ -29,8 +28,6 @@ from .evaluator import (
     Weights,
     blocks_of,
     digest_of_experts,
-    svf_layers,
-    table_of,
 )
 from .expert import OTHER, Expert, Mixture
 from .first_pass import (
@@ -41,6 +38,7 @@ from .first_pass import (
     READINGS,
     STRATEGIES,
     Prompt,
+    _held,
     boxed_prompt,
     check_strategy,
     dispatch,
@@ -52,6 +50,7 @@ from .first_pass import (
     read_boxed,
 )
 from .library import ExpertLibrary
+from .prompts import has_image, prompt_ids
 from .search import Ascent, CovarianceAdaptation, Found, Judged, Score, Searcher, maximise
 from .tasks import Task
 
@@ -67,10 +66,12 @@ LEAVE_ONE_OUT: Literal["leave-one-out"] = "leave-one-out"
 TEMPERATURE = 8.0  # of choices in a search
 
 
+@torch.inference_mode(False)  # gradients are asked for, and an expert made here may be used with them
+@_held
 def few_shot(
     library: ExpertLibrary,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    examples: Iterable[Example],
     *,
     task: Task | None = None,
     method: str = "cem",
@@ -84,7 +85,7 @@ def few_shot(
     normalize: bool = False,
     per_layer: bool = False,
     temperature: float = TEMPERATURE,
-    holdout: float | Literal["leave-one-out"] | Sequence[Example] = LEAVE_ONE_OUT,
+    holdout: float | Literal["leave-one-out"] | Iterable[Example] = LEAVE_ONE_OUT,
     state: str | PathLike[str] | None = None,
     max_tokens: int | None = None,
     max_seconds: float | None = None,
@@ -104,7 +105,7 @@ def few_shot(
             The experts.
         tokenizer (`PreTrainedTokenizerBase`):
             Of the base model.
-        examples (`Sequence[Mapping]`):
+        examples (`Iterable[Mapping]`):
             All of one form. `{"prompt", "choices", "label"}`: scored by the share of right choices, ties by the
             log-probability of the right one at `temperature`. `{"prompt", "answer"}` with a `task`: by the task's
             check of a greedy completion, ties by the log-likelihood of the answer. Without a task: by the latter
@@ -132,7 +133,7 @@ def few_shot(
             Divides the log-likelihoods of choices before they become probabilities. At 1 one sure mistake outweighs
             everything that a few examples say; 8 was measured better on three tasks
             (`benchmarks/adaptation/selection.py`).
-        holdout (`"leave-one-out"`, `float` or `Sequence[Mapping]`):
+        holdout (`"leave-one-out"`, `float` or `Iterable[Mapping]`):
             What checks the result. `"leave-one-out"`: the search sees all examples; each is then answered by the
             candidate that is best on the others, and the mean of these scores is compared, as is that of the best
             single expert, chosen in the same way. It costs nothing, but the candidates themselves were drawn with all
@@ -142,9 +143,12 @@ def few_shot(
         state (`str` or path, *optional*):
             File with the scores so far. If the search is interrupted, the same call goes on from it.
         max_tokens, max_seconds (*optional*):
-            End of the search, see [`~search.maximise`]; interrupted runs count.
+            End of the search, see [`~search.maximise`]; interrupted runs count, and so does the check: it scores the
+            result, the base and the best expert on held-out examples, which is reserved at the cost of the last
+            population. The first population and the check are always scored.
         name (`str`, *optional*):
-            What the mixture is called; kept in `provenance`. Needed for `per_layer`.
+            Under which the mixture is added to the library, with `per_layer` the expert that it makes, so that
+            requests may name it; kept in `provenance`. Needed for `per_layer`.
         evaluator ([`~evaluator.Evaluator`], *optional*):
             Where populations are scored; default this process.
         generation:
@@ -155,16 +159,21 @@ def few_shot(
 
     Raises:
         `ValueError`: if there are no examples, one has neither choices with a label nor an answer or another form than
-            the first, one does not fit the context, the method is unknown, the population is too small, or the state
-            file is of another search.
+            the first, an image, or does not fit the context, the method is unknown, the population is too small, the
+            name is taken, or the state file is of another search.
         `TypeError`: for arguments of `generate` where nothing is generated.
         `ImportError`: for `"cma"` without its library.
     """
+    examples = list(examples)
+    if not isinstance(holdout, (str, int, float)):
+        holdout = list(holdout)
+    if per_layer and not name:
+        raise ValueError("Weights per layer make an expert of the library: give it a name=... that no expert has.")
+    if name:
+        library.check_name(name)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     form = _form(examples)
-    if per_layer and (not name or name in library.names):
-        raise ValueError(
-            f"Weights per layer make an expert of the library: give it a name=... that no expert has, got {name!r}."
-        )
     task = task if form == "answer" else None
     if generation and task is None:
         raise TypeError(f"few_shot does not know {', '.join(generation)}: these examples need no generation.")
@@ -172,6 +181,8 @@ def few_shot(
         raise ValueError(f"The temperature of choices is more than 0, got {temperature}.")
     weights = Weights(tuple(library.names), blocks_of(library.model) if per_layer else (), normalize)
     seen, unseen = _split(examples, holdout, seed, form)
+    for what, rows in (("Example", examples), ("Held-out example", holdout if isinstance(holdout, list) else [])):
+        _check_fit(library, tokenizer, rows, what)
     evaluate = evaluator or LocalEvaluator()
 
     def judge_of(rows: Sequence[Example], gradients: bool = False) -> Callable[[np.ndarray], Any]:
@@ -198,11 +209,15 @@ def few_shot(
         checked = form == "choices" or task is not None  # else the likelihood is all there is
         bar.set_postfix(best=f"{found.score[0 if checked else 1]:.3f}", tokens=found.tokens)
 
+    # the check: base and experts where the range keeps them out of the search, then three vectors on other examples
+    corners = np.asarray(list(weights.corners().values()))
+    reserve = 0.0 if holdout == 0 else sum(map(any, corners != np.clip(corners, low, high)))
+    reserve += 3 * len(unseen) / len(seen)
     with bar:
         found = maximise(
             searcher, judge_of(seen, method == "gradient"), iterations,
             state=state, writes=evaluate.main, settings=depends,
-            max_tokens=max_tokens, max_seconds=max_seconds, on_iteration=progress,
+            max_tokens=max_tokens, max_seconds=max_seconds, reserve=reserve, on_iteration=progress,
         )  # fmt: skip
     if form == "choices" or task is not None:
         _warn_of_ties(found)
@@ -216,10 +231,13 @@ def few_shot(
     logger.info(f"few-shot search: {found.tokens} tokens, {found.seconds:.0f} s, score {score}")
     if per_layer:
         return _as_expert(library, weights, vector, str(name), provenance)
-    return weights.mixture(vector, provenance)
+    mixture = weights.mixture(vector, provenance)
+    if name:
+        library.add_mixture(name, mixture)
+    return mixture
 
 
-def _form(examples: Sequence[Example]) -> str:
+def _form(examples: Sequence[Example], what: str = "Example") -> str:
     """The one form of the examples, `"choices"` or `"answer"`; a `ValueError` names the first that is none."""
     if not examples:
         raise ValueError(
@@ -229,24 +247,47 @@ def _form(examples: Sequence[Example]) -> str:
     for i, example in enumerate(examples):
         if "prompt" not in example or not ({"choices", "label"} <= set(example) or "answer" in example):
             raise ValueError(
-                f"Example {i} needs 'prompt' and 'answer', or 'choices' and 'label'; it has {list(example)}."
+                f"{what} {i} needs 'prompt' and 'answer', or 'choices' and 'label'; it has {list(example)}."
             )
+        if not example["prompt"]:
+            raise ValueError(f"{what} {i} has an empty prompt: there is nothing an answer could follow.")
+        if has_image(example):
+            raise ValueError(f"{what} {i} has an image: log-likelihoods are those of texts.")
         if form not in example or (form == "answer" and "choices" in example):
-            raise ValueError(f"Example {i} has another form than example 0, which has {form!r}: adapt to one form.")
+            raise ValueError(f"{what} {i} has another form than example 0, which has {form!r}: adapt to one form.")
+        if form == "choices" and (
+            not isinstance(example["choices"], (list, tuple))
+            or not all(isinstance(text, str) and text for text in example["choices"])
+        ):
+            raise ValueError(f"{what} {i} needs a list of choices that are texts, got {example['choices']!r}.")
         if form == "choices" and not (
             len(example["choices"]) > 1 and example["label"] in range(len(example["choices"]))
         ):
             raise ValueError(
-                f"Example {i} needs at least 2 choices and as label the place of the right one, from 0; it has "
+                f"{what} {i} needs at least 2 choices and as label the place of the right one, from 0; it has "
                 f"{len(example['choices'])} choices and label {example['label']!r}."
             )
         if form == "answer" and not (isinstance(example["answer"], str) and example["answer"]):
-            raise ValueError(f"Example {i} needs an answer that is a text, got {example['answer']!r}.")
+            raise ValueError(f"{what} {i} needs an answer that is a text, got {example['answer']!r}.")
     return form
 
 
+def _check_fit(
+    library: ExpertLibrary, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], what: str
+) -> None:
+    """Refuse an example of which a prompt with its longest answer is more than the model reads."""
+    limit = getattr(library.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    for i, (example, prompt) in enumerate(
+        zip(examples, prompt_ids(tokenizer, [e["prompt"] for e in examples]), strict=True)
+    ):
+        texts = example["choices"] if "choices" in example else [example["answer"]]
+        tokens = len(prompt) + max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
+        if tokens > limit:
+            raise ValueError(f"{what} {i} has {tokens} tokens, but the model's context is {limit}: shorten it.")
+
+
 def _split(
-    examples: Sequence[Example], holdout: float | str | Sequence[Example], seed: int, form: str
+    examples: Sequence[Example], holdout: float | str | list[Example], seed: int, form: str
 ) -> tuple[list[Example], list[Example]]:
     """The examples that the search sees, and others that check its result."""
     if holdout == LEAVE_ONE_OUT:
@@ -257,9 +298,9 @@ def _split(
             f"got {holdout!r}."
         )
     if not isinstance(holdout, (int, float)):
-        if holdout and _form(holdout) != form:
+        if holdout and _form(holdout, "Held-out example") != form:
             raise ValueError(f"The held-out examples have another form than the others, which have {form!r}.")
-        return list(examples), list(holdout)
+        return list(examples), holdout
     count = max(1, round(holdout * len(examples))) if holdout else 0
     if count >= len(examples):
         raise ValueError(f"holdout={holdout} of {len(examples)} examples leaves none to search on.")
@@ -296,9 +337,9 @@ def check_choice(
 
     Args:
         weights, found ([`~evaluator.Weights`], [`~search.Found`]):
-            How vectors are read, and the end of a search.
+            How vectors are read, and the end of a search, to which the cost of the check is added.
         judge (`Callable`):
-            Scores vectors on the examples of the search.
+            Scores vectors on the examples of the search: the base and experts that it has not scored itself.
         unseen (`Callable`, *optional*):
             Scores them on other examples: then these are the check.
         leave_one_out (`bool`):
@@ -311,17 +352,31 @@ def check_choice(
         if leave_one_out:
             logger.info("A single example is not checked: no other could choose a candidate for it.")
         return found.best, found.score, {"examples": 0, "fell_back": None}
+
+    def scored(by: Callable[[np.ndarray], Judged], vectors: Sequence[Sequence[float]]) -> Judged:
+        judged = by(np.asarray(vectors))
+        found.tokens += judged.tokens
+        found.seconds += judged.seconds
+        return judged
+
     corners = weights.corners()
-    judged = judge(np.asarray(list(corners.values())))
-    alone = dict(zip(corners, judged.scores, strict=True))
+    known: dict[tuple[float, ...], np.ndarray] = {}  # scores by example
+    if found.each is not None:
+        known = dict(zip(map(tuple, found.members.tolist()), found.each, strict=True))
+    if missing := [corner for corner in corners.values() if tuple(corner) not in known]:
+        judged = scored(judge, missing)
+        assert judged.each is not None
+        known |= zip(map(tuple, missing), judged.each, strict=True)
+    each = np.stack([known[tuple(corner)] for corner in corners.values()])  # (base and experts, examples, entries)
+    alone: dict[str, Score] = dict(zip(corners, map(tuple, each.mean(1).tolist()), strict=True))
     rivals = (OTHER, max(weights.names, key=lambda name: alone[name]))
     if unseen is not None:
-        there = unseen(np.stack([found.best, *(np.asarray(corners[rival]) for rival in rivals)]))
+        there = scored(unseen, [found.best.tolist(), *(corners[rival] for rival in rivals)])
         mine, *theirs = there.scores
         check: dict[str, Any] = {} if there.each is None else {"examples": there.each.shape[1]}
     else:
-        assert found.each is not None and judged.each is not None
-        mine, theirs = _choosing(found.each), [alone[OTHER], _choosing(judged.each[1:])]
+        assert found.each is not None
+        mine, theirs = _choosing(found.each), [alone[OTHER], _choosing(each[1:])]
         check = {"examples": found.each.shape[1], "by": LEAVE_ONE_OUT}
     return _decided(found, mine, dict(zip(rivals, theirs, strict=True)), corners, alone, check)
 
@@ -362,16 +417,18 @@ def _as_expert(
 ) -> Mixture:
     """Add the z-vector that weights per block stand for to the library, as an expert; a mixture of it alone."""
     by_block = weights.of(torch.tensor(vector, dtype=torch.float64)[None])[0]  # (blocks, experts)
-    experts = [library.expert(each) for each in weights.names]
-    ranks: list[Any] = [expert.config.get("rank") for expert in experts]
+    configs = [library.expert(each).config for each in weights.names]
+    ranks: list[Any] = [config.get("rank") for config in configs]
     rank = None if None in ranks else max(ranks)
-    offsets: dict[str, Tensor] = {}
-    for module, layer in svf_layers(library.model).items():
-        if any(module in expert.offsets for expert in experts):
-            table = table_of(experts, module, layer.size_of(rank))
-            offsets[module] = (by_block[weights.place(module)].to(table) @ table).contiguous()
-    prints = {m: found for expert in experts for m, found in (expert.config.get("fingerprint") or {}).items()}
-    config = experts[0].config | {
+    mixed = library.mix(weights.names, lambda module: by_block[None, weights.place(module)])  # (1, k) each
+    layers = library.layers()
+    offsets = {
+        module: offset[0, : layers[module].size_of(rank)].float().cpu().contiguous()
+        for module, offset in mixed.items()
+        if offset.numel()
+    }
+    prints = {m: found for config in configs for m, found in (config.get("fingerprint") or {}).items()}
+    config = configs[0] | {
         "description": f"mixed per layer from {', '.join(weights.names)}", "rank": rank, "fingerprint": prints or None,
         "target_modules": sorted(offsets), "exclude_modules": None, "layers_to_transform": None,
         "layers_pattern": None,

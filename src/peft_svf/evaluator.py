@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .bases import svf_layers as named_layers
 from .evaluation import choice_logps, evaluate, prompt_text
-from .expert import OTHER, PREFIX, Expert, Mixture
+from .expert import OTHER, PREFIX, Mixture
 from .layer import SVFLayer
 from .library import ExpertLibrary
 from .search import Judged, Score
@@ -132,8 +132,6 @@ class Judge:
             "batch_size": batch_size, "gradients": gradients, "seed": seed, "temperature": temperature,
         }  # fmt: skip
         self.library, self.tokenizer, self.weights = library, tokenizer, weights
-        self.experts = [library.expert(name) for name in weights.names]
-        self._tables: dict[str, Tensor] = {}
         self.choices = "choices" in examples[0]
         self.task = None if self.choices else task
         self.generation, self.batch_size = dict(generation or {}), batch_size
@@ -226,20 +224,10 @@ class Judge:
         """
         weights = self.weights.of(vectors)[list(places)]  # (rows, blocks or 1, experts)
         with self.library.activate(Mixture()) as model, ExitStack() as stack:
-            for module, layer in svf_layers(model).items():
-                table = self._table(module, layer)  # (experts, k)
-                stack.enter_context(layer.rows(weights[:, self.weights.place(module)].to(table) @ table))
+            offsets = self.library.mix(self.weights.names, lambda module: weights[:, self.weights.place(module)])
+            for module, layer in self.library.layers().items():
+                stack.enter_context(layer.rows(offsets[module]))
             yield model
-
-    def _table(self, module: str, layer: SVFLayer) -> Tensor:
-        basis = layer.svf_basis
-        assert basis is not None
-        if module not in self._tables:
-            self._tables[module] = table_of(self.experts, module, basis.shape[-1])
-        # offsets are float32, except beside a model in float64
-        dtype = torch.float64 if basis.dtype == torch.float64 else torch.float32
-        self._tables[module] = self._tables[module].to(basis.device, dtype)
-        return self._tables[module]
 
     def _count(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False).input_ids)
@@ -248,15 +236,6 @@ class Judge:
 def svf_layers(model: torch.nn.Module) -> dict[str, SVFLayer]:
     """The SVF layers by the names of the base model's modules, whatever is wrapped around it."""
     return {name.removeprefix(PREFIX): layer for name, layer in named_layers(model)}
-
-
-def table_of(experts: Sequence[Expert], module: str, size: int) -> Tensor:
-    """The offsets of experts for one module, `(experts, size)`; 0 where an expert does not reach."""
-    table = torch.zeros(len(experts), size)
-    for row, expert in zip(table, experts, strict=True):
-        offset = expert.offsets.get(module, table[0, :0])
-        row[: len(offset)] = offset
-    return table
 
 
 def block_of(module: str) -> str:

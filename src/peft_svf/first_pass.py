@@ -6,7 +6,6 @@ The base model, a classifier expert, or a linear probe on hidden states answers.
 prompts, is: a temperature, a prior, a probe. The model is left as it was.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .evaluation import choice_logps
 from .expert import OTHER, Mixture
-from .library import ExpertLibrary
+from .library import ExpertLibrary, no_expert
 from .probe import Probe
 from .probe import temperature as temperature_of
 from .prompts import chat_text, prompt_ids
@@ -476,14 +475,6 @@ def _known_kinds(library: ExpertLibrary, prompts: Sequence[Prompt], kinds: Seque
     if unknown := sorted(set(kinds) - set(names)):
         raise ValueError(no_expert(unknown[0], names))
     return names
-
-
-def no_expert(name: str, names: Sequence[str]) -> str:
-    """Say that there is no expert of a name, and which there are: of more than 20 the nearest five."""
-    if len(names) <= 20:
-        return f"There is no expert {name!r}; there are {', '.join(names)}."
-    nearest = difflib.get_close_matches(name, names, n=5, cutoff=0.0)
-    return f"There is no expert {name!r}; of the {len(names)} names the nearest are {', '.join(nearest)}."
 
 
 def _question(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:

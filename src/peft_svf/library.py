@@ -8,9 +8,10 @@ Experts in folders are read when they are first needed, and the one used longest
 never touched. Nothing here knows how a mixture is found.
 """
 
+import difflib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -58,7 +59,8 @@ class ExpertLibrary:
             An expert for the first pass only: it names the kind of a question. No mixture contains it.
         limit_bytes (`int`, *optional*):
             Memory for z-vectors. Where it is used up, the expert that was used longest ago makes room and is read
-            again when it is needed; an [`~expert.Expert`] that was given as such stays in the CPU's memory besides.
+            again when it is needed, and a mixture of more experts than fit is summed up in groups that do. An
+            [`~expert.Expert`] that was given as such stays in the CPU's memory besides.
 
     Raises:
         `FileNotFoundError`: if a folder or file is not there.
@@ -93,6 +95,7 @@ class ExpertLibrary:
         self._local = threading.local()
         self._held: list[dict[str, _Entry]] = []
         self._entries: dict[str, _Entry] = {}
+        self._mixtures: dict[str, Mixture] = {}
         self._tables = _Tables(limit_bytes)
         self._hosts: list[str] = []
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -128,6 +131,16 @@ class ExpertLibrary:
         """The memory of the z-vectors, in bytes; at most the limit."""
         return self._tables.nbytes
 
+    @property
+    def mixtures(self) -> dict[str, Mixture]:
+        """The named mixtures, sorted; in [`ExpertLibrary.holding`] those that were there when it was entered."""
+        held = getattr(self._local, "mixtures", None)
+        return dict(sorted((self._mixtures if held is None else held).items()))
+
+    def mixture(self, name: str) -> Mixture:
+        """What a name stands for: a named mixture, else an expert alone, of `"other"` the base model."""
+        return self.mixtures.get(name, explicit(name))
+
     def expert(self, name: str) -> Expert:
         """
         Get an expert as a value, to be saved, plotted or transferred.
@@ -136,8 +149,15 @@ class ExpertLibrary:
             `ValueError`: if there is none of that name.
         """
         if name not in self.names:
-            raise ValueError(self._unknown(name))
+            raise ValueError(no_expert(name, self.choices))
         return self._known[name].read()
+
+    def check_name(self, name: str) -> None:
+        """Refuse a name that something here has, or that is the base model's, with a `ValueError`."""
+        _check_name(name, ())
+        if name in self._entries or name in self._mixtures:
+            what = "An expert" if name in self._entries else "A mixture"
+            raise ValueError(f"{what} of this library is called {name!r}: give another name, or remove it first.")
 
     def add(self, source: Source, name: str | None = None) -> str:
         """
@@ -157,26 +177,47 @@ class ExpertLibrary:
         """
         entry = _find(source, name)
         with self._lock:
-            _check_name(entry.name, self._entries)
+            self.check_name(entry.name)
             fits = self._fits(entry)
             if fits:
                 self._admit(entry)
         if not fits:
             with self._model_lock, self._lock:
-                _check_name(entry.name, self._entries)
+                self.check_name(entry.name)
                 self._admit(entry)
         return entry.name
 
-    def remove(self, name: str) -> None:
+    def add_mixture(self, name: str, mixture: Mixture | str | PathLike[str]) -> None:
         """
-        Remove an expert. A request that has begun finishes with it, also if its files are deleted now.
+        Add a mixture, or one from a file that [`~expert.Mixture.save`] wrote: requests may name it like an expert.
+
+        No first pass chooses it.
 
         Raises:
-            `ValueError`: if there is none of that name, or it is the last one.
+            `ValueError`: if the name is taken, an expert of the mixture is not here, or the file holds none.
+        """
+        found = mixture if isinstance(mixture, Mixture) else Mixture.load(mixture)
+        with self._lock:
+            self.check_name(name)
+            if unknown := sorted(set(found.alpha) - (set(self._entries) - {self.classifier})):
+                raise ValueError(no_expert(unknown[0], self.choices))
+            self._mixtures[name] = found
+
+    def remove(self, name: str) -> None:
+        """
+        Remove an expert or a named mixture. A request that has begun finishes with it, also if its files are deleted.
+
+        Raises:
+            `ValueError`: if there is none of that name, or it is the last expert or one of a named mixture.
         """
         with self._lock:
+            if name in self._mixtures:
+                del self._mixtures[name]
+                return
+            if using := [mixture for mixture, found in self._mixtures.items() if name in found.alpha]:
+                raise ValueError(f"{name!r} is in the mixture {using[0]!r}: remove that first.")
             if name not in self._entries or name == self.classifier:
-                raise ValueError(self._unknown(name))
+                raise ValueError(no_expert(name, self.choices))
             if len(set(self._entries) - {self.classifier}) == 1:
                 raise ValueError(f"{name!r} is the last expert of this library: add another one first.")
             entry = self._entries[name]
@@ -187,16 +228,20 @@ class ExpertLibrary:
 
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """Let this thread see the experts of now until the context closes, whatever others add and remove."""
+        """Let this thread see the experts and mixtures of now until the context closes, whatever others change."""
         outer = getattr(self._local, "entries", None)
         with self._lock:
             entries = dict(self._entries) if outer is None else outer
             self._held.append(entries)
+            if outer is None:
+                self._local.mixtures = dict(self._mixtures)
         self._local.entries = entries
         try:
             yield
         finally:
             self._local.entries = outer
+            if outer is None:
+                self._local.mixtures = None
             with self._lock:
                 self._held = [held for held in self._held if held is not entries or outer is not None]
                 for entry in [entry for entry in self._tables.places if not self._is_known(entry)]:
@@ -218,15 +263,13 @@ class ExpertLibrary:
                 second copy of the adapted weights, and the time to make it where the mixture is another than before.
 
         Raises:
-            `ValueError`: if a mixture names an expert that is not here, more experts are needed at once than the limit
-                allows, or adapters are merged or disabled.
+            `ValueError`: if a mixture names an expert that is not here, or adapters are merged or disabled.
         """
         rows = [mixtures] if isinstance(mixtures, Mixture) else list(mixtures)
         with ExitStack() as stack:
             with self.holding():  # whom it waits for may remove its experts
-                used = {name: self._known.get(name) for mixture in rows for name in mixture.alpha}
-                if unknown := sorted(name for name, entry in used.items() if entry is None):
-                    raise ValueError(self._unknown(unknown[0]))
+                used = list(dict.fromkeys(name for mixture in rows for name in mixture.alpha))
+                entries = self._entries_of(used)
                 alpha = torch.tensor([[mixture.alpha.get(name, 0.0) for name in used] for mixture in rows])
                 if len(rows) > 0 and bool((alpha == alpha[0]).all()):  # (B, experts)
                     alpha = alpha[:1]  # the batch agrees
@@ -237,7 +280,9 @@ class ExpertLibrary:
                         state = "merged: unmerge_adapter()" if layer.merged else "disabled: enable them"
                         raise ValueError(f"No mixture can be active while the model's adapters are {state} first.")
                 with self._lock:
-                    offsets = self._tables.mix(list(used.values()), alpha, layers)  # type: ignore[arg-type]
+                    offsets = self._tables.mix(entries, lambda _: alpha, layers)
+                    if len(alpha) == 1:
+                        offsets = {name: offset.reshape(-1) for name, offset in offsets.items()}  # (k,)
             for name, layer in layers.items():
                 stack.enter_context(layer.rows(offsets[name], merge=merge and offsets[name].dim() == 1))
             self._local.active = getattr(self._local, "active", 0) + 1
@@ -247,14 +292,38 @@ class ExpertLibrary:
                 self._local.active -= 1
 
     @property
+    def choices(self) -> list[str]:
+        """What a request may name: experts, `"other"`, mixtures as such."""
+        return [*self.names, OTHER, *(f"the mixture {name}" for name in self.mixtures)]
+
+    def mix(self, names: Sequence[str], alpha: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """
+        Mix the offsets of each SVF layer, by module; gradients flow to the weights.
+
+        Args:
+            names (`Sequence[str]`): The experts.
+            alpha (`Callable`): Module -> weights `(B, experts)`.
+
+        Returns:
+            Per module `(B, k)`, float32 or beside a model in float64 that; empty where no expert reaches.
+
+        Raises:
+            `ValueError`: if there is no expert of a name.
+        """
+        with self._lock:
+            return self._tables.mix(self._entries_of(names), alpha, self.layers())
+
+    @property
     def _known(self) -> dict[str, _Entry]:
         return getattr(self._local, "entries", None) or self._entries
 
+    def _entries_of(self, names: Sequence[str]) -> list[_Entry]:
+        if unknown := sorted(set(names) - set(self._known)):
+            raise ValueError(no_expert(unknown[0], self.choices))
+        return [self._known[name] for name in names]
+
     def _is_known(self, entry: _Entry) -> bool:
         return any(known.get(entry.name) is entry for known in (self._entries, *self._held))
-
-    def _unknown(self, name: str) -> str:
-        return f"There is no expert {name!r} in this library; there are {', '.join([*self.names, OTHER])}."
 
     def layers(self) -> dict[str, SVFLayer]:
         """The SVF layers by the name of the base model's module, without what `torch.compile` puts in front."""
@@ -391,46 +460,52 @@ class _Tables:
             self.places.clear()
             self._tensors = {name: torch.zeros(0, k) for name, k in shape.items()}
 
-    def mix(self, entries: Sequence[_Entry], alpha: Tensor, layers: Mapping[str, SVFLayer]) -> dict[str, Tensor]:
+    def mix(
+        self, entries: Sequence[_Entry], alpha: Callable[[str], Tensor], layers: Mapping[str, SVFLayer]
+    ) -> dict[str, Tensor]:
         """
-        Mix the offsets of each layer: `(B, k)` for weights `(B, experts)`, `(k,)` for one row, empty where all are 0.
-        """
-        with torch.inference_mode(False), torch.no_grad():  # what is kept here serves later calls
-            return self._mixed(entries, alpha, layers)
+        Mix the offsets of each layer by its weights `(B, experts)`: `(B, k)`, empty where no expert reaches.
 
-    def _mixed(self, entries: Sequence[_Entry], alpha: Tensor, layers: Mapping[str, SVFLayer]) -> dict[str, Tensor]:
-        places = self._hold(entries)
-        mixed = {}
-        for name, layer in layers.items():
-            used = [i for i, entry in enumerate(entries) if name in entry.source.sizes]
-            if not used:
-                mixed[name] = torch.zeros(0)
-                continue
-            basis = layer.svf_basis
-            if basis is None:
-                raise ValueError(
-                    f"{name} has no basis: its weight was on the meta device when the library was made. Load the "
-                    "weights, then call `model.library.model.base_model.fetch_bases()`."
-                )
-            tensor = self._tensors[name] = self._tensors[name].to(basis.device)
-            rows = alpha[:, used].to(tensor) @ tensor[[places[i] for i in used]]
-            rows = F.pad(rows, (0, basis.shape[1] - rows.shape[1]))  # (B, k)
-            mixed[name] = rows[0] if len(rows) == 1 else rows
+        The sum runs over groups of experts that fit into memory together. Gradients flow to the weights.
+        """
+        mixed = {name: torch.zeros(0) for name in layers}
+        capacity = self._capacity(len(entries))
+        for start in range(0, len(entries), capacity):
+            group = entries[start : start + capacity]
+            with torch.inference_mode(False), torch.no_grad():  # what is kept here serves later calls
+                places = self._hold(group, capacity)
+            sizes = [entry.source.sizes for entry in group]
+            for name, layer in layers.items():
+                used = [i for i, modules in enumerate(sizes) if name in modules]
+                if not used:
+                    continue
+                basis = layer.svf_basis
+                if basis is None:
+                    raise ValueError(
+                        f"{name} has no basis: its weight was on the meta device when the library was made. Load the "
+                        "weights, then call `model.library.model.base_model.fetch_bases()`."
+                    )
+                weights = alpha(name)
+                with torch.inference_mode(False), torch.set_grad_enabled(weights.requires_grad):
+                    tensor = self._tensors[name] = self._tensors[name].to(basis.device)
+                    rows = tensor[[places[i] for i in used]].to(torch.promote_types(tensor.dtype, basis.dtype))
+                    rows = weights[:, [start + i for i in used]].to(rows) @ rows
+                    rows = F.pad(rows, (0, basis.shape[1] - rows.shape[1]))  # (B, k)
+                    mixed[name] = mixed[name] + rows if mixed[name].numel() else rows
         return mixed
 
     def drop(self, entry: _Entry) -> None:
         """Free the place of an expert, if it has one."""
         self.places.pop(entry, None)
 
-    def _hold(self, entries: Sequence[_Entry]) -> list[int]:
+    def _capacity(self, wanted: int) -> int:
+        """How many experts the limit holds; without one room for those that are wanted and for some more."""
+        if self.limit_bytes is None:
+            return max(wanted, 2 * self._size, 4)
+        return self.limit_bytes // (4 * sum(tensor.shape[1] for tensor in self._tensors.values()))
+
+    def _hold(self, entries: Sequence[_Entry], capacity: int) -> list[int]:
         """Read what is not in memory; returns the place of each expert."""
-        each = 4 * sum(tensor.shape[1] for tensor in self._tensors.values())
-        capacity = self.limit_bytes // each if self.limit_bytes is not None else max(len(entries), 2 * self._size, 4)
-        if len(entries) > capacity:
-            raise ValueError(
-                f"These rows need {len(entries)} experts at once, {len(entries) * each} bytes, but "
-                f"limit_bytes={self.limit_bytes} holds {capacity}: use smaller batches or a larger limit."
-            )
         for entry in entries:
             if entry not in self.places:
                 offsets = entry.read().offsets  # before anything changes: it may fail
@@ -458,6 +533,14 @@ class _Tables:
             oldest = next(entry for entry in self.places if entry not in wanted)
             free = self.places.pop(oldest)
         return free
+
+
+def no_expert(name: str, names: Sequence[str]) -> str:
+    """Say that there is no expert of a name, and which there are: of more than 20 the nearest five."""
+    if len(names) <= 20:
+        return f"There is no expert {name!r}; there are {', '.join(names)}."
+    nearest = difflib.get_close_matches(name, names, n=5, cutoff=0.0)
+    return f"There is no expert {name!r}; of the {len(names)} names the nearest are {', '.join(nearest)}."
 
 
 def _own(model: PreTrainedModel | PeftModel) -> list[_Entry]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+FORMAT = 2  # of state files
 Score = tuple[float, ...]  # compared entry by entry: later ones break ties of earlier ones
 
 
@@ -84,6 +85,7 @@ def maximise(
     settings: Mapping[str, Any] | None = None,
     max_tokens: int | None = None,
     max_seconds: float | None = None,
+    reserve: float = 0.0,
     on_iteration: Callable[[Found], bool | None] | None = None,
 ) -> Found:
     """
@@ -107,6 +109,8 @@ def maximise(
         max_tokens, max_seconds (*optional*):
             The search ends before the population that would go beyond, judging by the cost of the one before. The
             first population is always scored.
+        reserve (`float`):
+            What the budgets have to hold besides, for a check of the result, as a number of members of a population.
         on_iteration (`Callable`, *optional*):
             Called after each population; `True` ends the search.
 
@@ -114,7 +118,7 @@ def maximise(
         [`Found`].
 
     Raises:
-        `ValueError`: without an iteration, or if the state file is damaged or of another search.
+        `ValueError`: without an iteration, or if the state file is damaged, of another version or of another search.
     """
     if iterations < 1:
         raise ValueError(f"A search needs at least 1 iteration, got iterations={iterations}.")
@@ -126,7 +130,7 @@ def maximise(
         members = searcher.ask()
         digest = hashlib.sha256(np.ascontiguousarray(members).tobytes()).hexdigest()
         if iteration == len(past):
-            found.stopped = _spent(found, past, max_tokens, max_seconds)
+            found.stopped = _spent(found, past, max_tokens, max_seconds, reserve)
             if found.stopped:
                 break
             past.append(_entry(judge, members, digest))
@@ -260,11 +264,14 @@ class Ascent:
         self.mean = self._members[max(range(len(scores)), key=lambda i: scores[i])]
 
 
-def _spent(found: Found, past: list[dict], max_tokens: int | None, max_seconds: float | None) -> str:
-    """The name of the budget that one more population like the last would go beyond, or nothing."""
-    if past and max_tokens is not None and found.tokens + past[-1]["tokens"] > max_tokens:
+def _spent(found: Found, past: list[dict], max_tokens: int | None, max_seconds: float | None, reserve: float) -> str:
+    """The name of the budget that one more population like the last, and the reserve, would go beyond, or nothing."""
+    if not past:
+        return ""
+    more = 1 + reserve / len(past[-1]["scores"])
+    if max_tokens is not None and found.tokens + more * past[-1]["tokens"] > max_tokens:
         return "max_tokens"
-    if past and max_seconds is not None and found.seconds + past[-1]["seconds"] > max_seconds:
+    if max_seconds is not None and found.seconds + more * past[-1]["seconds"] > max_seconds:
         return "max_seconds"
     return ""
 
@@ -287,23 +294,40 @@ def _read(path: Path, settings: Mapping[str, Any]) -> list[dict]:
         return []
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        there, past = content["settings"], content["populations"]
+        there, past, version = content["settings"], content["populations"], content.get("format", 1)
         whole = all({"members", "scores", "gradients", "each", "tokens", "seconds"} <= set(entry) for entry in past)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"The search state {path} cannot be read ({error!r}): delete it to begin anew.") from error
+    if version != FORMAT:
+        raise ValueError(
+            f"The search state {path} was written by another version of peft-svf (its format is {version}, expected "
+            f"{FORMAT}): delete it to begin anew, or go on with that version."
+        )
     if not whole:
         raise ValueError(f"The search state {path} is damaged: delete it to begin anew.")
     if odd := [key for key in sorted({*there, *settings}) if there.get(key) != settings.get(key)]:
         raise ValueError(
-            f"The search state {path} is of another search: {odd[0]} is {there.get(odd[0])!r} there and "
-            f"{settings.get(odd[0])!r} here. Give the settings, examples and experts that it began with, or another "
-            "file."
+            f"The search state {path} is of another search: {_difference(odd[0], there, settings)}. Give the "
+            "settings, examples and experts that it began with, or another file."
         )
     return past
+
+
+def _difference(key: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What is another value in a state file, or of a mapping which entries."""
+    old, new = there.get(key), here.get(key)
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return f"{key} is {old!r} there and {new!r} here"
+    names = {
+        "new": new.keys() - old.keys(),
+        "gone": old.keys() - new.keys(),
+        "changed": {name for name in old.keys() & new.keys() if old[name] != new[name]},
+    }
+    return f"of its {key} " + "; ".join(f"{what}: {', '.join(sorted(n))}" for what, n in names.items() if n)
 
 
 def _write(path: Path, settings: Mapping[str, Any], past: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(json.dumps({"settings": settings, "populations": past}), encoding="utf-8")
+    temporary.write_text(json.dumps({"format": FORMAT, "settings": settings, "populations": past}), encoding="utf-8")
     temporary.replace(path)

@@ -32,12 +32,12 @@ from transformers import (
 from .adaptation import few_shot
 from .evaluation import CACHES
 from .expert import OTHER, Expert, Mixture, SavedExpert
-from .first_pass import check_strategy, dispatch, no_expert
-from .library import ExpertLibrary, Source, explicit
+from .first_pass import check_strategy, dispatch
+from .library import ExpertLibrary, Source, no_expert
 from .tasks import Task
 
 logger = logging.getLogger(__name__)
-Chosen = Mixture | Mapping[str, float]
+Chosen = str | Mixture | Mapping[str, float]  # a name is of an expert or of a mixture in the library
 # New tokens from which on merged weights pay: on SmolLM2-135M, one core, making them takes 0.43-0.56 s and saves 23 ms
 # of 71 a token.
 MERGE_FROM = 32
@@ -157,8 +157,8 @@ class Transformer2Model:
                 Texts or chats.
             expert (`str` or `Sequence[str]`, *optional*):
                 One name for all prompts or a list with one for each; `"other"` is the base model.
-            mixture ([`~expert.Mixture`], `dict[str, float]` or a sequence of them, *optional*):
-                The same with mixtures.
+            mixture ([`~expert.Mixture`], `dict[str, float]`, `str` or a sequence of them, *optional*):
+                The same with mixtures, or names of mixtures in the library.
             strategy, threshold, dispatch_kwargs:
                 Instead of the model's own.
 
@@ -192,7 +192,7 @@ class Transformer2Model:
             if mark := getattr(self.processor, "image_token", None):  # the first pass reads no images
                 prompts = [prompt.replace(mark, "") if isinstance(prompt, str) else prompt for prompt in prompts]
             return dispatch(self.library, self.tokenizer, prompts, strategy=how, threshold=limit, **settings)
-        found = _each(given, len(prompts))
+        found = _each(self.library, given, len(prompts))
         if len(found) != len(prompts):
             raise ValueError(f"There are {len(prompts)} prompts, but experts or mixtures for {len(found)}.")
         known = self._known(found)
@@ -203,7 +203,7 @@ class Transformer2Model:
         """The names of the experts and `"other"`; a `ValueError` where a mixture has another."""
         known = [*self.library.names, OTHER]
         for name in (name for mixture in mixtures for name in mixture.alpha if name not in known):
-            raise ValueError(no_expert(name, known))
+            raise ValueError(no_expert(name, self.library.choices))
         return known
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -334,7 +334,7 @@ class Transformer2Model:
                 The other arguments of [`~adaptation.few_shot`].
 
         Returns:
-            [`~expert.Mixture`], to be passed as `mixture=` or saved.
+            [`~expert.Mixture`], to be passed as `mixture=`, by its `name` too, or saved.
         """
         with self.library.holding():
             return few_shot(self.library, self.tokenizer, examples, task=task, **search)
@@ -342,17 +342,17 @@ class Transformer2Model:
     @contextmanager
     def using(self, mixture: Chosen) -> Iterator[PeftModel]:
         """Give the model one mixture while the context is open, for forwards of one's own, on merged weights."""
-        mixtures = _each(mixture, 1)
+        mixtures = _each(self.library, mixture, 1)
         self._known(mixtures)
         with self.library.activate(mixtures, merge=True) as model:
             yield model
 
 
-def _each(given: str | Chosen | Sequence[str | Chosen], count: int) -> list[Mixture]:
+def _each(library: ExpertLibrary, given: Chosen | Sequence[Chosen], count: int) -> list[Mixture]:
     """The mixtures of `count` prompts, of what was given for all of them or as a list."""
     each = [given] * count if isinstance(given, (str, Mixture, Mapping)) else given
-    mixtures = (explicit(g) if isinstance(g, str) else g if isinstance(g, Mixture) else Mixture(dict(g)) for g in each)
-    return list(mixtures)
+    named = (library.mixture(g) if isinstance(g, str) else g for g in each)
+    return [g if isinstance(g, Mixture) else Mixture(dict(g)) for g in named]
 
 
 def _check_ids(ids: Any) -> None:

@@ -419,15 +419,13 @@ def fit_first_pass(args: argparse.Namespace, strategy: str, model: "Transformer2
 
 def load_experts(args: argparse.Namespace, images: bool = False) -> "Transformer2Model":
     """Load the experts that the arguments name, and the base model under them."""
-    from ..expert import Expert
     from ..two_pass import Transformer2Model, base_of
 
     experts = [find_expert(source) for source in args.experts]
     name, revision = (args.model, args.revision) if args.model else base_of(experts)
     model, reader = load_model(name, args.revision or revision, args.dtype, images=images)
     assert reader is not None
-    classifier = getattr(args, "classifier", None)
-    return Transformer2Model(model, reader, experts, None if classifier is None else Expert.load(classifier))
+    return Transformer2Model(model, reader, experts, getattr(args, "classifier", None))
 
 
 def _shares(mixture: "Mixture") -> dict[str, float]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..config import SVFConfig
-    from ..expert import Expert, Mixture
+    from ..expert import Mixture, SavedExpert
     from ..prompts import Reader
     from ..tasks import Task
 
@@ -85,12 +85,12 @@ def load_model(
     return kind.from_pretrained(name, dtype=dtype, **shared).to(device), found
 
 
-def find_expert(source: str) -> "Expert":
-    """Load an expert from `SOURCE` or `NAME=SOURCE`."""
-    from ..expert import Expert
+def find_expert(source: str) -> "SavedExpert":
+    """Find an expert by `SOURCE` or `NAME=SOURCE`; its values are read when they are needed."""
+    from ..expert import SavedExpert
 
     name, equals, rest = source.partition("=")
-    return Expert.load(rest, name) if equals and not os.path.exists(source) else Expert.load(source)
+    return SavedExpert.find(rest, name) if equals and not os.path.exists(source) else SavedExpert.find(source)
 
 
 def read_mixture(given: Sequence[str]) -> "Mixture":
@@ -98,6 +98,11 @@ def read_mixture(given: Sequence[str]) -> "Mixture":
     from ..expert import Mixture
 
     if len(given) == 1 and ("=" not in given[0] or os.path.exists(given[0])):
+        if not os.path.exists(given[0]):
+            raise FileNotFoundError(
+                f"There is no file {given[0]!r}: a mixture is one that `adapt` wrote, or expert names with weights "
+                "such as math=0.7."
+            )
         return Mixture.load(given[0])
     alpha: dict[str, float] = {}
     for entry in given:
