@@ -157,22 +157,28 @@ def header(titles: str) -> list[str]:
 
 def table(runs: Runs) -> list[str]:
     """One line per cell, missing ones too; the setting that validation chose is marked."""
-    titles = "method, trained numbers, lr, seed, best step, validation, test, gain on the base, answers, minutes"
+    titles = "method, trained numbers, lr, seed, best step, validation, test, gain on the base, answers, tokens read, minutes"
     lines = header(titles)
     for cell in runs.cells:
         if cell.method == "base":
             continue
         result = runs.found.get(cell.name)
         if result is None:
-            lines.append(f"| {label(cell)} | | {written(cell.setting)} | {cell.seed} | not run | | | | | |")
+            lines.append(f"| {label(cell)} | | {written(cell.setting)} | {cell.seed} | not run | | | | | | |")
             continue
         chosen = " *" if cell.setting == runs.setting(cell.kind) else ""
         lines.append(
             f"| {label(cell)} | {result['trainable']:,} | {written(cell.setting)}{chosen} | {cell.seed} | "
             f"{result['best_step']} | {accuracy(result['best_validation']):.3f} | {result['test']['accuracy']:.3f} | "
-            f"{runs.gain([result])} | {result['answers']:,} | {result['seconds'] / 60:.0f} |"
+            f"{runs.gain([result])} | {result['answers']:,} | {tokens_of(result)} | {result['seconds'] / 60:.0f} |"
         )
     return lines
+
+
+def tokens_of(result: Result) -> str:
+    """Tokens that training read; nothing for runs from before they were counted."""
+    counts = [entry["tokens"] for entry in result["curve"] if "tokens" in entry]
+    return f"{max(counts):,}" if counts else ""
 
 
 def summary(runs: Runs) -> list[str]:
@@ -335,7 +341,9 @@ def page(cells: Sequence[Cell], found: dict[str, Result], folder: Path) -> str:
         "Gains are paired over test rows, with 95 % intervals; over several seeds the interval holds the spread of "
         "rows and that of seeds (Student's t). *Holds* and *the other way round* say that the interval leaves 0 out. "
         "Tokens are positions read in forward passes of training, padding included; REINFORCE and next-token loss do "
-        "a backward pass beside. Minutes are wall clock on a machine with other work: no comparison.",
+        "a backward pass beside; cells from before they were counted have none. Minutes are wall clock on a machine "
+        "with other work: no comparison. The experts in `examples/experts` are of runs of their own, whose commands "
+        "and results lie beside their cards.",
         "",
         "Made by `python benchmarks/learning/report.py` from `benchmarks/learning/results/`; "
         "`python benchmarks/learning/run.py` runs what is missing. State of the package's code (sha256) by number of "
