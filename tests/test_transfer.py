@@ -181,6 +181,20 @@ def test_an_expert_of_one_layer_fades_over_the_layers_of_a_deeper_model(tmp_path
     ExpertLibrary(other_shape(num_hidden_layers=3), [found])
 
 
+def test_bases_of_some_layers_are_taken_one_to_one(tmp_path):
+    first = Expert.load(write(tmp_path, "first", seed=2, layers_to_transform=[0]))
+    target = base(seed=5, name="b")
+    expected = transfer_expert(first, base(), target)
+
+    def bases(model):
+        return fetch(first.offsets, lambda name: model.get_submodule(name).weight)
+
+    for pair in ((bases(base()), target), (base(), bases(target)), (bases(base()), bases(target))):
+        same(transfer_expert(first, *pair), expected)
+        with pytest.raises(ValueError, match="depths='interpolate' needs the source and the target as models"):
+            transfer_expert(first, *pair, depths="interpolate")
+
+
 def test_width_and_depth_are_interpolated_together(expert):
     both = other_shape(num_hidden_layers=3, hidden_size=16, head_dim=4)
     wide = transfer_expert(expert, base(), other_shape(hidden_size=16, head_dim=4), lengths="interpolate")

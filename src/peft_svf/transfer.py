@@ -91,7 +91,7 @@ def transfer_expert(
             )
     ours = _bases(source, expert.offsets, expert, "source")
     _check_source(expert, source, ours)
-    taken = _from_layers(expert, _names(source), _names(target), mode, depths)
+    taken = _from_layers(expert, _depths(_names(source)), _depths(_names(target)), mode, depths)
     theirs = _bases(target, taken, expert, "target")
     draws = torch.Generator().manual_seed(seed)
     offsets, cosines = {}, {}
@@ -176,15 +176,19 @@ def _aligned(module: str, offset: Tensor, source: Basis, target: Basis) -> tuple
 
 
 def _from_layers(
-    expert: Expert, source: Iterable[str], target: Iterable[str], mode: str, depths: str
+    expert: Expert, ours: Mapping[str, int], theirs: Mapping[str, int], mode: str, depths: str
 ) -> dict[str, dict[str, float]]:
     """Per module of the target the modules of the expert that it takes its numbers from, and their shares."""
-    ours, theirs = _depths(source), _depths(target)
+    if depths == "interpolate" and not (ours and theirs):
+        raise ValueError(
+            "depths='interpolate' needs the source and the target as models: bases are of some weights and do not say "
+            "how many layers there are."
+        )
     taken: dict[str, dict[str, float]] = {}
     for module in expert.offsets:
         place = LAYER.fullmatch(module)
         before, after = (stacks.get(place["stack"], 0) if place else 0 for stacks in (ours, theirs))
-        if place is None or before == after or not after:
+        if place is None or before == after or not (before and after):
             taken.setdefault(module, {})[module] = 1.0
         elif depths == "refuse" or mode == "aligned":
             aligned = "mode='aligned' needs equal depths, " if mode == "aligned" else ""
@@ -201,17 +205,17 @@ def _from_layers(
 
 
 def _depths(names: Iterable[str]) -> dict[str, int]:
-    """How many layers each stack of a model has: {"model.layers": 30}."""
+    """How many layers each stack of modules has: {"model.layers": 30}."""
     found: dict[str, int] = {}
-    for name in names:
-        if place := LAYER.fullmatch(name):
-            found[place["stack"]] = max(found.get(place["stack"], 0), int(place["index"]) + 1)
+    for place in filter(None, map(LAYER.fullmatch, names)):
+        found[place["stack"]] = max(found.get(place["stack"], 0), int(place["index"]) + 1)
     return found
 
 
 def _names(model: nn.Module | Bases) -> list[str]:
+    """The modules of a model; of bases none, which may be those of some layers only."""
     if isinstance(model, Mapping):
-        return list(model)
+        return []
     return [name for name, _ in (model.get_base_model() if isinstance(model, PeftModel) else model).named_modules()]
 
 
