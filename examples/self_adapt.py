@@ -73,7 +73,7 @@ def tell(base, tokenizer, folders: dict[str, Path], settings: dict, scratch: Pat
     print("\n3. Or a few solved examples say it:")
     mixture = model.adapt(EXAMPLES, population=8, iterations=3, elites=0.25, seed=0)
     check = mixture.provenance["held_out"]  # each example was left out once; right, then its log-probability
-    found, base_alone = ([round(x, 2) for x in check[name]] for name in ("found", "other"))
+    found, base_alone = ([round(x, 2) for x in scores] for scores in (check["found"], check["rivals"]["other"]))
     verdict = f"given up for {check['fell_back']!r}" if check["fell_back"] else "kept"
     print(f"   on examples that did not choose it what was found scores {found}, the base {base_alone}: {verdict}")
     print(f"   {shown(mixture)}, saved and loaded again")

@@ -4,6 +4,7 @@
 import json
 import logging
 import math
+from threading import Thread
 
 import experts
 import numpy as np
@@ -743,7 +744,8 @@ def test_a_mixture_that_is_no_better_on_held_out_examples_gives_way(
     check = found.provenance["held_out"]
     assert check["examples"] == 2 and check["fell_back"] == what
     assert found.provenance["examples"] == (6 if share else 8)
-    assert check["found"] == [0.0, 0.5] and check["code"] == [0.0, unseen["code"]] and "math" not in check
+    assert check["found"] == [0.0, 0.5]
+    assert check["rivals"] == {"other": [0.0, unseen["other"]], "code": [0.0, unseen["code"]]}
     if what is None:
         assert 0 < found.alpha["code"] < 1 and not caplog.records
     else:
@@ -776,9 +778,9 @@ def test_leaving_one_out_scores_each_example_by_what_the_others_choose(library, 
     best = max(experts, key=lambda name: tuple(known[experts[name]].mean(0)))
     assert check["examples"] == 8 and check["by"] == "leave-one-out"
     assert check["found"] == pytest.approx(left_out(asked))
-    assert check[best] == pytest.approx(left_out(list(experts.values())))
-    assert check["other"] == pytest.approx(known[0.0, 0.0].mean(0))
-    rivals = {name: check[name] for name in ("other", best)}
+    rivals = check["rivals"]
+    assert rivals[best] == pytest.approx(left_out(list(experts.values())))
+    assert rivals["other"] == pytest.approx(known[0.0, 0.0].mean(0)) and set(rivals) == {"other", best}
     expected = None if check["found"] > max(rivals.values()) else max(rivals, key=rivals.get)
     assert check["fell_back"] == expected
 
@@ -804,6 +806,34 @@ def test_leaving_one_out_tells_a_real_gain_from_a_chosen_one(lucky, library, mon
         assert sum(kept) <= 6
     else:
         assert all(kept)
+
+
+def test_an_evaluator_without_scores_by_example_is_told_that_the_check_needs_them(library):
+    class Sums(evaluator.LocalEvaluator):
+        def __call__(self, judge, members):
+            return judge(members)._replace(each=None)
+
+    with pytest.raises(ValueError, match=r"needs the scores of single examples.*holdout=0"):
+        few_shot(library, tokenizer, CHOICES, evaluator=Sums(), **SMALL)
+    few_shot(library, tokenizer, CHOICES, evaluator=Sums(), holdout=0, **SMALL)
+
+
+def test_a_named_mixture_is_returned_where_the_library_changed_under_the_search(folders, caplog):
+    own = ExpertLibrary(base(), {name: folders[name] for name in ("code", "math")})
+
+    remove = Thread(target=own.remove, args=("code",))  # a search holds its experts: it still sees this one
+
+    class Removes(evaluator.LocalEvaluator):
+        def __call__(self, judge, members):
+            if not remove.ident:
+                remove.start()
+                remove.join()
+            return judge(members)
+
+    with caplog.at_level(logging.WARNING, "peft_svf.adaptation"):
+        found = few_shot(own, tokenizer, CHOICES, evaluator=Removes(), name="plus", holdout=0, **SMALL)
+    assert "code" in found.alpha and found.provenance["name"] == "plus"
+    assert "not kept in the library as 'plus'" in caplog.text and not own.mixtures
 
 
 def test_a_single_example_is_not_checked_and_the_log_says_so(library, caplog):
@@ -851,8 +881,8 @@ def test_held_out_examples_are_not_searched_on(library, monkeypatch):
         searched.clear()
         few_shot(library, tokenizer, EIGHT, holdout=all_seen, **SMALL)
         assert [len(rows) for rows in searched if rows] == [8] * len(searched)
-    with pytest.raises(ValueError, match=r"holdout=0.4 of 1 examples leaves none"):
-        few_shot(library, tokenizer, EIGHT[:1], holdout=0.4, **SMALL)
+    alone = few_shot(library, tokenizer, EIGHT[:1], holdout=0.4, **SMALL)  # none is left to hold out
+    assert alone.provenance["held_out"] == {"examples": 0, "fell_back": None}
     for share in (-0.1, 1.0, "half"):
         with pytest.raises(ValueError, match="holdout is 'leave-one-out', a share"):
             few_shot(library, tokenizer, EIGHT, holdout=share, **SMALL)
@@ -984,7 +1014,7 @@ def test_weights_per_layer_become_an_expert_that_scores_as_found(method, normali
     assert found.alpha == {"sums": 1.0} and own.names == ["code", "math", "sums"]
     assert found.provenance["score"] == pytest.approx(answer_score(own, found, ANSWERS), abs=1e-4)
     layers = found.provenance["layers"]
-    assert tuple(layers) == blocks_of(own.model) and set(layers["model.layers.0"]) == {"code", "math"}
+    assert tuple(layers) == blocks_of(own.layers()) and set(layers["model.layers.0"]) == {"code", "math"}
     made = own.expert("sums")
     for module, offset in made.offsets.items():
         weights = layers[module.rsplit(".", 2)[0]]

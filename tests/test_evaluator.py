@@ -24,7 +24,6 @@ from peft_svf.evaluator import (
     RayEvaluator,
     Weights,
     blocks_of,
-    svf_layers,
 )
 from peft_svf.tasks import Task
 
@@ -99,7 +98,7 @@ def test_the_order_of_the_examples_does_not_matter(order, library):
 
 
 def test_weights_per_block_that_are_alike_are_the_weights_of_all(library):
-    assert blocks_of(library.model) == BLOCKS
+    assert blocks_of(library.layers()) == BLOCKS
     whole = judge(library, CHOICES)(MEMBERS).scores
     assert_scores(judge(library, CHOICES, BLOCKS)(np.tile(MEMBERS, 2)).scores, whole, atol=1e-6)
 
@@ -169,10 +168,10 @@ def test_gradients_equal_finite_differences_in_float64(examples, normalize, per_
 
     folders = [experts.write(tmp_path, name, seed, model()) for name, seed in [("code", 1), ("math", 2)]]
     library = ExpertLibrary(model(), folders)
-    for layer in svf_layers(library.model).values():
+    for layer in library.layers().values():
         layer.svf_basis = layer.svf_basis.double()  # no basis of that dtype is offered: rounded, it would hide the law
     monkeypatch.setattr(evaluator, "choice_logps", plain_logps)
-    blocks = blocks_of(library.model) if per_block else ()
+    blocks = blocks_of(library.layers()) if per_block else ()
     own = judge(library, examples, blocks, normalize, gradients=True)
     point = np.random.default_rng(0).uniform(0.2, 0.8, (2, own.weights.size))
     numeric = slopes(own, point, 1e-5)

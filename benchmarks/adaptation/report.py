@@ -24,7 +24,7 @@ from peft_svf.plots import draw_alpha, draw_decisions, draw_layers, draw_search,
 PAGE = ROOT / "docs" / "results" / "adaptation.md"
 NOT_RUN = "not run"
 DRAWN_WAYS = ("names", "names, content-free", "prompt", "classifier", "probe")
-OTHER_SHAPE = "other_shape/"  # the folder beside the results, and what begins their names here
+OTHER_SHAPE = "other_shape/"  # a folder in that of the results, and what begins their names here
 MIXED_AT_MOST = 1.3  # of the base's time, as benchmarks/speed asks of decoding with a mixture for each row
 POPULATION_AT_LEAST = 3.0  # times faster than one candidate at a time
 DRAWN = ("cem_unchecked", 5, 0)  # the search in the figures
@@ -309,7 +309,8 @@ def shape_part(found: Results) -> list[str]:
         "",
     ]
     if not there:
-        return [*lines, f"It was {NOT_RUN}.", ""]
+        command = "transfer.py --target FOLDER --out results/<this>/other_shape"
+        return [*lines, f"It was {NOT_RUN}: `python benchmarks/adaptation/{command}`.", ""]
 
     def cell(task: str, way: str) -> dict[str, Any] | None:
         return there.get(f"transfer-{task}-target-{way}")

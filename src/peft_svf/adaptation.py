@@ -20,6 +20,7 @@ from huggingface_hub.utils import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .cem import CrossEntropy
+from .evaluation import context_of, row_lengths
 from .evaluator import (
     Evaluator,
     Example,
@@ -50,7 +51,7 @@ from .first_pass import (
     read_boxed,
 )
 from .library import ExpertLibrary
-from .prompts import has_image, prompt_ids
+from .prompts import has_image
 from .search import Ascent, CovarianceAdaptation, Found, Judged, Score, Searcher, maximise
 from .tasks import Task
 
@@ -179,7 +180,7 @@ def few_shot(
         raise TypeError(f"few_shot does not know {', '.join(generation)}: these examples need no generation.")
     if not temperature > 0:
         raise ValueError(f"The temperature of choices is more than 0, got {temperature}.")
-    weights = Weights(tuple(library.names), blocks_of(library.model) if per_layer else (), normalize)
+    weights = Weights(tuple(library.names), blocks_of(library.layers()) if per_layer else (), normalize)
     seen, unseen = _split(examples, holdout, seed, form)
     for what, rows in (("Example", examples), ("Held-out example", holdout if isinstance(holdout, list) else [])):
         _check_fit(library, tokenizer, rows, what)
@@ -233,7 +234,10 @@ def few_shot(
         return _as_expert(library, weights, vector, str(name), provenance)
     mixture = weights.mixture(vector, provenance)
     if name:
-        library.add_mixture(name, mixture)
+        try:
+            library.add_mixture(name, mixture)
+        except ValueError as error:  # the library changed while the search ran: its result is not lost
+            logger.warning(f"The mixture is returned, but not kept in the library as {name!r}: {error}")
     return mixture
 
 
@@ -276,13 +280,10 @@ def _check_fit(
     library: ExpertLibrary, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], what: str
 ) -> None:
     """Refuse an example of which a prompt with its longest answer is more than the model reads."""
-    limit = getattr(library.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    for i, (example, prompt) in enumerate(
-        zip(examples, prompt_ids(tokenizer, [e["prompt"] for e in examples]), strict=True)
-    ):
-        texts = example["choices"] if "choices" in example else [example["answer"]]
-        tokens = len(prompt) + max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
-        if tokens > limit:
+    rows = [example if "choices" in example else {**example, "choices": [example["answer"]]} for example in examples]
+    limit = context_of(library.model)
+    for i, tokens in enumerate(row_lengths(tokenizer, rows)):
+        if limit is not None and tokens > limit:
             raise ValueError(f"{what} {i} has {tokens} tokens, but the model's context is {limit}: shorten it.")
 
 
@@ -301,9 +302,9 @@ def _split(
         if holdout and _form(holdout, "Held-out example") != form:
             raise ValueError(f"The held-out examples have another form than the others, which have {form!r}.")
         return list(examples), holdout
-    count = max(1, round(holdout * len(examples))) if holdout else 0
-    if count >= len(examples):
-        raise ValueError(f"holdout={holdout} of {len(examples)} examples leaves none to search on.")
+    count = (
+        min(max(1, round(holdout * len(examples))), len(examples) - 1) if holdout else 0
+    )  # one is left to search on
     order = np.random.default_rng(seed).permutation(len(examples)).tolist()
     return [examples[i] for i in sorted(order[count:])], [examples[i] for i in sorted(order[:count])]
 
@@ -348,9 +349,15 @@ def check_choice(
     Returns:
         The vector to use, its score on the examples of the search, and what the check found, as JSON values.
     """
-    if unseen is None and not (leave_one_out and found.each is not None and found.each.shape[1] > 1):
-        if leave_one_out:
-            logger.info("A single example is not checked: no other could choose a candidate for it.")
+    if unseen is None and not leave_one_out:
+        return found.best, found.score, {"examples": 0, "fell_back": None}
+    if found.each is None:
+        raise ValueError(
+            "A check needs the scores of single examples, which this evaluator does not give as `Judged.each`: let it "
+            "give them, or search with holdout=0."
+        )
+    if unseen is None and found.each.shape[1] < 2:
+        logger.info("A single example is not checked: no other could choose a candidate for it.")
         return found.best, found.score, {"examples": 0, "fell_back": None}
 
     def scored(by: Callable[[np.ndarray], Judged], vectors: Sequence[Sequence[float]]) -> Judged:
@@ -360,9 +367,7 @@ def check_choice(
         return judged
 
     corners = weights.corners()
-    known: dict[tuple[float, ...], np.ndarray] = {}  # scores by example
-    if found.each is not None:
-        known = dict(zip(map(tuple, found.members.tolist()), found.each, strict=True))
+    known = dict(zip(map(tuple, found.members.tolist()), found.each, strict=True))  # scores by example
     if missing := [corner for corner in corners.values() if tuple(corner) not in known]:
         judged = scored(judge, missing)
         assert judged.each is not None
@@ -372,10 +377,10 @@ def check_choice(
     rivals = (OTHER, max(weights.names, key=lambda name: alone[name]))
     if unseen is not None:
         there = scored(unseen, [found.best.tolist(), *(corners[rival] for rival in rivals)])
+        assert there.each is not None
         mine, *theirs = there.scores
-        check: dict[str, Any] = {} if there.each is None else {"examples": there.each.shape[1]}
+        check: dict[str, Any] = {"examples": there.each.shape[1]}
     else:
-        assert found.each is not None
         mine, theirs = _choosing(found.each), [alone[OTHER], _choosing(each[1:])]
         check = {"examples": found.each.shape[1], "by": LEAVE_ONE_OUT}
     return _decided(found, mine, dict(zip(rivals, theirs, strict=True)), corners, alone, check)
@@ -398,7 +403,7 @@ def _decided(
     check: dict[str, Any],
 ) -> tuple[np.ndarray, Score, dict[str, Any]]:
     """The found vector if its score in the check beats those of base and best expert, else the better of these two."""
-    check |= {"found": list(mine), **{rival: list(score) for rival, score in theirs.items()}}
+    check |= {"found": list(mine), "rivals": {rival: list(score) for rival, score in theirs.items()}}
     best = max(theirs, key=lambda rival: theirs[rival])  # of equal ones the base
     # where the search has found a rival itself, that one cannot beat it
     beaten = any(score >= mine and corners[rival] != found.best.tolist() for rival, score in theirs.items())

@@ -13,7 +13,7 @@ here knows how a search goes on.
 import hashlib
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,10 +24,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .bases import svf_layers as named_layers
 from .evaluation import choice_logps, evaluate, prompt_text
-from .expert import OTHER, PREFIX, Mixture
-from .layer import SVFLayer
+from .expert import OTHER, Mixture
 from .library import ExpertLibrary
 from .search import Judged, Score
 from .tasks import Task
@@ -153,7 +151,7 @@ class Judge:
             tokens += more
         logp = np.where(np.isnan(logp), -np.inf, logp)  # z-vectors that overflow are worse than any
         scores: list[Score] = [(float(r), float(p)) for r, p in zip(right.mean(1), logp.mean(1), strict=True)]
-        return Judged(scores, gradients, np.stack([right, logp], -1), tokens, time.perf_counter() - begin)
+        return Judged(scores, gradients, tokens, time.perf_counter() - begin, np.stack([right, logp], -1))
 
     def _likelihoods(self, members: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Right or not and log-probability of the right choice, `(members, examples)`; gradients of its mean."""
@@ -233,20 +231,15 @@ class Judge:
         return len(self.tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def svf_layers(model: torch.nn.Module) -> dict[str, SVFLayer]:
-    """The SVF layers by the names of the base model's modules, whatever is wrapped around it."""
-    return {name.removeprefix(PREFIX): layer for name, layer in named_layers(model)}
-
-
 def block_of(module: str) -> str:
     """The block of a module, `"model.layers.0"` of `"model.layers.0.mlp.up_proj"`; itself if it stands in none."""
     found = BLOCK.match(module)
     return found.group(1) if found else module
 
 
-def blocks_of(model: torch.nn.Module) -> tuple[str, ...]:
-    """The blocks of a model that have SVF layers, in its order."""
-    return tuple(dict.fromkeys(map(block_of, svf_layers(model))))
+def blocks_of(modules: Iterable[str]) -> tuple[str, ...]:
+    """The blocks that modules stand in, in their order."""
+    return tuple(dict.fromkeys(map(block_of, modules)))
 
 
 class Evaluator(Protocol):
@@ -390,7 +383,7 @@ def _join(parts: Sequence[Judged]) -> Judged:
     return Judged(
         [score for part in parts for score in part.scores],
         np.concatenate(gradients) if gradients else None,
-        np.concatenate(each) if each else None,
         sum(part.tokens for part in parts),
         max(part.seconds for part in parts),
+        np.concatenate(each) if each else None,
     )

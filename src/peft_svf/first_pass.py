@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from .evaluation import choice_logps
+from .evaluation import choice_logps, context_of
 from .expert import OTHER, Mixture
 from .library import ExpertLibrary, no_expert
 from .probe import Probe
@@ -398,7 +398,7 @@ def _tokens(
     ids = {"input_ids": prompt_ids(tokenizer, prompts)}
     inputs = tokenizer.pad(ids, return_tensors="pt", padding_side="left")
     length = inputs.input_ids.shape[1]
-    limit = getattr(library.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_of(library.model)
     if limit is not None and length + room > limit:
         raise ValueError(
             f"The first pass reads {length} tokens and writes up to {room}, but the model's context is {limit}: "

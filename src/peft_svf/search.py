@@ -28,16 +28,16 @@ class Judged(NamedTuple):
     Args:
         scores (`list[tuple[float, ...]]`): One per member, larger is better, NaN the worst.
         gradients (`np.ndarray` of shape `(members, size)`, *optional*): Of the last entry of each score.
-        each (`np.ndarray` of shape `(members, examples, entries)`, *optional*): The scores of single examples, whose
-            mean the scores are.
         tokens (`int`), seconds (`float`): What it cost.
+        each (`np.ndarray` of shape `(members, examples, entries)`, *optional*): The scores of single examples, whose
+            mean the scores are; a check of the result needs them.
     """
 
     scores: list[Score]
     gradients: np.ndarray | None = None
-    each: np.ndarray | None = None
     tokens: int = 0
     seconds: float = 0.0
+    each: np.ndarray | None = None
 
 
 class Searcher(Protocol):

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from .adaptation import few_shot
-from .evaluation import CACHES
+from .evaluation import CACHES, context_of
 from .expert import OTHER, Expert, Mixture, SavedExpert
 from .first_pass import check_strategy, dispatch
 from .library import ExpertLibrary, Source, no_expert
@@ -272,7 +272,7 @@ class Transformer2Model:
             raise ValueError("generate needs input_ids of shape (batch, tokens).")
         read = states if input_ids is None else input_ids
         rows, length = (1, 0) if read is None else read.shape[:2]
-        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        limit = context_of(self.library.model)
         if limit is not None and length >= limit:
             raise ValueError(
                 f"The prompt has {length} tokens, but the model's context is {limit}: shorten it to leave "
@@ -336,8 +336,7 @@ class Transformer2Model:
         Returns:
             [`~expert.Mixture`], to be passed as `mixture=`, by its `name` too, or saved.
         """
-        with self.library.holding():
-            return few_shot(self.library, self.tokenizer, examples, task=task, **search)
+        return few_shot(self.library, self.tokenizer, examples, task=task, **search)
 
     @contextmanager
     def using(self, mixture: Chosen) -> Iterator[PeftModel]:

@@ -230,7 +230,7 @@ def adapt(args: argparse.Namespace) -> None:
         print(table(["expert", "weight"], [[each, f"{weight:.3f}"] for each, weight in shares.items()]))
     print(f"score on the {found['examples']} examples of the search: {score(found['score'])}")
     if check["examples"]:
-        scores = [f"{each} {score(values)}" for each, values in check.items() if isinstance(values, list)]
+        scores = [f"{each} {score(values)}" for each, values in {"found": check["found"], **check["rivals"]}.items()]
         which = "left out in turn" if "by" in check else "that it did not see"
         print(f"on {check['examples']} {which}: {', '.join(scores)}")
     if check["fell_back"]:
