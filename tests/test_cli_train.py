@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from peft_svf import Expert, SVFConfig
 from peft_svf.cli import find_task
+from peft_svf.cli.train import as_table
 from peft_svf.evaluation import evaluate
 from peft_svf.evolution import EvolutionConfig, EvolutionTrainer
 from peft_svf.settings import read_settings
@@ -281,6 +282,46 @@ def test_a_row_that_the_model_cannot_hold_is_named_before_anything_is_trained(fo
         assert f" are {tokens} tokens" in last
     (tmp_path / "rows" / "test.jsonl").write_text(json.dumps({"prompt": "x?", "choices": ["1", "2"], "label": 0}))
     assert run(capsys, "train", settings, *arguments, "--dry-run")[0] == 0
+
+
+PART = [{"type": "text", "text": "1 or 2?"}]
+MIXED = {  # extra fields of the third line -> what is said of it where a table is made; nothing where one takes it
+    "text": ({"level": "hard"}, "'level' is a text, but a number in "),
+    "truth": ({"level": True}, "'level' is a truth value, but a number in "),
+    "number": ({"tags": [1, "x"]}, "'tags[]' is a text, but a number in "),
+    "answer": ({"answer": 3}, "'answer' is a number, but a text in "),
+    "other chats": ({"prompt": [{"role": "user", "content": PART}]}, ""),
+    "two contents": ({"prompt": [{"role": "system", "content": "Add."}, {"role": "user", "content": PART}]}, ""),
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_a_field_of_two_types_is_named_where_a_table_is_made_and_there_alone(kind, home, tmp_path, capsys):
+    more, said = MIXED[kind]
+    rows = [{"prompt": f"{i}?", "choices": ["1", "2"], "label": 0, "level": 1, "answer": "x"} for i in range(20)]
+    rows[2] |= more
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "rows" / "test.jsonl").write_text("\n".join(json.dumps({**row, "prompt": "!"}) for row in rows[1:4]))
+    over = ["--task", tmp_path / "rows", "--output_dir", tmp_path / "out", "--eval_strategy", "no", "--max_steps", 1]
+    for more in (["--dry-run"], []):
+        code, _, err = run(capsys, "train", home / "reinforce.yaml", *over, *more)
+        assert (code, said in err, bool(said) == ("train.jsonl', line 3: " in err)) == (
+            2 if said else 0,
+            True,
+            True,
+        ), err
+    assert run(capsys, "train", home / "train.yaml", *over, "--output_dir", tmp_path / "evolved")[0] == 0
+
+
+def test_texts_among_parts_keep_the_place_of_their_picture():
+    task = find_task("textvqa")
+    rows = [
+        {"id": "a", "image": "a.png", "prompt": [{"role": "user", "content": "What?"}]},
+        {"id": "b", "image": "b.png", "prompt": [{"role": "user", "content": [{"type": "image"}, *PART]}]},
+    ]
+    first, second = (row["prompt"][0]["content"] for row in as_table(task, "train", rows))
+    assert first == [{"type": "image"}, {"type": "text", "text": "What?"}] and second == [{"type": "image"}, *PART]
 
 
 def test_a_dry_run_refuses_a_step_of_more_prompts_than_there_are_rows(home, tmp_path, capsys):
