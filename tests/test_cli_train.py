@@ -277,11 +277,16 @@ def test_a_row_that_the_model_cannot_hold_is_named_before_anything_is_trained(fo
         code, out, err = run(capsys, "train", settings, *arguments, *more)
         last = err.strip().splitlines()[-1]
         assert code == 2 and "The first row" not in out, (out, err)
-        assert "test.jsonl', line 3: its prompt and " in last and "the model's context is 512." in last, last
-        tokens = len("test 2?") + 505 + 3 + (1 if form == "choice" else 4)  # three marks of the template
-        assert f" are {tokens} tokens" in last
-    (tmp_path / "rows" / "test.jsonl").write_text(json.dumps({"prompt": "x?", "choices": ["1", "2"], "label": 0}))
-    assert run(capsys, "train", settings, *arguments, "--dry-run")[0] == 0
+        what = "its prompt and longest choice" if form == "choice" else "its prompt alone"
+        tokens = len("test 2?") + 505 + 3 + (form == "choice")  # three marks of the template
+        assert f"test.jsonl', line 3: {what} are {tokens} tokens, but the model's context is 512. Shorten" in last, (
+            last
+        )
+    # a question that leaves too little room for the longest answer
+    (tmp_path / "rows" / "test.jsonl").write_text(json.dumps({"prompt": 507 * "x", "choices": ["1", "2"], "label": 0}))
+    code, _, err = run(capsys, "train", settings, *arguments, "--dry-run")
+    said = "its prompt and max_completion_length=4 are 514 tokens, and the model's context is 512."
+    assert code == 0 and (said in err and "lower max_completion_length." in err) == (form == "generate"), err
 
 
 PART = [{"type": "text", "text": "1 or 2?"}]

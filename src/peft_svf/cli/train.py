@@ -118,18 +118,30 @@ def check_rows(
     if limit is None:
         return
     choices = "choices" in rows["train"][0]
-    answer = 0 if choices else config.max_completion_length or 0
-    what = "its prompt and longest choice" if choices else f"its prompt and max_completion_length={answer}"
-    long = [
-        (task.place(split, row), length + answer)
+    lengths = [
+        (task.place(split, row), length)
         for split, some in rows.items()
         for row, length in zip(some, row_lengths(reader, some), strict=True)
-        if length + answer > limit
     ]
-    if long:
-        place, length = long[0]
-        others = f" ({len(long) - 1} other rows are too long as well)" if len(long) > 1 else ""
-        raise ValueError(f"{place}: {what} are {length} tokens, but the model's context is {limit}{others}.")
+    what = "its prompt and longest choice" if choices else "its prompt alone"
+    if long := [(place, length) for place, length in lengths if length + (not choices) > limit]:  # a token to answer
+        raise ValueError(f"{_first(long, what)}, but the model's context is {limit}. Shorten or drop these rows.")
+    answer = 0 if choices else config.max_completion_length or 0
+    long = [(place, length + answer) for place, length in lengths if length + answer > limit]
+    if long and config.process_index == 0:
+        print(
+            f"Warning: {_first(long, f'its prompt and max_completion_length={answer}')}, and the model's context is "
+            f"{limit}. What it writes past it is poor, or an error where positions are learned: lower "
+            "max_completion_length.",
+            file=sys.stderr,
+        )
+
+
+def _first(long: Sequence[tuple[str, int]], what: str) -> str:
+    """The first of the rows that are too long, and how many there are."""
+    place, length = long[0]
+    others = f" ({len(long) - 1} other rows are too long as well)" if len(long) > 1 else ""
+    return f"{place}: {what} are {length} tokens{others}"
 
 
 def as_table(task: "Task", split: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
