@@ -235,6 +235,8 @@ SETTINGS = {  # a line for the file -> what is said of it
     "max_steps: -1\nnum_train_epochs: 0": "max_steps=-1 with num_train_epochs=0 trains nothing",
     "metric_for_best_model: eval_foo": "there is no 'foo' in an evaluation, but reward, ",
     "algorithm: evolution\nmetric_for_best_model: eval_loss": "there is no 'loss' in an evaluation, but reward.",
+    "metric_for_best_model: eval_kl": "there is no 'kl' in an evaluation, but reward, reward_std, entropy, loss.",
+    "metric_for_best_model: null\nearly_stopping_patience: 2": "early_stopping_patience needs metric_for_best_model",
     "report_to: nothing_of_the_kind": "'nothing_of_the_kind' is not installed here",
     "reward_weights: [1, 2]": "a list of one weight, as a task has one reward; got [1, 2]",
     "reward_weights: 1": "a list of one weight",
@@ -259,6 +261,12 @@ def test_what_admits_nothing_a_list_a_mapping_or_a_word_takes_it(home, tmp_path)
     settings = read_settings(str(tmp_path / "train.yaml"))
     assert settings.svf.rank is None and settings.training.lr_scheduler_kwargs == {"a": 1}
     assert settings.training.resume_from_checkpoint == "True" and settings.training.report_to == []
+    for name in ("reinforce.yaml", "train.yaml"):
+        (tmp_path / "train.yaml").write_text((home / name).read_text() + "metric_for_best_model: null\n")
+        assert read_settings(str(tmp_path / "train.yaml")).training.metric_for_best_model is None
+    kept = "beta: 0.1\nmetric_for_best_model: eval_kl\n"
+    (tmp_path / "train.yaml").write_text((home / "reinforce.yaml").read_text() + kept)
+    assert read_settings(str(tmp_path / "train.yaml")).training.metric_for_best_model == "eval_kl"
 
 
 @pytest.mark.parametrize("algorithm", ["reinforce", "evolution"])

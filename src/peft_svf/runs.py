@@ -265,3 +265,5 @@ def check_run(args: Any) -> None:
         )
     if args.early_stopping_patience is not None and args.eval_strategy == "no":
         raise ValueError("early_stopping_patience counts evaluations: set eval_strategy to 'steps' or 'epoch'.")
+    if args.early_stopping_patience is not None and not (args.metric_for_best_model or args.load_best_model_at_end):
+        raise ValueError("early_stopping_patience needs metric_for_best_model, such as its default eval_reward.")

@@ -214,8 +214,10 @@ def _check_training(config: "ReinforceConfig | EvolutionConfig", algorithm: str)
     weights = config.reward_weights
     if weights is not None and not (isinstance(weights, list) and len(weights) == 1):
         raise ValueError(f"reward_weights is a list of one weight, as a task has one reward; got {weights}.")
-    metric = str(config.metric_for_best_model).removeprefix("eval_")
-    known = {"evolution": ("reward",)}.get(algorithm, ("reward", "reward_std", "entropy", "kl", "loss"))
+    metric = (config.metric_for_best_model or "reward").removeprefix("eval_")
+    known = ["reward"] if algorithm == "evolution" else ["reward", "reward_std", "entropy", "loss"]
+    if getattr(config, "beta", 0):
+        known.append("kl")
     if config.eval_strategy != "no" and metric not in known and (algorithm == "evolution" or "/" not in metric):
         raise ValueError(f"metric_for_best_model: there is no {metric!r} in an evaluation, but {', '.join(known)}.")
 
