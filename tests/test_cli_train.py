@@ -269,6 +269,14 @@ def test_what_admits_nothing_a_list_a_mapping_or_a_word_takes_it(home, tmp_path)
     assert read_settings(str(tmp_path / "train.yaml")).training.metric_for_best_model == "eval_kl"
 
 
+def test_tokens_are_left_out_of_what_a_run_was_told_at_any_depth(home, tmp_path):
+    nested = "model_init_kwargs: {token: secret, dtype: float32, a: [{hub_token: secret, b: 1}]}\n"
+    (tmp_path / "train.yaml").write_text((home / "reinforce.yaml").read_text() + nested)
+    settings = read_settings(str(tmp_path / "train.yaml"))
+    assert settings.given["model_init_kwargs"] == {"dtype": "float32", "a": [{"b": 1}]}
+    assert settings.training.model_init_kwargs["token"] == "secret"
+
+
 @pytest.mark.parametrize("algorithm", ["reinforce", "evolution"])
 @pytest.mark.parametrize("form", ["choice", "generate"])
 def test_a_row_that_the_model_cannot_hold_is_named_before_anything_is_trained(form, algorithm, home, tmp_path, capsys):

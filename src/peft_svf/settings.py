@@ -187,9 +187,17 @@ def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
     values = {**asdict(model), **asdict(script), **asdict(svf), **training.to_dict()}
     # paths as they were written: transformers puts the home folder in
     values |= {k: str(v) for k, v in content.items() if isinstance(values[k], str) and k not in _names(overrides)}
-    public = [key for key in dict.fromkeys(given) if not key.endswith("_token")]
-    as_json = json.loads(json.dumps({key: values[key] for key in public}, default=str))
+    public = _without_tokens({key: values[key] for key in dict.fromkeys(given)})
+    as_json = json.loads(json.dumps(public, default=str))
     return Settings(model, script, svf, training, as_json)
+
+
+def _without_tokens(value: Any) -> Any:
+    """A setting without what gives access, at any depth: the entries `token` and `..._token`."""
+    if isinstance(value, dict):
+        secret = {key for key in value if str(key) == "token" or str(key).endswith("_token")}
+        return {key: _without_tokens(inner) for key, inner in value.items() if key not in secret}
+    return list(map(_without_tokens, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _refuse_kind(path: str, key: str, value: Any, hint: str) -> None:
