@@ -277,6 +277,15 @@ def test_tokens_are_left_out_of_what_a_run_was_told_at_any_depth(home, tmp_path)
     assert settings.training.model_init_kwargs["token"] == "secret"
 
 
+def test_a_run_that_is_not_to_be_resumed_begins_anew(home, tmp_path, capsys):
+    text = (home / "train.yaml").read_text() + "resume_from_checkpoint: false\nmax_steps: 1\n"
+    (tmp_path / "train.yaml").write_text(text)
+    code, _, err = run(capsys, "train", tmp_path / "train.yaml", "--output_dir", tmp_path / "out")
+    assert code == 0, err
+    code, _, err = run(capsys, "train", tmp_path / "train.yaml", "--output_dir", tmp_path / "out")
+    assert code == 2 and "holds another run already" in err
+
+
 @pytest.mark.parametrize("algorithm", ["reinforce", "evolution"])
 @pytest.mark.parametrize("form", ["choice", "generate"])
 def test_a_row_that_the_model_cannot_hold_is_named_before_anything_is_trained(form, algorithm, home, tmp_path, capsys):

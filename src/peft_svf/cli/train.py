@@ -241,7 +241,7 @@ def _checkpoint(args: argparse.Namespace, config: "Config") -> str | None:
 
     folder = Path(config.output_dir)
     wanted = args.resume or config.resume_from_checkpoint
-    if wanted:
+    if wanted and str(wanted).lower() != "false":  # as a file's word comes
         found = last_checkpoint(folder) if str(wanted).lower() in ("last", "true") else Path(wanted)
         finished = ended(found, config)  # also refuses what is no checkpoint
         if finished and (folder / RESULT_NAME).exists():
