@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from peft_svf import Expert, SVFConfig
 from peft_svf.cli import find_task
+from peft_svf.cli.train import as_table
 from peft_svf.evaluation import evaluate
 from peft_svf.evolution import EvolutionConfig, EvolutionTrainer
 from peft_svf.settings import read_settings
@@ -234,6 +235,8 @@ SETTINGS = {  # a line for the file -> what is said of it
     "max_steps: -1\nnum_train_epochs: 0": "max_steps=-1 with num_train_epochs=0 trains nothing",
     "metric_for_best_model: eval_foo": "there is no 'foo' in an evaluation, but reward, ",
     "algorithm: evolution\nmetric_for_best_model: eval_loss": "there is no 'loss' in an evaluation, but reward.",
+    "metric_for_best_model: eval_kl": "there is no 'kl' in an evaluation, but reward, reward_std, entropy, loss.",
+    "metric_for_best_model: null\nearly_stopping_patience: 2": "early_stopping_patience needs metric_for_best_model",
     "report_to: nothing_of_the_kind": "'nothing_of_the_kind' is not installed here",
     "reward_weights: [1, 2]": "a list of one weight, as a task has one reward; got [1, 2]",
     "reward_weights: 1": "a list of one weight",
@@ -258,6 +261,29 @@ def test_what_admits_nothing_a_list_a_mapping_or_a_word_takes_it(home, tmp_path)
     settings = read_settings(str(tmp_path / "train.yaml"))
     assert settings.svf.rank is None and settings.training.lr_scheduler_kwargs == {"a": 1}
     assert settings.training.resume_from_checkpoint == "True" and settings.training.report_to == []
+    for name in ("reinforce.yaml", "train.yaml"):
+        (tmp_path / "train.yaml").write_text((home / name).read_text() + "metric_for_best_model: null\n")
+        assert read_settings(str(tmp_path / "train.yaml")).training.metric_for_best_model is None
+    kept = "beta: 0.1\nmetric_for_best_model: eval_kl\n"
+    (tmp_path / "train.yaml").write_text((home / "reinforce.yaml").read_text() + kept)
+    assert read_settings(str(tmp_path / "train.yaml")).training.metric_for_best_model == "eval_kl"
+
+
+def test_tokens_are_left_out_of_what_a_run_was_told_at_any_depth(home, tmp_path):
+    nested = "model_init_kwargs: {token: secret, dtype: float32, a: [{hub_token: secret, b: 1}]}\n"
+    (tmp_path / "train.yaml").write_text((home / "reinforce.yaml").read_text() + nested)
+    settings = read_settings(str(tmp_path / "train.yaml"))
+    assert settings.given["model_init_kwargs"] == {"dtype": "float32", "a": [{"b": 1}]}
+    assert settings.training.model_init_kwargs["token"] == "secret"
+
+
+def test_a_run_that_is_not_to_be_resumed_begins_anew(home, tmp_path, capsys):
+    text = (home / "train.yaml").read_text() + "resume_from_checkpoint: false\nmax_steps: 1\n"
+    (tmp_path / "train.yaml").write_text(text)
+    code, _, err = run(capsys, "train", tmp_path / "train.yaml", "--output_dir", tmp_path / "out")
+    assert code == 0, err
+    code, _, err = run(capsys, "train", tmp_path / "train.yaml", "--output_dir", tmp_path / "out")
+    assert code == 2 and "holds another run already" in err
 
 
 @pytest.mark.parametrize("algorithm", ["reinforce", "evolution"])
@@ -276,11 +302,56 @@ def test_a_row_that_the_model_cannot_hold_is_named_before_anything_is_trained(fo
         code, out, err = run(capsys, "train", settings, *arguments, *more)
         last = err.strip().splitlines()[-1]
         assert code == 2 and "The first row" not in out, (out, err)
-        assert "test.jsonl', line 3: its prompt and " in last and "the model's context is 512." in last, last
-        tokens = len("test 2?") + 505 + 3 + (1 if form == "choice" else 4)  # three marks of the template
-        assert f" are {tokens} tokens" in last
-    (tmp_path / "rows" / "test.jsonl").write_text(json.dumps({"prompt": "x?", "choices": ["1", "2"], "label": 0}))
-    assert run(capsys, "train", settings, *arguments, "--dry-run")[0] == 0
+        what = "its prompt and longest choice" if form == "choice" else "its prompt alone"
+        tokens = len("test 2?") + 505 + 3 + (form == "choice")  # three marks of the template
+        assert f"test.jsonl', line 3: {what} are {tokens} tokens, but the model's context is 512. Shorten" in last, (
+            last
+        )
+    # a question that leaves too little room for the longest answer
+    (tmp_path / "rows" / "test.jsonl").write_text(json.dumps({"prompt": 507 * "x", "choices": ["1", "2"], "label": 0}))
+    code, _, err = run(capsys, "train", settings, *arguments, "--dry-run")
+    said = "its prompt and max_completion_length=4 are 514 tokens, and the model's context is 512."
+    assert code == 0 and (said in err and "lower max_completion_length." in err) == (form == "generate"), err
+
+
+PART = [{"type": "text", "text": "1 or 2?"}]
+MIXED = {  # extra fields of the third line -> what is said of it where a table is made; nothing where one takes it
+    "text": ({"level": "hard"}, "'level' is a text, but a number in "),
+    "truth": ({"level": True}, "'level' is a truth value, but a number in "),
+    "number": ({"tags": [1, "x"]}, "'tags[]' is a text, but a number in "),
+    "answer": ({"answer": 3}, "'answer' is a number, but a text in "),
+    "other chats": ({"prompt": [{"role": "user", "content": PART}]}, ""),
+    "two contents": ({"prompt": [{"role": "system", "content": "Add."}, {"role": "user", "content": PART}]}, ""),
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_a_field_of_two_types_is_named_where_a_table_is_made_and_there_alone(kind, home, tmp_path, capsys):
+    more, said = MIXED[kind]
+    rows = [{"prompt": f"{i}?", "choices": ["1", "2"], "label": 0, "level": 1, "answer": "x"} for i in range(20)]
+    rows[2] |= more
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "rows" / "test.jsonl").write_text("\n".join(json.dumps({**row, "prompt": "!"}) for row in rows[1:4]))
+    over = ["--task", tmp_path / "rows", "--output_dir", tmp_path / "out", "--eval_strategy", "no", "--max_steps", 1]
+    for more in (["--dry-run"], []):
+        code, _, err = run(capsys, "train", home / "reinforce.yaml", *over, *more)
+        assert (code, said in err, bool(said) == ("train.jsonl', line 3: " in err)) == (
+            2 if said else 0,
+            True,
+            True,
+        ), err
+    assert run(capsys, "train", home / "train.yaml", *over, "--output_dir", tmp_path / "evolved")[0] == 0
+
+
+def test_texts_among_parts_keep_the_place_of_their_picture():
+    task = find_task("textvqa")
+    rows = [
+        {"id": "a", "image": "a.png", "prompt": [{"role": "user", "content": "What?"}]},
+        {"id": "b", "image": "b.png", "prompt": [{"role": "user", "content": [{"type": "image"}, *PART]}]},
+    ]
+    first, second = (row["prompt"][0]["content"] for row in as_table(task, "train", rows))
+    assert first == [{"type": "image"}, {"type": "text", "text": "What?"}] and second == [{"type": "image"}, *PART]
 
 
 def test_a_dry_run_refuses_a_step_of_more_prompts_than_there_are_rows(home, tmp_path, capsys):

@@ -201,7 +201,7 @@ def test_a_run_that_has_ended_is_not_trained_further(length, tmp_path):
     assert further.state.global_step == 2 * steps
 
 
-def test_a_run_that_stopped_early_gives_its_best_again(tmp_path):
+def test_a_run_that_stopped_early_gives_its_best_again_and_says_so(tmp_path, caplog):
     settings = {**RUN, **EVALUATED, **SAVED, "max_steps": 20, "early_stopping_patience": 1}
     settings |= {"load_best_model_at_end": True}
     whole = trainer_of(tmp_path / "whole", random_rows(24), right_choice, **settings)
@@ -213,10 +213,36 @@ def test_a_run_that_stopped_early_gives_its_best_again(tmp_path):
     again.train(resume_from_checkpoint=True)
     assert (again.state.global_step, again.texts) == (steps, [])
     assert torch.equal(trained_z(again), trained_z(whole))
-    patient = {"early_stopping_patience": 9, "restore_callback_states_from_checkpoint": False}
-    further = trainer_of(tmp_path / "moved", random_rows(24), right_choice, **settings | patient)
-    further.train(resume_from_checkpoint=True)
-    assert further.state.global_step > steps
+    assert f"This run stopped early at step {steps}, after 1 evaluations" in caplog.text
+
+
+AGAIN = {
+    "raised": ({"early_stopping_patience": 3}, 4),
+    "dropped": ({"early_stopping_patience": None}, 6),
+    "counted anew": ({"restore_callback_states_from_checkpoint": False}, 3),
+}
+
+
+@pytest.mark.parametrize(("change", "end"), AGAIN.values(), ids=AGAIN)
+def test_a_run_that_stopped_early_goes_on_with_the_patience_that_it_is_given(change, end, tmp_path):
+    def constant(completions, **_):
+        return [0.5] * len(completions)
+
+    settings = {**RUN, **EVALUATED, **SAVED, "max_steps": 6, "early_stopping_patience": 1}
+    settings |= {"load_best_model_at_end": True}
+    trainer_of(tmp_path, CHOICE_ROWS, constant, **settings).train()
+    assert last_checkpoint(tmp_path).name == "checkpoint-2"  # the first is the best, the second no better
+    state = tmp_path / "checkpoint-2" / "trainer_state.json"
+    content = json.loads(state.read_text())
+    again = trainer_of(tmp_path, CHOICE_ROWS, constant, **settings | change)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == end
+    callbacks = content["stateful_callbacks"]
+    callbacks["EarlyStoppingCallback"] = [callbacks["EarlyStoppingCallback"]]  # as with several of them
+    state.write_text(json.dumps(content))
+    again = trainer_of(tmp_path, CHOICE_ROWS, constant, **settings)
+    again.train(resume_from_checkpoint=str(state.parent))
+    assert (again.state.global_step, again.texts) == (2, [])
 
 
 def test_a_checkpoint_is_resumed_on_its_own_base_alone_and_then_in_silence(tmp_path, caplog):

@@ -108,21 +108,29 @@ def read_images(reader: Reader, rows: Sequence[Row]) -> Any:
     )
 
 
+def in_parts(row: Row) -> list[dict[str, Any]]:
+    """The chat of a row, all contents as parts; where all were texts, its pictures have a place in the question."""
+    messages = [{**message, "content": _parts(message)} for message in row["prompt"]]
+    asked = next((m for m in messages if m["role"] == "user"), None)
+    if asked is not None and all(isinstance(message["content"], str) for message in row["prompt"]):
+        asked["content"] = [*({"type": "image"} for _ in _pictures(row)), *asked["content"]]
+    return messages
+
+
+def _pictures(row: Row) -> list[Any]:
+    return list(row.get("images") or ([] if row.get("image") is None else [row["image"]]))
+
+
 def _illustrated(row: Row) -> list[dict[str, Any]]:
     """The chat of a row, all contents as parts, with its pictures in them."""
-    name, chat = row.get("id"), row["prompt"]
-    if isinstance(chat, str):
+    name = row.get("id")
+    if isinstance(row["prompt"], str):
         raise ValueError(
             f"Row {name!r} has an image, but its prompt is a string: write it as a chat, a list of messages."
         )
-    pictures = list(row.get("images") or ([] if row.get("image") is None else [row["image"]]))
-    messages = [{**message, "content": _parts(message)} for message in chat]
+    pictures, messages = _pictures(row), in_parts(row)
     parts = (part for message in messages for part in message["content"])
     places = [part for part in parts if part.get("type") == "image" and not SOURCES & part.keys()]
-    asked = next((m for m in messages if m["role"] == "user"), None)
-    if asked is not None and all(isinstance(message["content"], str) for message in chat):
-        places = [{"type": "image"} for _ in pictures]
-        asked["content"] = [*places, *asked["content"]]
     if len(places) != len(pictures):
         raise ValueError(
             f"Row {name!r} has {len(places)} image parts in its prompt and {len(pictures)} images: expected one for "

@@ -6,6 +6,7 @@ Goes in: a `transformers.Trainer` by inheritance. Nothing here knows TRL or what
 """
 
 import json
+import logging
 import random
 import re
 from collections import defaultdict
@@ -28,6 +29,8 @@ from transformers.trainer_utils import TrainOutput
 from .bases import checked_bases
 from .config import SVFConfig
 from .layer import SVFLayer
+
+logger = logging.getLogger(__name__)
 
 BLOCK = re.compile(r"(?:base_model\.model\.)?(?P<block>.*?\.\d+)\.")
 
@@ -72,13 +75,15 @@ def ended(checkpoint: str | PathLike[str], args: TrainingArguments) -> str | Non
         return f"This run is finished ({step} of {args.max_steps} steps): raise max_steps to go on."
     if args.max_steps <= 0 and args.num_train_epochs <= epoch:
         return f"This run is finished ({epoch:g} of {args.num_train_epochs:g} epochs): raise num_train_epochs."
-    stop = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback")
-    if stop and args.restore_callback_states_from_checkpoint:
-        passed = stop["attributes"]["early_stopping_patience_counter"]
-        if passed >= stop["args"]["early_stopping_patience"]:
+    patience = getattr(args, "early_stopping_patience", None)
+    if patience is not None and args.restore_callback_states_from_checkpoint:
+        saved = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback") or []
+        saved = saved if isinstance(saved, list) else [saved]  # a list where there are several of a class
+        passed = min((each["attributes"]["early_stopping_patience_counter"] for each in saved), default=0)
+        if passed >= patience:
             return (
                 f"This run stopped early at step {step}, after {passed} evaluations without a better one: to go on, "
-                "set restore_callback_states_from_checkpoint to false."
+                "raise early_stopping_patience or leave it out."
             )
     return None
 
@@ -195,6 +200,7 @@ class Run:
             over = ended(checkpoint, self.args)  # type: ignore[attr-defined]
             self._check_base(checkpoint)
             if over:
+                logger.warning(f"{over} The adapter that it ended with is loaded.")
                 return self._load_ended(checkpoint)
             self.epochs_done = int((_state(checkpoint) or {}).get("epoch") or 0)
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
@@ -222,6 +228,17 @@ class Run:
             trainer._load_best_model()
         return TrainOutput(trainer.state.global_step, 0.0, {})
 
+    def _load_callback_state(self) -> None:
+        """Restore what callbacks have counted, but keep the patience of this run (transformers 5.23.0)."""
+        handler = self.callback_handler  # type: ignore[attr-defined]
+        patience = [
+            each.early_stopping_patience for each in handler.callbacks if isinstance(each, EarlyStoppingCallback)
+        ]
+        super()._load_callback_state()  # type: ignore[misc]
+        restored = [each for each in handler.callbacks if isinstance(each, EarlyStoppingCallback)]
+        for each, value in zip(restored, patience, strict=True):
+            each.early_stopping_patience = value
+
     def stop_early(self, patience: int | None) -> None:
         """Stop after so many evaluations without a better one; `None` never does."""
         if patience is not None:
@@ -248,3 +265,5 @@ def check_run(args: Any) -> None:
         )
     if args.early_stopping_patience is not None and args.eval_strategy == "no":
         raise ValueError("early_stopping_patience counts evaluations: set eval_strategy to 'steps' or 'epoch'.")
+    if args.early_stopping_patience is not None and not (args.metric_for_best_model or args.load_best_model_at_end):
+        raise ValueError("early_stopping_patience needs metric_for_best_model, such as its default eval_reward.")

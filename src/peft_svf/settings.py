@@ -187,9 +187,17 @@ def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
     values = {**asdict(model), **asdict(script), **asdict(svf), **training.to_dict()}
     # paths as they were written: transformers puts the home folder in
     values |= {k: str(v) for k, v in content.items() if isinstance(values[k], str) and k not in _names(overrides)}
-    public = [key for key in dict.fromkeys(given) if not key.endswith("_token")]
-    as_json = json.loads(json.dumps({key: values[key] for key in public}, default=str))
+    public = _without_tokens({key: values[key] for key in dict.fromkeys(given)})
+    as_json = json.loads(json.dumps(public, default=str))
     return Settings(model, script, svf, training, as_json)
+
+
+def _without_tokens(value: Any) -> Any:
+    """A setting without what gives access, at any depth: the entries `token` and `..._token`."""
+    if isinstance(value, dict):
+        secret = {key for key in value if str(key) == "token" or str(key).endswith("_token")}
+        return {key: _without_tokens(inner) for key, inner in value.items() if key not in secret}
+    return list(map(_without_tokens, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _refuse_kind(path: str, key: str, value: Any, hint: str) -> None:
@@ -214,8 +222,10 @@ def _check_training(config: "ReinforceConfig | EvolutionConfig", algorithm: str)
     weights = config.reward_weights
     if weights is not None and not (isinstance(weights, list) and len(weights) == 1):
         raise ValueError(f"reward_weights is a list of one weight, as a task has one reward; got {weights}.")
-    metric = str(config.metric_for_best_model).removeprefix("eval_")
-    known = {"evolution": ("reward",)}.get(algorithm, ("reward", "reward_std", "entropy", "kl", "loss"))
+    metric = (config.metric_for_best_model or "reward").removeprefix("eval_")
+    known = ["reward"] if algorithm == "evolution" else ["reward", "reward_std", "entropy", "loss"]
+    if getattr(config, "beta", 0):
+        known.append("kl")
     if config.eval_strategy != "no" and metric not in known and (algorithm == "evolution" or "/" not in metric):
         raise ValueError(f"metric_for_best_model: there is no {metric!r} in an evaluation, but {', '.join(known)}.")
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..prompts import Reader, Row, has_image, prompt_text, tokenizer_of
+from ..prompts import Reader, Row, has_image, in_parts, prompt_text, tokenizer_of
 from ..settings import ScriptArguments, read_settings, svf_config
 from .console import interval, short, size, table
 from .sources import find_task, load_model, weights_of
@@ -105,28 +105,80 @@ def train(args: argparse.Namespace) -> int:
 def check_rows(
     model: "PreTrainedModel", reader: Reader, task: "Task", rows: Mapping[str, Sequence[Row]], config: "Config"
 ) -> None:
-    """Raise a `ValueError` for rows that would end a run in its course: too few for a step, too long for the model."""
+    """Raise a `ValueError` for rows that would end a run in its course: too few for a step, not alike, too long."""
     from ..evaluation import context_of, row_lengths
     from ..evolution import EvolutionConfig
 
     if not isinstance(config, EvolutionConfig):
         config.check_rows(len(rows["train"]))
+        for split in rows:
+            if split != "test":  # which is only read
+                as_table(task, split, rows[split])
     limit = context_of(model)
     if limit is None:
         return
     choices = "choices" in rows["train"][0]
-    answer = 0 if choices else config.max_completion_length or 0
-    what = "its prompt and longest choice" if choices else f"its prompt and max_completion_length={answer}"
-    long = [
-        (task.place(split, row), length + answer)
+    lengths = [
+        (task.place(split, row), length)
         for split, some in rows.items()
         for row, length in zip(some, row_lengths(reader, some), strict=True)
-        if length + answer > limit
     ]
-    if long:
-        place, length = long[0]
-        others = f" ({len(long) - 1} other rows are too long as well)" if len(long) > 1 else ""
-        raise ValueError(f"{place}: {what} are {length} tokens, but the model's context is {limit}{others}.")
+    what = "its prompt and longest choice" if choices else "its prompt alone"
+    if long := [(place, length) for place, length in lengths if length + (not choices) > limit]:  # a token to answer
+        raise ValueError(f"{_first(long, what)}, but the model's context is {limit}. Shorten or drop these rows.")
+    answer = 0 if choices else config.max_completion_length or 0
+    long = [(place, length + answer) for place, length in lengths if length + answer > limit]
+    if long and config.process_index == 0:
+        print(
+            f"Warning: {_first(long, f'its prompt and max_completion_length={answer}')}, and the model's context is "
+            f"{limit}. What it writes past it is poor, or an error where positions are learned: lower "
+            "max_completion_length.",
+            file=sys.stderr,
+        )
+
+
+def _first(long: Sequence[tuple[str, int]], what: str) -> str:
+    """The first of the rows that are too long, and how many there are."""
+    place, length = long[0]
+    others = f" ({len(long) - 1} other rows are too long as well)" if len(long) > 1 else ""
+    return f"{place}: {what} are {length} tokens{others}"
+
+
+def as_table(task: "Task", split: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """
+    Give the rows of a split as a table takes them: each field of one type, all contents of chats texts or all parts.
+
+    Raises:
+        `ValueError`: if a field has two types.
+    """
+    found = [dict(row) for row in rows]
+    chats = [row["prompt"] for row in rows if not isinstance(row["prompt"], str)]
+    if len({type(message["content"]) for chat in chats for message in chat if message["content"] is not None}) > 1:
+        found = [{**row, "prompt": in_parts(row)} for row in found]
+    first: dict[str, tuple[str, Row]] = {}  # the type of a field, and the row that had it first
+    for row in found:
+        for field, kind in _kinds(row):
+            before, there = first.setdefault(field, (kind, row))
+            if before != kind:
+                raise ValueError(
+                    f"{task.place(split, row)}: {field!r} is {kind}, but {before} in {task.place(split, there)}: a "
+                    "field has one type in all rows that are trained on. Write it alike, or leave it out."
+                )
+    return found
+
+
+def _kinds(value: Any, field: str = "") -> Iterator[tuple[str, str]]:
+    """The types of a value and of all in it, by place; a table has one for each. What is null may be anything."""
+    if isinstance(value, dict):
+        yield field, "an object"
+        for key, inner in value.items():
+            yield from _kinds(inner, f"{field}.{key}" if field else key)
+    elif isinstance(value, list):
+        yield field, "a list"
+        for inner in value:
+            yield from _kinds(inner, f"{field}[]")
+    elif value is not None:
+        yield field, "a truth value" if isinstance(value, bool) else "a text" if isinstance(value, str) else "a number"
 
 
 def make_trainer(
@@ -154,16 +206,16 @@ def make_trainer(
 
     from ..training import ReinforceTrainer
 
-    def dataset(of: Sequence[Row]) -> Dataset:
-        found = Dataset.from_list([dict(row) for row in of])
+    def dataset(split: str) -> Dataset:
+        found = Dataset.from_list(as_table(task, split, rows[split]))
         return found.cast_column("image", Image()) if "image" in found.column_names else found  # decoded on access
 
     return ReinforceTrainer(
         model,
         task.reward,
         config,
-        dataset(rows["train"]),
-        eval_dataset=dataset(rows["validation"]) if "validation" in rows else None,
+        dataset("train"),
+        eval_dataset=dataset("validation") if "validation" in rows else None,
         processing_class=reader,
         peft_config=svf,
     )
@@ -189,7 +241,7 @@ def _checkpoint(args: argparse.Namespace, config: "Config") -> str | None:
 
     folder = Path(config.output_dir)
     wanted = args.resume or config.resume_from_checkpoint
-    if wanted:
+    if wanted and str(wanted).lower() != "false":  # as a file's word comes
         found = last_checkpoint(folder) if str(wanted).lower() in ("last", "true") else Path(wanted)
         finished = ended(found, config)  # also refuses what is no checkpoint
         if finished and (folder / RESULT_NAME).exists():

@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,19 +139,12 @@ def _read_splits(path: Path) -> dict[str, list[_Line]]:
 
 def _read(path: Path) -> list[_Line]:
     records: list[_Line] = []
-    kinds: dict[str, tuple[str, int]] = {}  # of values by their place in a line, and the line that had it first
     for number, line in read_lines(path):
         try:
             record = json.loads(line, parse_constant=_refuse_constant)
         except ValueError as error:
             raise ValueError(f"'{path}', line {number}: not JSON: {error}.") from None
         wrong = _wrong(record)
-        for field, kind in (
-            () if wrong else _kinds({**record, "prompt": _chat(record["prompt"]), "id": "", "answer": ""})
-        ):
-            before, there = kinds.setdefault(field, (kind, number))
-            if before != kind:
-                wrong = f"'{field}' is {kind}, but {before} in line {there}: a field has one type in all lines"
         if wrong:
             raise ValueError(f"'{path}', line {number}: {wrong}.")
         records.append(_Line(record))
@@ -161,28 +154,8 @@ def _read(path: Path) -> list[_Line]:
     return records
 
 
-def _as_in_a_table(record: Record) -> Record:
-    """The line with what the rows have as a text, or a chat, whatever it was."""
-    texts = ("id",) if "choices" in record else ("id", "answer")
-    return {**record, "prompt": _chat(record["prompt"]), **dict.fromkeys(texts)}
-
-
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
-
-
-def _kinds(value: Any, field: str = "") -> Iterator[tuple[str, str]]:
-    """The types of a value and of all in it, by place; a table has one for each. What is null may be anything."""
-    if isinstance(value, dict):
-        yield field, "an object"
-        for key, inner in value.items():
-            yield from _kinds(inner, f"{field}.{key}" if field else key)
-    elif isinstance(value, list):
-        yield field, "a list"
-        for inner in value:
-            yield from _kinds(inner, f"{field}[]")
-    elif value is not None:
-        yield field, "a truth value" if isinstance(value, bool) else "a text" if isinstance(value, str) else "a number"
 
 
 def _wrong(record: Any) -> str:
