@@ -766,6 +766,7 @@ def test_a_folder_of_jsonl_files_keeps_its_splits_and_refuses_a_prompt_of_the_te
         ({"prompt": "a", "choices": ["x", "x"], "label": 0}, "twice"),
         ({"prompt": "a", "choices": ["x", "y"], "label": 2}, "index from 0 to 1, not 2"),
         ({"prompt": "a", "choices": ["x", "y"], "label": "y"}, "index from 0 to 1, not 'y'"),
+        ({"prompt": "a", "answer": "b", "id": "7"}, "its id '7' is that of line 1, too"),
         ({"prompt": [{"role": "user", "content": 3}], "answer": "a"}, "'prompt' must be"),
         ({"prompt": [{"role": "user", "content": ["text"]}], "answer": "a"}, "'prompt' must be"),
         ('{"prompt": "a", "answer": NaN}', "not JSON: NaN is no number"),
@@ -775,7 +776,7 @@ def test_a_folder_of_jsonl_files_keeps_its_splits_and_refuses_a_prompt_of_the_te
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, line, said):
-    path = lines(tmp_path / "mine.jsonl", [SUMS[0], "", line])
+    path = lines(tmp_path / "mine.jsonl", [{**SUMS[0], "id": 7}, "", line])
     with pytest.raises(ValueError, match=rf"mine\.jsonl', line 3: .*{said}"):
         jsonl_task(path)
 
@@ -785,6 +786,8 @@ def test_what_may_differ_between_lines_comes_along_into_one_table(tmp_path):
 
     more = [{"id": 1, "level": None, "of": {"a": 1}}, {"id": "x", "level": 2.5, "of": {"b": [1]}, "answer": "two"}, {}]
     records = [{**record, **extra} for record, extra in zip(SUMS, more * 20, strict=True)]
+    for number, record in enumerate(records[3:]):
+        record["id"] = number + 2 if number % 2 else f"x{number}"
     records[3]["prompt"] = [{"role": "user", "content": "a chat"}]
     task = jsonl_task(lines(tmp_path / "sums.jsonl", records))
     assert len(Dataset.from_list(task.rows("train", "generate"))) > 30
@@ -812,6 +815,11 @@ def test_a_row_knows_its_file_and_line(tmp_path):
         for row in task.rows(split):
             number = next(n for n, record in enumerate(QUIZ, 1) if record["prompt"] == row["prompt"][0]["content"])
             assert task.place(split, row) == f"'{path}', line {number}"
+
+
+def test_a_line_whose_id_is_null_has_none(tmp_path):
+    task = jsonl_task(lines(tmp_path / "quiz.jsonl", [{**record, "id": None} for record in QUIZ]))
+    assert len({row["id"] for split in SPLITS for row in task.rows(split)}) == 60
 
 
 def test_a_source_of_two_sorts_too_few_or_no_lines_is_refused(tmp_path):

@@ -44,8 +44,8 @@ def jsonl_task(
         source (`str` or path):
             A `.jsonl` or `.jsonl.gz` file, or a folder with `train`, `validation` and `test` ones, of which some may
             be missing. A line has `prompt` (a text or a chat) and either `answer` (a text or a number) or `choices`
-            (two or more different texts) with `label` (the index of the right one); `id` is optional, and all other
-            fields come along in the rows. All lines of a source are of one sort.
+            (two or more different texts) with `label` (the index of the right one); `id` is optional and
+            stands once in a file, and all other fields come along in the rows. All lines of a source are of one sort.
         name (`str`, *optional*):
             Name of the task, default the file's or the folder's.
         kind (`str`, defaults to `"other"`):
@@ -83,7 +83,8 @@ class _JsonlTask(Task):
         self.files = {split: split for split in SPLITS if split in self._records_of}
         for split, records in self._records_of.items():
             for index, record in enumerate(records):
-                record["id"] = str(record.get("id", f"{name}-{split}-{index}"))
+                own = record.get("id")
+                record["id"] = f"{name}-{split}-{index}" if own is None else str(own)
         self._places = {(s, record["id"]): record.place for s, some in self._records_of.items() for record in some}
         sorts = {"choices" in record for records in self._records_of.values() for record in records}
         if len(sorts) > 1:
@@ -139,12 +140,19 @@ def _read_splits(path: Path) -> dict[str, list[_Line]]:
 
 def _read(path: Path) -> list[_Line]:
     records: list[_Line] = []
+    lines_of: dict[str, int] = {}  # by id
     for number, line in read_lines(path):
         try:
             record = json.loads(line, parse_constant=_refuse_constant)
         except ValueError as error:
             raise ValueError(f"'{path}', line {number}: not JSON: {error}.") from None
         wrong = _wrong(record)
+        if not wrong and record.get("id") is not None:
+            there = lines_of.setdefault(str(record["id"]), number)
+            if there != number:
+                wrong = (
+                    f"its id {str(record['id'])!r} is that of line {there}, too: leave ids out, or make them differ"
+                )
         if wrong:
             raise ValueError(f"'{path}', line {number}: {wrong}.")
         records.append(_Line(record))
