@@ -153,7 +153,7 @@ def as_table(task: "Task", split: str, rows: Sequence[Row]) -> list[dict[str, An
     """
     found = [dict(row) for row in rows]
     chats = [row["prompt"] for row in rows if not isinstance(row["prompt"], str)]
-    if len({type(message["content"]) for chat in chats for message in chat if message["content"] is not None}) > 1:
+    if len({type(message.get("content")) for chat in chats for message in chat} - {type(None)}) > 1:
         found = [{**row, "prompt": in_parts(row)} for row in found]
     first: dict[str, tuple[str, Row]] = {}  # the type of a field, and the row that had it first
     for row in found:
