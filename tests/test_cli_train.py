@@ -277,6 +277,15 @@ def test_tokens_are_left_out_of_what_a_run_was_told_at_any_depth(home, tmp_path)
     assert settings.training.model_init_kwargs["token"] == "secret"
 
 
+@pytest.mark.parametrize("given", [["--hub_token", "secret"], ["--hub_token=secret"]], ids=["apart", "joined"])
+def test_a_token_of_the_command_line_is_not_in_the_result(given, home, tmp_path, capsys):
+    more = ["--max_steps", 1, "--output_dir", tmp_path / "out"]
+    code, _, err = run(capsys, "train", home / "train.yaml", *more, *given)
+    assert code == 0, err
+    result = (tmp_path / "out" / "result.json").read_text()
+    assert "secret" not in result and "--hub_token" in result and "max_steps" in result
+
+
 def test_a_run_that_is_not_to_be_resumed_begins_anew(home, tmp_path, capsys):
     text = (home / "train.yaml").read_text() + "resume_from_checkpoint: false\nmax_steps: 1\n"
     (tmp_path / "train.yaml").write_text(text)

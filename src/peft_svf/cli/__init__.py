@@ -8,6 +8,7 @@ with one line and exit code 2; `--debug` shows where it comes from. Imports that
 
 import argparse
 import math
+import re
 import shlex
 import sys
 import warnings
@@ -21,6 +22,7 @@ from ..settings import TASK_HELP, describe
 from . import measure, train, weights
 from .sources import find_task, read_mixture
 
+SECRET = re.compile(r"(--\S*token[= ])\S+")  # what a result file does not repeat
 EXPERTS_HELP = "folders or Hub repositories; NAME=EXPERT gives a name of your own"
 
 
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     if rest and args.verb != "train":
         parser.error(f"{args.verb} does not know {' '.join(rest)}; see peft-svf {args.verb} --help")
-    args.command, args.overrides = shlex.join(["peft-svf", *argv]), rest
+    args.command, args.overrides = SECRET.sub(r"\1...", shlex.join(["peft-svf", *argv])), rest
     if not args.debug:
         warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to their callers
     try:
