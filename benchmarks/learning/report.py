@@ -34,6 +34,7 @@ ADAPTERS = {
 }
 PLACES = {"mlp": "MLP", "qv": "q and v", "both": "MLP, q and v", "all": "all linear"}
 LEARNERS = {"reinforce": "", "sft": ", next-token loss", "evolution": ", evolution"}
+WINDOW = 5  # steps over which sampled rewards are averaged in figures
 FALL = 0.1  # of validation accuracy, from the best to the last: what is called a collapse here
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # two-sided 95 %, by freedom
 
@@ -282,24 +283,26 @@ def accuracy(reward: float) -> float:
 def draw(runs: Runs, folder: Path) -> Path:
     """Training reward and validation accuracy by step, and validation by tokens read where these were counted."""
     counted = [cell for cell in runs.done if "tokens" in runs.found[cell.name]["curve"][-1]]
+    chosen = [cell for cell in runs.done if cell.setting == runs.setting(cell.kind)]
     panels: list[tuple[str, str, str, Sequence[Cell], Callable[[float], float]]] = [
-        ("step", "reward", "share of sampled answers right", runs.done, accuracy),
+        ("step", "reward", f"answers right, mean of {WINDOW} steps", chosen, accuracy),
         ("step", "eval_reward", "validation accuracy", runs.done, accuracy),
     ]
     if len({cell.learner for cell in counted}) > 1:
         panels.append(("tokens", "eval_reward", "validation accuracy", counted, accuracy))
     figure, axes = new_figure(len(panels))
-    colours = {kind: f"C{i % 10}" for i, kind in enumerate(dict.fromkeys(cell.kind for cell in runs.done))}
+    kinds = list(dict.fromkeys(cell.kind for cell in runs.done))
+    looks = {kind: {"color": f"C{i % 10}", "ls": "-" if i < 10 else "--"} for i, kind in enumerate(kinds)}
     named: dict[str, Any] = {}
     for panel, (x, y, title, cells, scale) in zip(axes, panels, strict=True):
         for cell in cells:
             points = [(entry[x], scale(entry[y])) for entry in runs.found[cell.name]["curve"] if y in entry]
+            if y == "reward":
+                windows = [points[i : i + WINDOW] for i in range(len(points) - WINDOW + 1)]
+                points = [(some[-1][0], _mean(value for _, value in some)) for some in windows]
             if points:
-                style = {
-                    "alpha": 0.9 if cell.setting == runs.setting(cell.kind) else 0.25,
-                    "marker": "o" if y != "reward" else "",
-                }
-                (line,) = panel.plot(*zip(*points, strict=True), color=colours[cell.kind], lw=1.2, ms=3, **style)
+                style = {"alpha": 0.9 if cell in chosen else 0.25, "marker": "o" if y != "reward" else ""}
+                (line,) = panel.plot(*zip(*points, strict=True), lw=1.2, ms=3, **looks[cell.kind], **style)
                 if style["alpha"] > 0.5:
                     named.setdefault(label(cell), line)
         panel.set(xlabel="tokens read in training" if x == "tokens" else "optimizer step", ylabel=title)
