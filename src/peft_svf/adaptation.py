@@ -39,7 +39,6 @@ from .first_pass import (
     READINGS,
     STRATEGIES,
     Prompt,
-    _held,
     boxed_prompt,
     check_strategy,
     dispatch,
@@ -47,6 +46,7 @@ from .first_pass import (
     fit_calibration,
     fit_probe,
     fit_temperature,
+    held,
     kind_scores,
     read_boxed,
 )
@@ -68,7 +68,7 @@ TEMPERATURE = 8.0  # of choices in a search
 
 
 @torch.inference_mode(False)  # gradients are asked for, and an expert made here may be used with them
-@_held
+@held
 def few_shot(
     library: ExpertLibrary,
     tokenizer: PreTrainedTokenizerBase,
@@ -302,9 +302,8 @@ def _split(
         if holdout and _form(holdout, "Held-out example") != form:
             raise ValueError(f"The held-out examples have another form than the others, which have {form!r}.")
         return list(examples), holdout
-    count = (
-        min(max(1, round(holdout * len(examples))), len(examples) - 1) if holdout else 0
-    )  # one is left to search on
+    most = len(examples) - 1  # one is left to search on
+    count = min(max(1, round(holdout * len(examples))), most) if holdout else 0
     order = np.random.default_rng(seed).permutation(len(examples)).tolist()
     return [examples[i] for i in sorted(order[count:])], [examples[i] for i in sorted(order[:count])]
 

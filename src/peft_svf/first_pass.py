@@ -39,7 +39,7 @@ LABEL_TOKENS = 48  # of the answer that `read="generate"` waits for
 BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*['\"]?([^{}'\"]*?)['\"]?\s*\}")
 
 
-def _held(run: Callable[Concatenate[ExpertLibrary, P], T]) -> Callable[Concatenate[ExpertLibrary, P], T]:
+def held(run: Callable[Concatenate[ExpertLibrary, P], T]) -> Callable[Concatenate[ExpertLibrary, P], T]:
     """Let a first pass see one set of experts from its beginning to its end, whatever others add and remove."""
 
     @wraps(run)
@@ -50,7 +50,7 @@ def _held(run: Callable[Concatenate[ExpertLibrary, P], T]) -> Callable[Concatena
     return inside
 
 
-@_held
+@held
 def dispatch(
     library: ExpertLibrary,
     tokenizer: PreTrainedTokenizerBase,
@@ -145,7 +145,7 @@ def check_strategy(library: ExpertLibrary, strategy: str, probe: Probe | None = 
         )
 
 
-@_held
+@held
 def kind_scores(
     library: ExpertLibrary,
     tokenizer: PreTrainedTokenizerBase,
@@ -253,7 +253,7 @@ def _kinds(library: ExpertLibrary) -> dict[str, str]:
     return {**library.descriptions, OTHER: ANYTHING_ELSE}
 
 
-@_held
+@held
 def fit_temperature(
     library: ExpertLibrary,
     tokenizer: PreTrainedTokenizerBase,
@@ -283,7 +283,7 @@ def fit_temperature(
     return temperature_of(scores, torch.tensor([names.index(kind) for kind in kinds]))
 
 
-@_held
+@held
 def fit_calibration(
     library: ExpertLibrary,
     tokenizer: PreTrainedTokenizerBase,
@@ -329,7 +329,7 @@ def fit_calibration(
     return Probe(tuple(names), torch.eye(len(names)), -prior, {"method": "batch", "prompts": len(prompts), **facts})
 
 
-@_held
+@held
 def fit_probe(
     library: ExpertLibrary,
     tokenizer: PreTrainedTokenizerBase,

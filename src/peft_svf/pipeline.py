@@ -106,7 +106,7 @@ class _TwoPasses:
                 found = f"a {type(inputs).__name__}: make a list of it"
             raise ValueError(f"A list of {name}s has one for each prompt of a list, got {len(given)} for {found}.")
         chosen: dict[str, Any] = {name: given}
-        mixtures = self.model.decide(inputs, **chosen)
+        mixtures = self.model.first_pass(inputs, **chosen, log=False)
         return [_carrying(prompt, mixture) for prompt, mixture in zip(inputs, mixtures, strict=True)]
 
     def _decide(self, prompts: Any, options: dict[str, Any]) -> list[Mixture]:
@@ -116,7 +116,7 @@ class _TwoPasses:
         if None not in carried:
             return carried  # type: ignore[return-value]
         texts = [prompt.messages if isinstance(prompt, Chat) else str(prompt) for prompt in prompts]
-        return self.model.decide(texts, **options)
+        return self.model.first_pass(texts, **options, log=False)
 
     def postprocess(self, model_outputs: Any, **kwargs: Any) -> list[dict[str, Any]]:
         decision = model_outputs.pop("dispatch", None)

@@ -148,9 +148,10 @@ class Transformer2Model:
         strategy: str | None = None,
         threshold: float | None = None,
         dispatch_kwargs: Mapping[str, Any] | None = None,
+        log: bool = True,
     ) -> list[Mixture]:
         """
-        Find the mixture of each prompt; an explicit `expert` or `mixture` is taken as it is. All are logged.
+        Find the mixture of each prompt; an explicit `expert` or `mixture` is taken as it is.
 
         Args:
             prompts (`Sequence[str | list[dict]]`):
@@ -161,6 +162,8 @@ class Transformer2Model:
                 The same with mixtures, or names of mixtures in the library.
             strategy, threshold, dispatch_kwargs:
                 Instead of the model's own.
+            log (`bool`):
+                Whether decisions are logged: not by whoever hands them to `generate`, which logs what it is given.
 
         Returns:
             `list[Mixture]`, one per prompt.
@@ -168,21 +171,6 @@ class Transformer2Model:
         Raises:
             `ValueError`: if both are given, a name is unknown, or there is not one for each prompt.
         """
-        mixtures = self.decide(prompts, expert, mixture, strategy, threshold, dispatch_kwargs)
-        for each in mixtures:
-            logger.info(f"{each.strategy}: {each.record()}")
-        return mixtures
-
-    def decide(
-        self,
-        prompts: Sequence[str | list[dict[str, Any]]],
-        expert: str | Sequence[str] | None = None,
-        mixture: Chosen | Sequence[Chosen] | None = None,
-        strategy: str | None = None,
-        threshold: float | None = None,
-        dispatch_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[Mixture]:
-        """[`Transformer2Model.first_pass`] without a word in the log: for what hands its mixtures to `generate`."""
         if expert is not None and mixture is not None:
             raise ValueError("Give an expert or a mixture, not both.")
         given = mixture if expert is None else expert
@@ -191,13 +179,18 @@ class Transformer2Model:
             settings = {**self.dispatch_kwargs, **(dispatch_kwargs or {})}
             if mark := getattr(self.processor, "image_token", None):  # the first pass reads no images
                 prompts = [prompt.replace(mark, "") if isinstance(prompt, str) else prompt for prompt in prompts]
-            return dispatch(self.library, self.tokenizer, prompts, strategy=how, threshold=limit, **settings)
-        found = _each(self.library, given, len(prompts))
-        if len(found) != len(prompts):
-            raise ValueError(f"There are {len(prompts)} prompts, but experts or mixtures for {len(found)}.")
-        known = self._known(found)
-        certain = {m.choice: {name: float(name == m.choice) for name in known} for m in found}
-        return [replace(m, probabilities=m.probabilities or certain[m.choice]) for m in found]
+            found = dispatch(self.library, self.tokenizer, prompts, strategy=how, threshold=limit, **settings)
+        else:
+            found = _each(self.library, given, len(prompts))
+            if len(found) != len(prompts):
+                raise ValueError(f"There are {len(prompts)} prompts, but experts or mixtures for {len(found)}.")
+            known = self._known(found)
+            certain = {m.choice: {name: float(name == m.choice) for name in known} for m in found}
+            found = [replace(m, probabilities=m.probabilities or certain[m.choice]) for m in found]
+        if log:
+            for each in found:
+                logger.info(f"{each.strategy}: {each.record()}")
+        return found
 
     def _known(self, mixtures: Sequence[Mixture]) -> list[str]:
         """The names of the experts and `"other"`; a `ValueError` where a mixture has another."""
