@@ -131,7 +131,7 @@ def reflection(r: int, bench: Bench) -> Tensor:
 
 class Layer:
     """
-    One weight with its stand-in basis, and its forwards by every plan: plain functions of `peft_svf.plans`.
+    One weight with its stand-in basis, and its forwards by every plan: plain functions of `peft_svf.tuner.plans`.
 
     Args:
         bench ([`Bench`]): Where it lies.
@@ -148,7 +148,7 @@ class Layer:
 
     def forward(self, name: str) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
         """The forward of a contestant, and what it trains."""
-        basis, plans = own("basis"), own("plans")
+        basis, plans = own("tuner.basis"), own("tuner.plans")
         if name == BASE:
             return lambda x: F.linear(x, self.weight), []
         if name in (LORA, LORA_BASE_DTYPE):
@@ -235,7 +235,7 @@ def g2(bench: Bench) -> None:
         return run
 
     def fold() -> Callable[[], None]:
-        plans, last = own("plans"), {}
+        plans, last = own("tuner.plans"), {}
 
         def one(layer: Layer) -> None:
             last[layer] = plans.fold(
@@ -267,7 +267,7 @@ def g2(bench: Bench) -> None:
 
 def g3(bench: Bench) -> None:
     """G3: factorising one weight of each shape; all of the model by count. A smaller square one against the SVD."""
-    factorize, seconds = own("basis").factorize, {}
+    factorize, seconds = own("tuner.basis").factorize, {}
     clock = cuda_clock if bench.device == "cuda" else wall_clock
     for shape in sorted({(s.tall, s.wide) for s in formulas.weights(bench.model)}):
         if bench.skipped("G3", 60):
@@ -314,7 +314,7 @@ def g4(bench: Bench) -> None:
         return run
 
     def decode(name: str) -> Callable[[], Any]:
-        basis, plans = own("basis"), own("plans")
+        basis, plans = own("tuner.basis"), own("tuner.plans")
         factors = [plans.split(layer.weight, None, layer.side, layer.Q) for layer in stack if name == "factored"]
 
         def run() -> None:
@@ -383,9 +383,9 @@ def whole_model(bench: Bench) -> Iterator[Any]:
             model = LlamaForCausalLM(config).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
-    import peft_svf.bases
-    from peft_svf.basis import Basis, side_of
-    from peft_svf.basis_cache import Fingerprint
+    import peft_svf.tuner.bases
+    from peft_svf.tuner.basis import Basis, side_of
+    from peft_svf.tuner.cache import Fingerprint
 
     known: dict[str, tuple[Basis, Fingerprint]] = {}
 
@@ -398,7 +398,7 @@ def whole_model(bench: Bench) -> Iterator[Any]:
                 known[name.removeprefix("model.")] = (basis, Fingerprint("0" * 64, torch.zeros(32)))
         return {name: known[name.removeprefix("model.")] for name in names}
 
-    with patch.object(peft_svf.bases, "fetch", stand_ins):
+    with patch.object(peft_svf.tuner.bases, "fetch", stand_ins):
         yield model
 
 
@@ -456,7 +456,7 @@ def g6(bench: Bench, model: Any) -> None:
     import cases
     from contestants import AUTO, MLP, sharing
 
-    from peft_svf.expert import Mixture
+    from peft_svf.experts.expert import Mixture
 
     rows, counts = (3, (2, 3)) if bench.tiny else (64, (2, 8, 64))
     prompt = torch.randint(3, model.config.vocab_size, (rows, 32), device=bench.device)

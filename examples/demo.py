@@ -25,10 +25,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import peft_svf
 from peft_svf import Expert, Mixture, Transformer2Model
-from peft_svf.basis_cache import usage
 from peft_svf.evaluation import Summary, evaluate, wilson
 from peft_svf.plots import draw_decisions, draw_spectrum, new_figure
 from peft_svf.tasks import get_task
+from peft_svf.tuner.cache import usage
 
 HERE = Path(__file__).resolve().parent
 TASKS = {"reasoning": "arc_easy", "math": "gsm8k", "code": "mbpp"}  # kind of question -> task it is taken from

@@ -18,7 +18,7 @@ from tiny_model import tiny_model, tiny_tokenizer
 from transformers import TextIteratorStreamer, pipeline
 
 from peft_svf import Mixture, SVFConfig
-from peft_svf.transfer import transfer_expert
+from peft_svf.experts.transfer import transfer_expert
 
 HERE = Path(__file__).resolve().parent
 QUESTIONS = [

@@ -22,9 +22,9 @@ from tiny_model import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_svf import SVFConfig
-from peft_svf.result import write_expert
 from peft_svf.tasks import get_task, task_names
-from peft_svf.training import ReinforceConfig, ReinforceTrainer
+from peft_svf.training.reinforce import ReinforceConfig, ReinforceTrainer
+from peft_svf.training.result import write_expert
 
 GOOD_AT = {
     "reasoning": "a science question",

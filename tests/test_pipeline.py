@@ -3,10 +3,10 @@
 
 import threading
 
-import experts
 import pytest
+import tiny_experts
 import torch
-from experts import GREEDY, alone, assert_same, base, state, write
+from tiny_experts import GREEDY, alone, assert_same, base, state, write
 from tiny_model import tiny_tokenizer
 from torch.utils.data import Dataset
 from transformers import (
@@ -46,7 +46,7 @@ NAMES = ["code", "math", "other"]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    return experts.write_all(tmp_path_factory.mktemp("experts"))
+    return tiny_experts.write_all(tmp_path_factory.mktemp("experts"))
 
 
 def make(folders, **kwargs):
@@ -418,7 +418,7 @@ def test_every_kind_of_model_makes_the_same_pipeline(folders, pipe, tmp_path):
     base().save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     named = [
-        write(tmp_path, name, experts.SEEDS[name], base(name=str(tmp_path / "base"))) for name in ("math", "code")
+        write(tmp_path, name, tiny_experts.SEEDS[name], base(name=str(tmp_path / "base"))) for name in ("math", "code")
     ]
     wrapped = Transformer2Model(base(), tiny_tokenizer(), [folders["math"], folders["code"]])
     adapted = alone(folders["math"])

@@ -8,16 +8,16 @@ from types import SimpleNamespace
 import pytest
 import seeing
 import torch
-from experts import write
 from peft import PeftModel
 from PIL import Image
 from seeing import IMAGES, KINDS, LANGUAGE, PICTURE, asks
+from tiny_experts import write
 from tiny_model import CHAT
 from transformers import TextIteratorStreamer, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from peft_svf import Transformer2Model, Transformer2Pipeline
-from peft_svf.adaptation import fit_probe, kind_scores
+from peft_svf.adaptation.few_shot import fit_probe, kind_scores
 from peft_svf.pipeline import Transformer2ImagePipeline
 
 SHORT = {"max_new_tokens": 5}

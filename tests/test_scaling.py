@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from peft_svf import SVFConfig
-from peft_svf.basis_cache import usage
-from peft_svf.plans import break_even
+from peft_svf.tuner.cache import usage
+from peft_svf.tuner.plans import break_even
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "speed"))
@@ -124,8 +124,8 @@ def test_bases_of_llama_3_8b_are_at_most_three_tenths_of_u_s_v(targets):
 def test_flops_are_those_that_pytorch_counts(tall, wide, tokens):
     from torch.utils.flop_counter import FlopCounterMode
 
-    from peft_svf.basis import factorize
-    from peft_svf.plans import factored_linear, fold, merged_linear, split
+    from peft_svf.tuner.basis import factorize
+    from peft_svf.tuner.plans import factored_linear, fold, merged_linear, split
 
     shape = f.Shape("fc", tall, wide, 1)
     weight, x = torch.randn(tall, wide), torch.randn(tokens, wide, requires_grad=True)

@@ -5,17 +5,18 @@ import logging
 import math
 import threading
 
-import experts
 import pytest
+import tiny_experts
 import torch
-from experts import GREEDY, alone, assert_same, base, state, write
+from tiny_experts import GREEDY, alone, assert_same, base, state, write
 from tiny_model import tiny_tokenizer
 from transformers import DynamicCache, GenerationConfig, LlamaModel, LogitsProcessor, LogitsProcessorList
 
-from peft_svf import Expert, ExpertLibrary, Mixture, Transformer2Model, first_pass, two_pass
-from peft_svf.expert import SavedExpert
-from peft_svf.layer import Linear, SVFLayer
+from peft_svf import Expert, ExpertLibrary, Mixture, Transformer2Model, two_pass
+from peft_svf.adaptation import first_pass
+from peft_svf.experts.expert import SavedExpert
 from peft_svf.pipeline import Transformer2Pipeline
+from peft_svf.tuner.layer import Linear, SVFLayer
 
 TEXTS = ["What is 3 + 4?", "def", "Tell me a story."]
 tokenizer = tiny_tokenizer()
@@ -23,7 +24,7 @@ tokenizer = tiny_tokenizer()
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    return experts.write_all(tmp_path_factory.mktemp("experts"))
+    return tiny_experts.write_all(tmp_path_factory.mktemp("experts"))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import TrainerCallback
 
 from peft_svf import SVFConfig
-from peft_svf.training import ReinforceConfig, ReinforceTrainer
+from peft_svf.training.reinforce import ReinforceConfig, ReinforceTrainer
 
 # transformers collects garbage at each start of a training: what was imported so far need not be looked through again
 gc.collect()

@@ -29,8 +29,8 @@ from transformers.utils import logging
 
 from peft_svf import Expert, Mixture, Transformer2Model
 from peft_svf.evaluation import NINETY_FIVE, evaluate
-from peft_svf.result import versions, write_file
 from peft_svf.tasks import get_task
+from peft_svf.training.result import versions, write_file
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

@@ -23,10 +23,10 @@ import torch
 from common import HERE, Cell, arguments, found, load, parse, run_cells
 
 from peft_svf import Mixture
-from peft_svf.adaptation import ANYTHING_ELSE, dispatch, fit_calibration, fit_probe, fit_temperature
+from peft_svf.adaptation.few_shot import ANYTHING_ELSE, dispatch, fit_calibration, fit_probe, fit_temperature
+from peft_svf.adaptation.probe import METHODS, Probe
 from peft_svf.evaluation import prompt_ids, wilson
-from peft_svf.expert import OTHER
-from peft_svf.probe import METHODS, Probe
+from peft_svf.experts.expert import OTHER
 from peft_svf.tasks import dispatch_prompt, get_task
 from peft_svf.tasks.everyday import everyday_requests
 from peft_svf.tasks.task import shuffled

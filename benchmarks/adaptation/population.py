@@ -54,7 +54,7 @@ def least_seconds(run, repeats):
 
 def measure(library, tokenizer, weights, members, rows, args, task=None, **generation):
     """Seconds of each way for one population, and how far their answers are apart."""
-    from peft_svf.evaluator import Judge
+    from peft_svf.adaptation.judge import Judge
 
     judge = Judge(
         library, tokenizer, weights, rows, task=task, generation=generation, batch_size=args.batch_size, seed=args.seed
@@ -96,9 +96,9 @@ def main():
     from smollm2 import NAME, load_smollm2
 
     from peft_svf import Expert, ExpertLibrary
-    from peft_svf.evaluator import Weights
-    from peft_svf.result import versions, write_file
+    from peft_svf.adaptation.judge import Weights
     from peft_svf.tasks import get_task
+    from peft_svf.training.result import versions, write_file
 
     model, tokenizer = load_smollm2(torch.float32)
     folder = ROOT / "examples" / "experts"

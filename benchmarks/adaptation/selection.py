@@ -22,10 +22,10 @@ from common import BATCH, EXPERTS, Cell, arguments, load, parse, questions, run_
 from few_shot import TASKS
 
 from peft_svf import Mixture
-from peft_svf.adaptation import LEAVE_ONE_OUT, check_choice
+from peft_svf.adaptation.few_shot import LEAVE_ONE_OUT, check_choice
+from peft_svf.adaptation.judge import Weights
+from peft_svf.adaptation.search import Found, Judged
 from peft_svf.evaluation import choice_logps
-from peft_svf.evaluator import Weights
-from peft_svf.search import Found, Judged
 
 SHOTS, DRAWS = (3, 5, 10, 20), 400
 TEMPERATURES = (1.0, 4.0, 8.0, 16.0)
@@ -66,7 +66,9 @@ def compare(result: Mapping[str, Any], seed: int = 0) -> dict[tuple[str, float, 
     """
     mixtures, labels, right = np.asarray(result["mixtures"]), np.asarray(result["labels"]), right_of(result)
     weights, found = Weights(EXPERTS), {}
-    logging.getLogger("peft_svf.adaptation").setLevel(logging.ERROR)  # a check that gives up warns, hundreds of times
+    logging.getLogger("peft_svf.adaptation.few_shot").setLevel(
+        logging.ERROR
+    )  # a check that gives up warns, hundreds of times
     for temperature in TEMPERATURES:
         each = np.stack([right, right_logps(result["logps"], labels, temperature)], -1)  # (mixtures, rows, 2)
         for count in SHOTS:

@@ -27,9 +27,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from peft_svf import Expert, Transformer2Model
 from peft_svf.evaluation import prompt_text
-from peft_svf.result import write_file
+from peft_svf.experts.transfer import transfer_expert
 from peft_svf.tasks import get_task
-from peft_svf.transfer import transfer_expert
+from peft_svf.training.result import write_file
 
 TASKS = {"arc_easy": 300, "gsm8k": 200, "mbpp": 150}  # test rows of the experts' own tasks, the cheap ones first
 SHUFFLES = 3

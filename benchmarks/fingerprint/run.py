@@ -6,7 +6,7 @@ How far apart are the probes of bases that should count as the same, and of thos
 
 The cases: the same weight factorised another way; the basis itself rounded; the weight rounded to half precision, as a
 narrower load does it. SmolLM2's own bits are bfloat16, so they get float32 noise below their last digit first: a
-stand-in for a float32 checkpoint. `ACCEPT` and `REFUSE` in `peft_svf.fingerprint` rest on the
+stand-in for a float32 checkpoint. `ACCEPT` and `REFUSE` in `peft_svf.tuner.fingerprint` rest on the
 result, written beside this file.
 """
 
@@ -23,8 +23,8 @@ sys.path.insert(0, str(HERE.parents[1] / "examples"))
 
 from smollm2 import NAME, load_smollm2  # noqa: E402
 
-from peft_svf.basis import factorize, probe, probe_distance  # noqa: E402
-from peft_svf.fingerprint import ACCEPT, REFUSE  # noqa: E402
+from peft_svf.tuner.basis import factorize, probe, probe_distance  # noqa: E402
+from peft_svf.tuner.fingerprint import ACCEPT, REFUSE  # noqa: E402
 
 LAYERS = (0, 14, 29)
 MODULES = ("mlp.up_proj", "mlp.down_proj", "self_attn.q_proj", "self_attn.k_proj")

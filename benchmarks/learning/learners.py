@@ -20,9 +20,9 @@ from trl.trainer.utils import RepeatSampler
 
 from peft_svf import SVFConfig
 from peft_svf.evaluation import evaluate
-from peft_svf.evolution import EvolutionConfig, EvolutionTrainer
 from peft_svf.tasks import Task
-from peft_svf.training import ReinforceConfig, ReinforceTrainer
+from peft_svf.training.evolution import EvolutionConfig, EvolutionTrainer
+from peft_svf.training.reinforce import ReinforceConfig, ReinforceTrainer
 
 MLP, QV = ["gate_proj", "up_proj", "down_proj"], ["q_proj", "v_proj"]
 TARGETS: dict[str, Any] = {"mlp": MLP, "qv": QV, "both": MLP + QV, "all": "all-linear"}

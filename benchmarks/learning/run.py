@@ -40,8 +40,8 @@ def run(cell: Cell, base: Callable[[], tuple[Any, Any]] = load, results: Path = 
     from learners import train
 
     from peft_svf.evaluation import evaluate
-    from peft_svf.runs import last_checkpoint
     from peft_svf.tasks import get_task
+    from peft_svf.training.run import last_checkpoint
 
     code = source()
     model, tokenizer = base()

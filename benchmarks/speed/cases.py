@@ -62,14 +62,14 @@ from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache
 
 from peft_svf import SVFConfig
-from peft_svf.basis import exact, factorize, probe, probe_distance, rescale
-from peft_svf.basis_cache import cache_dir, fetch
 from peft_svf.evaluation import cache_name
-from peft_svf.expert import Expert, Mixture
-from peft_svf.fingerprint import ACCEPT, REFUSE
-from peft_svf.layer import Linear as SVFLinear
-from peft_svf.layer import SVFLayer
-from peft_svf.library import ExpertLibrary
+from peft_svf.experts.expert import Expert, Mixture
+from peft_svf.experts.library import ExpertLibrary
+from peft_svf.tuner.basis import exact, factorize, probe, probe_distance, rescale
+from peft_svf.tuner.cache import cache_dir, fetch
+from peft_svf.tuner.fingerprint import ACCEPT, REFUSE
+from peft_svf.tuner.layer import Linear as SVFLinear
+from peft_svf.tuner.layer import SVFLayer
 
 Contestants = dict[str, Callable[[], Any] | NotAvailable]
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -243,7 +243,7 @@ def b3(bench: Bench) -> None:
 def _fold(weight: Tensor, Q: Tensor, S: Tensor, offset: Tensor) -> Callable[[], Any] | NotAvailable:
     """Building `W'` for the merged plan, into the memory of the last one."""
     try:
-        from peft_svf.plans import fold
+        from peft_svf.tuner.plans import fold
     except ImportError:
         return NotAvailable("this version of peft-svf has no merged plan")
     side = "in" if weight.shape[0] >= weight.shape[1] else "out"

@@ -4,7 +4,7 @@ The one file that touches the registries of PEFT and transformers.
 
 `import peft_svf` calls `add_peft_type` and `register`. What happens to other libraries happens here, visibly:
 the enum `peft.PeftType` gets the member SVF (no entry point exists, read in peft 0.21.2), the tuner and the pipeline
-are registered by the libraries' own functions, and `PeftModel.push_to_hub` hands SVF adapters to `peft_svf.hub`
+are registered by the libraries' own functions, and `PeftModel.push_to_hub` hands SVF adapters to `experts.hub`
 because PEFT's own loses the model card.
 """
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from .prompts import Reader, Row, has_image, prompt_ids, prompt_text, read_images, tokenizer_of
+from .rows import Reader, Row, has_image, prompt_ids, prompt_text, read_images, tokenizer_of
 from .tasks import Task, get_task
 
 NINETY_FIVE = NormalDist().inv_cdf(0.975)
@@ -236,7 +236,7 @@ def evaluate(
             part of the prompt, or stands before the first user's text where the contents are strings, as in TRL.
         batch_size (`int`):
             Rows per forward.
-        task ([`~tasks.Task`], *optional*):
+        task ([`Task`], *optional*):
             Checks completions; default the task that each row names.
         generation:
             Arguments of `generate` for rows of the generated form; default `max_new_tokens=256`, no sampling.
@@ -245,7 +245,7 @@ def evaluate(
         [`Summary`].
 
     Raises:
-        `ValueError`: without rows, and for what [`choice_logps`] or [`~prompts.read_images`] refuses.
+        `ValueError`: without rows, and for what [`choice_logps`] or [`read_images`] refuses.
         `FileNotFoundError`: if there is no such picture.
     """
     if not rows:

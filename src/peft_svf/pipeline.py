@@ -23,8 +23,8 @@ from transformers import (
 )
 from transformers.utils.chat_template_utils import Chat, is_valid_message
 
-from .expert import Mixture
-from .library import Source
+from .experts.expert import Mixture
+from .experts.library import Source
 from .two_pass import Transformer2Model
 
 OPTIONS = ("expert", "mixture", "strategy", "threshold", "dispatch_kwargs")  # of a call
@@ -136,7 +136,7 @@ class Transformer2Pipeline(_TwoPasses, TextGenerationPipeline):
     `threshold`, `limit_bytes` and `dispatch_kwargs` of [`~two_pass.Transformer2Model`] besides, and in a call:
 
     - `expert`: a name for all prompts, or a list with one for each; `"other"` is the base model.
-    - `mixture`: weights by name such as `{"math": 0.7, "code": 0.3}`, a [`~expert.Mixture`], or a list.
+    - `mixture`: weights by name such as `{"math": 0.7, "code": 0.3}`, a [`Mixture`], or a list.
     - `strategy`, `threshold`, `dispatch_kwargs`: instead of the constructor's.
     - `return_dispatch`: adds the key `dispatch` to each output, with `choice`, `confidence`, `probabilities`, `alpha`.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .expert import OTHER, Expert, Mixture
+from .experts.expert import OTHER, Expert, Mixture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,7 +73,7 @@ def spectrum(expert: Expert, bins: int) -> Tensor | None:
     Measure how far z is from 1 along the spectrum, averaged over the weights of an expert.
 
     Args:
-        expert ([`~expert.Expert`]):
+        expert ([`Expert`]):
             The z-vectors.
         bins (`int`):
             Parts that each spectrum is cut into, so that weights of different size can be averaged.
@@ -95,7 +95,7 @@ def distances(expert: Expert) -> tuple[list[str], list[str], Tensor]:
     Measure how far z is from 1 in each layer and kind of weight.
 
     Args:
-        expert ([`~expert.Expert`]):
+        expert ([`Expert`]):
             The z-vectors.
 
     Returns:

@@ -29,11 +29,11 @@ from transformers import (
     ProcessorMixin,
 )
 
-from .adaptation import few_shot
+from .adaptation.few_shot import few_shot
+from .adaptation.first_pass import check_strategy, dispatch
 from .evaluation import CACHES, context_of
-from .expert import OTHER, Expert, Mixture, SavedExpert
-from .first_pass import check_strategy, dispatch
-from .library import ExpertLibrary, Source, no_expert
+from .experts.expert import OTHER, Expert, Mixture, SavedExpert
+from .experts.library import ExpertLibrary, Source, no_expert
 from .tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -56,8 +56,8 @@ class Transformer2Model:
         tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`):
             Its tokenizer, or the processor of a model that sees images. The first pass reads text alone.
         experts (`Sequence` or `Mapping[str, ...]`):
-            Folders, Hub repositories or [`~expert.Expert`]s; see [`~library.ExpertLibrary`].
-        classifier (folder, repository or [`~expert.Expert`], *optional*):
+            Folders, Hub repositories or [`Expert`]s; see [`ExpertLibrary`].
+        classifier (folder, repository or [`Expert`], *optional*):
             An expert trained to name the kind of a question, for the first pass.
         strategy (`str`, *optional*):
             `"prompt"`, `"classifier"` or `"probe"`; default the last of them that there is something for.
@@ -66,10 +66,10 @@ class Transformer2Model:
         limit_bytes (`int`, *optional*):
             Memory for z-vectors; experts that were used longest ago make room.
         dispatch_kwargs (`dict`, *optional*):
-            For [`~first_pass.dispatch`]: `probe`, `read`, `temperature`, `fallback`, `soft`, `calibrate`.
+            For [`dispatch`]: `probe`, `read`, `temperature`, `fallback`, `soft`, `calibrate`.
 
     Raises:
-        `ValueError`: for what [`~library.ExpertLibrary`] refuses, a strategy without its classifier or probe, or a
+        `ValueError`: for what [`ExpertLibrary`] refuses, a strategy without its classifier or probe, or a
             model that is wrapped by `torch.compile`.
     """
 
@@ -158,7 +158,7 @@ class Transformer2Model:
                 Texts or chats.
             expert (`str` or `Sequence[str]`, *optional*):
                 One name for all prompts or a list with one for each; `"other"` is the base model.
-            mixture ([`~expert.Mixture`], `dict[str, float]`, `str` or a sequence of them, *optional*):
+            mixture ([`Mixture`], `dict[str, float]`, `str` or a sequence of them, *optional*):
                 The same with mixtures, or names of mixtures in the library.
             strategy, threshold, dispatch_kwargs:
                 Instead of the model's own.
@@ -316,18 +316,18 @@ class Transformer2Model:
 
     def adapt(self, examples: Sequence[Mapping[str, Any]], task: Task | None = None, **search: Any) -> Mixture:
         """
-        Find a mixture for a kind of question from a few solved examples; see [`~adaptation.few_shot`].
+        Find a mixture for a kind of question from a few solved examples; see [`few_shot`].
 
         Args:
             examples (`Sequence[Mapping]`):
                 `{"prompt", "answer"}` or `{"prompt", "choices", "label"}`; prompts are texts or chats.
-            task ([`~tasks.Task`], *optional*):
+            task ([`Task`], *optional*):
                 Checks generated answers.
             search:
-                The other arguments of [`~adaptation.few_shot`].
+                The other arguments of [`few_shot`].
 
         Returns:
-            [`~expert.Mixture`], to be passed as `mixture=`, by its `name` too, or saved.
+            [`Mixture`], to be passed as `mixture=`, by its `name` too, or saved.
         """
         return few_shot(self.library, self.tokenizer, examples, task=task, **search)
 

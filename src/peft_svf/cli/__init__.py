@@ -17,10 +17,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..adaptation import LEAVE_ONE_OUT, TEMPERATURE
-from ..settings import TASK_HELP, describe
+from ..adaptation.few_shot import LEAVE_ONE_OUT, TEMPERATURE
 from . import measure, train, weights
 from .sources import find_task, read_mixture
+from .train_config import TASK_HELP, describe
 
 SECRET = re.compile(r"(--\S*token[= ])\S+")  # what a result file does not repeat
 EXPERTS_HELP = "folders or Hub repositories; NAME=EXPERT gives a name of your own"

@@ -53,7 +53,7 @@ def new_path(path: Path, option: str = "--out") -> Path:
 def save_figure(path: Path, panels: "Sequence[Callable[[Axes], None]]", rows: int = 0, names: int = 0) -> None:
     """Draw panels side by side into a PNG, with room for so many labelled rows and columns."""
     from ..plots import new_figure, size_of
-    from ..result import write_file
+    from ..training.result import write_file
 
     figure, axes = new_figure(len(panels), **size_of(rows, names))
     for draw, panel in zip(panels, axes, strict=True):

@@ -13,8 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adaptation import LEAVE_ONE_OUT
-from ..prompts import Row, has_image
+from ..adaptation.few_shot import LEAVE_ONE_OUT
+from ..rows import Row, has_image
 from .console import interval, new_path, save_figure, score, short, table, weights
 from .sources import find_expert, find_task, load_model, read_examples, read_mixture
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..evaluation import Summary
-    from ..expert import Mixture
-    from ..prompts import Reader
+    from ..experts.expert import Mixture
+    from ..rows import Reader
     from ..two_pass import Transformer2Model
 
 FIRST_PASS = (
@@ -41,7 +41,7 @@ WAYS = ("base", "mixture", "two_pass")  # keys of a result beside the names of e
 def evaluate(args: argparse.Namespace) -> None:
     """Measure the base, experts, a mixture or two-pass answering on a task; write a result."""
     from .. import evaluation
-    from ..result import versions, write_file
+    from ..training.result import versions, write_file
 
     task = find_task(args.task)
     form = args.form or task.forms[0]
@@ -115,8 +115,8 @@ def _measure_experts(
     measure: "Callable[[PreTrainedModel, Reader, Sequence[Row]], Summary]",
 ) -> "tuple[dict[str, Summary], dict[str, Any] | None]":
     """Measure the base, the mixture or each expert, and with a strategy two passes; what the first pass has found."""
-    from ..expert import Mixture
-    from ..library import explicit
+    from ..experts.expert import Mixture
+    from ..experts.library import explicit
 
     if taken := [name for name in two_pass.library.names if name in WAYS]:
         raise ValueError(f"An expert called {taken[0]!r} cannot be told from the row of that name: NAME=EXPERT.")
@@ -165,10 +165,10 @@ def answer_each(
         two_pass ([`~two_pass.Transformer2Model`]): Base and experts.
         rows (`Sequence[Mapping]`): Of a task.
         mixtures (`Sequence[Mixture]`): One per row.
-        measure (`Callable`): The adapted model and some rows -> their [`~evaluation.Summary`].
+        measure (`Callable`): The adapted model and some rows -> their [`Summary`].
 
     Returns:
-        [`~evaluation.Summary`] of all rows, the records in their order, each with its `dispatch`.
+        [`Summary`] of all rows, the records in their order, each with its `dispatch`.
     """
     from ..evaluation import Summary, wilson
 
@@ -260,7 +260,7 @@ def adapt(args: argparse.Namespace) -> None:
 
 def _new_result(out: Path, per_layer: bool) -> None:
     """Refuse a path that exists; of one that a search has written say that it has ended."""
-    from ..expert import Expert, Mixture
+    from ..experts.expert import Expert, Mixture
 
     found: dict[str, Any] = {}
     if out.exists():  # else an expert would be looked for on the Hub
@@ -389,8 +389,8 @@ def decide(
 
 def fit_first_pass(args: argparse.Namespace, strategy: str, model: "Transformer2Model") -> dict[str, Any]:
     """Fit what `--fit` has prompts for: the probe, a calibration that has a place, or a temperature; else read it."""
-    from ..adaptation import fit_calibration, fit_probe, fit_temperature
-    from ..probe import Probe
+    from ..adaptation.few_shot import fit_calibration, fit_probe, fit_temperature
+    from ..adaptation.probe import Probe
 
     folder = args.probe if strategy == "probe" else args.calibration
     name = "probe" if strategy == "probe" else "calibrate" if folder else "temperature"

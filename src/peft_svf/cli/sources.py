@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from ..config import SVFConfig
-    from ..expert import Mixture, SavedExpert
-    from ..prompts import Reader
+    from ..experts.expert import Mixture, SavedExpert
+    from ..rows import Reader
     from ..tasks import Task
+    from ..tuner.config import SVFConfig
 
 
 def find_task(name: str) -> "Task":
@@ -87,7 +87,7 @@ def load_model(
 
 def find_expert(source: str) -> "SavedExpert":
     """Find an expert by `SOURCE` or `NAME=SOURCE`; its values are read when they are needed."""
-    from ..expert import SavedExpert
+    from ..experts.expert import SavedExpert
 
     name, equals, rest = source.partition("=")
     return SavedExpert.find(rest, name) if equals and not os.path.exists(source) else SavedExpert.find(source)
@@ -95,7 +95,7 @@ def find_expert(source: str) -> "SavedExpert":
 
 def read_mixture(given: Sequence[str]) -> "Mixture":
     """Read a saved mixture, or one that is written out as `NAME=WEIGHT`s."""
-    from ..expert import Mixture
+    from ..experts.expert import Mixture
 
     if len(given) == 1 and ("=" not in given[0] or os.path.exists(given[0])):
         if not os.path.exists(given[0]):

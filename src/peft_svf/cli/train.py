@@ -14,18 +14,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..prompts import Reader, Row, has_image, in_parts, prompt_text, tokenizer_of
-from ..settings import ScriptArguments, read_settings, svf_config
+from ..rows import Reader, Row, has_image, in_parts, prompt_text, tokenizer_of
 from .console import interval, short, size, table
 from .sources import find_task, load_model, weights_of
+from .train_config import ScriptArguments, read_settings, svf_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..config import SVFConfig
-    from ..evolution import EvolutionConfig, EvolutionTrainer
     from ..tasks import Task
-    from ..training import ReinforceConfig, ReinforceTrainer
+    from ..training.evolution import EvolutionConfig, EvolutionTrainer
+    from ..training.reinforce import ReinforceConfig, ReinforceTrainer
+    from ..tuner.config import SVFConfig
 
     Config = ReinforceConfig | EvolutionConfig
     Trainer = ReinforceTrainer | EvolutionTrainer
@@ -80,7 +80,7 @@ def train(args: argparse.Namespace) -> int:
             print(f"Stopped after step {state.global_step} of {state.max_steps}, which is saved. Go on with: {again}")
         return INTERRUPTED
     if loud:
-        from ..result import write_expert
+        from ..training.result import write_expert
 
         print(f"Testing expert and base on {len(rows['test'])} rows that were never trained on ...", flush=True)
         folder = Path(config.output_dir)
@@ -107,7 +107,7 @@ def check_rows(
 ) -> None:
     """Raise a `ValueError` for rows that would end a run in its course: too few for a step, not alike, too long."""
     from ..evaluation import context_of, row_lengths
-    from ..evolution import EvolutionConfig
+    from ..training.evolution import EvolutionConfig
 
     if not isinstance(config, EvolutionConfig):
         config.check_rows(len(rows["train"]))
@@ -190,7 +190,7 @@ def make_trainer(
     svf: "SVFConfig",
 ) -> "Trainer":
     """Make the trainer that a config belongs to; what needs TRL is imported for its own config only."""
-    from ..evolution import EvolutionConfig, EvolutionTrainer
+    from ..training.evolution import EvolutionConfig, EvolutionTrainer
 
     if isinstance(config, EvolutionConfig):
         return EvolutionTrainer(
@@ -204,7 +204,7 @@ def make_trainer(
         )
     from datasets import Dataset, Image
 
-    from ..training import ReinforceTrainer
+    from ..training.reinforce import ReinforceTrainer
 
     def dataset(split: str) -> Dataset:
         found = Dataset.from_list(as_table(task, split, rows[split]))
@@ -236,8 +236,8 @@ def _rows(task: "Task", form: str, script: ScriptArguments, config: "Config") ->
 
 def _checkpoint(args: argparse.Namespace, config: "Config") -> str | None:
     """Name the checkpoint to go on from; refuse a folder that holds another run."""
-    from ..result import RESULT_NAME
-    from ..runs import ended, last_checkpoint
+    from ..training.result import RESULT_NAME
+    from ..training.run import ended, last_checkpoint
 
     folder = Path(config.output_dir)
     wanted = args.resume or config.resume_from_checkpoint
@@ -332,7 +332,7 @@ class Step(NamedTuple):
 
 def step_of(config: "Config") -> Step:
     """Read the size of a step, on all processes, off a config."""
-    from ..evolution import EvolutionConfig
+    from ..training.evolution import EvolutionConfig
 
     if isinstance(config, EvolutionConfig):
         rows = config.train_batch_size * config.gradient_accumulation_steps * config.world_size

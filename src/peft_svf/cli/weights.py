@@ -6,16 +6,16 @@ import math
 import time
 from collections import defaultdict
 
-from ..settings import SVFArguments, svf_config
 from .console import save_figure, size, table
 from .sources import load_model, weights_of
+from .train_config import SVFArguments, svf_config
 
 
 def factor(args: argparse.Namespace) -> None:
     """Compute the bases of a model into the cache and show their size."""
     from peft import get_peft_model
 
-    from ..basis_cache import cache_dir, usage
+    from ..tuner.cache import cache_dir, usage
 
     before, _ = usage()
     model, _ = load_model(args.model, args.revision, args.dtype, reader=False)
@@ -39,7 +39,7 @@ def factor(args: argparse.Namespace) -> None:
 
 def inspect(args: argparse.Namespace) -> None:
     """Show abs(z - 1) of an expert per layer and kind of weight, and along the spectrum."""
-    from ..expert import Expert
+    from ..experts.expert import Expert
     from ..plots import distances, draw_distances, draw_spectrum, spectrum
 
     expert = Expert.load(args.expert)

@@ -57,7 +57,7 @@ def jsonl_task(
             completion ends with, else texts, but for case, spaces and a full stop.
 
     Returns:
-        [`Task`], which [`~tasks.register_task`] makes known by its name.
+        [`Task`], which [`register_task`] makes known by its name.
 
     Raises:
         `FileNotFoundError`: if there is no such file, or none in the folder.

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows and a reward -> an expert: REINFORCE and evolution strategies (extra `train`)."""
+
+from .evolution import EvolutionConfig, EvolutionTrainer
+from .reinforce import ReinforceConfig, ReinforceTrainer, format_reward
+
+__all__ = ["EvolutionConfig", "EvolutionTrainer", "ReinforceConfig", "ReinforceTrainer", "format_reward"]

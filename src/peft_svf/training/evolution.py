@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Model, task rows and reward -> a trained z-vector expert, without a gradient: evolution strategies on z.
+
+Each step draws directions, moves z by `sigma` along each and against it, scores the rows under all of these members,
+and lets an optimizer follow the estimate. z is small enough for it: arXiv 2507.04453 evolves singular values of
+adapters on quantised bases, arXiv 2509.24372 whole models. Only forward passes are made, many members in one batch,
+each row under its own z-vector, so rewards may be black boxes and bases quantised. Data, optimizer, schedule, logs,
+checkpoints and resuming are those of `transformers.Trainer`. TRL is not needed.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from ..evaluation import choice_logps, prompt_ids
+from ..tuner.config import SVFConfig
+from ..tuner.layer import SVFLayer
+from .run import Run, check_run, z_statistics
+
+Row = Mapping[str, Any]
+Reward = Callable[..., Sequence[float | None]]
+Shaping = Literal["rank", "z_score", "none"]
+
+
+def shaped(fitness: Tensor, shaping: Shaping) -> Tensor:
+    """
+    Turn the fitness of a population into what the estimate weighs its members with.
+
+    Args:
+        fitness (`torch.Tensor` of shape `(members,)`):
+            Mean reward of each member.
+        shaping (`str`):
+            `"rank"`: ranks, evenly from -0.5 to 0.5, equal ones sharing their mean: no outlier counts for more.
+            `"z_score"`: zero mean, unit deviation (arXiv 2509.24372). `"none"`: the fitness itself.
+
+    Returns:
+        `torch.Tensor` of shape `(members,)`; with `"rank"` and `"z_score"` all 0 where all members are equal.
+    """
+    if shaping == "none":
+        return fitness
+    if shaping == "z_score":
+        centred = fitness - fitness.mean()
+        return centred / centred.square().mean().sqrt().clamp(min=1e-8)
+    _, places, counts = fitness.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).to(fitness)
+    ranks = (last - (counts + 1) / 2)[places]  # from 0; the mean of the ranks that equal members take up
+    return ranks / (len(fitness) - 1) - 0.5
+
+
+def estimate(noise: Tensor, above: Tensor, below: Tensor, sigma: float) -> Tensor:
+    """
+    Estimate the gradient of the fitness from antithetic pairs.
+
+    `1 / (2 P sigma) Σ (f(z + sigma e) - f(z - sigma e)) e` over `P` directions `e`. Its expectation over standard
+    normal `e` is the gradient of a linear fitness, and of any fitness smoothed by `sigma`. What is even in `e` cancels
+    in each pair.
+
+    Args:
+        noise (`torch.Tensor` of shape `(P, D)`):
+            The directions `e`.
+        above, below (`torch.Tensor` of shape `(P,)`):
+            Fitness of the members on their two sides.
+        sigma (`float`):
+            Length of a step relative to `e`, in units of z.
+
+    Returns:
+        `torch.Tensor` of shape `(D,)`.
+    """
+    return (above - below) @ noise / (2 * len(noise) * sigma)
+
+
+@dataclass
+class EvolutionConfig(TrainingArguments):
+    """
+    `transformers.TrainingArguments` for evolution strategies on z-vectors.
+
+    A step scores `per_device_train_batch_size` rows under every member of the population; on several processes each
+    has rows and directions of its own and the estimates are averaged. The defaults are not tuned on a real
+    model: `sigma` moves a weight by about 5 % of its norm, as 0.001 does in arXiv 2509.24372 on whole weights.
+
+    Args:
+        population (`int`):
+            Members of a step, an even number: two for each direction.
+        sigma (`float`):
+            Standard deviation of the members around the mean, in units of what is trained: of z itself, unless the
+            config's `parametrization` maps it.
+        shaping (`str`):
+            How fitness becomes weights, see [`shaped`].
+        rows_per_forward (`int`):
+            Rows times members in one forward pass or call of `generate`.
+        max_completion_length (`int`):
+            Tokens that a completion may have; rows with `choices` need none.
+        reward_weights (`list[float]`, *optional*):
+            One per reward function; default 1 each.
+        early_stopping_patience (`int`, *optional*):
+            Stop after so many evaluations without a better one.
+    """
+
+    learning_rate: float = 5e-3
+    lr_scheduler_type: str = "cosine"
+    max_grad_norm: float = 0.0
+    remove_unused_columns: bool = False
+    metric_for_best_model: str | None = "eval_reward"
+    restore_callback_states_from_checkpoint: bool = True  # early stopping goes on counting
+    population: int = field(default=32, metadata={"help": "Members of a step, two for each direction."})
+    sigma: float = field(default=0.05, metadata={"help": "Standard deviation of the members' z."})
+    shaping: Shaping = field(default="rank", metadata={"help": "How fitness becomes weights."})
+    rows_per_forward: int = field(default=256, metadata={"help": "Rows times members in one forward."})
+    max_completion_length: int = field(default=256, metadata={"help": "Tokens of a completion."})
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "One per reward function."})
+    early_stopping_patience: int | None = field(default=None, metadata={"help": "Evaluations without a better one."})
+
+    def __post_init__(self) -> None:
+        if self.population < 2 or self.population % 2:
+            raise ValueError(f"`population` must be an even number, as members come in pairs; got {self.population}.")
+        if not self.sigma > 0:
+            raise ValueError(f"`sigma` is how far members lie from the mean and must be above 0; got {self.sigma}.")
+        if self.shaping not in ("rank", "z_score", "none"):
+            raise ValueError(f"`shaping` must be 'rank', 'z_score' or 'none'; got {self.shaping!r}.")
+        if self.rows_per_forward < 1:
+            raise ValueError(f"`rows_per_forward` must be 1 or more; got {self.rows_per_forward}.")
+        if self.fp16:
+            raise ValueError("fp16=True scales gradients, and there are none here: load the base in float16 instead.")
+        check_run(self)
+        super().__post_init__()
+
+
+class EvolutionTrainer(Run, Trainer):
+    """
+    Train z-vectors by evolution strategies.
+
+    The fitness of a member on a row with `choices` is its expected reward, `Σ p(choice) r(choice)`; on any other row
+    the reward of its greedy completion. Evaluation takes the likeliest choice or the greedy completion.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The base with `peft_config`, or a model whose active adapter is to be trained.
+        reward_funcs (`Callable` or `list`):
+            `(completions, **columns) -> list[float]`, as for `ReinforceTrainer`, without its reward models. `None`
+            from one counts as 0.
+        args ([`EvolutionConfig`]):
+            The settings.
+        train_dataset, eval_dataset (sequence of rows, such as a list or a `datasets.Dataset`):
+            Rows with `prompt`, and with `choices` for the choice form. Other columns go to the reward.
+        processing_class (`PreTrainedTokenizerBase`):
+            The tokenizer.
+        peft_config ([`SVFConfig`], *optional*):
+            Adapts the model first.
+        kwargs:
+            Everything else that `Trainer` takes.
+
+    Raises:
+        `ValueError`: if something else than z is trainable, if adapters are merged or disabled, or under FSDP.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        reward_funcs: Reward | Sequence[Reward],
+        args: EvolutionConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *,
+        processing_class: PreTrainedTokenizerBase,
+        peft_config: SVFConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+        self.reward_weights = args.reward_weights or [1.0] * len(self.reward_funcs)
+        if len(self.reward_weights) != len(self.reward_funcs):
+            raise ValueError(f"{len(self.reward_funcs)} reward functions need as many weights: {self.reward_weights}.")
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        self._layers = _trained_layers(model)
+        self._logged: dict[str, list[float]] = defaultdict(list)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=list,
+            **kwargs,
+        )
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "EvolutionTrainer moves whole z-vectors and does not run under FSDP: use DDP; it keeps no activations "
+                "and takes bases packed in 4 or 8 bits."
+            )
+        self.stop_early(args.early_stopping_patience)
+
+    def training_step(self, model: Any, inputs: list[Row], num_items_in_batch: Any = None) -> Tensor:
+        """Leave the estimate of one batch of rows in the offsets' `.grad`; returns minus the mean fitness."""
+        self.model.eval()  # no dropout: members differ by their z alone
+        weights = [layer.svf_offset[name].weight for layer, name in self._layers.items()]
+        z = torch.cat([weight.detach() for weight in weights])  # (D,)
+        noise = self._draw(z)  # (P, D)
+        members = torch.cat([z + self.args.sigma * noise, z - self.args.sigma * noise])
+        fitness = self._fitness(members, inputs)
+        finite = fitness[fitness.isfinite()]  # a member that overflows is the worst
+        fitness = torch.where(fitness.isfinite(), fitness, finite.min() if len(finite) else 0.0)
+        above, below = shaped(fitness, self.args.shaping).chunk(2)
+        gradient = self.accelerator.reduce(estimate(noise, above, below, self.args.sigma), reduction="mean")
+        share = -gradient / self.current_gradient_accumulation_steps  # optimizers descend
+        for weight, part in zip(weights, share.split([len(weight) for weight in weights]), strict=True):
+            weight.grad = part.clone() if weight.grad is None else weight.grad + part
+        self._note(fitness)
+        return -self.accelerator.reduce(fitness.mean(), reduction="mean") / self.current_gradient_accumulation_steps
+
+    def _draw(self, z: Tensor) -> Tensor:
+        """Directions `(population / 2, D)`, other ones on each process, from the generator that checkpoints hold."""
+        seed = int(torch.randint(2**62, ())) + self.accelerator.process_index
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(self.args.population // 2, len(z), generator=generator).to(z.device)
+
+    @torch.no_grad()
+    def _fitness(self, members: Tensor, rows: Sequence[Row]) -> Tensor:
+        """Mean reward `(members,)` of the rows under each of the z-vectors `(members, D)`."""
+        together = max(1, self.args.rows_per_forward // len(rows))  # members in one forward
+        totals = torch.zeros(len(members), device=members.device)
+        for start in range(0, len(rows), self.args.rows_per_forward):
+            part = rows[start : start + self.args.rows_per_forward]
+            table = self._choice_rewards(part) if "choices" in part[0] else None
+            for first in range(0, len(members), together):
+                some = members[first : first + together]
+                rewards = self._expected(some, part, table) if table is not None else self._completed(some, part)
+                totals[first : first + together] += rewards.sum(1)
+        return totals / len(rows)
+
+    def _expected(self, members: Tensor, rows: Sequence[Row], table: Tensor) -> Tensor:
+        """Expected rewards `(members, rows)` over the choices, whose rewards are `(rows, choices)`."""
+        with self._as(members), self.compute_loss_context_manager():
+            logps = choice_logps(self.model, self.processing_class, rows, len(members))
+        return (logps.softmax(-1).view(len(members), *table.shape) * table).sum(-1)
+
+    def _completed(self, members: Tensor, rows: Sequence[Row]) -> Tensor:
+        """Rewards `(members, rows)` of greedy completions."""
+        everything = [*rows] * len(members)
+        with self._as(members), self.compute_loss_context_manager():
+            texts = self._complete(everything)
+        return self._rewards(everything, texts).view(len(members), len(rows))
+
+    def _complete(self, rows: Sequence[Row]) -> list[str]:
+        tokenizer = self.processing_class
+        ids = {"input_ids": prompt_ids(tokenizer, [row["prompt"] for row in rows])}
+        inputs = tokenizer.pad(ids, return_tensors="pt", padding_side="left").to(self.accelerator.device)
+        output = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.args.max_completion_length)
+        return tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+    @contextmanager
+    def _as(self, members: Tensor) -> Iterator[None]:
+        """Give the consecutive parts of the next batches the z-vectors `(members, D)` while the context is open."""
+        sizes = [len(layer.svf_offset[name].weight) for layer, name in self._layers.items()]
+        with ExitStack() as stack:
+            for (layer, name), parts in zip(self._layers.items(), members.split(sizes, dim=1), strict=True):
+                offsets = torch.stack([layer.padded(layer.mapped(name, part)) for part in parts])
+                stack.enter_context(layer.rows(offsets[0] if len(offsets) == 1 else offsets))
+            yield
+
+    def _rewards(self, rows: Sequence[Row], texts: Sequence[str]) -> Tensor:
+        """The weighted reward `(rows,)` of one text for each row."""
+        chat = not isinstance(rows[0]["prompt"], str)
+        completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else list(texts)
+        keys = dict.fromkeys(key for row in rows for key in row if key not in ("prompt", "completion"))
+        columns = {key: [row.get(key) for row in rows] for key in keys}
+        prompts = [row["prompt"] for row in rows]
+        total = torch.zeros(len(rows), device=self.accelerator.device)
+        for reward, weight in zip(self.reward_funcs, self.reward_weights, strict=True):
+            found = reward(prompts=prompts, completions=completions, **columns)
+            if len(found) != len(rows):
+                name = getattr(reward, "__name__", type(reward).__name__)
+                raise ValueError(f"The reward function {name!r} returned {len(found)} rewards for {len(rows)} texts.")
+            total += weight * torch.tensor([0.0 if r is None else float(r) for r in found], device=total.device)
+        return total
+
+    def _choice_rewards(self, rows: Sequence[Row]) -> Tensor:
+        """The reward `(rows, choices)` of each choice; 0 where a row has fewer."""
+        pairs = [(row, text) for row in rows for text in row["choices"]]
+        rewards = self._rewards([row for row, _ in pairs], [text for _, text in pairs])
+        parts = rewards.split([len(row["choices"]) for row in rows])
+        return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """
+        Measure the mean reward of the likeliest choices or greedy completions.
+
+        Args:
+            eval_dataset (sequence of rows, *optional*):
+                Default the trainer's.
+            ignore_keys:
+                Part of `Trainer.evaluate`, unused.
+            metric_key_prefix (`str`):
+                In front of the metric's name.
+
+        Returns:
+            `{"eval_reward": float}`, over the rows of all processes.
+
+        Raises:
+            `ValueError`: if there are no rows.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None or not len(dataset):
+            raise ValueError("There are no rows to evaluate: pass eval_dataset=...")
+        size, processes = self.args.per_device_eval_batch_size, self.accelerator.num_processes
+        own = [dataset[i] for i in range(self.accelerator.process_index, len(dataset), processes)]
+        self.model.eval()
+        total = torch.tensor([0.0, len(own)], device=self.accelerator.device)
+        with self.unchanged_randomness(), self.compute_loss_context_manager():
+            for start in range(0, len(own), size):
+                rows = own[start : start + size]
+                if "choices" in rows[0]:
+                    best = choice_logps(self.model, self.processing_class, rows).argmax(-1).tolist()
+                    texts = [row["choices"][k] for row, k in zip(rows, best, strict=True)]
+                else:
+                    texts = self._complete(rows)
+                total[0] += self._rewards(rows, texts).sum()
+        total = self.accelerator.reduce(total, reduction="sum")
+        metrics = {f"{metric_key_prefix}_reward": (total[0] / total[1]).item()}
+        self.log(dict(metrics))
+        control: Any = self.control  # type: ignore[has-type]
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
+        return metrics
+
+    def _note(self, fitness: Tensor) -> None:
+        deviation = fitness.std(correction=0)
+        for name, value in {"reward": fitness.mean(), "reward_std": deviation, "reward_best": fitness.max()}.items():
+            self._logged[name].append(self.accelerator.gather(value).mean().item())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the population's rewards and the distance of z from 1 to what is logged while training."""
+        if "loss" in logs:
+            logs |= {name: sum(values) / len(values) for name, values in self._logged.items()}
+            logs |= z_statistics(self.model)
+            self._logged.clear()
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Nothing is counted: rows are no tensors yet."""
+        return 0
+
+
+def _trained_layers(model: Any) -> dict[SVFLayer, str]:
+    """The layers whose z is trained, each with its adapter's name; nothing else is trainable."""
+    found: dict[SVFLayer, str] = {}
+    for layer in (module for module in model.modules() if isinstance(module, SVFLayer)):
+        if layer.merged or layer.disable_adapters:
+            raise ValueError("The model's adapters are merged or disabled: unmerge and enable them before training.")
+        for name in layer.active_adapters:
+            if name in layer.svf_offset and layer.svf_offset[name].weight.requires_grad:
+                if layer in found:
+                    raise ValueError(f"Evolution trains one adapter, but {layer.active_adapters} are active: set one.")
+                found[layer] = name
+    trained = {id(layer.svf_offset[name].weight) for layer, name in found.items()}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in trained]
+    if not found or others:
+        raise ValueError(
+            f"Evolution trains z-vectors and nothing else; trainable here: {len(found)} z-vectors and {len(others)} "
+            f"other parameters{f', first {others[0]}' if others else ''}. Pass peft_config=SVFConfig(...) with a base "
+            "model, or PeftModel.from_pretrained(..., is_trainable=True)."
+        )
+    return found
+
+
+__all__ = ["EvolutionConfig", "EvolutionTrainer", "estimate", "shaped"]

@@ -1,0 +1,562 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Base model + `SVFConfig` -> the model with SVF layers: finds targets, replaces them, gives them their bases.
+
+Private names of PEFT were read in 0.21.2.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.quantization_utils import get_quantization_kwargs
+from psutil import virtual_memory
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .bases import Known, absent, bases_of, checked_bases, svf_layers
+from .config import SVFConfig
+from .layer import BASE, Linear, SVFLayer, escape, onloaded, undo_cpu_packing
+from .plans import PLANS, Plan
+from .stacked import ParamWrapper
+from .targets import DEFAULT_TARGETS, adaptable, default_targets
+
+logger = logging.getLogger(__name__)
+MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}  # their kernels read the weight of `out_proj`
+
+
+class SVFModel(BaseTuner):
+    """
+    A model whose target weights can be rescaled along their singular directions (arXiv 2501.06252).
+
+    Made by `peft.get_peft_model(model, SVFConfig(...))` or by loading an adapter; see PEFT's `BaseTuner` for
+    `merge_and_unload`, `set_adapter`, `delete_adapter` and the others.
+    """
+
+    prefix = "svf_"
+    tuner_layer_cls = SVFLayer
+    target_module_mapping = DEFAULT_TARGETS  # type: ignore[assignment]
+    _waiting = False  # for weights that were on the meta device when their bases were asked for
+    _unfilled: frozenset[str] = frozenset()  # adapters made for a file that has not been read yet
+    _asked: tuple[Plan, int] | None = None  # by `set_plan`
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # A bare config, not PEFT's dict by name: transformers loads an adapter into its own model. Where its file's
+        # keys would not reach the parameters it says nothing, and the base model would answer (read in 5.23.0).
+        loading = (
+            isinstance(peft_config, SVFConfig) and peft_config.fingerprint and not peft_config.fingerprint_recorded
+        )
+        if loading and escape(adapter_name) != adapter_name:
+            raise ValueError(
+                f"transformers' `load_adapter` cannot fill an adapter named {adapter_name!r}: it writes the name into "
+                "parameter names, which takes no dots, no '%' and no name of a `torch.nn.ModuleDict` method. Choose "
+                "another name, or load it with `PeftModel.from_pretrained`, which takes any."
+            )
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """
+        Add an adapter: check that it belongs to this base, replace its target modules, give them their bases.
+
+        Raises:
+            `ValueError`: if the adapter's fingerprint names another base, or a target cannot be adapted. The model is
+                then as it was.
+        """
+        config = self.peft_config[adapter_name]
+        frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        if next(svf_layers(model), None) is None:
+            self._trainable_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        try:
+            bases = checked_bases(model, adapter_name, config, self._source)
+            if config.fingerprint and not config.fingerprint_recorded:
+                self._unfilled |= {adapter_name}
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self.fetch_bases(bases)
+        except BaseException:
+            _remove(model, adapter_name)
+            for parameter, requires_grad in frozen:
+                parameter.requires_grad_(requires_grad)
+            if hasattr(model, "_hf_peft_config_loaded") and not hasattr(model, "peft_config"):
+                # transformers' `add_adapter` sets it before it comes here
+                model._hf_peft_config_loaded = False  # type: ignore[assignment]
+            raise
+
+    def fetch_bases(self, known: Known | None = None) -> None:
+        """
+        Give every SVF layer its basis, from the cache or by computing it; layers that have theirs are left alone.
+
+        Weights on the meta device get none until they are loaded; then the next forward of the `PeftModel` does it.
+
+        Args:
+            known (`dict`, *optional*):
+                Bases by module name that are at hand already, of adapters whose fingerprint is checked.
+
+        Raises:
+            `ValueError`: if an adapter's fingerprint names another base, or needs more directions than are known.
+        """
+        layers, self._waiting = {}, False
+        for name, layer in svf_layers(self.model):
+            matrices = getattr(layer, "matrices", 1)
+            needed = max((offset.weight.shape[0] // matrices for offset in layer.svf_offset.values()), default=0)
+            have = 0 if layer.svf_basis is None else layer.svf_basis.shape[-1]
+            if have < needed and absent(layer.get_base_layer(), layer.base_weight):
+                self._waiting = True
+            elif have < needed:
+                layers[layer.weight_name(name)] = (layer, needed)
+        if known is None:
+            known = {}
+            for adapter_name, config in self.peft_config.items() if layers else ():
+                known |= checked_bases(self.model, adapter_name, config, self._source)
+        short = [n for n, (_, needed) in layers.items() if n not in known or known[n][0].Q.shape[-1] < needed]
+        known = known | bases_of(self.model, short, self._source)
+        for name, (layer, needed) in layers.items():
+            basis, fingerprint = known[name]
+            if layer.svf_fingerprint is not None and layer.svf_fingerprint.sha256 != fingerprint.sha256:
+                raise ValueError(
+                    f"An adapter has brought {layer.svf_basis.shape[-1]} directions of {name} along, and {needed} are "  # type: ignore[union-attr]
+                    "needed now: those of this base would be others. Load it on a base of its own, or ship all "
+                    "directions (an adapter with rank=None and save_basis=True)."
+                )
+            layer.svf_fingerprint = fingerprint
+            wanted = basis.Q.dtype
+            if wanted == torch.float32:
+                wanted = getattr(torch, next(iter(self.peft_config.values())).basis_dtype)
+            Q = basis.Q if needed == basis.Q.shape[-1] else basis.Q[..., :needed].clone()
+            layer.set_basis(Q.to(layer.base_layer_device(), wanted), basis.S[..., :needed])
+        self._follow(*(self._asked or (next(iter(self.peft_config.values())).plan, 1)))
+
+    @property
+    def _source(self) -> str:
+        """Where the values of weights come from: the first adapter of a model decides."""
+        return next(iter(self.peft_config.values())).basis_from
+
+    def set_plan(self, plan: Plan, forwards_per_step: int = 1) -> None:
+        """
+        Choose how the layers compute, see [`plans`], those of adapters to come too; what another plan has kept in
+        memory is given back.
+
+        Args:
+            plan (`str`):
+                `"auto"`, `"merged"`, `"narrow"` or `"factored"`. Layers that cannot follow (a quantised base, a rank
+                below the full one, rows of a batch that differ) use the narrow plan.
+            forwards_per_step (`int`):
+                Forwards of an optimizer step, where gradients are accumulated: `"auto"` counts their tokens.
+
+        Raises:
+            `ValueError`: for another name.
+        """
+        if plan not in PLANS:
+            raise ValueError(f"`plan` must be one of {', '.join(PLANS)}; got {plan!r}.")
+        self._asked = plan, forwards_per_step
+        self._follow(plan, forwards_per_step)
+
+    def _follow(self, plan: Plan, forwards_per_step: int) -> None:
+        layers = [layer for _, layer in svf_layers(self.model)]
+        room = _room(layers)
+        if not room and plan == "auto":
+            logger.info("There is no memory for a merged copy of the adapted weights: SVF uses the narrow plan.")
+        for index, layer in enumerate(layers):
+            layer.svf_plan, layer.svf_forwards, layer.svf_room = plan, forwards_per_step, room
+            layer.svf_merged = layer.svf_factored = None
+            layer.svf_announced = set() if index == 0 else None
+            layer._known = (layer.base_weight,)
+
+    def fold_parametrization(self, adapter_name: str = "default") -> None:
+        """
+        Turn an adapter that trains a mask into one that trains the offsets themselves; what it answers stays.
+
+        Experts are shared and mixed as offsets: do this when training is over, before saving.
+        """
+        for _, layer in svf_layers(self.model):
+            layer.fold_parametrization(adapter_name)
+        self.peft_config[adapter_name].parametrization = "offset"
+
+    def svf_memory(self) -> dict[str, dict[str, int]]:
+        """
+        Count the bytes that SVF keeps beside the base model.
+
+        Returns:
+            `dict`: by module name, and as `"total"`, the bytes of `basis`, of `merged` and `factored` (kept from the
+            first forward that needs them), of `pristine` weights that `merge_adapter` has replaced, and of `offsets`.
+        """
+        memory = {name: layer.svf_bytes() for name, layer in svf_layers(self.model)}
+        kinds = ("basis", "merged", "pristine", "factored", "offsets")
+        return memory | {"total": {kind: sum(of[kind] for of in memory.values()) for kind in kinds}}
+
+    def train(self, mode: bool = True) -> "SVFModel":
+        """Switch between training and evaluation; see [`undo_cpu_packing`] for what else training takes."""
+        for module in self.model.modules() if mode else ():
+            undo_cpu_packing(module)
+        return super().train(mode)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge as PEFT does; an adapter that `safe_merge` refuses leaves every weight as it was, not only its own."""
+        before = self._merged()
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except BaseException:
+            self._restore_merged(before)
+            raise
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and safe_merge:  # try all weights before the first layer is gone
+            before = self._merged()
+            self.merge_adapter(adapter_names, safe_merge=True)
+            self._restore_merged(before)
+        return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
+
+    def _merged(self) -> dict[SVFLayer, list[str]]:
+        return {layer: list(layer.merged_adapters) for _, layer in svf_layers(self.model)}
+
+    def _restore_merged(self, before: dict[SVFLayer, list[str]]) -> None:
+        for layer, names in before.items():
+            if layer.merged_adapters != names:
+                layer.unmerge()
+                if names:
+                    layer.merge(adapter_names=names)
+
+    def withdraw(self, adapter_name: str) -> None:
+        """Take back an adapter whose file was refused: the others go on, and after the first the base is as it was."""
+        if len(self.peft_config) > 1:
+            self.delete_adapter(adapter_name)
+            return
+        for name, parameter in self.unload().named_parameters():
+            parameter.requires_grad_(name in self._trainable_before)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: Literal["linear", "sum"] = "linear",
+    ) -> None:
+        """
+        Add an adapter that is a mixture of others.
+
+        Args:
+            adapters (`list[str]`):
+                Names of the adapters.
+            weights (`list[float]`):
+                One weight α per adapter, any finite numbers.
+            adapter_name (`str`):
+                Name of the new adapter; an existing one is left as it is.
+            combination_type (`str`):
+                `"linear"`: `z = 1 + Σ αᵢ (zᵢ - 1)`, what is left of 1 belongs to the base; the paper's `Σ αᵢ zᵢ` where
+                `Σ αᵢ = 1`. `"sum"`: the literal `Σ αᵢ zᵢ`, which with `Σ αᵢ != 1` scales whole weights (MLP weights
+                times 0.5 take SmolLM2's loss from 2.2 to 21.7).
+
+        Raises:
+            `ValueError`: for an unknown adapter, a weight that is not finite, lengths that differ, or adapters that
+                share a module of `modules_to_save`.
+        """
+        if adapter_name in self.peft_config:
+            return
+        if combination_type not in ("linear", "sum"):
+            raise ValueError(f"Invalid combination_type: {combination_type!r}, choose 'linear' or 'sum'.")
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(
+                f"A mixture needs one weight per adapter, got {len(adapters)} adapters, {len(weights)} weights."
+            )
+        for name in adapters:
+            if name not in self.peft_config:
+                raise ValueError(f"Adapter {name} does not exist. There are: {', '.join(self.peft_config)}.")
+        total = float(sum(weights))
+        if not torch.isfinite(torch.tensor(total)):
+            raise ValueError(f"Mixture weights must be finite numbers, got {weights}.")
+        for wrapper in self.modules():
+            if isinstance(wrapper, ModulesToSaveWrapper) and sum(a in wrapper.modules_to_save for a in adapters) > 1:
+                raise ValueError("Cannot mix adapters that target the same module with modules_to_save.")
+
+        configs = [self.peft_config[name] for name in adapters]
+        ranks = [config.rank for config in configs]
+        reached = [
+            (name, layer) for name, layer in svf_layers(self.model) if any(a in layer.svf_offset for a in adapters)
+        ]
+        stacks = [layer.weight_name(name) for name, layer in reached if isinstance(layer, ParamWrapper)]
+        self.peft_config[adapter_name] = replace(
+            configs[0],
+            # by name: what two configs select is no union of their fields
+            target_modules={name for name, layer in reached if not isinstance(layer, ParamWrapper)},
+            target_parameters=stacks or None,
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            rank=None if None in ranks else max(ranks),
+            fingerprint=None,
+            parametrization="offset",
+            modules_to_save=None,
+            init_weights=True,
+        )
+        self.inject_adapter(self.model, adapter_name)
+        for _, layer in svf_layers(self.model):
+            if adapter_name not in layer.svf_offset:
+                continue
+            mixed = layer.svf_offset[adapter_name].weight.data
+            mixed.fill_(total - 1 if combination_type == "sum" else 0)
+            for name, weight in zip(adapters, weights, strict=True):
+                if name in layer.svf_offset:
+                    mixed.add_(layer.named_offsets([name])[0][: len(mixed)].to(mixed), alpha=weight)
+
+    def _prepare_adapter_config(self, peft_config: SVFConfig, model_config: dict) -> SVFConfig:  # type: ignore[override]
+        if peft_config.target_modules is None:
+            named = peft_config.target_parameters
+            targets = set() if named else default_targets(self.model, model_config.get("model_type"))
+            peft_config.target_modules = targets  # type: ignore[assignment]
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        config: SVFConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(target, SVFLayer) and getattr(target, "parameter_name", None) == parameter_name:
+            target.update_layer(adapter_name, config)
+            return
+        if parameter_name is None and not adaptable(target):
+            raise ValueError(
+                f"Target module {current_key} is not supported: it is a {type(target).__name__}, SVF adapts "
+                "`torch.nn.Linear`, transformers' `Conv1D` and linears quantised by a library that PEFT knows."
+            )
+        mamba = getattr(self.model.config, "model_type", None) in MAMBA if hasattr(self.model, "config") else False
+        if isinstance(parent, nn.MultiheadAttention) or (mamba and target_name == "out_proj"):
+            raise ValueError(
+                f"Target module {current_key} cannot be adapted: {type(parent).__name__} reads its weight without "
+                "running it, so z would change nothing. Leave it out of `target_modules`."
+            )
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        if target is head and self.model.config.get_text_config().tie_word_embeddings:
+            raise ValueError(
+                f"Target module {current_key} is the output head and shares its weight with the input embedding: "
+                "rescaling one would change the other when merged. Leave it out, or load the model with "
+                "`tie_word_embeddings=False`."
+            )
+        with onloaded(target):
+            layer: SVFLayer = (
+                Linear(target, adapter_name, config, **get_quantization_kwargs(self.model))
+                if parameter_name is None
+                else ParamWrapper(target, adapter_name, parameter_name, config)
+            )
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # an additional adapter is not trainable until it is active
+        layer.train(target.training)
+        with onloaded(target):  # PEFT moves the offset to where the weight is: with accelerate's offload it is nowhere
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a module in another's place. PEFT's own also copies `weight`, which a stack of experts does not have."""
+        setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Offsets are float32; with `autocast_adapter_dtype=False` they take the dtype of their base weight."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for _, layer in svf_layers(self.model):
+                dtype = layer.base_weight.dtype
+                if adapter_name in layer.svf_offset and dtype.is_floating_point:
+                    layer.svf_offset[adapter_name].to(dtype)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Serve a mixed batch: `adapter_names` gives one adapter, or `"__base__"`, for each row."""
+        names = kwargs.pop("adapter_names", None)
+        if self._waiting:
+            self.fetch_bases()
+        if names is None:
+            with nullcontext() if torch.compiler.is_compiling() else self._trusting():
+                yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = [layer for _, layer in svf_layers(self)]
+        known = {BASE}.union(*(layer.svf_offset.keys() for layer in layers))
+        if unknown := sorted(set(names) - known):
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        if any(layer.merged for layer in layers):
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        inputs = [*args, *(value for name, value in kwargs.items() if "position" not in name)]  # these may be one row
+        batch = next((value for value in inputs if isinstance(value, Tensor)), None)
+        if batch is not None and len(names) != batch.shape[0]:
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, "
+                f"but got {len(names)} and {batch.shape[0]} respectively."
+            )
+        with ExitStack() as stack:
+            for layer in layers:
+                stack.enter_context(layer.rows(layer.named_offsets(list(names))))
+            for name, module in self.named_modules():
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    beams = kwargs.get("num_beams") or 1
+                    repeated = list(names) if "encoder" in name else [n for n in names for _ in range(beams)]
+                    hook = partial(_pass_names, names=repeated)
+                    stack.enter_context(_removing(module.register_forward_pre_hook(hook, with_kwargs=True)))
+            yield
+
+    @contextmanager
+    def _trusting(self) -> Iterator[None]:
+        """
+        Tell the layers what one call of the `PeftModel` knows for all of its forwards.
+
+        Without gradients it is generation or scoring, in training mode too (TRL's rollouts): one z for what follows.
+        Merged weights are compared with their z all at once, on a GPU with one wait instead of one for each layer.
+        """
+        layers, without = self._layers(), not torch.is_grad_enabled()
+        kept = [layer for layer in layers if layer.svf_merged is not None and layer.svf_rows is None]
+        same = bool(kept) and _waits(kept[0].svf_merged.offset.device) and _unchanged(kept)  # type: ignore[union-attr]
+        for layer in layers:
+            layer.svf_generating = without
+        for layer in kept:
+            layer.svf_trusted = same
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.svf_generating = layer.svf_trusted = False
+
+    def _layers(self) -> list[SVFLayer]:
+        return [module for module in self.model.modules() if isinstance(module, SVFLayer)]
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """
+        Select the offsets of one adapter by visiting the layers: no adapter's name can be mistaken for a module's.
+
+        PEFT saves the config next, so this is also where it gets the fingerprint of the base.
+        """
+        key = f"svf_offset.{escape(adapter_name)}.weight"
+        found, fingerprint, bases = {}, {}, {}
+        for name, layer in svf_layers(model):
+            if adapter_name in layer.svf_offset:
+                offset = state_dict.get(f"{name}.{key}", layer.svf_offset[adapter_name].weight.detach())
+                found[f"{name}.{key}"] = offset.full_tensor() if isinstance(offset, DTensor) else offset
+                if layer.svf_fingerprint is not None and layer.svf_basis is not None and layer.svf_values is not None:
+                    weight = layer.weight_name(name).removeprefix("base_model.model.")
+                    fingerprint[weight] = layer.svf_fingerprint.to_json()
+                    bases[weight] = (layer.svf_basis, layer.svf_values)
+        config.record_fingerprint(fingerprint or config.fingerprint)
+        if config.save_basis:
+            config.record_bases(bases)
+        return found
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return super()._remove_adapter_name_from_key(key, escape(adapter_name))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Map the keys of a file to those of the model and refuse vectors that do not fit or are not finite."""
+        tuner = getattr(model, "base_model", None)
+        if not config.fingerprint:
+            logger.warning(
+                f"Adapter {adapter_name!r} has no fingerprint: whether it belongs to this base model is not checked."
+            )
+        try:
+            renamed = cls._checked_keys(model, config, adapter_name, state_dict)
+        except ValueError:
+            if isinstance(tuner, SVFModel) and adapter_name in tuner._unfilled:  # one that trains keeps what it has
+                tuner.withdraw(adapter_name)
+            raise
+        finally:
+            if isinstance(tuner, SVFModel):
+                tuner._unfilled -= {adapter_name}
+        return {renamed.get(key, key): value for key, value in state_dict.items()}
+
+    @staticmethod
+    def _checked_keys(
+        model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, str]:
+        renamed = {}
+        for name, layer in svf_layers(model):
+            if adapter_name not in layer.svf_offset:
+                continue
+            prefix_here = "base_model.model." if name.startswith("base_model.model.") else ""
+            name = name.removeprefix(prefix_here)
+            expected = layer.svf_offset[adapter_name].weight.shape[0]
+            for prefix in ("base_model.model.", ""):
+                key = f"{prefix}{name}.svf_offset.weight"
+                if (offset := state_dict.get(key)) is None:
+                    continue
+                if offset.shape != (expected,):
+                    raise ValueError(
+                        f"Adapter {adapter_name!r} has a z-vector of shape {tuple(offset.shape)} for {name}, but the "
+                        f"basis there has {expected} directions. It was trained on {config.base_model_name_or_path!r} "
+                        f"with rank={getattr(config, 'rank', None)}; load the matching base."
+                    )
+                if not torch.isfinite(offset).all():
+                    bad = int((~torch.isfinite(offset)).sum())
+                    raise ValueError(
+                        f"Adapter {adapter_name!r} has {bad} of {expected} entries of its z-vector for {name} that "
+                        "are NaN or infinite: the file is damaged or its training diverged. Use an earlier checkpoint."
+                    )
+                renamed[key] = f"{prefix_here}{name}.svf_offset.{escape(adapter_name)}.weight"
+        return renamed
+
+
+def _room(layers: list[SVFLayer]) -> bool:
+    """Whether a second copy of the adapted weights takes at most half of the memory that is free beside them."""
+    needed: dict[torch.device, int] = defaultdict(int)
+    for layer in layers:
+        weight = layer.base_weight
+        needed[weight.device] += weight.numel() * weight.element_size()
+    free = {"cuda": lambda device: torch.cuda.mem_get_info(device)[0], "cpu": lambda _: virtual_memory().available}
+    return all(2 * count <= free[device.type](device) for device, count in needed.items() if device.type in free)
+
+
+def _unchanged(layers: list[SVFLayer]) -> bool:
+    """Whether all merged weights were built from the offsets in force, with one comparison."""
+    pairs = [(layer.svf_merged.offset, layer._active_offset()) for layer in layers if layer.svf_merged is not None]
+    known = [(built, now.detach()) for built, now in pairs if now is not None and built.shape == now.shape]
+    if len(known) < len(layers):
+        return False
+    return torch.equal(torch.cat([built for built, _ in known]), torch.cat([now for _, now in known]))
+
+
+def _waits(device: torch.device) -> bool:
+    """Whether comparing values makes Python wait for the device."""
+    return device.type != "cpu"
+
+
+def _remove(model: nn.Module, adapter_name: str) -> None:
+    """Undo a half-made injection: drop the adapter's offsets, and layers that are left with none."""
+    for name, layer in reversed(list(svf_layers(model))):  # wrappers of parameters lie inside each other
+        if adapter_name in layer.svf_offset:
+            del layer.svf_offset[adapter_name]
+        if not len(layer.svf_offset):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.base_layer)
+
+
+def _pass_names(module: nn.Module, args: Any, kwargs: dict, names: list[str]) -> tuple[Any, dict]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+@contextmanager
+def _removing(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+SVF of a parameter that is no linear layer: the stacked weights `(E, out, in)` of fused mixture-of-experts modules.
+
+What a module does with its stack (routing, grouped products) is its own business: it is run as it is, with a rescaled
+stack in the parameter's place. One z-vector holds the multipliers of all its matrices, one after the other. Private
+names of PEFT were read in 0.21.2.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .basis import rescale
+from .config import SVFConfig
+from .layer import SVFLayer, capturing, offloaded
+from .plans import version_of
+
+SWAPPING = threading.RLock()  # a module with a rescaled stack in it is one thread's
+
+
+class ParamWrapper(nn.Module, SVFLayer):
+    """
+    SVF of one parameter `(E, out, in)` or `(out, in)` of any module.
+
+    PEFT nests one wrapper per parameter and knows them by this class's name. In training the rescaled stack is made in
+    each forward and kept by autograd until the module's backward (activation checkpointing shortens that), where its
+    gradient, of the same size, is projected on z; in inference it is made once for each z.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: SVFConfig, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        self.parameter_name = parameter_name
+        self.base_layer = base_layer
+        self._refuse_offload()
+        shape = self.base_weight.shape
+        if len(shape) not in (2, 3) or not self.base_weight.is_floating_point():
+            raise ValueError(
+                f"Target parameter {parameter_name!r} of {type(self.get_base_layer()).__name__} has shape "
+                f"{tuple(shape)} and dtype {self.base_weight.dtype}: SVF adapts floating point matrices (out, in) and "
+                "stacks of them (experts, out, in)."
+            )
+        self.matrices = shape[0] if len(shape) == 3 else 1
+        SVFLayer.__init__(self, base_layer, (shape[-1], shape[-2]), **kwargs)
+        self.svf_basis = self.svf_values = None
+        self._rescaled: tuple[Any, ...] | None = None  # (key, offset, stack) of the last inference
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    @property
+    def base_weight(self) -> Tensor:
+        return getattr(self.get_base_layer(), self.parameter_name)
+
+    def size_of(self, rank: int | None) -> int:
+        return self.matrices * super().size_of(rank)
+
+    def weight_name(self, name: str) -> str:
+        return f"{name.replace('.base_layer', '')}.{self.parameter_name}"
+
+    def base_layer_device(self) -> torch.device:
+        return self.base_weight.device
+
+    def get_base_weight(self) -> Tensor:
+        return self.base_weight.data
+
+    def set_base_weight(self, weight: Tensor) -> None:
+        self.base_weight.data = weight
+
+    def set_basis(self, Q: Tensor | None, values: Tensor | None) -> None:
+        super().set_basis(Q, values)
+        self._rescaled = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ParamWrapper":
+        super()._apply(fn, recurse)
+        self._move_basis(self.base_layer_device())
+        self._rescaled = None
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.lean_state() | {"_rescaled": None}
+
+    def svf_bytes(self) -> dict[str, int]:
+        return super().svf_bytes() | {"merged": 0 if self._rescaled is None else self._rescaled[-1].nbytes}
+
+    def _refuse_offload(self) -> None:
+        """Raise where the module's hook would put the base stack back in the place of the rescaled one."""
+        if offloaded(self.get_base_layer()):
+            raise ValueError(
+                f"{self.parameter_name!r} of {type(self.get_base_layer()).__name__} is offloaded by accelerate, where "
+                "SVF cannot rescale stacked weights: give the model more room (`max_memory`), or adapt "
+                "`target_modules`, which may be offloaded."
+            )
+
+    def _rescale(self, weight: Tensor, offset: Tensor) -> Tensor:
+        Q = self._basis()
+        return rescale(weight, Q, offset.view(*Q.shape[:-2], Q.shape[-1]))
+
+    def mapped(self, adapter_name: str, parameter: Tensor) -> Tensor:
+        matrices = parameter.view(self.matrices, -1)  # each keeps its own nuclear norm
+        return super().mapped(adapter_name, matrices).flatten()
+
+    def _values_of(self, parameter: Tensor) -> Tensor | None:
+        if self.svf_values is None:
+            return None
+        return self.svf_values.view(self.matrices, -1)[:, : parameter.shape[-1]]
+
+    def padded(self, offset: Tensor) -> Tensor:
+        Q = self._basis()
+        k = Q.shape[-1]
+        own = offset.view(self.matrices, -1)
+        return offset if own.shape[1] == k else nn.functional.pad(own, (0, k - own.shape[1])).flatten()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(*args, **kwargs)
+        offset = None if self.merged else self._active_offset()
+        if offset is None:
+            return self.base_layer(*args, **kwargs)
+        self._refuse_offload()
+        with SWAPPING:
+            if offset.dim() == 2:
+                return self._by_rows(offset, args, kwargs)
+            with self._in_place(self._stack(offset)):
+                return self.base_layer(*args, **kwargs)
+
+    def _stack(self, offset: Tensor) -> Tensor:
+        """The rescaled stack, in the dtype of the base's: with its gradient in training, else kept for the next."""
+        weight = self.base_weight
+        if torch.is_grad_enabled() and (offset.requires_grad or weight.requires_grad):
+            self.svf_chosen = "narrow"
+            Q = self._basis()
+            return _Rescale.apply(weight, Q, offset.view(*Q.shape[:-2], Q.shape[-1]))
+        # FSDP shows a whole stack only while the module runs
+        if not self._known or weight is not self._known[0] or capturing(weight):
+            self.svf_chosen = "narrow"
+            with torch.no_grad():
+                return self._rescale(weight.data, offset.detach())
+        self.svf_chosen = "merged"
+        key, kept = (weight.data_ptr(), version_of(weight), weight.dtype, weight.device), self._rescaled
+        if kept is None or kept[0] != key or not torch.equal(kept[1], offset):
+            with torch.inference_mode(False), torch.no_grad():
+                kept = self._rescaled = (key, offset.detach().clone(), self._rescale(weight.data, offset.detach()))
+        return kept[-1]
+
+    @contextmanager
+    def _in_place(self, stack: Tensor) -> Iterator[None]:
+        """Put a stack in the parameter's place while the base module runs."""
+        parameters = self.get_base_layer()._parameters
+        before = parameters[self.parameter_name]
+        parameters[self.parameter_name] = stack  # type: ignore[assignment]  # in place: their order stays
+        try:
+            yield
+        finally:
+            parameters[self.parameter_name] = before
+
+    def _by_rows(self, offsets: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """
+        Run the bare module once for each z of a mixed batch, on the tokens of its rows; the outermost wrapper does it.
+
+        Experts get all tokens of the batch, row by row, with their routing: tensors of one length.
+        """
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        lengths = {len(tensor) for tensor in tensors}
+        if len(tensors) < 2 or len(lengths) > 1 or (N := lengths.pop()) % len(offsets):
+            raise ValueError(
+                f"{type(self.get_base_layer()).__name__} does not take its tokens and their routing side by side, so "
+                "the rows of a batch cannot have z-vectors of their own here: give the batch one mixture, or leave "
+                f"{self.parameter_name!r} out of `target_parameters`."
+            )
+        chain = [wrapper for wrapper in self._nested() if wrapper.svf_rows is not None]
+        joined = torch.cat([wrapper._active_offset() for wrapper in chain], dim=1)  # type: ignore[misc]  # (B, all)
+        unique, which = joined.unique(dim=0, return_inverse=True)
+        which = which.repeat_interleave(N // len(offsets))  # (N,)
+        output: Tensor | None = None
+        for index, row in enumerate(unique):
+            mine = (which == index).nonzero().squeeze(1)
+            part_args = [value[mine] if isinstance(value, Tensor) else value for value in args]
+            part_kwargs = {key: value[mine] if isinstance(value, Tensor) else value for key, value in kwargs.items()}
+            own = row.split([wrapper._active_offset().shape[1] for wrapper in chain])  # type: ignore[union-attr]
+            with ExitStack() as stack:
+                for wrapper, offset in zip(chain, own, strict=True):
+                    if offset.any():
+                        stack.enter_context(wrapper._in_place(wrapper._rescale(wrapper.base_weight, offset)))
+                part = self.get_base_layer()(*part_args, **part_kwargs)
+            output = part.new_empty(N, *part.shape[1:]) if output is None else output
+            output[mine] = part
+        assert output is not None
+        return output
+
+    def _nested(self) -> "Iterator[ParamWrapper]":
+        """This wrapper and those inside it."""
+        wrapper: Any = self
+        while isinstance(wrapper, ParamWrapper):
+            yield wrapper
+            wrapper = wrapper.base_layer
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        super().merge(safe_merge, adapter_names)
+        self._rescaled = None
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Merge this wrapper and those inside it, and give the bare module back."""
+        for wrapper in self._nested():
+            if merge:
+                wrapper.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            elif wrapper.merged:
+                wrapper.unmerge()
+        return self.get_base_layer()
+
+    def extra_repr(self) -> str:
+        return f"parameter={self.parameter_name!r}, matrices={self.matrices}, directions={self.directions}"
+
+    def __repr__(self) -> str:
+        return "svf." + super().__repr__()
+
+
+class _Rescale(torch.autograd.Function):
+    """[`rescale`] of a stack whose backward keeps nothing of its size: dz_i = (W q_i) . (G q_i)."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, Q: Tensor, offset: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(weight, Q, offset)
+        return rescale(weight, Q, offset)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, None, Tensor | None]:  # type: ignore[override]
+        weight, Q, offset = ctx.saved_tensors
+        dW = rescale(G, Q, offset) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[2]:
+            return dW, None, None
+        parts = []
+        matrices = weight.flatten(0, -3) if weight.dim() == 3 else weight.unsqueeze(0)
+        for W, g, q in zip(matrices, G.view_as(matrices), Q.view(len(matrices), *Q.shape[-2:]), strict=True):
+            q = q.to(W.dtype)  # (r, k)
+            if W.shape[0] >= W.shape[1]:
+                a, b = W @ q, g @ q  # (out, k)
+            else:
+                a, b = W.mT @ q, g.mT @ q  # (in, k)
+            parts.append(torch.linalg.vecdot(a.to(offset.dtype), b.to(offset.dtype), dim=0))
+        return dW, None, torch.stack(parts).view_as(offset)

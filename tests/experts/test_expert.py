@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of experts and mixtures as values: what is loaded is what was saved, and a mixture is the paper's sum."""
+
+import json
+import math
+
+import numpy as np
+import pico
+import pytest
+import tiny_experts
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_experts import write
+
+from peft_svf import Expert, Mixture, SVFConfig
+from peft_svf.experts import expert as module
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return tiny_experts.write_all(tmp_path_factory.mktemp("experts"))
+
+
+@pytest.fixture(scope="module")
+def loaded(folders):
+    return {name: Expert.load(folder) for name, folder in folders.items()}
+
+
+# --- loading
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_load_after_save_is_exact(dtype, tmp_path):
+    model = get_peft_model(tiny_experts.base(dtype=dtype), SVFConfig(description="sums"))
+    z = pico.randomize(model, seed=5)
+    model.save_pretrained(str(tmp_path / "math"))
+    expert = Expert.load(tmp_path / "math")
+    assert expert.name == "math" and expert.base_model == tiny_experts.BASE and expert.description == "sums"
+    assert set(expert.offsets) == set(expert.z) == set(expert.config["fingerprint"]) == set(z)
+    for name, layer in pico.svf_layers(model).items():
+        assert expert.offsets[name].dtype == torch.float32
+        assert torch.equal(expert.offsets[name], layer.svf_offset["default"].weight)
+        assert torch.equal(expert.z[name], 1 + expert.offsets[name])
+
+
+def test_the_name_is_the_last_part_of_the_path_unless_given(folders, tmp_path, monkeypatch):
+    folder = folders["math"]
+    assert Expert.load(f"{folder}/").name == "math"
+    assert Expert.load(folder.parent, subfolder="math").name == "math"
+    assert Expert.load(folder, "sums").name == "sums"
+    monkeypatch.chdir(folder)
+    assert Expert.load(".").name == Expert.load("../math").name == "math"
+
+
+def test_a_repository_is_fetched_as_two_files_of_one_revision(folders, monkeypatch):
+    asked = {}
+
+    def snapshot(repo_id, **kwargs):
+        asked.update(kwargs, repo_id=repo_id)
+        return str(folders["math"].parent)
+
+    monkeypatch.setattr(module, "snapshot_download", snapshot)
+    expert = Expert.load("me/zoo", subfolder="math", revision="v2", token="t")
+    assert expert.name == "math" and set(expert.offsets)
+    patterns = [f"math/{CONFIG}", f"math/{WEIGHTS}"]
+    assert asked == {"repo_id": "me/zoo", "revision": "v2", "token": "t", "allow_patterns": patterns}
+
+
+def edit_weights(folder, change):
+    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
+
+
+def edit_config(folder, **values):
+    config = json.loads((folder / CONFIG).read_text()) | values
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+def with_one(change):
+    """Change the tensor of one module."""
+    return lambda tensors: {key: change(tensor) if UP in key else tensor for key, tensor in tensors.items()}
+
+
+def without_one(tensors):
+    return {key: tensor for key, tensor in tensors.items() if UP not in key}
+
+
+def fingerprint_without_a_module(folder):
+    saved = json.loads((folder / CONFIG).read_text())["fingerprint"]
+    edit_config(folder, fingerprint={name: entry for name, entry in saved.items() if name != UP})
+
+
+DAMAGES = {
+    "truncated": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-40]), "is damaged"),
+    "cut in the header": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:20]), "is damaged"),
+    "empty file": (lambda f: (f / WEIGHTS).write_bytes(b""), "is damaged"),
+    "no safetensors": (lambda f: (f / WEIGHTS).write_bytes(b"<html>not found</html>" * 9), "is damaged"),
+    "no tensors": (lambda f: save_file({}, f / WEIGHTS), "holds no offsets"),
+    "config no JSON": (lambda f: (f / CONFIG).write_text("{"), "is damaged"),
+    "config no text": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe\x00"), "is damaged"),
+    "config a list": (lambda f: (f / CONFIG).write_text("[]"), "holds no SVF expert"),
+    "another type": (lambda f: edit_config(f, peft_type="LORA"), "another PEFT type"),
+    "NaN": (lambda f: edit_weights(f, with_one(lambda t: t * math.nan)), "z is not finite"),
+    "infinity": (lambda f: edit_weights(f, with_one(lambda t: t / 0)), "z is not finite"),
+    "a matrix": (lambda f: edit_weights(f, with_one(lambda t: t.view(2, -1))), "one axis"),
+    "weights lack a module": (lambda f: edit_weights(f, without_one), f"first {UP}"),
+    "config lacks a module": (fingerprint_without_a_module, f"first {UP}"),
+    "fingerprint a number": (lambda f: edit_config(f, fingerprint=5), "same modules"),
+    "another tensor": (lambda f: edit_weights(f, lambda t: t | {"lm_head.weight": torch.ones(2)}), "more than z-vec"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_are_refused_with_expert_and_folder(damage, tmp_path):
+    folder = write(tmp_path, "math", target_modules=["up_proj"])
+    harm, message = DAMAGES[damage]
+    harm(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        Expert.load(folder)
+    assert "'math'" in str(error.value) and str(folder) in str(error.value)
+
+
+def test_an_adapter_of_another_kind_is_refused(tmp_path):
+    get_peft_model(tiny_experts.base(), LoraConfig(target_modules=["up_proj"])).save_pretrained(str(tmp_path / "lora"))
+    with pytest.raises(ValueError, match=r"'lora'.*another PEFT type"):
+        Expert.load(tmp_path / "lora")
+
+
+def test_an_adapter_that_trains_more_than_z_is_refused(tmp_path):
+    folder = write(tmp_path, "head", target_modules=["up_proj"], modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match=r"'head'.*more than z-vectors.*PeftModel.from_pretrained"):
+        Expert.load(folder)
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, CONFIG])
+def test_a_missing_file_is_named(file, tmp_path):
+    folder = write(tmp_path, "math", target_modules=["up_proj"])
+    (folder / file).unlink()
+    with pytest.raises(FileNotFoundError, match=file) as error:
+        Expert.load(folder)
+    assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["nowhere", "./no/where", "/no/where", "~/where", "a/b/c"])
+def test_a_path_that_leads_nowhere_is_named(source):
+    with pytest.raises(FileNotFoundError, match=source):
+        Expert.load(source)
+
+
+@pytest.mark.parametrize("offset", [torch.tensor([0.0, math.nan]), torch.tensor([math.inf]), torch.zeros(2, 3)])
+def test_an_expert_made_by_hand_is_checked_too(offset):
+    with pytest.raises(ValueError, match=r"'mine'.*layers\.0"):
+        Expert("mine", {"layers.0": offset})
+
+
+# --- mixtures
+
+
+def test_a_one_hot_mixture_is_that_expert_to_the_bit(loaded):
+    mixed = Mixture({"math": 1.0}).offsets(loaded)
+    assert set(mixed) == set(loaded["math"].offsets)
+    assert all(torch.equal(mixed[name], offset) for name, offset in loaded["math"].offsets.items())
+
+
+@pytest.mark.parametrize("alpha", [{}, {"math": 0.0}, {"math": 0, "code": 0.0}, {"other": 1.0}])
+def test_a_mixture_without_weights_is_the_base(alpha, loaded):
+    mixture = Mixture(alpha)
+    assert mixture.alpha == {} and mixture.choice == "other" and mixture.offsets(loaded) == {}
+
+
+@pytest.mark.parametrize("alpha", [{"math": 0.7, "code": 0.3}, {"math": 1.5, "code": -0.75, "kinds": 0.25}])
+def test_weights_that_sum_to_one_give_the_sum_of_the_paper(alpha, loaded):
+    for name, offset in Mixture(alpha).offsets(loaded).items():
+        expected = sum(weight * loaded[expert].z[name].double() for expert, weight in alpha.items())
+        torch.testing.assert_close(1 + offset.double(), expected, atol=1e-6, rtol=0)
+
+
+def test_what_is_left_of_one_belongs_to_the_base(loaded):
+    alpha = {"math": 0.5, "code": 0.2}
+    for name, offset in Mixture(alpha).offsets(loaded).items():
+        paper = (
+            sum(weight * loaded[expert].z[name].double() for expert, weight in {**alpha}.items()) + 0.3
+        )  # base: z=1
+        torch.testing.assert_close(1 + offset.double(), paper, atol=1e-6, rtol=0)
+
+
+def test_other_among_the_weights_is_the_base(loaded):
+    with_other, without = Mixture({"math": 0.5, "other": 0.5}), Mixture({"math": 0.5})
+    assert with_other == without and "other" not in with_other.alpha
+
+
+def test_experts_of_different_ranks_and_modules_mix():
+    short = Expert("short", {"a": torch.tensor([1.0, 2.0])})
+    long = Expert("long", {"a": torch.tensor([4.0, 8.0, 16.0]), "b": torch.tensor([3.0])})
+    for names in (("short", "long"), ("long", "short")):
+        mixed = Mixture(dict.fromkeys(names, 0.5)).offsets({"short": short, "long": long})
+        assert mixed["a"].tolist() == [2.5, 5.0, 8.0] and mixed["b"].tolist() == [1.5]
+
+
+def test_mixing_leaves_the_experts_alone(loaded):
+    before = {name: offset.clone() for name, offset in loaded["math"].offsets.items()}
+    mixed = Mixture({"math": 1.0}).offsets(loaded)
+    for offset in mixed.values():
+        offset.add_(1)
+    assert all(torch.equal(before[name], offset) for name, offset in loaded["math"].offsets.items())
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf, "1", None, torch.tensor(1.0), 1j], ids=repr)
+def test_weights_that_are_no_finite_numbers_are_refused(weight):
+    with pytest.raises(ValueError, match="'math' must be a finite number"):
+        Mixture({"math": weight})
+
+
+def test_weights_of_numpy_are_numbers(tmp_path):
+    mixture = Mixture({"math": np.float32(0.5), "code": np.float64(0.25), "kinds": np.int64(1)})
+    assert mixture.alpha == {"math": 0.5, "code": 0.25, "kinds": 1.0}
+    mixture.save(tmp_path / "m.json")
+
+
+def test_an_unknown_expert_is_refused_with_those_that_exist(loaded):
+    with pytest.raises(ValueError, match=r"'maths'.*code, kinds, math and 'other'"):
+        Mixture({"math": 0.5, "maths": 0.5}).offsets(loaded)
+
+
+@pytest.mark.parametrize(
+    "alpha, choice",
+    [
+        ({"math": 0.6, "code": 0.4}, "math"),
+        ({"math": 0.3}, "other"),
+        ({"math": -1.0}, "other"),
+        ({"math": 0.5}, "math"),
+    ],
+)
+def test_the_choice_has_the_largest_share(alpha, choice):
+    assert Mixture(alpha).choice == choice
+
+
+def test_a_record_has_the_fields_of_a_decision():
+    record = Mixture({"math": 1.0}, "prompt", 0.4, {"math": 0.7, "code": 0.2, "other": 0.1}).record()
+    assert list(record) == ["choice", "confidence", "probabilities", "alpha"]
+    assert record["choice"] == "math" and record["confidence"] == 0.4 and record["alpha"] == {"math": 1.0}
+    assert sum(record["probabilities"].values()) == pytest.approx(1)
+    explicit = Mixture({"math": 1.0}).record()
+    assert explicit["confidence"] == 1.0 and explicit["probabilities"] == {"math": 1.0}
+    json.dumps([record, explicit])
+
+
+def test_a_mixture_survives_saving(tmp_path):
+    mixture = Mixture({"math": 1 / 3, "code": -0.1}, "few-shot", 0.5, {"math": 0.9}, {"seed": 3, "score": [0.5]})
+    path = tmp_path / "new" / "mixture.json"
+    mixture.save(path)
+    assert Mixture.load(path) == mixture
+    assert [file.name for file in path.parent.iterdir()] == ["mixture.json"]
+
+
+def test_a_mixture_that_cannot_be_written_leaves_the_file_alone(tmp_path):
+    path = tmp_path / "mixture.json"
+    Mixture({"math": 1.0}).save(path)
+    with pytest.raises(TypeError):
+        Mixture({"code": 1.0}, provenance={"task": object()}).save(path)
+    assert Mixture.load(path).alpha == {"math": 1.0}
+    assert [file.name for file in tmp_path.iterdir()] == ["mixture.json"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "5", '{"weights": {}}', '{"alpha": [1]}', '{"alpha": {"math": NaN}}', '{"alpha": "math"}']
+)
+def test_a_file_without_a_mixture_is_named(text, tmp_path):
+    path = tmp_path / "mixture.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"mixture\.json holds no mixture"):
+        Mixture.load(path)
+
+
+def test_a_file_without_weights_is_no_mixture(tmp_path):
+    (tmp_path / "m.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no mixture: 'alpha'"):
+        Mixture.load(tmp_path / "m.json")

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Experts go to a Hub and come back: the real huggingface_hub client against `fake_hub` on loopback.
+
+The client reads its endpoint when it is imported and the other tests are offline, so the functions under "In the
+client process" run in one process of their own. They do what a user does; the tests look at what is then on the Hub.
+"""
+
+import json
+import multiprocessing
+import re
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+from fake_hub import FakeHub, use
+from huggingface_hub import ModelCard, ModelCardData
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load, load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from peft_svf import SVFConfig
+from peft_svf.experts.hub import MARKER, expert_card, push_expert
+
+THREE_FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+TOKENS = torch.tensor([[3, 14, 15, 9, 2, 6, 5]])
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.2)).eval()
+
+
+def moved_expert(base, seed=1, **config) -> PeftModel:
+    """An expert that differs from the base: z is drawn around 1."""
+    torch.manual_seed(seed)
+    return get_peft_model(base, SVFConfig(task_type="CAUSAL_LM", init_weights=False, **config)).eval()
+
+
+# In the client process.
+
+
+def push_base() -> None:
+    tiny_llama().push_to_hub("me/base")
+
+
+def base_from_hub():
+    return AutoModelForCausalLM.from_pretrained("me/base").eval()
+
+
+def push(repo, seed=1, **kwargs) -> tuple[list, str]:
+    """Push an expert of me/base; return its logits and the id of the commit."""
+    model = moved_expert(base_from_hub(), seed)
+    logits = model(TOKENS).logits.tolist()
+    return logits, model.push_to_hub(repo, **kwargs).oid
+
+
+def logits_of_expert_from_hub(repo, **kwargs) -> list:
+    return PeftModel.from_pretrained(base_from_hub(), repo, **kwargs).eval()(TOKENS).logits.tolist()
+
+
+def logits_of_snippet(code) -> list:
+    names = {}
+    exec(code, names)
+    return names["model"].eval()(TOKENS).logits.tolist()
+
+
+def push_lora(repo) -> None:
+    get_peft_model(base_from_hub(), LoraConfig(task_type="CAUSAL_LM")).push_to_hub(repo)
+
+
+def push_expert_on_folder(folder, repo, **kwargs) -> str | None:
+    """Push an expert whose base was loaded from a folder; return what the user's config says of the base then."""
+    tiny_llama().save_pretrained(folder)
+    model = moved_expert(AutoModelForCausalLM.from_pretrained(folder))
+    model.push_to_hub(repo, **kwargs)
+    return model.peft_config["default"].base_model_name_or_path
+
+
+def push_second_of_two(repo, name) -> tuple[list, list]:
+    """Add a second adapter and push it while the first is active; return its offsets and the active adapters."""
+    model = moved_expert(base_from_hub())
+    torch.manual_seed(2)
+    model.add_adapter(name, SVFConfig(task_type="CAUSAL_LM", init_weights=False))
+    push_expert(model, repo, adapter_name=name)
+    layer = model.base_model.model.model.layers[1].mlp.down_proj
+    return layer.svf_offset[name].weight.tolist(), model.active_adapters
+
+
+def push_with_nan(repo) -> None:
+    model = moved_expert(base_from_hub())
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    layer.svf_offset["default"].weight.data[3] = float("nan")
+    model.push_to_hub(repo)
+
+
+def write_card(repo, text) -> None:
+    from huggingface_hub import HfApi
+
+    HfApi().upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=repo)
+
+
+# In the test process.
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    # The base model's weights are large enough for LFS, the experts' are not.
+    with FakeHub(tmp_path_factory.mktemp("hub"), lfs_from=20_000) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def client(hub, tmp_path_factory):
+    """Run a function of this module in the client process: `client(push, "me/expert")`."""
+    environment = hub.environment(tmp_path_factory.mktemp("home")) | {"HF_HUB_DISABLE_XET": "1"}
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=use, initargs=(environment,)) as pool:
+
+        def run(function, *args, **kwargs):
+            return pool.submit(function, *args, **kwargs).result(timeout=120)
+
+        run(push_base)
+        yield run
+
+
+def card_of(hub, repo, revision="main") -> ModelCard:
+    return ModelCard(hub.read(repo, "README.md", revision).decode())
+
+
+def test_push_is_one_commit_of_three_files(hub, client):
+    _, oid = client(push, "me/expert")
+    assert hub.files("me/expert") == THREE_FILES
+    assert hub.history("me/expert") == ["Upload SVF expert"]
+    assert hub.commit("me/expert")[0] == oid
+    assert all("svf_offset" in key for key in load(hub.read("me/expert", "adapter_model.safetensors")))
+
+
+def test_expert_from_the_hub_gives_identical_logits(hub, client):
+    pushed, other = client(push, "me/math", seed=3)[0], client(push, "me/code", seed=4)[0]
+    assert client(logits_of_expert_from_hub, "me/math") == pushed != other
+    assert client(logits_of_expert_from_hub, "me/code") == other
+
+
+def test_snippet_of_the_card_runs_as_printed(hub, client):
+    pushed, _ = client(push, "me/printed", seed=4)
+    code = re.search(r"```python\n(.*?)```", card_of(hub, "me/printed").text, re.DOTALL)[1]
+    assert code.startswith("import peft_svf")
+    assert client(logits_of_snippet, code) == pushed
+
+
+def test_card_names_base_revision_dtype_and_fingerprint(hub, client):
+    client(push, "me/card", tags=["mine"], task="counting", results=[{"task": "count", "value": 0.5}], license="mit")
+    card, (base_commit, _) = card_of(hub, "me/card"), hub.commit("me/base")
+    data = card.data.to_dict()
+    assert data["base_model"] == "me/base" and data["base_model_relation"] == "adapter"
+    assert data["library_name"] == "peft" and data["pipeline_tag"] == "text-generation" and data["license"] == "mit"
+    assert {"svf", "transformer-squared", "z-vector", "base_model:adapter:me/base", "mine"} <= set(data["tags"])
+    assert data["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.5
+    assert MARKER in card.text and "An expert for counting" in card.text
+    assert base_commit in card.text and "`float32`" in card.text and "sha256:" in card.text
+    assert "2501.06252" in card.text
+
+
+def test_second_push_writes_its_own_card_anew_and_keeps_an_edited_one(hub, client):
+    client(push, "me/again")
+    client(push, "me/again", task="counting")
+    assert "An expert for counting" in card_of(hub, "me/again").text
+    assert len(hub.history("me/again")) == 2
+
+    edited = str(card_of(hub, "me/again")).replace(MARKER, "Words of my own.")
+    client(write_card, "me/again", edited)
+    pushed, _ = client(push, "me/again", seed=5, task="singing")
+    client(push, "me/again", seed=5, revision="next")
+    assert str(card_of(hub, "me/again")) == str(card_of(hub, "me/again", "next")) == edited
+    assert client(logits_of_expert_from_hub, "me/again") == pushed
+
+    client(push, "me/again", seed=6, card="---\nlicense: mit\n---\n# Another")
+    assert card_of(hub, "me/again").text.strip() == "# Another"
+
+
+def test_card_of_a_blank_template_does_not_count_as_edited(hub, client):
+    client(push_lora, "me/was-lora")
+    assert "[More Information Needed]" in card_of(hub, "me/was-lora").text
+    client(push, "me/was-lora")
+    assert MARKER in card_of(hub, "me/was-lora").text
+
+
+def test_lora_push_goes_through_untouched(hub, client):
+    client(push_lora, "me/lora")
+    assert hub.files("me/lora") == THREE_FILES
+    assert MARKER not in card_of(hub, "me/lora").text
+    assert json.loads(hub.read("me/lora", "adapter_config.json"))["peft_type"] == "LORA"
+    assert hub.history("me/lora") == ["Upload model"]
+
+
+def test_base_in_a_folder_is_refused_by_name_before_anything_is_written(hub, client, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(repr(str(tmp_path)))) as error:
+        client(push_expert_on_folder, str(tmp_path), "me/local")
+    assert 'base_model="org/name"' in str(error.value)
+    assert hub.refs("me/local") is None
+
+
+def test_base_model_argument_goes_into_the_uploaded_config_only(hub, client, tmp_path):
+    own_word = client(push_expert_on_folder, str(tmp_path), "me/named", base_model="me/base", base_revision="main")
+    assert own_word == str(tmp_path)
+    config = json.loads(hub.read("me/named", "adapter_config.json"))
+    assert (config["base_model_name_or_path"], config["revision"]) == ("me/base", "main")
+    assert str(tmp_path) not in str(card_of(hub, "me/named"))
+
+
+@pytest.mark.parametrize("name", ["second", "math-v1.5"])
+def test_named_adapter_lands_at_the_top(hub, client, name):
+    offsets, active = client(push_second_of_two, f"me/named-{name}", name)
+    assert active == ["default"]
+    assert hub.files(f"me/named-{name}") == THREE_FILES
+    stored = load(hub.read(f"me/named-{name}", "adapter_model.safetensors"))
+    assert stored["base_model.model.model.layers.1.mlp.down_proj.svf_offset.weight"].tolist() == offsets
+
+
+def test_push_to_a_branch_leaves_main_alone(hub, client):
+    client(push, "me/branched")
+    before = hub.commit("me/branched")
+    pushed, _ = client(push, "me/branched", seed=7, revision="next")
+    assert hub.commit("me/branched") == before
+    assert client(logits_of_expert_from_hub, "me/branched", revision="next") == pushed
+
+
+def test_pull_request_leaves_main_alone(hub, client):
+    client(push, "me/asked", create_pr=True, commit_message="A better z")
+    assert hub.files("me/asked") == []
+    assert hub.history("me/asked", "refs/pr/1") == ["A better z"]
+
+
+def test_z_that_is_not_finite_is_refused_before_anything_is_written(hub, client):
+    with pytest.raises(
+        ValueError, match=r"z is not finite in 1 of 6 weights, first in `model\.layers\.0\.mlp\.up_proj`"
+    ):
+        client(push_with_nan, "me/broken")
+    assert hub.refs("me/broken") is None
+
+
+def test_arguments_of_transformers_push_are_taken_and_others_refused(hub, client):
+    described = {"commit_description": "Why.", "private": True, "token": "hf_loopback", "max_shard_size": "1GB"}
+    client(push, "me/private", **described, tags=None)
+    assert hub.commit("me/private")[1]["description"] == "Why."
+    with pytest.raises(TypeError, match="use_temp_dir"):
+        client(push, "me/private", use_temp_dir=True)
+
+
+# The card alone, without a Hub.
+
+
+@pytest.fixture
+def saved_expert(tmp_path):
+    moved_expert(tiny_llama(), rank=5, description="counting").save_pretrained(tmp_path / "counter")
+    return tmp_path / "counter"
+
+
+def test_card_of_a_folder_shows_the_results_beside_the_base(saved_expert):
+    row = {"task": "count", "split": "test", "value": 0.66, "base": 0.52, "interval": (0.61, 0.71), "n": 400}
+    training = {"data": "count, train", "seed": 3}
+    card = expert_card(saved_expert, base_model="me/base", results=[{**row, "form": "choice"}], training=training)
+    assert "| count | test | accuracy | 0.520 | 0.660 | 0.610 to 0.710 | 400 | choice |" in card.text
+    assert "- data: count, train\n- seed: 3" in card.text
+    assert "An expert for counting" in card.text and "# counter" in card.text
+    ModelCardData(**card.data.to_dict())  # the metadata can be read back
+
+
+def test_z_statistics_are_those_of_the_stored_offsets(saved_expert):
+    file = saved_expert / "adapter_model.safetensors"
+    tensors = {key: torch.full_like(d, 0.25 if "up_proj" in key else -0.5) for key, d in load_file(file).items()}
+    save_file(tensors, file)
+    text = expert_card(saved_expert, base_model="me/base").text
+    assert "| `up_proj` | 2 | 10 | 0.2500 | 0.2500 | 1.2500 to 1.2500 |" in text
+    assert "| all | 6 | 30 | 0.4167 | 0.5000 | 0.5000 to 1.2500 |" in text
+
+
+def test_card_without_a_hub_id_of_the_base_is_refused(saved_expert):
+    with pytest.raises(ValueError, match="does not know the name of its base model"):
+        expert_card(saved_expert)
+
+
+def test_card_of_another_adapter_type_is_refused(tmp_path):
+    get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds no SVF expert"):
+        expert_card(tmp_path, base_model="me/base")
+
+
+@pytest.mark.parametrize("base_model", ["./weights", "a/b/c", "~/weights"])
+def test_base_model_argument_must_be_a_hub_id(saved_expert, base_model):
+    with pytest.raises(ValueError, match=re.escape(repr(base_model))):
+        expert_card(saved_expert, base_model=base_model)
+
+
+def test_unknown_adapter_and_several_active_ones_are_refused_by_name():
+    model = moved_expert(tiny_llama())
+    with pytest.raises(ValueError, match=r"no adapter 'code'.*\['default'\]"):
+        push_expert(model, "me/code", adapter_name="code")
+    model.add_adapter("math", SVFConfig(task_type="CAUSAL_LM"))
+    model.base_model.set_adapter(["default", "math"])
+    with pytest.raises(ValueError, match=r"\['default', 'math'\] are active"):
+        push_expert(model, "me/both")

@@ -1,0 +1,752 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of the library: each row has its mixture while the context is open, and nothing of it afterwards."""
+
+import math
+import shutil
+import threading
+
+import oracle
+import pico
+import pytest
+import tiny_experts
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from tiny_experts import GREEDY, SEEDS, alone, assert_same, base, ids, state, write
+
+from peft_svf import Expert, ExpertLibrary, Mixture, SVFConfig
+from peft_svf.experts import library as library_module
+from peft_svf.experts.expert import SavedExpert
+from peft_svf.experts.library import explicit
+from peft_svf.tuner.layer import Linear, SVFLayer
+
+FP32, BF16 = torch.float32, torch.bfloat16
+WEIGHTS = "adapter_model.safetensors"
+TEXTS = ("one two", "3 + 4 =", "x = [];")
+STRANGERS = [
+    "of another base",
+    "a folder that is not there",
+    "with vectors that are too short",
+    "with too few vectors",
+]
+MIXED = [{"math": 0.7, "code": 0.3}, {}, {"code": 1.0}]
+MANY = [{"e5": 1.0}, {"e2": 0.5, "e0": 0.5}, {}]
+
+
+@pytest.fixture(scope="module")
+def folders_in(tmp_path_factory):
+    return {dtype: tiny_experts.write_all(tmp_path_factory.mktemp("experts"), dtype) for dtype in (FP32, BF16)}
+
+
+@pytest.fixture(scope="module")
+def folders(folders_in):
+    return folders_in[FP32]
+
+
+@pytest.fixture(scope="module")
+def strangers(tmp_path_factory):
+    """Experts that do not belong to the base model, or not into a library."""
+    folder = tmp_path_factory.mktemp("strangers")
+    other_base = base(seed=9, name="another-base")
+    damaged = Expert.load(write(folder, "longer", seed=4))
+    offsets = damaged.offsets | {name: offset[:5] for name, offset in list(damaged.offsets.items())[:1]}
+    return {
+        "of another base": (write(folder, "foreign", seed=4, of=other_base), "another-base"),
+        "called other": (write(folder, "other", seed=4), "'other'"),
+        "a folder that is not there": (folder / "nowhere", "nowhere"),
+        "with vectors that are too short": (Expert("short", offsets, damaged.config), "length 5"),
+        "with too few vectors": (Expert("few", dict(list(offsets.items())[1:]), damaged.config), "no z-vector"),
+    }
+
+
+@pytest.fixture
+def library(folders):
+    return ExpertLibrary(base(), [folders["math"], folders["code"]], classifier=folders["kinds"])
+
+
+@torch.no_grad()
+def logits(model, *texts):
+    return model(**ids(*(texts or TEXTS))).logits
+
+
+def with_mixture(library, *alphas, texts=TEXTS):
+    with library.activate([Mixture(alpha) for alpha in alphas]) as model:
+        return logits(model, *texts)
+
+
+def one_mixture(library, alpha, *texts, merge=False):
+    with library.activate(Mixture(alpha), merge) as model:
+        return logits(model, *texts)
+
+
+# --- what it is made of
+
+
+def test_folders_experts_and_names_of_ones_own_make_the_same_library(folders):
+    paths = [folders["math"], folders["code"]]
+    made = [
+        ExpertLibrary(base(), paths),
+        ExpertLibrary(base(), [str(path) for path in paths]),
+        ExpertLibrary(base(), [Expert.load(path) for path in paths]),
+        ExpertLibrary(base(), {"math": paths[0], "code": Expert.load(paths[1], "anything")}),
+    ]
+    expected = one_mixture(made[0], {"math": 1.0})
+    for library in made:
+        assert library.names == ["code", "math"]
+        assert library.descriptions == {"code": "about code", "math": "about math"}
+        assert torch.equal(one_mixture(library, {"math": 1.0}), expected)
+    renamed = ExpertLibrary(base(), {"sums": paths[0]})
+    assert renamed.names == ["sums"] and torch.equal(one_mixture(renamed, {"sums": 1.0}), expected)
+
+
+def test_any_name_is_an_expert(folders):
+    names = ["a.b", "keys", "50%", "one two/three", "Ω"]
+    library = ExpertLibrary(base(), dict.fromkeys(names, folders["math"]))
+    expected = one_mixture(library, {"keys": 1.0})
+    assert library.names == sorted(names) and not torch.equal(expected, logits(base()))
+    assert all(torch.equal(one_mixture(library, {name: 1.0}), expected) for name in names)
+
+
+def test_the_adapters_of_a_peft_model_are_experts(folders):
+    model = PeftModel.from_pretrained(base(), str(folders["math"]), adapter_name="math")
+    model.load_adapter(str(folders["code"]), adapter_name="code")
+    adopted = ExpertLibrary(model)
+    assert adopted.model is model and adopted.names == ["code", "math"]
+    joined = ExpertLibrary(
+        PeftModel.from_pretrained(base(), str(folders["math"]), adapter_name="math"), [folders["code"]]
+    )
+    made = ExpertLibrary(base(), [folders["math"], folders["code"]])
+    for alpha in ({"math": 1.0}, {"code": 1.0}, {"math": 0.5, "code": 0.25}):
+        assert torch.equal(one_mixture(adopted, alpha), one_mixture(made, alpha))
+        assert torch.equal(one_mixture(joined, alpha), one_mixture(made, alpha))
+
+
+def test_a_model_in_training_keeps_training_what_it_trained(folders):
+    model = get_peft_model(base(), SVFConfig())
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained
+    ExpertLibrary(model, [folders["math"]])
+    assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_the_base_model_of_an_expert_keeps_its_name(folders):
+    library = ExpertLibrary(base(name="the same weights elsewhere"), [folders["math"]])  # a warning were an error
+    assert library.expert("math").base_model == tiny_experts.BASE
+
+
+def test_experts_of_different_ranks_and_modules_are_mixed(folders, tmp_path):
+    low = write(tmp_path, "low", seed=6, rank=5, target_modules=["q_proj", "up_proj"])
+    library = ExpertLibrary(base(), [folders["math"], low])
+    alpha = {"math": 0.5, "low": 0.25}
+    offsets = Mixture(alpha).offsets({"math": Expert.load(folders["math"]), "low": Expert.load(low)})
+    filled = pico.fill(base(), {name: 1 + offset.double() for name, offset in offsets.items()})
+    torch.testing.assert_close(one_mixture(library, alpha), logits(filled), atol=2e-4, rtol=1e-4)
+
+
+# --- mixtures in the model
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+def test_a_one_hot_mixture_answers_as_that_expert_alone_to_the_bit(dtype, folders_in):
+    folders = folders_in[dtype]
+    library = ExpertLibrary(base(dtype=dtype), [folders["math"], folders["code"]])
+    for name in library.names:
+        expected = logits(alone(folders[name], dtype))
+        assert torch.equal(one_mixture(library, {name: 1.0}, merge=True), expected)
+        assert not torch.equal(expected, logits(base(dtype=dtype)))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+def test_no_mixture_answers_as_the_base_to_the_bit(dtype, folders_in):
+    folders = folders_in[dtype]
+    library = ExpertLibrary(base(dtype=dtype), [folders["math"], folders["code"]], folders["kinds"])
+    expected = logits(base(dtype=dtype))
+    assert torch.equal(one_mixture(library, {}), expected)
+    assert torch.equal(one_mixture(library, {"math": 0.0, "other": 1.0}), expected)
+    assert torch.equal(with_mixture(library, {"math": 1.0}, {}, {"code": 0.5})[1], expected[1])
+
+
+def test_a_mixture_answers_with_the_weights_of_the_oracle(library, folders):
+    alpha = {"math": 0.7, "code": -0.4}
+    offsets = Mixture(alpha).offsets({name: Expert.load(folders[name]) for name in alpha})
+    filled = pico.fill(base(), {name: 1 + offset.double() for name, offset in offsets.items()})
+    torch.testing.assert_close(one_mixture(library, alpha), logits(filled), atol=2e-4, rtol=1e-4)
+    weight = filled.model.layers[0].mlp.up_proj.weight
+    z = 1 + offsets["model.layers.0.mlp.up_proj"].double()
+    torch.testing.assert_close(
+        weight.double(), oracle.rescaled(base().model.layers[0].mlp.up_proj.weight, z), atol=1e-6, rtol=0
+    )
+
+
+def test_rows_with_mixtures_of_their_own_answer_as_one_by_one(library):
+    together = with_mixture(library, *MIXED)
+    for row, (alpha, text) in enumerate(zip(MIXED, TEXTS, strict=True)):
+        torch.testing.assert_close(together[row : row + 1], one_mixture(library, alpha, text), atol=1e-4, rtol=1e-4)
+    assert len({str(row[-1].topk(5).values.tolist()) for row in together}) == 3
+
+
+def test_a_batch_that_agrees_answers_as_one_mixture_to_the_bit(library):
+    assert torch.equal(with_mixture(library, *[MIXED[0]] * 3), one_mixture(library, MIXED[0]))
+
+
+def test_the_rows_must_fit_the_batch(library):
+    with pytest.raises(ValueError, match="offsets for 3 rows, but the batch has 2"):
+        with_mixture(library, *MIXED, texts=TEXTS[:2])
+
+
+def test_an_unknown_expert_is_refused_by_name(library):
+    with pytest.raises(ValueError, match=r"'maths'.*code, math, other"), library.activate(Mixture({"maths": 1.0})):
+        pass
+
+
+def test_merged_and_unmerged_weights_answer_alike_and_rows_are_never_merged(library):
+    for alpha in ({"math": 1.0}, {"math": 0.5, "code": -0.3}):
+        merged = one_mixture(library, alpha, merge=True)
+        torch.testing.assert_close(merged, one_mixture(library, alpha), atol=1e-4, rtol=1e-4)
+    with library.activate([Mixture(alpha) for alpha in MIXED], merge=True) as model:
+        assert torch.equal(logits(model), with_mixture(library, *MIXED))
+
+
+def test_outside_of_activate_the_model_is_the_base_to_the_bit(library):
+    assert torch.equal(logits(library.model), logits(base()))
+    assert all(layer.svf_merged is None for layer in library.layers().values()), "a second copy of the base's weights"
+    one_mixture(library, {"math": 1.0}, merge=True)
+    assert torch.equal(logits(library.model), logits(base()))
+
+
+def test_merged_or_disabled_adapters_are_refused(folders):
+    library = ExpertLibrary(PeftModel.from_pretrained(base(), str(folders["math"]), adapter_name="math"))
+    library.model.merge_adapter(["math"])
+    with pytest.raises(ValueError, match="merged: unmerge_adapter"), library.activate(Mixture()):
+        pass
+    library.model.unmerge_adapter()
+    with (
+        library.model.disable_adapter(),
+        pytest.raises(ValueError, match="disabled"),
+        library.activate(Mixture({"math": 1.0})),
+    ):
+        pass
+    assert torch.equal(one_mixture(library, {}), logits(base()))
+
+
+# --- afterwards
+
+
+def rows_of(library):
+    return [module.svf_rows for module in library.model.modules() if isinstance(module, SVFLayer)]
+
+
+def test_leaving_activate_restores_the_model(library):
+    before, expected = state(library.model), logits(library.model)
+    with library.activate([Mixture(alpha) for alpha in MIXED]) as model:
+        assert not torch.equal(logits(model), expected)
+    assert torch.equal(logits(library.model), expected) and rows_of(library) == [None] * len(rows_of(library))
+    assert_same(library.model, before)
+
+
+def test_an_exception_restores_the_model(library):
+    before, expected = state(library.model), logits(library.model)
+    with pytest.raises(KeyError), library.activate(Mixture({"math": 1.0})):
+        raise KeyError
+    with pytest.raises(ValueError, match="rows"):
+        with_mixture(library, *MIXED, texts=TEXTS[:2])
+    assert torch.equal(logits(library.model), expected)
+    assert_same(library.model, before)
+
+
+def test_the_inner_of_two_contexts_counts_and_the_outer_comes_back(library):
+    outer = one_mixture(library, {"math": 1.0})
+    inner = one_mixture(library, {"code": 1.0})
+    with library.activate(Mixture({"math": 1.0})) as model:
+        assert torch.equal(one_mixture(library, {"code": 1.0}), inner)
+        assert torch.equal(one_mixture(library, {}), logits(base()))
+        assert torch.equal(logits(model), outer)
+
+
+def test_the_weights_stay_those_of_the_base_to_the_bit(library):
+    pristine = {name: parameter.clone() for name, parameter in base().named_parameters()}
+    with_mixture(library, *MIXED)
+    with library.activate(Mixture({"math": 1.0})) as model:
+        model.generate(**ids(*TEXTS), **GREEDY)
+    for name, parameter in library.model.get_base_model().named_parameters():
+        if "svf_offset" not in name:
+            assert torch.equal(parameter, pristine[name.replace(".base_layer", "")]), name
+
+
+def test_two_threads_with_different_experts_never_mix(library):
+    alphas = [{"math": 1.0}, {"code": 1.0}]
+
+    def answer(alpha):
+        with library.activate(Mixture(alpha)) as model:
+            return model.generate(**ids(*TEXTS), **GREEDY).tolist()
+
+    expected = [answer(alpha) for alpha in alphas]
+    assert expected[0] != expected[1]
+    found = [[], []]
+    start = threading.Barrier(2)
+
+    def work(place):
+        start.wait()
+        for _ in range(4):
+            found[place].append(answer(alphas[place]))
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [[expected[0]] * 4, [expected[1]] * 4]
+
+
+# --- the classifier
+
+
+def test_the_classifier_is_no_expert(library, folders):
+    assert library.classifier is not None and library.names == ["code", "math"]
+    assert set(library.descriptions) == {"code", "math"}
+    by_classifier = one_mixture(library, {library.classifier: 1.0}, merge=True)
+    assert torch.equal(by_classifier, logits(alone(folders["kinds"])))
+    for refused in (library.remove, library.expert):
+        with pytest.raises(ValueError, match="no expert 'classifier: kinds'"):
+            refused(library.classifier)
+    named_alike = ExpertLibrary(base(), [folders["math"], folders["kinds"]], classifier=folders["kinds"])
+    assert named_alike.names == ["kinds", "math"] and named_alike.classifier not in named_alike.names
+
+
+# --- adding and removing
+
+
+def many(tmp_path, count):
+    """Folders of experts with different z-vectors."""
+    first = Expert.load(write(tmp_path, "first"))
+    made = {}
+    for i in range(count):
+        draws = torch.Generator().manual_seed(i)
+        offsets = {m: 0.3 * torch.randn(o.shape, generator=draws) for m, o in first.offsets.items()}
+        made[f"e{i}"] = tmp_path / f"e{i}"
+        Expert(f"e{i}", offsets, first.config).save(made[f"e{i}"])
+    return made
+
+
+def test_an_added_expert_answers_as_one_of_the_first_and_a_removed_one_is_gone(library, folders):
+    before = one_mixture(library, {"math": 1.0})
+    assert library.add(folders["kinds"]) == "kinds" and library.names == ["code", "kinds", "math"]
+    assert library.descriptions["kinds"] == "about kinds"
+    assert torch.equal(one_mixture(library, {"kinds": 1.0}, merge=True), logits(alone(folders["kinds"])))
+    assert torch.equal(one_mixture(library, {"math": 1.0}), before)
+    library.remove("math")
+    assert library.names == ["code", "kinds"]
+    with pytest.raises(ValueError, match=r"no expert 'math'.*code, kinds, other"), library.activate(explicit("math")):
+        pass
+    library.add(folders["code"], "math")
+    assert torch.equal(one_mixture(library, {"math": 1.0}), one_mixture(library, {"code": 1.0}))
+
+
+def test_an_added_expert_may_move_other_weights_and_more_directions(folders, tmp_path):
+    low = write(tmp_path, "low", seed=6, rank=5, target_modules=["up_proj"])
+    wide = write(tmp_path, "wide", seed=7, target_modules=["q_proj", "up_proj"])
+    library = ExpertLibrary(base(), [low])
+    expected = one_mixture(library, {"low": 1.0})
+    library.add(wide)
+    together = ExpertLibrary(base(), [low, wide])
+    for alpha in ({"low": 1.0}, {"wide": 1.0}, {"low": 0.5, "wide": 0.25}):
+        assert torch.equal(one_mixture(library, alpha), one_mixture(together, alpha))
+    torch.testing.assert_close(one_mixture(library, {"low": 1.0}), expected, atol=1e-5, rtol=1e-5)
+    with library.activate(Mixture({"low": 1.0})), pytest.raises(ValueError, match=r"outside of activate\(\)"):
+        library.add(write(tmp_path, "more", target_modules=["o_proj"]))
+
+
+@pytest.mark.parametrize("what", [*STRANGERS, "called other", "a damaged file", "one of the same name"])
+def test_an_expert_that_cannot_be_added_changes_nothing(what, library, folders, strangers, tmp_path):
+    damaged = write(tmp_path, "damaged", seed=4)
+    (damaged / WEIGHTS).write_bytes((damaged / WEIGHTS).read_bytes()[:-9])
+    more = {
+        "a damaged file": (damaged, "'damaged'.*is damaged"),
+        "one of the same name": (folders["math"], "is called 'math'"),
+    }
+    source, message = (strangers | more)[what]
+    expected, before = one_mixture(library, {"math": 1.0}), state(library.model)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        library.add(source)
+    assert library.names == ["code", "math"] and torch.equal(one_mixture(library, {"math": 1.0}), expected)
+    assert_same(library.model, before)
+
+
+def test_a_truncated_file_is_refused_before_the_model_changes(folders, tmp_path):
+    damaged = write(tmp_path, "damaged", seed=4)
+    whole = (damaged / WEIGHTS).read_bytes()
+    for kept in (0, 5, len(whole) // 2, len(whole) - 1):
+        (damaged / WEIGHTS).write_bytes(whole[:kept])
+        model = base()
+        before = state(model)
+        with pytest.raises(ValueError, match=r"'damaged'.*is damaged"):
+            ExpertLibrary(model, [folders["math"], damaged])
+        assert_same(model, before)
+
+
+def test_values_that_turn_out_not_finite_are_refused_when_they_are_read(library, tmp_path):
+    folder = write(tmp_path, "nan", seed=4)
+    expert = Expert.load(folder)
+    tensors = {f"{m}.svf_offset.weight": o * math.nan for m, o in expert.offsets.items()}
+    save_file(tensors, folder / WEIGHTS)
+    library.add(folder)
+    expected, before = one_mixture(library, {"math": 1.0}), state(library.model)
+    with pytest.raises(ValueError, match=r"'nan'.*z is not finite"):
+        one_mixture(library, {"nan": 0.5, "math": 0.5})
+    assert torch.equal(one_mixture(library, {"math": 1.0}), expected)
+    assert_same(library.model, before)
+
+
+def test_files_that_change_or_go_away_are_named(library, tmp_path):
+    folder = write(tmp_path, "moving", seed=4)
+    library.add(folder)
+    whole = (folder / WEIGHTS).read_bytes()
+    write(tmp_path, "moving", seed=4, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"'moving'.*has changed since"):
+        one_mixture(library, {"moving": 1.0})
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError, match="'moving' is gone"):
+        one_mixture(library, {"moving": 1.0})
+    (folder / WEIGHTS).write_bytes(whole)
+    one_mixture(library, {"moving": 1.0})
+
+
+def test_the_last_expert_stays(library):
+    library.remove("code")
+    with pytest.raises(ValueError, match="last expert"):
+        library.remove("math")
+    assert library.names == ["math"]
+
+
+def test_a_named_mixture_is_kept_beside_the_experts(library, folders, tmp_path):
+    sums = Mixture({"math": 0.7, "code": 0.2}, "few-shot", 1.0, {}, {"seed": 1})
+    sums.save(tmp_path / "sums.json")
+    library.add_mixture("sums", sums)
+    library.add_mixture("saved", tmp_path / "sums.json")
+    assert library.mixture("sums") == library.mixture("saved") == sums and list(library.mixtures) == ["saved", "sums"]
+    assert library.mixture("math") == explicit("math") and library.mixture("other") == Mixture()
+    assert library.names == ["code", "math"] and list(library.descriptions) == ["code", "math"]
+    with library.holding():
+        library.remove("sums")
+        assert library.mixture("sums") == sums  # a request that has begun finishes with it
+    assert list(library.mixtures) == ["saved"]
+    library.add(folders["code"], "sums")  # the name is free again
+
+
+def test_names_are_unique_over_experts_and_mixtures(library, folders):
+    library.add_mixture("sums", Mixture({"math": 0.5}))
+    for add in (library.add_mixture, lambda name, _: library.add(folders["math"], name)):
+        with pytest.raises(ValueError, match=r"A mixture of this library is called 'sums': give another name"):
+            add("sums", Mixture())
+        with pytest.raises(ValueError, match="can be called 'other'"):
+            add("other", Mixture())
+    with pytest.raises(ValueError, match="An expert of this library is called 'math'"):
+        library.add_mixture("math", Mixture())
+    with pytest.raises(ValueError, match="no expert 'maths'; there are code, math, other, the mixture"):
+        library.add_mixture("new", Mixture({"maths": 1.0}))
+
+
+def test_an_expert_of_a_named_mixture_stays_as_long_as_that_does(library):
+    library.add_mixture("sums", Mixture({"math": 0.5}))
+    with pytest.raises(ValueError, match=r"'math' is in the mixture 'sums': remove that first"):
+        library.remove("math")
+    library.remove("sums")
+    library.remove("math")
+    assert library.names == ["code"]
+
+
+# --- hundreds of experts
+
+
+def test_experts_in_folders_are_read_when_they_are_needed(tmp_path):
+    library = ExpertLibrary(base(), many(tmp_path, 5))
+    assert library.in_memory == [] and library.nbytes == 0
+    one_mixture(library, {"e3": 1.0})
+    assert library.in_memory == ["e3"]
+    with_mixture(library, {"e1": 1.0}, {"e3": 0.5}, {"e0": 1.0})
+    assert set(library.in_memory) == {"e0", "e1", "e3"}
+
+
+def test_the_expert_used_longest_ago_makes_room_and_is_read_again(tmp_path):
+    folders = many(tmp_path, 6)
+    free = ExpertLibrary(base(), folders)
+    each = 4 * sum(free.expert("e0").sizes.values())
+    library = ExpertLibrary(base(), folders, limit_bytes=3 * each + each // 2)
+    seen = []
+    for name in ("e0", "e1", "e2", "e0", "e3", "e4", "e1"):
+        assert torch.equal(one_mixture(library, {name: 1.0}), one_mixture(free, {name: 1.0}))
+        assert library.nbytes <= library._tables.limit_bytes
+        seen.append(library.in_memory)
+    assert seen[3:] == [["e1", "e2", "e0"], ["e2", "e0", "e3"], ["e0", "e3", "e4"], ["e3", "e4", "e1"]]
+    assert torch.equal(with_mixture(library, *MANY), with_mixture(free, *MANY))
+
+
+@pytest.mark.parametrize("held", [1, 2, 5])
+def test_a_mixture_of_more_experts_than_the_limit_holds_is_that_mixture(held, tmp_path):
+    folders = many(tmp_path, 5) | {"low": write(tmp_path, "low", seed=6, rank=5, target_modules=["q_proj", "up_proj"])}
+    free = ExpertLibrary(base(), folders)
+    each = 4 * sum(layer.svf_basis.shape[-1] for layer in free.layers().values())
+    library = ExpertLibrary(base(), folders, limit_bytes=held * each)
+    rows = [{"e0": 0.5, "low": 0.25}, dict.fromkeys(folders, 0.2), {}]
+    for alpha in rows:
+        torch.testing.assert_close(one_mixture(library, alpha), one_mixture(free, alpha), atol=1e-5, rtol=1e-5)
+        assert library.nbytes <= held * each
+    torch.testing.assert_close(with_mixture(library, *rows), with_mixture(free, *rows), atol=1e-5, rtol=1e-5)
+    assert library.nbytes <= held * each and len(library.in_memory) == held
+
+
+def test_a_limit_below_one_expert_is_refused_and_the_model_is_as_it_was(folders):
+    model = base()
+    before = state(model)
+    with pytest.raises(ValueError, match=r"limit_bytes=100 is too small: one expert takes [0-9]+ bytes"):
+        ExpertLibrary(model, [folders["math"]], limit_bytes=100)
+    assert_same(model, before)
+
+
+def test_hundreds_of_experts_add_no_adapter_to_the_model(tmp_path):
+    one = Expert.load(write(tmp_path, "one"))
+    library = ExpertLibrary(base(), {f"e{i}": one for i in range(300)})
+    assert len(library.names) == 300 and len(library.model.peft_config) == 1
+    tensors = library._tables._tensors
+    with_mixture(library, *({f"e{i}": 1.0} for i in range(3)))
+    assert set(tensors) == set(one.offsets) and {t.dim() for t in tensors.values()} == {2}
+
+
+# --- while it answers
+
+
+def test_who_holds_the_library_finishes_with_a_removed_expert(tmp_path):
+    folders = many(tmp_path, 3)
+    library = ExpertLibrary(base(), folders)
+    expected = {name: one_mixture(library, {name: 1.0}) for name in folders}
+    library = ExpertLibrary(base(), folders)  # nothing is read yet
+    with library.holding():
+        thread = threading.Thread(target=remove_with_its_files, args=(library, "e1", folders["e1"]))
+        thread.start()
+        thread.join()
+        assert library.names == ["e0", "e1", "e2"]
+        assert torch.equal(one_mixture(library, {"e1": 1.0}), expected["e1"])
+        with library.holding():
+            assert library.names == ["e0", "e1", "e2"]
+        assert library.names == ["e0", "e1", "e2"]
+    assert library.names == ["e0", "e2"] and library.in_memory == []
+    with pytest.raises(ValueError, match="no expert 'e1'"):
+        one_mixture(library, {"e1": 1.0})
+    library.add(folders["e2"], "e1")
+    assert torch.equal(one_mixture(library, {"e1": 1.0}), expected["e2"])
+
+
+def remove_with_its_files(library, name, folder):
+    library.remove(name)
+    shutil.rmtree(folder)
+
+
+def test_an_active_mixture_outlives_its_expert(library):
+    with library.activate(Mixture({"math": 1.0})) as model:
+        expected = logits(model)
+        library.remove("math")
+        assert torch.equal(logits(model), expected)
+
+
+def test_experts_come_and_go_while_others_answer(tmp_path):
+    folders = many(tmp_path, 8)
+    each = 4 * sum(Expert.load(folders["e0"]).sizes.values())
+    free = ExpertLibrary(base(), folders)
+    expected = {name: one_mixture(free, {name: 1.0}) for name in folders}
+    library = ExpertLibrary(base(), {name: folders[name] for name in ("e0", "e1")}, limit_bytes=2 * each)
+    wrong, start = [], threading.Barrier(3)
+
+    def ask(name):
+        start.wait()
+        for _ in range(30):
+            if not torch.equal(one_mixture(library, {name: 1.0}), expected[name]):
+                wrong.append(name)
+
+    def change():
+        start.wait()
+        for i in (2, 3, 4, 5, 6, 7, 2, 3, 4):
+            library.add(folders[f"e{i}"])
+            if not torch.equal(one_mixture(library, {f"e{i}": 1.0}), expected[f"e{i}"]):
+                wrong.append(f"e{i}")
+            library.remove(f"e{i}")
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in ("e0", "e1")]
+    threads.append(threading.Thread(target=change))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [] and library.names == ["e0", "e1"]
+
+
+class Graphs:
+    """A backend of `torch.compile` that counts the graphs it is given and runs them as they are."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, graph, example_inputs):
+        self.count += 1
+        return graph.forward
+
+
+def test_a_compiled_model_has_no_graph_per_expert(tmp_path):
+    torch._dynamo.reset()
+    library = ExpertLibrary(base(), many(tmp_path, 5))
+    graphs = Graphs()
+    compiled = torch.compile(library.model, backend=graphs)
+
+    def answer(mixtures):
+        with library.activate(mixtures):
+            return logits(compiled)
+
+    counts = {"one": [], "rows": []}
+    for i in range(5):
+        torch.testing.assert_close(
+            answer(Mixture({f"e{i}": 1.0})), one_mixture(library, {f"e{i}": 1.0}), atol=1e-4, rtol=1e-4
+        )
+        counts["one"].append(graphs.count)
+    for i in range(5):
+        alphas = [{f"e{i}": 1.0}, {f"e{(i + 1) % 5}": 0.5}, {"e0": 0.25}]
+        torch.testing.assert_close(
+            answer([Mixture(alpha) for alpha in alphas]), with_mixture(library, *alphas), atol=1e-4, rtol=1e-4
+        )
+        counts["rows"].append(graphs.count)
+    assert len(set(counts["one"])) == 1 and counts["one"][0] > 0, counts
+    assert len(set(counts["rows"])) == 1 and counts["rows"][0] > counts["one"][0], counts
+
+
+# --- failures
+
+
+STEPS = {
+    "reading": (SavedExpert, "load"),
+    "making tables": (library_module._Tables, "_hold"),
+    "mixing": (library_module._Tables, "mix"),
+    "giving rows": (SVFLayer, "rows"),
+    "a layer": (Linear, "forward"),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_failure_at_any_step_leaves_every_bit_as_it_was(step, folders, monkeypatch):
+    library = ExpertLibrary(base(), [folders["math"], folders["code"]])
+    before, pristine = state(library.model), logits(base())
+    target, name = STEPS[step]
+    real, calls = getattr(target, name), []
+
+    def breaks(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == (3 if step in ("giving rows", "a layer") else 1):
+            raise RuntimeError("in the middle")
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, breaks)
+        with pytest.raises(RuntimeError, match="in the middle"):
+            one_mixture(library, {"math": 1.0}, merge=True)
+    assert_same(library.model, before)
+    assert torch.equal(logits(library.model), pristine)
+    assert torch.equal(one_mixture(library, {"math": 1.0}, merge=True), logits(alone(folders["math"])))
+
+
+@pytest.mark.parametrize("adapters", [0, 1])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_library_that_cannot_be_made_leaves_every_bit_as_it_was(at, adapters, folders, tmp_path, monkeypatch):
+    model = get_peft_model(base(), SVFConfig(target_modules=["q_proj"]), adapter_name="mine") if adapters else base()
+    before, calls = state(model), []
+    real = ExpertLibrary._check_sizes
+
+    def breaks(self, entry):
+        calls.append(entry)
+        if len(calls) == at:
+            raise RuntimeError("in the middle")
+        real(self, entry)
+
+    monkeypatch.setattr(ExpertLibrary, "_check_sizes", breaks)
+    other = write(tmp_path, "other weights", target_modules=["o_proj"])
+    with pytest.raises(RuntimeError, match="in the middle"):
+        ExpertLibrary(model, [folders["math"], folders["code"], other])
+    assert_same(model, before)
+
+
+# --- what is refused
+
+
+def peft_base(folders):
+    model = get_peft_model(base(), SVFConfig(), adapter_name="mine")
+    model.load_adapter(str(folders["math"]), adapter_name="math")
+    return model.train()
+
+
+@pytest.mark.parametrize("came_as", ["plain model", "PeftModel"])
+@pytest.mark.parametrize(
+    "place, what",
+    [
+        *((place, what) for place in ("first", "last", "classifier") for what in STRANGERS),
+        ("first", "called other"),  # a classifier is never chosen: it may be called anything
+    ],
+)
+def test_an_expert_that_does_not_fit_is_refused_and_the_model_is_as_it_was(what, place, came_as, folders, strangers):
+    stranger, message = strangers[what]
+    model = base().train() if came_as == "plain model" else peft_base(folders)
+    before = state(model)
+    good = [folders["code"], folders["kinds"]]
+    sources = {"first": [stranger, *good], "last": [*good, stranger], "classifier": good}[place]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        ExpertLibrary(model, sources, classifier=stranger if place == "classifier" else None)
+    assert_same(model, before)
+    library = ExpertLibrary(model, [folders["code"]])
+    assert library.names == (["code"] if came_as == "plain model" else ["code", "math", "mine"])
+
+
+def test_no_experts_are_refused():
+    model = base()
+    before = state(model)
+    for nothing in ([], (), {}):
+        with pytest.raises(ValueError, match="no experts"):
+            ExpertLibrary(model, nothing)
+    assert_same(model, before)
+
+
+def test_two_experts_of_one_name_are_refused(folders):
+    model = peft_base(folders)
+    before = state(model)
+    with pytest.raises(ValueError, match=r"Two experts are called 'math'.*dict"):
+        ExpertLibrary(model, [folders["math"]])
+    assert_same(model, before)
+    with pytest.raises(ValueError, match="Two experts are called 'code'"):
+        ExpertLibrary(base(), [folders["code"], Expert.load(folders["math"], "code")])
+
+
+def test_an_expert_cannot_be_called_other(folders):
+    with pytest.raises(ValueError, match="stands for the base model"):
+        ExpertLibrary(base(), {"other": folders["math"]})
+
+
+@pytest.mark.parametrize("config", [LoraConfig(), SVFConfig(modules_to_save=["lm_head"])], ids=["LoRA", "head"])
+def test_adapters_that_cannot_be_mixed_are_refused(config, folders):
+    model = get_peft_model(base(), config)
+    before = state(model)
+    with pytest.raises(ValueError, match=r"'default'.*cannot be mixed"):
+        ExpertLibrary(model, [folders["math"]])
+    assert_same(model, before)
+
+
+def test_a_model_with_adapters_that_is_no_peft_model_is_refused(library, folders):
+    inner = library.model.get_base_model()
+    with pytest.raises(ValueError, match="pass the PeftModel"):
+        ExpertLibrary(inner, [folders["math"]])
+    assert torch.equal(one_mixture(library, {"math": 1.0}, merge=True), logits(alone(folders["math"])))
+
+
+def test_an_expert_made_by_hand_is_checked_before_the_model_changes(folders):
+    offsets = {name: offset * math.nan for name, offset in Expert.load(folders["math"]).offsets.items()}
+    with pytest.raises(ValueError, match="finite"):
+        ExpertLibrary(base(), [Expert("nan", offsets, Expert.load(folders["math"]).config)])
+    assert set(SEEDS) == set(folders)
+
+
+def test_one_path_instead_of_a_list_is_refused():
+    with pytest.raises(ValueError, match="a list or a dict of experts, got 'mine'"):
+        ExpertLibrary(base(), "mine")

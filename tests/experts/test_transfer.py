@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of transfer: the same base changes nothing, a turned base is found out, a control keeps the numbers."""
+
+import numpy as np
+import pico
+import pytest
+import tiny_experts
+import torch
+from peft import get_peft_model
+from tiny_experts import base, write
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from peft_svf import Expert, ExpertLibrary, Mixture, SVFConfig
+from peft_svf.experts.transfer import match, transfer_expert
+from peft_svf.tuner.cache import fetch
+
+UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"  # sides "in" and "out"
+MODES = ["ordered", "shuffled", "aligned"]
+
+
+@pytest.fixture(scope="module")
+def expert(tmp_path_factory):
+    return Expert.load(write(tmp_path_factory.mktemp("experts"), "math", seed=2))
+
+
+@pytest.fixture(scope="module")
+def low(tmp_path_factory):
+    """An expert that moves the largest 9 of 24 singular values."""
+    return Expert.load(write(tmp_path_factory.mktemp("experts"), "low", seed=3, rank=9))
+
+
+def permuted(model, seed=1, keep=0):
+    """
+    Give every MLP weight its singular values in another order of its directions: U diag(S) V^T -> U diag(S p) V^T.
+
+    Returns the model and per module the place of each direction in the new one, which is sorted by size.
+    """
+    draws = torch.Generator().manual_seed(seed)
+    places = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "mlp" in name:
+            U, S, Vh = torch.linalg.svd(module.weight.detach().double(), full_matrices=False)
+            order = torch.cat([torch.arange(keep), keep + torch.randperm(len(S) - keep, generator=draws)])
+            module.weight.data = (U @ torch.diag(S[order]) @ Vh).float()
+            places[name] = order  # direction i now has the singular value of rank order[i]
+    return model, places
+
+
+def other_shape(**fields):
+    """A model like the base whose config has other fields."""
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**base().config.to_dict() | fields))
+    model.name_or_path = "other shape"
+    return model
+
+
+def same(one, other):
+    assert set(one.offsets) == set(other.offsets)
+    assert all(torch.equal(one.offsets[name], other.offsets[name]) for name in one.offsets)
+
+
+# --- laws
+
+
+@pytest.mark.parametrize("mode", ["ordered", "aligned"])
+@pytest.mark.parametrize("lengths", ["refuse", "interpolate"])
+def test_onto_the_same_base_it_is_the_identity(mode, lengths, expert, low):
+    for one in (expert, low):
+        found = transfer_expert(one, base(), base(), mode, lengths=lengths)
+        same(found, one)
+        keys = ("rank", "fingerprint", "base_model_name_or_path", "target_modules")
+        assert [found.config[key] for key in keys] == [one.config[key] for key in keys]
+
+
+def test_aligned_finds_the_permutation_of_directions(expert):
+    target, places = permuted(base(name="permuted"))
+    found = transfer_expert(expert, base(), target, "aligned")
+    for module, offset in expert.offsets.items():
+        expected = torch.empty_like(offset)
+        expected[places[module]] = offset
+        assert torch.equal(found.offsets[module], expected), module
+        assert found.provenance["mean_abs_cosine"][module] == pytest.approx(1, abs=1e-5)
+
+
+def test_aligned_moves_the_directions_of_an_expert_of_few(low):
+    target, places = permuted(base(name="permuted"))
+    found = transfer_expert(low, base(), target, "aligned")
+    for module, offset in low.offsets.items():
+        expected = torch.zeros(24)
+        expected[places[module][:9]] = offset
+        assert torch.equal(found.offsets[module], expected[: len(found.offsets[module])]), module
+        assert not expected[len(found.offsets[module]) :].any()
+    ExpertLibrary(target, [found])
+
+
+def test_an_aligned_expert_rescales_the_directions_that_the_expert_rescaled(expert):
+    target, _ = permuted(base(name="permuted"))
+    found = transfer_expert(expert, base(), target, "aligned")
+    weight = target.get_submodule(UP).weight.detach().double()
+    U, _, Vh = torch.linalg.svd(base().get_submodule(UP).weight.detach().double(), full_matrices=False)
+    S = (U.mT @ weight @ Vh.mT).diagonal()
+    expected = U @ torch.diag(S * expert.z[UP].double()) @ Vh  # the target along the source's directions
+    filled = pico.fill(target, {UP: 1 + found.offsets[UP].double()})
+    torch.testing.assert_close(filled.get_submodule(UP).weight.double(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_shuffled_is_a_permutation_of_the_same_numbers_and_repeats_with_its_seed(expert, low):
+    for one in (expert, low):
+        found = transfer_expert(one, base(), base(seed=5, name="b"), "shuffled", seed=3)
+        for module, offset in one.offsets.items():
+            assert torch.equal(found.offsets[module].sort().values, offset.sort().values)
+            assert not torch.equal(found.offsets[module], offset)
+        same(found, transfer_expert(one, base(), base(seed=5, name="b"), "shuffled", seed=3))
+        again = transfer_expert(one, base(), base(seed=5, name="b"), "shuffled", seed=4)
+        assert any(not torch.equal(found.offsets[module], again.offsets[module]) for module in found.offsets)
+
+
+def test_ordered_onto_another_base_keeps_the_numbers_in_their_order(expert):
+    same(transfer_expert(expert, base(), base(seed=5, name="b")), expert)
+
+
+def test_lengths_that_differ_are_refused_or_interpolated(expert, low):
+    narrower = other_shape(hidden_size=16, head_dim=4)
+    with pytest.raises(ValueError, match=r"24 singular values in the source and 16 in the target.*interpolate"):
+        transfer_expert(expert, base(), narrower)
+    found = transfer_expert(expert, base(), narrower, lengths="interpolate")
+    for module, offset in found.offsets.items():
+        assert len(offset) == 16
+        assert offset[0] == expert.offsets[module][0]
+        torch.testing.assert_close(offset[-1], expert.offsets[module][-1])
+        places = torch.linspace(0, 23, 16, dtype=torch.float64)
+        left = places.floor().long().clamp(max=22)
+        values, share = expert.offsets[module].double(), places - left
+        expected = values[left] * (1 - share) + values[left + 1] * share
+        torch.testing.assert_close(offset.double(), expected, atol=1e-6, rtol=0)
+    fewer = transfer_expert(low, base(), narrower, "shuffled", lengths="interpolate")
+    assert set(fewer.sizes.values()) == {6} and fewer.config["rank"] == 6
+    for one in (found, fewer):
+        ExpertLibrary(narrower, [one]).model.unload()
+    with pytest.raises(ValueError, match=r"only directions of the same space align"):
+        transfer_expert(expert, base(), narrower, "aligned", lengths="interpolate")
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 7])
+def test_depths_that_differ_are_refused_or_interpolated(depth, tmp_path):
+    source = other_shape(num_hidden_layers=3)
+    expert = Expert.load(write(tmp_path, "math", seed=2, of=source))
+    target = other_shape(num_hidden_layers=depth)
+    found = transfer_expert(expert, source, target, depths="interpolate")
+    assert len(found.offsets) == 3 * depth
+    for rest in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
+        values = np.stack([expert.offsets[f"model.layers.{layer}.{rest}"] for layer in range(3)])
+        for layer in range(depth):
+            place = layer * 2 / max(depth - 1, 1)
+            expected = [np.interp(place, range(3), column) for column in values.T]
+            np.testing.assert_allclose(found.offsets[f"model.layers.{layer}.{rest}"], expected, atol=1e-6)
+    assert found.provenance["depths"] == "interpolate"
+    found.save(tmp_path / "moved")
+    same(Expert.load(tmp_path / "moved"), found)
+    ExpertLibrary(target, [tmp_path / "moved"]).model.unload()
+    if depth == 3:
+        same(found, expert)
+        return
+    refused = rf"3 layers in the source and {depth} in the target: choose depths='interpolate'"
+    aligned = rf"3 layers in the source and {depth} in the target: mode='aligned' needs equal depths, .*mode='ordered'"
+    for wrong, said in (({}, refused), ({"mode": "aligned", "depths": "interpolate"}, aligned)):
+        with pytest.raises(ValueError, match=said):
+            transfer_expert(expert, source, target, **wrong)
+    control = transfer_expert(expert, source, target, "shuffled", depths="interpolate")
+    for module, offset in found.offsets.items():
+        assert torch.equal(control.offsets[module].sort().values, offset.sort().values)
+
+
+def test_an_expert_of_one_layer_fades_over_the_layers_of_a_deeper_model(tmp_path):
+    expert = Expert.load(write(tmp_path, "first", seed=2, layers_to_transform=[0]))
+    found = transfer_expert(expert, base(), other_shape(num_hidden_layers=3), depths="interpolate")
+    for module, offset in expert.offsets.items():
+        torch.testing.assert_close(found.offsets[module], offset)
+        torch.testing.assert_close(found.offsets[module.replace("layers.0", "layers.1")], offset / 2)
+    assert not any("layers.2" in module for module in found.offsets)
+    assert found.config["layers_to_transform"] is None
+    ExpertLibrary(other_shape(num_hidden_layers=3), [found])
+
+
+def test_bases_of_some_layers_are_taken_one_to_one(tmp_path):
+    first = Expert.load(write(tmp_path, "first", seed=2, layers_to_transform=[0]))
+    target = base(seed=5, name="b")
+    expected = transfer_expert(first, base(), target)
+
+    def bases(model):
+        return fetch(first.offsets, lambda name: model.get_submodule(name).weight)
+
+    for pair in ((bases(base()), target), (base(), bases(target)), (bases(base()), bases(target))):
+        same(transfer_expert(first, *pair), expected)
+        with pytest.raises(ValueError, match="depths='interpolate' needs the source and the target as models"):
+            transfer_expert(first, *pair, depths="interpolate")
+
+
+def test_width_and_depth_are_interpolated_together(expert):
+    both = other_shape(num_hidden_layers=3, hidden_size=16, head_dim=4)
+    wide = transfer_expert(expert, base(), other_shape(hidden_size=16, head_dim=4), lengths="interpolate")
+    found = transfer_expert(expert, base(), both, lengths="interpolate", depths="interpolate")
+    first, second = (wide.offsets[f"model.layers.{layer}.mlp.up_proj"] for layer in range(2))
+    torch.testing.assert_close(found.offsets["model.layers.1.mlp.up_proj"], (first + second) / 2)
+    with pytest.raises(ValueError, match="24 singular values in the source and 16 in the target"):
+        transfer_expert(expert, base(), both, depths="interpolate")
+
+
+# --- what goes in and comes out
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_result_belongs_to_the_target_and_says_where_it_is_from(mode, expert, tmp_path):
+    target = base(seed=5, name="target-base")
+    found = transfer_expert(expert, base(), target, mode, seed=7, name="moved")
+    assert (found.name, found.base_model) == ("moved", "target-base")
+    known = {"transfer": mode, "expert": "math", "from": tiny_experts.BASE, "to": "target-base", "lengths": "refuse"}
+    assert found.provenance | known == found.provenance
+    assert found.provenance.get("seed") == (7 if mode == "shuffled" else None)
+    found.save(tmp_path / "moved")
+    loaded = Expert.load(tmp_path / "moved")
+    same(loaded, found)
+    assert loaded.provenance == found.provenance
+    library = ExpertLibrary(target, [tmp_path / "moved"])
+    with library.activate(Mixture({"moved": 1.0})):
+        pass
+    with pytest.raises(ValueError, match="does not belong to this base model"):
+        ExpertLibrary(base(), [loaded])
+    back = transfer_expert(loaded, base(seed=5, name="target-base"), base())
+    assert back.provenance["before"] == loaded.provenance
+
+
+def test_models_adapted_models_and_bases_are_the_same(expert):
+    target = base(seed=5, name="b")
+    adapted = get_peft_model(base(seed=5, name="b"), SVFConfig(target_modules=["up_proj"]))
+    bases = fetch(expert.offsets, lambda name: target.get_submodule(name).weight)
+    before = tiny_experts.state(adapted)
+    for mode in MODES:
+        expected = transfer_expert(expert, base(), target, mode)
+        same(transfer_expert(expert, base(), adapted, mode), expected)
+        same(transfer_expert(expert, base(), bases, mode), expected)
+    tiny_experts.assert_same(adapted, before)
+    assert transfer_expert(expert, base(), bases).base_model is None
+    assert transfer_expert(expert, base(), adapted).base_model == "b"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_weights_that_are_stored_transposed_transfer_too(kind, tmp_path):
+    def make(seed):
+        return pico.build(kind, seed=seed, name=f"{kind}-{seed}")
+
+    one = Expert.load(write(tmp_path, "one", of=make(0)))
+    found = transfer_expert(one, make(0), make(1), "aligned")
+    assert all(len(found.offsets[module]) == len(offset) for module, offset in one.offsets.items())
+    same(transfer_expert(one, make(0), get_peft_model(make(0), SVFConfig()), "aligned"), one)
+    ExpertLibrary(make(1), [found])
+
+
+def test_models_that_change_places_or_are_not_loaded_are_told(expert, tmp_path):
+    longer = Expert.load(write(tmp_path, "long", of=other_shape(num_hidden_layers=3)))
+    with pytest.raises(ValueError, match=r"no model.layers.2.*the expert has 3 model.layers, the source 2: .* change"):
+        transfer_expert(longer, base(), other_shape(num_hidden_layers=3), depths="interpolate")
+    for source, target, which in (("me/model", base(), "source"), (base(), "me/model", "target")):
+        with pytest.raises(TypeError, match=rf"{which} .* got 'me/model': load it .*from_pretrained\('me/model'\)"):
+            transfer_expert(expert, source, target)
+
+
+def test_what_cannot_be_transferred_is_refused_by_name(expert):
+    with pytest.raises(ValueError, match="no mode 'best'"):
+        transfer_expert(expert, base(), base(), "best")
+    with pytest.raises(ValueError, match=r"target has no model.layers.0.*'math' moves"):
+        transfer_expert(expert, base(), pico.build("gpt2"))
+    with pytest.raises(ValueError, match=r"no mode 'ordered' with lengths='refuse' and depths='stretch'"):
+        transfer_expert(expert, base(), base(), depths="stretch")
+    with pytest.raises(ValueError, match="does not belong to this base model"):
+        transfer_expert(expert, base(seed=5), base())
+
+
+# --- the matching
+
+
+def test_the_matching_is_one_to_one_and_takes_the_best_pair_first():
+    draws = torch.Generator().manual_seed(0)
+    for r in (1, 2, 17, 64):
+        similarity = torch.rand(r, r, generator=draws)
+        columns = match(similarity)
+        assert sorted(columns.tolist()) == list(range(r))
+        expected, left = torch.empty(r, dtype=torch.long), similarity.clone()
+        for _ in range(r):
+            row, column = divmod(int(left.argmax()), r)
+            expected[row] = column
+            left[row], left[:, column] = -1, -1
+        assert torch.equal(columns, expected)
+
+
+def test_ties_are_matched_too():
+    assert sorted(match(torch.ones(5, 5)).tolist()) == list(range(5))
+    assert match(torch.eye(4)[[2, 0, 3, 1]]).tolist() == [2, 0, 3, 1]

@@ -1,0 +1,503 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of training without a gradient: the estimate, members scored side by side, and runs that climb and resume."""
+
+import subprocess
+import sys
+
+import pico
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny_model import tiny_model, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
+from trainers import (
+    CHOICE_ROWS,
+    QUIET,
+    TEXT_ROWS,
+    TOKENIZER,
+    environment,
+    flat,
+    offsets,
+    random_rows,
+    right_choice,
+    same,
+    soft_model,
+    trained_z,
+    uneven,
+)
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    TrainerCallback,
+)
+
+from peft_svf import SVFConfig
+from peft_svf.evaluation import choice_logps
+from peft_svf.training.evolution import EvolutionConfig, EvolutionTrainer, estimate, shaped
+
+SHORT = {"population": 6, "sigma": 0.2, "per_device_train_batch_size": 4, "max_steps": 2, "max_completion_length": 5}
+FORMS = {"generate": (TEXT_ROWS, uneven), "choice": (CHOICE_ROWS, right_choice)}
+
+
+def trainer_of(folder, rows, reward, *, model=None, svf=None, kind=EvolutionTrainer, eval_rows=None, **settings):
+    args = EvolutionConfig(**{"output_dir": str(folder), "save_strategy": "no", **QUIET, **SHORT, **settings})
+    config = svf or (None if isinstance(model, PeftModel) else SVFConfig(init_weights=False))
+    return kind(
+        soft_model() if model is None else model, reward, args, rows, eval_rows, processing_class=TOKENIZER,
+        peft_config=config,
+    )  # fmt: skip
+
+
+def draws(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --- the estimate
+
+
+def test_the_estimate_of_a_linear_reward_is_exact_where_directions_have_unit_covariance():
+    """Any set of directions with `Σ e eᵀ = P 1` gives the gradient itself, from wherever it is taken."""
+    size, slope, start, sigma = 11, draws(0, 11), draws(1, 11), 0.3
+    noise = torch.linalg.qr(draws(2, size, size))[0] * size**0.5
+    above, below = ((start + side * sigma * noise) @ slope + 5.0 for side in (1, -1))
+    torch.testing.assert_close(estimate(noise, above, below, sigma), slope)
+
+
+def test_the_estimate_of_a_linear_reward_is_its_gradient_in_expectation():
+    slope, sigma, pairs = draws(0, 5), 0.3, 40_000
+    noise = draws(2, pairs, 5)
+    found = estimate(noise, sigma * noise @ slope, -sigma * noise @ slope, sigma)
+    deviation = float(slope.norm()) / pairs**0.5  # of an entry, times at most sqrt(2)
+    assert float((found - slope).abs().max()) < 5 * 2**0.5 * deviation
+
+
+def test_what_is_even_in_the_direction_cancels_in_each_pair():
+    noise, sigma, curve = draws(0, 7, 4), 0.3, draws(1, 4)
+
+    def reward(z):
+        return (z.square() * curve).sum(-1)  # even around 0, where its gradient is 0
+
+    found = estimate(noise, reward(sigma * noise), reward(-sigma * noise), sigma)
+    assert float(found.abs().max()) < 1e-12
+
+
+def test_ranks_are_evenly_spread_and_equal_ones_share_theirs():
+    fitness = torch.tensor([3.0, -1e9, 7.0, 3.0, 1e9])
+    torch.testing.assert_close(shaped(fitness, "rank"), torch.tensor([-0.125, -0.5, 0.25, -0.125, 0.5]))
+    assert torch.equal(shaped(torch.ones(4), "rank"), torch.zeros(4))
+
+
+def test_a_z_score_has_mean_zero_and_unit_deviation():
+    scores = shaped(torch.tensor([1.0, 2.0, 6.0, -3.0]), "z_score")
+    torch.testing.assert_close(scores.mean(), torch.tensor(0.0))
+    torch.testing.assert_close(scores.std(correction=0), torch.tensor(1.0))
+    assert torch.equal(shaped(torch.full((4,), 0.1), "z_score"), torch.zeros(4))
+    fitness = torch.tensor([0.5, -1.0])
+    assert torch.equal(shaped(fitness, "none"), fitness)
+
+
+# --- members side by side
+
+
+def alone(trainer, member):
+    """The trainer's model with one member written into its offsets, for plain forwards."""
+    weights = [layer.svf_offset[name].weight for layer, name in trainer._layers.items()]
+    for weight, part in zip(weights, member.split([len(weight) for weight in weights]), strict=True):
+        weight.data.copy_(part)
+    return trainer.model
+
+
+def by_hand(trainer, members, rows, reward):
+    """Each member's mean reward, one row and one member at a time."""
+    start = flat(layer.svf_offset[name].weight for layer, name in trainer._layers.items()).clone()
+    found = []
+    for member in members:
+        model, rewards = alone(trainer, member), []
+        for row in rows:
+            columns = {key: [value] for key, value in row.items() if key != "prompt"}
+            if "choices" in row:
+                with torch.no_grad():
+                    p = choice_logps(model, TOKENIZER, [row])[0].softmax(-1)
+                each = [reward([[{"content": text}]], **columns)[0] for text in row["choices"]]
+                rewards.append(sum(float(a) * b for a, b in zip(p, each, strict=True)))
+            else:
+                rewards.append(reward([[{"content": trainer._complete([row])[0]}]], **columns)[0])
+        found.append(sum(rewards) / len(rewards))
+    alone(trainer, start)
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("together", [1, 3, 8, 99], ids="{} rows a forward".format)
+@pytest.mark.parametrize("form", FORMS)
+def test_members_side_by_side_score_as_each_alone(form, together, tmp_path):
+    rows, reward = FORMS[form]
+    trainer = trainer_of(tmp_path, rows, reward, rows_per_forward=together)
+    members = torch.cat([trained_z(trainer)[None], 0.5 * draws(0, 4, len(trained_z(trainer))).float()])
+    wanted = by_hand(trainer, members, rows, reward)
+    assert float(wanted.std()) > 1e-3
+    torch.testing.assert_close(trainer._fitness(members, rows), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_members_move_only_the_directions_of_the_adapter(tmp_path):
+    trainer = trainer_of(tmp_path, CHOICE_ROWS, right_choice, svf=SVFConfig(rank=5, init_weights=False))
+    assert {len(weight) for weight in offsets(trainer.model)} == {5}
+    members = draws(0, 3, len(trained_z(trainer))).float()
+    wanted = by_hand(trainer, members, CHOICE_ROWS, right_choice)
+    torch.testing.assert_close(trainer._fitness(members, CHOICE_ROWS), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+@pytest.mark.parametrize("kind", ["sigmoid", "reference", "bounded"])
+def test_members_of_a_mapped_parameter_score_as_each_alone(kind, rank, tmp_path):
+    """What is drawn is the trained parameter; the model answers with the z that it stands for."""
+    svf = SVFConfig(parametrization=kind, rank=rank, init_weights=False)
+    trainer = trainer_of(tmp_path, CHOICE_ROWS, right_choice, svf=svf)
+    members = draws(0, 3, len(trained_z(trainer))).float()
+    wanted = by_hand(trainer, members, CHOICE_ROWS, right_choice)
+    torch.testing.assert_close(trainer._fitness(members, CHOICE_ROWS), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+def test_members_of_stacked_experts_score_as_each_alone(rank, tmp_path):
+    fields = {"vocab_size": len(TOKENIZER), "max_position_embeddings": 512}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**{**pico.config("qwen3_moe").to_dict(), **fields}))
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    svf = SVFConfig(target_modules=[], target_parameters=names, rank=rank, init_weights=False)
+    trainer = trainer_of(tmp_path, CHOICE_ROWS, right_choice, model=model, svf=svf)
+    members = 0.5 * draws(0, 3, len(trained_z(trainer))).float()
+    wanted = by_hand(trainer, members, CHOICE_ROWS, right_choice)
+    assert float(wanted.std()) > 1e-3
+    torch.testing.assert_close(trainer._fitness(members, CHOICE_ROWS), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_several_rewards_are_added_by_their_weights_and_none_counts_as_zero(tmp_path):
+    def second(completions, **_):
+        return [None if "a" in completion[0]["content"] else 2.0 for completion in completions]
+
+    trainer = trainer_of(tmp_path, CHOICE_ROWS, [right_choice, second], reward_weights=[1.0, 0.25])
+    found = trainer._choice_rewards(CHOICE_ROWS)
+    wanted = [[-1, 1, -0.5, 0], [1.5, -1, -0.5, -0.5], [-0.5, 1.5, 0, 0], [-0.5, 1.5, 0, 0]]
+    torch.testing.assert_close(found, torch.tensor(wanted))
+
+
+# --- steps and runs
+
+
+class Recorder(EvolutionTrainer):
+    """Keeps the rows and the gradient of each step."""
+
+    def __init__(self, *args, **kwargs):
+        self.rows, self.gradients = [], []
+        super().__init__(*args, **kwargs)
+        recorder = self
+
+        class Gradients(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, **kwargs):
+                recorder.gradients.append(flat(weight.grad for weight in offsets(recorder.model)))
+
+        self.add_callback(Gradients())
+
+    def training_step(self, model, inputs, *args):
+        self.rows.append(list(inputs))
+        return super().training_step(model, inputs, *args)
+
+
+def test_many_members_find_the_direction_of_the_true_gradient(tmp_path):
+    """Against backpropagation through the expected reward: few directions, so that the population spans them."""
+    settings = {"population": 600, "sigma": 0.01, "shaping": "none", "max_steps": 1, "rows_per_forward": 600}
+    svf = SVFConfig(target_modules=["up_proj"], rank=3, init_weights=False)
+    trainer = trainer_of(tmp_path, CHOICE_ROWS, right_choice, svf=svf, kind=Recorder, learning_rate=0.0, **settings)
+    trainer.train()
+    logps = choice_logps(trainer.model, TOKENIZER, CHOICE_ROWS)
+    expected = (logps.softmax(-1) * trainer._choice_rewards(CHOICE_ROWS)).sum(-1).mean()
+    exact = flat(torch.autograd.grad(expected, offsets(trainer.model)))
+    same(-trainer.gradients[0], exact, 0.1)
+
+
+def test_accumulated_batches_are_averaged(tmp_path):
+    class Same(Recorder):
+        """All steps draw the same directions."""
+
+        def _draw(self, z):
+            return draws(5, self.args.population // 2, len(z)).float()
+
+    plain = {"shaping": "none", "max_steps": 1, "learning_rate": 0.0, "kind": Same}
+    whole = trainer_of(tmp_path, CHOICE_ROWS, right_choice, **plain)
+    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    split = trainer_of(tmp_path, CHOICE_ROWS, right_choice, **plain, **parts)
+    whole.train()
+    split.train()
+    torch.testing.assert_close(split.gradients[0], whole.gradients[0])
+    assert split.state.log_history[0]["loss"] == pytest.approx(whole.state.log_history[0]["loss"], abs=1e-6)
+
+
+CLIMB = {
+    "population": 32, "sigma": 0.2, "learning_rate": 0.1, "max_steps": 40, "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 64, "rows_per_forward": 256, "logging_steps": 40,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"optim": "sgd", "optim_args": "momentum=0.9"}], ids=["adam", "momentum"])
+def test_it_climbs_a_planted_reward(optimizer, tmp_path):
+    rows, held_out = random_rows(64), random_rows(64, seed=1)
+    trainer = trainer_of(tmp_path, rows, right_choice, svf=SVFConfig(), eval_rows=held_out, **CLIMB, **optimizer)
+    before = trainer.evaluate()["eval_reward"]
+    trainer.train()
+    after = trainer.evaluate()["eval_reward"]
+    assert (1 + before) / 2 < 0.4  # chance is 0.25, two standard deviations of 64 rows are 0.11
+    assert (1 + after) / 2 > 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_z_moves_and_the_model_answers_with_it_afterwards(dtype, tmp_path):
+    model = soft_model(dtype=dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = trainer_of(tmp_path, CHOICE_ROWS, right_choice, model=model, svf=SVFConfig())
+    trainer.train()
+    assert all(weight.dtype == torch.float32 for weight in offsets(trainer.model))
+    assert float(trained_z(trainer).abs().max()) > 1e-3
+    assert all(layer.svf_rows is None for layer in pico.svf_layers(trainer.model).values())
+    trainer.model.save_pretrained(tmp_path / "expert")
+    loaded = PeftModel.from_pretrained(soft_model(dtype=dtype), tmp_path / "expert").eval()
+    ids = {"input_ids": torch.arange(3, 15).view(2, 6)}
+    trainer.model.eval()
+    assert torch.equal(pico.logits(loaded, ids), pico.logits(trainer.model, ids))
+    for name, value in trainer.model.unload().state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_same_seed_same_z(form, tmp_path):
+    runs = []
+    for seed in (0, 0, 1):
+        trainer = trainer_of(tmp_path, *FORMS[form], svf=SVFConfig(), seed=seed)
+        trainer.train()
+        runs.append(trained_z(trainer))
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """Three steps an epoch, each epoch in an order of its own."""
+    folder, rows = tmp_path_factory.mktemp("whole"), random_rows(12)
+    settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": 1, "kind": Recorder}
+    whole = trainer_of(folder, rows, right_choice, **settings)
+    whole.train()
+    assert whole.rows[:3] != whole.rows[3:6]
+    return rows, settings, whole, folder
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 5])
+def test_a_resumed_run_is_the_uninterrupted_one(step, whole_run, tmp_path):
+    rows, settings, whole, folder = whole_run
+    evaluated = {"eval_rows": rows, "eval_strategy": "steps", "eval_steps": 1}  # which changes nothing
+    again = trainer_of(tmp_path, rows, right_choice, **settings, **evaluated)
+    again.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+    assert again.rows == whole.rows[step:]
+    assert torch.equal(trained_z(again), trained_z(whole))
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end_and_no_better_ones_stop_the_run(tmp_path):
+    values = iter([0.1, 0.9, 0.3, 0.2, 0.1])
+
+    def reward(completions, **_):
+        return [now[0]] * len(completions)
+
+    class Scripted(EvolutionTrainer):
+        def evaluate(self, *args, **kwargs):
+            now[0] = next(values)
+            return super().evaluate(*args, **kwargs)
+
+        def _fitness(self, members, rows):
+            return members.sum(1)  # all steps lead somewhere
+
+    now = [0.0]
+    saved = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "early_stopping_patience": 2}
+    trainer = trainer_of(
+        tmp_path, CHOICE_ROWS, reward, kind=Scripted, eval_rows=CHOICE_ROWS, max_steps=9, eval_strategy="steps",
+        eval_steps=1, **saved,
+    )  # fmt: skip
+    trainer.train()
+    assert (trainer.state.global_step, trainer.state.best_global_step) == (4, 2)
+    best = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    assert set(best) == {name for name in best if name.endswith(".svf_offset.weight")}
+    found = {name.replace(".default", ""): p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert best.keys() == found.keys() and all(torch.equal(best[name], found[name]) for name in best)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_evaluation_takes_the_likeliest(form, tmp_path):
+    rows, reward = FORMS[form]
+    trainer = trainer_of(tmp_path, rows, reward, eval_rows=rows, per_device_eval_batch_size=3)
+    found = trainer.evaluate()["eval_reward"]
+    wanted = []
+    for row in rows:
+        if form == "choice":
+            with torch.no_grad():
+                text = row["choices"][int(choice_logps(trainer.model, TOKENIZER, [row])[0].argmax())]
+        else:
+            text = trainer._complete([row])[0]
+        wanted += reward([[{"content": text}]], **{k: [v] for k, v in row.items() if k != "prompt"})
+    assert found == pytest.approx(sum(wanted) / len(wanted))
+    with pytest.raises(ValueError, match="no rows to evaluate"):
+        trainer_of(tmp_path, rows, reward).evaluate()
+
+
+def test_a_run_logs_its_population_and_its_z(tmp_path):
+    trainer = trainer_of(tmp_path, CHOICE_ROWS, right_choice, max_steps=1, learning_rate=0.0)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["reward"] == pytest.approx(-log["loss"], abs=1e-4)
+    assert log["reward_best"] > log["reward"] and log["reward_std"] > 0
+    assert log["z/mean_distance_from_1"] == pytest.approx(float(trained_z(trainer).abs().mean()))
+    assert "z/model.layers.1/mean_distance_from_1" in log
+
+
+def test_text_prompts_are_answered_in_text(tmp_path):
+    rows = [{"prompt": "a plain prompt", "choices": ["one", "two"]}, {"prompt": "and", "choices": ["a", "b", "c"]}]
+
+    def reward(completions, prompts, choices, **_):
+        assert all(text in options for text, options in zip(completions, choices, strict=True))
+        assert set(prompts) <= {"a plain prompt", "and"}
+        return [float(len(text)) for text in completions]
+
+    trainer_of(tmp_path, rows, reward, per_device_train_batch_size=2).train()
+
+
+def test_completions_continue_plain_text_behind_the_beginning_of_text(tmp_path):
+    """As generation in TRL does: the tokenizer's own special tokens, where no chat template writes them."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = "<s>"
+    begin = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.convert_tokens_to_ids("<s>"))])
+    tokenizer.backend_tokenizer.post_processor = begin
+    trainer, seen = trainer_of(tmp_path, TEXT_ROWS, uneven), []
+    trainer.processing_class = tokenizer
+    trainer.model.generate = lambda input_ids, **_: (seen.append(input_ids), input_ids)[1]
+    trainer._complete([{"prompt": "ab"}, {"prompt": TEXT_ROWS[1]["prompt"]}])
+    texts = [tokenizer.convert_ids_to_tokens(row) for row in seen[0].tolist()]
+    assert [[t for t in text if t != "<pad>"] for text in texts] == [
+        ["<s>", "a", "b"],
+        ["<u>", "b", "?", "<end>", "<a>"],
+    ]
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"population": 7}, "`population` must be an even number.*got 7"),
+        ({"population": 0}, "got 0"),
+        ({"sigma": 0.0}, "`sigma`.*above 0; got 0.0"),
+        ({"sigma": float("nan")}, "`sigma`"),
+        ({"shaping": "best"}, "`shaping` must be 'rank', 'z_score' or 'none'; got 'best'"),
+        ({"rows_per_forward": 0}, "`rows_per_forward` must be 1 or more; got 0"),
+        ({"fp16": True}, "load the base in float16"),
+        ({"early_stopping_patience": 2}, "early_stopping_patience.*eval_strategy"),
+    ],
+)
+def test_a_setting_that_means_nothing_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        EvolutionConfig(**{"output_dir": "unused", **QUIET, **settings})
+
+
+def test_what_is_no_z_vector_cannot_be_evolved(tmp_path):
+    frozen = get_peft_model(tiny_model(), SVFConfig(inference_mode=True))
+    with pytest.raises(ValueError, match=r"0 z-vectors.*Pass peft_config"):
+        trainer_of(tmp_path, CHOICE_ROWS, right_choice, model=frozen)
+    with pytest.raises(ValueError, match=r"1 other parameters, first .*lm_head"):
+        trainer_of(tmp_path, CHOICE_ROWS, right_choice, svf=SVFConfig(modules_to_save=["lm_head"]))
+    merged = get_peft_model(tiny_model(), SVFConfig(init_weights=False))
+    merged.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge and enable"):
+        trainer_of(tmp_path, CHOICE_ROWS, right_choice, model=merged)
+    with pytest.raises(ValueError, match="2 reward functions need as many weights"):
+        trainer_of(tmp_path, CHOICE_ROWS, [uneven, right_choice], reward_weights=[1.0])
+
+
+def test_a_reward_of_the_wrong_length_is_refused_by_name(tmp_path):
+    def one(completions, **_):
+        return [1.0]
+
+    with pytest.raises(ValueError, match="'one' returned 1 rewards for 11 texts"):
+        trainer_of(tmp_path, CHOICE_ROWS, one).train()
+
+
+# --- quantised bases and several processes
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_packed_base_is_trained_as_it_is(bits, tmp_path):
+    """Only forwards are needed, and without the adapter the base answers as before."""
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4, "head_dim": 16}
+    config = LlamaConfig(**{**tiny_model().config.to_dict(), **sizes})  # in blocks that the packed kernels take
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    packing = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=packing, device_map="cpu")
+    trainer = trainer_of(tmp_path, CHOICE_ROWS, right_choice, model=model, svf=SVFConfig(init_weights=False))
+    assert all(layer.quantization_backend is not None for layer in pico.svf_layers(trainer.model).values())
+    with trainer.model.disable_adapter():
+        before = pico.logits(trainer.model, ids := {"input_ids": torch.arange(3, 15).view(2, 6)})
+    members = 0.5 * draws(0, 3, len(trained_z(trainer))).float()
+    wanted = by_hand(trainer, members, CHOICE_ROWS, right_choice)
+    assert float(wanted.std()) > 1e-3
+    torch.testing.assert_close(trainer._fitness(members, CHOICE_ROWS), wanted, rtol=0.01, atol=0.01)
+    start = trained_z(trainer).clone()
+    trainer.train()
+    assert all(weight.dtype == torch.float32 for weight in offsets(trainer.model))
+    assert float((trained_z(trainer) - start).abs().max()) > 1e-3
+    with trainer.model.disable_adapter():
+        assert torch.equal(pico.logits(trainer.model, ids), before)
+
+
+TWO = """
+import sys, torch, test_evolution as e
+trainer = e.trainer_of(sys.argv[1], e.random_rows(16), e.right_choice, kind=e.Recorder, max_steps=2)
+trainer.train()
+torch.save((trainer.rows, trainer.gradients, e.trained_z(trainer)), f"{sys.argv[1]}/{trainer.args.process_index}.pt")
+trainer.accelerator.end_training()
+"""
+
+
+@pytest.mark.slow
+def test_processes_share_their_estimates_of_different_rows_and_directions(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(TWO)
+    launch = ["torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d"]
+    run = subprocess.run(
+        [sys.executable, "-m", *launch, str(script), str(tmp_path)], capture_output=True, text=True,
+        env=environment(),
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    (rows, gradients, z), other = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+    ids = [{row["id"] for row in batch} for batch in rows]
+    assert all(not mine & {row["id"] for row in batch} for mine, batch in zip(ids, other[0], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(gradients, other[1], strict=True))
+    assert torch.equal(z, other[2])
+
+
+def test_a_member_that_overflows_is_the_worst(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path, CHOICE_ROWS, right_choice, max_steps=1)
+    real = trainer._fitness
+
+    def broken(members, rows):
+        fitness = real(members, rows)
+        fitness[0] = torch.nan
+        return fitness
+
+    seen = []
+    monkeypatch.setattr(trainer, "_fitness", broken)
+    monkeypatch.setattr(
+        "peft_svf.training.evolution.shaped", lambda fitness, how: seen.append(fitness) or shaped(fitness, how)
+    )
+    trainer.train()
+    assert seen and all(each.isfinite().all() and each[0] == each.min() for each in seen)

@@ -1,0 +1,933 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of training: gradients against a REINFORCE written by hand, and what a run may and may not change."""
+
+import functools
+import gzip
+import importlib
+import json
+import logging
+import math
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pico
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny_model import tiny_model
+from trainers import (
+    CHOICE_ROWS,
+    EVALUATED,
+    FORMS,
+    QUIET,
+    ROOT,
+    RUN,
+    SHORT,
+    STILL,
+    TEXT_ROWS,
+    TOKENIZER,
+    chat,
+    environment,
+    flat,
+    offsets,
+    random_rows,
+    right_choice,
+    same,
+    soft_model,
+    trained_z,
+    trainer_of,
+    uneven,
+)
+from transformers import TrainerCallback, TrainingArguments
+from trl import GRPOConfig, GRPOTrainer
+
+from peft_svf import SVFConfig
+from peft_svf.training.evolution import EvolutionConfig
+from peft_svf.training.reinforce import (
+    PromptFilter,
+    ReinforceConfig,
+    ReinforceTrainer,
+    advantages_of,
+    format_reward,
+)
+from peft_svf.training.run import z_statistics
+
+# --- advantages
+
+
+def by_hand(rewards, estimator, n):
+    """Each estimator as its definition reads, one completion at a time; `None` is a missing reward."""
+    found = []
+    for i, reward in enumerate(rewards):
+        group = range(i - i % n, i - i % n + n) if estimator in ("rloo", "group") else range(len(rewards))
+        known = [rewards[j] for j in group if rewards[j] is not None]
+        others = [rewards[j] for j in group if rewards[j] is not None and j != i]
+        mean = sum(known) / len(known) if known else 0.0
+        square = sum((r - mean) ** 2 for r in known)
+        if reward is None:
+            found.append(0.0)
+        elif estimator == "none":
+            found.append(reward)
+        elif estimator in ("batch", "rloo"):
+            found.append(reward - sum(others) / len(others) if others else 0.0)
+        elif estimator == "batch_norm":
+            found.append((reward - mean) / max(math.sqrt(square / len(known)), 1e-7))
+        else:
+            deviation = math.sqrt(square / (len(known) - 1)) if len(known) > 1 else 0.0
+            found.append((reward - mean) / (deviation + 1e-4))
+    return found
+
+
+ESTIMATORS = ["none", "batch", "batch_norm", "rloo", "group"]
+REWARDS = {
+    "plain": [1.0, -1.0, -1.0, 1.0, 0.5, 0.25, -1.0, -1.0, -1.0, 1.0, 1.0, 0.0],
+    "missing": [1.0, None, -1.0, None, None, 0.25, None, None, None, 1.0, 1.0, -1.0],  # one group keeps one, one none
+    "all equal": [1.0] * 12,
+    "all missing": [None] * 12,
+}
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("rewards", REWARDS.values(), ids=REWARDS)
+def test_advantages_equal_their_definition(estimator, rewards):
+    tensor = torch.tensor([math.nan if r is None else r for r in rewards], dtype=torch.float64)
+    found = advantages_of(tensor, estimator, 3)
+    torch.testing.assert_close(found, torch.tensor(by_hand(rewards, estimator, 3), dtype=torch.float64))
+    assert torch.equal(found[tensor.isnan()], torch.zeros(int(tensor.isnan().sum()), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_missing_reward_does_not_move_the_others(estimator):
+    rewards = torch.tensor([1.0, -1.0, 0.5, math.nan])
+    found = advantages_of(rewards, estimator, 4)
+    torch.testing.assert_close(found[:3], advantages_of(rewards[:3], estimator, 3))
+
+
+@pytest.mark.parametrize("estimator", ["none", "batch", "rloo"])
+def test_the_unbiased_estimators_have_the_gradient_of_the_expected_reward(estimator):
+    """Exact expectation over all triples of a policy over four actions; a z-score has another length."""
+    reward = torch.tensor([1.0, -1.0, 0.25, -1.0], dtype=torch.float64)
+    logits = torch.tensor([0.3, -0.2, 0.9, 0.0], dtype=torch.float64, requires_grad=True)
+    logps = logits.log_softmax(0)
+    exact = torch.autograd.grad((logps.exp() * reward).sum(), logits, retain_graph=True)[0]
+
+    def expected(name):
+        loss = 0.0
+        for triple in torch.cartesian_prod(*[torch.arange(4)] * 3):
+            weight = logps[triple].sum().exp().detach()
+            loss = loss + weight * (advantages_of(reward[triple], name, 3) * logps[triple]).mean()
+        return torch.autograd.grad(loss, logits, retain_graph=True)[0]
+
+    torch.testing.assert_close(expected(estimator), exact)
+    assert not torch.allclose(expected("group"), exact, rtol=0.01)
+
+
+def test_group_advantages_are_those_of_trl(tmp_path):
+    found = {}
+    for kind, config in ((GRPOTrainer, GRPOConfig), (ReinforceTrainer, ReinforceConfig)):
+        settings = {"advantage_estimator": "group"} if config is ReinforceConfig else {}
+        args = config(output_dir=str(tmp_path), num_generations=3, save_strategy="no", **QUIET, **SHORT, **settings)
+        trainer = kind(
+            tiny_model(), uneven, args, Dataset.from_list(TEXT_ROWS), processing_class=TOKENIZER,
+            peft_config=SVFConfig(),
+        )  # fmt: skip
+        batch = [row for row in TEXT_ROWS[:2] for _ in range(3)]
+        torch.manual_seed(0)
+        found[kind] = trainer._generate_and_score_completions(batch)["advantages"]
+    assert found[GRPOTrainer].std() > 0.1
+    torch.testing.assert_close(found[ReinforceTrainer], found[GRPOTrainer])
+
+
+# --- settings
+
+
+def config_of(**settings):
+    return ReinforceConfig(**{"output_dir": "unused", **QUIET, "per_device_train_batch_size": 8, **settings})
+
+
+@pytest.mark.parametrize("estimator", ["none", "batch", "batch_norm"])
+def test_one_completion_a_prompt_is_accepted(estimator):
+    config = config_of(num_generations=1, advantage_estimator=estimator, eval_strategy="steps", eval_steps=1)
+    assert (config.num_generations, config.num_generations_eval) == (1, 1)
+    assert config.generation_batch_size == 8
+    config = config_of(num_generations=1, advantage_estimator=estimator, gradient_accumulation_steps=2)
+    assert (config.num_generations, config.generation_batch_size) == (1, 16)
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "group"])
+def test_one_completion_a_prompt_has_no_group(estimator):
+    with pytest.raises(ValueError, match=f"{estimator}.*num_generations is 1: use 'none' or 'batch'"):
+        config_of(num_generations=1, advantage_estimator=estimator)
+
+
+def test_a_generation_batch_of_one_is_refused():
+    with pytest.raises(ValueError, match=r"batch of 1.*raise per_device_train_batch_size"):
+        config_of(num_generations=1, advantage_estimator="none", per_device_train_batch_size=1)
+    config = config_of(
+        num_generations=1, advantage_estimator="none", per_device_train_batch_size=1, gradient_accumulation_steps=2
+    )
+    assert (config.num_generations, config.generation_batch_size) == (1, 2)
+
+
+def test_one_row_on_each_of_several_processes_is_a_batch(monkeypatch):
+    monkeypatch.setattr("peft_svf.training.reinforce._world", lambda: 2)  # as launchers announce it
+    monkeypatch.setattr(ReinforceConfig, "world_size", property(lambda self: 2))  # as TRL counts, once it has started
+    config = config_of(num_generations=1, advantage_estimator="batch", per_device_train_batch_size=1)
+    assert (config.num_generations, config.generation_batch_size) == (1, 2)
+
+
+@pytest.mark.parametrize("direction, correction", [("policy_ref", True), ("ref_policy", False)])
+def test_the_direction_of_the_divergence_sets_trls_switch(direction, correction):
+    assert config_of(kl_direction=direction, beta=0.1).use_bias_correction_kl is correction
+    assert config_of(beta=0.1).use_bias_correction_kl is True  # the paper's direction is the default
+
+
+def test_data_for_less_than_a_step_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="A step takes 12 different prompts, but the training data have 4 rows"):
+        trainer_of(tmp_path, CHOICE_ROWS, right_choice, num_generations=1, advantage_estimator="batch")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"advantage_estimator": "mean"}, "`advantage_estimator` cannot be 'mean'"),
+        ({"kl_direction": "both"}, "`kl_direction` must be 'policy_ref' or 'ref_policy', got 'both'"),
+        ({"greedy_rollouts": True, "num_generations": 4}, "4 equal completions: set num_generations=1"),
+        ({"beta": 0.1, "importance_sampling_level": "sequence"}, "only importance_sampling_level='token'"),
+        ({"kl_in_reward": True}, r"beta > 0 and kl_direction='policy_ref', got beta=0.0"),
+        ({"kl_in_reward": True, "beta": 0.1, "kl_direction": "ref_policy"}, "got beta=0.1 and kl_direction='ref_pol"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "needs advantage_estimator='group'"),
+        (
+            {"prompt_filter": True, "num_generations": 1, "advantage_estimator": "batch"},
+            "prompt_filter compares.*num_generations to 2",
+        ),
+        ({"early_stopping_patience": 2}, "early_stopping_patience.*eval_strategy"),
+    ],
+)
+def test_a_setting_that_means_nothing_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(**settings)
+
+
+@pytest.mark.parametrize("free", [{}, {"beta": 0.1, "kl_in_reward": True}], ids=["no penalty", "in the reward"])
+def test_sequence_ratios_are_allowed_without_a_penalty_in_the_loss(free):
+    assert config_of(importance_sampling_level="sequence", **free).importance_sampling_level == "sequence"
+
+
+AGREED = {  # text and code of arXiv 2501.06252
+    "num_generations": 1, "advantage_estimator": "none", "reward_clip": None, "learning_rate": 2e-3,
+    "max_grad_norm": 1e-3, "weight_decay": 0.0, "temperature": 1.0, "loss_type": "luspo", "num_iterations": 1,
+    "greedy_eval": True, "load_best_model_at_end": True, "metric_for_best_model": "eval_reward", "eval_steps": 10,
+    "save_steps": 10, "generation_batch_size": 256, "kl_in_reward": False, "prompt_filter": False,
+}  # fmt: skip
+PRESETS = {
+    "paper": {
+        "beta": 0.1, "kl_direction": "policy_ref", "use_bias_correction_kl": True, "greedy_rollouts": False,
+        "lr_scheduler_type": "cosine", "early_stopping_patience": 5,
+    },
+    "reference": {
+        "beta": 0.0, "kl_direction": "ref_policy", "use_bias_correction_kl": False, "greedy_rollouts": True,
+        "lr_scheduler_type": "constant", "early_stopping_patience": None, "max_completion_length": 512,
+        "max_steps": 200,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_the_text_and_the_code_of_the_paper(preset):
+    make = getattr(ReinforceConfig, preset)
+    config = make(output_dir="unused", per_device_train_batch_size=4, **QUIET)
+    wanted = AGREED | PRESETS[preset]
+    assert {name: getattr(config, name) for name in wanted} == wanted
+    own = make(output_dir="unused", beta=0.2, gradient_accumulation_steps=3, eval_strategy="no", **QUIET)
+    assert (own.beta, own.gradient_accumulation_steps) == (0.2, 3)
+    assert (own.load_best_model_at_end, own.early_stopping_patience) == (False, None)
+
+
+@pytest.mark.parametrize("config, parent", [(ReinforceConfig, GRPOConfig), (EvolutionConfig, TrainingArguments)])
+def test_every_field_that_is_ours_or_has_our_default_is_on_the_reference_page(config, parent):
+    page = (ROOT / "docs" / "reference" / "training.md").read_text()
+    theirs = {entry.name: entry.default for entry in fields(parent)}
+    ours = [entry.name for entry in fields(config) if theirs.get(entry.name, entry) != entry.default]
+    assert len(ours) > 10
+    assert [name for name in ours if f"`{name}`" not in page] == []
+
+
+def defaults_on(page, heading):
+    """`field -> default` of the first table below a heading, numbers as numbers, without remarks in brackets."""
+    table = page.partition(heading)[2].partition("|")[2].partition("\n\n")[0]
+    for line in table.splitlines():
+        if "`EvolutionConfig." in line and "EvolutionConfig" not in heading:
+            continue
+        names, values = ([part.strip(' `"') for part in cell.split(",")] for cell in line.strip("| ").split("|")[:2])
+        for name, value in zip(names, values, strict=False):
+            value = value.partition(" (")[0]
+            yield name, float(value) if re.fullmatch(r"\d[\d.e-]*", value) else {"off": "False"}.get(value, value)
+
+
+@pytest.mark.parametrize(
+    "page, heading, config",
+    [
+        ("reference/training.md", "## `ReinforceConfig`", ReinforceConfig),
+        ("reference/training.md", "## `EvolutionConfig`", EvolutionConfig),
+        ("paper_map.md", "## Defaults and their source", ReinforceConfig),
+    ],
+)
+def test_the_defaults_on_the_pages_are_those_of_the_code(page, heading, config):
+    known = {entry.name: entry.default for entry in fields(config)} | {"max_steps": "TRL's three epochs"}
+    found = list(defaults_on((ROOT / "docs" / page).read_text(), heading))
+    compared = [(name, value, known[name]) for name, value in found if name in known]
+    assert len(compared) > 8
+    assert f"| TRL's {GRPOConfig.max_completion_length} |" in (ROOT / "docs/reference/training.md").read_text()
+    assert [row for row in compared if row[1] != (float(row[2]) if isinstance(row[1], float) else str(row[2]))] == []
+
+
+def test_checkpoints_between_rollouts_are_pointed_out(caplog):
+    settings = {"steps_per_generation": 4, "num_iterations": 2, "gradient_accumulation_steps": 2}
+    with caplog.at_level(logging.WARNING, "peft_svf.training.reinforce"):
+        config_of(save_steps=8, **settings)
+        config_of(save_steps=3)
+        assert not caplog.records
+        config_of(save_steps=6, **settings)
+    assert "A rollout serves 4 steps, but save_steps=6" in caplog.text and "multiple of 4" in caplog.text
+
+
+def test_only_trl_s_remark_about_luspo_is_silenced(tmp_path, caplog):
+    source, remark = logging.getLogger(GRPOTrainer.__module__), "`importance_sampling_level` should be set to"
+    before = list(source.filters)
+
+    def made(kind, config, **settings):
+        caplog.clear()
+        args = config(output_dir=str(tmp_path), num_generations=3, **QUIET, **SHORT, **settings)
+        data = Dataset.from_list(TEXT_ROWS)
+        kind(tiny_model(), uneven, args, data, processing_class=TOKENIZER, peft_config=SVFConfig())
+        return caplog.text
+
+    with caplog.at_level(logging.WARNING):
+        assert remark in made(GRPOTrainer, GRPOConfig, loss_type="luspo")
+        assert remark not in made(ReinforceTrainer, ReinforceConfig)
+        assert "weights each sequence by its completion length" in made(
+            ReinforceTrainer, ReinforceConfig, loss_type="dapo", importance_sampling_level="sequence"
+        )
+    assert source.filters == before
+
+
+@pytest.mark.parametrize("metric, greater", [(None, True), ("eval_loss", False), ("eval_z", True)])
+def test_the_best_checkpoint_is_the_one_with_the_best_reward(metric, greater):
+    chosen = {} if metric is None else {"metric_for_best_model": metric}
+    config = config_of(
+        eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True, **chosen
+    )
+    assert config.metric_for_best_model == (metric or "eval_reward")
+    assert config.greater_is_better is greater
+
+
+# --- gradients
+
+
+def token_logps(model, prompt, completion):
+    """Log-likelihoods of a completion's tokens by one plain forward, without padding."""
+    ids = torch.tensor([prompt + completion])
+    logps = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+    return torch.stack([logps[len(prompt) - 1 + t, token] for t, token in enumerate(completion)])
+
+
+def option_logps(model, row):
+    """Log-probabilities of a row's choices: the softmax of their summed token log-likelihoods, by plain forwards."""
+    vocabulary = TOKENIZER.get_vocab()
+    prompt = [vocabulary[t] for t in ("<u>", *row["prompt"][0]["content"], "<end>", "<a>")]
+    texts = row["choices"]
+    ends = any(a != b and b.startswith(a) for a in texts for b in texts)
+    choices = [[*(vocabulary[t] for t in text), *[vocabulary["<end>"]] * ends] for text in texts]
+    return torch.stack([token_logps(model, prompt, choice).sum() for choice in choices]).log_softmax(0)
+
+
+def action_logps(trainer, model):
+    """
+    What was rolled out first, scored by hand: per completion the log-probabilities of its actions.
+
+    Actions are tokens in the generated form, one choice in the choice form.
+    """
+    output, inputs = trainer.outputs[0], trainer.inputs[0]
+    found = []
+    for i, row in enumerate(inputs):
+        if "choices" in row:
+            place = row["choices"].index(trainer.texts[0][i])
+            found.append(option_logps(model, row)[place, None])
+        else:
+            prompt = output["prompt_ids"][i][output["prompt_mask"][i].bool()].tolist()
+            completion = output["completion_ids"][i][output["completion_mask"][i].bool()].tolist()
+            found.append(token_logps(model, prompt, completion) if completion else torch.zeros(1))
+    return found
+
+
+def hand_gradient(trainer, reward, estimator, n, beta=0.0, direction="policy_ref", in_reward=0.0):
+    """`-mean_i (A_i log p(y_i) - beta KL_i)` as it is written, differentiated; `in_reward` is a beta of k1."""
+    inputs, texts = trainer.inputs[0], trainer.texts[0]
+    columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}
+    rewards = reward([[{"role": "assistant", "content": text}] for text in texts], **columns)
+    policy = action_logps(trainer, trainer.model)
+    with torch.no_grad(), trainer.model.disable_adapter():
+        reference = action_logps(trainer, trainer.model)
+    k1 = [float((logps - ref).detach().sum()) for logps, ref in zip(policy, reference, strict=True)]
+    advantages = by_hand([r - in_reward * k for r, k in zip(rewards, k1, strict=True)], estimator, n)
+    loss = torch.tensor(0.0)
+    for advantage, logps, ref in zip(advantages, policy, reference, strict=True):
+        k3 = (ref - logps).exp() - (ref - logps) - 1
+        if direction == "policy_ref":
+            k3 = k3 * (logps - logps.detach()).exp()
+        loss = loss - (advantage * logps.sum() - beta * k3.sum()) / len(inputs)
+    return flat(torch.autograd.grad(loss, offsets(trainer.model)))
+
+
+def one_step(folder, form, **settings):
+    """Train one step with learning rate 0: z stays, so that the gradient can be taken again."""
+    rows, reward = FORMS[form]
+    trainer = trainer_of(folder, 3 * rows, reward, **STILL, **settings)
+    trainer.train()
+    assert len(trainer.gradients) == len(trainer.outputs) == 1
+    return trainer, reward
+
+
+@pytest.mark.parametrize("estimator, n", [("none", 1), ("batch", 1), ("rloo", 3), ("none", 2), ("batch", 3)])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_is_reinforce(form, estimator, n, tmp_path):
+    trainer, reward = one_step(tmp_path, form, advantage_estimator=estimator, num_generations=n)
+    same(trainer.gradients[0], hand_gradient(trainer, reward, estimator, n))
+
+
+@pytest.mark.parametrize("direction", ["policy_ref", "ref_policy"])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_of_the_penalty_is_its_estimator_s(form, direction, tmp_path):
+    settings = {"advantage_estimator": "none", "num_generations": 2}
+    trainer, reward = one_step(tmp_path, form, beta=0.7, kl_direction=direction, **settings)
+    whole = hand_gradient(trainer, reward, "none", 2, 0.7, direction)
+    same(trainer.gradients[0], whole)
+    bare = hand_gradient(trainer, reward, "none", 2)
+    same(trainer.gradients[0] - bare, whole - bare, 1e-3)
+
+
+@pytest.mark.parametrize("estimator, n", [("none", 2), ("rloo", 3), ("group", 3)])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_penalty_in_the_reward_is_subtracted_from_it(form, estimator, n, tmp_path):
+    settings = {"advantage_estimator": estimator, "num_generations": n}
+    trainer, reward = one_step(tmp_path, form, beta=5.0, kl_in_reward=True, **settings)
+    whole = hand_gradient(trainer, reward, estimator, n, in_reward=5.0)
+    same(trainer.gradients[0], whole)
+    assert float((whole - hand_gradient(trainer, reward, estimator, n)).norm()) > 0.01 * float(whole.norm())
+    policy = action_logps(trainer, trainer.model)
+    with torch.no_grad(), trainer.model.disable_adapter():
+        k1 = flat(policy) - flat(action_logps(trainer, trainer.model))
+    log = trainer.state.log_history[0]
+    assert log["kl"] == pytest.approx(float(k1.mean()), abs=1e-5)
+    rewards = [reward([[{"content": text}]])[0] for text in trainer.texts[0]]
+    assert log["reward"] == pytest.approx(sum(rewards) / len(rewards))  # the task's alone
+    assert trainer.beta == 5.0
+
+
+def test_the_estimators_of_the_penalty_have_the_gradients_of_both_divergences():
+    """Exact expectation over a policy's actions: what `kl_direction` promises."""
+    ref = torch.tensor([0.1, 0.9, -0.4, 0.0, 0.3], dtype=torch.float64).log_softmax(0)
+    logits = torch.tensor([0.5, -0.3, 0.2, 0.8, -1.0], dtype=torch.float64, requires_grad=True)
+    logps = logits.log_softmax(0)
+    k3 = (ref - logps).exp() - (ref - logps) - 1
+    samples = logps.exp().detach()
+    estimators = {"policy_ref": k3 * (logps - logps.detach()).exp(), "ref_policy": k3}
+    exact = {
+        "policy_ref": (logps.exp() * (logps - ref)).sum(),
+        "ref_policy": (ref.exp() * (ref - logps)).sum(),
+    }
+    for name in exact:
+        found = torch.autograd.grad((samples * estimators[name]).sum(), logits, retain_graph=True)[0]
+        torch.testing.assert_close(found, torch.autograd.grad(exact[name], logits, retain_graph=True)[0])
+    k1 = (logps - ref).detach()  # in the reward: it only weighs log p
+    found = torch.autograd.grad((samples * k1 * logps).sum(), logits, retain_graph=True)[0]
+    torch.testing.assert_close(found, torch.autograd.grad(exact["policy_ref"], logits)[0])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_micro_batches_give_the_gradient_of_the_whole(form, tmp_path):
+    settings = {"advantage_estimator": "rloo", "num_generations": 3, "beta": 0.3}
+    parts = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2}
+    whole, _ = one_step(tmp_path, form, **settings)
+    split, reward = one_step(tmp_path, form, **settings, **parts)
+    assert split.texts == whole.texts
+    same(split.gradients[0], whole.gradients[0])
+    same(split.gradients[0], hand_gradient(split, reward, "rloo", 3, 0.3))
+
+
+def test_clipped_rewards_are_what_the_gradient_sees(tmp_path):
+    settings = {"advantage_estimator": "none", "num_generations": 2, "reward_clip": 0.25}
+    trainer, reward = one_step(tmp_path, "generate", **settings)
+
+    def clipped(*args, **kwargs):
+        return [min(0.25, max(-0.25, r)) for r in reward(*args, **kwargs)]
+
+    same(trainer.gradients[0], hand_gradient(trainer, clipped, "none", 2))
+
+
+def short_text(completions, **_):
+    """A second reward, `None` where there is nothing to say."""
+    texts = [completion[0]["content"] for completion in completions]
+    return [None if "a" in text else -len(text) / 4 for text in texts]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_several_rewards_are_added_by_their_weights(form, tmp_path):
+    rows, reward = FORMS[form]
+    settings = {"advantage_estimator": "rloo", "num_generations": 3, "reward_clip": 0.5, **STILL}
+    trainer = trainer_of(tmp_path, 3 * rows, [reward, short_text], reward_weights=[1.0, 0.25], **settings)
+    trainer.train()
+
+    def clip(value):
+        return 0.0 if value is None else min(0.5, max(-0.5, value))
+
+    def both(completions, **columns):
+        pairs = zip(reward(completions, **columns), short_text(completions), strict=True)
+        return [clip(one) + 0.25 * clip(other) for one, other in pairs]
+
+    same(trainer.gradients[0], hand_gradient(trainer, both, "rloo", 3))
+    log = trainer.state.log_history[0]
+    assert {"rewards/uneven/mean", "rewards/short_text/mean"} <= set(log)
+
+
+def test_truncated_completions_teach_nothing(tmp_path):
+    settings = {"advantage_estimator": "none", "num_generations": 2, "mask_truncated_completions": True}
+    trainer = trainer_of(tmp_path, 24 * TEXT_ROWS, uneven, per_device_train_batch_size=96, **settings, **STILL)
+    trainer.train()
+    kept = trainer.outputs[0]["completion_mask"].any(1)
+    assert 0 < int(kept.sum()) < len(kept)
+    same(trainer.gradients[0], hand_gradient(trainer, uneven, "none", 2))
+    ends = (trainer.outputs[0]["completion_ids"] == TOKENIZER.eos_token_id).any(1)
+    assert torch.equal(kept, ends)
+
+
+def test_padding_to_a_multiple_changes_no_choice(tmp_path):
+    settings = {"advantage_estimator": "rloo", "num_generations": 3, "pad_to_multiple_of": 4}
+    trainer, reward = one_step(tmp_path, "choice", **settings)
+    same(trainer.gradients[0], hand_gradient(trainer, reward, "rloo", 3))
+
+
+# --- the choice form
+
+
+def test_choices_are_drawn_from_the_policy(tmp_path):
+    row, n = CHOICE_ROWS[1], 600
+    trainer = trainer_of(tmp_path, [row], right_choice, num_generations=n, per_device_train_batch_size=n)
+    with torch.no_grad():
+        policy = option_logps(trainer.model, row).exp()
+    torch.manual_seed(0)
+    trainer.model.train()
+    trainer._generate_and_score_completions([row] * n)
+    counts = torch.tensor([trainer.texts[0].count(choice) for choice in row["choices"]])
+    assert int(counts.sum()) == n
+    deviation = (n * policy * (1 - policy)).sqrt()
+    assert bool(((counts - n * policy).abs() <= 4 * deviation + 1).all()), (counts, n * policy)
+    assert int((counts > 0).sum()) > 1
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_evaluation_takes_the_likeliest_choice(greedy, tmp_path):
+    trainer = trainer_of(
+        tmp_path, CHOICE_ROWS, right_choice, eval_rows=CHOICE_ROWS, num_generations=3, greedy_eval=greedy,
+        num_generations_eval=8, per_device_eval_batch_size=8,
+    )  # fmt: skip
+    metrics = trainer.evaluate()
+    taken = [(row["id"], text) for rows, texts in zip(trainer.inputs, trainer.texts, strict=True)
+             for row, text in zip(rows, texts, strict=True)]  # fmt: skip
+    with torch.no_grad():
+        best = {(row["id"], row["choices"][option_logps(trainer.model, row).argmax()]) for row in CHOICE_ROWS}
+    assert len(taken) == 32
+    assert (set(taken) == best) is greedy
+    rewards = right_choice([[{"content": text}] for _, text in taken], **{
+        key: [CHOICE_ROWS[int(i)][key] for i, _ in taken] for key in ("choices", "label")
+    })  # fmt: skip
+    assert metrics["eval_reward"] == pytest.approx(sum(rewards) / 32)
+
+
+def test_rewards_see_the_text_that_was_chosen(tmp_path):
+    seen = []
+
+    def reward(completions, choices, **_):
+        seen.extend(zip((completion[0]["content"] for completion in completions), choices, strict=True))
+        return [0.0] * len(completions)
+
+    trainer_of(tmp_path, CHOICE_ROWS, reward, num_generations=3).train()
+    assert len(seen) == 12
+    assert all(text in choices for text, choices in seen)
+
+
+def test_rows_whose_prompt_is_a_text_are_answered_in_text(tmp_path):
+    rows = [{"prompt": "a plain prompt", "choices": ["one", "two"], "label": 0}]
+
+    def reward(completions, **_):
+        assert set(completions) <= {"one", "two"}
+        return [1.0] * len(completions)
+
+    trainer_of(tmp_path, 6 * rows, reward, num_generations=2, kind=ReinforceTrainer).train()
+
+
+def test_a_stream_of_rows_with_choices_is_of_the_choice_form(tmp_path):
+    """A stream made by a generator does not know its columns."""
+    stream = IterableDataset.from_generator(lambda: iter(CHOICE_ROWS))
+    assert stream.column_names is None
+    args = ReinforceConfig(str(tmp_path), num_generations=3, save_strategy="no", **QUIET, **SHORT)
+    trainer = ReinforceTrainer(
+        soft_model(), right_choice, args, stream, processing_class=TOKENIZER, peft_config=SVFConfig()
+    )
+    trainer.train()
+    assert 0 < trainer.state.log_history[0]["choices/probability"] < 1
+
+
+@pytest.mark.parametrize("temperature, hints", [(0.01, 1), (1.0, 0)])
+def test_a_policy_that_is_sure_of_its_choices_is_pointed_out_once(temperature, hints, tmp_path, caplog):
+    settings = {**RUN, "max_steps": 2, "temperature": temperature}
+    with caplog.at_level(logging.WARNING, "peft_svf.training.reinforce"):
+        trainer_of(tmp_path, CHOICE_ROWS, right_choice, **settings).train()
+    assert caplog.text.count("A higher temperature, such as 4, tries the others") == hints
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_greedy_rollouts_take_the_likeliest(form, tmp_path):
+    settings = {"advantage_estimator": "none", "num_generations": 1, "greedy_rollouts": True}
+    trainer, reward = one_step(tmp_path, form, **settings)
+    texts = {}
+    for row, text in zip(trainer.inputs[0], trainer.texts[0], strict=True):
+        assert texts.setdefault(json.dumps(row["prompt"]), text) == text
+    for i, row in enumerate(trainer.inputs[0]):
+        with torch.no_grad():
+            if form == "choice":
+                assert trainer.texts[0][i] == row["choices"][option_logps(trainer.model, row).argmax()]
+            else:
+                assert trainer.texts[0][i] == greedy_text(trainer.model, row)
+    same(trainer.gradients[0], hand_gradient(trainer, reward, "none", 1))
+
+
+def greedy_text(model, row, length=5):
+    vocabulary = TOKENIZER.get_vocab()
+    prompt = [vocabulary[t] for t in ("<u>", *row["prompt"][0]["content"], "<end>", "<a>")]
+    ids = list(prompt)
+    while len(ids) < len(prompt) + length and ids[len(prompt) :][-1:] != [TOKENIZER.eos_token_id]:
+        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return TOKENIZER.decode(ids[len(prompt) :], skip_special_tokens=True)
+
+
+def test_evaluation_completes_greedily(tmp_path):
+    trainer = trainer_of(tmp_path, TEXT_ROWS, uneven, eval_rows=TEXT_ROWS, num_generations=3)
+    before = trainer.generation_config
+    trainer.evaluate()
+    assert trainer.generation_config is before and before.do_sample
+    with torch.no_grad():
+        for rows, texts in zip(trainer.inputs, trainer.texts, strict=True):
+            assert texts == [greedy_text(trainer.model, row) for row in rows]
+
+
+def test_evaluation_with_vllm_is_greedy_by_its_temperature(tmp_path):
+    trainer = trainer_of(tmp_path, TEXT_ROWS, uneven, num_generations=3)
+    del trainer.generation_config  # TRL makes none for vLLM, and a server's client instead
+    trainer.args.use_vllm, trainer.vllm_generation = True, SimpleNamespace(temperature=0.7)
+    with pytest.raises(RuntimeError, match="inside"), trainer._greedy():
+        assert trainer.vllm_generation.temperature == 0
+        raise RuntimeError("inside")
+    assert trainer.vllm_generation.temperature == 0.7
+
+
+@pytest.mark.parametrize("use_vllm, switch", [(True, {"temperature": 0.0}), (False, {"do_sample": False})])
+def test_greedy_rollouts_say_so_in_the_words_of_the_generator(use_vllm, switch):
+    config = config_of(
+        use_vllm=use_vllm, greedy_rollouts=True, num_generations=1, advantage_estimator="none",
+        generation_kwargs={"min_p": 0.1},
+    )  # fmt: skip
+    assert config.generation_kwargs == {"min_p": 0.1, **switch}
+    assert config.vllm_importance_sampling_correction is False
+
+
+# --- a run
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_same_seed_same_z(form, tmp_path):
+    rows, reward = FORMS[form]
+    runs = []
+    for seed in (0, 0, 1):
+        trainer = trainer_of(tmp_path, rows, reward, svf=SVFConfig(), seed=seed, **{**RUN, "max_steps": 2})
+        trainer.train()
+        runs.append(trained_z(trainer))
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("every", [{}, {"steps_per_generation": 2}], ids=["fresh rollouts", "old rollouts"])
+@pytest.mark.parametrize("greedy", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_evaluating_in_the_middle_changes_nothing(form, greedy, every, tmp_path):
+    rows, reward = FORMS[form]
+    rows = 2 * rows
+    evaluated = {**EVALUATED, "eval_rows": rows, "greedy_eval": greedy}
+    without = trainer_of(tmp_path, rows, reward, **RUN, **every)
+    without.train()
+    between = trainer_of(tmp_path, rows, reward, **RUN, **every, **evaluated)
+    between.train()
+    assert len(between.texts) > len(without.texts)
+    assert torch.equal(trained_z(without), trained_z(between))
+
+
+def test_training_stops_early_when_nothing_gets_better(tmp_path):
+    settings = {**RUN, **EVALUATED, "max_steps": 9, "early_stopping_patience": 2}
+    saving = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
+
+    def constant(completions, **_):
+        return [0.5] * len(completions)
+
+    trainer = trainer_of(tmp_path, CHOICE_ROWS, constant, **settings, **saving)
+    trainer.train()
+    assert trainer.state.global_step == 3  # the first is the best, then two no better
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
+def test_only_z_moves_and_stays_float32(form, dtype, tmp_path):
+    rows, reward = FORMS[form]
+    model = soft_model(dtype=dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = trainer_of(tmp_path, rows, reward, model=model, svf=SVFConfig(), **{**RUN, "beta": 0.1})
+    grads = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            grads.extend(name for name, p in trainer.model.named_parameters() if p.grad is not None)
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert grads and all("svf_offset" in name for name in grads)
+    assert all(parameter.dtype == torch.float32 for parameter in offsets(trainer.model))
+    assert float(trained_z(trainer).abs().max()) > 0.01
+    for name, value in trainer.model.unload().state_dict().items():
+        assert torch.equal(value, before[name]) and value.dtype == dtype, name
+
+
+def test_z_moves_off_one_in_steps_smaller_than_bfloat16_resolves(tmp_path):
+    trainer = trainer_of(
+        tmp_path, CHOICE_ROWS, uneven, model=soft_model(dtype=torch.bfloat16), svf=SVFConfig(),
+        **{**RUN, "learning_rate": 1e-5, "max_steps": 1, "advantage_estimator": "none"},
+    )  # fmt: skip
+    trainer.train()
+    moved = trained_z(trainer).abs()
+    assert float((moved > 0).double().mean()) > 0.9  # around z = 1 bfloat16 has steps of 4e-3
+    assert float(moved.max()) < 2e-5
+
+
+def test_offsets_of_another_dtype_become_float32(tmp_path):
+    model = get_peft_model(tiny_model(dtype=torch.bfloat16), SVFConfig(init_weights=False))
+    for parameter in offsets(model):  # as TRL does on quantised bases
+        parameter.data = parameter.data.bfloat16()
+    trainer = trainer_of(tmp_path, TEXT_ROWS, uneven, model=model, num_generations=3)
+    assert all(parameter.dtype == torch.float32 for parameter in offsets(trainer.model))
+
+
+def test_how_far_z_has_moved_is_logged_whole_and_by_block(tmp_path):
+    trainer = trainer_of(tmp_path, CHOICE_ROWS, right_choice, **{**RUN, "max_steps": 1, "learning_rate": 0.0})
+    trainer.train()
+    log = trainer.state.log_history[0]
+    flattened = trained_z(trainer).abs()
+    assert log["z/mean_distance_from_1"] == pytest.approx(float(flattened.mean()))
+    assert log["z/max_distance_from_1"] == pytest.approx(float(flattened.max()))
+    for block in range(2):
+        name = f"model.layers.{block}"
+        here = [m.svf_offset["default"].weight for n, m in pico.svf_layers(trainer.model).items() if f"{name}." in n]
+        assert len(here) == 3
+        assert log[f"z/{name}/mean_distance_from_1"] == pytest.approx(float(flat(here).abs().mean()))
+    assert 0 < log["choices/probability"] <= 1
+
+
+def test_the_distance_of_a_mapped_parameter_is_that_of_its_z():
+    """With the reference's mask z is 1 at the parameter 0 only where all of a weight's parameters are."""
+    model = get_peft_model(tiny_model(), SVFConfig(parametrization="reference", init_weights=False))
+    found = z_statistics(model)
+    model.fold_parametrization()
+    folded = flat(layer.svf_offset["default"].weight for layer in pico.svf_layers(model).values()).abs()
+    assert found["z/mean_distance_from_1"] == pytest.approx(float(folded.mean()))
+    assert found["z/max_distance_from_1"] == pytest.approx(float(folded.max()))
+
+
+def test_a_run_logs_what_it_can_be_judged_by(tmp_path):
+    trainer = trainer_of(tmp_path, TEXT_ROWS, uneven, **{**RUN, "max_steps": 1, "beta": 0.1})
+    trainer.train()
+    log = trainer.state.log_history[0]
+    wanted = {"entropy", "kl", "reward", "reward_std", "frac_reward_zero_std", "completions/mean_length"}
+    assert wanted | {"completions/clipped_ratio", "grad_norm", "learning_rate"} <= set(log)
+
+
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine(tmp_path):
+    settings = {**RUN, "max_steps": 6, "warmup_steps": 2, "learning_rate": 0.01}
+    trainer = trainer_of(tmp_path, CHOICE_ROWS, right_choice, **settings)
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    wanted = [0, 0.005, *(0.005 * (1 + math.cos(math.pi * step / 4)) for step in range(4))]
+    assert rates == pytest.approx(wanted)
+
+
+# --- the format reward and the filter of prompts
+
+
+def test_a_format_reward_is_one_where_the_pattern_is_found():
+    reward = format_reward(r"answer is -?[\d,.]+\s*$")
+    texts = ["so\nthe answer is 1,200.5 ", "the answer is near", "answer is 3, or 4", ""]
+    assert reward(completions=texts, prompts=texts) == [1.0, 0.0, 0.0, 0.0]
+    assert reward([[{"role": "assistant", "content": text}] for text in texts]) == [1.0, 0.0, 0.0, 0.0]
+    assert reward([[{"role": "assistant", "content": None}]]) == [0.0]
+    assert format_reward("^<a>.*</a>$")(["<a>\n</a>", "<a>"]) == [1.0, 0.0]
+    with pytest.raises(ValueError, match=r"'\(' is no regular expression"):
+        format_reward("(")
+
+
+def test_an_unequal_group_never_rests_and_equal_ones_rest_longer_each_time():
+    chosen, rests = PromptFilter(), []
+    for _ in range(7):
+        chosen.learn(3, equal=True)
+        rest = 0
+        while chosen.choose([3], 9, "seed") != [3]:
+            rest += 1
+        rests.append(rest)
+    assert rests == [1, 3, 7, 15, 31, 31, 31]
+    chosen.learn(3, equal=False)
+    assert chosen.choose([3], 9, "seed") == [3]
+    chosen.learn(3, equal=True)
+    assert chosen.choose([3], 9, "seed") != [3] and chosen.choose([3], 9, "seed") == [3]
+
+
+def test_resting_prompts_are_replaced_by_others_as_long_as_there_are_any():
+    chosen = PromptFilter()
+    for row in (1, 2, 3, 4):
+        chosen.learn(row, equal=True)
+    again = PromptFilter.from_state(json.loads(json.dumps(chosen.state())))
+    found = chosen.choose([0, 1, 2, 3], 6, "seed")
+    assert found == again.choose([0, 1, 2, 3], 6, "seed")  # same state, same choice
+    assert found[0] == 0 and found[1] == 5  # the one that is awake and not asked; then none is left
+    assert found[2:] == [2, 3]
+    assert chosen.record["4"] == [1, 1] and chosen.record["1"] == [1, 0]
+
+
+def test_prompts_that_are_always_solved_make_room_for_others(tmp_path):
+    """Of eight rows six have only right choices: after they were seen once, the other two fill the step."""
+    rows = [{"prompt": chat(f"easy {i}"), "choices": ["aa", "bb"], "easy": True} for i in range(6)]
+    rows += [{"prompt": chat(f"hard {i}"), "choices": ["aa", "bb"], "easy": False} for i in range(2)]
+
+    def reward(completions, easy, **_):
+        return [1.0 if simple or i % 2 else -1.0 for i, simple in enumerate(easy)]
+
+    settings = {**RUN, "num_generations": 4, "per_device_train_batch_size": 8, "max_steps": 8}
+    trainer = trainer_of(tmp_path, rows, reward, prompt_filter=True, **settings)
+    trainer.train()
+    shares = [sum(not row["easy"] for row in batch) / len(batch) for batch in trainer.inputs]
+    assert sum(shares[:4]) == 1.0  # the first epoch: each row once, two of eight
+    assert sum(shares[4:]) > 1.5
+    log = [entry for entry in trainer.state.log_history if "prompts/replaced" in entry]
+    assert [entry["prompts/replaced"] for entry in log[:4]] == [0.0] * 4
+    assert sum(entry["prompts/replaced"] for entry in log[4:]) > 1
+    for batch in trainer.inputs:  # whole groups, of different prompts
+        prompts = [row["prompt"][0]["content"] for row in batch]
+        assert prompts[:4] == [prompts[0]] * 4 and prompts[4:] == [prompts[4]] * 4 and prompts[0] != prompts[4]
+
+
+def test_the_filter_refuses_a_stream(tmp_path):
+    stream = IterableDataset.from_generator(lambda: iter(CHOICE_ROWS))
+    args = ReinforceConfig(str(tmp_path), num_generations=3, prompt_filter=True, **QUIET, **SHORT)
+    with pytest.raises(ValueError, match="data with a length"):
+        ReinforceTrainer(soft_model(), right_choice, args, stream, processing_class=TOKENIZER, peft_config=SVFConfig())
+
+
+def test_a_task_that_can_be_learned_is_learned(tmp_path):
+    rows, held_out = random_rows(64), random_rows(64, seed=1)
+    trainer = trainer_of(
+        tmp_path, rows, right_choice, eval_rows=held_out, svf=SVFConfig(), kind=ReinforceTrainer,
+        num_generations=8, per_device_train_batch_size=64, per_device_eval_batch_size=64, max_steps=50,
+        learning_rate=0.1, max_grad_norm=1.0, logging_steps=50,
+    )  # fmt: skip
+    before = trainer.evaluate()["eval_reward"]
+    trainer.train()
+    after = trainer.evaluate()["eval_reward"]
+    assert (1 + before) / 2 < 0.4  # chance is 0.25, two standard deviations of 64 rows are 0.11
+    assert (1 + after) / 2 > 0.7
+
+
+# --- generation
+
+
+@pytest.mark.parametrize("kind", [ReinforceTrainer, GRPOTrainer])
+def test_rollouts_run_on_merged_copies_and_leave_the_weights_alone(kind, tmp_path, monkeypatch):
+    config = ReinforceConfig if kind is ReinforceTrainer else GRPOConfig
+    args = config(output_dir=str(tmp_path), num_generations=3, save_strategy="no", **QUIET, **SHORT)
+    trainer = kind(
+        tiny_model(), uneven, args,
+        Dataset.from_list(TEXT_ROWS), processing_class=TOKENIZER, peft_config=SVFConfig(init_weights=False),
+    )  # fmt: skip
+    model = trainer.model
+    before = {name: value.clone() for name, value in model.state_dict().items() if "svf_offset" not in name}
+    plans, original = [], type(model).generate
+
+    @functools.wraps(original)
+    def watched(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        plans.append({layer.svf_chosen for layer in pico.svf_layers(model).values()})
+        return output
+
+    monkeypatch.setattr(type(model), "generate", watched)
+    trainer.train()
+    assert plans and all(plan == {"merged"} for plan in plans)
+    assert all(torch.equal(before[name], model.state_dict()[name]) for name in before)
+
+
+def test_the_plan_counts_the_forwards_of_a_whole_step(tmp_path):
+    settings = {**SHORT, "gradient_accumulation_steps": 3}
+    trainer = ReinforceTrainer(
+        tiny_model(), uneven,
+        ReinforceConfig(output_dir=str(tmp_path), num_generations=3, save_strategy="no", **QUIET, **settings),
+        Dataset.from_list(TEXT_ROWS * 3), processing_class=TOKENIZER, peft_config=SVFConfig(plan="narrow"),
+    )  # fmt: skip
+    assert {(layer.svf_plan, layer.svf_forwards) for layer in pico.svf_layers(trainer.model).values()} == {
+        ("narrow", 3)
+    }
+
+
+# --- scripts and imports
+
+
+def test_importing_training_without_trl_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(sys.modules, "peft_svf.training.reinforce")
+    with pytest.raises(ImportError, match=r"pip install 'peft-svf\[train\]'"):
+        importlib.import_module("peft_svf.training.reinforce")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["choice", "generate"])
+def test_the_training_example_runs(form, tmp_path):
+    data = tmp_path / "data" / "arc_easy"
+    data.mkdir(parents=True)
+    with gzip.open(ROOT / "examples" / "data" / "arc_easy" / "validation.jsonl.gz", "rt") as file:
+        lines = [line for line in file.read().split("\n") if line][:24]
+    for split, part in (("train", lines[:8]), ("validation", lines[8:16]), ("test", lines[16:])):
+        with gzip.open(data / f"{split}.jsonl.gz", "wt") as file:
+            file.write("\n".join(part))
+    out = tmp_path / "expert"
+    script = [sys.executable, str(ROOT / "examples" / "train_expert.py"), "--tiny", "--task", "arc_easy"]
+    run = subprocess.run(
+        [*script, "--form", form, "--out", str(out)], capture_output=True, text=True,
+        env=environment(PEFT_SVF_DATA=str(data.parent)),
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    result = json.loads((out / "result.json").read_text())
+    assert (result["task"], result["form"], result["steps"], result["expert"]["n"]) == ("arc_easy", form, 2, 8)
+    assert result["command"].endswith(f"--out {out}")
+    assert (out / "adapter_model.safetensors").is_file() and (out / "adapter_config.json").is_file()
+    assert not list(out.glob("*.bin")) and not list(out.glob("*.pt"))
+    stored = load_file(out / "adapter_model.safetensors")
+    loaded = PeftModel.from_pretrained(tiny_model(), out).state_dict()
+    assert stored and all("svf_offset" in name for name in stored)
+    assert all(torch.equal(loaded[name.replace("svf_offset", "svf_offset.default")], stored[name]) for name in stored)

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of interrupted and divided runs: what is resumed, or shared by processes, is the one run it would have been."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_model import tiny_model
+from trainers import (
+    CHOICE_ROWS,
+    EVALUATED,
+    FORMS,
+    RUN,
+    Recorder,
+    divided,
+    environment,
+    random_rows,
+    right_choice,
+    same,
+    soft_model,
+    trained_z,
+    trainer_of,
+)
+from transformers import TrainerCallback
+
+from peft_svf.training.run import last_checkpoint
+
+SAVED = {"save_strategy": "steps", "save_steps": 1}
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
+    rows = random_rows(24)
+    settings = {**RUN, **EVALUATED, "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    whole = trainer_of(tmp_path / "whole", rows, right_choice, **settings)
+    whole.train()
+    again = trainer_of(tmp_path / "again", rows, right_choice, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert again.texts[-1] == whole.texts[-1]
+    assert again.state.global_step == whole.state.global_step == 4
+    assert torch.equal(trained_z(again), trained_z(whole))
+
+
+def test_checkpoints_hold_offsets_and_the_best_is_loaded_at_the_end(tmp_path):
+    values = iter([0.1, 0.9, 0.3, 0.2])
+
+    class Scripted(Recorder):
+        """Its second evaluation is the best."""
+
+        def evaluate(self, *args, **kwargs):
+            self.now = next(values)
+            return super().evaluate(*args, **kwargs)
+
+    def reward(completions, **_):
+        training = scripted[0].model.training
+        return [float(i % 2) for i in range(len(completions))] if training else [scripted[0].now] * len(completions)
+
+    saving = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
+    settings = {**RUN, **EVALUATED, **saving, "max_steps": 4}
+    scripted = [None]
+    scripted[0] = trainer_of(tmp_path, CHOICE_ROWS, reward, kind=Scripted, **settings)
+    scripted[0].train()
+    state = scripted[0].state
+    assert (state.best_global_step, state.best_metric) == (2, pytest.approx(0.9))
+    best = tmp_path / "checkpoint-2"
+    loaded = PeftModel.from_pretrained(tiny_model(), best)
+    found = {name: value for name, value in loaded.named_parameters() if "svf_offset" in name}
+    now = dict(scripted[0].model.named_parameters())
+    last = PeftModel.from_pretrained(tiny_model(), tmp_path / "checkpoint-4")
+    assert found and all(torch.equal(value, now[name]) for name, value in found.items())
+    assert not all(torch.equal(value, now[name]) for name, value in last.named_parameters() if name in found)
+    assert (best / "adapter_model.safetensors").stat().st_size < 20_000
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "more",
+    [{"beta": 0.1, "gradient_accumulation_steps": 2}, {"steps_per_generation": 2, "save_steps": 2}],
+    ids=["accumulated", "old rollouts"],
+)
+def test_every_kind_of_run_resumes_exactly(more, form, tmp_path):
+    rows, reward = FORMS[form]
+    settings = {**RUN, **SAVED, "max_steps": 4, "per_device_train_batch_size": 6, **more}
+    whole = trainer_of(tmp_path / "whole", 6 * rows, reward, **settings)
+    whole.train()
+    again = trainer_of(tmp_path / "again", 6 * rows, reward, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert again.texts == whole.texts[-len(again.texts) :]
+    assert torch.equal(trained_z(again), trained_z(whole))
+
+
+@pytest.mark.parametrize("step", [4, 5, 9], ids=["end of first epoch", "second", "third"])
+def test_a_run_resumes_in_the_order_of_its_epoch(step, whole_run, tmp_path):
+    rows, settings, whole, folder = whole_run
+    again = trainer_of(tmp_path, rows, right_choice, **settings)
+    again.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+    assert again.inputs == whole.inputs[step:]
+    assert torch.equal(trained_z(again), trained_z(whole))
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """Three epochs of four steps, each in an order of its own."""
+    folder, rows = tmp_path_factory.mktemp("whole"), random_rows(8)
+    settings = {**RUN, **SAVED, "num_generations": 4, "per_device_train_batch_size": 8, "max_steps": 12}
+    whole = trainer_of(folder, rows, right_choice, **settings)
+    whole.train()
+    epochs = [[row["id"] for batch in whole.inputs[i : i + 4] for row in batch] for i in (0, 4, 8)]
+    assert epochs[0] != epochs[1] != epochs[2]
+    return rows, settings, whole, folder
+
+
+def test_the_filter_of_prompts_goes_on_where_it_was(tmp_path):
+    rows = [{**row, "easy": i < 6} for i, row in enumerate(random_rows(8))]
+
+    def reward(completions, easy, **_):
+        return [1.0 if simple or i % 2 else -1.0 for i, simple in enumerate(easy)]
+
+    settings = {**RUN, **SAVED, "num_generations": 4, "per_device_train_batch_size": 8, "prompt_filter": True}
+    settings["max_steps"] = 12
+    whole = trainer_of(tmp_path / "whole", rows, reward, **settings)
+    whole.train()
+    again = trainer_of(tmp_path / "again", rows, reward, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    assert again._filter.record == whole._filter.record
+    assert again.inputs == whole.inputs[5:]
+    assert torch.equal(trained_z(again), trained_z(whole))
+
+
+def test_early_stopping_goes_on_counting(tmp_path):
+    def constant(completions, **_):
+        return [0.5] * len(completions)
+
+    settings = {**RUN, **EVALUATED, **SAVED, "max_steps": 9, "early_stopping_patience": 3}
+    settings |= {"load_best_model_at_end": True}
+    trainer_of(tmp_path, CHOICE_ROWS, constant, **settings, kind=Killed).train()
+    again = trainer_of(tmp_path, CHOICE_ROWS, constant, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.state.global_step == 4  # the first is the best, then three no better: two of them before, two now
+
+
+class Killed(Recorder):
+    """Ends after two steps, as an interrupted run does."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+        class Stop(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                control.should_training_stop = state.global_step == 2
+
+        self.add_callback(Stop())
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off"])
+def test_a_checkpoint_that_was_being_written_is_passed_over(damage, tmp_path):
+    rows = random_rows(24)
+    settings = {**RUN, **SAVED, "max_steps": 3}
+    whole = trainer_of(tmp_path, rows, right_choice, **settings)
+    whole.train()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+    state = tmp_path / "checkpoint-3" / "trainer_state.json"
+    if damage == "missing":
+        state.unlink()
+    else:
+        state.write_text(state.read_text()[:200])
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    again = trainer_of(tmp_path, rows, right_choice, **settings)
+    with pytest.raises(ValueError, match=r"checkpoint-3' is no whole checkpoint.*earlier one, or --resume"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    again.train(resume_from_checkpoint=True)
+    assert again.texts == whole.texts[2:]
+    assert torch.equal(trained_z(again), trained_z(whole))
+
+
+def test_resuming_without_a_whole_checkpoint_says_so(tmp_path):
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-best").mkdir()
+    with pytest.raises(ValueError, match=r"no whole checkpoint in .* of 1 folders"):
+        trainer_of(tmp_path, CHOICE_ROWS, right_choice, **RUN).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 0.5}])
+def test_a_run_that_has_ended_is_not_trained_further(length, tmp_path):
+    rows = random_rows(24)
+    settings = {**RUN, **SAVED, **length, "lr_scheduler_type": "constant"}
+    whole = trainer_of(tmp_path, rows, right_choice, **settings)
+    whole.train()
+    steps = whole.state.global_step
+    again = trainer_of(tmp_path, rows, right_choice, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == steps > 0 and again.texts == []
+    assert torch.equal(trained_z(again), trained_z(whole))
+    longer = {name: 2 * value if value > 0 else value for name, value in length.items()}
+    further = trainer_of(tmp_path, rows, right_choice, **settings | longer)
+    further.train(resume_from_checkpoint=True)
+    assert further.state.global_step == 2 * steps
+
+
+def test_a_run_that_stopped_early_gives_its_best_again_and_says_so(tmp_path, caplog):
+    settings = {**RUN, **EVALUATED, **SAVED, "max_steps": 20, "early_stopping_patience": 1}
+    settings |= {"load_best_model_at_end": True}
+    whole = trainer_of(tmp_path / "whole", random_rows(24), right_choice, **settings)
+    whole.train()
+    steps, best = whole.state.global_step, whole.state.best_global_step
+    assert 0 < best < steps < 20
+    (tmp_path / "whole").rename(tmp_path / "moved")
+    again = trainer_of(tmp_path / "moved", random_rows(24), right_choice, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert (again.state.global_step, again.texts) == (steps, [])
+    assert torch.equal(trained_z(again), trained_z(whole))
+    assert f"This run stopped early at step {steps}, after 1 evaluations" in caplog.text
+
+
+AGAIN = {
+    "raised": ({"early_stopping_patience": 3}, 4),
+    "dropped": ({"early_stopping_patience": None}, 6),
+    "counted anew": ({"restore_callback_states_from_checkpoint": False}, 3),
+}
+
+
+@pytest.mark.parametrize(("change", "end"), AGAIN.values(), ids=AGAIN)
+def test_a_run_that_stopped_early_goes_on_with_the_patience_that_it_is_given(change, end, tmp_path):
+    def constant(completions, **_):
+        return [0.5] * len(completions)
+
+    settings = {**RUN, **EVALUATED, **SAVED, "max_steps": 6, "early_stopping_patience": 1}
+    settings |= {"load_best_model_at_end": True}
+    trainer_of(tmp_path, CHOICE_ROWS, constant, **settings).train()
+    assert last_checkpoint(tmp_path).name == "checkpoint-2"  # the first is the best, the second no better
+    state = tmp_path / "checkpoint-2" / "trainer_state.json"
+    content = json.loads(state.read_text())
+    again = trainer_of(tmp_path, CHOICE_ROWS, constant, **settings | change)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == end
+    callbacks = content["stateful_callbacks"]
+    callbacks["EarlyStoppingCallback"] = [callbacks["EarlyStoppingCallback"]]  # as with several of them
+    state.write_text(json.dumps(content))
+    again = trainer_of(tmp_path, CHOICE_ROWS, constant, **settings)
+    again.train(resume_from_checkpoint=str(state.parent))
+    assert (again.state.global_step, again.texts) == (2, [])
+
+
+def test_a_checkpoint_is_resumed_on_its_own_base_alone_and_then_in_silence(tmp_path, caplog):
+    settings = {**RUN, **SAVED, "max_steps": 2}
+    own, same_base, other = (soft_model(seed=seed) for seed in (0, 0, 5))
+    own.name_or_path = same_base.name_or_path = other.name_or_path = "base"
+    trainer_of(tmp_path, CHOICE_ROWS, right_choice, model=own, **settings).train()
+    again = trainer_of(tmp_path, CHOICE_ROWS, right_choice, model=same_base, **settings | {"max_steps": 3})
+    again.train(resume_from_checkpoint=True)
+    assert "no fingerprint" not in caplog.text
+    other = trainer_of(tmp_path, CHOICE_ROWS, right_choice, model=other, **settings)
+    with pytest.raises(ValueError, match="does not belong to this base model"):
+        other.train(resume_from_checkpoint=True)
+
+
+# --- other processes
+
+
+KILLED = """
+import os, signal, sys, trainers as t
+from transformers import TrainerCallback
+
+folder, form, step = sys.argv[1], sys.argv[2], int(sys.argv[3])
+rows, reward = t.FORMS[form]
+
+def deadly(*args, **kwargs):  # in the middle of a step: rolled out, not yet learned
+    if trainer.state.global_step == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return reward(*args, **kwargs)
+
+trainer = t.trainer_of(
+    folder, 6 * rows, deadly, svf=t.SVFConfig(), save_strategy="steps", save_steps=2, warmup_steps=2, beta=0.1,
+    **{**t.RUN, "max_steps": 6},
+)
+trainer.train(resume_from_checkpoint=step < 0 or None)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(form, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(KILLED)
+
+    def run(name, step):
+        command = [sys.executable, str(script), str(tmp_path / name), form, str(step)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment())
+
+    assert run("killed", 3).returncode == -signal.SIGKILL
+    assert {path.name for path in (tmp_path / "killed").glob("checkpoint-*")} == {"checkpoint-2"}
+    resumed, whole = run("killed", -1), run("whole", 99)
+    assert resumed.returncode == whole.returncode == 0, resumed.stderr[-3000:] + whole.stderr[-3000:]
+    one, other = (tmp_path / name / "checkpoint-6" for name in ("killed", "whole"))
+    z, wanted = load_file(one / "adapter_model.safetensors"), load_file(other / "adapter_model.safetensors")
+    assert wanted and z.keys() == wanted.keys() and all(torch.equal(z[name], wanted[name]) for name in z)
+    assert max(float(value.abs().max()) for value in wanted.values()) > 0.01
+    for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        assert equal(*(torch.load(path / file, weights_only=False) for path in (one, other))), file
+    logs = [json.loads((path / "trainer_state.json").read_text())["log_history"] for path in (one, other)]
+    ours, theirs = ([{k: v for k, v in entry.items() if k != "step_time"} for entry in log] for log in logs)
+    assert ours == theirs and len(ours) == 6
+
+
+def equal(one, other):
+    """The same values in the same nesting, tensors and arrays to the bit."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    if hasattr(one, "shape"):
+        return bool((one == other).all())
+    return one == other
+
+
+ACCELERATE = """
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+num_machines: 1
+num_processes: 2
+mixed_precision: 'no'
+"""
+DIVIDED = """
+import sys, torch, trainers as t
+trainer = t.divided(sys.argv[1], sys.argv[2], rows_each=int(sys.argv[3]))
+trainer.train()
+torch.save(t.trained_z(trainer), f"{sys.argv[1]}/{trainer.args.process_index}.pt")
+trainer.accelerator.end_training()  # processes that leave at different times abort each other
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, rows_each", [("generate", 2), ("choice", 2), ("choice", 1), ("penalty", 6)])
+def test_two_processes_take_the_step_of_one_with_twice_the_batch(kind, rows_each, tmp_path):
+    script, config = tmp_path / "train.py", tmp_path / "two.yaml"
+    script.write_text(DIVIDED)
+    config.write_text(ACCELERATE)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(script)]
+    run = subprocess.run(
+        [*launch, str(tmp_path), kind, str(rows_each)], capture_output=True, text=True, env=environment(), timeout=120
+    )  # processes that wait for each other forever are an error, not a slow test
+    assert run.returncode == 0, run.stderr[-9000:]
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    alone = divided(tmp_path, kind, 2 * rows_each)
+    start = trained_z(alone).clone()
+    alone.train()
+    assert torch.equal(one, other)
+    same(one - start, trained_z(alone) - start)

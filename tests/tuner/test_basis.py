@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of a basis, as tensors only: its directions, rescaling with it, and the print that tells bases apart."""
+
+import oracle
+import pytest
+import torch
+
+from peft_svf.tuner.basis import PROBE_SIZE, Basis, change, factorize, probe, probe_distance, rescale, side_of
+from peft_svf.tuner.fingerprint import ACCEPT, REFUSE
+
+SHAPES = {"in": (11, 7), "out": (5, 13), "square": (9, 9)}
+DTYPES = [torch.float32, torch.bfloat16]
+REAL_SHAPES = [(24, 24), (12, 24), (40, 24), (96, 160), (192, 120)]
+
+
+def matrix(shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.fixture(params=list(SHAPES.values()), ids=list(SHAPES))
+def shape(request):
+    return request.param
+
+
+def test_side_is_in_exactly_where_out_is_not_smaller():
+    assert [side_of(3, 2), side_of(2, 2), side_of(2, 3)] == ["in", "in", "out"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_basis_is_square_on_the_narrow_side_and_float64(shape, dtype):
+    basis = factorize(matrix(shape, dtype))
+    r = min(shape)
+    assert (basis.Q.shape, basis.S.shape) == ((r, r), (r,))
+    assert basis.side == side_of(*shape)
+    assert basis.Q.dtype == basis.S.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_basis_is_orthogonal(shape, dtype):
+    Q = factorize(matrix(shape, dtype)).Q
+    torch.testing.assert_close(Q.T @ Q, torch.eye(len(Q), dtype=torch.float64), atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_singular_values_descend_and_are_those_of_an_svd(shape, dtype):
+    weight = matrix(shape, dtype)
+    S = factorize(weight).S
+    assert (S.diff() <= 0).all()
+    torch.testing.assert_close(S, oracle.singular_values(weight), atol=1e-13, rtol=1e-12)
+
+
+def test_small_singular_values_keep_their_digits():
+    U, V = torch.linalg.qr(matrix((11, 7)).double())[0], torch.linalg.qr(matrix((7, 7), seed=1).double())[0]
+    S = torch.logspace(0, -6, 7, dtype=torch.float64)
+    torch.testing.assert_close(factorize(U @ torch.diag(S) @ V.T).S, S, rtol=1e-6, atol=0)
+
+
+def test_directions_are_those_of_an_svd_up_to_sign(shape):
+    weight = matrix(shape)
+    basis = factorize(weight)
+    U, _, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    directions = Vh.T if basis.side == "in" else U
+    torch.testing.assert_close(
+        (basis.Q.T @ directions).abs(), torch.eye(min(shape), dtype=torch.float64), atol=1e-10, rtol=0
+    )
+
+
+def test_largest_entry_of_a_direction_is_positive(shape):
+    Q = factorize(matrix(shape)).Q
+    assert (Q.gather(0, Q.abs().argmax(dim=0, keepdim=True)) > 0).all()
+
+
+def test_batched_equals_single(shape):
+    weights = torch.stack([matrix(shape, seed=seed) for seed in range(3)])
+    batched = factorize(weights)
+    for i, weight in enumerate(weights):
+        single = factorize(weight)
+        torch.testing.assert_close(batched.Q[i], single.Q, atol=1e-12, rtol=0)
+        torch.testing.assert_close(batched.S[i], single.S, atol=1e-12, rtol=0)
+
+
+def test_one_checkpoint_in_bfloat16_and_in_float32_has_one_basis(shape):
+    narrow = factorize(matrix(shape, torch.bfloat16))
+    wide = factorize(matrix(shape, torch.bfloat16).float())
+    assert torch.equal(narrow.Q, wide.Q) and torch.equal(narrow.S, wide.S)
+
+
+def test_factorize_leaves_the_weight_and_its_graph_alone(shape):
+    weight = matrix(shape).requires_grad_()
+    before = weight.detach().clone()
+    assert not factorize(weight).Q.requires_grad
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_refused(shape, value):
+    weight = matrix(shape)
+    weight[1, 2] = value
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        factorize(weight)
+
+
+@pytest.mark.parametrize("wrong", [(5,), (0, 4), ()])
+def test_what_is_no_matrix_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"shape \(out, in\)"):
+        factorize(torch.zeros(wrong))
+
+
+# --- rescaling
+
+
+def z_vector(r, seed=3):
+    """A z-vector with a zero, a negative entry and a one."""
+    z = 1 + 0.5 * matrix((r,), seed=seed).double()
+    z[:3] = torch.tensor([0.0, -1.5, 1.0])
+    return z
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_rescaled_weight_equals_the_oracle(shape, dtype, tolerance):
+    weight, z = matrix(shape, dtype), z_vector(min(shape))
+    found = rescale(weight, factorize(weight).Q, z - 1)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), oracle.rescaled(weight, z), atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+def test_an_offset_of_zero_gives_back_the_weight_to_the_bit(shape, dtype):
+    weight = matrix(shape, dtype)
+    assert torch.equal(rescale(weight, factorize(weight).Q.float(), torch.zeros(min(shape))), weight)
+
+
+def test_fewer_columns_move_only_the_top_directions(shape):
+    weight, k = matrix(shape, torch.float64), 4
+    z = z_vector(k)
+    found = rescale(weight, factorize(weight).Q[:, :k], z - 1)
+    torch.testing.assert_close(found, oracle.rescaled(weight, z), atol=1e-12, rtol=0)
+
+
+def test_signs_of_directions_do_not_matter(shape):
+    weight, z = matrix(shape, torch.float64), z_vector(min(shape))
+    Q = factorize(weight).Q
+    flipped = Q * torch.tensor([-1.0, 1.0] * len(Q), dtype=torch.float64)[: len(Q)]
+    torch.testing.assert_close(rescale(weight, flipped, z - 1), rescale(weight, Q, z - 1), atol=1e-13, rtol=0)
+
+
+def test_an_offset_of_another_length_is_refused(shape):
+    weight = matrix(shape)
+    with pytest.raises(ValueError, match=f"has {min(shape)} directions"):
+        rescale(weight, factorize(weight).Q, torch.zeros(min(shape) + 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_change_is_exactly_zero_at_offset_zero_and_keeps_the_dtype(dtype):
+    Q = factorize(matrix((11, 7))).Q.float()
+    added = change(matrix((2, 3, 7), dtype), Q, torch.zeros(7))
+    assert added.dtype == dtype and not added.any()
+
+
+def test_change_takes_an_offset_per_row():
+    Q, x = factorize(matrix((11, 7))).Q, matrix((2, 3, 7)).double()
+    offsets = matrix((2, 7), seed=9).double()
+    rows = torch.stack([change(x[i], Q, offsets[i]) for i in range(2)])
+    torch.testing.assert_close(change(x, Q, offsets[:, None]), rows, atol=1e-13, rtol=0)
+
+
+# --- the probe
+
+
+def test_probe_is_small_and_repeatable(shape):
+    Q = factorize(matrix(shape)).Q
+    assert probe(Q).shape == (PROBE_SIZE,) and probe(Q).dtype == torch.float64
+    assert torch.equal(probe(Q), probe(Q.clone()))
+
+
+def test_probe_does_not_touch_the_global_random_state():
+    torch.manual_seed(7)
+    expected = torch.randn(3)
+    torch.manual_seed(7)
+    probe(factorize(matrix((11, 7))).Q)
+    assert torch.equal(torch.randn(3), expected)
+
+
+def test_probe_does_not_see_signs(shape):
+    Q = factorize(matrix(shape)).Q
+    signs = torch.tensor([-1.0, 1.0, -1.0] * len(Q), dtype=torch.float64)[: len(Q)]
+    assert probe_distance(probe(Q * signs), probe(Q)) < 1e-15
+
+
+def test_probe_is_the_same_for_one_checkpoint_in_bfloat16_and_float32(shape):
+    weight = matrix(shape, torch.bfloat16)
+    assert torch.equal(probe(factorize(weight).Q), probe(factorize(weight.float()).Q))
+
+
+def test_probe_distance_is_zero_only_for_the_same_basis_and_large_between_strangers(shape):
+    one, other = (probe(factorize(matrix(shape, seed=seed)).Q) for seed in (0, 1))
+    assert probe_distance(one, one) == 0
+    assert probe_distance(other, one) > 20 * REFUSE
+
+
+def test_probe_distance_estimates_the_distance_of_the_squared_directions():
+    """The 32 projections against the full vector of r squared directions, which the probe stands for."""
+    ratios = []
+    for seed in range(20):
+        weight = matrix((96, 80), seed=seed)
+        Q, rounded = factorize(weight).Q, factorize(weight.bfloat16()).Q
+        c = torch.randn(80, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        p, p_rounded = ((q.T @ c).square() for q in (Q, rounded))
+        ratios.append(probe_distance(probe(rounded), probe(Q)) / float((p_rounded - p).norm() / p.norm()))
+    assert 0.5 < sorted(ratios)[10] < 2
+
+
+@pytest.mark.parametrize("size", REAL_SHAPES, ids=str)
+def test_probe_accepts_the_basis_of_another_driver(size):
+    for seed in range(3):
+        weight = 0.2 * matrix(size, seed=seed)
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)  # float32: other bits, the same directions
+        other = Basis(side_of(*size), (Vh.T if side_of(*size) == "in" else U).double(), S)
+        assert probe_distance(probe(other.Q), probe(factorize(weight).Q)) < 0.5 * ACCEPT
+
+
+@pytest.mark.parametrize("size", REAL_SHAPES, ids=str)
+def test_probe_tells_rounded_weights_from_their_originals(size):
+    for seed in range(3):
+        weight = 0.2 * matrix(size, seed=seed)
+        rounded = factorize(weight.bfloat16())
+        assert probe_distance(probe(rounded.Q), probe(factorize(weight).Q)) > ACCEPT

@@ -1,0 +1,488 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of belonging: an expert is at home on its own base in any dtype, and refused or warned anywhere else."""
+
+import copy
+import json
+import shutil
+import warnings
+
+import oracle
+import pytest
+import torch
+import transformers as hf
+from peft import PeftModel, get_peft_model
+from pico import build, inputs, logits, matrix_of, randomize, svf_layers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from peft_svf import SVFConfig
+from peft_svf.tuner.cache import content_key
+from peft_svf.tuner.checkpoint import Checkpoint
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+MODULE = "model.layers.0.mlp.up_proj"
+HOW = ["PeftModel", "load_adapter", "transformers"]
+
+
+def make_expert(base, folder, seed=1, **config):
+    """Save a random expert of a base; returns its z-vectors."""
+    model = get_peft_model(base, SVFConfig(**config)).eval()
+    z = randomize(model, seed=seed)
+    model.save_pretrained(folder)
+    return z
+
+
+def load_expert(base, folder, how="PeftModel"):
+    """Load an expert in each of the ways that exist; returns the model that answers with it."""
+    if how == "PeftModel":
+        return PeftModel.from_pretrained(base, folder)
+    if how == "load_adapter":
+        model = get_peft_model(base, SVFConfig(), adapter_name="first")
+        model.load_adapter(folder, "second")
+        model.set_adapter("second")
+        return model
+    base.load_adapter(str(folder))
+    return base
+
+
+def state_of(base):
+    return (
+        set(svf_layers(base)),
+        [name for name, parameter in base.named_parameters() if parameter.requires_grad],
+        hasattr(base, "peft_config") and sorted(base.peft_config),
+        getattr(base, "_hf_peft_config_loaded", False),
+    )
+
+
+@pytest.fixture
+def expert(tmp_path):
+    """An expert of `pico/home` (seed 0, float32)."""
+    make_expert(build(name="pico/home"), tmp_path / "expert")
+    return tmp_path / "expert"
+
+
+every_way = pytest.mark.parametrize("how", HOW)
+
+
+# --- what is written
+
+
+def test_the_fingerprint_names_the_values_of_every_adapted_weight(expert):
+    entry = json.loads((expert / "adapter_config.json").read_text())
+    base = build(name="pico/home")
+    assert entry["base_model_name_or_path"] == "pico/home"
+    assert set(entry["fingerprint"]) == {
+        f"model.layers.{i}.mlp.{n}_proj" for i in (0, 1) for n in ("gate", "up", "down")
+    }
+    for name, fingerprint in entry["fingerprint"].items():
+        assert fingerprint["sha256"] == content_key(matrix_of(base.get_submodule(name)))
+        assert len(fingerprint["probe"].split()) == 32
+
+
+def test_saving_again_after_loading_keeps_the_fingerprint(expert, tmp_path):
+    loaded = PeftModel.from_pretrained(build(name="pico/home"), expert)
+    loaded.save_pretrained(tmp_path / "again")
+    first, again = (
+        json.loads((folder / "adapter_config.json").read_text()) for folder in (expert, tmp_path / "again")
+    )
+    assert first["fingerprint"] == again["fingerprint"]
+
+
+def test_a_config_that_was_saved_may_start_an_adapter_on_another_base(tmp_path):
+    config = SVFConfig(target_modules=["up_proj"])
+    get_peft_model(build(name="pico/home"), config).save_pretrained(tmp_path / "a")
+    for other in (copy.copy(config), config):
+        model = get_peft_model(build(seed=5, name="pico/home"), other)
+        assert torch.equal(logits(model), logits(build(seed=5)))
+
+
+# --- the own base
+
+
+@every_way
+def test_the_own_base_is_accepted_in_silence(how, expert, caplog):
+    model = load_expert(build(name="pico/home"), expert, how)  # warnings are errors
+    assert len(svf_layers(model)) == 6
+    assert not [record for record in caplog.records if record.name.startswith("peft_svf")]
+
+
+@every_way
+def test_the_own_base_under_another_name_is_accepted_in_silence(how, expert):
+    load_expert(build(name="somewhere/else"), expert, how)
+
+
+@every_way
+@pytest.mark.parametrize("narrow", [BF16, FP16], ids=["bf16", "fp16"])
+def test_one_narrow_checkpoint_loaded_in_two_dtypes_is_one_base(how, narrow, tmp_path):
+    make_expert(build(dtype=narrow, name="pico/home"), tmp_path)
+    load_expert(build(dtype=narrow, name="pico/home").float(), tmp_path, how)
+    load_expert(build(dtype=narrow, name="pico/home").double(), tmp_path, how)
+
+
+def test_an_expert_of_a_float32_base_is_at_home_in_float64(expert):
+    load_expert(build(name="pico/home").double(), expert)
+
+
+def test_an_own_base_from_another_driver_is_accepted_in_silence(expert):
+    """Other bits of the same directions: only the hash of one weight is another."""
+    path = expert / "adapter_config.json"
+    entry = json.loads(path.read_text())
+    fingerprint = entry["fingerprint"][MODULE]
+    fingerprint["sha256"] = "0" * 64
+    fingerprint["probe"] = " ".join(str(float(x) * (1 + 2e-4)) for x in fingerprint["probe"].split())
+    path.write_text(json.dumps(entry))
+    load_expert(build(name="pico/home"), expert)
+
+
+# --- another base
+
+
+@every_way
+def test_another_base_is_refused_with_module_models_and_way_out_and_stays_as_it_was(how, expert):
+    base = build(seed=3, name="pico/stranger")
+    base.model.embed_tokens.requires_grad_(False)
+    before = state_of(base)
+    if how == "load_adapter":
+        model = get_peft_model(base, SVFConfig(), adapter_name="first")
+        before = state_of(base)
+        with pytest.raises(ValueError) as error:
+            model.load_adapter(expert, "second")
+        assert model.active_adapters == ["first"] and list(model.peft_config) == ["first"]
+    else:
+        with pytest.raises(ValueError) as error:
+            load_expert(base, expert, how)
+    message = str(error.value)
+    for part in (".mlp.", "_proj", "'pico/stranger'", "'pico/home'", "Load the base it was trained on"):
+        assert part in message
+    assert state_of(base) == before
+    assert torch.equal(logits(base), logits(build(seed=3)))
+
+
+@every_way
+def test_a_base_with_fewer_layers_is_refused_by_the_missing_module(how, expert):
+    base = build(name="pico/short")
+    del base.model.layers[1]
+    with pytest.raises(
+        ValueError, match=r"'pico/home', which has a module model\.layers\.1\.mlp.*'pico/short', has none"
+    ):
+        load_expert(base, expert, how)
+    assert how == "load_adapter" or not svf_layers(base)
+
+
+@every_way
+def test_a_base_of_another_size_is_refused(how, expert):
+    base = build("qwen2", seed=3, name="pico/qwen")
+    wide = nn.Linear(24, 44, bias=False)
+    base.model.layers[0].mlp.up_proj = wide
+    with pytest.raises(ValueError, match="does not belong to this base model"):
+        load_expert(base, expert, how)
+
+
+def test_the_first_adapters_of_a_base_do_not_hide_that_another_is_foreign(expert):
+    model = get_peft_model(build(seed=3, name="pico/stranger"), SVFConfig(), adapter_name="first")
+    randomize(model, "first")
+    model.merge_adapter()
+    merged = logits(model)
+    with pytest.raises(ValueError, match="does not belong to this base model"):
+        model.load_adapter(expert, "second")
+    assert torch.equal(logits(model), merged)
+
+
+@every_way
+def test_a_base_without_a_name_only_warns(how, tmp_path):
+    make_expert(build(), tmp_path)
+    base = build(seed=3)
+    with pytest.warns(UserWarning, match=r"singular directions of 6 modules.*an unnamed model.*Expect other outputs"):
+        load_expert(base, tmp_path, how)
+
+
+def test_the_grey_zone_warns_with_the_way_out(expert):
+    path = expert / "adapter_config.json"
+    entry = json.loads(path.read_text())
+    fingerprint = entry["fingerprint"][MODULE]
+    fingerprint["sha256"] = "0" * 64
+    fingerprint["probe"] = " ".join(str(float(x) * (1 + 3e-3)) for x in fingerprint["probe"].split())
+    path.write_text(json.dumps(entry))
+    with pytest.warns(
+        UserWarning, match=rf"1 modules.*in {MODULE}.*probably rounded.*Load the base it was trained on"
+    ):
+        load_expert(build(name="pico/home"), expert)
+
+
+@every_way
+@pytest.mark.parametrize("narrow", [BF16, FP16], ids=["bf16", "fp16"])
+def test_weights_rounded_in_memory_are_refused_or_warned(how, narrow, expert):
+    rounded = build(name="pico/home").to(narrow)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            load_expert(rounded, expert, how)
+        except ValueError as error:
+            assert "does not belong to this base model" in str(error)
+            return
+    assert any("weights were probably rounded" in str(warning.message) for warning in caught)
+
+
+def test_a_bfloat16_base_refuses_or_warns_about_an_expert_of_the_float32_original_and_back(tmp_path):
+    make_expert(build(dtype=BF16, name="pico/home"), tmp_path)
+    with pytest.raises(ValueError, match="does not belong"):
+        load_expert(build(name="pico/home"), tmp_path)
+
+
+# --- the stored weights
+
+
+@pytest.fixture(params=["one file", "shards"])
+def folder(request, tmp_path):
+    """A float32 checkpoint on disk."""
+    size = {"one file": "1GB", "shards": "20KB"}[request.param]
+    build(name="pico/home").save_pretrained(tmp_path / "base", max_shard_size=size)
+    return tmp_path / "base"
+
+
+def from_disk(folder, dtype, auto=hf.AutoModelForCausalLM):
+    return auto.from_pretrained(folder, dtype=dtype).eval()
+
+
+@every_way
+@pytest.mark.parametrize("made, used", [(FP32, BF16), (BF16, FP32), (FP16, BF16), (BF16, BF16)], ids=str)
+def test_an_expert_made_on_one_load_of_a_checkpoint_works_on_another_in_silence(how, made, used, folder, tmp_path):
+    z = make_expert(from_disk(folder, made), tmp_path / "expert")
+    model = load_expert(from_disk(folder, used), tmp_path / "expert", how)  # warnings are errors
+    layer, stored = svf_layers(model)[MODULE], build().get_submodule(MODULE).weight
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(0)).to(used)
+    wanted = oracle.output(stored, None, z[MODULE], x)
+    torch.testing.assert_close(layer(x).double(), wanted, rtol=0, atol=2e-2 * float(wanted.abs().max()))
+
+
+def test_the_basis_of_a_narrow_load_is_that_of_the_file_to_the_bit(folder):
+    wide, narrow = (svf_layers(get_peft_model(from_disk(folder, dtype), SVFConfig())) for dtype in (FP32, BF16))
+    for name, layer in narrow.items():
+        assert torch.equal(layer.svf_basis, wide[name].svf_basis)
+        assert layer.svf_fingerprint.sha256 == wide[name].svf_fingerprint.sha256
+
+
+def test_z_of_ones_on_a_narrow_load_is_that_base_to_the_bit(folder):
+    base = logits(from_disk(folder, BF16))
+    model = get_peft_model(from_disk(folder, BF16), SVFConfig())
+    assert torch.equal(logits(model), base)
+    model.merge_adapter()
+    assert torch.equal(logits(model), base)
+
+
+def test_the_bare_transformer_of_a_checkpoint_finds_its_weights(folder):
+    narrow = get_peft_model(from_disk(folder, BF16, hf.AutoModel), SVFConfig(basis_from="checkpoint"))
+    wide = get_peft_model(from_disk(folder, FP32), SVFConfig())
+    for name, layer in svf_layers(narrow).items():
+        assert torch.equal(layer.svf_basis, svf_layers(wide)[f"model.{name}"].svf_basis)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "opt", "qwen2"])
+def test_every_kind_of_layer_finds_its_stored_weight(kind, tmp_path):
+    base = build(kind, name="pico/home")
+    base.save_pretrained(tmp_path)
+    narrow = type(base).from_pretrained(tmp_path, dtype=BF16)
+    layers = svf_layers(get_peft_model(narrow, SVFConfig(basis_from="checkpoint")))
+    for name, layer in svf_layers(get_peft_model(base, SVFConfig())).items():
+        assert torch.equal(layers[name].svf_basis, layer.svf_basis)
+
+
+def test_from_memory_takes_the_loaded_weights(folder):
+    narrow = get_peft_model(from_disk(folder, BF16), SVFConfig(basis_from="memory"))
+    for layer in svf_layers(narrow).values():
+        assert layer.svf_fingerprint.sha256 == content_key(matrix_of(layer))
+
+
+def test_weights_that_were_changed_after_loading_are_not_those_of_the_file(folder):
+    base = from_disk(folder, BF16)
+    base.get_submodule(MODULE).weight.data.mul_(1.5)
+    layer = svf_layers(get_peft_model(base, SVFConfig()))[MODULE]
+    assert layer.svf_fingerprint.sha256 == content_key(matrix_of(layer))
+
+
+@pytest.mark.parametrize("name", ["", "pico/home", "no/such/folder"])
+def test_basis_from_checkpoint_without_a_file_is_a_clear_error_and_the_base_stays(name):
+    base = build(name=name)
+    before = state_of(base)
+    with pytest.raises(ValueError, match=r"basis_from='checkpoint', but no safetensors file.*Use basis_from='memory'"):
+        get_peft_model(base, SVFConfig(basis_from="checkpoint"))
+    assert state_of(base) == before
+
+
+def test_basis_from_checkpoint_of_changed_weights_is_a_clear_error(folder):
+    base = from_disk(folder, BF16)
+    base.get_submodule(MODULE).weight.data.mul_(1.5)
+    with pytest.raises(ValueError, match=f"holds the weight of {MODULE} as it is loaded"):
+        get_peft_model(base, SVFConfig(basis_from="checkpoint"))
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda f: f.write_bytes(f.read_bytes()[:100]), lambda f: f.write_text("{")], ids=["cut", "text"]
+)
+def test_a_checkpoint_that_became_unreadable_is_as_good_as_none(damage, tmp_path):
+    build(name="pico/home").save_pretrained(tmp_path)
+    base = from_disk(tmp_path, BF16)
+    damage(tmp_path / "model.safetensors")
+    layer = svf_layers(get_peft_model(base, SVFConfig()))[MODULE]
+    assert layer.svf_fingerprint.sha256 == content_key(matrix_of(layer))
+
+
+def test_a_shard_that_is_missing_is_as_good_as_none(tmp_path):
+    build(name="pico/home").save_pretrained(tmp_path, max_shard_size="20KB")
+    base = from_disk(tmp_path, BF16)
+    for shard in list(tmp_path.glob("*.safetensors"))[1:]:
+        shard.unlink()
+    model = get_peft_model(base, SVFConfig())
+    assert len(svf_layers(model)) == 6
+
+
+# --- Checkpoint on its own
+
+
+def test_checkpoint_gives_the_stored_weight_only_where_it_rounds_to_the_loaded_one(tmp_path):
+    build(name="pico/home").save_pretrained(tmp_path)
+    checkpoint = Checkpoint(from_disk(tmp_path, BF16))
+    stored = load_file(tmp_path / "model.safetensors")[f"{MODULE}.weight"]
+    found = checkpoint.weight(f"{MODULE}.weight", stored.bfloat16())
+    assert found.dtype == FP32 and torch.equal(found, stored)
+    assert checkpoint.weight(f"{MODULE}.weight", stored.bfloat16() * 2) is None
+    assert checkpoint.weight(f"{MODULE}.weight", stored.bfloat16()[:3]) is None
+    assert checkpoint.weight("no.such.weight", stored) is None
+
+
+def test_checkpoint_of_a_model_without_a_name_or_config_holds_nothing():
+    for model in (build(), nn.Linear(2, 3)):
+        assert Checkpoint(model).weight("weight", torch.zeros(3, 2)) is None
+
+
+def test_checkpoint_reads_the_hub_cache(tmp_path, monkeypatch):
+    """The layout of the Hub's cache: models--org--name/snapshots/<revision>."""
+    snapshot = tmp_path / "models--pico--cached" / "snapshots" / "abc"
+    build(name="pico/home").save_pretrained(snapshot)
+    (tmp_path / "models--pico--cached" / "refs").mkdir()
+    (tmp_path / "models--pico--cached" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(
+        "peft_svf.tuner.checkpoint.try_to_load_from_cache",
+        lambda name, file: __import__("huggingface_hub").try_to_load_from_cache(name, file, cache_dir=tmp_path),
+    )
+    loaded = build(dtype=BF16, name="pico/cached")
+    wide = svf_layers(get_peft_model(build(), SVFConfig()))
+    for name, layer in svf_layers(get_peft_model(loaded, SVFConfig(basis_from="checkpoint"))).items():
+        assert torch.equal(layer.svf_basis, wide[name].svf_basis)
+
+
+# --- tampered files
+
+
+def rewrite(folder, change):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+KEY = f"base_model.model.{MODULE}.svf_offset.weight"
+TAMPERED = {
+    "wrong shape": (lambda t: t.update({KEY: torch.zeros(7)}), rf"shape \(7,\) for {MODULE}.*has 24 directions"),
+    "matrix": (lambda t: t.update({KEY: torch.zeros(24, 2)}), r"shape \(24, 2\).*has 24 directions"),
+    "NaN": (lambda t: t[KEY].fill_(float("nan")), rf"24 of 24 entries of its z-vector for {MODULE} that are NaN"),
+    "one infinity": (lambda t: t[KEY][3:4].fill_(float("inf")), r"1 of 24 entries.*Use an earlier checkpoint"),
+}
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_a_tampered_file_is_refused_and_the_base_stays_as_it_was(case, expert):
+    change, message = TAMPERED[case]
+    rewrite(expert, change)
+    base = build(name="pico/home")
+    before = state_of(base)
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(base, expert)
+    assert state_of(base) == before
+    assert torch.equal(logits(base), logits(build()))
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_a_tampered_second_expert_leaves_the_first_in_charge(case, expert):
+    change, message = TAMPERED[case]
+    rewrite(expert, change)
+    model = get_peft_model(build(name="pico/home"), SVFConfig(), adapter_name="first").eval()
+    randomize(model, "first", seed=9)
+    before = logits(model)
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(expert, "second")
+    assert list(model.peft_config) == ["first"] and model.active_adapters == ["first"]
+    assert all(layer.svf_offset.keys() == ["first"] for layer in svf_layers(model).values())
+    assert torch.equal(logits(model), before)
+
+
+def test_a_tampered_file_leaves_a_head_that_would_be_saved_as_it_was(tmp_path):
+    make_expert(build("bert", name="pico/bert"), tmp_path, modules_to_save=["classifier"])
+    rewrite(tmp_path, lambda tensors: next(t for key, t in tensors.items() if "svf_offset" in key).fill_(float("nan")))
+    base = build("bert", name="pico/bert")
+    before = state_of(base)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert state_of(base) == before
+    assert torch.equal(logits(base), logits(build("bert")))
+
+
+def test_a_vector_of_another_length_is_refused_by_transformers_as_well(expert):
+    rewrite(expert, TAMPERED["wrong shape"][0])
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        build(name="pico/home").load_adapter(str(expert))
+
+
+def test_missing_vectors_are_warned_about_by_name(expert):
+    rewrite(expert, lambda tensors: tensors.pop(KEY))
+    with pytest.warns(UserWarning, match=rf"missing adapter keys.*{MODULE}"):
+        PeftModel.from_pretrained(build(name="pico/home"), expert)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -10])
+def test_a_truncated_file_is_an_error_and_the_base_answers_as_before(keep, expert):
+    path = expert / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    base = build(name="pico/home")
+    with pytest.raises((SafetensorError, ValueError, OSError)):
+        PeftModel.from_pretrained(base, expert)
+    assert torch.equal(logits(base), logits(build()))
+
+
+@pytest.mark.parametrize("damaged", [{"sha256": "a"}, "text", {"sha256": "a", "probe": "x"}], ids=str)
+def test_a_damaged_fingerprint_is_refused_and_the_base_stays_as_it_was(damaged, expert):
+    path = expert / "adapter_config.json"
+    entry = json.loads(path.read_text())
+    entry["fingerprint"][MODULE] = damaged
+    path.write_text(json.dumps(entry))
+    base = build(name="pico/home")
+    before = state_of(base)
+    with pytest.raises(ValueError, match="A fingerprint has"):
+        PeftModel.from_pretrained(base, expert)
+    assert state_of(base) == before
+
+
+@pytest.mark.parametrize("probe", ["nan " * 32, "1 2 3", ""], ids=["nan", "short", "empty"])
+def test_a_probe_that_says_nothing_is_no_proof_of_belonging(probe, expert):
+    path = expert / "adapter_config.json"
+    entry = json.loads(path.read_text())
+    entry["fingerprint"][MODULE] = {"sha256": "0" * 64, "probe": probe}
+    path.write_text(json.dumps(entry))
+    with pytest.raises(ValueError, match="does not belong to this base model"):
+        PeftModel.from_pretrained(build(name="pico/home"), expert)
+
+
+def test_an_adapter_without_a_fingerprint_is_taken_as_it_is(expert):
+    path = expert / "adapter_config.json"
+    entry = json.loads(path.read_text())
+    entry["fingerprint"] = None
+    path.write_text(json.dumps(entry))
+    PeftModel.from_pretrained(build(seed=3, name="pico/stranger"), expert)
+
+
+def test_a_copied_expert_is_the_same_expert(expert, tmp_path):
+    shutil.copytree(expert, tmp_path / "copy")
+    one, two = (PeftModel.from_pretrained(build(name="pico/home"), f) for f in (expert, tmp_path / "copy"))
+    assert torch.equal(logits(one, inputs(one)), logits(two, inputs(two)))

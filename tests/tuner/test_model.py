@@ -1,0 +1,1106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of whole models with SVF adapters: architectures, several adapters, PEFT's and transformers' own methods."""
+
+import copy
+import logging
+from importlib.metadata import version
+
+import oracle
+import pytest
+import torch
+import transformers as hf
+from packaging.version import Version
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from pico import CAUSAL, CONFIGS, build, fill, inputs, logits, matrix_of, one_layer, randomize, svf_layers
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.integrations.peft import MIN_PEFT_VERSION
+
+from peft_svf import SVFConfig
+
+NAMES = [
+    "gsm8k-v1.1",
+    "50%",
+    "a.b.c",
+    "keys",
+    "training",
+    "weight",
+    "mlp",
+    "forward",
+    "",
+    "default",
+    "q_proj",
+    "%2E",
+    "α",
+]
+SOME = ["llama", "qwen2", "gpt2", "opt"]
+DTYPES = [torch.float32, torch.bfloat16]
+usual_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+some_kinds = pytest.mark.parametrize("kind", SOME)
+every_kind = pytest.mark.parametrize("kind", CONFIGS)
+own_methods = pytest.mark.skipif(
+    Version(version("peft")) < Version(MIN_PEFT_VERSION),
+    reason=f"the `add_adapter` of transformers {hf.__version__} asks for peft >= {MIN_PEFT_VERSION}",
+)
+
+ALL_LINEAR = {"target_modules": "all-linear"}
+
+
+def adapt(kind="llama", name="default", dtype=torch.float32, seed=None, **config):
+    """A pico model with one adapter: z = 1, or random where a seed is given."""
+    model = get_peft_model(
+        build(kind, dtype=dtype, name=f"pico/{kind}"), SVFConfig(**config), adapter_name=name
+    ).eval()
+    if seed is not None:
+        randomize(model, name, seed=seed)
+    return model
+
+
+def with_two(kind="llama", **config):
+    """A pico model with the random adapters `a` (active) and `b`; also their z-vectors by module."""
+    model = adapt(kind, "a", **config)
+    model.add_adapter("b", SVFConfig(**config))
+    return model, randomize(model, "a", seed=1), randomize(model, "b", seed=2)
+
+
+def expected(kind, z, ids=None, **kwargs):
+    """What the paper's weights answer."""
+    return logits(fill(build(kind), z), ids, **kwargs)
+
+
+def mixed(*parts):
+    """`1 + sum of alpha (z - 1)` by module."""
+    return {name: 1 + sum(alpha * (z[name] - 1) for alpha, z in parts) for name in parts[0][1]}
+
+
+def close(found, wanted, atol=5e-5):
+    torch.testing.assert_close(found, wanted, atol=atol, rtol=0)
+
+
+def apart(found, other, atol=1e-2):
+    assert (found - other).abs().max() > atol
+
+
+# --- z = 1 is the base model
+
+
+@every_kind
+@usual_dtypes
+def test_z_of_ones_is_the_base_model_to_the_bit(kind, dtype):
+    base = logits(build(kind, dtype=dtype))
+    model = adapt(kind, dtype=dtype)
+    assert torch.equal(logits(model), base)
+    model.merge_adapter()
+    assert torch.equal(logits(model), base)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model.merge_and_unload()), base)
+
+
+@some_kinds
+@usual_dtypes
+def test_z_of_ones_on_every_linear_is_the_base_model_to_the_bit(kind, dtype):
+    model = adapt(kind, dtype=dtype, **ALL_LINEAR)
+    assert torch.equal(logits(model), logits(build(kind, dtype=dtype)))
+
+
+@some_kinds
+@usual_dtypes
+def test_unmerge_and_disable_and_unload_give_back_the_base_to_the_bit(kind, dtype):
+    base = build(kind, dtype=dtype)
+    model = adapt(kind, dtype=dtype, seed=1, **ALL_LINEAR)
+    moved = logits(model)
+    model.merge_adapter()
+    apart(logits(model), logits(base))
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), moved)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base))
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base))
+    assert not any(layer.merged for layer in svf_layers(model).values())
+    unloaded = model.unload()
+    assert type(unloaded) is type(base) and not svf_layers(unloaded)
+    for (name, mine), (other, theirs) in zip(unloaded.named_parameters(), base.named_parameters(), strict=True):
+        assert name == other and torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_safe_merge_that_is_refused_at_the_last_weight_leaves_every_weight_as_it_was(value):
+    model, base = adapt("llama", seed=1), build("llama")
+    layers = svf_layers(model)
+    list(layers.values())[-1].svf_offset["default"].weight.data[2] = value
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="The adapter default seems to be broken"):
+            merge(safe_merge=True)
+        assert svf_layers(model) == layers and not any(layer.merged for layer in layers.values())
+        with model.disable_adapter():
+            assert torch.equal(logits(model), logits(base))
+
+
+def test_a_safe_merge_of_a_sound_adapter_is_the_merge():
+    model = adapt("llama", seed=1)
+    wanted = logits(copy.deepcopy(model).merge_and_unload())
+    assert torch.equal(logits(model.merge_and_unload(safe_merge=True)), wanted)
+
+
+def test_a_copy_of_a_merged_model_can_be_unmerged_on_its_own():
+    model = adapt("llama", seed=1)
+    before = logits(model)
+    model.merge_adapter()
+    merged, twin = logits(model), copy.deepcopy(model)
+    twin.unmerge_adapter()
+    assert torch.equal(logits(twin), before) and torch.equal(logits(model), merged)
+
+
+# --- the paper's formula
+
+
+@every_kind
+@pytest.mark.parametrize("targets", [{}, ALL_LINEAR], ids=["default", "all-linear"])
+def test_forward_and_merged_forward_equal_the_paper_formula(kind, targets):
+    model = adapt(kind, **targets)
+    wanted = expected(kind, randomize(model))
+    apart(wanted, logits(build(kind)))
+    close(logits(model), wanted)
+    model.merge_adapter()
+    close(logits(model), wanted)
+    model.unmerge_adapter()
+    merged = model.merge_and_unload()
+    assert not svf_layers(merged)
+    close(logits(merged), wanted)
+
+
+@some_kinds
+def test_gradient_of_z_is_that_of_the_dense_formula(kind):
+    model = adapt(kind, dtype=torch.float64, **ALL_LINEAR)
+    z = randomize(model)
+    plain = fill(build(kind, dtype=torch.float64), z)
+    ids = inputs(model)
+    for m in (model, plain):
+        m(**ids, labels=ids["input_ids"]).loss.backward()
+    for name, layer in svf_layers(model).items():
+        G = plain.get_submodule(name).weight.grad
+        G = G.T if kind == "gpt2" else G
+        dz = oracle.dense_gradient(matrix_of(layer), z[name], G)
+        found = layer.svf_offset["default"].weight.grad
+        assert (found - dz).norm() <= 1e-6 * dz.norm(), name  # the offsets and their gradients are float32
+
+
+@some_kinds
+def test_only_offsets_are_trainable_and_base_weights_never_get_a_gradient(kind):
+    model = adapt(kind).train()
+    ids = inputs(model)
+    model(**ids, labels=ids["input_ids"]).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (".svf_offset." in name) == (parameter.grad is not None), name
+
+
+def test_training_lowers_the_loss_and_the_next_forward_sees_every_step():
+    model = adapt("llama").train()
+    ids = inputs(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2, weight_decay=0.0)
+    losses = []
+    for _ in range(8):
+        loss = model(**ids, labels=ids["input_ids"]).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert len(set(losses)) == 8 and losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@usual_dtypes
+def test_gradient_checkpointing_gives_the_same_gradient(reentrant, dtype):
+    gradients = []
+    for checkpointing in (False, True):
+        base = build("llama", dtype=dtype)
+        if checkpointing:
+            renamed = getattr(base, "activation_checkpointing_enable", None)  # transformers 5.23 renames it
+            (renamed or base.gradient_checkpointing_enable)({"use_reentrant": reentrant})
+        model = get_peft_model(base, SVFConfig()).train()
+        randomize(model)
+        ids = inputs(model)
+        model(**ids, labels=ids["input_ids"]).loss.backward()
+        gradients.append([layer.svf_offset["default"].weight.grad for layer in svf_layers(model).values()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert plain.abs().sum() > 0
+        assert torch.equal(plain, checkpointed)
+
+
+def test_compile_takes_one_graph_and_sees_a_change_of_z():
+    model = adapt("llama", seed=1)
+    torch._dynamo.reset()
+    graphs = []
+
+    def counting(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=counting)
+    close(logits(compiled), logits(model))
+    before = logits(model)
+    randomize(model, seed=2)
+    apart(logits(model), before)
+    close(logits(compiled), logits(model))
+    assert len(graphs) == 1
+
+
+# --- rank
+
+
+@some_kinds
+def test_rank_moves_the_top_directions_of_every_weight(kind):
+    model = adapt(kind, rank=5)
+    z = randomize(model)
+    assert {v.numel() for v in z.values()} == {5}
+    close(logits(model), expected(kind, z))
+    model.merge_adapter()
+    close(logits(model), expected(kind, z))
+
+
+@pytest.mark.parametrize("ranks", [(3, None), (None, 3), (3, 7), (7, 3)], ids=str)
+def test_adapters_of_different_rank_live_in_one_model(ranks):
+    model = adapt("llama", "a", rank=ranks[0])
+    model.add_adapter("b", SVFConfig(rank=ranks[1]))
+    z = {name: randomize(model, name, seed=seed) for seed, name in enumerate("ab")}
+    for name in "abab":
+        model.set_adapter(name)
+        close(logits(model), expected("llama", z[name]))
+
+
+# --- several adapters
+
+
+@some_kinds
+def test_set_adapter_chooses_and_the_base_stays(kind):
+    model, z_a, z_b = with_two(kind)
+    assert model.active_adapters == ["a"]
+    close(logits(model), expected(kind, z_a))
+    model.set_adapter("b")
+    close(logits(model), expected(kind, z_b))
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(build(kind)))
+    close(logits(model), expected(kind, z_b))
+
+
+def test_an_added_adapter_changes_nothing_until_it_is_active():
+    model = adapt("llama", "a", seed=1)
+    before = logits(model)
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    model.add_adapter("b", SVFConfig(init_weights=False, **ALL_LINEAR))
+    assert torch.equal(logits(model), before)
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trainable
+
+
+@some_kinds
+def test_two_active_adapters_add_their_offsets(kind):
+    model, z_a, z_b = with_two(kind)
+    model.base_model.set_adapter(["a", "b"])
+    wanted = expected(kind, mixed((1, z_a), (1, z_b)))
+    close(logits(model), wanted)
+    model.merge_adapter()
+    close(logits(model), wanted)
+    model.unmerge_adapter()
+    model.set_adapter("a")
+    close(logits(model), expected(kind, z_a))
+
+
+def test_adapters_on_different_modules_act_where_they_are():
+    model = adapt("llama", "mlp", target_modules=["up_proj", "down_proj"])
+    model.add_adapter("attention", SVFConfig(target_modules=["q_proj", "up_proj"]))
+    z_mlp, z_attention = randomize(model, "mlp", seed=1), randomize(model, "attention", seed=2)
+    close(logits(model), expected("llama", z_mlp))
+    model.set_adapter("attention")
+    close(logits(model), expected("llama", z_attention))
+    both = {name: z_mlp.get(name, 1) + z_attention.get(name, 1) - 1 for name in {*z_mlp, *z_attention}}
+    model.base_model.set_adapter(["mlp", "attention"])
+    close(logits(model), expected("llama", both))
+
+
+def test_delete_adapter_leaves_the_others_as_they_are():
+    model, _, _ = with_two()
+    model.set_adapter("b")
+    kept = logits(model)
+    model.delete_adapter("a")
+    assert set(model.peft_config) == {"b"}
+    assert torch.equal(logits(model), kept)
+    assert all(layer.svf_offset.keys() == ["b"] for layer in svf_layers(model).values())
+    model.add_adapter("a", SVFConfig())
+    model.set_adapter("a")
+    assert torch.equal(logits(model), logits(build("llama")))
+
+
+# --- add_weighted_adapter
+
+
+def test_a_one_hot_mixture_is_that_expert():
+    model, z_a, _ = with_two()
+    for kind in ("linear", "sum"):
+        model.add_weighted_adapter(["a", "b"], [1.0, 0.0], kind, combination_type=kind)
+        model.set_adapter(kind)
+        close(logits(model), expected("llama", z_a))
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ({"layers_to_transform": [0]}, {"layers_to_transform": [1]}),
+        ({"exclude_modules": ["up_proj"]}, {}),
+        ({"target_modules": ["up_proj"]}, {"target_modules": r".*\.0\.mlp\.down_proj"}),
+    ],
+)
+def test_a_mixture_reaches_whatever_its_sources_reach(one, other):
+    model = adapt("llama", "a", seed=1, **one)
+    model.add_adapter("b", SVFConfig(**other))
+    randomize(model, "b", seed=2)
+    for name, weights in (("first", [1.0, 0.0]), ("second", [0.0, 1.0])):
+        model.add_weighted_adapter(["a", "b"], weights, name)
+    for source, mixture in (("a", "first"), ("b", "second")):
+        model.set_adapter(source)
+        alone = logits(model)
+        model.set_adapter(mixture)
+        torch.testing.assert_close(logits(model), alone)
+
+
+def test_what_is_left_of_a_linear_mixture_is_the_base():
+    model, z_a, z_b = with_two()
+    model.add_weighted_adapter(["a", "b"], [0.5, -0.2], "part")
+    model.set_adapter("part")
+    close(logits(model), expected("llama", mixed((0.5, z_a), (-0.2, z_b))))
+    model.add_weighted_adapter(["a", "b"], [0.0, 0.0], "none")
+    model.set_adapter("none")
+    assert torch.equal(logits(model), logits(build("llama")))
+
+
+@pytest.mark.parametrize("combination", ["linear", "sum"])
+def test_a_mixture_whose_weights_sum_to_one_is_the_sum_of_the_paper(combination):
+    model, z_a, z_b = with_two()
+    model.add_weighted_adapter(["a", "b"], [0.75, 0.25], "mix", combination_type=combination)
+    model.set_adapter("mix")
+    close(logits(model), expected("llama", {name: 0.75 * z_a[name] + 0.25 * z_b[name] for name in z_a}))
+
+
+def test_sum_is_the_literal_sum_of_z_vectors():
+    model, z_a, z_b = with_two()
+    model.add_weighted_adapter(["a", "b"], [0.5, 0.2], "sum", combination_type="sum")
+    model.set_adapter("sum")
+    close(logits(model), expected("llama", {name: 0.5 * z_a[name] + 0.2 * z_b[name] for name in z_a}))
+
+
+@pytest.mark.parametrize("combination", ["linear", "sum"])
+def test_a_mixture_of_different_ranks_is_that_of_the_padded_z_vectors(combination):
+    model = adapt("llama", "a", rank=3)
+    model.add_adapter("b", SVFConfig(rank=6))
+    z = [randomize(model, name, seed=seed) for seed, name in enumerate("ab")]
+    model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mix", combination_type=combination)
+    model.set_adapter("mix")
+    assert {v.svf_offset["mix"].weight.numel() for v in svf_layers(model).values()} == {6}
+    padded = {name: torch.cat([z[0][name], torch.ones(3)]) for name in z[0]}
+    close(logits(model), expected("llama", {name: 0.5 * padded[name] + 0.5 * z[1][name] for name in padded}))
+
+
+@pytest.mark.parametrize("combination, rest", [("linear", 1.0), ("sum", 0.6)])
+def test_a_mixture_takes_z_of_one_where_an_adapter_has_no_layer(combination, rest):
+    model = adapt("llama", "a", target_modules=["up_proj"])
+    model.add_adapter("b", SVFConfig(target_modules=["q_proj"]))
+    z_a, z_b = randomize(model, "a", seed=1), randomize(model, "b", seed=2)
+    model.add_weighted_adapter(["a", "b"], [0.4, 0.2], "mix", combination_type=combination)
+    model.set_adapter("mix")
+    z = {name: rest + 0.4 * (v - 1) for name, v in z_a.items()} | {
+        name: rest + 0.2 * (v - 1) for name, v in z_b.items()
+    }
+    close(logits(model), expected("llama", z))
+
+
+def test_a_mixture_is_an_adapter_of_its_own_and_its_sources_stay():
+    model, z_a, z_b = with_two()
+    model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mix")
+    for name, z in (("a", z_a), ("b", z_b)):
+        model.set_adapter(name)
+        close(logits(model), expected("llama", z))
+    assert model.peft_config["mix"] is not model.peft_config["a"]
+    randomize(model, "mix", seed=9)
+    close(logits(model), expected("llama", z_b))
+    model.delete_adapter("mix")
+    close(logits(model), expected("llama", z_b))
+
+
+def test_a_mixture_under_a_taken_name_leaves_it_alone():
+    model, z_a, _ = with_two()
+    model.add_weighted_adapter(["b"], [1.0], "a")
+    close(logits(model), expected("llama", z_a))
+
+
+def test_a_mixture_of_loaded_experts_is_made_without_a_warning(tmp_path):
+    model, z_a, z_b = with_two()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("llama", name="pico/llama"), tmp_path / "a", adapter_name="a")
+    loaded.load_adapter(tmp_path / "b", "b")
+    loaded.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mix")
+    loaded.set_adapter("mix")
+    close(logits(loaded), expected("llama", mixed((0.5, z_a), (0.5, z_b))))
+
+
+@pytest.mark.parametrize("weights", [[float("nan"), 1.0], [float("inf"), 0.0], [float("inf"), -float("inf")]], ids=str)
+@pytest.mark.parametrize("combination", ["linear", "sum"])
+def test_mixture_weights_that_are_not_finite_are_refused(weights, combination):
+    model, _, _ = with_two()
+    with pytest.raises(ValueError, match="must be finite numbers"):
+        model.add_weighted_adapter(["a", "b"], weights, "mix", combination_type=combination)
+    assert set(model.peft_config) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    "adapters, weights, kwargs, message",
+    [
+        (["a", "c"], [0.5, 0.5], {}, "Adapter c does not exist. There are: a, b"),
+        (["a", "b"], [0.5], {}, "one weight per adapter, got 2 adapters, 1 weights"),
+        ([], [], {}, "one weight per adapter, got 0 adapters"),
+        (["a"], [1.0], {"combination_type": "svd"}, "choose 'linear' or 'sum'"),
+    ],
+)
+def test_a_mixture_that_makes_no_sense_is_refused(adapters, weights, kwargs, message):
+    model, z_a, _ = with_two()
+    with pytest.raises(ValueError, match=message):
+        model.add_weighted_adapter(adapters, weights, "mix", **kwargs)
+    assert set(model.peft_config) == {"a", "b"}
+    close(logits(model), expected("llama", z_a))
+
+
+# --- mixed batches
+
+
+@every_kind
+def test_a_mixed_batch_equals_one_by_one(kind):
+    model, _, _ = with_two(kind)
+    ids, names = inputs(model, batch=4), ["b", "__base__", "a", "b"]
+    together = logits(model, ids, adapter_names=names)
+    for row, name in enumerate(names):
+        alone = {key: value[row : row + 1] for key, value in ids.items()}
+        if name == "__base__":
+            with model.disable_adapter():
+                wanted = logits(model, alone)
+        else:
+            model.set_adapter(name)
+            wanted = logits(model, alone)
+        close(together[row], wanted[0])
+    assert all(layer.svf_rows is None for layer in svf_layers(model).values())
+
+
+def test_a_mixed_batch_of_different_ranks_and_modules_equals_one_by_one():
+    model = adapt("llama", "a", rank=3)
+    model.add_adapter("b", SVFConfig(**ALL_LINEAR))
+    z = {name: randomize(model, name, seed=seed) for seed, name in enumerate("ab")}
+    ids = inputs(model, batch=2)
+    together = logits(model, ids, adapter_names=["a", "b"])
+    for row, name in enumerate("ab"):
+        close(together[row], expected("llama", z[name], ids)[row])
+
+
+GENERATION = {
+    "greedy": {},
+    "beams": {"num_beams": 2},
+    "returned sequences": {"num_beams": 4, "num_return_sequences": 2},
+}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "t5"])
+@pytest.mark.parametrize("how", GENERATION)
+def test_mixed_generation_equals_one_by_one(kind, how):
+    model, _, _ = with_two(kind)
+    ids, names = inputs(model, batch=3)["input_ids"], ["b", "__base__", "a"]
+    kwargs = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **GENERATION[how]}
+    kwargs["attention_mask"] = torch.ones_like(ids)
+    together = model.generate(input_ids=ids, adapter_names=names, **kwargs)
+    count = kwargs.get("num_return_sequences", 1)
+    for row, name in enumerate(names):
+        kwargs["attention_mask"] = torch.ones_like(ids[:1])
+        alone = model.generate(input_ids=ids[row : row + 1], adapter_names=[name], **kwargs)
+        assert torch.equal(together[row * count : (row + 1) * count], alone)
+
+
+def test_a_mixed_batch_that_cannot_be_is_refused_and_leaves_no_trace():
+    model, z_a, _ = with_two()
+    with pytest.raises(ValueError, match=r"non-existing adapter.*: c, d"):
+        logits(model, adapter_names=["a", "c", "d"])
+    with pytest.raises(ValueError, match="got 2 and 3"):
+        logits(model, adapter_names=["a", "b"])
+    with pytest.raises(ValueError, match="training mode"):
+        logits(model.train(), adapter_names=["a", "b", "a"])
+    model.eval().merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        logits(model, adapter_names=["a", "b", "a"])
+    model.unmerge_adapter()
+    close(logits(model), expected("llama", z_a))
+
+
+# --- names
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore:Adapter name '' should not be contained in the prefix")  # PEFT's
+def test_any_expert_name_is_accepted_saved_loaded_mixed_and_deleted(name, tmp_path):
+    model = adapt("llama", "other", seed=1)
+    model.add_adapter(name, SVFConfig())
+    z = randomize(model, name, seed=2)
+    model.set_adapter(name)
+    close(logits(model), expected("llama", z))
+    assert list(model.peft_config) == ["other", name] and model.active_adapters == [name]
+    assert all(set(status.available_adapters) == {"other", name} for status in model.get_layer_status())
+    close(logits(model, adapter_names=[name, "__base__", name])[[0, 2]], expected("llama", z)[[0, 2]])
+    model.add_weighted_adapter([name, "other"], [1.0, 0.0], "mix")
+
+    model.save_pretrained(tmp_path, selected_adapters=[name])
+    folder = tmp_path if name == "default" else tmp_path / name
+    keys = load_file(folder / "adapter_model.safetensors").keys()
+    assert set(keys) == {f"base_model.model.{module}.svf_offset.weight" for module in z}
+    model.set_adapter("other")
+    model.delete_adapter(name)
+    assert name not in model.peft_config
+    for layer in svf_layers(model).values():
+        assert name not in layer.svf_offset
+
+    model.load_adapter(folder, name)
+    model.set_adapter(name)
+    close(logits(model), expected("llama", z))
+    fresh = PeftModel.from_pretrained(build("llama", name="pico/llama"), folder, adapter_name=name)
+    close(logits(fresh), expected("llama", z))
+    assert fresh.active_adapters == [name]
+
+
+def test_names_that_look_alike_when_escaped_stay_apart():
+    names = ["a.b", "a%2Eb", "a%252Eb", "keys", "%6Beys"]
+    model = adapt("llama", names[0])
+    for name in names[1:]:
+        model.add_adapter(name, SVFConfig())
+    z = {name: randomize(model, name, seed=seed) for seed, name in enumerate(names)}
+    for name in names:
+        model.set_adapter(name)
+        close(logits(model), expected("llama", z[name]))
+
+
+@pytest.mark.parametrize("name", ["expert-1", "math.v1", "keys"])
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_offsets_and_gradients_of_a_named_adapter_are_trainable_after_loading(name, low_cpu_mem_usage, tmp_path):
+    adapt("llama", "x", seed=1).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(
+        build("llama", name="pico/llama"),
+        tmp_path / "x",
+        adapter_name=name,
+        is_trainable=True,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+    ids = inputs(model)
+    model(**ids, labels=ids["input_ids"]).loss.backward()
+    assert all(layer.svf_offset[name].weight.grad is not None for layer in svf_layers(model).values())
+
+
+# --- save and load
+
+
+def offsets(model, name="default"):
+    return {key: layer.svf_offset[name].weight.detach().clone() for key, layer in svf_layers(model).items()}
+
+
+def same_offsets(a, b):
+    assert a.keys() == b.keys()
+    assert all(a[key].dtype == b[key].dtype == torch.float32 and torch.equal(a[key], b[key]) for key in a)
+
+
+@every_kind
+@usual_dtypes
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_save_then_load_is_exact(kind, dtype, low_cpu_mem_usage, tmp_path):
+    model = adapt(kind, dtype=dtype, seed=1)
+    model.save_pretrained(tmp_path)
+    base = build(kind, dtype=dtype, name=f"pico/{kind}")
+    loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    same_offsets(offsets(loaded), offsets(model))
+    assert torch.equal(logits(loaded), logits(model))
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+@every_kind
+@usual_dtypes
+def test_save_then_load_by_transformers_is_exact(kind, dtype, tmp_path):
+    model = adapt(kind, dtype=dtype, seed=1, task_type=None)
+    model.save_pretrained(tmp_path)
+    base = build(kind, dtype=dtype, name=f"pico/{kind}")
+    base.load_adapter(str(tmp_path))
+    same_offsets(offsets(base), offsets(model))
+    assert torch.equal(logits(base), logits(model))
+
+
+@pytest.mark.parametrize("config", [{"rank": 4}, ALL_LINEAR, {"basis_dtype": "bfloat16"}], ids=str)
+def test_save_then_load_is_exact_for_other_configs(config, tmp_path):
+    model = adapt("llama", dtype=torch.bfloat16, seed=1, **config)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("llama", dtype=torch.bfloat16, name="pico/llama"), tmp_path)
+    same_offsets(offsets(loaded), offsets(model))
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_the_file_holds_the_offsets_and_nothing_else(tmp_path):
+    model = adapt("llama", dtype=torch.bfloat16, seed=1)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    own = {f"base_model.model.{key}.svf_offset.weight": value for key, value in offsets(model).items()}
+    assert stored.keys() == own.keys()
+    assert all(torch.equal(stored[key], own[key]) and stored[key].dtype == torch.float32 for key in own)
+
+
+def test_saving_a_merged_model_saves_the_same_offsets(tmp_path):
+    model = adapt("llama", seed=1)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("llama", name="pico/llama"), tmp_path)
+    same_offsets(offsets(loaded), offsets(model))
+
+
+def test_a_state_dict_that_is_given_wins_over_the_model():
+    model = adapt("llama", seed=1)
+    given = {key: value + 1 for key, value in model.state_dict().items()}
+    found = get_peft_model_state_dict(model, state_dict=given)
+    assert len(found) == 6
+    for key, value in offsets(model).items():
+        assert torch.equal(found[f"base_model.model.{key}.svf_offset.weight"], value + 1)
+
+
+def test_load_state_dict_of_the_whole_model_is_exact():
+    model, twin = adapt("llama", seed=1), adapt("llama", seed=2)
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(logits(twin), logits(model))
+
+
+def test_a_copy_is_on_its_own():
+    model = adapt("llama", seed=1)
+    twin, before = copy.deepcopy(model), logits(model)
+    randomize(model, seed=2)
+    assert torch.equal(logits(twin), before)
+    apart(logits(model), before)
+
+
+def test_a_pickled_model_is_the_same_model(tmp_path):
+    model = adapt("llama", "v1.1", seed=1)
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits(again), logits(model)) and again.active_adapters == ["v1.1"]
+
+
+def test_autocast_adapter_dtype_false_gives_offsets_the_dtype_of_the_base():
+    base = build("llama", dtype=torch.bfloat16)
+    model = get_peft_model(base, SVFConfig(), autocast_adapter_dtype=False)
+    assert {layer.svf_offset["default"].weight.dtype for layer in svf_layers(model).values()} == {torch.bfloat16}
+    assert torch.equal(logits(model), logits(build("llama", dtype=torch.bfloat16)))
+
+
+@pytest.mark.parametrize("move", [lambda m: m.to(torch.float64), lambda m: m.double()], ids=["to", "double"])
+def test_a_model_cast_after_adapting_still_equals_the_paper_formula(move):
+    model = adapt("llama")
+    z = randomize(model)
+    close(logits(move(model)).float(), expected("llama", z))
+
+
+# --- transformers' own methods
+
+
+@own_methods
+def test_transformers_add_adapter_trains_saves_and_loads(tmp_path):
+    base = build("llama", name="pico/llama")
+    base.add_adapter(SVFConfig(), adapter_name="math")
+    assert base.active_adapters() == ["math"]
+    assert torch.equal(logits(base), logits(build("llama")))
+    z = randomize(base, "math")
+    close(logits(base), expected("llama", z))
+    base.disable_adapters()
+    assert torch.equal(logits(base), logits(build("llama")))
+    base.enable_adapters()
+    base.save_pretrained(tmp_path)
+    other = build("llama", name="pico/llama")
+    other.load_adapter(str(tmp_path), adapter_name="again")
+    assert torch.equal(logits(other), logits(base))
+    peft = PeftModel.from_pretrained(build("llama", name="pico/llama"), tmp_path)
+    assert torch.equal(logits(peft), logits(base))
+
+
+@own_methods
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # PEFT's, for any second adapter
+def test_transformers_methods_hold_several_adapters():
+    base = build("llama")
+    base.add_adapter(SVFConfig(), adapter_name="a")
+    base.add_adapter(SVFConfig(rank=4), adapter_name="b")
+    z = {name: randomize(base, name, seed=seed) for seed, name in enumerate("ab")}
+    for name in "ab":
+        base.set_adapter(name)
+        close(logits(base), expected("llama", z[name]))
+    base.set_adapter("a")
+    base.delete_adapter("b")
+    assert list(base.peft_config) == ["a"]
+    with pytest.raises(ValueError, match="already exists"):
+        base.add_adapter(SVFConfig(), adapter_name="a")
+
+
+@pytest.mark.parametrize("name", ["v1.1", "keys", "mlp", "weight", "50%"])
+def test_transformers_load_adapter_takes_a_name_whole_or_refuses_it(name, tmp_path):
+    """transformers writes the name into parameter names itself, so a name that needs escaping cannot be filled."""
+    model = adapt("llama", seed=1)
+    model.save_pretrained(tmp_path)
+    base = build("llama", name="pico/llama")
+    try:
+        base.load_adapter(str(tmp_path), adapter_name=name)
+    except ValueError as error:
+        assert name in ("v1.1", "keys", "50%")
+        assert repr(name) in str(error) and "PeftModel" in str(error)
+        assert not svf_layers(base) and torch.equal(logits(base), logits(build("llama")))
+    else:
+        same_offsets(offsets(base, name), offsets(model))
+
+
+# --- modules_to_save
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_modules_to_save_are_trained_saved_and_loaded_whole(low_cpu_mem_usage, tmp_path):
+    model = get_peft_model(build("bert", name="pico/bert"), SVFConfig(task_type=TaskType.SEQ_CLS)).eval()
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert {name.split(".")[-3] for name in trainable if "svf_offset" not in name} == {"modules_to_save"}
+    randomize(model)
+    head = model.base_model.model.classifier.modules_to_save["default"]
+    head.weight.data.normal_()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        build("bert", name="pico/bert"), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
+    ).eval()
+    assert torch.equal(logits(loaded), logits(model))
+    same_offsets(offsets(loaded), offsets(model))
+    with loaded.disable_adapter():
+        assert torch.equal(logits(loaded), logits(build("bert")))
+
+
+def test_modules_to_save_follow_a_mixed_batch():
+    model = get_peft_model(build("bert"), SVFConfig(modules_to_save=["classifier"]), adapter_name="a").eval()
+    model.add_adapter("b", SVFConfig(modules_to_save=["classifier"]))
+    for seed, name in enumerate("ab"):
+        randomize(model, name, seed=seed)
+        torch.manual_seed(seed)
+        model.base_model.model.classifier.modules_to_save[name].weight.data.normal_()
+    ids = inputs(model)
+    together = logits(model, ids, adapter_names=["a", "b", "a"])
+    for row, name in enumerate("aba"):
+        model.set_adapter(name)
+        close(together[row], logits(model, ids)[row])
+    with pytest.raises(ValueError, match="modules_to_save"):
+        model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mix")
+
+
+def test_a_module_to_save_that_is_also_a_target_is_not_rescaled():
+    model = get_peft_model(build("llama"), SVFConfig(target_modules=["up_proj", "q_proj"], modules_to_save=["q_proj"]))
+    assert {name.rsplit(".", 1)[1] for name in svf_layers(model)} == {"up_proj"}
+
+
+# --- targets
+
+
+DEFAULTS = {
+    "llama": {"gate_proj", "up_proj", "down_proj"},
+    "qwen2": {"gate_proj", "up_proj", "down_proj"},
+    "gemma3_text": {"gate_proj", "up_proj", "down_proj"},
+    "gpt2": {"c_fc", "c_proj"},
+    "opt": {"fc1", "fc2"},
+    "t5": {"wi", "wo"},
+    "phi3": {"gate_up_proj", "down_proj"},
+    "mixtral": {"q_proj", "v_proj"},
+    "qwen3_moe": {"q_proj", "v_proj"},
+}
+
+
+@pytest.mark.parametrize("kind", DEFAULTS)
+def test_default_targets_are_the_mlp_of_the_architecture(kind):
+    names = list(svf_layers(adapt(kind)))
+    assert {name.rsplit(".", 1)[1] for name in names} == DEFAULTS[kind]
+    if kind == "gpt2":
+        assert all(".mlp." in name for name in names)
+    layers = 4 if kind == "t5" else 2  # encoder and decoder
+    assert len(names) == layers * len(DEFAULTS[kind])
+
+
+def test_default_targets_of_bert_leave_the_attention_output_alone():
+    names = set(svf_layers(adapt("bert")))
+    assert names == {f"bert.encoder.layer.{i}.{part}.dense" for i in (0, 1) for part in ("intermediate", "output")}
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_fused_experts_fall_back_to_attention_and_it_is_logged_once(kind, caplog):
+    with caplog.at_level(logging.INFO, logger="peft_svf"):
+        adapt(kind)
+    records = [record for record in caplog.records if "attention q and v" in record.getMessage()]
+    assert len(records) == 1 and kind in records[0].getMessage()
+
+
+def test_dense_models_log_nothing_about_targets(caplog):
+    with caplog.at_level(logging.INFO, logger="peft_svf"):
+        adapt("llama")
+    assert not [record for record in caplog.records if "target" in record.getMessage()]
+
+
+@pytest.mark.parametrize(
+    "kind, name", [("llama", "layers.1."), ("bert", "layer.1."), ("gpt2", "h.1."), ("mixtral", "layers.1.")]
+)
+def test_layers_to_transform_applies_to_the_default_targets(kind, name):
+    names = list(svf_layers(adapt(kind, layers_to_transform=[1])))
+    assert names and all(name in found for found in names)
+    assert len(names) * 2 == len(svf_layers(adapt(kind)))
+
+
+def test_exclude_modules_are_left_out():
+    names = list(svf_layers(adapt("llama", exclude_modules=["layers.0.mlp.up_proj"])))
+    assert len(names) == 5 and "model.layers.0.mlp.up_proj" not in names
+
+
+def test_a_regex_matches_whole_names():
+    names = set(svf_layers(adapt("llama", target_modules=r".*\.0\.self_attn\.[qv]_proj")))
+    assert names == {"model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"}
+
+
+def test_all_linear_leaves_the_output_head_alone():
+    names = list(svf_layers(adapt("llama", **ALL_LINEAR)))
+    assert len(names) == 14 and not any("lm_head" in name for name in names)
+
+
+def test_an_architecture_without_a_default_says_so():
+    class StrangeConfig(hf.PreTrainedConfig):
+        model_type = "strange"
+
+    class Strange(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = StrangeConfig()
+            self.fc = nn.Linear(3, 5)
+
+    with pytest.raises(ValueError, match=r"specify `target_modules`.*no default for the architecture 'strange'"):
+        get_peft_model(Strange(), SVFConfig())
+
+
+def test_a_module_without_a_config_needs_target_modules():
+    with pytest.raises(ValueError, match="specify `target_modules`"):
+        get_peft_model(one_layer(), SVFConfig())
+
+
+def test_an_architecture_only_lora_knows_takes_its_targets_and_logs_them(caplog, monkeypatch):
+    from peft_svf.tuner.model import DEFAULT_TARGETS
+
+    monkeypatch.delitem(DEFAULT_TARGETS, "opt")
+    with caplog.at_level(logging.INFO, logger="peft_svf"):
+        names = svf_layers(adapt("opt"))
+    assert {name.rsplit(".", 1)[1] for name in names} == {"q_proj", "v_proj"}
+    assert "no 'opt'" in caplog.text
+
+
+def test_the_paper_parameter_count_on_llama_3_8b():
+    config = hf.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
+    counts = []
+    for peft_config in (
+        SVFConfig(target_modules=["q_proj", "v_proj"]),
+        LoraConfig(r=16, target_modules=["q_proj", "v_proj"]),
+    ):
+        with torch.device("meta"):
+            model = hf.LlamaForCausalLM(config)
+            counts.append(get_peft_model(model, peft_config, low_cpu_mem_usage=True).get_nb_trainable_parameters()[0])
+    assert counts == [163_840, 6_815_744]
+
+
+def test_bases_of_a_model_on_the_meta_device_come_once_its_weights_are_loaded():
+    with torch.device("meta"):
+        empty = hf.LlamaForCausalLM(CONFIGS["llama"]())
+        model = get_peft_model(empty, SVFConfig())
+    assert all(layer.svf_basis is None for layer in svf_layers(model).values())
+    base = build("llama")
+    model.to_empty(device="cpu")
+    plain = {key.replace(".base_layer", ""): key for key in model.base_model.model.state_dict()}
+    model.base_model.model.load_state_dict(
+        {plain[key]: value for key, value in base.state_dict().items()}, strict=False
+    )
+    for layer in svf_layers(model).values():
+        layer.svf_offset["default"].weight.data.zero_()
+    model.base_model.fetch_bases()
+    z = randomize(model)
+    layer = svf_layers(model)["model.layers.0.mlp.up_proj"]
+    x = torch.randn(5, 24)
+    wanted = oracle.output(matrix_of(layer), None, z["model.layers.0.mlp.up_proj"], x)
+    close(layer(x).double(), wanted)
+
+
+# --- bad input
+
+
+def unchanged(base, twin, trainable):
+    """The base model is as it was before the attempt."""
+    assert not svf_layers(base)
+    assert not hasattr(base, "peft_config") and not getattr(base, "_hf_peft_config_loaded", False)
+    assert [parameter.requires_grad for parameter in base.parameters()] == trainable
+    assert torch.equal(logits(base), logits(twin))
+
+
+BAD_TARGETS = {
+    "unknown": ({}, {"target_modules": ["no_such_proj"]}, r"no_such_proj.* not found in the base model"),
+    "embedding": (
+        {},
+        {"target_modules": ["embed_tokens"]},
+        r"model\.embed_tokens is not supported: it is a Embedding",
+    ),
+    "norm after linears": (
+        {},
+        {"target_modules": ["q_proj", "post_attention_layernorm"]},
+        r"post_attention_layernorm is not supported",
+    ),
+    "tied head": (
+        {"tie_word_embeddings": True},
+        {"target_modules": ["up_proj", "lm_head"]},
+        r"lm_head is the output head and shares its weight",
+    ),
+    "everything excluded": ({}, {"target_modules": ["up_proj"], "exclude_modules": ["up_proj"]}, "exclude"),
+    "no such layer": ({}, {"target_modules": ["up_proj"], "layers_to_transform": [7]}, "layers_to_transform"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer")  # PEFT's, before ours
+@pytest.mark.parametrize("case", BAD_TARGETS)
+@pytest.mark.parametrize("how", ["get_peft_model", pytest.param("add_adapter", marks=own_methods)])
+def test_targets_that_cannot_be_adapted_are_refused_and_the_base_is_unchanged(case, how):
+    base_kwargs, config, message = BAD_TARGETS[case]
+    base = build("llama", **base_kwargs)
+    base.model.layers[0].requires_grad_(False)
+    trainable = [parameter.requires_grad for parameter in base.parameters()]
+    with pytest.raises(ValueError, match=message):
+        if how == "add_adapter":
+            base.add_adapter(SVFConfig(**config))
+        else:
+            get_peft_model(base, SVFConfig(**config))
+    unchanged(base, build("llama", **base_kwargs), trainable)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer")  # PEFT's, before ours
+@pytest.mark.parametrize("case", BAD_TARGETS)
+def test_a_second_adapter_that_is_refused_leaves_the_first_as_it_is(case):
+    base_kwargs, config, message = BAD_TARGETS[case]
+    model = get_peft_model(build("llama", **base_kwargs), SVFConfig(), adapter_name="a").eval()
+    randomize(model, "a")
+    before, layers = logits(model), set(svf_layers(model))
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter("b", SVFConfig(**config))
+    assert list(model.peft_config) == ["a"] and set(svf_layers(model)) == layers
+    assert [parameter.requires_grad for parameter in model.parameters()] == trainable
+    assert torch.equal(logits(model), before)
+    model.add_adapter("b", SVFConfig())
+    model.set_adapter("b")
+
+
+def test_a_weight_with_nan_is_refused_and_the_base_is_unchanged():
+    base = build("llama")
+    base.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        get_peft_model(base, SVFConfig())
+    assert not svf_layers(base) and not hasattr(base, "peft_config")
+
+
+def test_an_untied_output_head_can_be_a_target():
+    base = build("llama", tie_word_embeddings=False)
+    model = get_peft_model(base, SVFConfig(target_modules=["lm_head"])).eval()
+    z = randomize(model)
+    close(logits(model), logits(fill(build("llama", tie_word_embeddings=False), z)))
+
+
+def test_an_adapter_name_that_is_taken_is_refused():
+    model, z_a, _ = with_two()
+    with pytest.raises(ValueError, match="'a' already exists"):
+        model.add_adapter("a", SVFConfig())
+    close(logits(model), expected("llama", z_a))
+
+
+def test_an_unknown_adapter_cannot_be_activated_or_deleted():
+    model, z_a, _ = with_two()
+    with pytest.raises(ValueError, match="Adapter c not found"):
+        model.set_adapter("c")
+    with pytest.raises(ValueError, match="Adapter c does not exist"):
+        model.delete_adapter("c")
+    close(logits(model), expected("llama", z_a))
+
+
+def test_another_peft_method_cannot_join():
+    model = adapt("llama")
+    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+        model.add_adapter("second", LoraConfig(target_modules=["q_proj"]))
+
+
+def test_every_causal_architecture_of_the_tests_generates():
+    for kind in CAUSAL:
+        model = adapt(kind, seed=1)
+        ids = inputs(model, batch=1)["input_ids"]
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, min_new_tokens=2)
+        assert out.shape == (1, 9)
+
+
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_a_refused_state_leaves_an_adapter_that_was_there_alone(adapters, tmp_path):
+    model = adapt(seed=1)
+    if adapters == 2:
+        model.add_adapter("other", SVFConfig())
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    before, state = logits(model), get_peft_model_state_dict(model)
+    bad = {name: torch.full_like(offset, torch.nan) for name, offset in state.items()}
+    with pytest.raises(ValueError, match="NaN"):
+        set_peft_model_state_dict(model, bad)
+    model.save_pretrained(tmp_path)
+    save_file(bad, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="NaN"):
+        model.load_adapter(tmp_path, "default")  # as Trainer loads the best checkpoint
+    with pytest.raises(ValueError, match="NaN"):
+        model.load_adapter(tmp_path, "new")
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trainable
+    assert set(model.peft_config) == {"default", "other"} if adapters == 2 else {"default"}
+    assert torch.equal(logits(model), before)
+
+
+def test_the_batch_of_mixed_adapters_is_that_of_the_tokens():
+    model = adapt(seed=1)
+    ids = inputs(model)
+    rows = len(ids["input_ids"])
+    places = torch.arange(ids["input_ids"].shape[1])[None]
+    with torch.no_grad():
+        found = model(position_ids=places, **ids, adapter_names=["default"] * rows).logits
+    torch.testing.assert_close(found, logits(model))
+
+
+def test_a_module_that_reads_a_weight_without_running_it_is_refused():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2)
+
+    with pytest.raises(ValueError, match="MultiheadAttention reads its weight"):
+        get_peft_model(Attention(), SVFConfig(target_modules=["out_proj"]))
+
+
+def test_replicas_of_data_parallel_training_compute_the_same():
+    """torch's `replicate` leaves parameters as plain attributes."""
+    model = adapt(seed=1)
+    expected = logits(model)
+    for layer in svf_layers(model).values():
+        for module in layer.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    del module._parameters[name]
+                    object.__setattr__(module, name, parameter.detach().clone())
+    torch.testing.assert_close(logits(model), expected)
