@@ -14,7 +14,8 @@ PACKAGE = ROOT / "src" / "peft_svf"
 
 # A wing (or a single module beside the wings) imports from rows above it, never from its own row.
 ROWS = [
-    ["_registration", "rows"],
+    ["_registration", "files"],
+    ["rows"],
     ["tuner", "tasks"],
     ["evaluation", "experts"],
     ["training", "adaptation", "plots"],

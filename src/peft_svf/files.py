@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Files that are written whole or not at all, and files from outside that are read within bounds.
+
+Knows nothing of what stands in them, and nothing of the rest of the package.
+"""
+
+import errno
+import glob
+import gzip
+import json
+import os
+import stat
+import time
+import zlib
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("peft-svf", "torch", "transformers", "peft", "trl")
+LIMIT = 64 << 20  # bytes of a text file from outside; the largest of ours, a fingerprint of an 8B model, has 0.1 MB
+STALE = 3600  # seconds after which a temporary file belongs to nobody
+PENDING = ".pending.json"  # names the files of a set that is complete but not yet in place
+
+
+def write(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """
+    Replace a file when its new content is whole on the disk; its folder is made if it is missing.
+
+    Raises:
+        `OSError`: if the content cannot be written, a full disk included; the old file is then still there.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.writing")
+    for stale in target.parent.glob(f".{glob.escape(target.name)}.*.writing"):  # of a process that was killed
+        with suppress(OSError):  # another process may be cleaning up too
+            if time.time() - stale.stat().st_mtime > STALE:
+                stale.unlink()
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OSError(errno.ENOSPC, f"The disk is full; the old {target.name} is intact", str(path)) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_together(folder: str | os.PathLike[str], contents: Mapping[str, str | bytes]) -> None:
+    """
+    Replace several files of a folder as one: a reader that calls [`settle`] first sees all old or all new.
+
+    The new files wait under temporary names until all of them are whole. [`PENDING`] then decides: a crash before it
+    leaves the old set, a crash after it leaves renames that [`settle`] finishes.
+
+    Args:
+        folder (`str` or path): Made if it is missing; its other files stay.
+        contents (`Mapping[str, str | bytes]`): Content by file name.
+
+    Raises:
+        `OSError`: if a file cannot be written; the old set is then still there.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    settle(target)
+    waiting = {name: _waiting(target, name) for name in contents}
+    try:
+        for name, content in contents.items():
+            write(waiting[name], content)
+        write(target / PENDING, json.dumps(sorted(contents)))
+    except BaseException:
+        for path in waiting.values():
+            path.unlink(missing_ok=True)
+        raise
+    settle(target)
+
+
+def settle(folder: str | os.PathLike[str]) -> None:
+    """Finish the renames of a [`write_together`] that was interrupted after its decision; else change nothing."""
+    target = Path(folder)
+    if not (target / PENDING).is_file():
+        return
+    names = read_json(target / PENDING)
+    if not isinstance(names, list) or any(
+        not isinstance(name, str) or os.path.basename(name) != name for name in names
+    ):
+        raise ValueError(f"{target / PENDING} is damaged: it should list file names. Remove it and save again.")
+    for name in names:
+        if _waiting(target, name).is_file():
+            _waiting(target, name).replace(target / name)
+    (target / PENDING).unlink(missing_ok=True)
+
+
+def _waiting(folder: Path, name: str) -> Path:
+    return folder / f".{name}.waiting"
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int = LIMIT) -> bytes:
+    """
+    Read a file from outside; one that ends in `.gz` is unpacked.
+
+    Raises:
+        `FileNotFoundError`: if it is missing.
+        `ValueError`: if it isn't a regular file (a pipe or a device would block), holds more than `limit` bytes
+            (unpacked), or is a damaged or truncated gzip file.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(handle, "rb") as raw:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise ValueError(f"{path} isn't a regular file.")
+        try:
+            content = (gzip.GzipFile(fileobj=raw) if str(path).endswith(".gz") else raw).read(limit + 1)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path} is a damaged or truncated gzip file ({error}): fetch it again.") from error
+    if len(content) > limit:
+        raise ValueError(f"{path} holds more than {limit:,} bytes, too many for a file of its kind.")
+    return content
+
+
+def read_text(path: str | os.PathLike[str], limit: int = LIMIT) -> str:
+    """Read a UTF-8 text file from outside; errors as in [`read_bytes`], and `ValueError` for other encodings."""
+    try:
+        return read_bytes(path, limit).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} isn't UTF-8 text ({error}).") from error
+
+
+def read_json(path: str | os.PathLike[str], limit: int = LIMIT) -> Any:
+    """Read a JSON file from outside; errors as in [`read_text`], and `ValueError` for bad or deeply nested JSON."""
+    try:
+        return json.loads(read_text(path, limit))
+    except RecursionError as error:
+        raise ValueError(f"{path} isn't usable JSON: it is nested too deeply.") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} isn't valid JSON ({error}): fetch it again.") from error
+
+
+def versions() -> dict[str, str]:
+    """Return the installed versions of this package and of the libraries that decide a number."""
+    installed = {}
+    for name in PACKAGES:
+        try:
+            installed[name.replace("-", "_")] = version(name)
+        except PackageNotFoundError:
+            continue
+    return installed

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A file, or a set of files, is old or new and never a mixture; files from outside are read within bounds."""
+
+import contextlib
+import errno
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from peft_svf import files
+
+OLD, NEW = {"a.json": "old a", "b.bin": b"old b"}, {"a.json": "new a", "b.bin": b"new b"}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def as_bytes(texts):
+    return {name: text.encode() if isinstance(text, str) else text for name, text in texts.items()}
+
+
+def test_a_set_is_old_or_new_wherever_writing_stops(tmp_path, monkeypatch):
+    real, outcomes = Path.replace, []
+    for stop in range(12):
+        folder = tmp_path / str(stop)
+        files.write_together(folder, OLD)
+        calls = iter(range(100))
+
+        def dying(self, target, calls=calls, stop=stop):
+            if next(calls) == stop:
+                raise KeyboardInterrupt
+            return real(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", dying)
+            with contextlib.suppress(KeyboardInterrupt):
+                files.write_together(folder, NEW)
+        files.settle(folder)
+        outcomes.append(contents(folder))
+    assert all(outcome in (as_bytes(OLD), as_bytes(NEW)) for outcome in outcomes), outcomes
+    assert outcomes[0] == as_bytes(OLD) and outcomes[-1] == as_bytes(NEW)
+
+
+def test_a_full_disk_leaves_the_old_files_and_no_temporary_ones(tmp_path, monkeypatch):
+    files.write_together(tmp_path, OLD)
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space")))
+    with pytest.raises(OSError, match="disk is full; the old"):
+        files.write_together(tmp_path, NEW)
+    with pytest.raises(OSError, match=r"disk is full; the old a\.json is intact"):
+        files.write(tmp_path / "a.json", "new")
+    assert contents(tmp_path) == as_bytes(OLD)
+
+
+def test_a_pending_file_cannot_reach_outside_its_folder(tmp_path):
+    (tmp_path / files.PENDING).write_text(json.dumps(["../a.json"]))
+    with pytest.raises(ValueError, match="damaged"):
+        files.settle(tmp_path)
+
+
+def test_what_would_block_or_flood_is_refused_by_name(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "long.json").write_text(" " * 101)
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
+    (tmp_path / "bad.json").write_text("{")
+    packed = gzip.compress(b"x" * 1000)
+    (tmp_path / "cut.gz").write_bytes(packed[: len(packed) // 2])
+    (tmp_path / "bomb.gz").write_bytes(gzip.compress(b"x" * 10_000))
+    for name, reason in [
+        ("pipe.json", "regular file"),
+        ("deep.json", "nested too deeply"),
+        ("bytes.json", "UTF-8"),
+        ("bad.json", "valid JSON"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            files.read_json(tmp_path / name)
+    with pytest.raises(ValueError, match="more than 100 bytes"):
+        files.read_json(tmp_path / "long.json", limit=100)
+    with pytest.raises(ValueError, match="truncated"):
+        files.read_bytes(tmp_path / "cut.gz")
+    with pytest.raises(ValueError, match="more than 100 bytes"):
+        files.read_bytes(tmp_path / "bomb.gz", limit=100)
+    with pytest.raises(FileNotFoundError):
+        files.read_json(tmp_path / "missing.json")
+
+
+def test_the_temporary_file_of_a_killed_process_is_cleaned_up_by_the_next_write(tmp_path):
+    stale, fresh = tmp_path / ".a.json.1.writing", tmp_path / ".a.json.2.writing"
+    for path in (stale, fresh):
+        path.write_text("half")
+    os.utime(stale, (0, 0))
+    files.write(tmp_path / "a.json", "new")
+    assert contents(tmp_path) == {"a.json": b"new", fresh.name: b"half"}
