@@ -7,7 +7,6 @@ Private names of PEFT were read in 0.21.2.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from .basis import Basis, side_of
-from .cache import cache_dir, fetch
+from .cache import fetch
 from .checkpoint import Checkpoint
 from .config import SVFConfig
 from .fingerprint import Fingerprint, check
@@ -58,10 +57,6 @@ class Weight:
             within, out = _get_in_out_features(self.holder)
             return out, within
         return tuple(self.parameter.shape)
-
-    def in_memory(self, model: nn.Module) -> bool:
-        """Whether the parameter is the very weight: not packed, sharded or offloaded."""
-        return type(self.parameter.data) is Tensor and not self.parameter.is_meta and self.backend(model) is None
 
     def values(self, model: nn.Module, name: str) -> Tensor:
         """The weight `(out, in)` or `(E, out, in)` as it is in memory, whole, dequantised, never a merged one."""
@@ -156,18 +151,7 @@ def bases_of(model: nn.Module, names: list[str], source: str) -> Known:
             whole = values_of(name)
             gathered |= fetch([name], lambda _, whole=whole: whole)  # type: ignore[misc]
         return gathered
-    if checkpoint is None:
-        return fetch(weights, values_of)
-    plain = {name: weight.parameter for name, weight in weights.items() if weight.in_memory(model)}
-    memo = cache_dir() / "memo"
-    names_there = {name: weights[name].stored_name for name in plain}
-    known = {n: key for n, there in names_there.items() if (key := checkpoint.recall(there, plain[n].data, memo))}
-    found = fetch(weights, values_of, known)
-    new = {there: (plain[n].data, found[n][1].sha256) for n, there in names_there.items() if n not in known}
-    if new:
-        with suppress(OSError):  # a cache that cannot be written has said so
-            checkpoint.remember(new, memo)
-    return found
+    return fetch(weights, values_of)
 
 
 def checked_bases(model: nn.Module, adapter_name: str, config: SVFConfig, source: str) -> Known:
