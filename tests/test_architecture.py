@@ -27,7 +27,7 @@ ROWS = [
 # Inside a wing a module imports from rows above it as well.
 WINGS = {
     "tuner": [
-        ["basis", "parametrization", "plans"],
+        ["basis", "parametrization", "plans", "weights"],
         ["cache", "checkpoint", "config", "targets"],
         ["layer", "fingerprint"],
         ["stacked"],

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice, takewhile
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,23 +128,10 @@ def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row],
     if limit is not None and longest > limit:
         raise ValueError(f"A prompt and its choice have up to {longest} tokens, but the model's context is {limit}.")
 
-    shared = 0
-    cache = None
-    if len(prompts) > 1:
-        same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
-        shared = min(len(list(same)), min(map(len, prompts)) - 1)  # a token of each prompt is left to read
-    if shared:
-        begin = torch.tensor([prompts[0][:shared]] * members, device=device)  # (M, shared)
-        _, cache = _read(model, begin, torch.ones_like(begin))
-        cache.batch_repeat_interleave(len(prompts))
-        prompts = [prompt[shared:] for prompt in prompts]
-    # (M * N, P) left-padded, so that every prompt ends at the same place
-    width, pad = max(map(len, prompts)), pad_id(tokenizer)
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts] * members, device=device)
-    read = [[1] * shared + [0] * (width - len(p)) + [1] * len(p) for p in prompts]
-    mask = torch.tensor(read * members, device=device)
-    logits, cache = _read(model, ids, mask, cache)
-    first = logits[:, -1].float().log_softmax(-1)  # (M * N, vocabulary): the first token of every choice
+    read = read_prompts(
+        model, prompts, pad_id(tokenizer), following=max(len(c) for cs in options for c in cs) - 1, members=members
+    )
+    first = read.logits.float().log_softmax(-1)  # (M * N, vocabulary): the first token of every choice
     places = [(n, k) for n, choices in enumerate(options) for k in range(len(choices))]
     found = torch.full((members * len(rows), most), float("-inf"), device=device)
     for group in _alike(places, options, len(rows)):  # choices alike in length share a forward: less padding
@@ -155,8 +142,8 @@ def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row],
         labels = torch.tensor([c + [-100] * (length - len(c)) for c in flat], device=device)  # (M * G, C) right-padded
         logps = first[rows_of, labels[:, 0]]
         if length > 1:
-            both = torch.cat([mask[rows_of], (labels[:, :-1] >= 0).long()], dim=1)
-            logits, _ = _forward(model, labels[:, :-1].clamp(min=0), both, _select(cache, rows_of))
+            both = torch.cat([read.mask[rows_of], (labels[:, :-1] >= 0).long()], dim=1)
+            logits, _ = _forward(model, labels[:, :-1].clamp(min=0), both, repeated(read.cache, rows_of))
             rest = F.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
             logps = logps - rest.view(len(flat), length - 1).sum(-1)
         found = found.index_put((rows_of, column), logps)
@@ -199,8 +186,68 @@ def _alike(
     return _batches(sorted(places, key=lambda place: len(options[place[0]][place[1]])), size)
 
 
-def _select(cache: Any, rows: Tensor) -> Any:
-    """Some rows of a key/value cache, as a cache of its own."""
+class Reading(NamedTuple):
+    """
+    Prompts that a model has read: all end at the same place, `P` tokens from the beginning.
+
+    Args:
+        ids (`torch.Tensor` of shape `(N, P)`): Tokens; padding stands behind what all prompts begin with.
+        mask (`torch.Tensor` of shape `(N, P)`): 0 at padding.
+        logits (`torch.Tensor` of shape `(N, vocabulary)`): Of the token that follows each prompt.
+        cache (`Cache`): Keys and values.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    logits: Tensor
+    cache: Any
+
+
+def read_prompts(
+    model: PreTrainedModel, prompts: Sequence[list[int]], pad: int, following: int = 0, members: int = 1
+) -> Reading:
+    """
+    Read each prompt once, and what all of them begin with once for all. Gradients flow.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            As in [`choice_logps`].
+        prompts (`Sequence[list[int]]`):
+            Tokens, at least one each.
+        pad (`int`):
+            Token to fill shorter prompts with.
+        following (`int`):
+            Tokens that will be read behind the cache.
+        members (`int`):
+            As in [`choice_logps`].
+
+    Returns:
+        [`Reading`] of `members * len(prompts)` prompts, those of the first member first.
+
+    Raises:
+        `ValueError`: if gradient checkpointing is on.
+    """
+    device, width, shared, cache = next(model.parameters()).device, max(map(len, prompts)), 0, None
+    # A sliding window counts places, so padding inside it would push tokens out of it.
+    slides = (getattr(_inner(model).config.get_text_config(), "sliding_window", None) or math.inf) < width + following
+    if len(prompts) > 1 and not slides:
+        same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+        shared = min(len(list(same)), min(map(len, prompts)) - 1)  # a token of each prompt is left to read
+    if shared:
+        begin = torch.tensor([prompts[0][:shared]] * members, device=device)  # (M, shared)
+        _, cache = _read(model, begin, torch.ones_like(begin))
+        cache.batch_repeat_interleave(len(prompts))
+    fill = [width - len(prompt) for prompt in prompts]
+    rows = [p[:shared] + [pad] * n + p[shared:] for p, n in zip(prompts, fill, strict=True)]
+    ids = torch.tensor(rows * members, device=device)  # (M * N, P)
+    seen = [[1] * shared + [0] * n + [1] * (width - shared - n) for n in fill]
+    mask = torch.tensor(seen * members, device=device)
+    logits, cache = _read(model, ids[:, shared:], mask, cache)
+    return Reading(ids, mask, logits[:, -1], cache)
+
+
+def repeated(cache: Any, rows: Tensor) -> Any:
+    """Return the given rows of a key/value cache, as a cache of its own."""
     cache = copy.copy(cache)
     cache.layers = [copy.copy(layer) for layer in cache.layers]
     cache.batch_select_indices(rows)
