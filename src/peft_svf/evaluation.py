@@ -128,9 +128,7 @@ def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row],
     if limit is not None and longest > limit:
         raise ValueError(f"A prompt and its choice have up to {longest} tokens, but the model's context is {limit}.")
 
-    read = read_prompts(
-        model, prompts, pad_id(tokenizer), following=max(len(c) for cs in options for c in cs) - 1, members=members
-    )
+    read = read_prompts(model, prompts, pad_id(tokenizer), members)
     first = read.logits.float().log_softmax(-1)  # (M * N, vocabulary): the first token of every choice
     places = [(n, k) for n, choices in enumerate(options) for k in range(len(choices))]
     found = torch.full((members * len(rows), most), float("-inf"), device=device)
@@ -143,8 +141,8 @@ def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row],
         logps = first[rows_of, labels[:, 0]]
         if length > 1:
             both = torch.cat([read.mask[rows_of], (labels[:, :-1] >= 0).long()], dim=1)
-            logits, _ = _forward(model, labels[:, :-1].clamp(min=0), both, repeated(read.cache, rows_of))
-            rest = F.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+            output = read_on(model, labels[:, :-1].clamp(min=0), both, repeated(read.cache, rows_of))
+            rest = F.cross_entropy(output.logits.float().flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
             logps = logps - rest.view(len(flat), length - 1).sum(-1)
         found = found.index_put((rows_of, column), logps)
     return found
@@ -188,24 +186,20 @@ def _alike(
 
 class Reading(NamedTuple):
     """
-    Prompts that a model has read: all end at the same place, `P` tokens from the beginning.
+    What a model keeps of prompts that it has read.
 
     Args:
-        ids (`torch.Tensor` of shape `(N, P)`): Tokens; padding stands behind what all prompts begin with.
-        mask (`torch.Tensor` of shape `(N, P)`): 0 at padding.
-        logits (`torch.Tensor` of shape `(N, vocabulary)`): Of the token that follows each prompt.
-        cache (`Cache`): Keys and values.
+        mask (`torch.Tensor` of shape `(N, P)`): 0 at padding, which stands on the left.
+        logits (`torch.Tensor` of shape `(N, vocabulary)`): Of the token after each prompt.
+        cache (`Cache`): Keys and values of the `P` places.
     """
 
-    ids: Tensor
     mask: Tensor
     logits: Tensor
     cache: Any
 
 
-def read_prompts(
-    model: PreTrainedModel, prompts: Sequence[list[int]], pad: int, following: int = 0, members: int = 1
-) -> Reading:
+def read_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], pad: int = 0, members: int = 1) -> Reading:
     """
     Read each prompt once, and what all of them begin with once for all. Gradients flow.
 
@@ -215,9 +209,7 @@ def read_prompts(
         prompts (`Sequence[list[int]]`):
             Tokens, at least one each.
         pad (`int`):
-            Token to fill shorter prompts with.
-        following (`int`):
-            Tokens that will be read behind the cache.
+            Token that fills shorter prompts.
         members (`int`):
             As in [`choice_logps`].
 
@@ -227,23 +219,30 @@ def read_prompts(
     Raises:
         `ValueError`: if gradient checkpointing is on.
     """
-    device, width, shared, cache = next(model.parameters()).device, max(map(len, prompts)), 0, None
-    # A sliding window counts places, so padding inside it would push tokens out of it.
-    slides = (getattr(_inner(model).config.get_text_config(), "sliding_window", None) or math.inf) < width + following
-    if len(prompts) > 1 and not slides:
-        same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
-        shared = min(len(list(same)), min(map(len, prompts)) - 1)  # a token of each prompt is left to read
+    device, width, cache = next(model.parameters()).device, max(map(len, prompts)), None
+    window = getattr(_inner(model).config.get_text_config(), "sliding_window", None) or width
+    shared = common_prefix(prompts) if width <= window else 0  # a window's places are gone once it has slid on
     if shared:
         begin = torch.tensor([prompts[0][:shared]] * members, device=device)  # (M, shared)
         _, cache = _read(model, begin, torch.ones_like(begin))
         cache.batch_repeat_interleave(len(prompts))
-    fill = [width - len(prompt) for prompt in prompts]
-    rows = [p[:shared] + [pad] * n + p[shared:] for p, n in zip(prompts, fill, strict=True)]
-    ids = torch.tensor(rows * members, device=device)  # (M * N, P)
-    seen = [[1] * shared + [0] * n + [1] * (width - shared - n) for n in fill]
-    mask = torch.tensor(seen * members, device=device)
-    logits, cache = _read(model, ids[:, shared:], mask, cache)
-    return Reading(ids, mask, logits[:, -1], cache)
+    rest = [[pad] * (width - len(prompt)) + prompt[shared:] for prompt in prompts]
+    seen = [[1] * shared + [0] * (width - len(prompt)) + [1] * (len(prompt) - shared) for prompt in prompts]
+    mask = torch.tensor(seen * members, device=device)  # (M * N, P), the padding behind what is shared
+    logits, cache = _read(model, torch.tensor(rest * members, device=device), mask, cache)
+    if shared and not mask.all():
+        mask, order = mask.sort(dim=-1, stable=True)  # the padding comes first
+        for layer in cache.layers:
+            places = order[:, None, :, None]
+            layer.keys = layer.keys.take_along_dim(places, dim=2)
+            layer.values = layer.values.take_along_dim(places, dim=2)
+    return Reading(mask, logits[:, -1], cache)
+
+
+def common_prefix(prompts: Sequence[list[int]]) -> int:
+    """Count the tokens that all prompts begin with; one token of each prompt is left out."""
+    same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+    return min(len(list(same)), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
 
 
 def repeated(cache: Any, rows: Tensor) -> Any:
@@ -388,19 +387,18 @@ def _read(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any = None) 
     """Read prompts `(N, P)`, behind a cache if there is one: logits `(N, 1, V)` of their last tokens, and a cache."""
     # as an index: the slice that `1` stands for is not contiguous, and the head would be copied once per row
     last = torch.tensor([ids.shape[1] - 1], device=ids.device)
-    logits, cache = _forward(model, ids, mask, cache, logits_to_keep=last)
+    output = read_on(model, ids, mask, cache, logits_to_keep=last)
+    cache = getattr(output, cache_name(model))
     if cache is None or not cache.get_seq_length():  # a checkpointed layer
         raise ValueError("Scoring choices shares the prompt's cache: turn gradient checkpointing off.")
-    return logits, cache
+    return output.logits, cache
 
 
-def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-    """Call the model on the last `ids.shape[1]` positions of `mask`, with the positions that padding calls for."""
+def read_on(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any, **kwargs: Any) -> Any:
+    """Call the model on the last `ids.shape[1]` places of `mask`, with the positions that padding calls for."""
     if "position_ids" in inspect.signature(_inner(model).forward).parameters:
         kwargs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    name = cache_name(model)
-    output = model(input_ids=ids, attention_mask=mask, use_cache=True, **{name: cache}, **kwargs)
-    return output.logits, getattr(output, name)
+    return model(input_ids=ids, attention_mask=mask, use_cache=True, **{cache_name(model): cache}, **kwargs)
 
 
 def _one_begins_another(choices: list[list[int]]) -> bool:

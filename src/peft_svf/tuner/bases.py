@@ -19,10 +19,10 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from .basis import Basis, side_of
-from .cache import Fingerprint, cache_dir, fetch
+from .cache import cache_dir, fetch
 from .checkpoint import Checkpoint
 from .config import SVFConfig
-from .fingerprint import check
+from .fingerprint import Fingerprint, check
 from .layer import SVFLayer
 from .stacked import ParamWrapper
 from .targets import adaptable

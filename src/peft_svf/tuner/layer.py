@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from .basis import change, rescale, side_of
-from .cache import Fingerprint
 from .config import SVFConfig
+from .fingerprint import Fingerprint
 from .parametrization import Parametrization, offset_of
 from .plans import (
     Factored,
