@@ -6,7 +6,7 @@ Finds weights wherever they are (adapted, packed, offloaded, sharded, in stacks)
 Private names of PEFT were read in 0.21.2.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,20 +22,13 @@ from .cache import fetch
 from .checkpoint import Checkpoint
 from .config import SVFConfig
 from .fingerprint import Fingerprint, check
-from .layer import SVFLayer
+from .layer import SVFLayer, svf_layers
 from .stacked import ParamWrapper
 from .targets import adaptable
 from .weights import held_weight, offloaded, onloaded, refuse_zero3, undo_cpu_packing
 
 MISFIT = 0.35  # SmolLM2's weights in 4 bits are below 0.2 and in 3 bits below 0.3; another layer's lie above 0.4
 Known = dict[str, tuple[Basis, Fingerprint]]
-
-
-def svf_layers(model: nn.Module) -> Iterator[tuple[str, SVFLayer]]:
-    """The SVF layers of a model with their names, without what `torch.compile` and FSDP put in front."""
-    for name, module in model.named_modules():
-        if isinstance(module, SVFLayer):
-            yield name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", ""), module
 
 
 @dataclass(frozen=True)
@@ -89,7 +82,7 @@ class Weight:
 def finder(model: nn.Module) -> Callable[[str], Weight | None]:
     """Look up weights as fingerprints call them: by module, or by module and parameter."""
     modules = dict(model.named_modules())
-    layers = {layer.weight_name(name): layer for name, layer in svf_layers(model)}
+    layers = {layer.weight_name(name): layer for name, layer in svf_layers(model).items()}
 
     def find(name: str) -> Weight | None:
         if (layer := layers.get(name)) is not None:
@@ -166,7 +159,7 @@ def checked_bases(model: nn.Module, adapter_name: str, config: SVFConfig, source
     if not config.fingerprint or config.fingerprint_recorded:
         return {}
     saved = {name: Fingerprint.from_json(entry) for name, entry in config.fingerprint.items()}
-    adapted = {layer.weight_name(name): layer.svf_fingerprint for name, layer in svf_layers(model)}
+    adapted = {layer.weight_name(name): layer.svf_fingerprint for name, layer in svf_layers(model).items()}
     find = finder(model)
     found = {name: weight for name in saved if (weight := find(name)) is not None}
     missing = [
