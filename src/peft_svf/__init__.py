@@ -49,7 +49,16 @@ def _load() -> None:
     from .two_pass import Transformer2Model
 
     register(config=SVFConfig, model=SVFModel, pipeline=REGISTRATION, push=push_to_hub)
-    public = (Expert, ExpertLibrary, Mixture, SVFConfig, SVFModel, Transformer2Model, Transformer2Pipeline, push_expert)
+    public = (
+        Expert,
+        ExpertLibrary,
+        Mixture,
+        SVFConfig,
+        SVFModel,
+        Transformer2Model,
+        Transformer2Pipeline,
+        push_expert,
+    )
     globals().update({value.__name__: value for value in public})
 
 

@@ -3,8 +3,8 @@
 The one file that touches the registries of PEFT and transformers.
 
 `import peft_svf` calls `check_versions` and `register`. All changes to other libraries are made here: the enum
-`peft.PeftType` gets the member SVF (PEFT has no entry point for it, read in peft 0.21.2), the libraries' own functions
-register the tuner and the pipeline, and `PeftModel.push_to_hub` hands SVF adapters to `experts.hub`, because PEFT's own
+`peft.PeftType` gets the member SVF (PEFT has no entry point for it, read in peft 0.21.2), the libraries' functions
+register the tuner and the pipeline, and `PeftModel.push_to_hub` hands SVF adapters to `experts.hub`, because PEFT's
 upload loses the model card.
 """
 
@@ -24,7 +24,7 @@ NEEDED = ("torch", "transformers", "peft", "huggingface_hub")  # an old release 
 
 
 def floors() -> dict[str, Requirement]:
-    """Read the requirements in [`NEEDED`] from the package's metadata; none from a source tree that isn't installed."""
+    """Read the requirements in [`NEEDED`] from the package's metadata; a source tree that isn't installed has none."""
     try:
         lines = requires("peft-svf") or []
     except PackageNotFoundError:

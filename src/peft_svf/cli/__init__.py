@@ -84,10 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         `int`: exit code; 0, 1 after an error, 2 if the command line itself is wrong, 130 after Ctrl-C.
     """
-    arguments = _click_form(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = _click_form(argv)
     try:
-        command = typer.main.get_command(app)
-        return command.main(arguments, "peft-svf", standalone_mode=False) or 0
+        return typer.main.get_command(app).main(arguments, "peft-svf", standalone_mode=False, obj=argv) or 0
     except UsageError as error:
         context = error.ctx.command_path if error.ctx else "peft-svf"
         print(f"{context}: error: {_line(error.format_message())}", file=sys.stderr)
@@ -119,7 +119,7 @@ def _click_form(argv: Sequence[str]) -> list[str]:
             arguments.insert(0, part)
             continue
         arguments.append(part)
-        if part == "--resume" and "".join(argv[place + 1 : place + 2]).startswith("--") or argv[place:] == ["--resume"]:
+        if part == "--resume" and (argv[place + 1 : place + 2] or ["--"])[0].startswith("--"):
             arguments.append("last")
     return arguments
 

@@ -7,15 +7,16 @@ from typing import Annotated
 
 import typer
 
+from . import options
 from .console import show_table, size
-from .sources import Dtype, Revision, load_model, weights_of
+from .sources import load_model, weights_of
 from .train_config import SVFArguments, svf_config
 
 
 def factor(
     model: Annotated[str, typer.Argument(help="Folder or Hub repository.")],
-    revision: Revision = None,
-    dtype: Dtype = "auto",
+    revision: options.Revision = None,
+    dtype: options.Dtype = "auto",
     target_modules: Annotated[
         list[str] | None, typer.Option(metavar="NAME...", help="Names or all-linear. Default: the MLP weights.")
     ] = None,

@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
+from . import options
 from .console import save_figure, show_table
-from .sources import Plot
 
 
 def inspect(
     expert: Annotated[str, typer.Argument(help="Folder or Hub repository.")],
-    plot: Plot = None,
+    plot: options.Plot = None,
 ) -> None:
     """
     Show what an expert has moved: abs(z - 1) by layer and kind of weight, and along the spectrum.

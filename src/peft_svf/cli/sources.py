@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options that verbs share, and what they name -> tasks, base models, experts, mixtures, examples. Prints nothing."""
+"""What a command line names -> tasks, base models, experts, mixtures, examples. Prints nothing."""
 
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -19,68 +17,6 @@ if TYPE_CHECKING:
     from ..tuner.config import SVFConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-FIRST_PASS = "First pass"  # panels of the help
-SEARCH = "Search"
-WEIGHTS = "Weights"
-
-Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16", "float64"],
-    typer.Option(help="Dtype of the base model; auto is the checkpoint's."),
-]
-Model = Annotated[str | None, typer.Option(help="Base model: folder or Hub repository. Default: the experts' base.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the base model.")]
-Experts = Annotated[
-    list[str],
-    typer.Option(metavar="EXPERT...", help="Folders or Hub repositories; NAME=EXPERT gives another name."),
-]
-Plot = Annotated[Path | None, typer.Option(metavar="PNG", help="Draw it, too. Needs peft-svf\\[demo].")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Rows per forward.")]
-
-Strategy = Annotated[
-    Literal["prompt", "classifier", "probe"] | None,
-    typer.Option(rich_help_panel=FIRST_PASS, help="Default: what --classifier or --probe is for."),
-]
-Classifier = Annotated[
-    str | None,
-    typer.Option(metavar="EXPERT", rich_help_panel=FIRST_PASS, help="Expert trained to name the kind of a prompt."),
-]
-ProbeFolder = Annotated[
-    Path | None,
-    typer.Option(metavar="FOLDER", rich_help_panel=FIRST_PASS, help="Saved probe; with --fit, where to save it."),
-]
-CalibrationFolder = Annotated[
-    Path | None,
-    typer.Option(metavar="FOLDER", rich_help_panel=FIRST_PASS, help="Saved calibration; with --fit, where to save it."),
-]
-Fit = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="JSONL",
-        rich_help_panel=FIRST_PASS,
-        help="Prompts with their `expert` (or other): fits the probe, the --calibration, or else a temperature.",
-    ),
-]
-Threshold = Annotated[
-    float, typer.Option(min=0, max=1, rich_help_panel=FIRST_PASS, help="Below this confidence --fallback decides.")
-]
-Fallback = Annotated[
-    Literal["base", "mix"],
-    typer.Option(rich_help_panel=FIRST_PASS, help="The base, or all experts by their probabilities."),
-]
-Soft = Annotated[
-    bool, typer.Option("--soft", rich_help_panel=FIRST_PASS, help="Always weight experts by their probabilities.")
-]
-Read = Annotated[
-    Literal["likelihood", "channel", "generate"] | None,
-    typer.Option(
-        rich_help_panel=FIRST_PASS,
-        help="Score the names, score the prompt for each kind, or let the model write a name. Default: channel for "
-        "prompt, likelihood for classifier.",
-    ),
-]
-Temperature = Annotated[
-    float | None, typer.Option(rich_help_panel=FIRST_PASS, help="Divides the scores before the softmax. Default: 1.")
-]
 
 
 def find_task(name: str) -> "Task":

@@ -99,8 +99,7 @@ def train(
         _show_cost(model, reader, rows, args, svf)
         return 0
     trainer = make_trainer(model, reader, task, rows, args, svf)
-    again = ["train", config, *context.args]
-    return _run(trainer, task, rows["test"], script, settings.given, checkpoint, again)
+    return _run(trainer, task, rows["test"], script, settings.given, checkpoint, context.obj)
 
 
 def _run(
@@ -110,9 +109,9 @@ def _run(
     script: ScriptArguments,
     given: Mapping[str, Any],
     checkpoint: str | None,
-    again: Sequence[str],
+    argv: Sequence[str],
 ) -> int:
-    """Train, test and write the expert; `again` is the command."""
+    """Train, test and write the expert that the command `argv` describes."""
     from ..training.result import write_expert
 
     if trainer.is_fsdp_enabled:
@@ -129,8 +128,8 @@ def _run(
     seconds, state = time.perf_counter() - start, trainer.state
     if stopped and state.global_step < state.max_steps:
         if loud:
-            step = f"Stopped after step {state.global_step} of {state.max_steps}, which is saved."
-            print(f"{step} Go on with: {command([*again, '--resume'])}")
+            again = command([*argv, *([] if "--resume" in argv else ["--resume"])])
+            print(f"Stopped after step {state.global_step} of {state.max_steps}, which is saved. Go on with: {again}")
         return INTERRUPTED
     if loud:
         print(f"Testing expert and base on {len(test)} rows that were never trained on ...", flush=True)
@@ -140,7 +139,7 @@ def _run(
             task,
             test,
             folder,
-            command=command(again),
+            command=command(argv),
             settings=given,
             seconds=None if checkpoint else seconds,  # a resumed run knows only its last part
             base_model=script.base_model,
@@ -308,7 +307,7 @@ def _stopping(trainer: Trainer) -> Iterator[list[int]]:
     from transformers import TrainerCallback
 
     caught: list[int] = []
-    if trainer.args.world_size > 1:  # the signal may reach processes in different steps, which then wait for each other
+    if trainer.args.world_size > 1:  # the signal may reach processes in different steps, which then deadlock
         yield caught
         return
 
@@ -347,12 +346,10 @@ def _show_sample(
         print(f"\nThe base's answer to it:\n{summary.records[0]['completion']}")
     print(f"\nThe base is right on {summary.accuracy:.0%} of the first {len(some)} training rows.")
     if summary.accuracy in (0, 1):
-        print("If all answers to a question earn the same reward, it teaches nothing: choose an easier or harder task.")
+        print("If all answers to a question earn the same reward, it teaches nothing: take an easier or harder task.")
 
 
-def _show_cost(
-    model: "PreTrainedModel", reader: "Reader", rows: Rows, config: Config, svf: "SVFConfig"
-) -> None:
+def _show_cost(model: "PreTrainedModel", reader: "Reader", rows: Rows, config: Config, svf: "SVFConfig") -> None:
     """Print an estimate of a run on one line; token counts are estimated from 100 rows."""
     from ..evaluation import row_lengths
     from ..training.evolution import EvolutionConfig
@@ -397,4 +394,4 @@ def _show_result(result: Mapping[str, Any], folder: Path) -> None:
     if largest == 0:
         print("z has not moved: this is the base model. If reward_std in result.json is 0, all answers to a question")
         print("earned the same reward, which teaches nothing.")
-    print(f"Wrote {folder}: offsets, result.json, README.md. Inspect it with: peft-svf inspect {shlex.quote(str(folder))}")
+    print(f"Wrote {folder}: offsets, result.json, README.md. Next: peft-svf inspect {shlex.quote(str(folder))}")

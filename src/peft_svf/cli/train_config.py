@@ -3,15 +3,16 @@
 A YAML file and `--field value` overrides -> the settings of a training run.
 
 The file follows TRL: one flat mapping for all classes, `env` for environment variables. The fields of
-`ReinforceConfig`, or of `EvolutionConfig` with `algorithm: evolution`, set how to train; the classes here set the rest.
+`ReinforceConfig`, or of `EvolutionConfig` with `algorithm: evolution`, set how to train, the classes here the rest.
 """
 
+# ruff: noqa: RUF009  `_key` makes a field
 import difflib
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_type_hints
 
 from .. import files
 from .console import without_secrets
@@ -111,7 +112,7 @@ def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
         if algorithm not in algorithms:
             raise ValueError(f"'algorithm' is 'reinforce' or 'evolution', got {algorithm!r}")
         classes = (ModelArguments, ScriptArguments, SVFArguments, algorithms[algorithm])
-        known = {entry.name: str(entry.type) for one in classes for entry in fields(one)}
+        known = {name: str(hint) for one in classes for name, hint in get_type_hints(one).items()}
         for key in keys:
             if key not in known:
                 raise ValueError(_unknown(str(key), known, {f.name for a in algorithms.values() for f in fields(a)}))
@@ -144,7 +145,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
             return super().compose_node(parent, index)
 
     try:
-        content = yaml.load(files.read_text(path, LIMIT), Loader)  # noqa: S506  a SafeLoader
+        content = yaml.load(files.read_text(path, LIMIT), Loader)
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no settings file '{path}'.") from None
     except (yaml.YAMLError, RecursionError) as error:
