@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice, takewhile
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,24 +128,9 @@ def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row],
     if limit is not None and longest > limit:
         raise ValueError(f"A prompt and its choice have up to {longest} tokens, but the model's context is {limit}.")
 
-    shared = 0
-    cache = None
-    if len(prompts) > 1:
-        same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
-        shared = min(len(list(same)), min(map(len, prompts)) - 1)  # a token of each prompt is left to read
-    if shared:
-        begin = torch.tensor([prompts[0][:shared]] * members, device=device)  # (M, shared)
-        _, cache = _read(model, begin, torch.ones_like(begin))
-        cache.batch_repeat_interleave(len(prompts))
-        prompts = [prompt[shared:] for prompt in prompts]
-    # (M * N, P) left-padded, so that every prompt ends at the same place
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts] * members, device=device)
-    read = [[1] * shared + [0] * (width - len(p)) + [1] * len(p) for p in prompts]
-    mask = torch.tensor(read * members, device=device)
-    logits, cache = _read(model, ids, mask, cache)
-    first = logits[:, -1].float().log_softmax(-1)  # (M * N, vocabulary): the first token of every choice
+    read = read_prompts(model, prompts, pad, members)
+    first = read.logits.float().log_softmax(-1)  # (M * N, vocabulary): the first token of every choice
     places = [(n, k) for n, choices in enumerate(options) for k in range(len(choices))]
     found = torch.full((members * len(rows), most), float("-inf"), device=device)
     for group in _alike(places, options, len(rows)):  # choices alike in length share a forward: less padding
@@ -156,9 +141,9 @@ def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row],
         labels = torch.tensor([c + [-100] * (length - len(c)) for c in flat], device=device)  # (M * G, C) right-padded
         logps = first[rows_of, labels[:, 0]]
         if length > 1:
-            both = torch.cat([mask[rows_of], (labels[:, :-1] >= 0).long()], dim=1)
-            logits, _ = _forward(model, labels[:, :-1].clamp(min=0), both, _select(cache, rows_of))
-            rest = F.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+            both = torch.cat([read.mask[rows_of], (labels[:, :-1] >= 0).long()], dim=1)
+            output = read_on(model, labels[:, :-1].clamp(min=0), both, repeated(read.cache, rows_of))
+            rest = F.cross_entropy(output.logits.float().flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
             logps = logps - rest.view(len(flat), length - 1).sum(-1)
         found = found.index_put((rows_of, column), logps)
     return found
@@ -206,8 +191,69 @@ def _alike(
     return _batches(sorted(places, key=lambda place: len(options[place[0]][place[1]])), size)
 
 
-def _select(cache: Any, rows: Tensor) -> Any:
-    """Some rows of a key/value cache, as a cache of its own."""
+class Reading(NamedTuple):
+    """
+    What a model keeps of prompts that it has read.
+
+    Args:
+        mask (`torch.Tensor` of shape `(N, P)`): 0 at padding, which stands on the left.
+        logits (`torch.Tensor` of shape `(N, vocabulary)`): Of the token after each prompt.
+        cache (`Cache`): Keys and values of the `P` places.
+    """
+
+    mask: Tensor
+    logits: Tensor
+    cache: Any
+
+
+def read_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], pad: int = 0, members: int = 1) -> Reading:
+    """
+    Read each prompt once, and what all of them begin with once for all. Gradients flow.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            As in [`choice_logps`].
+        prompts (`Sequence[list[int]]`):
+            Tokens, at least one each.
+        pad (`int`):
+            Token that fills shorter prompts.
+        members (`int`):
+            As in [`choice_logps`].
+
+    Returns:
+        [`Reading`] of `members * len(prompts)` prompts, those of the first member first.
+
+    Raises:
+        `ValueError`: if gradient checkpointing is on.
+    """
+    device, width, cache = next(model.parameters()).device, max(map(len, prompts)), None
+    window = getattr(_inner(model).config.get_text_config(), "sliding_window", None) or width
+    shared = common_prefix(prompts) if width <= window else 0  # a window's places are gone once it has slid on
+    if shared:
+        begin = torch.tensor([prompts[0][:shared]] * members, device=device)  # (M, shared)
+        _, cache = _read(model, begin, torch.ones_like(begin))
+        cache.batch_repeat_interleave(len(prompts))
+    rest = [[pad] * (width - len(prompt)) + prompt[shared:] for prompt in prompts]
+    seen = [[1] * shared + [0] * (width - len(prompt)) + [1] * (len(prompt) - shared) for prompt in prompts]
+    mask = torch.tensor(seen * members, device=device)  # (M * N, P), the padding behind what is shared
+    logits, cache = _read(model, torch.tensor(rest * members, device=device), mask, cache)
+    if shared and not mask.all():
+        mask, order = mask.sort(dim=-1, stable=True)  # the padding comes first
+        for layer in cache.layers:
+            places = order[:, None, :, None]
+            layer.keys = layer.keys.take_along_dim(places, dim=2)
+            layer.values = layer.values.take_along_dim(places, dim=2)
+    return Reading(mask, logits[:, -1], cache)
+
+
+def common_prefix(prompts: Sequence[list[int]]) -> int:
+    """Count the tokens that all prompts begin with; one token of each prompt is left out."""
+    same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+    return min(len(list(same)), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
+
+
+def repeated(cache: Any, rows: Tensor) -> Any:
+    """Return the given rows of a key/value cache, as a cache of its own."""
     cache = copy.copy(cache)
     cache.layers = [copy.copy(layer) for layer in cache.layers]
     cache.batch_select_indices(rows)
@@ -325,19 +371,18 @@ def _read(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any = None) 
     """Read prompts `(N, P)`, behind a cache if there is one: logits `(N, 1, V)` of their last tokens, and a cache."""
     # as an index: the slice that `1` stands for is not contiguous, and the head would be copied once per row
     last = torch.tensor([ids.shape[1] - 1], device=ids.device)
-    logits, cache = _forward(model, ids, mask, cache, logits_to_keep=last)
+    output = read_on(model, ids, mask, cache, logits_to_keep=last)
+    cache = getattr(output, cache_name(model))
     if cache is None or not cache.get_seq_length():  # a checkpointed layer
         raise ValueError("Scoring choices shares the prompt's cache: turn gradient checkpointing off.")
-    return logits, cache
+    return output.logits, cache
 
 
-def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-    """Call the model on the last `ids.shape[1]` positions of `mask`, with the positions that padding calls for."""
+def read_on(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any, **kwargs: Any) -> Any:
+    """Call the model on the last `ids.shape[1]` places of `mask`, with the positions that padding calls for."""
     if "position_ids" in inspect.signature(_inner(model).forward).parameters:
         kwargs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    name = cache_name(model)
-    output = model(input_ids=ids, attention_mask=mask, use_cache=True, **{name: cache}, **kwargs)
-    return output.logits, getattr(output, name)
+    return model(input_ids=ids, attention_mask=mask, use_cache=True, **{cache_name(model): cache}, **kwargs)
 
 
 def _one_begins_another(choices: list[list[int]]) -> bool:

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from peft_svf import SVFConfig
 from peft_svf.tuner import cache as basis_cache
-from peft_svf.tuner.basis import factorize, probe
-from peft_svf.tuner.cache import Fingerprint, cache_dir, content_key, fetch, prune, usage
+from peft_svf.tuner.basis import factorize
+from peft_svf.tuner.cache import cache_dir, content_key, fetch, prune, usage
+from peft_svf.tuner.fingerprint import Fingerprint, sketch
 
 SHAPES = [(11, 7), (5, 13), (9, 9)]
 
@@ -68,7 +69,7 @@ def test_fetch_gives_the_basis_of_each_weight_in_float32(folder, weights):
         torch.testing.assert_close(basis.Q.double(), expected.Q, atol=1e-7, rtol=0)
         torch.testing.assert_close(basis.S.double(), expected.S, atol=0, rtol=1e-7)
         assert fingerprint.sha256 == content_key(weights[name])
-        torch.testing.assert_close(fingerprint.probe, probe(expected.Q), atol=1e-12, rtol=0)
+        torch.testing.assert_close(fingerprint.sketch, sketch(expected.Q), atol=1e-12, rtol=0)
 
 
 def test_a_second_fetch_computes_nothing_and_gives_the_same_bits(folder, weights, computed):
@@ -79,7 +80,7 @@ def test_a_second_fetch_computes_nothing_and_gives_the_same_bits(folder, weights
     for name in weights:
         (a, fa), (b, fb) = first[name], second[name]
         assert torch.equal(a.Q, b.Q) and torch.equal(a.S, b.S) and a.side == b.side
-        assert fa.sha256 == fb.sha256 and torch.equal(fa.probe, fb.probe)
+        assert fa.sha256 == fb.sha256 and torch.equal(fa.sketch, fb.sketch)
 
 
 def test_a_second_model_with_the_same_weights_computes_nothing(folder, computed):
@@ -329,10 +330,10 @@ def test_two_processes_at_once_compute_each_entry_once_and_a_third_reads_them(fo
 
 
 def test_a_fingerprint_survives_json_with_an_error_far_below_the_thresholds():
-    fingerprint = Fingerprint(content_key(matrix((11, 7))), probe(factorize(matrix((11, 7))).Q))
+    fingerprint = Fingerprint(content_key(matrix((11, 7))), sketch(factorize(matrix((11, 7))).Q))
     again = Fingerprint.from_json(json.loads(json.dumps(fingerprint.to_json())))
     assert again.sha256 == fingerprint.sha256
-    torch.testing.assert_close(again.probe, fingerprint.probe, rtol=1e-5, atol=0)
+    torch.testing.assert_close(again.sketch, fingerprint.sketch, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..tuner.cache import Fingerprint
 from ..tuner.config import SVFConfig
-from ..tuner.fingerprint import check
+from ..tuner.fingerprint import Fingerprint, check
 from ..tuner.layer import SVFLayer
 from .expert import OTHER, PREFIX, Expert, Mixture, SavedExpert
 

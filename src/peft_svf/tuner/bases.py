@@ -19,13 +19,14 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from .basis import Basis, side_of
-from .cache import Fingerprint, cache_dir, fetch
+from .cache import cache_dir, fetch
 from .checkpoint import Checkpoint
 from .config import SVFConfig
-from .fingerprint import check
-from .layer import SVFLayer, held_weight, offloaded, onloaded, refuse_zero3, undo_cpu_packing
+from .fingerprint import Fingerprint, check
+from .layer import SVFLayer
 from .stacked import ParamWrapper
 from .targets import adaptable
+from .weights import held_weight, offloaded, onloaded, refuse_zero3, undo_cpu_packing
 
 MISFIT = 0.35  # SmolLM2's weights in 4 bits are below 0.2 and in 3 bits below 0.3; another layer's lie above 0.4
 Known = dict[str, tuple[Basis, Fingerprint]]

@@ -16,11 +16,8 @@ so one square factor is all that has to be kept, the singular values themselves 
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
-
-PROBE_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -133,33 +130,3 @@ def rescale(weight: Tensor, Q: Tensor, offset: Tensor) -> Tensor:
     if side_of(*weight.shape[-2:]) == "in":
         return (wide + change(wide, Q, offset)).to(weight.dtype)
     return (wide + change(wide.mT, Q, offset).mT).to(weight.dtype)
-
-
-def probe(Q: Tensor) -> Tensor:
-    """
-    Project the squared directions of a basis onto a few fixed random vectors: a small print of the whole basis.
-
-    With `p_i = (q_i . c)^2` for a fixed random `c`, which no sign can change, the probe is `R @ p` for a fixed random
-    `R (32, r)` scaled so that distances between probes estimate distances between the `p` (to about 12 %).
-
-    Args:
-        Q (`torch.Tensor` of shape `(r, r)` or `(E, r, r)`):
-            Basis in float64, before any rounding; of a stack of weights, whose probes are added with random signs, so
-            that the relative distance of two stacks is that of their weights.
-
-    Returns:
-        `torch.Tensor` of shape `(32,)`, float64, on the CPU.
-    """
-    if Q.dim() == 3:
-        signs = np.random.RandomState(2501).choice([-1.0, 1.0], len(Q))
-        return sum((float(sign) * probe(one) for sign, one in zip(signs, Q, strict=True)), torch.zeros(PROBE_SIZE))
-    r = Q.shape[-1]
-    draws = np.random.RandomState(2501)  # the legacy generator: its stream is frozen for good, that of others is not
-    c = torch.from_numpy(draws.standard_normal(r))
-    R = torch.from_numpy(draws.standard_normal((PROBE_SIZE, r))) / PROBE_SIZE**0.5
-    return R @ (Q.detach().cpu().double().mT @ c).square()
-
-
-def probe_distance(probe: Tensor, reference: Tensor) -> float:
-    """Relative distance `norm(probe - reference) / norm(reference)` between two probes; 0 for the same basis."""
-    return float(torch.linalg.vector_norm(probe - reference) / torch.linalg.vector_norm(reference))

@@ -16,7 +16,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,33 +26,13 @@ from huggingface_hub.utils import tqdm
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from .basis import Basis, exact, factorize, probe
+from .basis import Basis, exact, factorize
+from .fingerprint import Fingerprint, sketch
 
 logger = logging.getLogger(__name__)
 PROCEDURE = "svf-basis v1"
 AT_ONCE = 8  # matrices that an accelerator factorises together
 ALIGNMENT = 64  # bytes, of tensors in memory
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What identifies the weight of an offset: a hash of its values and the [`probe`] of its basis."""
-
-    sha256: str
-    probe: Tensor
-
-    def to_json(self) -> dict[str, str]:
-        """Write the fingerprint as two short strings; the probe keeps six digits, 1e-6 of the acceptance threshold."""
-        return {"sha256": self.sha256, "probe": " ".join(f"{x:.6g}" for x in self.probe.tolist())}
-
-    @classmethod
-    def from_json(cls, entry: dict[str, str]) -> "Fingerprint":
-        """Read a fingerprint back. Raises `ValueError` if it is damaged."""
-        try:
-            numbers = torch.tensor([float(x) for x in entry["probe"].split()], dtype=torch.float64)
-            return cls(str(entry["sha256"]), numbers)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"A fingerprint has the strings 'sha256' and 'probe', got {entry!r}.") from error
 
 
 def cache_dir() -> Path:
@@ -166,7 +145,7 @@ def _compute(
             for k, Q, S in zip(batch, stacked.Q, stacked.S, strict=True):
                 dtype = exact(weight[:0]).dtype
                 basis = Basis(stacked.side, Q.to("cpu", dtype), S.to("cpu", dtype))
-                found[k] = (basis, Fingerprint(k, probe(Q)))
+                found[k] = (basis, Fingerprint(k, sketch(Q)))
                 if keep:
                     _write(k, *found[k])
                 del todo[k]
@@ -184,7 +163,7 @@ def _factorize(weights: Tensor) -> Basis:
 
 
 def _write(key: str, basis: Basis, fingerprint: Fingerprint) -> None:
-    tensors = {"Q": basis.Q.contiguous(), "S": basis.S.contiguous(), "probe": fingerprint.probe}
+    tensors = {"Q": basis.Q.contiguous(), "S": basis.S.contiguous(), "probe": fingerprint.sketch}
     content = _aligned(save(tensors, metadata={"procedure": PROCEDURE, "side": basis.side}))
     manifest = {
         "procedure": PROCEDURE,

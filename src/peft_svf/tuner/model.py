@@ -23,10 +23,11 @@ from torch.distributed.tensor import DTensor
 
 from .bases import Known, absent, bases_of, checked_bases, svf_layers
 from .config import SVFConfig
-from .layer import BASE, Linear, SVFLayer, escape, onloaded, undo_cpu_packing
+from .layer import BASE, Linear, SVFLayer, escape
 from .plans import PLANS, Plan
 from .stacked import ParamWrapper
 from .targets import DEFAULT_TARGETS, adaptable, default_targets
+from .weights import onloaded, undo_cpu_packing
 
 logger = logging.getLogger(__name__)
 MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}  # their kernels read the weight of `out_proj`
