@@ -15,7 +15,7 @@ import torch
 from harness import RESULTS, Cell, run_cells
 
 from peft_svf.tuner.basis import factorize
-from peft_svf.tuner.fingerprint import ACCEPT, REFUSE, sketch, sketch_distance
+from peft_svf.tuner.fingerprint import ACCEPT, REFUSE, distance, sketch
 
 NAMES = [
     f"model.layers.{layer}.{name}"
@@ -44,7 +44,7 @@ def measure() -> dict[str, object]:
             "another weight of the same shape": factorize(weight.flip(0).roll(1, 1) + weight).Q,
         }
         for case, Q in others.items():
-            cases.setdefault(case, []).append(sketch_distance(sketch(Q), sketch(basis)))
+            cases.setdefault(case, []).append(distance(sketch(Q), sketch(basis)))
     rows = {case: {"min": min(x), "median": statistics.median(x), "max": max(x)} for case, x in cases.items()}
     for case, row in rows.items():
         print(f"{case:36}" + "".join(f"{value:10.1e}" for value in row.values()))
