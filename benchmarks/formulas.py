@@ -112,8 +112,8 @@ def dense_bytes(shapes: Iterable[Shape], itemsize: int = BF16) -> dict[str, int]
 
 
 def cache_bytes(shapes: Iterable[Shape]) -> int:
-    """Bytes on disk of the basis cache: Q and S in float32, a probe of 32 float64, without headers and manifests."""
-    return _sum(shapes, lambda s: FP32 * (s.r * s.r + s.r) + 32 * 8)
+    """Bytes on disk of the basis cache: Q and S in float32, without headers."""
+    return _sum(shapes, lambda s: FP32 * (s.r * s.r + s.r))
 
 
 def forward_flops(shapes: Iterable[Shape], tokens: int = 1) -> int:

@@ -94,7 +94,7 @@ def test_the_dense_form_has_the_weight_and_the_gradient_of_the_formula():
     assert fc.weight.grad is None
 
 
-@pytest.mark.parametrize("benchmark", [speed, gpu], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("benchmark", [speed, gpu], ids=["on this machine", "as on cuda"])
 def test_the_speed_benchmark_runs_on_a_tiny_model_and_leaves_a_page(benchmark, tmp_path):
     cases = [] if benchmark is speed else ["--device", "cpu", "--cases", "B1,B8"]
     path = benchmark.main(["--tiny", "--out", str(tmp_path), *cases])
