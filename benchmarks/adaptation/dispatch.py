@@ -25,8 +25,9 @@ from common import HERE, Cell, arguments, found, load, parse, run_cells
 from peft_svf import Mixture
 from peft_svf.adaptation.few_shot import ANYTHING_ELSE, dispatch, fit_calibration, fit_probe, fit_temperature
 from peft_svf.adaptation.probe import METHODS, Probe
-from peft_svf.evaluation import prompt_ids, wilson
+from peft_svf.evaluation import wilson
 from peft_svf.experts.expert import OTHER
+from peft_svf.rows import prompt_ids
 from peft_svf.tasks import dispatch_prompt, get_task
 from peft_svf.tasks.everyday import everyday_requests
 from peft_svf.tasks.task import shuffled

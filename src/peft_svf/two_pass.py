@@ -278,7 +278,7 @@ class Transformer2Model:
         if len(prompts) != rows:
             raise ValueError(f"There are {len(prompts)} prompts for {rows} rows of input_ids.")
         merge = self._new_tokens(length, kwargs) >= MERGE_FROM
-        with self.library.holding():
+        with self.library.lock:
             mixtures = self.first_pass(
                 prompts,
                 expert=expert,

@@ -40,7 +40,6 @@ from .first_pass import (
     fit_calibration,
     fit_probe,
     fit_temperature,
-    held,
     kind_scores,
     read_boxed,
 )
@@ -68,7 +67,6 @@ TEMPERATURE = 8.0  # of choices in a search
 
 
 @torch.inference_mode(False)  # gradients are asked for, and an expert made here may be used with them
-@held
 def few_shot(
     library: ExpertLibrary,
     tokenizer: PreTrainedTokenizerBase,

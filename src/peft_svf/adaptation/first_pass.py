@@ -8,9 +8,8 @@ prompts, is: a temperature, a prior, a probe. The model is left as it was.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from jinja2 import TemplateError
@@ -25,8 +24,6 @@ from ..tasks import dispatch_prompt
 from .probe import Probe
 from .probe import temperature as temperature_of
 
-P = ParamSpec("P")
-T = TypeVar("T")
 Prompt = str | list[dict[str, Any]]
 STRATEGIES = ("prompt", "classifier", "probe")
 READINGS = ("likelihood", "channel", "generate")
@@ -39,18 +36,6 @@ LABEL_TOKENS = 48  # of the answer that `read="generate"` waits for
 BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*['\"]?([^{}'\"]*?)['\"]?\s*\}")
 
 
-def held(run: Callable[Concatenate[ExpertLibrary, P], T]) -> Callable[Concatenate[ExpertLibrary, P], T]:
-    """Let a first pass see one set of experts from its beginning to its end, whatever others add and remove."""
-
-    @wraps(run)
-    def inside(library: ExpertLibrary, *args: P.args, **kwargs: P.kwargs) -> T:
-        with library.holding():
-            return run(library, *args, **kwargs)
-
-    return inside
-
-
-@held
 def dispatch(
     library: ExpertLibrary,
     tokenizer: PreTrainedTokenizerBase,
@@ -118,17 +103,20 @@ def dispatch(
         raise ValueError(f"The threshold is a confidence from 0 to 1, got {threshold!r}; above 1 nothing reaches it.")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"The temperature must be a positive number, got {temperature!r}.")
-    names = [*library.descriptions, OTHER]
-    if read == "generate":
-        if strategy == "probe":
-            raise ValueError('A probe writes no answer: read="generate" goes with "prompt" or "classifier".')
-        if calibrate:
-            raise ValueError('What is written has no likelihoods to calibrate: leave calibrate out with "generate".')
-        rows = _written(library, tokenizer, prompts, strategy, batch_size)
-    else:
-        scores = kind_scores(library, tokenizer, prompts, strategy, calibrate, batch_size, probe, read)
-        rows = (scores.double() / temperature).softmax(-1).tolist()
-    return [_decide(dict(zip(names, row, strict=True)), strategy, threshold, fallback, soft) for row in rows]
+    with library.lock:  # the experts stay the same from beginning to end
+        names = [*library.descriptions, OTHER]
+        if read == "generate":
+            if strategy == "probe":
+                raise ValueError('A probe writes no answer: read="generate" goes with "prompt" or "classifier".')
+            if calibrate:
+                raise ValueError(
+                    'What is written has no likelihoods to calibrate: leave calibrate out with "generate".'
+                )
+            rows = _written(library, tokenizer, prompts, strategy, batch_size)
+        else:
+            scores = kind_scores(library, tokenizer, prompts, strategy, calibrate, batch_size, probe, read)
+            rows = (scores.double() / temperature).softmax(-1).tolist()
+        return [_decide(dict(zip(names, row, strict=True)), strategy, threshold, fallback, soft) for row in rows]
 
 
 def check_strategy(library: ExpertLibrary, strategy: str, probe: Probe | None = None) -> None:
@@ -145,7 +133,6 @@ def check_strategy(library: ExpertLibrary, strategy: str, probe: Probe | None = 
         )
 
 
-@held
 def kind_scores(
     library: ExpertLibrary,
     tokenizer: PreTrainedTokenizerBase,
@@ -253,7 +240,6 @@ def _kinds(library: ExpertLibrary) -> dict[str, str]:
     return {**library.descriptions, OTHER: ANYTHING_ELSE}
 
 
-@held
 def fit_temperature(
     library: ExpertLibrary,
     tokenizer: PreTrainedTokenizerBase,
@@ -283,7 +269,6 @@ def fit_temperature(
     return temperature_of(scores, torch.tensor([names.index(kind) for kind in kinds]))
 
 
-@held
 def fit_calibration(
     library: ExpertLibrary,
     tokenizer: PreTrainedTokenizerBase,
@@ -329,7 +314,6 @@ def fit_calibration(
     return Probe(tuple(names), torch.eye(len(names)), -prior, {"method": "batch", "prompts": len(prompts), **facts})
 
 
-@held
 def fit_probe(
     library: ExpertLibrary,
     tokenizer: PreTrainedTokenizerBase,

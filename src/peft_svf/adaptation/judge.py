@@ -24,9 +24,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..evaluation import choice_logps, evaluate, prompt_text
+from ..evaluation import choice_logps, evaluate
 from ..experts.expert import OTHER, Mixture
 from ..experts.library import ExpertLibrary
+from ..rows import prompt_text
 from ..tasks import Task
 from .search import Judged, Score
 

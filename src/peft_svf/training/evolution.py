@@ -20,7 +20,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from ..evaluation import choice_logps, prompt_ids
+from ..evaluation import choice_logps, complete
 from ..tuner.config import SVFConfig
 from ..tuner.layer import SVFLayer
 from .run import Run, check_run, z_statistics
@@ -249,11 +249,8 @@ class EvolutionTrainer(Run, Trainer):
         return self._rewards(everything, texts).view(len(members), len(rows))
 
     def _complete(self, rows: Sequence[Row]) -> list[str]:
-        tokenizer = self.processing_class
-        ids = {"input_ids": prompt_ids(tokenizer, [row["prompt"] for row in rows])}
-        inputs = tokenizer.pad(ids, return_tensors="pt", padding_side="left").to(self.accelerator.device)
-        output = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.args.max_completion_length)
-        return tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        prompts, length = [row["prompt"] for row in rows], self.args.max_completion_length
+        return complete(self.model, self.processing_class, prompts, max_new_tokens=length)
 
     @contextmanager
     def _as(self, members: Tensor) -> Iterator[None]:
