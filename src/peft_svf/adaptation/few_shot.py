@@ -11,6 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
 from os import PathLike
 from typing import Any, Literal
 
@@ -25,25 +26,6 @@ from ..experts.library import ExpertLibrary
 from ..rows import has_image
 from ..tasks import Task
 from .cem import CrossEntropy
-from .first_pass import (
-    ANYTHING_ELSE,
-    FALLBACKS,
-    LABEL_TOKENS,
-    QUESTION_TOKENS,
-    READINGS,
-    STRATEGIES,
-    Prompt,
-    boxed_prompt,
-    check_strategy,
-    dispatch,
-    features,
-    fit_calibration,
-    fit_probe,
-    fit_temperature,
-    held,
-    kind_scores,
-    read_boxed,
-)
 from .judge import (
     Evaluator,
     Example,
@@ -55,20 +37,25 @@ from .judge import (
 )
 from .search import Ascent, CovarianceAdaptation, Found, Judged, Score, Searcher, maximise
 
-__all__ = [
-    "ANYTHING_ELSE", "FALLBACKS", "LABEL_TOKENS", "METHODS", "QUESTION_TOKENS", "READINGS", "STRATEGIES", "Prompt",
-    "boxed_prompt", "check_strategy", "dispatch", "features", "few_shot", "fit_calibration", "fit_probe",
-    "fit_temperature", "kind_scores", "read_boxed",
-]  # fmt: skip
-
 logger = logging.getLogger(__name__)
 METHODS = ("cem", "cma", "gradient")
 LEAVE_ONE_OUT: Literal["leave-one-out"] = "leave-one-out"
 TEMPERATURE = 8.0  # of choices in a search
 
 
-@torch.inference_mode(False)  # gradients are asked for, and an expert made here may be used with them
+def held(run: Callable[..., Mixture]) -> Callable[..., Mixture]:
+    """Let a search see one set of experts from its beginning to its end."""
+
+    @wraps(run)
+    def inside(library: ExpertLibrary, *args: Any, **kwargs: Any) -> Mixture:
+        with library.holding():
+            return run(library, *args, **kwargs)
+
+    return inside
+
+
 @held
+@torch.inference_mode(False)  # gradients are asked for, and an expert made here may be used with them
 def few_shot(
     library: ExpertLibrary,
     tokenizer: PreTrainedTokenizerBase,
