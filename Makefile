@@ -11,20 +11,21 @@ RUN := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help test test-slow test-hub check format demo bench learning adaptation wheel clean
+.PHONY: help test test-slow test-hub check format docs demo bench learning adaptation wheel clean
 .SECONDARY:
 
 help:
-	@echo "make demo       a real model adapts itself: answers, a table, a figure in demo_output/"
-	@echo "make test       the test suite (no downloads, no GPU)"
-	@echo "make test-slow  the tests marked slow, and those marked real if PEFT_SVF_SMOLLM2 names the checkpoint"
-	@echo "make test-hub   the tests that talk to the real Hub"
-	@echo "make check      ruff and mypy; make format mends what ruff can mend"
-	@echo "make bench      speed beside LoRA, TinyLoRA, IA3 and the dense form: a quarter of an hour on two free cores"
-	@echo "make learning   the training runs of benchmarks/learning that have no result yet, then their page"
-	@echo "make adaptation the measurements of benchmarks/adaptation that have no result yet, then their page"
-	@echo "make wheel      build the wheel and import it in a clean environment"
-	@echo "make clean      remove the environment and everything built"
+	@echo "make demo        a real model adapts itself: answers, a table, a figure in demo_output/"
+	@echo "make test        the tests (no downloads, no GPU)"
+	@echo "make test-slow   the tests marked slow, and those on SmolLM2 if PEFT_SVF_SMOLLM2 names its folder"
+	@echo "make test-hub    the tests that talk to the real Hub"
+	@echo "make check       ruff and mypy; make format fixes what ruff can fix"
+	@echo "make docs        build the documentation site in site/"
+	@echo "make bench       time SVF, LoRA, TinyLoRA, IA3 and the dense form: 15 minutes on two free cores"
+	@echo "make learning    the training runs that have no result yet, then their page"
+	@echo "make adaptation  the adaptation runs that have no result yet, then their page"
+	@echo "make wheel       build the wheel and import it in a clean environment"
+	@echo "make clean       remove the environment and everything built"
 
 $(VENV)/torch.stamp:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "peft-svf needs Python >= 3.10; name one with make PYTHON=python3.12")'
@@ -55,6 +56,10 @@ format: $(VENV)/dev.stamp
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
+docs: $(VENV)/docs.stamp
+	$(RUN) -m typer peft_svf.cli utils docs --name peft-svf --title "The command line" --output docs/reference/cli.md
+	$(VENV)/bin/zensical build --strict
+
 # All cores for the demo: OMP_NUM_THREADS=1 is for tests that run side by side.
 demo: $(VENV)/demo.stamp
 	env -u OMP_NUM_THREADS $(RUN) examples/demo.py $(DEMO_ARGS)
@@ -78,5 +83,5 @@ wheel: $(VENV)/torch.stamp
 	cd build && clean/bin/python -c "import peft_svf; print('imported', peft_svf.__file__)"
 
 clean:
-	rm -rf $(VENV) build dist demo_output .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) build dist site demo_output .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

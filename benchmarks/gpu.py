@@ -385,7 +385,7 @@ def whole_model(bench: Bench) -> Iterator[Any]:
         torch.set_default_dtype(before)
     import peft_svf.tuner.bases
     from peft_svf.tuner.basis import Basis, side_of
-    from peft_svf.tuner.cache import Fingerprint
+    from peft_svf.tuner.fingerprint import Fingerprint
 
     known: dict[str, tuple[Basis, Fingerprint]] = {}
 

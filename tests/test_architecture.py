@@ -27,9 +27,9 @@ ROWS = [
 # Inside a wing a module imports from rows above it as well.
 WINGS = {
     "tuner": [
-        ["basis", "parametrization", "plans"],
+        ["basis", "fingerprint", "parametrization", "plans", "weights"],
         ["cache", "checkpoint", "config", "targets"],
-        ["layer", "fingerprint"],
+        ["layer"],
         ["stacked"],
         ["bases"],
         ["model"],

@@ -307,25 +307,6 @@ def test_streams_of_several_threads_never_mix(pipe):
     assert found == expected and batches == [rows] * 3
 
 
-def test_an_expert_that_is_removed_while_it_answers_finishes(folders):
-    pipe = make(folders)
-    expected = pipe(TEXTS, expert="math", **GREEDY)
-
-    class Removes(LogitsProcessor):
-        def __call__(self, input_ids, scores):
-            if "math" in pipe.model.library._entries:
-                thread = threading.Thread(target=pipe.model.library.remove, args=("math",))
-                thread.start()
-                thread.join()
-            return scores
-
-    removing = {"logits_processor": LogitsProcessorList([Removes()])}
-    assert pipe(TEXTS, expert="math", **removing, **GREEDY) == expected  # three batches: two begin after the removal
-    assert pipe.model.library.names == ["code"]
-    with pytest.raises(ValueError, match="no expert 'math'"):
-        pipe(TEXTS, expert="math", **GREEDY)
-
-
 TEMPLATE = (
     "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
     "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}<end>{% endfor %}<a>"

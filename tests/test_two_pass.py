@@ -434,18 +434,20 @@ def test_adapting_and_using_restore_what_was_there_also_after_an_exception(model
     assert_same(model.library.model, before)
 
 
-def test_an_expert_removed_between_the_passes_still_answers(folders, monkeypatch):
+def test_removal_waits_for_both_passes(folders, monkeypatch):
     model = Transformer2Model(base(), tokenizer, [folders["math"], folders["code"]], folders["kinds"])
     expected, decided = answers(model, mixture={"math": 1.0}), [Mixture({"math": 1.0})] * 3
 
-    def decides_and_removes(*args, **kwargs):
-        thread = threading.Thread(target=model.library.remove, args=("math",))
+    thread = threading.Thread(target=model.library.remove, args=("math",))
+
+    def decides_while_it_is_removed(*args, **kwargs):
         thread.start()
-        thread.join()
+        thread.join(0.05)
         return decided
 
-    monkeypatch.setattr(two_pass, "dispatch", decides_and_removes)
+    monkeypatch.setattr(two_pass, "dispatch", decides_while_it_is_removed)
     assert answers(model) == expected
+    thread.join()
     assert model.library.names == ["code"]
 
 

@@ -26,8 +26,9 @@ from common import HERE, Cell, arguments, load, parse, run_cells
 from peft_svf import Mixture
 from peft_svf.adaptation import FirstPass, Probe, dispatch, fit_calibration, fit_probe, fit_temperature
 from peft_svf.adaptation.first_pass import ANYTHING_ELSE
-from peft_svf.evaluation import prompt_ids, wilson
+from peft_svf.evaluation import wilson
 from peft_svf.experts.expert import OTHER
+from peft_svf.rows import prompt_ids
 from peft_svf.tasks import dispatch_prompt, get_task
 from peft_svf.tasks.everyday import everyday_requests
 from peft_svf.tasks.task import shuffled

@@ -18,7 +18,7 @@ from common import EXPERTS, Cell, arguments, load, parse, run_cells
 from transformers import PreTrainedTokenizerBase
 
 from peft_svf import Mixture
-from peft_svf.evaluation import prompt_ids
+from peft_svf.rows import prompt_ids
 from peft_svf.tasks import get_task
 
 ROWS, REPEATS, NEW_TOKENS = 8, 2, 16

@@ -26,8 +26,8 @@ from smollm2 import load_smollm2, smollm2_folder
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from peft_svf import Expert, Transformer2Model
-from peft_svf.evaluation import prompt_text
 from peft_svf.experts.transfer import transfer_expert
+from peft_svf.rows import prompt_text
 from peft_svf.tasks import get_task
 from peft_svf.training.result import write_file
 

@@ -23,8 +23,8 @@ sys.path.insert(0, str(HERE.parents[1] / "examples"))
 
 from smollm2 import NAME, load_smollm2  # noqa: E402
 
-from peft_svf.tuner.basis import factorize, probe, probe_distance  # noqa: E402
-from peft_svf.tuner.fingerprint import ACCEPT, REFUSE  # noqa: E402
+from peft_svf.tuner.basis import factorize  # noqa: E402
+from peft_svf.tuner.fingerprint import ACCEPT, REFUSE, distance, sketch  # noqa: E402
 
 LAYERS = (0, 14, 29)
 MODULES = ("mlp.up_proj", "mlp.down_proj", "self_attn.q_proj", "self_attn.k_proj")
@@ -45,7 +45,7 @@ def main() -> None:
             torch.manual_seed(layer)
             weight = stored * (1 + 2**-9 * (torch.rand_like(stored) - 0.5))  # digits that bfloat16 cannot hold
             own = factorize(weight).Q
-            reference = probe(own)
+            reference = sketch(own)
             others = {
                 "float32 SVD": svd_basis(weight),
                 "basis stored in float32": own.float().double(),
@@ -55,7 +55,7 @@ def main() -> None:
                 "another weight of the same shape": factorize(weight.flip(0).roll(1, 1) + weight).Q,
             }
             for case, Q in others.items():
-                cases.setdefault(case, []).append(probe_distance(probe(Q), reference))
+                cases.setdefault(case, []).append(distance(sketch(Q), reference))
     rows = {case: {"min": min(x), "median": sorted(x)[len(x) // 2], "max": max(x)} for case, x in cases.items()}
     print(f"{'case':36}{'min':>10}{'median':>10}{'max':>10}   accept <= {ACCEPT:g}, refuse > {REFUSE:g}")
     for case, row in rows.items():

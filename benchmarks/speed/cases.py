@@ -65,9 +65,9 @@ from peft_svf import SVFConfig
 from peft_svf.evaluation import cache_name
 from peft_svf.experts.expert import Expert, Mixture
 from peft_svf.experts.library import ExpertLibrary
-from peft_svf.tuner.basis import exact, factorize, probe, probe_distance, rescale
+from peft_svf.tuner.basis import exact, factorize, rescale
 from peft_svf.tuner.cache import cache_dir, fetch
-from peft_svf.tuner.fingerprint import ACCEPT, REFUSE
+from peft_svf.tuner.fingerprint import ACCEPT, REFUSE, distance, sketch
 from peft_svf.tuner.layer import Linear as SVFLinear
 from peft_svf.tuner.layer import SVFLayer
 
@@ -613,14 +613,14 @@ def b9(bench: Bench) -> None:
     for stored in list(linears(trunk(bench.model, 1), ("q_proj", "k_proj", "up_proj", "down_proj")).values()):
         weight = stored.weight.detach().float()
         weight = weight * (1 + 2**-9 * (torch.rand_like(weight) - 0.5))  # digits that bfloat16 cannot hold
-        reference = probe(factorize(weight).Q)
+        reference = sketch(factorize(weight).Q)
         others = {"weight rounded to bfloat16": factorize(weight.bfloat16()).Q}
         for kind in (torch.float32, torch.float64):
             u, _, vh = torch.linalg.svd(weight.to(kind), full_matrices=False)
             driver = "float32 SVD" if kind == torch.float32 else "float64 SVD"
             others[driver] = (vh.mT if weight.shape[0] >= weight.shape[1] else u).double()
         for key, Q in others.items():
-            distances[key].append(probe_distance(probe(Q), reference))
+            distances[key].append(distance(sketch(Q), reference))
     bench.run.fact("B9/probe_distance", {"accept": ACCEPT, "refuse": REFUSE, "distance": distances})
 
 

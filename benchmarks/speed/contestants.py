@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import peft_svf.tuner.bases
 from peft_svf import SVFConfig
 from peft_svf.tuner.basis import Basis, side_of
-from peft_svf.tuner.cache import Fingerprint
+from peft_svf.tuner.fingerprint import Fingerprint
 from peft_svf.tuner.layer import SVFLayer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,16 +16,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice, takewhile
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import extract_model_from_parallel
 from huggingface_hub.utils import tqdm
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from .rows import Reader, Row, has_image, prompt_ids, prompt_text, read_images, tokenizer_of
+from .rows import Prompt, Reader, Row, check, encode, has_image, pad_id, prompt_ids, prompt_of, tokenizer_of
 from .tasks import Task, get_task
 
 NINETY_FIVE = NormalDist().inv_cdf(0.975)
@@ -128,24 +128,8 @@ def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row],
     if limit is not None and longest > limit:
         raise ValueError(f"A prompt and its choice have up to {longest} tokens, but the model's context is {limit}.")
 
-    shared = 0
-    cache = None
-    if len(prompts) > 1:
-        same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
-        shared = min(len(list(same)), min(map(len, prompts)) - 1)  # a token of each prompt is left to read
-    if shared:
-        begin = torch.tensor([prompts[0][:shared]] * members, device=device)  # (M, shared)
-        _, cache = _read(model, begin, torch.ones_like(begin))
-        cache.batch_repeat_interleave(len(prompts))
-        prompts = [prompt[shared:] for prompt in prompts]
-    # (M * N, P) left-padded, so that every prompt ends at the same place
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts] * members, device=device)
-    read = [[1] * shared + [0] * (width - len(p)) + [1] * len(p) for p in prompts]
-    mask = torch.tensor(read * members, device=device)
-    logits, cache = _read(model, ids, mask, cache)
-    first = logits[:, -1].float().log_softmax(-1)  # (M * N, vocabulary): the first token of every choice
+    read = read_prompts(model, prompts, pad_id(tokenizer), members)
+    first = read.logits.float().log_softmax(-1)  # (M * N, vocabulary): the first token of every choice
     places = [(n, k) for n, choices in enumerate(options) for k in range(len(choices))]
     found = torch.full((members * len(rows), most), float("-inf"), device=device)
     for group in _alike(places, options, len(rows)):  # choices alike in length share a forward: less padding
@@ -156,9 +140,9 @@ def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row],
         labels = torch.tensor([c + [-100] * (length - len(c)) for c in flat], device=device)  # (M * G, C) right-padded
         logps = first[rows_of, labels[:, 0]]
         if length > 1:
-            both = torch.cat([mask[rows_of], (labels[:, :-1] >= 0).long()], dim=1)
-            logits, _ = _forward(model, labels[:, :-1].clamp(min=0), both, _select(cache, rows_of))
-            rest = F.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+            both = torch.cat([read.mask[rows_of], (labels[:, :-1] >= 0).long()], dim=1)
+            output = read_on(model, labels[:, :-1].clamp(min=0), both, repeated(read.cache, rows_of))
+            rest = F.cross_entropy(output.logits.float().flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
             logps = logps - rest.view(len(flat), length - 1).sum(-1)
         found = found.index_put((rows_of, column), logps)
     return found
@@ -166,18 +150,12 @@ def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row],
 
 def _encoded(reader: Reader, rows: Sequence[Row]) -> tuple[list[list[int]], list[list[list[int]]]]:
     """Tokens of the prompts, and of the choices of each, which end with the end of turn where one begins another."""
-    prompts, tokenizer = prompt_ids(reader, [row["prompt"] for row in rows]), tokenizer_of(reader)
     for number, row in enumerate(rows):
-        if not isinstance(row["choices"], (list, tuple)) or not all(isinstance(text, str) for text in row["choices"]):
-            raise ValueError(
-                f"Row {row.get('id', number)!r} needs choices that are a list of texts, got {row['choices']!r}."
-            )
+        check(row, where := f"Row {row.get('id', number)!r}")
+        if row.get("choices") is None:
+            raise ValueError(f"{where} needs 'choices', a list of texts; it has {', '.join(row)}.")
+    prompts, tokenizer = prompt_ids(reader, [row["prompt"] for row in rows]), tokenizer_of(reader)
     options = [[tokenizer(text, add_special_tokens=False).input_ids for text in row["choices"]] for row in rows]
-    for row, prompt, choices in zip(rows, prompts, options, strict=True):
-        if not prompt:
-            raise ValueError(f"Row {row.get('id')!r} has an empty prompt: there is nothing the choices could follow.")
-        if not choices or not all(choices):
-            raise ValueError(f"Row {row.get('id')!r} needs choices that are texts, got {row['choices']!r}.")
     if tokenizer.eos_token_id is not None:
         options = [[[*ids, tokenizer.eos_token_id] for ids in c] if _one_begins_another(c) else c for c in options]
     return prompts, options
@@ -206,8 +184,69 @@ def _alike(
     return _batches(sorted(places, key=lambda place: len(options[place[0]][place[1]])), size)
 
 
-def _select(cache: Any, rows: Tensor) -> Any:
-    """Some rows of a key/value cache, as a cache of its own."""
+class Reading(NamedTuple):
+    """
+    What a model keeps of prompts that it has read.
+
+    Args:
+        mask (`torch.Tensor` of shape `(N, P)`): 0 at padding, which stands on the left.
+        logits (`torch.Tensor` of shape `(N, vocabulary)`): Of the token after each prompt.
+        cache (`Cache`): Keys and values of the `P` places.
+    """
+
+    mask: Tensor
+    logits: Tensor
+    cache: Any
+
+
+def read_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], pad: int = 0, members: int = 1) -> Reading:
+    """
+    Read each prompt once, and what all of them begin with once for all. Gradients flow.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            As in [`choice_logps`].
+        prompts (`Sequence[list[int]]`):
+            Tokens, at least one each.
+        pad (`int`):
+            Token that fills shorter prompts.
+        members (`int`):
+            As in [`choice_logps`].
+
+    Returns:
+        [`Reading`] of `members * len(prompts)` prompts, those of the first member first.
+
+    Raises:
+        `ValueError`: if gradient checkpointing is on.
+    """
+    device, width, cache = next(model.parameters()).device, max(map(len, prompts)), None
+    window = getattr(_inner(model).config.get_text_config(), "sliding_window", None) or width
+    shared = common_prefix(prompts) if width <= window else 0  # a window's places are gone once it has slid on
+    if shared:
+        begin = torch.tensor([prompts[0][:shared]] * members, device=device)  # (M, shared)
+        _, cache = _read(model, begin, torch.ones_like(begin))
+        cache.batch_repeat_interleave(len(prompts))
+    rest = [[pad] * (width - len(prompt)) + prompt[shared:] for prompt in prompts]
+    seen = [[1] * shared + [0] * (width - len(prompt)) + [1] * (len(prompt) - shared) for prompt in prompts]
+    mask = torch.tensor(seen * members, device=device)  # (M * N, P), the padding behind what is shared
+    logits, cache = _read(model, torch.tensor(rest * members, device=device), mask, cache)
+    if shared and not mask.all():
+        mask, order = mask.sort(dim=-1, stable=True)  # the padding comes first
+        for layer in cache.layers:
+            places = order[:, None, :, None]
+            layer.keys = layer.keys.take_along_dim(places, dim=2)
+            layer.values = layer.values.take_along_dim(places, dim=2)
+    return Reading(mask, logits[:, -1], cache)
+
+
+def common_prefix(prompts: Sequence[list[int]]) -> int:
+    """Count the tokens that all prompts begin with; one token of each prompt is left out."""
+    same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+    return min(len(list(same)), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
+
+
+def repeated(cache: Any, rows: Tensor) -> Any:
+    """Return the given rows of a key/value cache, as a cache of its own."""
     cache = copy.copy(cache)
     cache.layers = [copy.copy(layer) for layer in cache.layers]
     cache.batch_select_indices(rows)
@@ -250,6 +289,8 @@ def evaluate(
     """
     if not rows:
         raise ValueError("There are no rows to evaluate.")
+    for number, row in enumerate(rows):
+        check(row, f"Row {row.get('id', number)!r}")
     start, records = time.perf_counter(), dict[int, dict[str, Any]]()
     form = "choice" if "choices" in rows[0] else "generate"
     training = model.training
@@ -288,20 +329,41 @@ def _grade(record: Mapping[str, Any]) -> float:
     return float(record.get("score", record["right"]))
 
 
+def complete(model: PreTrainedModel, reader: Reader, prompts: Sequence[Prompt], **generation: Any) -> list[str]:
+    """
+    Complete a batch of prompts.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            Model that generates, with the adapters it is to answer with.
+        reader (`PreTrainedTokenizerBase` or `ProcessorMixin`):
+            Its tokenizer, with or without a pad token; chats with image parts need its processor.
+        prompts (`Sequence[str | list[dict]]`):
+            Texts or chats; [`prompt_of`] puts the pictures of a row into its chat.
+        generation:
+            Arguments of `generate`; default `max_new_tokens=256`, no sampling. A `generation_config` replaces these.
+
+    Returns:
+        The completions as texts, without prompts and special tokens.
+
+    Raises:
+        `ValueError`: if a prompt is empty, or has a picture and `reader` is a tokenizer.
+    """
+    inputs = encode(reader, prompts)
+    if "pixel_values" in inputs:
+        inputs = inputs.to(dtype=_inner(model).dtype)
+    inputs = inputs.to(next(model.parameters()).device)
+    if "generation_config" not in generation:
+        generation = {"max_new_tokens": 256, "do_sample": False, **generation}
+    output = model.generate(**inputs, **{"pad_token_id": pad_id(reader), **generation})
+    return tokenizer_of(reader).batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
 def _generate(
     model: PreTrainedModel, reader: Reader, rows: Sequence[Row], task: Task | None, kwargs: dict
 ) -> list[dict]:
-    tokenizer = tokenizer_of(reader)
-    if any(map(has_image, rows)):
-        inputs = read_images(reader, rows).to(dtype=_inner(model).dtype)
-    else:
-        ids = {"input_ids": prompt_ids(reader, [row["prompt"] for row in rows])}
-        inputs = tokenizer.pad(ids, return_tensors="pt", padding_side="left")
-    inputs = inputs.to(next(model.parameters()).device)
-    output = model.generate(**inputs, **{"max_new_tokens": 256, "do_sample": False, **kwargs})
-    completions = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     found = []
-    for row, text in zip(rows, completions, strict=True):
+    for row, text in zip(rows, complete(model, reader, [prompt_of(row) for row in rows], **kwargs), strict=True):
         judge = task or get_task(row["task"])
         right = judge.check(text, row)  # once: it may run a program
         score = float(right) if type(judge).score is Task.score else judge.score(text, row)
@@ -310,8 +372,8 @@ def _generate(
 
 
 def _inner(model: Any) -> PreTrainedModel:
-    """The transformers model inside the wrappers of distributed training and PEFT."""
-    model = model.module if isinstance(model, DistributedDataParallel) else model
+    """Return the transformers model inside the wrappers of distributed training and PEFT."""
+    model = extract_model_from_parallel(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -325,19 +387,18 @@ def _read(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any = None) 
     """Read prompts `(N, P)`, behind a cache if there is one: logits `(N, 1, V)` of their last tokens, and a cache."""
     # as an index: the slice that `1` stands for is not contiguous, and the head would be copied once per row
     last = torch.tensor([ids.shape[1] - 1], device=ids.device)
-    logits, cache = _forward(model, ids, mask, cache, logits_to_keep=last)
+    output = read_on(model, ids, mask, cache, logits_to_keep=last)
+    cache = getattr(output, cache_name(model))
     if cache is None or not cache.get_seq_length():  # a checkpointed layer
         raise ValueError("Scoring choices shares the prompt's cache: turn gradient checkpointing off.")
-    return logits, cache
+    return output.logits, cache
 
 
-def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-    """Call the model on the last `ids.shape[1]` positions of `mask`, with the positions that padding calls for."""
+def read_on(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any, **kwargs: Any) -> Any:
+    """Call the model on the last `ids.shape[1]` places of `mask`, with the positions that padding calls for."""
     if "position_ids" in inspect.signature(_inner(model).forward).parameters:
         kwargs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    name = cache_name(model)
-    output = model(input_ids=ids, attention_mask=mask, use_cache=True, **{name: cache}, **kwargs)
-    return output.logits, getattr(output, name)
+    return model(input_ids=ids, attention_mask=mask, use_cache=True, **{cache_name(model): cache}, **kwargs)
 
 
 def _one_begins_another(choices: list[list[int]]) -> bool:
@@ -352,14 +413,12 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 __all__ = [
     "NINETY_FIVE",
-    "Row",
     "Summary",
     "choice_logps",
+    "complete",
     "context_of",
     "evaluate",
     "paired_difference",
-    "prompt_ids",
-    "prompt_text",
     "row_lengths",
     "score_choices",
     "wilson",

@@ -87,7 +87,7 @@ class _TwoPasses:
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         if kwargs.get("expert") is not None and kwargs.get("mixture") is not None:
             raise ValueError("Give an expert or a mixture, not both.")
-        with self.model.library.holding():
+        with self.model.library.lock:
             for name in ("expert", "mixture"):
                 given = kwargs.get(name)
                 if isinstance(given, (list, tuple)):
@@ -176,7 +176,7 @@ class Transformer2Pipeline(_TwoPasses, TextGenerationPipeline):
 
     def _forward(self, model_inputs: Any, return_dispatch: bool = False, **kwargs: Any) -> Any:
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
-        with self.model.library.holding():
+        with self.model.library.lock:
             mixtures = self._decide(model_inputs["prompt_text"], options)
             outputs = super()._forward(model_inputs, mixture=mixtures, **kwargs)
         if return_dispatch:
@@ -221,7 +221,7 @@ class Transformer2ImagePipeline(_TwoPasses, ImageTextToTextPipeline):
         generate_kwargs: dict[str, Any] | None = None,
         **options: Any,
     ) -> Any:
-        with self.model.library.holding():
+        with self.model.library.lock:
             mixtures = self._decide(model_inputs["text"], options)
             settings = {**(generate_kwargs or {}), "mixture": mixtures}
             outputs = super()._forward(model_inputs, generate_kwargs=settings)

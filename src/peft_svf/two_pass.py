@@ -127,7 +127,7 @@ class Transformer2Model:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run a forward of the wrapped model; another thread's request is waited for, so its mixture isn't seen."""
-        with self.library.holding():
+        with self.library.lock:
             return self.library.model(*args, **kwargs)
 
     forward = __call__
@@ -162,7 +162,7 @@ class Transformer2Model:
         Raises:
             `ValueError`: if both are given, a name is unknown, or there isn't one for each prompt.
         """
-        with self.library.holding():
+        with self.library.lock:
             if expert is not None or mixture is not None:
                 return self._explicit(expert, mixture, len(prompts))
             if mark := getattr(self.processor, "image_token", None):  # the first pass doesn't read images
@@ -244,7 +244,7 @@ class Transformer2Model:
         if prompts is None:
             count = 1 if rows is None else len(rows)
             prompts = [""] * count if explicit else self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        with self.library.holding():
+        with self.library.lock:
             mixtures = self.first_pass(prompts, expert=expert, mixture=mixture, first_pass=first_pass)
             output = self.answer(mixtures, inputs, **kwargs)
         return (output, mixtures) if return_dispatch else output
@@ -319,7 +319,7 @@ class Transformer2Model:
     @contextmanager
     def using(self, mixture: Chosen) -> Iterator[PeftModel]:
         """Give the model one mixture while the context is open, on merged weights, for forwards of your own."""
-        with self.library.holding(), self.library.activate(self._mixture(mixture), merge=True) as model:
+        with self.library.activate(self._mixture(mixture), merge=True) as model:
             yield model
 
 

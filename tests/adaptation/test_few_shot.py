@@ -413,19 +413,19 @@ def test_an_evaluator_without_scores_by_example_is_told_that_the_check_needs_the
 def test_a_named_mixture_is_returned_where_the_library_changed_under_the_search(folders, caplog):
     own = ExpertLibrary(base(), {name: folders[name] for name in ("code", "math")})
 
-    remove = Thread(target=own.remove, args=("code",))  # a search holds its experts: it still sees this one
+    taken = Thread(target=own.add_mixture, args=("plus", Mixture()))
 
-    class Removes(evaluator.LocalEvaluator):
+    class Takes(evaluator.LocalEvaluator):
         def __call__(self, judge, members):
-            if not remove.ident:
-                remove.start()
-                remove.join()
+            if not taken.ident:
+                taken.start()
+                taken.join()
             return judge(members)
 
     with caplog.at_level(logging.WARNING, "peft_svf.adaptation.few_shot"):
-        found = few_shot(own, tokenizer, CHOICES, evaluator=Removes(), name="plus", holdout=0, **SMALL)
+        found = few_shot(own, tokenizer, CHOICES, evaluator=Takes(), name="plus", holdout=0, **SMALL)
     assert "code" in found.alpha and found.provenance["name"] == "plus"
-    assert "not kept in the library as 'plus'" in caplog.text and not own.mixtures
+    assert "not kept in the library as 'plus'" in caplog.text and own.mixtures == {"plus": Mixture()}
 
 
 def test_a_single_example_is_not_checked_and_the_log_says_so(library, caplog):

@@ -151,7 +151,7 @@ def test_members_move_only_the_directions_of_the_adapter(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [None, 5])
-@pytest.mark.parametrize("kind", ["sigmoid", "reference", "bounded"])
+@pytest.mark.parametrize("kind", ["sigmoid", "reference"])
 def test_members_of_a_mapped_parameter_score_as_each_alone(kind, rank, tmp_path):
     """What is drawn is the trained parameter; the model answers with the z that it stands for."""
     svf = SVFConfig(parametrization=kind, rank=rank, init_weights=False)

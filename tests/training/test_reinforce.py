@@ -7,10 +7,8 @@ import importlib
 import json
 import logging
 import math
-import re
 import subprocess
 import sys
-from dataclasses import fields
 from types import SimpleNamespace
 
 import pico
@@ -43,11 +41,10 @@ from trainers import (
     trainer_of,
     uneven,
 )
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from peft_svf import SVFConfig
-from peft_svf.training.evolution import EvolutionConfig
 from peft_svf.training.reinforce import (
     PromptFilter,
     ReinforceConfig,
@@ -247,44 +244,6 @@ def test_presets_are_the_text_and_the_code_of_the_paper(preset):
     own = make(output_dir="unused", beta=0.2, gradient_accumulation_steps=3, eval_strategy="no", **QUIET)
     assert (own.beta, own.gradient_accumulation_steps) == (0.2, 3)
     assert (own.load_best_model_at_end, own.early_stopping_patience) == (False, None)
-
-
-@pytest.mark.parametrize("config, parent", [(ReinforceConfig, GRPOConfig), (EvolutionConfig, TrainingArguments)])
-def test_every_field_that_is_ours_or_has_our_default_is_on_the_reference_page(config, parent):
-    page = (ROOT / "docs" / "reference" / "training.md").read_text()
-    theirs = {entry.name: entry.default for entry in fields(parent)}
-    ours = [entry.name for entry in fields(config) if theirs.get(entry.name, entry) != entry.default]
-    assert len(ours) > 10
-    assert [name for name in ours if f"`{name}`" not in page] == []
-
-
-def defaults_on(page, heading):
-    """`field -> default` of the first table below a heading, numbers as numbers, without remarks in brackets."""
-    table = page.partition(heading)[2].partition("|")[2].partition("\n\n")[0]
-    for line in table.splitlines():
-        if "`EvolutionConfig." in line and "EvolutionConfig" not in heading:
-            continue
-        names, values = ([part.strip(' `"') for part in cell.split(",")] for cell in line.strip("| ").split("|")[:2])
-        for name, value in zip(names, values, strict=False):
-            value = value.partition(" (")[0]
-            yield name, float(value) if re.fullmatch(r"\d[\d.e-]*", value) else {"off": "False"}.get(value, value)
-
-
-@pytest.mark.parametrize(
-    "page, heading, config",
-    [
-        ("reference/training.md", "## `ReinforceConfig`", ReinforceConfig),
-        ("reference/training.md", "## `EvolutionConfig`", EvolutionConfig),
-        ("paper_map.md", "## Defaults and their source", ReinforceConfig),
-    ],
-)
-def test_the_defaults_on_the_pages_are_those_of_the_code(page, heading, config):
-    known = {entry.name: entry.default for entry in fields(config)} | {"max_steps": "TRL's three epochs"}
-    found = list(defaults_on((ROOT / "docs" / page).read_text(), heading))
-    compared = [(name, value, known[name]) for name, value in found if name in known]
-    assert len(compared) > 8
-    assert f"| TRL's {GRPOConfig.max_completion_length} |" in (ROOT / "docs/reference/training.md").read_text()
-    assert [row for row in compared if row[1] != (float(row[2]) if isinstance(row[1], float) else str(row[2]))] == []
 
 
 def test_checkpoints_between_rollouts_are_pointed_out(caplog):

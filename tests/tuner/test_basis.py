@@ -5,8 +5,8 @@ import oracle
 import pytest
 import torch
 
-from peft_svf.tuner.basis import PROBE_SIZE, Basis, change, factorize, probe, probe_distance, rescale, side_of
-from peft_svf.tuner.fingerprint import ACCEPT, REFUSE
+from peft_svf.tuner.basis import Basis, change, factorize, rescale, side_of
+from peft_svf.tuner.fingerprint import ACCEPT, REFUSE, SKETCH_SIZE, distance, sketch
 
 SHAPES = {"in": (11, 7), "out": (5, 13), "square": (9, 9)}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -164,64 +164,64 @@ def test_change_takes_an_offset_per_row():
     torch.testing.assert_close(change(x, Q, offsets[:, None]), rows, atol=1e-13, rtol=0)
 
 
-# --- the probe
+# --- the sketch
 
 
-def test_probe_is_small_and_repeatable(shape):
+def test_sketch_is_small_and_repeatable(shape):
     Q = factorize(matrix(shape)).Q
-    assert probe(Q).shape == (PROBE_SIZE,) and probe(Q).dtype == torch.float64
-    assert torch.equal(probe(Q), probe(Q.clone()))
+    assert sketch(Q).shape == (SKETCH_SIZE,) and sketch(Q).dtype == torch.float64
+    assert torch.equal(sketch(Q), sketch(Q.clone()))
 
 
-def test_probe_does_not_touch_the_global_random_state():
+def test_sketch_does_not_touch_the_global_random_state():
     torch.manual_seed(7)
     expected = torch.randn(3)
     torch.manual_seed(7)
-    probe(factorize(matrix((11, 7))).Q)
+    sketch(factorize(matrix((11, 7))).Q)
     assert torch.equal(torch.randn(3), expected)
 
 
-def test_probe_does_not_see_signs(shape):
+def test_sketch_does_not_see_signs(shape):
     Q = factorize(matrix(shape)).Q
     signs = torch.tensor([-1.0, 1.0, -1.0] * len(Q), dtype=torch.float64)[: len(Q)]
-    assert probe_distance(probe(Q * signs), probe(Q)) < 1e-15
+    assert distance(sketch(Q * signs), sketch(Q)) < 1e-15
 
 
-def test_probe_is_the_same_for_one_checkpoint_in_bfloat16_and_float32(shape):
+def test_sketch_is_the_same_for_one_checkpoint_in_bfloat16_and_float32(shape):
     weight = matrix(shape, torch.bfloat16)
-    assert torch.equal(probe(factorize(weight).Q), probe(factorize(weight.float()).Q))
+    assert torch.equal(sketch(factorize(weight).Q), sketch(factorize(weight.float()).Q))
 
 
-def test_probe_distance_is_zero_only_for_the_same_basis_and_large_between_strangers(shape):
-    one, other = (probe(factorize(matrix(shape, seed=seed)).Q) for seed in (0, 1))
-    assert probe_distance(one, one) == 0
-    assert probe_distance(other, one) > 20 * REFUSE
+def test_distance_is_zero_only_for_the_same_basis_and_large_between_strangers(shape):
+    one, other = (sketch(factorize(matrix(shape, seed=seed)).Q) for seed in (0, 1))
+    assert distance(one, one) == 0
+    assert distance(other, one) > 20 * REFUSE
 
 
-def test_probe_distance_estimates_the_distance_of_the_squared_directions():
-    """The 32 projections against the full vector of r squared directions, which the probe stands for."""
+def test_distance_estimates_the_distance_of_the_squared_directions():
+    """The 32 projections against the full vector of r squared directions, which the sketch stands for."""
     ratios = []
     for seed in range(20):
         weight = matrix((96, 80), seed=seed)
         Q, rounded = factorize(weight).Q, factorize(weight.bfloat16()).Q
         c = torch.randn(80, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
         p, p_rounded = ((q.T @ c).square() for q in (Q, rounded))
-        ratios.append(probe_distance(probe(rounded), probe(Q)) / float((p_rounded - p).norm() / p.norm()))
+        ratios.append(distance(sketch(rounded), sketch(Q)) / float((p_rounded - p).norm() / p.norm()))
     assert 0.5 < sorted(ratios)[10] < 2
 
 
 @pytest.mark.parametrize("size", REAL_SHAPES, ids=str)
-def test_probe_accepts_the_basis_of_another_driver(size):
+def test_sketch_accepts_the_basis_of_another_driver(size):
     for seed in range(3):
         weight = 0.2 * matrix(size, seed=seed)
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)  # float32: other bits, the same directions
         other = Basis(side_of(*size), (Vh.T if side_of(*size) == "in" else U).double(), S)
-        assert probe_distance(probe(other.Q), probe(factorize(weight).Q)) < 0.5 * ACCEPT
+        assert distance(sketch(other.Q), sketch(factorize(weight).Q)) < 0.5 * ACCEPT
 
 
 @pytest.mark.parametrize("size", REAL_SHAPES, ids=str)
-def test_probe_tells_rounded_weights_from_their_originals(size):
+def test_sketch_tells_rounded_weights_from_their_originals(size):
     for seed in range(3):
         weight = 0.2 * matrix(size, seed=seed)
         rounded = factorize(weight.bfloat16())
-        assert probe_distance(probe(rounded.Q), probe(factorize(weight).Q)) > ACCEPT
+        assert distance(sketch(rounded.Q), sketch(factorize(weight).Q)) > ACCEPT

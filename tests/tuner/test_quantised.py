@@ -25,7 +25,7 @@ from torch import nn
 
 from peft_svf import SVFConfig
 from peft_svf.experts import hub
-from peft_svf.tuner import bases, layer, targets
+from peft_svf.tuner import bases, layer, targets, weights
 from peft_svf.tuner import cache as basis_cache
 from peft_svf.tuner.config import BASIS_NAME
 
@@ -103,7 +103,7 @@ def plain_twin(adapter, folder, z=None):
         elif not name.endswith("base_layer"):
             backend = quantization_utils.resolve_quantization_backend(module, get_apply_tensor_subclass=id)
             if backend is not None:
-                layer.undo_cpu_packing(module)
+                weights.undo_cpu_packing(module)
                 twin.get_submodule(name).weight.data = backend.get_base_weight(module).float()
     return twin
 
@@ -149,7 +149,7 @@ def test_forward_and_gradient_are_those_of_the_dequantised_weights(kind, folder)
 def test_unmerging_and_disabling_restore_the_packed_weights_to_the_bit(kind, folder):
     adapter = adapt(load(folder, kind))
     base = logits(adapter)
-    packed = [layer.held_weight(svf.get_base_layer()) for svf in svf_layers(adapter).values()]
+    packed = [weights.held_weight(svf.get_base_layer()) for svf in svf_layers(adapter).values()]
     randomize(adapter)
     moved = logits(adapter)
     for _ in range(2):
@@ -159,7 +159,7 @@ def test_unmerging_and_disabling_restore_the_packed_weights_to_the_bit(kind, fol
         adapter.unmerge_adapter()
         torch.testing.assert_close(logits(adapter), moved, rtol=0, atol=1e-6)
     assert all(
-        layer.held_weight(svf.get_base_layer()) is p
+        weights.held_weight(svf.get_base_layer()) is p
         for svf, p in zip(svf_layers(adapter).values(), packed, strict=True)
     )
     with adapter.disable_adapter():

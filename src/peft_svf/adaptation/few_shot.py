@@ -11,7 +11,6 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
 from os import PathLike
 from typing import Any, Literal
 
@@ -43,18 +42,6 @@ LEAVE_ONE_OUT: Literal["leave-one-out"] = "leave-one-out"
 TEMPERATURE = 8.0  # of choices in a search
 
 
-def held(run: Callable[..., Mixture]) -> Callable[..., Mixture]:
-    """Let a search see one set of experts from its beginning to its end."""
-
-    @wraps(run)
-    def inside(library: ExpertLibrary, *args: Any, **kwargs: Any) -> Mixture:
-        with library.holding():
-            return run(library, *args, **kwargs)
-
-    return inside
-
-
-@held
 @torch.inference_mode(False)  # gradients are asked for, and an expert made here may be used with them
 def few_shot(
     library: ExpertLibrary,

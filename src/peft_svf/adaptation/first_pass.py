@@ -163,7 +163,7 @@ def dispatch(
     Raises:
         `ValueError`: if the library lacks what the first pass needs, or a prompt exceeds the model's context.
     """
-    with library.holding():
+    with library.lock:
         first_pass.check(library)
         names = [*library.names, OTHER]
         if first_pass.reading == "generate":
@@ -191,7 +191,7 @@ def kind_scores(
     Raises:
         `ValueError`: as [`dispatch`], and for `read="generate"`, which has no scores.
     """
-    with library.holding():
+    with library.lock:
         first_pass.check(library)
         if first_pass.reading == "generate":
             raise ValueError("read='generate' writes a name and scores none: choose 'likelihood' or 'channel'.")
@@ -288,7 +288,7 @@ def fit_temperature(
         `ValueError`: if there isn't one kind for each prompt, or one isn't an expert.
         `ImportError`: without scikit-learn.
     """
-    with library.holding():
+    with library.lock:
         names = _check_kinds(library, prompts, kinds)
         scores = kind_scores(library, tokenizer, prompts, first_pass, batch_size)
         return temperature_of(scores, torch.tensor([names.index(kind) for kind in kinds]))
@@ -324,7 +324,7 @@ def fit_calibration(
     """
     if not prompts:
         raise ValueError("A calibration is fitted to prompts, got none.")
-    with library.holding():
+    with library.lock:
         names = [*library.names, OTHER]
         if kinds is not None:
             _check_kinds(library, prompts, kinds)
@@ -358,7 +358,7 @@ def fit_probe(
     Raises:
         `ValueError`, `ImportError`: as [`fit_temperature`] and [`Probe.fit`].
     """
-    with library.holding():
+    with library.lock:
         _check_kinds(library, prompts, kinds)
         listed = _kinds(library)
         states = features(library, tokenizer, prompts, listed, batch_size)

@@ -71,9 +71,9 @@ class SVFArguments:
     layers_to_transform: list[int] | None = field(default=None, metadata={"help": "Indices of the layers."})
     rank: int | None = field(default=None, metadata={"help": "Move only so many of the largest singular values."})
     parametrization: Parametrization = field(
-        default="offset", metadata={"help": "What is trained: offset (z itself), sigmoid, reference or bounded."}
+        default="offset", metadata={"help": "What is trained: offset (z itself), sigmoid or reference."}
     )
-    limit: float = field(default=2.0, metadata={"help": "Range of z for parametrization sigmoid and bounded."})
+    limit: float = field(default=2.0, metadata={"help": "Range of z for parametrization sigmoid."})
     basis_dtype: Literal["float32", "bfloat16"] | None = field(
         default=None, metadata={"help": "Dtype of the basis; default bfloat16 on a bfloat16 base, else float32."}
     )

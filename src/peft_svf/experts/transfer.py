@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..tuner.basis import Basis
-from ..tuner.cache import Fingerprint, fetch
+from ..tuner.cache import fetch
 from ..tuner.checkpoint import Checkpoint
-from ..tuner.fingerprint import check
+from ..tuner.fingerprint import Fingerprint, check
 from ..tuner.layer import SVFLayer
 from .expert import Expert
 

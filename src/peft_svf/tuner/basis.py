@@ -16,11 +16,8 @@ so one square factor is all that has to be kept, the singular values themselves 
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
-
-PROBE_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -135,31 +132,43 @@ def rescale(weight: Tensor, Q: Tensor, offset: Tensor) -> Tensor:
     return (wide + change(wide.mT, Q, offset).mT).to(weight.dtype)
 
 
-def probe(Q: Tensor) -> Tensor:
+def deviation(weight: Tensor, Q: Tensor, S: Tensor) -> float:
     """
-    Project the squared directions of a basis onto a few fixed random vectors: a small print of the whole basis.
+    Measure how far Q and S are from being directions and singular values of a weight, with a random vector `c`.
 
-    With `p_i = (q_i . c)^2` for a fixed random `c`, which no sign can change, the probe is `R @ p` for a fixed random
-    `R (32, r)` scaled so that distances between probes estimate distances between the `p` (to about 12 %).
+    They are its own if and only if `Q^T (Q c) = c` and `W^T (W (Q c)) = Q (S^2 * c)` (side "out": `W (W^T (Q c))`) for
+    any `c`, and S descends. `c` is new in each call, so nobody can prepare a basis for it.
 
     Args:
-        Q (`torch.Tensor` of shape `(r, r)` or `(E, r, r)`):
-            Basis in float64, before any rounding; of a stack of weights, whose probes are added with random signs, so
-            that the relative distance of two stacks is that of their weights.
+        weight (`torch.Tensor` of shape `(out, in)` or `(E, out, in)`):
+            Weight, in float32 or float64.
+        Q (`torch.Tensor` of shape `(r, k)` or `(E, r, k)`):
+            Directions, all or the first `k`.
+        S (`torch.Tensor` of shape `(k,)` or `(E, k)`):
+            Singular values.
 
     Returns:
-        `torch.Tensor` of shape `(32,)`, float64, on the CPU.
+        `float`: the larger relative error of the two equations; about 1 for another weight, infinity if S does not
+        descend or an entry is not finite. A weight that is rounded relative to its basis adds twice its own error.
     """
-    if Q.dim() == 3:
-        signs = np.random.RandomState(2501).choice([-1.0, 1.0], len(Q))
-        return sum((float(sign) * probe(one) for sign, one in zip(signs, Q, strict=True)), torch.zeros(PROBE_SIZE))
-    r = Q.shape[-1]
-    draws = np.random.RandomState(2501)  # the legacy generator: its stream is frozen for good, that of others is not
-    c = torch.from_numpy(draws.standard_normal(r))
-    R = torch.from_numpy(draws.standard_normal((PROBE_SIZE, r))) / PROBE_SIZE**0.5
-    return R @ (Q.detach().cpu().double().mT @ c).square()
+    if not (torch.isfinite(S).all() and (S >= 0).all() and (S.diff(dim=-1) <= 0).all()):
+        return float("inf")
+    draws = torch.Generator()
+    draws.seed()
+    c = torch.randn((*Q.shape[:-2], Q.shape[-1], 1), generator=draws, dtype=torch.float64).to(Q.device)
+    wide = Q.double()
+    v = wide @ c  # (..., r, 1)
+    tall = weight if side_of(*weight.shape[-2:]) == "in" else weight.mT
+    unit = S.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(S.dtype).tiny).unsqueeze(-1)  # keeps squares in range
+    expected = wide @ ((S.unsqueeze(-1) / unit).double().square() * c)
+    error = tall.mT @ (tall @ v.to(tall.dtype) / unit) / unit - expected
+    scale = torch.linalg.vector_norm(expected, dim=-2)
+    turned = torch.linalg.vector_norm(error, dim=-2) / torch.where(scale > 0, scale, 1)
+    skewed = (wide.mT @ v - c).abs().amax(dim=-2)
+    worst = float(torch.maximum(turned, skewed).max())
+    return worst if worst == worst else float("inf")
 
 
-def probe_distance(probe: Tensor, reference: Tensor) -> float:
-    """Relative distance `norm(probe - reference) / norm(reference)` between two probes; 0 for the same basis."""
-    return float(torch.linalg.vector_norm(probe - reference) / torch.linalg.vector_norm(reference))
+def tolerance(dtype: torch.dtype) -> float:
+    """Return the [`deviation`] that rounding Q and S to a dtype causes, with a margin of ten."""
+    return 64 * torch.finfo(dtype).eps

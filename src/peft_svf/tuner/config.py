@@ -58,10 +58,10 @@ class SVFConfig(PeftConfig):
             benchmarks/speed). The first adapter of a model decides.
         parametrization (`str`):
             What is trained: `"offset"`, the paper's z itself; `"sigmoid"`, the mask of its code, z between 0 and
-            `limit`; `"reference"`, that mask with the nuclear norm of each weight kept; `"bounded"`, z between
-            `1 - limit` and `1 + limit`. See [`offset_of`]; all start at z = 1.
+            `limit`; `"reference"`, that mask with the nuclear norm of each weight kept. See
+            [`offset_of`]; all start at z = 1.
         limit (`float`):
-            For `"sigmoid"` (above 1, its `max_mult`) and `"bounded"` (above 0).
+            Range of z for `"sigmoid"`, above 1 (its `max_mult`).
         plan (`str`):
             How the layers compute. `"auto"` decides for each forward: on a merged copy of the weight in inference and
             in training steps of enough tokens, by two thin products beside the base layer else, through the two
@@ -95,7 +95,7 @@ class SVFConfig(PeftConfig):
     rank: int | None = field(default=None, metadata={"help": "Move only the largest singular values."})
     basis_dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "Dtype of the basis."})
     parametrization: Parametrization = field(default="offset", metadata={"help": "What is trained, see `limit`."})
-    limit: float = field(default=2.0, metadata={"help": "Range of z for parametrization 'sigmoid' and 'bounded'."})
+    limit: float = field(default=2.0, metadata={"help": "Range of z for parametrization 'sigmoid'."})
     plan: Plan = field(default="auto", metadata={"help": "Execution plan: auto, merged, narrow or factored."})
     basis_from: Literal["auto", "checkpoint", "memory"] = field(
         default="auto", metadata={"help": "Whose singular directions: the stored weights' or the loaded ones'."}
@@ -133,12 +133,8 @@ class SVFConfig(PeftConfig):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
-        least = {"sigmoid": 1, "bounded": 0}.get(self.parametrization, float("-inf"))
-        if not least < self.limit < float("inf"):
-            raise ValueError(
-                f"`limit` must be a finite number above {least} for parametrization={self.parametrization!r}; "
-                f"got {self.limit!r}."
-            )
+        if self.parametrization == "sigmoid" and not 1 < self.limit < float("inf"):
+            raise ValueError(f"`limit` must be a finite number above 1, the start of z; got {self.limit!r}.")
         if self.fingerprint is not None and not isinstance(self.fingerprint, dict):
             raise ValueError(
                 f"`fingerprint` must be a dict by module name or None; got {type(self.fingerprint).__name__}."

@@ -1,21 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Fingerprints of an expert and of a base model -> silence, a warning or a refusal.
+Basis -> a fingerprint of its weight; fingerprints of an expert and of a model -> silence, a warning or a refusal.
 
-z indexes the singular directions of one base; on others the same numbers mean something else. Weights with the same
-values are the same base. Otherwise the probes of the bases decide, by thresholds measured in `benchmarks/fingerprint`:
-the same weight factorised by another driver stays below `ACCEPT`, weights rounded to bfloat16 lie above `REFUSE`, and
-between them are weights rounded to float16. Nothing here sees a model.
+z indexes the singular directions of one base; on another base the same numbers mean something else. Weights with equal
+values are the same base. Otherwise sketches of the two bases decide, by thresholds measured in
+`benchmarks/fingerprint`: the same weight factorised by another driver stays below `ACCEPT`, weights rounded to
+bfloat16 lie above `REFUSE`, weights rounded to float16 in between. Nothing here sees a model.
 """
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from .basis import probe_distance
-from .cache import Fingerprint
+import numpy as np
+import torch
+from torch import Tensor
 
-ACCEPT, REFUSE = 1e-3, 5e-3  # distances between probes
-STRANGER = 0.2  # from here on it is no rounding any more, but other weights
+SKETCH_SIZE = 32
+ACCEPT, REFUSE = 1e-3, 5e-3  # distances between sketches
+STRANGER = 0.2  # rounding stays below this distance; other weights lie above it
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """
+    Identifies the weight that an offset was trained on.
+
+    Args:
+        sha256 (`str`): Hash of the weight's values, see [`content_key`].
+        sketch (`torch.Tensor` of shape `(32,)`): [`sketch`] of its basis, float64.
+    """
+
+    sha256: str
+    sketch: Tensor
+
+    def to_json(self) -> dict[str, str]:
+        """Write two short strings. The sketch keeps six digits, a thousandth of `ACCEPT`."""
+        return {"sha256": self.sha256, "probe": " ".join(f"{x:.6g}" for x in self.sketch.tolist())}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, str]) -> "Fingerprint":
+        """Read a fingerprint back. Raises `ValueError` if it is damaged."""
+        try:
+            numbers = torch.tensor([float(x) for x in entry["probe"].split()], dtype=torch.float64)
+            return cls(str(entry["sha256"]), numbers)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"A fingerprint has the strings 'sha256' and 'probe', got {entry!r}.") from error
+
+
+def sketch(Q: Tensor) -> Tensor:
+    """
+    Summarise a whole basis in 32 numbers that no sign of a direction changes.
+
+    With `p_i = (q_i . c)^2` for a fixed random `c`, the sketch is `R @ p` for a fixed random `R (32, r)`, scaled so
+    that distances between sketches estimate distances between the `p` (within about 12 %).
+
+    Args:
+        Q (`torch.Tensor` of shape `(r, r)` or `(E, r, r)`):
+            Basis. The sketches of a stack are added with random signs, so that the relative distance of two stacks is
+            that of their weights.
+
+    Returns:
+        `torch.Tensor` of shape `(32,)`, float64, on the CPU.
+    """
+    if Q.dim() == 3:
+        signs = np.random.RandomState(2501).choice([-1.0, 1.0], len(Q))
+        zero = torch.zeros(SKETCH_SIZE, dtype=torch.float64)
+        return sum((float(sign) * sketch(matrix) for sign, matrix in zip(signs, Q, strict=True)), zero)
+    r = Q.shape[-1]
+    draws = np.random.RandomState(2501)  # the legacy generator, because only its stream is frozen for good
+    c = torch.from_numpy(draws.standard_normal(r))
+    R = torch.from_numpy(draws.standard_normal((SKETCH_SIZE, r))) / SKETCH_SIZE**0.5
+    return R @ (Q.detach().cpu().double().mT @ c).square()
+
+
+def distance(sketch: Tensor, reference: Tensor) -> float:
+    """Return `norm(sketch - reference) / norm(reference)`: 0 for the same basis, infinity for other shapes or NaN."""
+    if sketch.shape != reference.shape:
+        return float("inf")
+    relative = float(torch.linalg.vector_norm(sketch - reference) / torch.linalg.vector_norm(reference))
+    return relative if relative == relative else float("inf")
 
 
 def check(
@@ -28,24 +92,27 @@ def check(
     there: str | None,
 ) -> None:
     """
-    Compare what an adapter was trained on with the base it is loaded on.
+    Compare the weights that an adapter was trained on with those of the model it is loaded on.
 
     Args:
         saved (`Mapping[str, Fingerprint]`):
-            Of the adapter, by module.
+            Fingerprints of the adapter, by module.
         own (`Mapping[str, Fingerprint]`):
-            Of this base; modules that are missing here are not compared.
+            Fingerprints of this model; modules that are missing here are not compared.
         absent (`Sequence[str]`):
-            Modules of the adapter that this base does not have.
+            Modules of the adapter that this model does not have.
         adapter, here, there (`str`):
-            Names of the adapter, of this base and of the base it was trained on; a base without a name is one of many
-            alike, so its adapters are warned about, not refused.
+            Names of the adapter, of this model and of the model it was trained on. A model without a name may be one
+            of many alike, so its adapters cause a warning instead of a refusal.
 
     Raises:
-        `ValueError`: if the adapter belongs to another base; the message names the module, both models, the way out.
+        `ValueError`: if the adapter belongs to another base; the message names the module, the models and the way out.
     """
-    known = repr(there) if there else "an unnamed model"
-    way_out = f"Load the base it was trained on, {known}, as its checkpoint is: not quantised, in its own dtype."
+    if there == here:  # one name for two models, which the message gives once
+        known, way_out = "another load of it", "Load the base it was trained on in the same class and dtype."
+    else:
+        known = repr(there) if there else "an unnamed model"
+        way_out = f"Load the base it was trained on, {known}, as its checkpoint is: not quantised, in its own dtype."
     if absent:
         raise ValueError(
             f"Adapter {adapter!r} was trained on {known}, which has a module {absent[0]}; this model, {here!r}, has "
@@ -56,22 +123,21 @@ def check(
         mine = own.get(name)
         if mine is None or mine.sha256 == fingerprint.sha256:
             continue
-        comparable = mine.probe.shape == fingerprint.probe.shape
-        distance = probe_distance(mine.probe, fingerprint.probe) if comparable else float("inf")
-        if not distance <= REFUSE and there:
+        apart = distance(mine.sketch, fingerprint.sketch)
+        if apart > REFUSE and there:
             raise ValueError(
                 f"Adapter {adapter!r} does not belong to this base model: the singular directions of {name} in "
-                f"{here!r} differ from those in {known}, where it was trained (distance {distance:.2g}, at "
-                f"most {REFUSE:g} is accepted). {way_out}"
+                f"{here!r} differ from those in {known}, where it was trained (distance {apart:.2g}, at most "
+                f"{REFUSE:g} is accepted). {way_out}"
             )
-        if not distance <= ACCEPT:
-            doubtful.append((distance, name))
+        if apart > ACCEPT:
+            doubtful.append((apart, name))
     if doubtful:
-        distance, name = max(doubtful)
-        why = "the weights were probably rounded" if distance < STRANGER else "this is probably another base"
+        apart, name = max(doubtful)
+        why = "the weights were probably rounded" if apart < STRANGER else "this is probably another base"
         warnings.warn(
             f"Adapter {adapter!r}: the singular directions of {len(doubtful)} modules in {here!r} differ from those "
-            f"in {known}, where it was trained (distance up to {distance:.2g}, in {name}): {why}. Expect other "
+            f"in {known}, where it was trained (distance up to {apart:.2g}, in {name}): {why}. Expect other "
             f"outputs. {way_out}",
             stacklevel=3,
         )

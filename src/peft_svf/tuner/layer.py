@@ -10,9 +10,8 @@ import copy
 import logging
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import chain
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -24,8 +23,8 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from .basis import change, rescale, side_of
-from .cache import Fingerprint
 from .config import SVFConfig
+from .fingerprint import Fingerprint
 from .parametrization import Parametrization, offset_of
 from .plans import (
     Factored,
@@ -39,6 +38,7 @@ from .plans import (
     split,
     version_of,
 )
+from .weights import held_weight, offloaded, onloaded, refuse_zero3, undo_cpu_packing
 
 logger = logging.getLogger(__name__)
 
@@ -54,56 +54,6 @@ def escape(name: str) -> str:
     """
     key = name.replace("%", "%25").replace(".", "%2E")
     return f"%{ord(key[0]):02X}{key[1:]}" if (key and hasattr(nn.ModuleDict, key)) or key == "training" else key or "%"
-
-
-def held_weight(base: nn.Module) -> Tensor:
-    """The tensor that a linear module keeps its weight in, whatever a quantisation calls it."""
-    for name in ("weight", "qweight", "W_q"):
-        if isinstance(tensor := getattr(base, name, None), Tensor):
-            return tensor
-    return next(chain(base.parameters(), base.buffers()))
-
-
-def undo_cpu_packing(base: nn.Module) -> None:
-    """
-    Undo what bitsandbytes (0.50) does to a 4-bit weight in its first forward of inference on a CPU with AVX512.
-
-    It packs the weight anew for a kernel through which no gradient flows, and whose layout PEFT cannot read. Saving
-    takes that back, but leaves the scales in the order of the kernel, or rounds them once more; they stay in bfloat16.
-    """
-    state: Any = getattr(getattr(base, "weight", None), "quant_state", None)
-    if getattr(state, "packing_format_for_cpu", False):
-        scales = state.absmax.T.reshape(-1).float()
-        base.state_dict()
-        state.absmax, state.nested = scales, False
-
-
-def refuse_zero3(weight: Tensor) -> None:
-    """Raise `ValueError` for a weight that DeepSpeed's ZeRO-3 has partitioned: nobody has run SVF on those."""
-    if hasattr(weight, "ds_id"):
-        raise ValueError(
-            "SVF does not run on weights that DeepSpeed ZeRO-3 has partitioned. z-vectors are small: use DDP, ZeRO-1 "
-            "or ZeRO-2, or FSDP2 (`torch.distributed.fsdp.fully_shard`) where the base model does not fit."
-        )
-
-
-def offloaded(base: nn.Module) -> bool:
-    """Whether accelerate keeps the weight of a module elsewhere and brings it only while the module runs."""
-    return getattr(getattr(base, "_hf_hook", None), "offload", False) and held_weight(base).is_meta
-
-
-@contextmanager
-def onloaded(base: nn.Module) -> Iterator[None]:
-    """Have the weight of a module that accelerate offloads in memory while the context is open, to read it."""
-    if not offloaded(base):
-        yield
-        return
-    hook: Any = base._hf_hook
-    hook.pre_forward(base)
-    try:
-        yield
-    finally:
-        hook.post_forward(base, None)
 
 
 class Offset(nn.Module):
@@ -151,6 +101,49 @@ class OffsetDict(nn.ModuleDict):
 
     def items(self) -> list[tuple[str, Offset]]:  # type: ignore[override]
         return list(zip(self.keys(), self.values(), strict=True))
+
+
+def svf_layers(model: nn.Module) -> dict[str, "SVFLayer"]:
+    """
+    Find the SVF layers of a model, by the names of the base model's modules.
+
+    The names are without what PEFT, `torch.compile`, FSDP and DDP put in front.
+    """
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SVFLayer):
+            name = name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
+            name = name.removeprefix("module.") if hasattr(model, "module") else name
+            layers[name.removeprefix("base_model.model.")] = module
+    return layers
+
+
+@contextmanager
+def active_rows(
+    layers: Mapping[str, "SVFLayer"], offsets: Mapping[str, Tensor], index: Tensor | None = None, merge: bool = False
+) -> Iterator[None]:
+    """
+    Put offsets in place of the adapters' in all layers at once, while the context is open.
+
+    Args:
+        layers (`Mapping[str, SVFLayer]`):
+            Layers by module name, as [`svf_layers`] returns them.
+        offsets (`Mapping[str, torch.Tensor]` of shapes `(n, k)` or `(k,)`):
+            Offsets by module name; a layer without any is the base model.
+        index (`torch.Tensor` of shape `(B,)`, *optional*):
+            The offset of each row of the batch; default row i has offset i, and all rows share one alone.
+        merge (`bool`):
+            Many forwards will follow: if the rows share one offset, a merged copy of the weight pays.
+    """
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            rows = offsets.get(name, torch.zeros(0))
+            if rows.numel() == 0:
+                rows = torch.zeros(0)
+            elif rows.dim() == 2:
+                rows = rows[0] if len(rows) == 1 else rows if index is None else rows[index.to(rows.device)]
+            stack.enter_context(layer.rows(rows, merge))
+        yield
 
 
 class SVFLayer(BaseTunerLayer):

@@ -2,6 +2,9 @@
 """
 What is trained -> the offset `z - 1` that scales singular values.
 
+Three maps stay: the paper's z itself and the two masks of the paper's code ("sigmoid" and "reference", which ablations
+and the import of the original checkpoints need).
+
 Each map sends the parameter 0 to the offset 0, so that every expert starts as the base model to the bit. Nothing here
 knows of modules.
 """
@@ -11,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Parametrization = Literal["offset", "sigmoid", "reference", "bounded"]
+Parametrization = Literal["offset", "sigmoid", "reference"]
 PARAMETRIZATIONS = get_args(Parametrization)
 
 REFERENCE_START = 0.1  # where the code of arXiv 2501.06252 starts its parameter, up to noise of 0.01
@@ -26,7 +29,6 @@ def offset_of(parameter: Tensor, kind: Parametrization, limit: float, S: Tensor 
     | `"offset"` | `1 + d`, the paper's equation |
     | `"sigmoid"` | `limit * sigmoid(p0 + d)`, 0 to `limit`, the mask of the paper's code; `p0` makes it 1 at d = 0 |
     | `"reference"` | with that mask `m = sigmoid(0.1 + d)`, `m * sum(S) / sum(S * m)`: the nuclear norm stays |
-    | `"bounded"` | `1 + limit * tanh(d / limit)`, from `1 - limit` to `1 + limit`, slope 1 at d = 0 |
 
     Args:
         parameter (`torch.Tensor` of shape `(..., k)`):
@@ -50,8 +52,6 @@ def offset_of(parameter: Tensor, kind: Parametrization, limit: float, S: Tensor 
         change = _relative_sigmoid(parameter, torch.tensor(REFERENCE_START, dtype=parameter.dtype))
         mean = (S * change).sum(-1, keepdim=True) / S.sum(-1, keepdim=True)
         return (change - mean) / (1 + mean)
-    if kind == "bounded":
-        return limit * torch.tanh(parameter / limit)
     return parameter
 
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from .basis import rescale
 from .config import SVFConfig
-from .layer import SVFLayer, capturing, offloaded
+from .layer import SVFLayer, capturing
 from .plans import version_of
+from .weights import offloaded
 
 SWAPPING = threading.RLock()  # a module with a rescaled stack in it is one thread's
 

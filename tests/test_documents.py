@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Run every Python and shell block of the README and the documentation: page by page, in order, from a fresh folder.
+
+Blocks run as they are written. What they download lies in the Hub's cache beforehand: tiny random models and experts
+under the names that the pages use. A block with `title="name"` is written to that file, in whatever language. A block
+that can't run here has `<!-- skip: reason -->` on the line above it, and the reason is reported.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pico
+import pytest
+import torch
+from peft import get_peft_model
+from tiny_model import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from peft_svf import SVFConfig
+from peft_svf.cli import main
+
+ROOT = Path(__file__).parents[1]
+FENCE = re.compile(
+    r"(?:<!-- skip: (?P<reason>[^\n]+) -->\n)?"
+    r'^```(?P<language>\w+)(?: title="(?P<title>[^"\n]+)")?\n(?P<code>.*?)^```$',
+    re.MULTILINE | re.DOTALL,
+)
+PAGES = {page: list(FENCE.finditer(page.read_text())) for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
+PENDING = {
+    "README.md",
+    "index.md",
+    "train.md",
+    "adapt.md",
+    "share.md",
+    "cache.md",
+    "vision.md",
+    "quantised.md",
+    "distributed.md",
+    "cli.md",
+}
+SLOW = {"train.md"}  # pages whose blocks take more than half a minute
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+EXPERTS = {"math": "a number to work out", "code": "a program to write", "dispatch": "naming the kind of a request"}
+
+
+def publish(repo_id: str, folder: str | Path, **_) -> None:
+    """Put a folder into the Hub's cache, as if it had been downloaded."""
+    home = Path(huggingface_hub.constants.HF_HUB_CACHE) / huggingface_hub.file_download.repo_folder_name(
+        repo_id=repo_id, repo_type="model"
+    )
+    revision = "0" * 40
+    (home / "refs").mkdir(parents=True, exist_ok=True)
+    (home / "refs" / "main").write_text(revision)
+    shutil.copytree(folder, home / "snapshots" / revision, dirs_exist_ok=True)
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """Fill the Hub's cache, and return the folder of the model that stands for SmolLM2."""
+    folder = tmp_path_factory.mktemp("hub")
+    config = tiny_model().config
+    config.update({"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "max_position_embeddings": 4096})
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "smollm2")
+    tiny_tokenizer().save_pretrained(folder / "smollm2")
+    publish(SMOLLM2, folder / "smollm2")
+    for seed, (name, description) in enumerate(EXPERTS.items()):
+        base = AutoModelForCausalLM.from_pretrained(SMOLLM2)
+        model = get_peft_model(base, SVFConfig(task_type="CAUSAL_LM", description=description))
+        pico.randomize(model, seed=seed, scale=0.1)
+        model.save_pretrained(str(folder / name))
+        publish(f"me/{name}", folder / name)
+    return folder
+
+
+@pytest.fixture
+def clone(hub, tmp_path, monkeypatch):
+    """Enter a fresh folder that looks like a clone of the repository, with experts of the tiny model."""
+    ignored = shutil.ignore_patterns("experts", "classifiers", "__pycache__")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=ignored)
+    for name in ("math", "code", "reasoning"):
+        shutil.copytree(hub / name.replace("reasoning", "math"), tmp_path / "examples" / "experts" / name)
+    shutil.copytree(hub / "dispatch", tmp_path / "examples" / "classifiers" / "dispatch")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PEFT_SVF_SMOLLM2", str(hub / "smollm2"))
+    monkeypatch.setenv("PEFT_SVF_DATA", str(ROOT / "examples" / "data"))
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **_: huggingface_hub.RepoUrl(repo_id)
+    )
+    monkeypatch.setattr(
+        huggingface_hub.HfApi,
+        "upload_folder",
+        lambda self, *, repo_id, folder_path, **_: publish(repo_id, folder_path),
+    )
+
+
+def shell(code: str) -> None:
+    """Run a shell block line by line: `peft-svf` in this process, which has torch imported, the rest by bash."""
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["peft-svf"]:
+            assert main(words[1:]) in (None, 0), line
+        elif words:
+            subprocess.run(
+                ["bash", "-c", line],
+                check=True,
+                env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+            )
+
+
+CASES = [
+    pytest.param(page, id=page.name, marks=[pytest.mark.slow] if page.name in SLOW else [])
+    for page, blocks in PAGES.items()
+    if page.name not in PENDING and any(block["language"] in ("python", "bash") for block in blocks)
+]
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("page", CASES)
+def test_every_block_of_a_page_runs(page, clone):
+    names = {"__name__": "__main__"}
+    for block in PAGES[page]:
+        language, title, code = block["language"], block["title"], block["code"]
+        if title:
+            Path(title).parent.mkdir(parents=True, exist_ok=True)
+            Path(title).write_text(code)
+        if block["reason"]:
+            continue
+        line = page.read_text()[: block.start("code")].count("\n")
+        if language == "python":
+            exec(compile("\n" * line + code, str(page), "exec"), names)
+        elif language == "bash":
+            shell(code)
