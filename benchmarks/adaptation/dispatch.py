@@ -18,13 +18,14 @@ import functools
 import json
 import statistics
 import time
+from dataclasses import replace
 
 import torch
-from common import HERE, Cell, arguments, found, load, parse, run_cells
+from common import HERE, Cell, arguments, load, parse, run_cells
 
 from peft_svf import Mixture
-from peft_svf.adaptation.few_shot import ANYTHING_ELSE, dispatch, fit_calibration, fit_probe, fit_temperature
-from peft_svf.adaptation.probe import METHODS, Probe
+from peft_svf.adaptation import FirstPass, Probe, dispatch, fit_calibration, fit_probe, fit_temperature
+from peft_svf.adaptation.first_pass import ANYTHING_ELSE
 from peft_svf.evaluation import wilson
 from peft_svf.experts.expert import OTHER
 from peft_svf.rows import prompt_ids
@@ -46,9 +47,8 @@ SOURCES = {  # name -> kind; the task of that name, test split
 }
 UNSEEN = ("humaneval", "math", "written by hand")  # by the classifier, in training
 NAMES = {"strategy": "prompt", "read": "likelihood"}
-WAYS = {  # settings of `dispatch`; "prompt" is the library's default
-    "names": {**NAMES, "calibrate": False},
-    "names, content-free": {**NAMES, "calibrate": True},
+WAYS = {  # settings of `FirstPass`; "prompt" is the library's default
+    "names": NAMES,
     "names, batch": {**NAMES, "fit": "unlabelled"},
     "names, fitted": {**NAMES, "fit": "labelled"},
     "prompt": {"strategy": "prompt"},
@@ -91,20 +91,18 @@ def validation(args: argparse.Namespace, part: int) -> tuple[list[str], list[str
 
 
 def probe_settings(args: argparse.Namespace) -> dict:
-    """Accuracy of both methods in four layers on validation questions; the library reads the middle layer."""
+    """Accuracy in four layers on validation questions; the library reads the middle layer."""
     sets = [(every_layer(prompts), kinds) for prompts, kinds in (validation(args, 0), validation(args, 1))]
     (fitted, kinds), (judged, expected) = sets
     last = fitted.shape[1] - 1
     accuracy = {}
     for layer in (last // 4, (last + 1) // 2, 3 * last // 4, last):
-        for method in METHODS:
-            probe = Probe.fit(fitted[:, layer], kinds, method=method)
-            chosen = [probe.labels[k] for k in probe.scores(judged[:, layer]).argmax(-1).tolist()]
-            right = sum(a == b for a, b in zip(chosen, expected, strict=True))
-            accuracy[f"{method}, layer {layer}"] = right / len(expected)
+        probe = Probe.fit(fitted[:, layer], kinds)
+        chosen = [probe.labels[k] for k in probe.scores(judged[:, layer]).argmax(-1).tolist()]
+        right = sum(a == b for a, b in zip(chosen, expected, strict=True))
+        accuracy[f"logistic, layer {layer}"] = right / len(expected)
     middle = (last + 1) // 2
-    method = max(METHODS, key=lambda m: accuracy[f"{m}, layer {middle}"])
-    return {"layer": middle, "layers": last, "method": method, "validation accuracy": accuracy, "n": len(expected)}
+    return {"layer": middle, "layers": last, "method": "logistic", "validation accuracy": accuracy, "n": len(expected)}
 
 
 @torch.no_grad()
@@ -120,37 +118,39 @@ def every_layer(prompts: list[str]) -> torch.Tensor:
 
 
 @functools.cache
-def probe_of(method: str, seed: int, rows: int | None) -> Probe:
+def probe_of(seed: int, rows: int | None) -> Probe:
     prompts, kinds = validation(argparse.Namespace(seed=seed, rows=rows), 0)
-    return fit_probe(load().library, load().tokenizer, prompts, kinds, method=method)
+    return fit_probe(load().library, load().tokenizer, prompts, kinds)
 
 
-def settings_of(way: str, args: argparse.Namespace) -> dict:
-    """What was fixed on validation questions: probe, temperature or calibration."""
+def first_pass_of(way: str, args: argparse.Namespace) -> FirstPass:
+    """A way with what was fixed on validation questions: probe, temperature or calibration."""
     settings, model = dict(WAYS[way]), load()
     fit = settings.pop("fit", None)
     prompts, kinds = validation(args, 0)
     if way == "probe":
-        method = found(args.out, "dispatch-probe_settings")["method"]
-        settings["probe"] = probe_of(method, args.seed, args.rows)
+        settings["probe"] = probe_of(args.seed, args.rows)
+    first_pass = FirstPass(**settings)
     if fit == "temperature":
-        settings["temperature"] = fit_temperature(model.library, model.tokenizer, prompts, kinds, **settings)
-    elif fit:
+        temperature = fit_temperature(model.library, model.tokenizer, prompts, kinds, first_pass)
+        return replace(first_pass, temperature=temperature)
+    if fit:
         known = kinds if fit == "labelled" else None
-        settings["calibrate"] = fit_calibration(model.library, model.tokenizer, prompts, known, **settings)
-    return settings
+        calibration = fit_calibration(model.library, model.tokenizer, prompts, known, first_pass)
+        return replace(first_pass, calibration=calibration)
+    return first_pass
 
 
 def judge(way: str, args: argparse.Namespace) -> dict:
     """The decisions of one way on all questions, with accuracy and calibration."""
-    asked, settings, model = held_out(args), settings_of(way, args), load()
-    mixtures = dispatch(model.library, model.tokenizer, [text for _, text in asked], **settings)
+    asked, first_pass, model = held_out(args), first_pass_of(way, args), load()
+    mixtures = dispatch(model.library, model.tokenizer, [text for _, text in asked], first_pass)
     kinds = [SOURCES[source] for source, _ in asked]
     decisions = [
         {"source": source, "kind": kind, "choice": m.choice, "probabilities": m.probabilities}
         for (source, _), kind, m in zip(asked, kinds, mixtures, strict=True)
     ]
-    return {"way": way, "temperature": settings.get("temperature"), **measures(decisions), "decisions": decisions}
+    return {"way": way, "temperature": first_pass.temperature, **measures(decisions), "decisions": decisions}
 
 
 def measures(decisions: list[dict]) -> dict:
@@ -195,11 +195,11 @@ def cost(args: argparse.Namespace) -> dict:
     for way in WAYS:
         if "fit" in WAYS[way]:
             continue  # costs what the way does without
-        settings = settings_of(way, args)
+        first_pass = first_pass_of(way, args)
         times = []
         for text in [some[0], *some]:  # the first warms up
             begin = time.process_time()
-            (mixture,) = dispatch(model.library, model.tokenizer, [text], **settings)
+            (mixture,) = dispatch(model.library, model.tokenizer, [text], first_pass)
             middle = time.process_time()
             ids = torch.tensor(prompt_ids(model.tokenizer, [[{"role": "user", "content": text}]]))
             mask = torch.ones_like(ids)

@@ -68,7 +68,7 @@ def first_pass(task: str, strategy: str, args: argparse.Namespace) -> dict:
     """Each question as the expert that the first pass chose has answered it in its own cell."""
     rows, model = test_rows(task, args), load()
     begin = time.process_time()
-    chosen = [m.choice for m in model.first_pass([row["prompt"] for row in rows], strategy=strategy)]
+    chosen = [m.choice for m in model.first_pass([row["prompt"] for row in rows], first_pass=strategy)]
     seconds = time.process_time() - begin
     chosen = ["base" if choice == "other" else choice for choice in chosen]
     answers = {way: dict(found(args.out, name_of(task, way))["records"]) for way in set(chosen)}

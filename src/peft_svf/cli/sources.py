@@ -154,15 +154,16 @@ def weights_of(model: "PreTrainedModel", svf: "SVFConfig") -> list[tuple[str, in
     import torch
     from peft import get_peft_model
 
+    from ..tuner.layer import svf_layers
+
     with torch.device("meta"):  # the shapes alone
         shell = type(model)(model.config)
-    layers = get_peft_model(shell, replace(svf)).named_modules()
+    layers = svf_layers(get_peft_model(shell, replace(svf)))
     return [
         (
-            name.removeprefix("base_model.model."),
+            name,
             *layer.get_base_layer().weight.shape,
             len(layer.svf_offset["default"].weight),
         )
-        for name, layer in layers
-        if hasattr(layer, "svf_offset") and hasattr(layer, "base_layer")
+        for name, layer in layers.items()
     ]

@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 
 from ..tuner.config import SVFConfig
 from ..tuner.fingerprint import Fingerprint, check
-from ..tuner.layer import SVFLayer
-from .expert import OTHER, PREFIX, Expert, Mixture, SavedExpert
+from ..tuner.layer import SVFLayer, active_rows, svf_layers
+from .expert import OTHER, Expert, Mixture, SavedExpert
 
 Source = str | PathLike[str] | Expert | SavedExpert
 CLASSIFIER = "classifier: "  # in front of its name, so that no expert is called like it
@@ -246,10 +246,7 @@ class ExpertLibrary:
                     state = "merged: unmerge_adapter()" if layer.merged else "disabled: enable them"
                     raise ValueError(f"No mixture can be active while the model's adapters are {state} first.")
             offsets = self._tables.mix(entries, lambda _: alpha, layers)
-            if len(alpha) == 1:
-                offsets = {name: offset.reshape(-1) for name, offset in offsets.items()}  # (k,)
-            for name, layer in layers.items():
-                stack.enter_context(layer.rows(offsets[name], merge=merge and offsets[name].dim() == 1))
+            stack.enter_context(active_rows(layers, offsets, merge=merge and len(alpha) == 1))
             self._active += 1
             try:
                 yield self.model
@@ -284,12 +281,8 @@ class ExpertLibrary:
         return [self._entries[name] for name in names]
 
     def layers(self) -> dict[str, SVFLayer]:
-        """The SVF layers by the name of the base model's module, without what `torch.compile` puts in front."""
-        return {
-            name.replace("_orig_mod.", "").removeprefix(PREFIX): module
-            for name, module in self.model.named_modules()
-            if isinstance(module, SVFLayer)
-        }
+        """The SVF layers by the names of the base model's modules."""
+        return svf_layers(self.model)
 
     def _fits(self, entry: _Entry) -> bool:
         """Whether the model has layers with enough directions for every z-vector of an expert."""
@@ -378,10 +371,10 @@ class ExpertLibrary:
     def _drop_host(self, name: str) -> None:
         self._hosts.remove(name)
         self.model.delete_adapter(name)
-        for path, layer in list(self.model.named_modules()):
-            if isinstance(layer, SVFLayer) and not len(layer.svf_offset):
+        for path, layer in self.layers().items():
+            if not len(layer.svf_offset):
                 parent, _, child = path.rpartition(".")
-                setattr(self.model.get_submodule(parent), child, layer.base_layer)
+                setattr(self.model.get_base_model().get_submodule(parent), child, layer.base_layer)
 
 
 class _Tables:
@@ -519,11 +512,7 @@ def _own(model: PreTrainedModel | PeftModel) -> list[_Entry]:
             )
         if name.startswith(HOST):
             continue
-        layers = {
-            module.removeprefix(PREFIX): layer
-            for module, layer in model.named_modules()
-            if isinstance(layer, SVFLayer) and name in layer.svf_offset
-        }
+        layers = {module: layer for module, layer in svf_layers(model).items() if name in layer.svf_offset}
         offsets = {m: layer.offset(name).detach().float().cpu().clone() for m, layer in layers.items()}
         prints = {m: layer.svf_fingerprint.to_json() for m, layer in layers.items() if layer.svf_fingerprint}
         base = config.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", None)
