@@ -25,24 +25,6 @@ from ..experts.library import ExpertLibrary
 from ..rows import has_image
 from ..tasks import Task
 from .cem import CrossEntropy
-from .first_pass import (
-    ANYTHING_ELSE,
-    FALLBACKS,
-    LABEL_TOKENS,
-    QUESTION_TOKENS,
-    READINGS,
-    STRATEGIES,
-    Prompt,
-    boxed_prompt,
-    check_strategy,
-    dispatch,
-    features,
-    fit_calibration,
-    fit_probe,
-    fit_temperature,
-    kind_scores,
-    read_boxed,
-)
 from .judge import (
     Evaluator,
     Example,
@@ -53,12 +35,6 @@ from .judge import (
     digest_of_experts,
 )
 from .search import Ascent, CovarianceAdaptation, Found, Judged, Score, Searcher, maximise
-
-__all__ = [
-    "ANYTHING_ELSE", "FALLBACKS", "LABEL_TOKENS", "METHODS", "QUESTION_TOKENS", "READINGS", "STRATEGIES", "Prompt",
-    "boxed_prompt", "check_strategy", "dispatch", "features", "few_shot", "fit_calibration", "fit_probe",
-    "fit_temperature", "kind_scores", "read_boxed",
-]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 METHODS = ("cem", "cma", "gradient")
