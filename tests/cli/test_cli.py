@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from peft_svf import Expert, Mixture, Transformer2Model
 from peft_svf.cli import main
 from peft_svf.cli.console import command, without_secrets
-from peft_svf.cli.sources import find_expert, find_task, read_mixture
+from peft_svf.cli.sources import find_task, read_mixture
 from peft_svf.evaluation import evaluate
 from peft_svf.tuner.cache import cache_dir, usage
 
@@ -31,8 +31,8 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     tiny_model().save_pretrained(folder / "base")
     tiny_tokenizer().save_pretrained(folder / "base")
-    base = AutoModelForCausalLM.from_pretrained(folder / "base")
     for seed, name in enumerate(("math", "code")):
+        base = AutoModelForCausalLM.from_pretrained(folder / "base")
         tiny_experts.write(folder, name, seed=seed, of=base)
     write_rows(folder / "rows.jsonl")
     kinds = [{"prompt": f"{i} + {i} =", "expert": "math"} for i in range(3)]
@@ -65,7 +65,8 @@ def test_help_version_and_usage_errors_import_no_torch(argv):
     code = (
         "import sys; sys.argv = ['peft-svf', *sys.argv[1:]]; sys.orig_argv = ['python', *sys.argv]\n"
         "from peft_svf.cli import main; main()\n"
-        "print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'peft', 'transformers', 'trl', 'numpy'}))"
+        "names = {name.split('.')[0] for name in sys.modules}\n"
+        "print(sorted(names & {'torch', 'peft', 'transformers', 'trl', 'numpy'}))"
     )
     done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
@@ -94,14 +95,12 @@ def test_a_public_name_registers_on_the_command_line_too():
 def test_a_usage_error_is_one_line_and_code_2(home, both, capsys):
     task = ["--task", home / "rows.jsonl"]
     wrong = {
-        (): "peft-svf: error: Missing command",
         ("trian",): "No such command 'trian'. Did you mean 'train'?",
         ("eval",): "Missing option '--task'",
         ("eval", *task): "name --experts, or a base model by --model",
         ("eval", *task, "--model", "m", "--soft"): "--soft needs the experts to choose from: --experts",
         ("eval", *both, *task, "--soft"): "--soft belongs to a first pass: name one by --strategy",
         ("eval", *both, *task, "--limit", 0): "Invalid value for '--limit'",
-        ("eval", *both, *task, "--mixture", "math"): "such as math=0.7; got 'math'",
         ("dispatch", *both): "There are no prompts",
         ("dispatch", *both, "--strategy", "guess", "--", "x"): "Invalid value for '--strategy'",
         ("dispatch", *both, "--strategy", "classifier", "--", "x"): "name it by --classifier",
@@ -125,6 +124,8 @@ def test_a_failure_is_one_line_and_code_1(home, both, tmp_path, capsys):
         ("eval", *both, "--task", "no_such_task"): "no_such_task",
         ("eval", *both, "--task", home / "rows.jsonl", "--out", tmp_path / "there"): "exists already: name another",
         ("eval", *both, "--task", home / "rows.jsonl", "--mixture", "physics=1"): "physics",
+        ("eval", *both, "--task", home / "rows.jsonl", "--mixture", "math=1", "code"): "such as math=0.7; got 'code'",
+        ("eval", *both, "--task", home / "rows.jsonl", "--experts", home / "math"): "Two experts are called 'math'",
         ("inspect", tmp_path / "nobody"): "nobody",
         ("adapt", *both, "--examples", tmp_path / "bad.jsonl"): "line 2",
         ("adapt", *both, "--examples", home / "rows.jsonl", "--out", home): "exists already",
@@ -147,7 +148,13 @@ def test_debug_raises_the_error(place):
 def test_commands_are_written_without_secrets(monkeypatch):
     monkeypatch.setenv("MY_API_KEY", "top-secret-value")
     argv = ["train", "a.yaml", "--hub_token", "top", "--hub-token=top", "--max_tokens", "5", "--seed", "1"]
-    argv += ["--model_init_kwargs", '{"token": "top", "dtype": "auto"}', "--x", "top-secret-value", "hf_abcdefghijklmn"]
+    argv += [
+        "--model_init_kwargs",
+        '{"token": "top", "dtype": "auto"}',
+        "--x",
+        "top-secret-value",
+        "hf_abcdefghijklmn",
+    ]
     written = command([*argv, "--endpoint=https://me:top@host"])
     assert "top" not in written and "hf_" not in written
     assert "--max_tokens 5 --seed 1" in written and "https://...@host" in written and '"dtype": "auto"' in written
@@ -247,9 +254,9 @@ def test_dispatch_prints_what_the_first_pass_chooses(home, both, tmp_path, capsy
     code, out, err = run(capsys, "dispatch", *both, "--plot", tmp_path / "p.png", "--", *prompts)
     assert code == 0 and (tmp_path / "p.png").exists(), err
     for prompt, mixture in zip(prompts, loaded(home).first_pass(prompts), strict=True):
-        assert re.search(
-            rf"^{mixture.choice} +{mixture.confidence:.2f} +{re.escape(prompt)} *$", out, re.MULTILINE
-        ), out
+        assert re.search(rf"^{mixture.choice} +{mixture.confidence:.2f} +{re.escape(prompt)} *$", out, re.MULTILINE), (
+            out
+        )
 
 
 @pytest.mark.parametrize("strategy", ["prompt", "probe"])
@@ -317,10 +324,5 @@ def test_a_mixture_is_a_file_or_names_with_weights(tmp_path):
     Mixture({"a": 0.3}).save(tmp_path / "m=1.json")
     assert read_mixture([str(tmp_path / "m=1.json")]).alpha == {"a": 0.3}
     assert read_mixture(["a=0.7", "b=-0.25"]).alpha == {"a": 0.7, "b": -0.25}
-    with pytest.raises(FileNotFoundError, match="no file 'sums'"):
+    with pytest.raises(FileNotFoundError, match="sums"):
         read_mixture(["sums"])
-
-
-def test_an_expert_is_a_folder_or_has_another_name(home):
-    assert find_expert(str(home / "math")).name == "math"
-    assert find_expert(f"sums={home / 'math'}").name == "sums"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of `peft-svf train`: a file gives an expert with a card, a stopped run goes on exactly, settings are checked."""
+"""Laws of `peft-svf train`: a file gives an expert with a card, a stopped run goes on, settings are checked."""
 
 import json
 import os
@@ -115,7 +115,16 @@ def test_evolution_and_written_answers_train(home, expert, tmp_path, capsys):
     rows = [{"prompt": f"{i} + 1 =", "answer": i + 1} for i in range(60)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
     over = ["--task", tmp_path / "sums.jsonl", "--output_dir", tmp_path / "out", "--max_steps", 1]
-    over += ["--max_completion_length", 4, "--test_rows", 3, "--eval_strategy", "no", "--per_device_train_batch_size", 8]
+    over += [
+        "--max_completion_length",
+        4,
+        "--test_rows",
+        3,
+        "--eval_strategy",
+        "no",
+        "--per_device_train_batch_size",
+        8,
+    ]
     code, out, err = run(capsys, "train", home / "evolution.yaml", *over, "--dry-run")
     assert code == 0 and "The base's answer to it:" in out, err
     for algorithm in ("evolution", "reinforce"):

@@ -24,12 +24,11 @@ from .inspect import inspect
 from .train import KEYS, train
 
 MANY = ("--experts", "--mixture", "--target-modules")  # options that take several values in a row
-UsageError = typer.BadParameter.__mro__[1]  # typer exports its subclasses alone
+UsageError: Any = typer.BadParameter.__mro__[1]  # typer exports only subclasses of it
 
 app = typer.Typer(
     help="z-vector experts (Transformer², arXiv 2501.06252): train, measure, inspect, mix.",
     epilog="`peft-svf VERB --help` lists the options of a verb.",
-    no_args_is_help=True,
     rich_markup_mode="markdown",
 )
 
@@ -85,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         `int`: exit code; 0, 1 after an error, 2 if the command line itself is wrong, 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    arguments = _click_form(argv)
+    arguments = _click_form(argv) or ["--help"]
     try:
         return typer.main.get_command(app).main(arguments, "peft-svf", standalone_mode=False, obj=argv) or 0
     except UsageError as error:

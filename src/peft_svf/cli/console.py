@@ -35,23 +35,6 @@ def show_table(header: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> N
     Console(width=None if sys.stdout.isatty() else 10_000).print(table)
 
 
-def table(header: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> str:
-    """Lay rows out in columns as wide as their widest cell."""
-    lines = [*([header] if header else []), *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
-def score(values: Sequence[float]) -> str:
-    """The entries of a score, side by side."""
-    return " ".join(f"{x:.3f}" for x in values)
-
-
-def weights(alpha: Mapping[str, float]) -> str:
-    """Mixture weights on one line."""
-    return ", ".join(f"{name} {weight:.3f}" for name, weight in alpha.items())
-
-
 def interval(ends: Sequence[float], sign: str = "") -> str:
     """Format an interval in brackets; `sign="+"` for differences."""
     return f"[{ends[0]:{sign}.3f}, {ends[1]:{sign}.3f}]"
@@ -125,7 +108,7 @@ def command(arguments: Sequence[str]) -> str:
         name, equals, value = part.partition("=")
         if part.startswith("--") and equals:
             part = f"{name}={'...' if SECRET_NAME.search(name) else without_secrets(value)}"
-        elif option and not part.startswith("--"):
+        elif not part.startswith("--"):
             part = "..." if SECRET_NAME.search(option) else without_secrets(part)
         parts.append(part)
         option = name if part.startswith("--") and not equals else ""

@@ -31,14 +31,15 @@ def factor(
     from ..tuner.cache import cache_dir, usage
 
     before, _ = usage()
-    base, _ = load_model(model, revision, dtype, reader=False)
+    base, _ = load_model(model, revision, dtype)
     svf = svf_config(SVFArguments(target_modules=target_modules), base)
     shapes = weights_of(base, svf)
     start = time.perf_counter()
     get_peft_model(base, svf)
     seconds = time.perf_counter() - start
     lines = []
-    for (kind, out, into), count in Counter((name.rpartition(".")[2], *shape) for name, *shape, _ in shapes).items():
+    kinds = Counter((name.rpartition(".")[2], out, into) for name, out, into, _ in shapes)
+    for (kind, out, into), count in kinds.items():
         r = min(out, into)
         lines.append([kind, str(count), f"{out} x {into}", str(r), size(count * 4 * r * r)])
     show_table(["kind", "weights", "shape", "directions", "on disk"], lines)

@@ -88,7 +88,6 @@ def train(
         device=args.device,
         trust_remote_code=getattr(args, "trust_remote_code", False),  # a field of TRL's configs alone
     )
-    assert reader is not None
     svf = svf_config(settings.svf, model, task.description)
     if args.process_index == 0:
         form = "choice" if "choices" in rows["train"][0] else "generate"
@@ -223,7 +222,6 @@ def table_of(task: "Task", split: str, rows: "Sequence[Row]") -> Any:
         `ValueError`: if a field has different types in different rows.
     """
     from datasets import Dataset, Image
-    from pyarrow.lib import ArrowInvalid, ArrowTypeError
 
     from ..rows import in_parts
 
@@ -233,7 +231,7 @@ def table_of(task: "Task", split: str, rows: "Sequence[Row]") -> Any:
         rows = [{**row, "prompt": in_parts(row)} for row in rows]
     try:
         table = Dataset.from_list(rows)
-    except (ArrowInvalid, ArrowTypeError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(
             f"The {split} rows of task {task.name!r} don't fit in a table, in which a field has one type in all rows: "
             f"{error}."

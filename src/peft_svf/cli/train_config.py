@@ -10,7 +10,7 @@ The file follows TRL: one flat mapping for all classes, `env` for environment va
 import difflib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_type_hints
 
@@ -184,7 +184,7 @@ def _number_as_text(value: Any) -> str | None:
         return None
 
 
-def _unknown(key: str, known: Sequence[str], others: set[str]) -> str:
+def _unknown(key: str, known: Mapping[str, str], others: set[str]) -> str:
     if key in others:
         return f"'{key}' is a setting of the other algorithm: leave it out, or change `algorithm`"
     near = OTHER_NAMES.get(key) or next(iter(difflib.get_close_matches(key, known, n=1)), None)
