@@ -34,7 +34,8 @@ FENCE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 PAGES = {page: list(FENCE.finditer(page.read_text())) for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
-PENDING = {"adapt.md", "cli.md"}
+PENDING = {"adapt.md"}
+LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EXPERTS = {"math": "a number to work out", "code": "a program to write", "dispatch": "naming the kind of a request"}
 
@@ -132,3 +133,9 @@ def test_every_block_of_a_page_runs(page, clone):
             exec(compile("\n" * line + code, str(page), "exec"), names)
         elif language == "bash":
             shell(code)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    links = [page.parent / link for link in LINK.findall(page.read_text())]
+    assert [str(link) for link in links if not link.exists()] == []
