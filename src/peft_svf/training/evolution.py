@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from ..evaluation import choice_logps, prompt_ids
 from ..tuner.config import SVFConfig
 from ..tuner.layer import SVFLayer
+from .rollout import shared_prompts
 from .run import Run, check_run, z_statistics
 
 Row = Mapping[str, Any]
@@ -245,14 +246,15 @@ class EvolutionTrainer(Run, Trainer):
         """Rewards `(members, rows)` of greedy completions."""
         everything = [*rows] * len(members)
         with self._as(members), self.compute_loss_context_manager():
-            texts = self._complete(everything)
+            texts = self._complete(everything, len(members))
         return self._rewards(everything, texts).view(len(members), len(rows))
 
-    def _complete(self, rows: Sequence[Row]) -> list[str]:
+    def _complete(self, rows: Sequence[Row], members: int = 1) -> list[str]:
         tokenizer = self.processing_class
         ids = {"input_ids": prompt_ids(tokenizer, [row["prompt"] for row in rows])}
         inputs = tokenizer.pad(ids, return_tensors="pt", padding_side="left").to(self.accelerator.device)
-        output = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.args.max_completion_length)
+        with shared_prompts(self.model, members):
+            output = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.args.max_completion_length)
         return tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
 
     @contextmanager
