@@ -19,12 +19,13 @@ from peft_svf.evaluation import (
     Summary,
     cache_name,
     choice_logps,
+    complete,
     evaluate,
     paired_difference,
-    prompt_text,
     score_choices,
     wilson,
 )
+from peft_svf.rows import check, prompt_text
 from peft_svf.tasks import get_task
 
 TOKENIZER = tiny_tokenizer()
@@ -128,7 +129,7 @@ def test_a_batch_scores_as_its_rows_one_by_one(kind):
             close(logps[: len(row["choices"])], choice_logps(model, TOKENIZER, [row])[0])
 
 
-@pytest.mark.parametrize("choices", [["4", "48"], ["48", "4", "5"], ["7", "7"]])
+@pytest.mark.parametrize("choices", [["4", "48"], ["48", "4", "5"]])
 def test_where_a_choice_begins_another_all_of_that_row_end_with_the_end_of_turn(choices):
     model = build()
     row = {"id": "n", "prompt": chat("6*8"), "choices": choices}
@@ -200,15 +201,39 @@ def test_a_long_prompt_and_another_rows_long_choice_share_a_batch():
             close(logps, plain_logps(model, row))
 
 
-@pytest.mark.parametrize("choices", [[], ["a", ""]])
-def test_a_row_without_choices_is_refused_by_name(choices):
-    with pytest.raises(ValueError, match="Row 'empty' needs choices that are texts"):
-        choice_logps(build(), TOKENIZER, [{"id": "empty", "prompt": "a", "choices": choices}])
+BROKEN = {
+    "choices' must be a list of texts": [{"choices": []}, {"choices": ["a", ""]}, {"choices": "ab"}, {"choices": [1]}],
+    "choices' has 'a' twice": [{"choices": ["a", "b", "a"]}],
+    "label' must be an index from 0 to 1": [{"label": -1}, {"label": 2}, {"label": True}, {"label": "a"}],
+    "prompt' is empty": [{"prompt": " "}, {"prompt": chat("")}, {"prompt": [{"role": "user", "content": None}]}],
+    "prompt' must be a": [
+        {"prompt": prompt}
+        for prompt in (None, 3, [], ["hi"], [{"role": "user"}], [{"role": "user", "content": ["a"]}])
+    ],
+}
 
 
-def test_an_empty_prompt_is_refused_by_name():
-    with pytest.raises(ValueError, match="Row 'silent' has an empty prompt"):
-        choice_logps(build(), TOKENIZER, [{"id": "silent", "prompt": "", "choices": ["a", "b"]}])
+@pytest.mark.parametrize("message, change", [(message, change) for message in BROKEN for change in BROKEN[message]])
+def test_a_row_that_breaks_the_schema_is_refused_by_name(message, change):
+    row = {"id": "x", "prompt": "which?", "choices": ["a", "b"], "label": 0} | change
+    with pytest.raises(ValueError, match=f"^Row 'x': .*{message}"):
+        check(row, "Row 'x'")
+    with pytest.raises(ValueError, match=f"^Row 'x': .*{message}"):
+        evaluate(tiny_model(), TOKENIZER, [row])
+
+
+@pytest.mark.parametrize(
+    "change", [{"choices": ["a"]}, {"label": None}, {"choices": None}, {"choices": None, "answer": " "}]
+)
+def test_a_row_that_must_be_answered_needs_its_answer(change):
+    row = {"prompt": "which?", "choices": ["a", "b"], "label": 0} | change
+    check(row, "Line 3")
+    with pytest.raises(ValueError, match=r"^Line 3: "):
+        check(row, "Line 3", answered=True)
+    for answer in ("a", 4, 0.5):
+        check({"prompt": "which?", "answer": answer}, "Line 3", answered=True)
+    with pytest.raises(ValueError, match="Line 3: expected an object with 'prompt', got list"):
+        check(["which?"], "Line 3")
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
@@ -291,7 +316,7 @@ def test_evaluate_leaves_the_mode_as_it_was(training):
     model = tiny_model().train(training)
     evaluate(model, TOKENIZER, numbered(3))
     assert model.training is training
-    with pytest.raises(ValueError, match="needs choices"):
+    with pytest.raises(ValueError, match="must be a list of texts"):
         evaluate(model, TOKENIZER, [{"id": 0, "prompt": "q", "choices": [], "label": 0}])
     assert model.training is training
 
@@ -307,20 +332,38 @@ def test_no_rows_are_refused():
         evaluate(tiny_model(), TOKENIZER, [])
 
 
-def test_generated_rows_are_judged_on_greedy_completions():
+def greedy(model, row, new_tokens):
+    """Complete a prompt by one plain forward per token: no padding, no cache, no `generate`."""
+    ids, new = prompt_ids(row), []
+    while len(new) < new_tokens and new[-1:] != [END]:
+        with torch.no_grad():
+            new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
+    return TOKENIZER.decode(new, skip_special_tokens=True)
+
+
+def test_generated_rows_are_scored_on_greedy_completions():
     model, task = tiny_model(), get_task("svamp")
     rows = [{"id": i, "prompt": chat("q" * n), "answer": "5", "task": "svamp"} for i, n in enumerate([9, 2, 5, 30])]
     summary = evaluate(model, TOKENIZER, rows, batch_size=2, max_new_tokens=6)
     assert (summary.form, [record["id"] for record in summary.records]) == ("generate", [0, 1, 2, 3])
     for row, record in zip(rows, summary.records, strict=True):
-        ids, new = prompt_ids(row), []
-        for _ in range(6):
-            with torch.no_grad():
-                new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
-            if new[-1] == END:
-                break
-        assert record["completion"] == TOKENIZER.decode(new, skip_special_tokens=True)
-        assert record["right"] == task.check(record["completion"], row)
+        assert record["completion"] == greedy(model, row, 6)
+        assert record["score"] == task.score(record["completion"], row)
+
+
+@pytest.mark.parametrize("padding", ["pad", "end", "none"])
+def test_prompts_of_different_lengths_are_completed_as_one_by_one_with_or_without_a_pad_token(padding):
+    reader, model = tiny_tokenizer(), tiny_model()
+    if padding != "pad":
+        reader.pad_token = model.generation_config.pad_token_id = None
+    if padding == "none":
+        reader.eos_token = None
+    prompts = [chat("q" * 9), "a plain text", chat("2+2")]
+    expected = [greedy(model, {"prompt": prompt}, 6) for prompt in prompts]
+    assert complete(model, reader, prompts, max_new_tokens=6) == expected
+    assert reader.pad_token_id == (0 if padding == "pad" else None)
+    with pytest.raises(ValueError, match="Prompt 1 of the batch is empty"):
+        complete(model, reader, ["a", ""])
 
 
 def test_likeliest_choice_is_scored():
@@ -403,10 +446,3 @@ def test_equal_rows_leave_an_interval_open(n):
     one = summary_of([1] * n)
     gain, (low, high) = paired_difference(one, one)
     assert gain == 0 and low == -high and high == min(1.0, 3 / n)
-
-
-@pytest.mark.parametrize("choices", ["ab", [1, 2], None])
-def test_choices_that_are_no_list_of_texts_are_refused(choices):
-    row = {"id": "x", "prompt": "which?", "choices": choices, "label": 0}
-    with pytest.raises(ValueError, match="Row 'x' needs choices that are a list of texts"):
-        choice_logps(tiny_model(), TOKENIZER, [row])

@@ -11,7 +11,8 @@ from seeing import IMAGES, KINDS, PICTURE
 from test_evaluation import close, plain_logp
 from tiny_model import tiny_model, tiny_tokenizer
 
-from peft_svf.evaluation import choice_logps, evaluate, paired_difference, prompt_text, wilson
+from peft_svf.evaluation import choice_logps, evaluate, paired_difference, wilson
+from peft_svf.rows import prompt_text
 from peft_svf.tasks import get_task
 from peft_svf.tasks.vqa import vqa_accuracy
 
@@ -91,6 +92,15 @@ def test_a_picture_is_the_same_in_every_form_it_may_have(kind, tmp_path):
     for form, given in forms.items():
         assert completions(evaluate(model, processor, [given], **SHORT)) == [expected], form
     assert answer(model, processor, kind, QUESTIONS[0], [IMAGES[1]]) != expected
+
+
+@every_kind
+def test_a_processor_without_a_pad_token_completes_a_batch(kind):
+    model, processor = seeing.model(kind), seeing.processor(kind)
+    expected = completions(evaluate(model, processor, rows(), **SHORT))
+    processor.tokenizer.pad_token = None
+    assert completions(evaluate(model, processor, rows(), **SHORT)) == expected
+    assert processor.tokenizer.pad_token is None
 
 
 @every_kind
@@ -205,7 +215,7 @@ def test_a_row_that_cannot_be_seen_is_refused_by_name(given, message):
 
 def test_images_need_a_processor():
     for reader in (seeing.processor().tokenizer, tiny_tokenizer()):
-        with pytest.raises(ValueError, match=r"'textvqa-0' has an image, which a tokenizer cannot.*AutoProcessor"):
+        with pytest.raises(ValueError, match=r"has an image, which a tokenizer cannot.*AutoProcessor"):
             evaluate(tiny_model(), reader, image_rows(), **SHORT)
 
 

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.pipelines.pt_utils import KeyDataset
 
 from peft_svf import Mixture, Transformer2Model, Transformer2Pipeline, two_pass
+from peft_svf.adaptation import FirstPass
 
 TEXTS = ["What is 3 + 4?", "def", "Tell me a story."]
 CHATS = [[{"role": "user", "content": text}] for text in TEXTS]
@@ -306,25 +307,6 @@ def test_streams_of_several_threads_never_mix(pipe):
     assert found == expected and batches == [rows] * 3
 
 
-def test_an_expert_that_is_removed_while_it_answers_finishes(folders):
-    pipe = make(folders)
-    expected = pipe(TEXTS, expert="math", **GREEDY)
-
-    class Removes(LogitsProcessor):
-        def __call__(self, input_ids, scores):
-            if "math" in pipe.model.library._entries:
-                thread = threading.Thread(target=pipe.model.library.remove, args=("math",))
-                thread.start()
-                thread.join()
-            return scores
-
-    removing = {"logits_processor": LogitsProcessorList([Removes()])}
-    assert pipe(TEXTS, expert="math", **removing, **GREEDY) == expected  # three batches: two begin after the removal
-    assert pipe.model.library.names == ["code"]
-    with pytest.raises(ValueError, match="no expert 'math'"):
-        pipe(TEXTS, expert="math", **GREEDY)
-
-
 TEMPLATE = (
     "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
     "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}<end>{% endfor %}<a>"
@@ -406,11 +388,10 @@ def test_options_of_the_constructor_hold_until_a_call_says_otherwise(folders, pi
         "other",
         "math",
     ]
-    strict = make(folders, threshold=1.01)
+    strict = make(folders, first_pass=FirstPass("classifier", threshold=1.01))
     assert strict(TEXTS[0], return_dispatch=True, **GREEDY)[0]["dispatch"]["choice"] == "other"
-    by_prompt = make(folders, strategy="prompt")
-    assert by_prompt.model.strategy == "prompt" and pipe.model.strategy == "classifier"
-    found, expected = (p(TEXTS, strategy="prompt", return_dispatch=True, **GREEDY) for p in (by_prompt, pipe))
+    by_prompt = make(folders, first_pass="prompt")
+    found, expected = (p(TEXTS, first_pass="prompt", return_dispatch=True, **GREEDY) for p in (by_prompt, pipe))
     assert found == expected
 
 
@@ -456,10 +437,11 @@ def test_the_model_that_experts_name_is_loaded_as_they_say_it(folders, tmp_path,
     real = Transformer2Model.from_pretrained.__func__
     spy = classmethod(lambda cls, *args, **kwargs: asked.append((args, kwargs)) or real(cls, *args, **kwargs))
     monkeypatch.setattr(Transformer2Model, "from_pretrained", spy)
-    settings = {"threshold": 0.5, "max_new_tokens": 3, "dtype": torch.bfloat16}
+    half = FirstPass(threshold=0.5)
+    settings = {"first_pass": half, "max_new_tokens": 3, "dtype": torch.bfloat16}
     pipe = pipeline("transformer2", experts=[named], return_dispatch=True, **settings)
-    assert asked == [((None, [named]), {"dtype": torch.bfloat16, "threshold": 0.5})]
-    assert pipe.model.dtype == torch.bfloat16 and pipe.model.threshold == 0.5
+    assert asked == [((None, [named]), {"dtype": torch.bfloat16, "first_pass": half})]
+    assert pipe.model.dtype == torch.bfloat16 and pipe.model.default_first_pass is half
     (output,) = pipe("x", expert="math", do_sample=False)
     assert output["dispatch"]["choice"] == "math" and len(output["generated_text"]) <= 4
     with pytest.raises(ValueError, match="several base models"):
@@ -489,7 +471,7 @@ def test_making_one_logs_no_error(folders, caplog):
         (TEXTS, {"expert": "math", "mixture": {"math": 1.0}}, "not both"),
         (TEXTS, {"expert": ["math"] * 3, "mixture": {"math": 1.0}}, "not both"),
         (TEXTS, {"expert": "math", "mixture": [{}] * 3}, "not both"),
-        (TEXTS, {"strategy": "magic"}, "no dispatch strategy 'magic'"),
+        (TEXTS, {"first_pass": "magic"}, "no strategy='magic'"),
         (TEXTS, {"past_key_values": ()}, "activations of other weights"),
         (TEXTS, {"cache": ()}, "activations of other weights"),
         ("x" * 600, {}, "The prompt has 600 tokens, but the model's context is 512"),
@@ -518,8 +500,8 @@ def test_without_experts_there_is_no_pipeline():
 
 
 def test_what_a_transformer2_model_has_already_is_not_taken_twice(folders, pipe):
-    several = {"experts": [folders["math"]], "classifier": folders["kinds"], "threshold": 0.5, "limit_bytes": 1}
-    for name, value in (several | {"dispatch_kwargs": {"soft": True}}).items():
+    several = {"experts": [folders["math"]], "classifier": folders["kinds"], "first_pass": "prompt", "limit_bytes": 1}
+    for name, value in several.items():
         with pytest.raises(ValueError, match="has its experts and the settings of the first pass"):
             Transformer2Pipeline(pipe.model, **{name: value})
 

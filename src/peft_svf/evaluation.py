@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import extract_model_from_parallel
 from huggingface_hub.utils import tqdm
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from .rows import Reader, Row, has_image, prompt_ids, prompt_text, read_images, tokenizer_of
+from .rows import Prompt, Reader, Row, check, encode, has_image, pad_id, prompt_ids, prompt_of, tokenizer_of
 from .tasks import Task, get_task
 
 NINETY_FIVE = NormalDist().inv_cdf(0.975)
@@ -128,8 +128,7 @@ def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row],
     if limit is not None and longest > limit:
         raise ValueError(f"A prompt and its choice have up to {longest} tokens, but the model's context is {limit}.")
 
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    read = read_prompts(model, prompts, pad, members)
+    read = read_prompts(model, prompts, pad_id(tokenizer), members)
     first = read.logits.float().log_softmax(-1)  # (M * N, vocabulary): the first token of every choice
     places = [(n, k) for n, choices in enumerate(options) for k in range(len(choices))]
     found = torch.full((members * len(rows), most), float("-inf"), device=device)
@@ -151,18 +150,12 @@ def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row],
 
 def _encoded(reader: Reader, rows: Sequence[Row]) -> tuple[list[list[int]], list[list[list[int]]]]:
     """Tokens of the prompts, and of the choices of each, which end with the end of turn where one begins another."""
-    prompts, tokenizer = prompt_ids(reader, [row["prompt"] for row in rows]), tokenizer_of(reader)
     for number, row in enumerate(rows):
-        if not isinstance(row["choices"], (list, tuple)) or not all(isinstance(text, str) for text in row["choices"]):
-            raise ValueError(
-                f"Row {row.get('id', number)!r} needs choices that are a list of texts, got {row['choices']!r}."
-            )
+        check(row, where := f"Row {row.get('id', number)!r}")
+        if row.get("choices") is None:
+            raise ValueError(f"{where} needs 'choices', a list of texts; it has {', '.join(row)}.")
+    prompts, tokenizer = prompt_ids(reader, [row["prompt"] for row in rows]), tokenizer_of(reader)
     options = [[tokenizer(text, add_special_tokens=False).input_ids for text in row["choices"]] for row in rows]
-    for row, prompt, choices in zip(rows, prompts, options, strict=True):
-        if not prompt:
-            raise ValueError(f"Row {row.get('id')!r} has an empty prompt: there is nothing the choices could follow.")
-        if not choices or not all(choices):
-            raise ValueError(f"Row {row.get('id')!r} needs choices that are texts, got {row['choices']!r}.")
     if tokenizer.eos_token_id is not None:
         options = [[[*ids, tokenizer.eos_token_id] for ids in c] if _one_begins_another(c) else c for c in options]
     return prompts, options
@@ -296,6 +289,8 @@ def evaluate(
     """
     if not rows:
         raise ValueError("There are no rows to evaluate.")
+    for number, row in enumerate(rows):
+        check(row, f"Row {row.get('id', number)!r}")
     start, records = time.perf_counter(), dict[int, dict[str, Any]]()
     form = "choice" if "choices" in rows[0] else "generate"
     training = model.training
@@ -334,20 +329,41 @@ def _grade(record: Mapping[str, Any]) -> float:
     return float(record.get("score", record["right"]))
 
 
+def complete(model: PreTrainedModel, reader: Reader, prompts: Sequence[Prompt], **generation: Any) -> list[str]:
+    """
+    Complete a batch of prompts.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            Model that generates, with the adapters it is to answer with.
+        reader (`PreTrainedTokenizerBase` or `ProcessorMixin`):
+            Its tokenizer, with or without a pad token; chats with image parts need its processor.
+        prompts (`Sequence[str | list[dict]]`):
+            Texts or chats; [`prompt_of`] puts the pictures of a row into its chat.
+        generation:
+            Arguments of `generate`; default `max_new_tokens=256`, no sampling. A `generation_config` replaces these.
+
+    Returns:
+        The completions as texts, without prompts and special tokens.
+
+    Raises:
+        `ValueError`: if a prompt is empty, or has a picture and `reader` is a tokenizer.
+    """
+    inputs = encode(reader, prompts)
+    if "pixel_values" in inputs:
+        inputs = inputs.to(dtype=_inner(model).dtype)
+    inputs = inputs.to(next(model.parameters()).device)
+    if "generation_config" not in generation:
+        generation = {"max_new_tokens": 256, "do_sample": False, **generation}
+    output = model.generate(**inputs, **{"pad_token_id": pad_id(reader), **generation})
+    return tokenizer_of(reader).batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
 def _generate(
     model: PreTrainedModel, reader: Reader, rows: Sequence[Row], task: Task | None, kwargs: dict
 ) -> list[dict]:
-    tokenizer = tokenizer_of(reader)
-    if any(map(has_image, rows)):
-        inputs = read_images(reader, rows).to(dtype=_inner(model).dtype)
-    else:
-        ids = {"input_ids": prompt_ids(reader, [row["prompt"] for row in rows])}
-        inputs = tokenizer.pad(ids, return_tensors="pt", padding_side="left")
-    inputs = inputs.to(next(model.parameters()).device)
-    output = model.generate(**inputs, **{"max_new_tokens": 256, "do_sample": False, **kwargs})
-    completions = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     found = []
-    for row, text in zip(rows, completions, strict=True):
+    for row, text in zip(rows, complete(model, reader, [prompt_of(row) for row in rows], **kwargs), strict=True):
         judge = task or get_task(row["task"])
         right = judge.check(text, row)  # once: it may run a program
         score = float(right) if type(judge).score is Task.score else judge.score(text, row)
@@ -356,8 +372,8 @@ def _generate(
 
 
 def _inner(model: Any) -> PreTrainedModel:
-    """The transformers model inside the wrappers of distributed training and PEFT."""
-    model = model.module if isinstance(model, DistributedDataParallel) else model
+    """Return the transformers model inside the wrappers of distributed training and PEFT."""
+    model = extract_model_from_parallel(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -397,14 +413,12 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 __all__ = [
     "NINETY_FIVE",
-    "Row",
     "Summary",
     "choice_logps",
+    "complete",
     "context_of",
     "evaluate",
     "paired_difference",
-    "prompt_ids",
-    "prompt_text",
     "row_lengths",
     "score_choices",
     "wilson",

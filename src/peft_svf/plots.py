@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .experts.expert import OTHER, Expert, Mixture
+from .tuner.targets import block_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,11 +105,11 @@ def distances(expert: Expert) -> tuple[list[str], list[str], Tensor]:
     """
     cells: dict[tuple[str, int], dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for module, offset in expert.offsets.items():
-        parts = module.split(".")
-        # the first number is the layer's; those after it, of a layer's experts, are averaged over
-        place = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
-        layer = (".".join(parts[:place]), int(parts[place])) if place >= 0 else ("", -1)
-        cells[layer][".".join(part for part in parts[place + 1 :] if not part.isdigit())].append(offset)
+        block = block_of(module)
+        stack, _, number = block.rpartition(".")
+        inside = module.removeprefix(f"{block}.").split(".")
+        kind = ".".join(part for part in inside if not part.isdigit())  # numbers here are those of a layer's experts
+        cells[("", -1) if block == module else (stack, int(number))][kind].append(offset)
     layers = sorted(cells)
     kinds = list(dict.fromkeys(kind for row in cells.values() for kind in row))
     means = [

@@ -2,7 +2,6 @@
 """Laws of the library: each row has its mixture while the context is open, and nothing of it afterwards."""
 
 import math
-import shutil
 import threading
 
 import oracle
@@ -426,9 +425,7 @@ def test_a_named_mixture_is_kept_beside_the_experts(library, folders, tmp_path):
     assert library.mixture("sums") == library.mixture("saved") == sums and list(library.mixtures) == ["saved", "sums"]
     assert library.mixture("math") == explicit("math") and library.mixture("other") == Mixture()
     assert library.names == ["code", "math"] and list(library.descriptions) == ["code", "math"]
-    with library.holding():
-        library.remove("sums")
-        assert library.mixture("sums") == sums  # a request that has begun finishes with it
+    library.remove("sums")
     assert list(library.mixtures) == ["saved"]
     library.add(folders["code"], "sums")  # the name is free again
 
@@ -515,37 +512,23 @@ def test_hundreds_of_experts_add_no_adapter_to_the_model(tmp_path):
 # --- while it answers
 
 
-def test_who_holds_the_library_finishes_with_a_removed_expert(tmp_path):
-    folders = many(tmp_path, 3)
-    library = ExpertLibrary(base(), folders)
-    expected = {name: one_mixture(library, {name: 1.0}) for name in folders}
-    library = ExpertLibrary(base(), folders)  # nothing is read yet
-    with library.holding():
-        thread = threading.Thread(target=remove_with_its_files, args=(library, "e1", folders["e1"]))
-        thread.start()
-        thread.join()
-        assert library.names == ["e0", "e1", "e2"]
-        assert torch.equal(one_mixture(library, {"e1": 1.0}), expected["e1"])
-        with library.holding():
-            assert library.names == ["e0", "e1", "e2"]
-        assert library.names == ["e0", "e1", "e2"]
-    assert library.names == ["e0", "e2"] and library.in_memory == []
-    with pytest.raises(ValueError, match="no expert 'e1'"):
-        one_mixture(library, {"e1": 1.0})
-    library.add(folders["e2"], "e1")
-    assert torch.equal(one_mixture(library, {"e1": 1.0}), expected["e2"])
-
-
-def remove_with_its_files(library, name, folder):
-    library.remove(name)
-    shutil.rmtree(folder)
-
-
 def test_an_active_mixture_outlives_its_expert(library):
     with library.activate(Mixture({"math": 1.0})) as model:
         expected = logits(model)
         library.remove("math")
         assert torch.equal(logits(model), expected)
+
+
+def test_removal_waits_for_the_request_that_runs(library):
+    with library.lock:
+        thread = threading.Thread(target=library.remove, args=("math",))
+        thread.start()
+        thread.join(0.05)
+        assert thread.is_alive() and library.names == ["code", "math"]
+        one_mixture(library, {"math": 1.0})
+    thread.join()
+    with pytest.raises(ValueError, match="no expert 'math'"):
+        one_mixture(library, {"math": 1.0})
 
 
 def test_experts_come_and_go_while_others_answer(tmp_path):

@@ -7,12 +7,13 @@ import oracle
 import pytest
 import torch
 from peft import get_peft_model
-from pico import matrix_of, one_layer
+from pico import build, matrix_of, one_layer
 from torch import nn
 from torch.nn.modules.container import ModuleDict
 
 from peft_svf import SVFConfig
-from peft_svf.tuner.layer import Linear, Offset, OffsetDict, escape
+from peft_svf.tuner.layer import Linear, Offset, OffsetDict, escape, svf_layers
+from peft_svf.tuner.targets import block_of
 
 FP64, FP32, BF16 = torch.float64, torch.float32, torch.bfloat16
 TOLERANCE = {FP64: 1e-12, FP32: 1e-5, BF16: 4e-2}  # relative to the largest entry
@@ -453,3 +454,27 @@ def test_the_basis_is_neither_trained_nor_saved():
     model, layer, _ = adapted()
     assert not layer.svf_basis.requires_grad
     assert not [key for key in model.state_dict() if "basis" in key]
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda m: m, torch.compile, nn.DataParallel, lambda m: m.get_base_model()],
+    ids=["", "compile", "dp", "base"],
+)
+def test_layers_are_named_as_in_the_base_model(wrap):
+    base = build("llama")
+    names = {name for name, module in base.named_modules() if name.endswith("_proj") and "mlp" in name}
+    assert set(svf_layers(wrap(get_peft_model(base, SVFConfig())))) == names
+
+
+@pytest.mark.parametrize(
+    "name, block",
+    {
+        "model.layers.11.mlp.experts.3.up_proj": "model.layers.11",
+        "encoder.block.0.layer.1.wi": "encoder.block.0",
+        "lm_head": "lm_head",
+        "layers.2": "layers.2",
+    }.items(),
+)
+def test_a_block_ends_with_the_first_number_of_a_name(name, block):
+    assert block_of(name) == block

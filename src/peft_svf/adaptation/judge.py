@@ -11,10 +11,9 @@ here knows how a search goes on.
 """
 
 import hashlib
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,14 +23,16 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..evaluation import choice_logps, evaluate, prompt_text
+from ..evaluation import choice_logps, evaluate
 from ..experts.expert import OTHER, Mixture
 from ..experts.library import ExpertLibrary
+from ..rows import prompt_text
 from ..tasks import Task
+from ..tuner.layer import active_rows
+from ..tuner.targets import block_of
 from .search import Judged, Score
 
 Example = Mapping[str, Any]
-BLOCK = re.compile(r"(.+?\.\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -221,20 +222,13 @@ class Judge:
         Give part i of the rows of the next forwards the mixture of `vectors[places[i]]`; gradients flow to them.
         """
         weights = self.weights.of(vectors)[list(places)]  # (rows, blocks or 1, experts)
-        with self.library.activate(Mixture()) as model, ExitStack() as stack:
+        with self.library.activate(Mixture()) as model:
             offsets = self.library.mix(self.weights.names, lambda module: weights[:, self.weights.place(module)])
-            for module, layer in self.library.layers().items():
-                stack.enter_context(layer.rows(offsets[module]))
-            yield model
+            with active_rows(self.library.layers(), offsets):
+                yield model
 
     def _count(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False).input_ids)
-
-
-def block_of(module: str) -> str:
-    """The block of a module, `"model.layers.0"` of `"model.layers.0.mlp.up_proj"`; itself if it stands in none."""
-    found = BLOCK.match(module)
-    return found.group(1) if found else module
 
 
 def blocks_of(modules: Iterable[str]) -> tuple[str, ...]:

@@ -128,7 +128,7 @@ def read_examples(path: Path, *texts: str) -> list[dict[str, Any]]:
         `FileNotFoundError`: if there is no such file.
         `ValueError`: if there is no row, or a line is no object with what it needs; the message has its number.
     """
-    from ..tasks.own import is_prompt
+    from ..rows import check
     from ..tasks.task import read_lines, user_turn
 
     found = []
@@ -137,8 +137,7 @@ def read_examples(path: Path, *texts: str) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError as error:
             raise ValueError(f"Line {number} of {path} is no JSON: {error}.") from error
-        if not isinstance(row, dict) or not is_prompt(row.get("prompt")):
-            raise ValueError(f"Line {number} of {path} is no object with a 'prompt', a text or a chat.")
+        check(row, f"Line {number} of {path}")
         if missing := [key for key in texts if not isinstance(row.get(key), str)]:
             raise ValueError(f"Line {number} of {path} has no {missing[0]!r} that is a text; it has {list(row)}.")
         prompt = row["prompt"]
@@ -155,15 +154,16 @@ def weights_of(model: "PreTrainedModel", svf: "SVFConfig") -> list[tuple[str, in
     import torch
     from peft import get_peft_model
 
+    from ..tuner.layer import svf_layers
+
     with torch.device("meta"):  # the shapes alone
         shell = type(model)(model.config)
-    layers = get_peft_model(shell, replace(svf)).named_modules()
+    layers = svf_layers(get_peft_model(shell, replace(svf)))
     return [
         (
-            name.removeprefix("base_model.model."),
+            name,
             *layer.get_base_layer().weight.shape,
             len(layer.svf_offset["default"].weight),
         )
-        for name, layer in layers
-        if hasattr(layer, "svf_offset") and hasattr(layer, "base_layer")
+        for name, layer in layers.items()
     ]

@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 
 from ..tuner.config import SVFConfig
 from ..tuner.fingerprint import Fingerprint, check
-from ..tuner.layer import SVFLayer
-from .expert import OTHER, PREFIX, Expert, Mixture, SavedExpert
+from ..tuner.layer import SVFLayer, active_rows, svf_layers
+from .expert import OTHER, Expert, Mixture, SavedExpert
 
 Source = str | PathLike[str] | Expert | SavedExpert
 CLASSIFIER = "classifier: "  # in front of its name, so that no expert is called like it
@@ -45,7 +45,10 @@ class _Entry:
 
 class ExpertLibrary:
     """
-    The experts of one base model; they may be added and removed while it answers.
+    The experts of one base model.
+
+    A request holds `lock`, a `threading.RLock`, for both passes; `add`, `remove` and `activate` take it, so they wait
+    for a request that runs.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -89,10 +92,8 @@ class ExpertLibrary:
             self.classifier = chosen.name = CLASSIFIER + chosen.name
             entries.append(chosen)
         self.model: PeftModel = model  # type: ignore[assignment]
-        self._model_lock = threading.RLock()  # held while a mixture is in the model
-        self._lock = threading.RLock()  # held while entries and tables change: moments. Taken after the other one
-        self._local = threading.local()
-        self._held: list[dict[str, _Entry]] = []
+        self.lock = threading.RLock()
+        self._active = 0  # open contexts of `activate`
         self._entries: dict[str, _Entry] = {}
         self._mixtures: dict[str, Mixture] = {}
         self._tables = _Tables(limit_bytes)
@@ -110,20 +111,20 @@ class ExpertLibrary:
 
     @property
     def names(self) -> list[str]:
-        """The names of the experts, sorted; in [`ExpertLibrary.holding`] those that were there when it was entered."""
-        return sorted(set(self._known) - {self.classifier})
+        """The names of the experts, sorted."""
+        return sorted(set(self._entries) - {self.classifier})
 
     @property
     def descriptions(self) -> dict[str, str]:
         """What each expert is good at, by name."""
-        known = sorted(dict(self._known).items())
+        known = sorted(dict(self._entries).items())
         return {name: e.source.config.get("description") or "" for name, e in known if name != self.classifier}
 
     @property
     def in_memory(self) -> list[str]:
         """The experts whose z-vectors are in memory, the one used longest ago first."""
-        with self._lock:
-            return [entry.name for entry in self._tables.places if entry in self._entries.values()]
+        with self.lock:
+            return [entry.name for entry in self._tables.places]
 
     @property
     def nbytes(self) -> int:
@@ -132,9 +133,8 @@ class ExpertLibrary:
 
     @property
     def mixtures(self) -> dict[str, Mixture]:
-        """The named mixtures, sorted; in [`ExpertLibrary.holding`] those that were there when it was entered."""
-        held = getattr(self._local, "mixtures", None)
-        return dict(sorted((self._mixtures if held is None else held).items()))
+        """The named mixtures, sorted."""
+        return dict(sorted(self._mixtures.items()))
 
     def mixture(self, name: str) -> Mixture:
         """What a name stands for: a named mixture, else an expert alone, of `"other"` the base model."""
@@ -149,7 +149,7 @@ class ExpertLibrary:
         """
         if name not in self.names:
             raise ValueError(no_expert(name, self.choices))
-        return self._known[name].read()
+        return self._entries[name].read()
 
     def check_name(self, name: str) -> None:
         """Refuse a name that something here has, or that is the base model's, with a `ValueError`."""
@@ -160,11 +160,11 @@ class ExpertLibrary:
 
     def add(self, source: Source, name: str | None = None) -> str:
         """
-        Add an expert; requests that run go on.
+        Add an expert; waits for a request that runs.
 
         Args:
             source (folder, repository or [`Expert`]):
-                The expert. If it moves weights that no expert here has moved yet, running requests are waited for.
+                The expert.
             name (`str`, *optional*):
                 Its name; default the last part of its folder or repository.
 
@@ -175,15 +175,9 @@ class ExpertLibrary:
             `FileNotFoundError`, `ValueError`: as in the constructor. Library and model are then as they were.
         """
         entry = _find(source, name)
-        with self._lock:
+        with self.lock:
             self.check_name(entry.name)
-            fits = self._fits(entry)
-            if fits:
-                self._admit(entry)
-        if not fits:
-            with self._model_lock, self._lock:
-                self.check_name(entry.name)
-                self._admit(entry)
+            self._admit(entry)
         return entry.name
 
     def add_mixture(self, name: str, mixture: Mixture | str | PathLike[str]) -> None:
@@ -196,7 +190,7 @@ class ExpertLibrary:
             `ValueError`: if the name is taken, an expert of the mixture is not here, or the file holds none.
         """
         found = mixture if isinstance(mixture, Mixture) else Mixture.load(mixture)
-        with self._lock:
+        with self.lock:
             self.check_name(name)
             if unknown := sorted(set(found.alpha) - (set(self._entries) - {self.classifier})):
                 raise ValueError(no_expert(unknown[0], self.choices))
@@ -204,12 +198,12 @@ class ExpertLibrary:
 
     def remove(self, name: str) -> None:
         """
-        Remove an expert or a named mixture. A request that has begun finishes with it, also if its files are deleted.
+        Remove an expert or a named mixture; waits for a request that runs.
 
         Raises:
             `ValueError`: if there is none of that name, or it is the last expert or one of a named mixture.
         """
-        with self._lock:
+        with self.lock:
             if name in self._mixtures:
                 del self._mixtures[name]
                 return
@@ -219,32 +213,7 @@ class ExpertLibrary:
                 raise ValueError(no_expert(name, self.choices))
             if len(set(self._entries) - {self.classifier}) == 1:
                 raise ValueError(f"{name!r} is the last expert of this library: add another one first.")
-            entry = self._entries[name]
-            if any(held.get(name) is entry for held in self._held):
-                entry.source = entry.read()
-            del self._entries[name]
-            self._tables.drop(entry)
-
-    @contextmanager
-    def holding(self) -> Iterator[None]:
-        """Let this thread see the experts and mixtures of now until the context closes, whatever others change."""
-        outer = getattr(self._local, "entries", None)
-        with self._lock:
-            entries = dict(self._entries) if outer is None else outer
-            self._held.append(entries)
-            if outer is None:
-                self._local.mixtures = dict(self._mixtures)
-        self._local.entries = entries
-        try:
-            yield
-        finally:
-            self._local.entries = outer
-            if outer is None:
-                self._local.mixtures = None
-            with self._lock:
-                self._held = [held for held in self._held if held is not entries or outer is not None]
-                for entry in [entry for entry in self._tables.places if not self._is_known(entry)]:
-                    self._tables.drop(entry)
+            self._tables.drop(self._entries.pop(name))
 
     @contextmanager
     def activate(self, mixtures: Mixture | Sequence[Mixture], merge: bool = False) -> Iterator[PeftModel]:
@@ -265,30 +234,24 @@ class ExpertLibrary:
             `ValueError`: if a mixture names an expert that is not here, or adapters are merged or disabled.
         """
         rows = [mixtures] if isinstance(mixtures, Mixture) else list(mixtures)
-        with ExitStack() as stack:
-            with self.holding():  # whom it waits for may remove its experts
-                used = list(dict.fromkeys(name for mixture in rows for name in mixture.alpha))
-                entries = self._entries_of(used)
-                alpha = torch.tensor([[mixture.alpha.get(name, 0.0) for name in used] for mixture in rows])
-                if len(rows) > 0 and bool((alpha == alpha[0]).all()):  # (B, experts)
-                    alpha = alpha[:1]  # the batch agrees
-                stack.enter_context(self._model_lock)
-                layers = self.layers()
-                for layer in layers.values():
-                    if layer.merged or layer.disable_adapters:
-                        state = "merged: unmerge_adapter()" if layer.merged else "disabled: enable them"
-                        raise ValueError(f"No mixture can be active while the model's adapters are {state} first.")
-                with self._lock:
-                    offsets = self._tables.mix(entries, lambda _: alpha, layers)
-                    if len(alpha) == 1:
-                        offsets = {name: offset.reshape(-1) for name, offset in offsets.items()}  # (k,)
-            for name, layer in layers.items():
-                stack.enter_context(layer.rows(offsets[name], merge=merge and offsets[name].dim() == 1))
-            self._local.active = getattr(self._local, "active", 0) + 1
+        with self.lock, ExitStack() as stack:
+            used = list(dict.fromkeys(name for mixture in rows for name in mixture.alpha))
+            entries = self._entries_of(used)
+            alpha = torch.tensor([[mixture.alpha.get(name, 0.0) for name in used] for mixture in rows])
+            if len(rows) > 0 and bool((alpha == alpha[0]).all()):  # (B, experts)
+                alpha = alpha[:1]  # the batch agrees
+            layers = self.layers()
+            for layer in layers.values():
+                if layer.merged or layer.disable_adapters:
+                    state = "merged: unmerge_adapter()" if layer.merged else "disabled: enable them"
+                    raise ValueError(f"No mixture can be active while the model's adapters are {state} first.")
+            offsets = self._tables.mix(entries, lambda _: alpha, layers)
+            stack.enter_context(active_rows(layers, offsets, merge=merge and len(alpha) == 1))
+            self._active += 1
             try:
                 yield self.model
             finally:
-                self._local.active -= 1
+                self._active -= 1
 
     @property
     def choices(self) -> list[str]:
@@ -309,28 +272,17 @@ class ExpertLibrary:
         Raises:
             `ValueError`: if there is no expert of a name.
         """
-        with self._lock:
+        with self.lock:
             return self._tables.mix(self._entries_of(names), alpha, self.layers())
 
-    @property
-    def _known(self) -> dict[str, _Entry]:
-        return getattr(self._local, "entries", None) or self._entries
-
     def _entries_of(self, names: Sequence[str]) -> list[_Entry]:
-        if unknown := sorted(set(names) - set(self._known)):
+        if unknown := sorted(set(names) - set(self._entries)):
             raise ValueError(no_expert(unknown[0], self.choices))
-        return [self._known[name] for name in names]
-
-    def _is_known(self, entry: _Entry) -> bool:
-        return any(known.get(entry.name) is entry for known in (self._entries, *self._held))
+        return [self._entries[name] for name in names]
 
     def layers(self) -> dict[str, SVFLayer]:
-        """The SVF layers by the name of the base model's module, without what `torch.compile` puts in front."""
-        return {
-            name.replace("_orig_mod.", "").removeprefix(PREFIX): module
-            for name, module in self.model.named_modules()
-            if isinstance(module, SVFLayer)
-        }
+        """The SVF layers by the names of the base model's modules."""
+        return svf_layers(self.model)
 
     def _fits(self, entry: _Entry) -> bool:
         """Whether the model has layers with enough directions for every z-vector of an expert."""
@@ -347,7 +299,7 @@ class ExpertLibrary:
         if self._fits(entry):
             self._check_fingerprint(entry)
             self._check_sizes(entry)
-        elif getattr(self._local, "active", 0):
+        elif self._active:
             raise ValueError(
                 f"Expert {entry.name!r} moves weights that no expert here has moved yet: add it outside of activate() "
                 "and using()."
@@ -419,10 +371,10 @@ class ExpertLibrary:
     def _drop_host(self, name: str) -> None:
         self._hosts.remove(name)
         self.model.delete_adapter(name)
-        for path, layer in list(self.model.named_modules()):
-            if isinstance(layer, SVFLayer) and not len(layer.svf_offset):
+        for path, layer in self.layers().items():
+            if not len(layer.svf_offset):
                 parent, _, child = path.rpartition(".")
-                setattr(self.model.get_submodule(parent), child, layer.base_layer)
+                setattr(self.model.get_base_model().get_submodule(parent), child, layer.base_layer)
 
 
 class _Tables:
@@ -560,11 +512,7 @@ def _own(model: PreTrainedModel | PeftModel) -> list[_Entry]:
             )
         if name.startswith(HOST):
             continue
-        layers = {
-            module.removeprefix(PREFIX): layer
-            for module, layer in model.named_modules()
-            if isinstance(layer, SVFLayer) and name in layer.svf_offset
-        }
+        layers = {module: layer for module, layer in svf_layers(model).items() if name in layer.svf_offset}
         offsets = {m: layer.offset(name).detach().float().cpu().clone() for m, layer in layers.items()}
         prints = {m: layer.svf_fingerprint.to_json() for m, layer in layers.items() if layer.svf_fingerprint}
         base = config.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", None)

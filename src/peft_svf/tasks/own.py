@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..rows import check as check_row
 from .task import FORMS, SPLITS, Chat, Record, Task, plain, read_lines, user_turn
 from .word_problem import final_number
 
@@ -146,17 +147,14 @@ def _read(path: Path) -> list[_Line]:
             record = json.loads(line, parse_constant=_refuse_constant)
         except ValueError as error:
             raise ValueError(f"'{path}', line {number}: not JSON: {error}.") from None
-        wrong = _wrong(record)
-        if not wrong and record.get("id") is not None:
-            there = lines_of.setdefault(str(record["id"]), number)
-            if there != number:
-                wrong = (
-                    f"its id {str(record['id'])!r} is that of line {there}, too: leave ids out, or make them differ"
-                )
-        if wrong:
-            raise ValueError(f"'{path}', line {number}: {wrong}.")
+        where = f"'{path}', line {number}"
+        _wrong(record, where)
+        if record.get("id") is not None and (first := lines_of.setdefault(str(record["id"]), number)) != number:
+            raise ValueError(
+                f"{where}: its id {str(record['id'])!r} is also that of line {first}: omit ids, or make them differ."
+            )
         records.append(_Line(record))
-        records[-1].place = f"'{path}', line {number}"
+        records[-1].place = where
     if not records:
         raise ValueError(f"'{path}' has no lines.")
     return records
@@ -166,31 +164,12 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
-def _wrong(record: Any) -> str:
-    """Say what is wrong with a line; nothing if it's right."""
-    if not isinstance(record, dict):
-        return "expected an object with 'prompt' and 'answer', or 'prompt', 'choices' and 'label'"
+def _wrong(record: Any, where: str) -> None:
+    check_row(record, where, answered=True)
     if taken := sorted(TAKEN & record.keys()):
-        return f"a field cannot be called {taken[0]!r}: rewards get something else under this name"
-    prompt = record.get("prompt")
-    if not is_prompt(prompt):
-        return (
-            "'prompt' must be a text, or a chat: a list of messages with 'role' and 'content', a text or a list of "
-            "parts with 'type'"
+        raise ValueError(
+            f"{where}: a field cannot be called {taken[0]!r}: rewards get something else under this name."
         )
-    if "choices" not in record:
-        answer = record.get("answer")
-        if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
-            return "expected 'answer', a text or a number, or 'choices' with 'label'"
-        return ""
-    choices, label = record["choices"], record.get("label")
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
-        return "'choices' must be a list of two or more texts"
-    if len(set(choices)) < len(choices):
-        return "'choices' has a text twice, so there is no single right one"
-    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
-        return f"'label' must be an index from 0 to {len(choices) - 1}, not {label!r}"
-    return ""
 
 
 def _cut(path: Path, records: list[_Line]) -> dict[str, list[_Line]]:
@@ -227,21 +206,6 @@ def _key(record: Record) -> str:
 
 def _chat(prompt: str | Chat) -> Chat:
     return user_turn(prompt) if isinstance(prompt, str) else prompt
-
-
-def is_prompt(prompt: Any) -> bool:
-    """Tell whether something is a text that is not empty, or a chat."""
-    if isinstance(prompt, str):
-        return bool(prompt.strip())
-    return isinstance(prompt, list) and len(prompt) > 0 and all(map(_is_message, prompt))
-
-
-def _is_message(message: Any) -> bool:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-        return False
-    content = message["content"]
-    parts = isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content)
-    return content is None or isinstance(content, str) or parts
 
 
 def _is_number(text: str) -> bool:

@@ -11,7 +11,7 @@ checkpoints and resuming are those of `transformers.Trainer`. TRL is not needed.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,9 +20,9 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from ..evaluation import choice_logps, prompt_ids
+from ..evaluation import choice_logps, complete
 from ..tuner.config import SVFConfig
-from ..tuner.layer import SVFLayer
+from ..tuner.layer import SVFLayer, active_rows, svf_layers
 from .rollout import shared_prompts
 from .run import Run, check_run, z_statistics
 
@@ -250,21 +250,20 @@ class EvolutionTrainer(Run, Trainer):
         return self._rewards(everything, texts).view(len(members), len(rows))
 
     def _complete(self, rows: Sequence[Row], members: int = 1) -> list[str]:
-        tokenizer = self.processing_class
-        ids = {"input_ids": prompt_ids(tokenizer, [row["prompt"] for row in rows])}
-        inputs = tokenizer.pad(ids, return_tensors="pt", padding_side="left").to(self.accelerator.device)
+        prompts, length = [row["prompt"] for row in rows], self.args.max_completion_length
         with shared_prompts(self.model, members):
-            output = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.args.max_completion_length)
-        return tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+            return complete(self.model, self.processing_class, prompts, max_new_tokens=length)
 
     @contextmanager
     def _as(self, members: Tensor) -> Iterator[None]:
         """Give the consecutive parts of the next batches the z-vectors `(members, D)` while the context is open."""
         sizes = [len(layer.svf_offset[name].weight) for layer, name in self._layers.items()]
-        with ExitStack() as stack:
-            for (layer, name), parts in zip(self._layers.items(), members.split(sizes, dim=1), strict=True):
-                offsets = torch.stack([layer.padded(layer.mapped(name, part)) for part in parts])
-                stack.enter_context(layer.rows(offsets[0] if len(offsets) == 1 else offsets))
+        layers = {module: layer for module, layer in svf_layers(self.model).items() if layer in self._layers}
+        offsets = {}
+        for (module, layer), parts in zip(layers.items(), members.split(sizes, dim=1), strict=True):
+            name = self._layers[layer]
+            offsets[module] = torch.stack([layer.padded(layer.mapped(name, part)) for part in parts])
+        with active_rows(layers, offsets, merge=True):
             yield
 
     def _rewards(self, rows: Sequence[Row], texts: Sequence[str]) -> Tensor:
@@ -355,7 +354,7 @@ class EvolutionTrainer(Run, Trainer):
 def _trained_layers(model: Any) -> dict[SVFLayer, str]:
     """The layers whose z is trained, each with its adapter's name; nothing else is trainable."""
     found: dict[SVFLayer, str] = {}
-    for layer in (module for module in model.modules() if isinstance(module, SVFLayer)):
+    for layer in svf_layers(model).values():
         if layer.merged or layer.disable_adapters:
             raise ValueError("The model's adapters are merged or disabled: unmerge and enable them before training.")
         for name in layer.active_adapters:

@@ -16,9 +16,10 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from ..evaluation import Row, Summary, evaluate, paired_difference
+from ..evaluation import Summary, evaluate, paired_difference
 from ..experts.expert import read_offsets
 from ..experts.hub import CARD_NAME, expert_card
+from ..rows import Row
 from ..tasks import Task
 from ..tuner.config import SVFConfig
 from .run import z_statistics

@@ -8,7 +8,6 @@ Goes in: a `transformers.Trainer` by inheritance. Nothing here knows TRL or what
 import json
 import logging
 import random
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,11 +27,10 @@ from transformers.trainer_utils import TrainOutput
 
 from ..tuner.bases import checked_bases
 from ..tuner.config import SVFConfig
-from ..tuner.layer import SVFLayer
+from ..tuner.layer import svf_layers
+from ..tuner.targets import block_of
 
 logger = logging.getLogger(__name__)
-
-BLOCK = re.compile(r"(?:base_model\.model\.)?(?P<block>.*?\.\d+)\.")
 
 
 def last_checkpoint(folder: str | PathLike[str]) -> Path:
@@ -107,14 +105,12 @@ def z_statistics(model: nn.Module) -> dict[str, float]:
         z-vector is trained.
     """
     blocks: dict[str, list[Tensor]] = defaultdict(list)
-    for name, layer in model.named_modules():
-        for adapter, offset in layer.svf_offset.items() if isinstance(layer, SVFLayer) else ():
+    for name, layer in svf_layers(model).items():
+        for adapter, offset in layer.svf_offset.items():
             if offset.weight.requires_grad:
                 trained = offset.weight.detach()
                 whole = trained.full_tensor() if isinstance(trained, DTensor) else trained  # sharded by FSDP2
-                block = BLOCK.match(name)
-                key = block["block"] if block else name.removeprefix("base_model.model.")
-                blocks[key].append(layer.mapped(adapter, whole).abs().flatten())
+                blocks[block_of(name)].append(layer.mapped(adapter, whole).abs().flatten())
     if not blocks:
         return {}
     joined = [torch.cat(vectors) for vectors in blocks.values()]

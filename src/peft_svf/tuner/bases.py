@@ -6,8 +6,7 @@ Finds weights wherever they are (adapted, packed, offloaded, sharded, in stacks)
 Private names of PEFT were read in 0.21.2.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,24 +18,17 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from .basis import Basis, side_of
-from .cache import cache_dir, fetch
+from .cache import fetch
 from .checkpoint import Checkpoint
 from .config import SVFConfig
 from .fingerprint import Fingerprint, check
-from .layer import SVFLayer
+from .layer import SVFLayer, svf_layers
 from .stacked import ParamWrapper
 from .targets import adaptable
 from .weights import held_weight, offloaded, onloaded, refuse_zero3, undo_cpu_packing
 
 MISFIT = 0.35  # SmolLM2's weights in 4 bits are below 0.2 and in 3 bits below 0.3; another layer's lie above 0.4
 Known = dict[str, tuple[Basis, Fingerprint]]
-
-
-def svf_layers(model: nn.Module) -> Iterator[tuple[str, SVFLayer]]:
-    """The SVF layers of a model with their names, without what `torch.compile` and FSDP put in front."""
-    for name, module in model.named_modules():
-        if isinstance(module, SVFLayer):
-            yield name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", ""), module
 
 
 @dataclass(frozen=True)
@@ -58,10 +50,6 @@ class Weight:
             within, out = _get_in_out_features(self.holder)
             return out, within
         return tuple(self.parameter.shape)
-
-    def in_memory(self, model: nn.Module) -> bool:
-        """Whether the parameter is the very weight: not packed, sharded or offloaded."""
-        return type(self.parameter.data) is Tensor and not self.parameter.is_meta and self.backend(model) is None
 
     def values(self, model: nn.Module, name: str) -> Tensor:
         """The weight `(out, in)` or `(E, out, in)` as it is in memory, whole, dequantised, never a merged one."""
@@ -94,7 +82,7 @@ class Weight:
 def finder(model: nn.Module) -> Callable[[str], Weight | None]:
     """Look up weights as fingerprints call them: by module, or by module and parameter."""
     modules = dict(model.named_modules())
-    layers = {layer.weight_name(name): layer for name, layer in svf_layers(model)}
+    layers = {layer.weight_name(name): layer for name, layer in svf_layers(model).items()}
 
     def find(name: str) -> Weight | None:
         if (layer := layers.get(name)) is not None:
@@ -156,18 +144,7 @@ def bases_of(model: nn.Module, names: list[str], source: str) -> Known:
             whole = values_of(name)
             gathered |= fetch([name], lambda _, whole=whole: whole)  # type: ignore[misc]
         return gathered
-    if checkpoint is None:
-        return fetch(weights, values_of)
-    plain = {name: weight.parameter for name, weight in weights.items() if weight.in_memory(model)}
-    memo = cache_dir() / "memo"
-    names_there = {name: weights[name].stored_name for name in plain}
-    known = {n: key for n, there in names_there.items() if (key := checkpoint.recall(there, plain[n].data, memo))}
-    found = fetch(weights, values_of, known)
-    new = {there: (plain[n].data, found[n][1].sha256) for n, there in names_there.items() if n not in known}
-    if new:
-        with suppress(OSError):  # a cache that cannot be written has said so
-            checkpoint.remember(new, memo)
-    return found
+    return fetch(weights, values_of)
 
 
 def checked_bases(model: nn.Module, adapter_name: str, config: SVFConfig, source: str) -> Known:
@@ -182,7 +159,7 @@ def checked_bases(model: nn.Module, adapter_name: str, config: SVFConfig, source
     if not config.fingerprint or config.fingerprint_recorded:
         return {}
     saved = {name: Fingerprint.from_json(entry) for name, entry in config.fingerprint.items()}
-    adapted = {layer.weight_name(name): layer.svf_fingerprint for name, layer in svf_layers(model)}
+    adapted = {layer.weight_name(name): layer.svf_fingerprint for name, layer in svf_layers(model).items()}
     find = finder(model)
     found = {name: weight for name in saved if (weight := find(name)) is not None}
     missing = [

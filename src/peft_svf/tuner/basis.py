@@ -130,3 +130,45 @@ def rescale(weight: Tensor, Q: Tensor, offset: Tensor) -> Tensor:
     if side_of(*weight.shape[-2:]) == "in":
         return (wide + change(wide, Q, offset)).to(weight.dtype)
     return (wide + change(wide.mT, Q, offset).mT).to(weight.dtype)
+
+
+def deviation(weight: Tensor, Q: Tensor, S: Tensor) -> float:
+    """
+    Measure how far Q and S are from being directions and singular values of a weight, with a random vector `c`.
+
+    They are its own if and only if `Q^T (Q c) = c` and `W^T (W (Q c)) = Q (S^2 * c)` (side "out": `W (W^T (Q c))`) for
+    any `c`, and S descends. `c` is new in each call, so nobody can prepare a basis for it.
+
+    Args:
+        weight (`torch.Tensor` of shape `(out, in)` or `(E, out, in)`):
+            Weight, in float32 or float64.
+        Q (`torch.Tensor` of shape `(r, k)` or `(E, r, k)`):
+            Directions, all or the first `k`.
+        S (`torch.Tensor` of shape `(k,)` or `(E, k)`):
+            Singular values.
+
+    Returns:
+        `float`: the larger relative error of the two equations; about 1 for another weight, infinity if S does not
+        descend or an entry is not finite. A weight that is rounded relative to its basis adds twice its own error.
+    """
+    if not (torch.isfinite(S).all() and (S >= 0).all() and (S.diff(dim=-1) <= 0).all()):
+        return float("inf")
+    draws = torch.Generator()
+    draws.seed()
+    c = torch.randn((*Q.shape[:-2], Q.shape[-1], 1), generator=draws, dtype=torch.float64).to(Q.device)
+    wide = Q.double()
+    v = wide @ c  # (..., r, 1)
+    tall = weight if side_of(*weight.shape[-2:]) == "in" else weight.mT
+    unit = S.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(S.dtype).tiny).unsqueeze(-1)  # keeps squares in range
+    expected = wide @ ((S.unsqueeze(-1) / unit).double().square() * c)
+    error = tall.mT @ (tall @ v.to(tall.dtype) / unit) / unit - expected
+    scale = torch.linalg.vector_norm(expected, dim=-2)
+    turned = torch.linalg.vector_norm(error, dim=-2) / torch.where(scale > 0, scale, 1)
+    skewed = (wide.mT @ v - c).abs().amax(dim=-2)
+    worst = float(torch.maximum(turned, skewed).max())
+    return worst if worst == worst else float("inf")
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return the [`deviation`] that rounding Q and S to a dtype causes, with a margin of ten."""
+    return 64 * torch.finfo(dtype).eps

@@ -2,47 +2,46 @@
 """
 Weights -> their bases, computed once per content and kept on disk.
 
-An entry is named for the values of the weight it came from (upcast without loss, so one checkpoint loaded in bfloat16
-or in float32 is one entry): `<key>.safetensors` with Q, S and the probe, and `<key>.json`, the manifest with its
-checksum, which is written last: its presence means that the entry is whole. The checksum is compared where the file's
-size or time is not the manifest's. The folder is `PEFT_SVF_CACHE`, else
-`peft_svf` under `HF_HOME`. Nothing here knows of modules or adapters.
+An entry `<key>.safetensors` holds Q and S and is named for the values of its weight, upcast without loss, so that one
+checkpoint loaded in bfloat16 or in float32 is one entry. Nothing in the folder is trusted: an entry is read into
+memory in one piece and counts only if it fits the weight ([`deviation`]), so a damaged, swapped or planted one is
+computed again. The folder is `PEFT_SVF_CACHE`, else `peft_svf` under `HF_HOME`. Nothing here knows modules.
 """
 
 import hashlib
-import json
 import logging
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock
 from huggingface_hub import constants
 from huggingface_hub.utils import tqdm
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
-from .basis import Basis, exact, factorize
+from .. import files
+from .basis import Basis, deviation, exact, factorize, side_of, tolerance
 from .fingerprint import Fingerprint, sketch
 
 logger = logging.getLogger(__name__)
 PROCEDURE = "svf-basis v1"
 AT_ONCE = 8  # matrices that an accelerator factorises together
-ALIGNMENT = 64  # bytes, of tensors in memory
+THREADS = min(8, os.cpu_count() or 1)  # hash and verify weights; both release the GIL
+HEADER = 1 << 16  # bytes that an entry may hold beside its numbers
 
 
 def cache_dir() -> Path:
-    """The folder that holds the bases: `PEFT_SVF_CACHE`, else `peft_svf` under `HF_HOME`. It may not exist yet."""
+    """Return the folder of the cache: `PEFT_SVF_CACHE`, else `peft_svf` under `HF_HOME`. It may not exist yet."""
     return Path(os.environ.get("PEFT_SVF_CACHE") or Path(constants.HF_HOME) / "peft_svf").expanduser()
 
 
 def content_key(weight: Tensor) -> str:
     """
-    Hash the values of a weight `(out, in)` or `(E, out, in)`: sha256 over its shape and its values, upcast losslessly.
+    Hash a weight `(out, in)` or `(E, out, in)`: sha256 over its shape and its values, upcast losslessly.
 
     One checkpoint loaded in bfloat16 or in float32 has one key; a rounded copy has another.
     """
@@ -52,105 +51,168 @@ def content_key(weight: Tensor) -> str:
     return digest.hexdigest()
 
 
-def fetch(
-    names: Iterable[str], weight_of: Callable[[str], Tensor], known: Mapping[str, str] | None = None
-) -> dict[str, tuple[Basis, Fingerprint]]:
+def fetch(names: Iterable[str], weight_of: Callable[[str], Tensor]) -> dict[str, tuple[Basis, Fingerprint]]:
     """
-    Get the bases of weights from the cache; what is missing or damaged there is computed and added.
+    Get the bases of weights from the cache; compute and add those that are missing there or do not fit their weight.
 
     Args:
         names (`Iterable[str]`):
             Names of the weights.
         weight_of (`Callable[[str], torch.Tensor]`):
-            Gives the weight `(out, in)`, or a stack `(E, out, in)`, of a name. Called up to three times a name, one
-            after the other, so it may read lazily.
-        known (`Mapping[str, str]`, *optional*):
-            Content keys that are known without hashing, by name.
+            Returns the weight `(out, in)`, or a stack `(E, out, in)`, of a name. It is called in this thread, one name
+            after the other and at most twice each, so it may read lazily.
 
     Returns:
         `dict[str, tuple[Basis, Fingerprint]]`: per name the basis, on the CPU in float32 (float64 for float64).
     """
-    shapes = {}
-
-    def key_of(name: str) -> str:
-        weight = weight_of(name)
-        shapes[name] = weight.shape
-        return content_key(weight)
-
-    keys = {name: (known or {}).get(name) or key_of(name) for name in names}
-    found = {key: entry for key in dict.fromkeys(keys.values()) if (entry := _read(key)) is not None}
-    for name in known or ():
-        if keys[name] not in found:  # what is computed is kept under the name of its content
-            keys[name] = key_of(name)
-    if missing := {key: name for name, key in keys.items() if key not in found}:
-        try:
-            (cache_dir() / "locks").mkdir(parents=True, exist_ok=True)
-            lock = cache_dir() / "locks" / hashlib.sha256("".join(sorted(missing)).encode()).hexdigest()
-            with FileLock(lock, mode=0o666):  # two processes with the same model: one computes, the other reads
-                found |= _compute(missing, weight_of, shapes)
-        except OSError as error:
-            logger.warning(
-                f"The basis cache {cache_dir()} cannot be written ({error}); bases are computed again next time."
-            )
-            found |= _compute(missing, weight_of, shapes, keep=False)
-        else:
-            entries, size = usage()
-            logger.info(f"Basis cache {cache_dir()}: {entries} entries, {size / 1e6:.0f} MB.")
-    return {name: found[key] for name, key in keys.items()}
+    names = list(names)
+    keys: dict[str, str] = {}
+    bases: dict[str, tuple[Basis, Fingerprint]] = {}  # by key
+    with ThreadPoolExecutor(THREADS) as pool:
+        for start in range(0, len(names), THREADS):  # a few at a time: upcast copies are large
+            batch = names[start : start + THREADS]
+            for name, (key, basis) in zip(batch, pool.map(_look_up, [weight_of(name) for name in batch]), strict=True):
+                keys[name] = key
+                if basis is not None:
+                    bases[key] = basis, Fingerprint(key, sketch(basis.Q))
+    missing = {key: name for name, key in keys.items() if key not in bases}
+    if missing:
+        bases |= _compute(missing, weight_of)
+    return {name: bases[keys[name]] for name in names}
 
 
 def usage() -> tuple[int, int]:
     """Count the entries of the cache and their bytes on disk."""
-    files = [path for path in cache_dir().glob("*.*") if path.suffix in (".safetensors", ".json")]
-    return sum(path.suffix == ".json" for path in files), sum(path.stat().st_size for path in files)
+    sizes = [status.st_size for _, status in _entries()]
+    return len(sizes), sum(sizes)
 
 
 def prune(keep_bytes: int = 0) -> int:
     """
-    Delete the entries that were read longest ago until at most `keep_bytes` are left. Deleting is always safe.
+    Delete the entries that were used longest ago until at most `keep_bytes` are left.
+
+    Deleting is always safe: a reader that has opened an entry still gets all of it, and any other computes it again.
 
     Returns:
         `int`: the bytes that were freed.
     """
-    freed, (_, size) = 0, usage()
-    for manifest in sorted(cache_dir().glob("*.json"), key=lambda path: path.stat().st_mtime):
-        if size - freed <= keep_bytes:
-            break
-        for path in (manifest, manifest.with_suffix(".safetensors")):  # the manifest first: it says the entry is whole
-            freed += path.stat().st_size if path.exists() else 0
+    if not cache_dir().is_dir():
+        return 0
+    freed = 0
+    with _lock():
+        size = usage()[1]
+        for path, status in sorted(_entries(), key=lambda entry: entry[1].st_mtime):
+            if size - freed <= keep_bytes:
+                break
             path.unlink(missing_ok=True)
+            freed += status.st_size
     return freed
 
 
-def _compute(
-    missing: dict[str, str], weight_of: Callable[[str], Tensor], shapes: Mapping[str, torch.Size], keep: bool = True
-) -> dict[str, tuple[Basis, Fingerprint]]:
+def _entries() -> Iterator[tuple[Path, os.stat_result]]:
+    """Visit the entries with their status; links are not followed, and entries that vanish meanwhile are skipped."""
+    for path in cache_dir().glob("*.safetensors"):
+        with suppress(FileNotFoundError):
+            yield path, path.lstat()
+
+
+@contextmanager
+def _lock() -> Iterator[None]:
+    """Serialise what changes the cache, in all processes. Reading needs no lock: an entry is opened once, whole."""
+    path = cache_dir() / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.unlink()  # a link or a pipe that somebody has put there
+    with FileLock(path, mode=0o666):
+        yield
+
+
+def _path(key: str) -> Path:
+    return cache_dir() / f"{key}.safetensors"
+
+
+def _look_up(weight: Tensor) -> tuple[str, Basis | None]:
+    """Return the key of a weight and its basis, if the cache has one that fits."""
+    values = exact(weight.detach()).cpu()
+    key = content_key(values)
+    return key, _read(key, values)
+
+
+def _read(key: str, weight: Tensor) -> Basis | None:
+    """Read an entry and verify it against its weight; return `None` if it is missing or does not fit."""
+    path, values = _path(key), exact(weight.detach()).cpu()
+    side, lead, r = side_of(*values.shape[-2:]), values.shape[:-2], min(values.shape[-2:])
+    try:
+        if path.is_symlink():
+            raise ValueError("it is a link")
+        limit = lead.numel() * r * (r + 1) * values.element_size() + HEADER
+        tensors = load(files.read_bytes(path, limit))
+        Q, S = (tensors[name].clone() for name in "QS")  # clones are aligned, and products round by alignment
+        if (Q.shape, S.shape, Q.dtype, S.dtype) != ((*lead, r, r), (*lead, r), values.dtype, values.dtype):
+            raise ValueError(f"Q has shape {tuple(Q.shape)} and dtype {Q.dtype}")
+        apart = deviation(values, Q, S)
+        if not apart <= tolerance(values.dtype):
+            raise ValueError(f"its directions are not those of the weight (deviation {apart:.2g})")
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # whatever is wrong with the entry, the weight is at hand to compute it again
+        logger.warning(f"The entry {path} of the basis cache is damaged and is computed again: {error}.")
+        with suppress(OSError):
+            path.unlink()
+        return None
+    with suppress(OSError):  # a shared cache may be read-only
+        os.utime(path, follow_symlinks=False)  # `prune` deletes what was used longest ago
+    return Basis(side, Q, S)
+
+
+def _compute(missing: dict[str, str], weight_of: Callable[[str], Tensor]) -> dict[str, tuple[Basis, Fingerprint]]:
     """Compute the bases of `missing` (key -> name of a weight), batched by shape on an accelerator, and write them."""
-    found = {}
+    bases: dict[str, tuple[Basis, Fingerprint]] = {}
+    keep = True
     with tqdm(total=len(missing), desc="Computing SVF bases", unit="weight", name="peft_svf.basis") as bar:
         todo = dict(missing)
         while todo:
-            key, name = next(iter(todo.items()))
-            if keep and (entry := _read(key)) is not None:  # another process was faster
-                found[key] = entry
+            batch = {key: weight_of(todo[key]) for key in [next(iter(todo))]}
+            weight = next(iter(batch.values()))
+            if weight.is_cuda and weight.dim() == 2:  # on a CPU one matrix at a time already uses all threads
+                for key in list(todo)[1:AT_ONCE]:
+                    if (other := weight_of(todo[key])).shape == weight.shape:
+                        batch[key] = other
+            try:
+                if keep:
+                    with _lock():  # of two processes with one model one computes, the other reads
+                        bases |= _computed(batch, keep)
+            except OSError as error:
+                logger.warning(
+                    f"The basis cache {cache_dir()} cannot be written ({error}); bases are computed again next time."
+                )
+                keep = False
+            if not keep:
+                bases |= _computed(batch, keep)
+            for key in batch:
                 del todo[key]
                 bar.update()
-                continue
-            weight = weight_of(name)
-            batch = {key: weight}
-            if weight.is_cuda and weight.dim() == 2:  # on a CPU one matrix at a time already uses all threads
-                same = [k for k, n in todo.items() if shapes[n] == weight.shape][:AT_ONCE]
-                batch = {k: weight_of(todo[k]) for k in same}
-            stacked = _factorize(torch.stack(list(batch.values())))
-            for k, Q, S in zip(batch, stacked.Q, stacked.S, strict=True):
-                dtype = exact(weight[:0]).dtype
-                basis = Basis(stacked.side, Q.to("cpu", dtype), S.to("cpu", dtype))
-                found[k] = (basis, Fingerprint(k, sketch(Q)))
-                if keep:
-                    _write(k, *found[k])
-                del todo[k]
-                bar.update()
-    return found
+    if keep:
+        count, size = usage()
+        logger.info(f"Basis cache {cache_dir()}: {count} entries, {size / 1e6:.0f} MB.")
+    return bases
+
+
+def _computed(batch: dict[str, Tensor], keep: bool) -> dict[str, tuple[Basis, Fingerprint]]:
+    """Compute the bases of weights of one shape, by key, unless another process has just written them."""
+    bases = {}
+    if keep:
+        bases = {key: basis for key, weight in batch.items() if (basis := _read(key, weight)) is not None}
+    todo = {key: weight for key, weight in batch.items() if key not in bases}
+    if todo:
+        computed = _factorize(torch.stack(list(todo.values())))
+        for (key, weight), Q, S in zip(todo.items(), computed.Q, computed.S, strict=True):
+            dtype = exact(weight[:0]).dtype
+            bases[key] = Basis(computed.side, Q.to("cpu", dtype).contiguous(), S.to("cpu", dtype).contiguous())
+            if keep:
+                content = save({"Q": bases[key].Q, "S": bases[key].S}, metadata={"procedure": PROCEDURE})
+                files.write(_path(key), content)
+    return {key: (basis, Fingerprint(key, sketch(basis.Q))) for key, basis in bases.items()}
 
 
 def _factorize(weights: Tensor) -> Basis:
@@ -160,72 +222,3 @@ def _factorize(weights: Tensor) -> Basis:
     Q, S = torch.cat([part.Q for part in parts]), torch.cat([part.S for part in parts])
     leading = weights.shape[:-2]
     return Basis(parts[0].side, Q.unflatten(0, leading), S.unflatten(0, leading))
-
-
-def _write(key: str, basis: Basis, fingerprint: Fingerprint) -> None:
-    tensors = {"Q": basis.Q.contiguous(), "S": basis.S.contiguous(), "probe": fingerprint.sketch}
-    content = _aligned(save(tensors, metadata={"procedure": PROCEDURE, "side": basis.side}))
-    manifest = {
-        "procedure": PROCEDURE,
-        "side": basis.side,
-        "directions": basis.S.numel(),
-        "sha256": hashlib.sha256(content).hexdigest(),
-    }
-    _replace(cache_dir() / f"{key}.safetensors", content)
-    _seal(key, manifest)
-
-
-def _aligned(content: bytes) -> bytes:
-    """Pad the header of a safetensors file so that its numbers lie where those in memory do: products round alike."""
-    start = 8 + int.from_bytes(content[:8], "little")
-    padding = -start % ALIGNMENT
-    return (start - 8 + padding).to_bytes(8, "little") + content[8:start] + b" " * padding + content[start:]
-
-
-def _seal(key: str, manifest: dict[str, Any]) -> None:
-    """Write the manifest of a whole entry, with the size and time of its file: while these stay, so do its bytes."""
-    manifest |= _state(cache_dir() / f"{key}.safetensors")
-    _replace(cache_dir() / f"{key}.json", json.dumps(manifest, indent=1).encode())
-
-
-def _state(path: Path) -> dict[str, int]:
-    status = path.stat()
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, then rename it: readers see the old content or the new, never a part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)  # a cache may be shared, and `mkstemp` lets nobody else read
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _read(key: str) -> tuple[Basis, Fingerprint] | None:
-    """Read an entry, or `None` where there is none. A damaged one is reported and counts as missing."""
-    path = cache_dir() / f"{key}.safetensors"
-    manifest_path = path.with_suffix(".json")
-    if not manifest_path.exists():
-        return None
-    try:
-        manifest = json.loads(manifest_path.read_text())
-        if any(manifest.get(name) != value for name, value in _state(path).items()):  # copied, or written to
-            if hashlib.sha256(path.read_bytes()).hexdigest() != manifest["sha256"]:
-                raise ValueError("its checksum differs from the manifest")
-            with suppress(OSError):  # a shared cache may be only readable
-                _seal(key, manifest)
-        tensors = load_file(path)
-        Q = tensors["Q"] if tensors["Q"].data_ptr() % ALIGNMENT == 0 else tensors["Q"].clone()
-        with suppress(OSError):
-            os.utime(manifest_path)  # `prune` drops what was read longest ago
-        return Basis(manifest["side"], Q, tensors["S"]), Fingerprint(key, tensors["probe"])
-    except Exception as error:  # whatever is wrong with it, the weight itself is at hand to compute it again
-        logger.warning(f"The entry {path} of the basis cache is damaged and is computed again: {error}.")
-        with suppress(OSError):
-            manifest_path.unlink()  # it says that the entry is whole
-        return None

@@ -3,26 +3,18 @@
 Loaded model -> the weights as its checkpoint stores them.
 
 A float32 checkpoint loaded in bfloat16 holds rounded weights, whose singular directions differ from the stored ones by
-far more than an expert moves them. Where the file can be found on this machine, the basis comes from the file. A memo
-beside the basis cache spares hashing weights again whose file is known by path, size and time. Nothing here loads a
-model or asks the Hub.
+far more than an expert moves them. If the file is on this machine, the basis comes from the file. Nothing here
+loads a model or reaches the Hub.
 """
 
-import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-STRIDES = (251, 61, 13, 1)  # of the numbers of a weight that are compared before the memo is believed: primes
-SAMPLES = 4096  # at least so many of them
 PACKED = 0.7  # 4 bits lose about 0.1 of a weight's norm, 2 bits 0.5; another weight differs by 1.4
 
 
@@ -39,7 +31,6 @@ class Checkpoint:
         self.name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
         self.prefix = getattr(model, "base_model_prefix", "")
         self._files = self._find_files()
-        self._known: dict[Path, dict[str, dict[str, str]]] = {}  # file -> its memo
 
     def weight(self, name: str, loaded: Tensor, packed: bool = False) -> Tensor | None:
         """
@@ -63,61 +54,6 @@ class Checkpoint:
             stored = file.get_tensor(found[1])
         same = stored.shape == loaded.shape and _rounds_to(stored, loaded.detach().cpu(), packed)
         return stored.to(loaded.device) if same else None
-
-    def recall(self, name: str, loaded: Tensor, memo: Path) -> str | None:
-        """
-        Look up the content key of a weight that was hashed before.
-
-        The file must have the path, size and time of then, and the weight its values at every 251st place, some in
-        every row: training, merging and pruning change them. In doubt there is no answer, and the content decides.
-
-        Args:
-            name (`str`):
-                Name of the parameter in the model.
-            loaded (`torch.Tensor`):
-                The parameter.
-            memo (`Path`):
-                Folder of the memo.
-        """
-        found = self._stored(name)
-        if found is None:
-            return None
-        path, stored_name = found
-        if path not in self._known:  # once for all weights of a file
-            self._known[path] = self._memo(path, memo)
-        entry = self._known[path].get(f"{stored_name} {loaded.dtype}")
-        return entry["key"] if entry is not None and entry["sample"] == _sample(loaded) else None
-
-    def remember(self, keys: Mapping[str, tuple[Tensor, str]], memo: Path) -> None:
-        """Write down the content keys of weights, by name with the loaded parameter, that the file holds as loaded."""
-        by_file: dict[Path, dict[str, dict[str, str]]] = {}
-        for name, (loaded, key) in keys.items():
-            found = self._stored(name)
-            if found is not None and self.weight(name, loaded) is not None:
-                entry = {"key": key, "sample": _sample(loaded)}
-                by_file.setdefault(found[0], {})[f"{found[1]} {loaded.dtype}"] = entry
-        for path, known in by_file.items():
-            content = {**self._state(path), "weights": self._memo(path, memo) | known}
-            memo.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=memo, delete=False) as file:
-                json.dump(content, file)
-            os.replace(file.name, self._memo_file(path, memo))
-
-    def _memo(self, path: Path, memo: Path) -> dict[str, dict[str, str]]:
-        try:
-            entry = json.loads(self._memo_file(path, memo).read_text())
-            return entry["weights"] if {k: entry[k] for k in ("path", "size", "mtime_ns")} == self._state(path) else {}
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
-
-    @staticmethod
-    def _state(path: Path) -> dict[str, Any]:
-        status = path.stat()
-        return {"path": str(path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
-
-    @staticmethod
-    def _memo_file(path: Path, memo: Path) -> Path:
-        return memo / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()}.json"
 
     def _stored(self, name: str) -> tuple[Path, str] | None:
         """The file that holds a parameter, and its name there."""
@@ -156,15 +92,6 @@ class Checkpoint:
             return None
         cached = try_to_load_from_cache(self.name, name)
         return Path(cached) if isinstance(cached, str) else None
-
-
-def _sample(weight: Tensor) -> str:
-    """Hash a few thousand numbers of a weight, spread over all of its rows, and its shape."""
-    stride = next((p for p in STRIDES if weight.numel() >= SAMPLES * p), 1)
-    numbers = weight.detach().reshape(-1)[::stride].cpu().contiguous()
-    digest = hashlib.sha256(str(tuple(weight.shape)).encode())
-    digest.update(numbers.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _rounds_to(stored: Tensor, loaded: Tensor, packed: bool) -> bool:

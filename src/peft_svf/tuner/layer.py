@@ -10,8 +10,8 @@ import copy
 import logging
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -101,6 +101,49 @@ class OffsetDict(nn.ModuleDict):
 
     def items(self) -> list[tuple[str, Offset]]:  # type: ignore[override]
         return list(zip(self.keys(), self.values(), strict=True))
+
+
+def svf_layers(model: nn.Module) -> dict[str, "SVFLayer"]:
+    """
+    Find the SVF layers of a model, by the names of the base model's modules.
+
+    The names are without what PEFT, `torch.compile`, FSDP and DDP put in front.
+    """
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SVFLayer):
+            name = name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
+            name = name.removeprefix("module.") if hasattr(model, "module") else name
+            layers[name.removeprefix("base_model.model.")] = module
+    return layers
+
+
+@contextmanager
+def active_rows(
+    layers: Mapping[str, "SVFLayer"], offsets: Mapping[str, Tensor], index: Tensor | None = None, merge: bool = False
+) -> Iterator[None]:
+    """
+    Put offsets in place of the adapters' in all layers at once, while the context is open.
+
+    Args:
+        layers (`Mapping[str, SVFLayer]`):
+            Layers by module name, as [`svf_layers`] returns them.
+        offsets (`Mapping[str, torch.Tensor]` of shapes `(n, k)` or `(k,)`):
+            Offsets by module name; a layer without any is the base model.
+        index (`torch.Tensor` of shape `(B,)`, *optional*):
+            The offset of each row of the batch; default row i has offset i, and all rows share one alone.
+        merge (`bool`):
+            Many forwards will follow: if the rows share one offset, a merged copy of the weight pays.
+    """
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            rows = offsets.get(name, torch.zeros(0))
+            if rows.numel() == 0:
+                rows = torch.zeros(0)
+            elif rows.dim() == 2:
+                rows = rows[0] if len(rows) == 1 else rows if index is None else rows[index.to(rows.device)]
+            stack.enter_context(layer.rows(rows, merge))
+        yield
 
 
 class SVFLayer(BaseTunerLayer):

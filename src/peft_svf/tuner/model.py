@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
@@ -21,9 +22,9 @@ from psutil import virtual_memory
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .bases import Known, absent, bases_of, checked_bases, svf_layers
+from .bases import Known, absent, bases_of, checked_bases
 from .config import SVFConfig
-from .layer import BASE, Linear, SVFLayer, escape
+from .layer import BASE, Linear, SVFLayer, escape, svf_layers
 from .plans import PLANS, Plan
 from .stacked import ParamWrapper
 from .targets import DEFAULT_TARGETS, adaptable, default_targets
@@ -72,7 +73,7 @@ class SVFModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        if next(svf_layers(model), None) is None:
+        if not svf_layers(model):
             self._trainable_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         try:
             bases = checked_bases(model, adapter_name, config, self._source)
@@ -103,7 +104,7 @@ class SVFModel(BaseTuner):
             `ValueError`: if an adapter's fingerprint names another base, or needs more directions than are known.
         """
         layers, self._waiting = {}, False
-        for name, layer in svf_layers(self.model):
+        for name, layer in svf_layers(self.model).items():
             matrices = getattr(layer, "matrices", 1)
             needed = max((offset.weight.shape[0] // matrices for offset in layer.svf_offset.values()), default=0)
             have = 0 if layer.svf_basis is None else layer.svf_basis.shape[-1]
@@ -159,7 +160,7 @@ class SVFModel(BaseTuner):
         self._follow(plan, forwards_per_step)
 
     def _follow(self, plan: Plan, forwards_per_step: int) -> None:
-        layers = [layer for _, layer in svf_layers(self.model)]
+        layers = list(svf_layers(self.model).values())
         room = _room(layers)
         if not room and plan == "auto":
             logger.info("There is no memory for a merged copy of the adapted weights: SVF uses the narrow plan.")
@@ -175,7 +176,7 @@ class SVFModel(BaseTuner):
 
         Experts are shared and mixed as offsets: do this when training is over, before saving.
         """
-        for _, layer in svf_layers(self.model):
+        for layer in svf_layers(self.model).values():
             layer.fold_parametrization(adapter_name)
         self.peft_config[adapter_name].parametrization = "offset"
 
@@ -187,7 +188,7 @@ class SVFModel(BaseTuner):
             `dict`: by module name, and as `"total"`, the bytes of `basis`, of `merged` and `factored` (kept from the
             first forward that needs them), of `pristine` weights that `merge_adapter` has replaced, and of `offsets`.
         """
-        memory = {name: layer.svf_bytes() for name, layer in svf_layers(self.model)}
+        memory = {name: layer.svf_bytes() for name, layer in svf_layers(self.model).items()}
         kinds = ("basis", "merged", "pristine", "factored", "offsets")
         return memory | {"total": {kind: sum(of[kind] for of in memory.values()) for kind in kinds}}
 
@@ -220,7 +221,7 @@ class SVFModel(BaseTuner):
         return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
 
     def _merged(self) -> dict[SVFLayer, list[str]]:
-        return {layer: list(layer.merged_adapters) for _, layer in svf_layers(self.model)}
+        return {layer: list(layer.merged_adapters) for layer in svf_layers(self.model).values()}
 
     def _restore_merged(self, before: dict[SVFLayer, list[str]]) -> None:
         for layer, names in before.items():
@@ -284,7 +285,9 @@ class SVFModel(BaseTuner):
         configs = [self.peft_config[name] for name in adapters]
         ranks = [config.rank for config in configs]
         reached = [
-            (name, layer) for name, layer in svf_layers(self.model) if any(a in layer.svf_offset for a in adapters)
+            (name, layer)
+            for name, layer in svf_layers(self.model).items()
+            if any(a in layer.svf_offset for a in adapters)
         ]
         stacks = [layer.weight_name(name) for name, layer in reached if isinstance(layer, ParamWrapper)]
         self.peft_config[adapter_name] = replace(
@@ -302,7 +305,7 @@ class SVFModel(BaseTuner):
             init_weights=True,
         )
         self.inject_adapter(self.model, adapter_name)
-        for _, layer in svf_layers(self.model):
+        for layer in svf_layers(self.model).values():
             if adapter_name not in layer.svf_offset:
                 continue
             mixed = layer.svf_offset[adapter_name].weight.data
@@ -370,7 +373,7 @@ class SVFModel(BaseTuner):
         """Offsets are float32; with `autocast_adapter_dtype=False` they take the dtype of their base weight."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not autocast_adapter_dtype:
-            for _, layer in svf_layers(self.model):
+            for layer in svf_layers(self.model).values():
                 dtype = layer.base_weight.dtype
                 if adapter_name in layer.svf_offset and dtype.is_floating_point:
                     layer.svf_offset[adapter_name].to(dtype)
@@ -387,7 +390,7 @@ class SVFModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = [layer for _, layer in svf_layers(self)]
+        layers = list(svf_layers(self.model).values())
         known = {BASE}.union(*(layer.svf_offset.keys() for layer in layers))
         if unknown := sorted(set(names) - known):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
@@ -421,7 +424,7 @@ class SVFModel(BaseTuner):
         Without gradients it is generation or scoring, in training mode too (TRL's rollouts): one z for what follows.
         Merged weights are compared with their z all at once, on a GPU with one wait instead of one for each layer.
         """
-        layers, without = self._layers(), not torch.is_grad_enabled()
+        layers, without = list(svf_layers(self.model).values()), not torch.is_grad_enabled()
         kept = [layer for layer in layers if layer.svf_merged is not None and layer.svf_rows is None]
         same = bool(kept) and _waits(kept[0].svf_merged.offset.device) and _unchanged(kept)  # type: ignore[union-attr]
         for layer in layers:
@@ -434,9 +437,6 @@ class SVFModel(BaseTuner):
             for layer in layers:
                 layer.svf_generating = layer.svf_trusted = False
 
-    def _layers(self) -> list[SVFLayer]:
-        return [module for module in self.model.modules() if isinstance(module, SVFLayer)]
-
     @classmethod
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
@@ -446,14 +446,14 @@ class SVFModel(BaseTuner):
 
         PEFT saves the config next, so this is also where it gets the fingerprint of the base.
         """
-        key = f"svf_offset.{escape(adapter_name)}.weight"
+        key, prefix = f"svf_offset.{escape(adapter_name)}.weight", _prefix(model)
         found, fingerprint, bases = {}, {}, {}
-        for name, layer in svf_layers(model):
+        for name, layer in svf_layers(model).items():
             if adapter_name in layer.svf_offset:
-                offset = state_dict.get(f"{name}.{key}", layer.svf_offset[adapter_name].weight.detach())
-                found[f"{name}.{key}"] = offset.full_tensor() if isinstance(offset, DTensor) else offset
+                offset = state_dict.get(f"{prefix}{name}.{key}", layer.svf_offset[adapter_name].weight.detach())
+                found[f"{prefix}{name}.{key}"] = offset.full_tensor() if isinstance(offset, DTensor) else offset
                 if layer.svf_fingerprint is not None and layer.svf_basis is not None and layer.svf_values is not None:
-                    weight = layer.weight_name(name).removeprefix("base_model.model.")
+                    weight = layer.weight_name(name)
                     fingerprint[weight] = layer.svf_fingerprint.to_json()
                     bases[weight] = (layer.svf_basis, layer.svf_values)
         config.record_fingerprint(fingerprint or config.fingerprint)
@@ -491,11 +491,9 @@ class SVFModel(BaseTuner):
         model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, str]:
         renamed = {}
-        for name, layer in svf_layers(model):
+        for name, layer in svf_layers(model).items():
             if adapter_name not in layer.svf_offset:
                 continue
-            prefix_here = "base_model.model." if name.startswith("base_model.model.") else ""
-            name = name.removeprefix(prefix_here)
             expected = layer.svf_offset[adapter_name].weight.shape[0]
             for prefix in ("base_model.model.", ""):
                 key = f"{prefix}{name}.svf_offset.weight"
@@ -513,8 +511,13 @@ class SVFModel(BaseTuner):
                         f"Adapter {adapter_name!r} has {bad} of {expected} entries of its z-vector for {name} that "
                         "are NaN or infinite: the file is damaged or its training diverged. Use an earlier checkpoint."
                     )
-                renamed[key] = f"{prefix_here}{name}.svf_offset.{escape(adapter_name)}.weight"
+                renamed[key] = f"{_prefix(model)}{name}.svf_offset.{escape(adapter_name)}.weight"
         return renamed
+
+
+def _prefix(model: nn.Module) -> str:
+    """What PEFT puts in front of the base model's module names in the state dict of a model."""
+    return "base_model.model." if isinstance(model, PeftModel) else ""
 
 
 def _room(layers: list[SVFLayer]) -> bool:
@@ -543,7 +546,7 @@ def _waits(device: torch.device) -> bool:
 
 def _remove(model: nn.Module, adapter_name: str) -> None:
     """Undo a half-made injection: drop the adapter's offsets, and layers that are left with none."""
-    for name, layer in reversed(list(svf_layers(model))):  # wrappers of parameters lie inside each other
+    for name, layer in reversed(svf_layers(model).items()):  # wrappers of parameters lie inside each other
         if adapter_name in layer.svf_offset:
             del layer.svf_offset[adapter_name]
         if not len(layer.svf_offset):

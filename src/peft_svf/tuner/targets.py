@@ -34,6 +34,13 @@ ARCHITECTURES: dict[str, list[str] | str] = {  # MLP weights -> model types
 }
 DEFAULT_TARGETS = {model_type: targets for types, targets in ARCHITECTURES.items() for model_type in types.split()}
 ATTENTION = ["q_proj", "v_proj"]
+BLOCK = re.compile(r".+?\.\d+(?=\.)")  # up to the first number: a block's experts have numbers too
+
+
+def block_of(name: str) -> str:
+    """Name the block of a module: `"model.layers.0"` for `"model.layers.0.mlp.up_proj"`; the name itself if none."""
+    block = BLOCK.match(name)
+    return block[0] if block else name
 
 
 def adaptable(module: nn.Module) -> bool:
