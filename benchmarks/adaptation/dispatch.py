@@ -29,7 +29,7 @@ from peft_svf.evaluation import wilson
 from peft_svf.experts.expert import OTHER
 from peft_svf.rows import prompt_ids
 from peft_svf.tasks import dispatch_prompt, get_task
-from peft_svf.tasks.everyday import everyday_requests
+from peft_svf.tasks.dispatch import everyday_requests
 from peft_svf.tasks.task import shuffled
 
 PER_KIND = 30
