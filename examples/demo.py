@@ -142,7 +142,7 @@ def compare(model, tokenizer, rows: dict[str, list[dict]], args) -> tuple[dict, 
         way = f"Transformer², {strategy}"
         summaries[way] = {}
         for kind, questions in rows.items():
-            chosen = [m.choice for m in model.first_pass([q["prompt"] for q in questions], strategy=strategy)]
+            chosen = [m.choice for m in model.first_pass([q["prompt"] for q in questions], first_pass=strategy)]
             decisions[strategy][kind] = dict(Counter(chosen))
             # each row is answered by one expert alone: as that expert answered it above
             answered = [summaries[ways[name]][kind].records[i] for i, name in enumerate(chosen)]

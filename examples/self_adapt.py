@@ -18,6 +18,7 @@ from tiny_model import tiny_model, tiny_tokenizer
 from transformers import TextIteratorStreamer, pipeline
 
 from peft_svf import Mixture, SVFConfig
+from peft_svf.adaptation import FirstPass
 from peft_svf.experts.transfer import transfer_expert
 
 HERE = Path(__file__).resolve().parent
@@ -62,7 +63,7 @@ def tell(base, tokenizer, folders: dict[str, Path], settings: dict, scratch: Pat
     for question, (output,) in zip(QUESTIONS, outputs, strict=True):
         found = output["dispatch"]
         print(f"   {question}\n   -> {found['choice']} ({found['confidence']:.2f}): {output['generated_text']!r}")
-    unsure = model.first_pass(QUESTIONS, threshold=0.9, dispatch_kwargs={"fallback": "mix"})
+    unsure = model.first_pass(QUESTIONS, first_pass=FirstPass("classifier", threshold=0.9, fallback="mix"))
     print(f"   where it is not sure enough all may answer: {[shown(mixture) for mixture in unsure]}")
 
     print("\n2. Or you say who answers, row by row; what the weights leave of 1 is the base model:")

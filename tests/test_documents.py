@@ -18,6 +18,7 @@ from pathlib import Path
 import huggingface_hub
 import pico
 import pytest
+import seeing
 import torch
 from peft import get_peft_model
 from tiny_model import tiny_model, tiny_tokenizer
@@ -33,19 +34,7 @@ FENCE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 PAGES = {page: list(FENCE.finditer(page.read_text())) for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
-PENDING = {
-    "README.md",
-    "index.md",
-    "train.md",
-    "adapt.md",
-    "share.md",
-    "cache.md",
-    "vision.md",
-    "quantised.md",
-    "distributed.md",
-    "cli.md",
-}
-SLOW = {"train.md"}  # pages whose blocks take more than half a minute
+PENDING = {"README.md", "index.md", "adapt.md", "cli.md"}
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EXPERTS = {"math": "a number to work out", "code": "a program to write", "dispatch": "naming the kind of a request"}
 
@@ -71,6 +60,9 @@ def hub(tmp_path_factory):
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "smollm2")
     tiny_tokenizer().save_pretrained(folder / "smollm2")
     publish(SMOLLM2, folder / "smollm2")
+    seeing.model().save_pretrained(folder / "smolvlm")
+    seeing.processor().save_pretrained(folder / "smolvlm")
+    publish("HuggingFaceTB/SmolVLM-256M-Instruct", folder / "smolvlm")
     for seed, (name, description) in enumerate(EXPERTS.items()):
         base = AutoModelForCausalLM.from_pretrained(SMOLLM2)
         model = get_peft_model(base, SVFConfig(task_type="CAUSAL_LM", description=description))
@@ -116,7 +108,7 @@ def shell(code: str) -> None:
 
 
 CASES = [
-    pytest.param(page, id=page.name, marks=[pytest.mark.slow] if page.name in SLOW else [])
+    pytest.param(page, id=page.name)
     for page, blocks in PAGES.items()
     if page.name not in PENDING and any(block["language"] in ("python", "bash") for block in blocks)
 ]

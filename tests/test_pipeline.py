@@ -19,6 +19,7 @@ from transformers import (
 from transformers.pipelines.pt_utils import KeyDataset
 
 from peft_svf import Mixture, Transformer2Model, Transformer2Pipeline, two_pass
+from peft_svf.adaptation import FirstPass
 
 TEXTS = ["What is 3 + 4?", "def", "Tell me a story."]
 CHATS = [[{"role": "user", "content": text}] for text in TEXTS]
@@ -387,11 +388,10 @@ def test_options_of_the_constructor_hold_until_a_call_says_otherwise(folders, pi
         "other",
         "math",
     ]
-    strict = make(folders, threshold=1.01)
+    strict = make(folders, first_pass=FirstPass("classifier", threshold=1.01))
     assert strict(TEXTS[0], return_dispatch=True, **GREEDY)[0]["dispatch"]["choice"] == "other"
-    by_prompt = make(folders, strategy="prompt")
-    assert by_prompt.model.strategy == "prompt" and pipe.model.strategy == "classifier"
-    found, expected = (p(TEXTS, strategy="prompt", return_dispatch=True, **GREEDY) for p in (by_prompt, pipe))
+    by_prompt = make(folders, first_pass="prompt")
+    found, expected = (p(TEXTS, first_pass="prompt", return_dispatch=True, **GREEDY) for p in (by_prompt, pipe))
     assert found == expected
 
 
@@ -437,10 +437,11 @@ def test_the_model_that_experts_name_is_loaded_as_they_say_it(folders, tmp_path,
     real = Transformer2Model.from_pretrained.__func__
     spy = classmethod(lambda cls, *args, **kwargs: asked.append((args, kwargs)) or real(cls, *args, **kwargs))
     monkeypatch.setattr(Transformer2Model, "from_pretrained", spy)
-    settings = {"threshold": 0.5, "max_new_tokens": 3, "dtype": torch.bfloat16}
+    half = FirstPass(threshold=0.5)
+    settings = {"first_pass": half, "max_new_tokens": 3, "dtype": torch.bfloat16}
     pipe = pipeline("transformer2", experts=[named], return_dispatch=True, **settings)
-    assert asked == [((None, [named]), {"dtype": torch.bfloat16, "threshold": 0.5})]
-    assert pipe.model.dtype == torch.bfloat16 and pipe.model.threshold == 0.5
+    assert asked == [((None, [named]), {"dtype": torch.bfloat16, "first_pass": half})]
+    assert pipe.model.dtype == torch.bfloat16 and pipe.model.default_first_pass is half
     (output,) = pipe("x", expert="math", do_sample=False)
     assert output["dispatch"]["choice"] == "math" and len(output["generated_text"]) <= 4
     with pytest.raises(ValueError, match="several base models"):
@@ -470,7 +471,7 @@ def test_making_one_logs_no_error(folders, caplog):
         (TEXTS, {"expert": "math", "mixture": {"math": 1.0}}, "not both"),
         (TEXTS, {"expert": ["math"] * 3, "mixture": {"math": 1.0}}, "not both"),
         (TEXTS, {"expert": "math", "mixture": [{}] * 3}, "not both"),
-        (TEXTS, {"strategy": "magic"}, "no dispatch strategy 'magic'"),
+        (TEXTS, {"first_pass": "magic"}, "no strategy='magic'"),
         (TEXTS, {"past_key_values": ()}, "activations of other weights"),
         (TEXTS, {"cache": ()}, "activations of other weights"),
         ("x" * 600, {}, "The prompt has 600 tokens, but the model's context is 512"),
@@ -499,8 +500,8 @@ def test_without_experts_there_is_no_pipeline():
 
 
 def test_what_a_transformer2_model_has_already_is_not_taken_twice(folders, pipe):
-    several = {"experts": [folders["math"]], "classifier": folders["kinds"], "threshold": 0.5, "limit_bytes": 1}
-    for name, value in (several | {"dispatch_kwargs": {"soft": True}}).items():
+    several = {"experts": [folders["math"]], "classifier": folders["kinds"], "first_pass": "prompt", "limit_bytes": 1}
+    for name, value in several.items():
         with pytest.raises(ValueError, match="has its experts and the settings of the first pass"):
             Transformer2Pipeline(pipe.model, **{name: value})
 

@@ -17,7 +17,8 @@ from transformers import TextIteratorStreamer, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from peft_svf import Transformer2Model, Transformer2Pipeline
-from peft_svf.adaptation.few_shot import fit_probe, kind_scores
+from peft_svf.adaptation import FirstPass, fit_probe
+from peft_svf.adaptation.first_pass import kind_scores
 from peft_svf.pipeline import Transformer2ImagePipeline
 
 SHORT = {"max_new_tokens": 5}
@@ -175,12 +176,12 @@ def probe(made):
 
 @pytest.mark.parametrize("strategy", ["prompt", "names", "classifier", "probe", "written"])
 def test_the_first_pass_reads_the_words_and_not_the_images(strategy, made):
-    settings = {"strategy": "prompt" if strategy in ("written", "names") else strategy}
-    if strategy in ("probe", "written", "names"):
-        own = {"written": {"read": "generate"}, "names": {"read": "likelihood"}}.get(strategy) or {
-            "probe": probe(made)
-        }
-        settings["dispatch_kwargs"] = own
+    settings = {
+        "names": lambda: FirstPass(read="likelihood"),
+        "probe": lambda: FirstPass("probe", probe=probe(made)),
+        "written": lambda: FirstPass(read="generate"),
+    }
+    settings = {"first_pass": settings[strategy]() if strategy in settings else strategy}
     decided = made.pipe.model.first_pass(TEXTS, **settings)
     for batch_size in (1, 2):
         for given in (chats(), [asks(1, text) for text in TEXTS]):
@@ -196,10 +197,10 @@ def test_the_first_pass_reads_the_words_and_not_the_images(strategy, made):
 @pytest.mark.parametrize("strategy", ["prompt", "classifier"])
 def test_the_first_pass_loses_no_word_to_a_template_that_reads_parts(strategy, made, monkeypatch):
     model = made.pipe.model
-    scores = [kind_scores(model.library, model.tokenizer, TEXTS, strategy)]
+    scores = [kind_scores(model.library, model.tokenizer, TEXTS, FirstPass(strategy))]
     assert not torch.allclose(*scores[0])
     monkeypatch.setattr(model.tokenizer, "chat_template", CHAT)  # the same for contents that are strings
-    scores.append(kind_scores(model.library, model.tokenizer, TEXTS, strategy))
+    scores.append(kind_scores(model.library, model.tokenizer, TEXTS, FirstPass(strategy)))
     assert torch.equal(*scores)
 
 

@@ -13,7 +13,7 @@ from tiny_model import tiny_tokenizer
 from transformers import DynamicCache, GenerationConfig, LlamaModel, LogitsProcessor, LogitsProcessorList
 
 from peft_svf import Expert, ExpertLibrary, Mixture, Transformer2Model, two_pass
-from peft_svf.adaptation import first_pass
+from peft_svf.adaptation import FirstPass, first_pass
 from peft_svf.experts.expert import SavedExpert
 from peft_svf.pipeline import Transformer2Pipeline
 from peft_svf.tuner.layer import Linear, SVFLayer
@@ -120,7 +120,7 @@ def test_without_anything_to_read_the_second_pass_begins_at_the_first_token(fold
     expected = plain.generate(**GREEDY).tolist()
     model = Transformer2Model(plain, tokenizer, [folders["math"]])
     assert model.generate(expert="other", **GREEDY).tolist() == expected
-    with pytest.raises(ValueError, match="needs input_ids"):
+    with pytest.raises(ValueError, match="nothing to read"):
         model.generate(**GREEDY)
 
 
@@ -133,7 +133,7 @@ def test_the_rows_of_inputs_and_of_embeddings_each_have_their_expert(model, no_f
     embedded = {"inputs_embeds": states, "attention_mask": batch["attention_mask"]}
     new = model.generate(**embedded, expert=each, **GREEDY)
     assert new.tolist() == [row[batch["input_ids"].shape[1] :] for row in expected]
-    with pytest.raises(ValueError, match="inputs_embeds cannot be read by a first pass"):
+    with pytest.raises(ValueError, match="nothing to read"):
         model.generate(**embedded, **GREEDY)
     with pytest.raises(ValueError, match=r"3 prompts, but experts or mixtures for 2"):
         model.generate(**embedded, expert=each[:2], **GREEDY)
@@ -224,10 +224,9 @@ def test_a_mixture_that_was_found_keeps_how_it_was_found(model):
 
 
 @pytest.mark.parametrize("chosen", [{"expert": "math"}, {"mixture": {"code": 0.5}}, {}], ids=str)
-def test_every_decision_is_logged_once(chosen, model, caplog):
+def test_the_decision_of_every_answer_is_logged_once(chosen, model, caplog):
     pipe = Transformer2Pipeline(model, batch_size=2)
     for decide in (
-        lambda: model.first_pass(TEXTS, **chosen),
         lambda: model.generate(**inputs(), **chosen, **GREEDY),
         lambda: pipe(TEXTS, **chosen, **GREEDY),
         lambda: pipe(TEXTS, **{name: [value] * 3 for name, value in chosen.items()}, **GREEDY),
@@ -257,28 +256,22 @@ def test_of_many_names_the_nearest_are_named(folders):
 
 def test_the_strategy_is_the_classifiers_where_there_is_one(model, folders):
     plain = Transformer2Model(base(), tokenizer, [folders["math"]])
-    assert (model.strategy, plain.strategy) == ("classifier", "prompt")
+    assert (model.default_first_pass.strategy, plain.default_first_pass.strategy) == ("classifier", "prompt")
     assert {m.strategy for m in model.first_pass(TEXTS)} == {"classifier"}
-    assert {m.strategy for m in model.first_pass(TEXTS, strategy="prompt")} == {"prompt"}
+    assert {m.strategy for m in model.first_pass(TEXTS, first_pass="prompt")} == {"prompt"}
 
 
-def test_the_threshold_is_the_models_unless_given(folders):
-    paths = [folders["math"], folders["code"]]
-    strict = Transformer2Model(base(), tokenizer, paths, folders["kinds"], threshold=1.01)
-    assert {m.choice for m in strict.first_pass(TEXTS)} == {"other"}
-    assert {m.choice for m in strict.first_pass(TEXTS, threshold=0.0)} != {"other"}
-
-
-def test_settings_of_the_first_pass_reach_it_from_the_constructor_and_from_a_call(model, folders):
-    soft = Transformer2Model(
-        base(), tokenizer, [folders["math"], folders["code"]], folders["kinds"], dispatch_kwargs={"soft": True}
-    )
-    for mixture in soft.first_pass(TEXTS):
+def test_the_first_pass_of_a_call_replaces_the_models(model, folders):
+    soft = FirstPass("classifier", soft=True)
+    other = Transformer2Model(base(), tokenizer, [folders["math"], folders["code"]], folders["kinds"], soft)
+    for mixture in other.first_pass(TEXTS):
         assert mixture.alpha == pytest.approx({n: p for n, p in mixture.probabilities.items() if n != "other"})
-    assert model.first_pass(TEXTS, dispatch_kwargs={"soft": True}) == soft.first_pass(TEXTS)
-    assert soft.first_pass(TEXTS, dispatch_kwargs={"soft": False}) == model.first_pass(TEXTS)
-    expected = answers(model, mixture=soft.first_pass(TEXTS))
-    assert answers(soft) == answers(model, dispatch_kwargs={"soft": True}) == expected
+    assert model.first_pass(TEXTS, first_pass=soft) == other.first_pass(TEXTS)
+    assert other.first_pass(TEXTS, first_pass="classifier") == model.first_pass(TEXTS)
+    expected = answers(model, mixture=other.first_pass(TEXTS))
+    assert answers(other) == answers(model, first_pass=soft) == expected
+    never = FirstPass("classifier", threshold=1.01)
+    assert {m.choice for m in model.first_pass(TEXTS, first_pass=never)} == {"other"}
 
 
 @pytest.mark.parametrize(
@@ -294,7 +287,7 @@ def test_settings_of_the_first_pass_reach_it_from_the_constructor_and_from_a_cal
         ({"mixture": {"classifier: kinds": 1.0}}, "no expert 'classifier: kinds'"),
         ({"mixture": {"math": math.nan}}, "'math' must be a finite number"),
         ({"mixture": [{}, {}, {"code": math.inf}]}, "'code' must be a finite number"),
-        ({"strategy": "magic"}, "no dispatch strategy 'magic'"),
+        ({"first_pass": "magic"}, "no strategy='magic'"),
     ],
 )
 def test_a_choice_that_cannot_be_is_refused(chosen, message, model):
@@ -317,7 +310,7 @@ def test_a_cache_of_other_weights_is_refused(name, model):
 def test_a_prompt_that_fills_the_context_is_refused_with_both_lengths(model, no_first_pass):
     limit = model.config.max_position_embeddings
     with pytest.raises(ValueError, match=f"{limit} tokens, but the model's context is {limit}"):
-        model.generate(torch.full((1, limit), 50), **GREEDY)
+        model.generate(torch.full((1, limit), 50), expert="math", **GREEDY)
     model.generate(torch.full((1, limit - 1), 50), expert="math", max_new_tokens=1)
 
 
@@ -327,10 +320,10 @@ def test_prompts_must_be_as_many_as_rows(model):
 
 
 def test_a_strategy_that_cannot_work_is_refused_at_once(folders):
-    with pytest.raises(ValueError, match="no dispatch strategy 'magic'"):
-        Transformer2Model(base(), tokenizer, [folders["math"]], strategy="magic")
+    with pytest.raises(ValueError, match="no strategy='magic'"):
+        Transformer2Model(base(), tokenizer, [folders["math"]], first_pass="magic")
     with pytest.raises(ValueError, match="needs a classifier"):
-        Transformer2Model(base(), tokenizer, [folders["math"]], strategy="classifier")
+        Transformer2Model(base(), tokenizer, [folders["math"]], first_pass="classifier")
 
 
 def test_a_model_of_two_passes_is_not_saved_as_an_adapter_without_an_effect(model, tmp_path):
@@ -338,20 +331,6 @@ def test_a_model_of_two_passes_is_not_saved_as_an_adapter_without_an_effect(mode
         with pytest.raises(ValueError, match=r"saved by its experts.*library\.expert\(name\)\.save\(folder\)"):
             refused()
     assert not (tmp_path / "it").exists()
-
-
-def test_what_is_no_batch_of_ids_is_refused_with_the_way_out(model):
-    batch = tokenizer(TEXTS, return_tensors="pt", padding=True, padding_side="left")
-    for given, error, message in [
-        (batch, TypeError, r"generate\(\*\*inputs\)"),
-        (batch.input_ids.tolist(), TypeError, "torch.tensor"),
-        ("What is 3 + 4?", TypeError, 'return_tensors="pt"'),
-        (batch.input_ids[0], ValueError, rf"\(batch, tokens\), got \({batch.input_ids.shape[1]},\)"),
-    ]:
-        with pytest.raises(error, match=message):
-            model.generate(given, expert="math")
-    with pytest.raises(ValueError, match="input_ids or inputs, not both"):
-        model.generate(batch.input_ids, inputs=batch.input_ids, expert="math")
 
 
 # --- afterwards
@@ -541,8 +520,9 @@ def test_from_pretrained_loads_the_base_that_the_experts_name(saved, model):
         assert loaded.tokenizer("3 + 4").input_ids == tokenizer("3 + 4").input_ids
         for name in ("math", "other"):
             assert answers(loaded, expert=name) == answers(model, expert=name)
-    as_dict = Transformer2Model.from_pretrained(None, {"sums": named[0]}, threshold=0.5, dtype=torch.float32)
-    assert as_dict.library.names == ["sums"] and as_dict.threshold == 0.5
+    settings = FirstPass(threshold=0.5)
+    as_dict = Transformer2Model.from_pretrained(None, {"sums": named[0]}, first_pass=settings, dtype=torch.float32)
+    assert as_dict.library.names == ["sums"] and as_dict.default_first_pass is settings
 
 
 def test_the_revision_that_the_experts_name_is_loaded(saved, monkeypatch):

@@ -23,15 +23,16 @@ from transformers import (
 )
 from transformers.utils.chat_template_utils import Chat, is_valid_message
 
+from .adaptation.first_pass import FirstPass
 from .experts.expert import Mixture
 from .experts.library import Source
 from .two_pass import Transformer2Model
 
-OPTIONS = ("expert", "mixture", "strategy", "threshold", "dispatch_kwargs")  # of a call
+OPTIONS = ("expert", "mixture", "first_pass")  # of a call
 # Arguments of `generate` that image-text-to-text would hand to the processor, which ignores them.
 GENERATE = {*inspect.signature(GenerationMixin.generate).parameters, *GenerationConfig().to_dict()}
 GENERATE -= {"max_new_tokens"}  # which it takes
-SETTINGS = ("experts", "classifier", "strategy", "threshold", "limit_bytes", "dispatch_kwargs")  # of the model
+SETTINGS = ("experts", "classifier", "first_pass", "limit_bytes")  # of the model
 
 
 class _Text(str):
@@ -106,7 +107,7 @@ class _TwoPasses:
                 found = f"a {type(inputs).__name__}: make a list of it"
             raise ValueError(f"A list of {name}s has one for each prompt of a list, got {len(given)} for {found}.")
         chosen: dict[str, Any] = {name: given}
-        mixtures = self.model.first_pass(inputs, **chosen, log=False)
+        mixtures = self.model.first_pass(inputs, **chosen)
         return [_carrying(prompt, mixture) for prompt, mixture in zip(inputs, mixtures, strict=True)]
 
     def _decide(self, prompts: Any, options: dict[str, Any]) -> list[Mixture]:
@@ -116,7 +117,7 @@ class _TwoPasses:
         if None not in carried:
             return carried  # type: ignore[return-value]
         texts = [prompt.messages if isinstance(prompt, Chat) else str(prompt) for prompt in prompts]
-        return self.model.first_pass(texts, **options, log=False)
+        return self.model.first_pass(texts, **options)
 
     def postprocess(self, model_outputs: Any, **kwargs: Any) -> list[dict[str, Any]]:
         decision = model_outputs.pop("dispatch", None)
@@ -132,12 +133,12 @@ class Transformer2Pipeline(_TwoPasses, TextGenerationPipeline):
     """
     Two-pass generation with z-vector experts (arXiv 2501.06252).
 
-    Takes what transformers' text-generation pipeline takes, in the constructor `experts`, `classifier`, `strategy`,
-    `threshold`, `limit_bytes` and `dispatch_kwargs` of [`~two_pass.Transformer2Model`] besides, and in a call:
+    Takes what transformers' text-generation pipeline takes; in the constructor also `experts`, `classifier`,
+    `first_pass` and `limit_bytes` of [`~two_pass.Transformer2Model`], and in a call:
 
     - `expert`: a name for all prompts, or a list with one for each; `"other"` is the base model.
     - `mixture`: weights by name such as `{"math": 0.7, "code": 0.3}`, a [`Mixture`], or a list.
-    - `strategy`, `threshold`, `dispatch_kwargs`: instead of the constructor's.
+    - `first_pass`: a strategy's name or a [`FirstPass`], instead of the constructor's.
     - `return_dispatch`: adds the key `dispatch` to each output, with `choice`, `confidence`, `probabilities`, `alpha`.
 
     `pipeline("transformer2", experts=[...])` without `model` loads the base model that the experts name, in their
@@ -159,13 +160,11 @@ class Transformer2Pipeline(_TwoPasses, TextGenerationPipeline):
         *,
         experts: Sequence[Source] | Mapping[str, Source] = (),
         classifier: Source | None = None,
-        strategy: str | None = None,
-        threshold: float = 0.0,
+        first_pass: str | FirstPass | None = None,
         limit_bytes: int | None = None,
-        dispatch_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        model = _two_passes(model, tokenizer, experts, classifier, strategy, threshold, limit_bytes, dispatch_kwargs)
+        model = _two_passes(model, tokenizer, experts, classifier, first_pass, limit_bytes)
         super().__init__(model=model, tokenizer=tokenizer or model.tokenizer, **kwargs)
 
     @classmethod
@@ -202,13 +201,11 @@ class Transformer2ImagePipeline(_TwoPasses, ImageTextToTextPipeline):
         processor: ProcessorMixin | None = None,
         experts: Sequence[Source] | Mapping[str, Source] = (),
         classifier: Source | None = None,
-        strategy: str | None = None,
-        threshold: float = 0.0,
+        first_pass: str | FirstPass | None = None,
         limit_bytes: int | None = None,
-        dispatch_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        model = _two_passes(model, processor, experts, classifier, strategy, threshold, limit_bytes, dispatch_kwargs)
+        model = _two_passes(model, processor, experts, classifier, first_pass, limit_bytes)
         super().__init__(model=model, processor=processor or model.processor, **kwargs)
         self.tokenizer.padding_side = "left"  # batches of a model that generates
 
@@ -255,18 +252,16 @@ def _two_passes(
     reader: PreTrainedTokenizerBase | ProcessorMixin | None,
     experts: Sequence[Source] | Mapping[str, Source],
     classifier: Source | None,
-    strategy: str | None,
-    threshold: float,
+    first_pass: str | FirstPass | None,
     limit_bytes: int | None,
-    dispatch_kwargs: Mapping[str, Any] | None,
 ) -> Transformer2Model:
     if not isinstance(model, Transformer2Model):
         if reader is None:
             raise ValueError(
                 "The transformer2 pipeline needs a tokenizer: pass tokenizer=... (or processor=...) with the model."
             )
-        return Transformer2Model(model, reader, experts, classifier, strategy, threshold, limit_bytes, dispatch_kwargs)
-    if experts or threshold or any(x is not None for x in (classifier, strategy, limit_bytes, dispatch_kwargs)):
+        return Transformer2Model(model, reader, experts, classifier, first_pass, limit_bytes)
+    if experts or any(x is not None for x in (classifier, first_pass, limit_bytes)):
         raise ValueError(
             "This model is a Transformer2Model, which has its experts and the settings of the first pass: pass them "
             "when it is made."

@@ -12,7 +12,7 @@ from tiny_model import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from peft_svf import Expert, Mixture, Transformer2Model, plots
-from peft_svf.adaptation.few_shot import fit_calibration, fit_probe, fit_temperature
+from peft_svf.adaptation import FirstPass, fit_calibration, fit_probe, fit_temperature
 from peft_svf.adaptation.judge import Judge
 from peft_svf.adaptation.probe import Probe
 from peft_svf.cli import find_task
@@ -49,39 +49,33 @@ def chats(prompts):
     return [[{"role": "user", "content": prompt}] for prompt in prompts]
 
 
-def fitted(model, method="logistic"):
+def fitted(model):
     prompts, kinds = zip(*KINDS, strict=True)
-    return fit_probe(model.library, model.tokenizer, chats(prompts), kinds, method=method)
+    return fit_probe(model.library, model.tokenizer, chats(prompts), kinds)
 
 
 # What is typed -> what the same is in Python.
 FIRST_PASSES = {
-    "prompt": (["--strategy", "prompt"], {"strategy": "prompt"}, {}),
-    "soft": (["--strategy", "prompt", "--soft"], {"strategy": "prompt"}, {"soft": True}),
+    "prompt": (["--strategy", "prompt"], {}),
+    "soft": (["--strategy", "prompt", "--soft"], {"soft": True}),
     "mix": (
         ["--strategy", "prompt", "--threshold", "0.3", "--fallback", "mix"],
-        {"strategy": "prompt", "threshold": 0.3},
-        {"fallback": "mix"},
+        {"threshold": 0.3, "fallback": "mix"},
     ),
-    "uncalibrated": (
-        ["--strategy", "prompt", "--no-calibrate", "--temperature", "3", "--soft"],
-        {"strategy": "prompt"},
-        {"calibrate": False, "temperature": 3.0, "soft": True},
-    ),
-    "written": (["--strategy", "prompt", "--read", "generate"], {"strategy": "prompt"}, {"read": "generate"}),
+    "hot": (["--strategy", "prompt", "--temperature", "3", "--soft"], {"temperature": 3.0, "soft": True}),
+    "written": (["--strategy", "prompt", "--read", "generate"], {"read": "generate"}),
 }
 every_first_pass = pytest.mark.parametrize("case", [*FIRST_PASSES, "classifier", "probe"])
 
 
 def typed(case, home, model):
-    """The arguments of a first pass, and those of `first_pass`."""
+    """The arguments of a first pass, and the same in Python."""
     if case == "classifier":
-        return ["--classifier", home / "kinds"], {"strategy": "classifier"}
+        return ["--classifier", home / "kinds"], FirstPass("classifier")
     if case == "probe":
-        typed = ["--strategy", "probe", "--fit", home / "kinds.jsonl", "--probe-method", "centroid"]
-        return typed, {"strategy": "probe", "dispatch_kwargs": {"probe": fitted(model, "centroid")}}
-    options, settings, more = FIRST_PASSES[case]
-    return options, {**settings, "dispatch_kwargs": more}
+        return ["--strategy", "probe", "--fit", home / "kinds.jsonl"], FirstPass("probe", probe=fitted(model))
+    options, settings = FIRST_PASSES[case]
+    return options, FirstPass(**settings)
 
 
 # --- eval
@@ -95,7 +89,7 @@ def test_two_passes_answer_each_row_as_the_mixture_that_its_first_pass_chose(cas
     assert code == 0, err
     found = json.loads((tmp_path / "r.json").read_text())
     rows = find_task(str(home / "rows.jsonl")).rows("test")
-    mixtures = model.first_pass([row["prompt"] for row in rows], **settings)
+    mixtures = model.first_pass([row["prompt"] for row in rows], first_pass=settings)
     records, right = found["summaries"]["two_pass"]["records"], 0
     assert len(rows) == len(records) > 2
     for row, mixture, record in zip(rows, mixtures, records, strict=True):
@@ -146,7 +140,7 @@ def test_dispatch_decides_as_first_pass_does(case, home, model, capsys):
     prompts = ["what is larger", "5 + 3 =", "write a program"]
     code, out, err = run(capsys, "dispatch", *prompts, *both(home), *options)
     assert code == 0, err
-    for prompt, mixture in zip(prompts, model.first_pass(prompts, **settings), strict=True):
+    for prompt, mixture in zip(prompts, model.first_pass(prompts, first_pass=settings), strict=True):
         (line,) = re.findall(rf"^(.*\S) +{re.escape(prompt)}$", out, re.MULTILINE)
         assert line.startswith(mixture.choice) and f" {mixture.confidence:.2f}" in line
         if mixture.alpha not in ({}, {mixture.choice: 1.0}):
@@ -156,8 +150,8 @@ def test_dispatch_decides_as_first_pass_does(case, home, model, capsys):
 def test_prompts_of_known_kind_fit_the_temperature(home, model, capsys):
     code, out, _ = run(capsys, "dispatch", "x + 1", *both(home), "--strategy", "prompt", "--fit", home / "kinds.jsonl")
     prompts, kinds = zip(*KINDS, strict=True)
-    temperature = fit_temperature(model.library, model.tokenizer, chats(prompts), kinds, strategy="prompt")
-    (mixture,) = model.first_pass(["x + 1"], strategy="prompt", dispatch_kwargs={"temperature": temperature})
+    temperature = fit_temperature(model.library, model.tokenizer, chats(prompts), kinds)
+    (mixture,) = model.first_pass(["x + 1"], first_pass=FirstPass(temperature=temperature))
     assert code == 0 and f"temperature fitted to {len(KINDS)} prompts: {temperature:.3f}" in out
     assert re.search(rf"^{mixture.choice} +{mixture.confidence:.2f} +x \+ 1$", out, re.MULTILINE)
 
@@ -166,8 +160,8 @@ def test_prompts_of_known_kind_fit_the_temperature(home, model, capsys):
 def test_a_calibration_that_was_saved_while_it_was_fitted_decides_the_same(strategy, home, model, tmp_path, capsys):
     prompts, kinds = zip(*KINDS, strict=True)
     given = (model.library, model.tokenizer, chats(prompts), kinds)
-    settings = {"calibrate": fit_calibration(*given, strategy=strategy), "soft": True}
-    (mixture,) = model.first_pass(["x + 1"], strategy=strategy, dispatch_kwargs=settings)
+    settings = FirstPass(strategy, calibration=fit_calibration(*given, FirstPass(strategy)), soft=True)
+    (mixture,) = model.first_pass(["x + 1"], first_pass=settings)
     classifier = ["--classifier", home / "kinds"] if strategy == "classifier" else []
     shared = ["dispatch", "x + 1", *both(home), *classifier, "--strategy", strategy, "--soft"]
     shared += ["--calibration", tmp_path / "calibration"]
@@ -176,7 +170,7 @@ def test_a_calibration_that_was_saved_while_it_was_fitted_decides_the_same(strat
         code, out, err = run(capsys, *shared, *fit)
         assert code == 0, err
         assert re.search(rf"^{mixture.choice} +{mixture.confidence:.2f} +{said}, other .* x \+ 1$", out, re.MULTILINE)
-    assert torch.equal(Probe.load(tmp_path / "calibration").weight, settings["calibrate"].weight)
+    assert torch.equal(Probe.load(tmp_path / "calibration").weight, settings.calibration.weight)
 
 
 def drawn(monkeypatch, name):
@@ -192,7 +186,7 @@ def test_prompts_of_known_kind_are_drawn_by_kind_and_others_by_their_probabiliti
     by_kind, singly = drawn(monkeypatch, "draw_decisions"), drawn(monkeypatch, "draw_probabilities")
     shared = ["dispatch", *both(home), "--strategy", "prompt", "--file", home / "kinds.jsonl", "--plot"]
     assert run(capsys, *shared, tmp_path / "kinds.png")[0] == 0
-    decided = model.first_pass(chats([prompt for prompt, _ in KINDS]), strategy="prompt")
+    decided = model.first_pass(chats([prompt for prompt, _ in KINDS]), first_pass="prompt")
     counts = {kind: {} for _, kind in KINDS}
     for (_, kind), mixture in zip(KINDS, decided, strict=True):
         counts[kind][mixture.choice] = counts[kind].get(mixture.choice, 0) + 1
@@ -330,10 +324,8 @@ def wrong(home, tmp_path):
         "temperature": ([*dispatch, "--temperature", "0"], "--temperature: expected a number above 0, got '0'"),
         "fallback": ([*dispatch, "--fallback", "none"], "invalid choice: 'none'"),
         "reading": ([*dispatch, "--read", "aloud"], "invalid choice: 'aloud'"),
-        "probe method": ([*dispatch, *probe, "--probe-method", "deep"], "invalid choice: 'deep'"),
         "probe that writes": ([*dispatch, *probe, "--probe", "p", "--read", "generate"], "--read generate"),
         "two temperatures": ([*dispatch, "--fit", home / "kinds.jsonl", "--temperature", "2"], "--fit finds"),
-        "two calibrations": ([*dispatch, "--calibration", "c", "--no-calibrate"], "--calibration goes with"),
         "calibrated probe": ([*dispatch, *probe, "--probe", "p", "--calibration", "c"], "--calibration goes with"),
         "calibration is not there": ([*dispatch, "--calibration", tmp_path / "nothing"], "nothing"),
         "calibration is there": (

@@ -25,24 +25,6 @@ from ..experts.library import ExpertLibrary
 from ..rows import has_image
 from ..tasks import Task
 from .cem import CrossEntropy
-from .first_pass import (
-    ANYTHING_ELSE,
-    FALLBACKS,
-    LABEL_TOKENS,
-    QUESTION_TOKENS,
-    READINGS,
-    STRATEGIES,
-    Prompt,
-    boxed_prompt,
-    check_strategy,
-    dispatch,
-    features,
-    fit_calibration,
-    fit_probe,
-    fit_temperature,
-    kind_scores,
-    read_boxed,
-)
 from .judge import (
     Evaluator,
     Example,
@@ -53,12 +35,6 @@ from .judge import (
     digest_of_experts,
 )
 from .search import Ascent, CovarianceAdaptation, Found, Judged, Score, Searcher, maximise
-
-__all__ = [
-    "ANYTHING_ELSE", "FALLBACKS", "LABEL_TOKENS", "METHODS", "QUESTION_TOKENS", "READINGS", "STRATEGIES", "Prompt",
-    "boxed_prompt", "check_strategy", "dispatch", "features", "few_shot", "fit_calibration", "fit_probe",
-    "fit_temperature", "kind_scores", "read_boxed",
-]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 METHODS = ("cem", "cma", "gradient")
@@ -131,7 +107,7 @@ def few_shot(
         temperature (`float`):
             Divides the log-likelihoods of choices before they become probabilities. At 1 one sure mistake outweighs
             everything that a few examples say; at 8 choices gain more on SVAMP, and as little where there is little to
-            gain (`benchmarks/adaptation/selection.py`).
+            gain (`benchmarks/adaptation.py`).
         holdout (`"leave-one-out"`, `float` or `Iterable[Mapping]`):
             What checks the result. `"leave-one-out"`: the search sees all examples; each is then answered by the
             candidate that is best on the others, and the mean of these scores is compared, as is that of the best

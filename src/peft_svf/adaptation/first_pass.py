@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The first pass that asks "which kind of request is this": prompts -> a `Mixture` each (arXiv 2501.06252, section 3.3).
+The first pass that finds out which kind of request a prompt is: prompts -> a `Mixture` each (arXiv 2501.06252, 3.3).
 
-The base model, a classifier expert, or a linear probe on hidden states answers. What of it can be fitted to a few
-prompts, is: a temperature, a prior, a probe. The model is left as it was.
+The base model, a classifier expert, or a linear probe on hidden states decides. A temperature, a calibration or a
+probe can be fitted to a few prompts of known kind. The model is left as it was.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
@@ -19,224 +20,246 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from ..evaluation import choice_logps, context_of
 from ..experts.expert import OTHER, Mixture
 from ..experts.library import ExpertLibrary, no_expert
-from ..rows import chat_text, prompt_ids
+from ..rows import Prompt, chat_text, prompt_ids
 from ..tasks import dispatch_prompt
+from ..tasks.competition_math import boxed
 from .probe import Probe
 from .probe import temperature as temperature_of
 
-Prompt = str | list[dict[str, Any]]
 STRATEGIES = ("prompt", "classifier", "probe")
 READINGS = ("likelihood", "channel", "generate")
 FALLBACKS = ("base", "mix")
-ANYTHING_ELSE = "anything else"  # what the prompt says of "other"
-CONTENT_FREE = ("", "N/A", "[MASK]")  # requests that say nothing (arXiv 2102.09690)
-QUESTION_TOKENS = 256  # of the request that the first pass reads: it is bounded
-PLACE = "<request>"  # where a template puts what the user says
-LABEL_TOKENS = 48  # of the answer that `read="generate"` waits for
-BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*['\"]?([^{}'\"]*?)['\"]?\s*\}")
+ANYTHING_ELSE = "anything else"  # describes "other" in the prompt
+QUESTION_TOKENS = 256  # of a request that are read, so that the first pass is bounded
+PLACE = "<request>"  # stands for the request in a chat template
+LABEL_TOKENS = 48  # that `read="generate"` writes at most
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """
+    How the expert of a prompt is chosen. It is called as [`dispatch`]: `FirstPass("classifier")(library, ...)`.
+
+    Args:
+        strategy (`str`):
+            `"prompt"` reads the base model, `"classifier"` the library's classifier expert, `"probe"` a linear probe.
+        read (`str`, *optional*):
+            `"likelihood"` scores the names as answers to the request. `"channel"` goes the other way (noisy channel,
+            arXiv 2108.04106): it scores the request after "The user asks for ...", once for each kind; small models
+            are better at it, and it reads the request as often as there are kinds. `"generate"` is the paper's form:
+            the model writes `\\boxed{name}`, greedily and within 48 tokens; anything else becomes `"other"` with
+            confidence 0. Default: `"channel"` for `"prompt"`, and `"likelihood"`, its training task, for
+            `"classifier"`.
+        threshold (`float`):
+            Below this confidence, `fallback` decides; above 1 it always does.
+        temperature (`float`):
+            Divides the scores before the softmax, see [`fit_temperature`].
+        fallback (`str`):
+            `"base"`, or `"mix"`: all experts by their probabilities.
+        soft (`bool`):
+            Use the probabilities as weights in every decision; that of `"other"` is the base model's share.
+        calibration ([`Probe`], *optional*):
+            Small models have a favourite answer. [`fit_calibration`] takes it out.
+        probe ([`Probe`], *optional*):
+            For the strategy `"probe"`, see [`fit_probe`].
+
+    Raises:
+        `ValueError`: for an unknown strategy, reading or fallback, options that don't go together, a negative
+            threshold, or a temperature that isn't positive.
+    """
+
+    strategy: str = "prompt"
+    read: str | None = None
+    threshold: float = 0.0
+    temperature: float = 1.0
+    fallback: str = "base"
+    soft: bool = False
+    calibration: Probe | None = None
+    probe: Probe | None = None
+
+    def __post_init__(self) -> None:
+        choices = {"strategy": STRATEGIES, "read": (None, *READINGS), "fallback": FALLBACKS}
+        for name, options in choices.items():
+            if getattr(self, name) not in options:
+                listed = ", ".join(repr(option) for option in options if option)
+                raise ValueError(f"A first pass has no {name}={getattr(self, name)!r}: choose one of {listed}.")
+        if self.strategy == "probe" and self.probe is None:
+            raise ValueError("strategy='probe' needs a probe: fit one with fit_probe(...), or Probe.load(folder).")
+        if self.strategy != "probe" and self.probe is not None:
+            raise ValueError(f"A probe goes with strategy='probe', not with {self.strategy!r}.")
+        if self.calibration is not None and (self.strategy == "probe" or self.read == "generate"):
+            raise ValueError("A calibration weighs likelihoods, which a probe and read='generate' don't have.")
+        if self.strategy == "probe" and self.read is not None:
+            raise ValueError(f"read={self.read!r} goes with 'prompt' or 'classifier': a probe reads hidden states.")
+        if not (isinstance(self.threshold, Real) and self.threshold >= 0):
+            raise ValueError(f"The threshold is a confidence from 0 to 1, got {self.threshold!r}.")
+        if not (isinstance(self.temperature, Real) and 0 < self.temperature < math.inf):
+            raise ValueError(f"The temperature must be a positive number, got {self.temperature!r}.")
+
+    def __call__(
+        self,
+        library: ExpertLibrary,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        batch_size: int = 16,
+    ) -> list[Mixture]:
+        """Choose a mixture for each prompt, see [`dispatch`]."""
+        return dispatch(library, tokenizer, prompts, self, batch_size)
+
+    @property
+    def reading(self) -> str | None:
+        """The way of reading: `read`, or the strategy's default."""
+        return self.read or {"prompt": "channel", "classifier": "likelihood"}.get(self.strategy)
+
+    def check(self, library: ExpertLibrary) -> None:
+        """Raise a `ValueError` if the library has no classifier, or other experts than those fitted to."""
+        names = [*library.names, OTHER]
+        if self.strategy == "classifier" and library.classifier is None:
+            raise ValueError("strategy='classifier' needs a classifier expert: pass classifier=... with the experts.")
+        if self.probe is not None and (unknown := sorted({*self.probe.labels} - {*names})):
+            raise ValueError(
+                f"The probe names {unknown[0]!r}, but the experts are {', '.join(library.names)}: fit it with these "
+                "names."
+            )
+        if self.calibration is not None:
+            fitted = {key: self.calibration.provenance.get(key) for key in ("names", "strategy", "read")}
+            if fitted != (expected := {"names": names, "strategy": self.strategy, "read": self.reading}):
+                raise ValueError(
+                    f"The calibration was fitted to {fitted}, but this first pass has {expected}: fit it with "
+                    "fit_calibration(...) for these."
+                )
+
+
+DEFAULT = FirstPass()
 
 
 def dispatch(
     library: ExpertLibrary,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    *,
-    strategy: str = "prompt",
-    threshold: float = 0.0,
-    calibrate: bool | Probe | None = None,
+    first_pass: FirstPass = DEFAULT,
     batch_size: int = 16,
-    read: str | None = None,
-    temperature: float = 1.0,
-    fallback: str = "base",
-    soft: bool = False,
-    probe: Probe | None = None,
 ) -> list[Mixture]:
     """
     Choose one expert, or the base model, for each prompt.
 
     Args:
         library ([`ExpertLibrary`]):
-            The experts; their names and descriptions stand in the question that the model is asked.
+            The experts; the model reads their names and descriptions.
         tokenizer (`PreTrainedTokenizerBase`):
-            Of the base model.
+            The base model's tokenizer; it needs no pad token.
         prompts (`Sequence[str | list[dict]]`):
-            Texts or chats. Of a chat the last user message is read, of either the first 256 tokens.
-        strategy (`str`):
-            `"prompt"` asks the base model, `"classifier"` the library's classifier expert, `"probe"` a linear probe.
-        threshold (`float`):
-            Below this confidence `fallback` decides.
-        calibrate (`bool` or [`Probe`], *optional*):
-            Small models have a favourite answer. `True` divides the likelihoods of the names by their means over
-            requests that say nothing (contextual calibration, arXiv 2102.09690), which costs three more rows a call;
-            what [`fit_calibration`] found on real requests is better and costs none. Default: neither, for `"prompt"`
-            where names are read `True`.
+            Texts or chats. The last user message of a chat is read, and at most 256 tokens of either.
+        first_pass ([`FirstPass`]):
+            How to choose.
         batch_size (`int`):
             Prompts per forward.
-        read (`str`, *optional*):
-            `"likelihood"` scores the names as answers to the request. `"channel"` goes the other way (noisy channel,
-            arXiv 2108.04106): it scores the request after "The user asks for ...", once for each kind, which small
-            models are better at and which reads the request as often as there are kinds. `"generate"` is
-            the paper's form: the model writes `\\boxed{name}`, greedily and within 48 tokens; what cannot be read is
-            `"other"` with confidence 0. Default: `"channel"` for `"prompt"`, `"likelihood"` for `"classifier"`, which
-            is trained on it.
-        temperature (`float`):
-            Divides the scores before the softmax, see [`fit_temperature`].
-        fallback (`str`):
-            What a decision below the threshold becomes: `"base"`, or `"mix"`, all experts by their probabilities.
-        soft (`bool`):
-            Use the probabilities as weights in every decision; that of `"other"` is the base model's share.
-        probe ([`Probe`], *optional*):
-            For `strategy="probe"`, see [`fit_probe`].
 
     Returns:
         `list[Mixture]` with confidence and probabilities; one-hot or empty unless they are mixed. The same for the
         same input.
 
     Raises:
-        `ValueError`: for another strategy, reading or fallback, `"classifier"` without a classifier, `"probe"`
-            without a probe of these experts, a temperature that is not positive, or a prompt over the context.
+        `ValueError`: if the library lacks what the first pass needs, or a prompt exceeds the model's context.
     """
-    check_strategy(library, strategy, probe)
-    if fallback not in FALLBACKS:
-        raise ValueError(f"There is no fallback {fallback!r}: choose {' or '.join(map(repr, FALLBACKS))}.")
-    if not (isinstance(threshold, (int, float)) and threshold >= 0):
-        raise ValueError(f"The threshold is a confidence from 0 to 1, got {threshold!r}; above 1 nothing reaches it.")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"The temperature must be a positive number, got {temperature!r}.")
-    with library.lock:  # the experts stay the same from beginning to end
-        names = [*library.descriptions, OTHER]
-        if read == "generate":
-            if strategy == "probe":
-                raise ValueError('A probe writes no answer: read="generate" goes with "prompt" or "classifier".')
-            if calibrate:
-                raise ValueError(
-                    'What is written has no likelihoods to calibrate: leave calibrate out with "generate".'
-                )
-            rows = _written(library, tokenizer, prompts, strategy, batch_size)
+    with library.lock:
+        first_pass.check(library)
+        names = [*library.names, OTHER]
+        if first_pass.reading == "generate":
+            rows = _written(library, tokenizer, prompts, first_pass, batch_size)
         else:
-            scores = kind_scores(library, tokenizer, prompts, strategy, calibrate, batch_size, probe, read)
-            rows = (scores.double() / temperature).softmax(-1).tolist()
-        return [_decide(dict(zip(names, row, strict=True)), strategy, threshold, fallback, soft) for row in rows]
-
-
-def check_strategy(library: ExpertLibrary, strategy: str, probe: Probe | None = None) -> None:
-    """Raise a `ValueError` for a strategy that does not exist, or that lacks its classifier or probe."""
-    if strategy not in STRATEGIES:
-        raise ValueError(f"There is no dispatch strategy {strategy!r}: choose {' or '.join(map(repr, STRATEGIES))}.")
-    if strategy == "classifier" and library.classifier is None:
-        raise ValueError("strategy='classifier' needs a classifier expert: pass classifier=... with the experts.")
-    if strategy == "probe" and probe is None:
-        raise ValueError("strategy='probe' needs a probe: fit one with fit_probe(...), or Probe.load(folder).")
-    if strategy == "probe" and probe is not None and (odd := sorted({*probe.labels} - {*library.names, OTHER})):
-        raise ValueError(
-            f"The probe names {odd[0]!r}, but the experts are {', '.join(library.names)}: fit it with these names."
-        )
+            scores = kind_scores(library, tokenizer, prompts, first_pass, batch_size)
+            rows = (scores.double() / first_pass.temperature).softmax(-1).tolist()
+        return [_decide(dict(zip(names, row, strict=True)), first_pass) for row in rows]
 
 
 def kind_scores(
     library: ExpertLibrary,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    strategy: str = "prompt",
-    calibrate: bool | Probe | None = None,
+    first_pass: FirstPass = DEFAULT,
     batch_size: int = 16,
-    probe: Probe | None = None,
-    read: str | None = None,
 ) -> Tensor:
     """
-    Score each kind for each prompt; arguments as in [`dispatch`], but nothing is generated.
+    Score each kind for each prompt; arguments as in [`dispatch`].
 
     Returns:
         `torch.Tensor` of shape `(prompts, experts + 1)`, the experts by name and `"other"` last. Its softmax are
-        probabilities; `-inf` for a kind that the probe or calibration was not fitted to.
+        probabilities; `-inf` for a kind that the probe or calibration wasn't fitted to.
+
+    Raises:
+        `ValueError`: as [`dispatch`], and for `read="generate"`, which has no scores.
     """
-    check_strategy(library, strategy, probe)
-    names = [*library.descriptions, OTHER]
-    if strategy == "probe" and probe is not None:
+    with library.lock:
+        first_pass.check(library)
+        if first_pass.reading == "generate":
+            raise ValueError("read='generate' writes a name and scores none: choose 'likelihood' or 'channel'.")
+        names = [*library.names, OTHER]
         if not prompts:
             return torch.zeros(0, len(names))
-        seen = features(library, tokenizer, prompts, probe.provenance["kinds_listed"], batch_size)
-        return _placed(probe.scores(seen), probe, names)
-    read = read or ("channel" if strategy == "prompt" else "likelihood")
-    if read not in READINGS[:2]:
-        raise ValueError(f"There is no reading {read!r}: choose {' or '.join(map(repr, READINGS))}.")
-    if isinstance(calibrate, Probe):
-        found = {"names": calibrate.provenance.get("names"), "read": calibrate.provenance.get("read")}
-        if found != {"names": names, "read": read}:
-            raise ValueError(
-                f"The calibration was fitted to {found['names']} read by {found['read']!r}, but here are {names} read "
-                f"by {read!r}: fit it with fit_calibration(...) for these."
-            )
-    score = _likelihoods if read == "likelihood" else _channel
-    if calibrate is None:
-        calibrate = (strategy, read) == ("prompt", "likelihood")
-    free = CONTENT_FREE if calibrate is True else ()
-    questions = [_question(tokenizer, prompt) for prompt in prompts]
-    with torch.no_grad(), library.activate(_asked(library, strategy)) as model:
-        logps = score(model, tokenizer, [*free, *questions], _kinds(library), batch_size)
-    prior, logps = logps[: len(free)], logps[len(free) :]
-    if isinstance(calibrate, Probe):
-        return _placed(calibrate.scores(logps), calibrate, names)
-    return logps - prior.mean(0) if free else logps
+        if (probe := first_pass.probe) is not None:
+            states = features(library, tokenizer, prompts, probe.provenance["kinds_listed"], batch_size)
+            return _placed(probe, states, names)
+        questions = [_question(tokenizer, prompt) for prompt in prompts]
+        score = _likelihoods if first_pass.reading == "likelihood" else _channel
+        with torch.no_grad(), library.activate(_reader(library, first_pass)) as model:
+            logps = score(model, tokenizer, questions, _kinds(library), batch_size)
+        return logps if first_pass.calibration is None else _placed(first_pass.calibration, logps, names)
 
 
 def _likelihoods(
     model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], kinds: Mapping[str, str], size: int
 ) -> Tensor:
-    """Log-likelihood of each kind's name as the answer to each question, `(questions, kinds)`."""
-    parts = [torch.zeros(0, len(kinds))]
-    for start in range(0, len(questions), size):
-        part = questions[start : start + size]
-        rows = [{"prompt": dispatch_prompt(question, kinds), "choices": list(kinds)} for question in part]
-        parts.append(choice_logps(model, tokenizer, rows).cpu())
-    return torch.cat(parts)
+    """Compute the log-likelihood of each kind's name as the answer to each question, `(questions, kinds)`."""
+    rows = [{"prompt": dispatch_prompt(question, kinds), "choices": list(kinds)} for question in questions]
+    parts = [choice_logps(model, tokenizer, rows[start : start + size]) for start in range(0, len(rows), size)]
+    return torch.cat(parts).cpu()
 
 
 def _channel(
     model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], kinds: Mapping[str, str], size: int
 ) -> Tensor:
-    """Log-likelihoods of each question after a system prompt for each kind, minus their mean, `(questions, kinds)`."""
-    # alike in length share a forward
-    asked = sorted({question for question in questions if question}, key=lambda question: (len(question), question))
-    rows: list[dict[str, Any]] = [
-        {"prompt": channel_prompt(tokenizer, name, what), "choices": [question]}
-        for question in asked
-        for name, what in kinds.items()
-    ]
-    parts = [choice_logps(model, tokenizer, rows[start : start + size]) for start in range(0, len(rows), size)]
-    found = torch.cat([torch.zeros(0, 1), *(part.cpu() for part in parts)]).view(-1, len(kinds))
-    found -= found.mean(-1, keepdim=True)  # which is the length of the question, and would drown the kinds in a fit
-    places = [asked.index(question) if question else len(asked) for question in questions]
-    return torch.cat([found, torch.zeros(1, len(kinds))])[places]  # an empty request is as likely for each kind
+    """Compute the log-likelihood of each question after a system prompt for each kind, `(questions, kinds)`."""
+    # questions of similar length share a forward
+    distinct = sorted({question for question in questions if question}, key=lambda text: (len(text), text))
+    prefixes = [channel_prompt(tokenizer, name, description) for name, description in kinds.items()]
+    rows = [{"prompt": prefix, "choices": [question]} for question in distinct for prefix in prefixes]
+    parts = [choice_logps(model, tokenizer, rows[start : start + size]).cpu() for start in range(0, len(rows), size)]
+    # an empty request is equally likely for each kind
+    logps = torch.cat([*parts, torch.zeros(len(kinds), 1)]).view(-1, len(kinds))
+    logps -= logps.mean(-1, keepdim=True)  # the length of the question, which would drown the kinds in a fit
+    return logps[[distinct.index(question) if question else len(distinct) for question in questions]]
 
 
-def channel_prompt(tokenizer: PreTrainedTokenizerBase, name: str, what: str) -> str:
+def channel_prompt(tokenizer: PreTrainedTokenizerBase, name: str, description: str) -> str:
     """
-    Write the text after which a user's request of a kind follows: a system prompt that says what is asked for.
+    Write the text that a user's request of a kind follows: a system prompt with the kind's description, or its name.
 
-    Descriptions say it; a kind without one is told by its name. Without a chat template it is a line of its own.
+    A tokenizer without a chat template gets a line of text.
     """
-    said = f"The user asks for {what or name}."
+    sentence = f"The user asks for {description or name}."
     if tokenizer.chat_template is None:
-        return f"{said}\n"
-    turns = [{"role": "system", "content": said}, {"role": "user", "content": PLACE}]
+        return f"{sentence}\n"
+    system, user = ({"role": role, "content": text} for role, text in (("system", sentence), ("user", PLACE)))
     try:
-        text = chat_text(tokenizer, turns)
-    except TemplateError:  # of a template without a system prompt, such as Gemma's
-        text = chat_text(tokenizer, [{**turns[1], "content": f"{said}\n{PLACE}"}])
+        text = chat_text(tokenizer, [system, user])
+    except TemplateError:  # Gemma's template refuses a system prompt
+        text = ""
+    if sentence not in text:  # and others leave it out
+        text = chat_text(tokenizer, [{"role": "user", "content": f"{sentence}\n{PLACE}"}])
     writes_bos = tokenizer.bos_token is not None and tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
     return text.partition(PLACE)[0].removeprefix(tokenizer.bos_token if writes_bos else "")
 
 
-def _placed(scores: Tensor, probe: Probe, names: Sequence[str]) -> Tensor:
-    """Scores `(prompts, labels)` of a probe as `(prompts, kinds)`."""
-    found = torch.full((len(scores), len(names)), -math.inf)
-    found[:, [names.index(label) for label in probe.labels]] = scores
-    return found
+def _placed(probe: Probe, features: Tensor, names: Sequence[str]) -> Tensor:
+    """Give the scores of a probe as `(prompts, kinds)`; it may lack some of the kinds."""
+    placed = torch.full((len(features), len(names)), -math.inf)
+    placed[:, [names.index(label) for label in probe.labels]] = probe.scores(features)
+    return placed
 
 
 def _kinds(library: ExpertLibrary) -> dict[str, str]:
-    """The names that can be chosen, each with what it is for."""
+    """The names to choose from, with their descriptions."""
     return {**library.descriptions, OTHER: ANYTHING_ELSE}
 
 
@@ -245,28 +268,29 @@ def fit_temperature(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     kinds: Sequence[str],
-    **settings: Any,
+    first_pass: FirstPass = DEFAULT,
+    batch_size: int = 16,
 ) -> float:
     """
-    Fit the temperature of [`dispatch`] to a few prompts of known kind, which should not be those it is judged by.
+    Fit the temperature of a first pass to a few prompts of known kind, not those that it will be evaluated on.
 
     Args:
-        library, tokenizer, prompts:
+        library, tokenizer, prompts, first_pass, batch_size:
             As in [`dispatch`].
         kinds (`Sequence[str]`):
             The right expert of each prompt, or `"other"`.
-        settings:
-            Of [`kind_scores`]: `strategy`, `calibrate`, `batch_size`, `probe`, `read`.
 
     Returns:
-        `float` between 0.01 and 100; above 1 where the first pass is surer than it is right.
+        `float` between 0.01 and 100; above 1 if the first pass is surer than it is right.
 
     Raises:
-        `ValueError`: without prompts, if there is not one kind for each, or one is no expert.
+        `ValueError`: if there isn't one kind for each prompt, or one isn't an expert.
+        `ImportError`: without scikit-learn.
     """
-    names = _known_kinds(library, prompts, kinds)
-    scores = kind_scores(library, tokenizer, prompts, **settings)
-    return temperature_of(scores, torch.tensor([names.index(kind) for kind in kinds]))
+    with library.lock:
+        names = _check_kinds(library, prompts, kinds)
+        scores = kind_scores(library, tokenizer, prompts, first_pass, batch_size)
+        return temperature_of(scores, torch.tensor([names.index(kind) for kind in kinds]))
 
 
 def fit_calibration(
@@ -274,44 +298,41 @@ def fit_calibration(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     kinds: Sequence[str] | None = None,
-    *,
-    strategy: str = "prompt",
-    read: str | None = None,
+    first_pass: FirstPass = DEFAULT,
     batch_size: int = 16,
 ) -> Probe:
     """
-    Fit how the likelihoods of [`dispatch`] are weighed against each other.
+    Fit how the log-likelihoods of a first pass are weighed against each other.
 
-    Without kinds the mean probability of each kind over the prompts becomes its prior, which divides it (batch
-    calibration, arXiv 2309.17249): a handful of requests as they come, of all kinds equally often. With kinds a
-    logistic regression on the log-likelihoods is fitted, a bias and a scale for each pair of kinds; its confidence is
-    that of prompts left out.
+    Without kinds, the mean probability of each kind over the prompts becomes its prior, which divides it (batch
+    calibration, arXiv 2309.17249): for requests as they come, with about as many of each kind. With kinds, a logistic
+    regression on the log-likelihoods: a bias, and a scale for each pair of kinds.
 
     Args:
-        library, tokenizer, prompts, strategy, read, batch_size:
-            As in [`dispatch`]; the calibration goes with this strategy and reading.
+        library, tokenizer, prompts, first_pass, batch_size:
+            As in [`dispatch`]; the calibration belongs to this strategy and reading.
         kinds (`Sequence[str]`, *optional*):
             The right expert of each prompt, or `"other"`; two prompts or more of each.
 
     Returns:
-        [`Probe`] on log-likelihoods, to be passed as `calibrate=` or saved.
+        [`Probe`] on log-likelihoods, for `FirstPass(calibration=...)`.
 
     Raises:
         `ValueError`: without prompts, or for kinds that [`fit_probe`] refuses.
+        `ImportError`: for kinds, without scikit-learn.
     """
-    names = [*library.descriptions, OTHER]
     if not prompts:
         raise ValueError("A calibration is fitted to prompts, got none.")
-    read = read or ("channel" if strategy == "prompt" else "likelihood")
-    base = library.model.get_base_model().name_or_path
-    facts: dict[str, Any] = {"names": names, "strategy": strategy, "read": read, "base_model": base}
-    if kinds is not None:
-        _known_kinds(library, prompts, kinds)
-    logps = kind_scores(library, tokenizer, prompts, strategy, False, batch_size, read=read)
+    with library.lock:
+        names = [*library.names, OTHER]
+        if kinds is not None:
+            _check_kinds(library, prompts, kinds)
+        logps = kind_scores(library, tokenizer, prompts, replace(first_pass, calibration=None), batch_size)
+    facts = {"names": names, "strategy": first_pass.strategy, "read": first_pass.reading, **_base(library)}
     if kinds is not None:
         return Probe.fit(logps, kinds, **facts)
     prior = logps.double().softmax(-1).mean(0).log().float()
-    return Probe(tuple(names), torch.eye(len(names)), -prior, {"method": "batch", "prompts": len(prompts), **facts})
+    return Probe(tuple(names), torch.eye(len(names)), -prior, {"prompts": len(prompts), **facts})
 
 
 def fit_probe(
@@ -319,8 +340,6 @@ def fit_probe(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     kinds: Sequence[str],
-    *,
-    method: Literal["centroid", "logistic"] = "logistic",
     batch_size: int = 16,
 ) -> Probe:
     """
@@ -331,20 +350,22 @@ def fit_probe(
             As in [`dispatch`].
         kinds (`Sequence[str]`):
             The right expert of each prompt, or `"other"`; two prompts or more of each.
-        method (`str`):
-            `"logistic"` or `"centroid"`, see [`Probe.fit`].
 
     Returns:
-        [`Probe`], to be passed as `probe=` or saved.
+        [`Probe`], for `FirstPass("probe", probe=...)`.
 
     Raises:
-        `ValueError`: as in [`fit_temperature`] and [`Probe.fit`].
+        `ValueError`, `ImportError`: as [`fit_temperature`] and [`Probe.fit`].
     """
-    _known_kinds(library, prompts, kinds)
-    listed = _kinds(library)
-    found = features(library, tokenizer, prompts, listed, batch_size)
-    base = library.model.get_base_model().name_or_path
-    return Probe.fit(found, kinds, method=method, kinds_listed=listed, base_model=base)
+    with library.lock:
+        _check_kinds(library, prompts, kinds)
+        listed = _kinds(library)
+        states = features(library, tokenizer, prompts, listed, batch_size)
+    return Probe.fit(states, kinds, kinds_listed=listed, **_base(library))
+
+
+def _base(library: ExpertLibrary) -> dict[str, str]:
+    return {"base_model": library.model.get_base_model().name_or_path}
 
 
 @torch.no_grad()
@@ -356,88 +377,94 @@ def features(
     batch_size: int = 16,
 ) -> Tensor:
     """
-    What a probe sees of prompts: the base model's hidden state in its middle layer, where the kind is to be named.
+    Read the features of a probe: the base model's hidden state in its middle layer, where it would name the kind.
 
     Args:
         kinds (`Mapping[str, str]`):
-            Names and descriptions that the question lists, the same in fitting and use.
+            Names and descriptions that the prompt lists, the same in fitting and use.
 
     Returns:
         `torch.Tensor` of shape `(prompts, d)`, float32.
     """
-    found = []
-    for start in range(0, len(prompts), batch_size):
-        questions = [_question(tokenizer, prompt) for prompt in prompts[start : start + batch_size]]
-        inputs = _tokens(library, tokenizer, [dispatch_prompt(question, kinds) for question in questions])
+    chats = [dispatch_prompt(_question(tokenizer, prompt), kinds) for prompt in prompts]
+    parts = []
+    for start in range(0, len(chats), batch_size):
+        inputs = _tokens(library, tokenizer, chats[start : start + batch_size])
+        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         with library.activate(Mixture()) as model:
-            states = model(**inputs, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
-        found.append(states[len(states) // 2][:, -1].float().cpu())  # of layers + 1 times (B, tokens, d)
-    return torch.cat(found)
+            states = model(
+                **inputs, position_ids=positions, output_hidden_states=True, use_cache=False, logits_to_keep=1
+            ).hidden_states  # layers + 1 times (B, tokens, d)
+        parts.append(states[len(states) // 2][:, -1].float().cpu())
+    return torch.cat(parts)
 
 
 def _tokens(
-    library: ExpertLibrary, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[dict[str, str]]], room: int = 0
-) -> Any:
-    """Chats as left-padded ids, mask and positions; a `ValueError` if they and `room` more exceed the context."""
-    ids = {"input_ids": prompt_ids(tokenizer, prompts)}
-    inputs = tokenizer.pad(ids, return_tensors="pt", padding_side="left")
-    length = inputs.input_ids.shape[1]
-    limit = context_of(library.model)
-    if limit is not None and length + room > limit:
+    library: ExpertLibrary, tokenizer: PreTrainedTokenizerBase, chats: Sequence[Prompt], room: int = 0
+) -> dict[str, Tensor]:
+    """Tokenise chats, padded left; a `ValueError` if they and `room` more tokens exceed the context."""
+    ids = prompt_ids(tokenizer, chats)
+    width, limit = max(map(len, ids)), context_of(library.model)
+    if limit is not None and width + room > limit:
         raise ValueError(
-            f"The first pass reads {length} tokens and writes up to {room}, but the model's context is {limit}: "
+            f"The first pass reads {width} tokens and writes up to {room}, but the model's context is {limit}: "
             "shorten the descriptions of the experts."
         )
-    found = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
-    if not room:  # `generate` counts positions itself
-        found["position_ids"] = (inputs.attention_mask.cumsum(-1) - 1).clamp(min=0)
-    return {name: tensor.to(next(library.model.parameters()).device) for name, tensor in found.items()}
+    device = next(library.model.parameters()).device
+    rows = [([0] * (width - len(row)) + row, [0] * (width - len(row)) + [1] * len(row)) for row in ids]
+    tokens, mask = torch.tensor(rows, device=device).unbind(1)  # the padding is masked: any token does
+    return {"input_ids": tokens, "attention_mask": mask}
 
 
-def _decide(probabilities: dict[str, float], strategy: str, threshold: float, fallback: str, soft: bool) -> Mixture:
-    """One decision: the likeliest kind, or all of them by their probabilities."""
+def _decide(probabilities: dict[str, float], first_pass: FirstPass) -> Mixture:
+    """Choose the likeliest kind, or mix all of them by their probabilities."""
     n, best = len(probabilities), max(probabilities.values())
     choice = OTHER if probabilities[OTHER] == best else max(probabilities, key=lambda name: probabilities[name])
     confidence = min(1.0, max(0.0, (best - 1 / n) / (1 - 1 / n)))
-    sure = confidence >= threshold
-    if (soft and confidence > 0) if sure else fallback == "mix":  # where nothing is known, nothing is mixed
+    sure = confidence >= first_pass.threshold
+    if (first_pass.soft and confidence > 0) if sure else first_pass.fallback == "mix":  # equal ones aren't mixed
         alpha = {name: p for name, p in probabilities.items() if name != OTHER}
     else:
         alpha = {choice: 1.0} if sure and choice != OTHER else {}
-    return Mixture(alpha, strategy, confidence, probabilities)
+    return Mixture(alpha, first_pass.strategy, confidence, probabilities)
 
 
-def _asked(library: ExpertLibrary, strategy: str) -> Mixture:
-    """Who answers the first pass: the base model or the classifier expert."""
-    return Mixture({library.classifier: 1.0}) if strategy == "classifier" and library.classifier else Mixture()
+def _reader(library: ExpertLibrary, first_pass: FirstPass) -> Mixture:
+    """The mixture that reads prompts in the first pass: the classifier expert, or the base model."""
+    return Mixture({str(library.classifier): 1.0}) if first_pass.strategy == "classifier" else Mixture()
 
 
 def _written(
-    library: ExpertLibrary, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], strategy: str, size: int
+    library: ExpertLibrary,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    first_pass: FirstPass,
+    size: int,
 ) -> list[list[float]]:
-    """Probabilities per prompt of the kind that the model writes: 1 for it; all alike where it writes none."""
+    """Let the model write a kind for each prompt, and give it probability 1; without one, all kinds are equal."""
     kinds = _kinds(library)
     names, rows = list(kinds), []
-    settings = GenerationConfig(
-        max_new_tokens=LABEL_TOKENS, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
-    )  # not the model's own: the first pass neither samples nor searches beams
-    for start in range(0, len(prompts), size):
-        questions = [_question(tokenizer, prompt) for prompt in prompts[start : start + size]]
-        inputs = _tokens(library, tokenizer, [boxed_prompt(q, kinds) for q in questions], room=LABEL_TOKENS)
-        with torch.no_grad(), library.activate(_asked(library, strategy)) as model:
-            output = model.generate(**inputs, generation_config=settings)
-        length = inputs["input_ids"].shape[1]
-        for text in tokenizer.batch_decode(output[:, length:], skip_special_tokens=True):
+    # not the model's own settings: the first pass neither samples nor searches with beams
+    greedy = GenerationConfig(
+        max_new_tokens=LABEL_TOKENS, pad_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id
+    )
+    chats = [boxed_prompt(_question(tokenizer, prompt), kinds) for prompt in prompts]
+    for start in range(0, len(chats), size):
+        inputs = _tokens(library, tokenizer, chats[start : start + size], room=LABEL_TOKENS)
+        with torch.no_grad(), library.activate(_reader(library, first_pass)) as model:
+            output = model.generate(**inputs, generation_config=greedy)
+        width = inputs["input_ids"].shape[1]
+        for text in tokenizer.batch_decode(output[:, width:], skip_special_tokens=True):
             kind = read_boxed(text, names)
             rows.append([1 / len(names) if kind is None else float(name == kind) for name in names])
     return rows
 
 
 def boxed_prompt(question: str, kinds: Mapping[str, str]) -> list[dict[str, str]]:
-    r"""The adaptation prompt of the paper (arXiv 2501.06252, appendix): the kinds, and `\boxed{}` for the answer."""
-    named = "\n".join(f"- {name}: {what}" if what else f"- {name}" for name, what in kinds.items())
+    r"""Write the adaptation prompt of the paper (arXiv 2501.06252, appendix), answered in `\boxed{}`."""
+    listed = "\n".join(f"- {name}: {text}" if text else f"- {name}" for name, text in kinds.items())
     text = (
-        f"Analyze the given request and classify it into one of {len(kinds)} categories:\n{named}\n"
+        f"Analyze the given request and classify it into one of {len(kinds)} categories:\n{listed}\n"
         "If it spans several, choose the dominant one. Answer with the category in \\boxed{} notation, for example "
         f"\\boxed{{{next(iter(kinds))}}}.\nRequest: {question}"
     )
@@ -445,13 +472,14 @@ def boxed_prompt(question: str, kinds: Mapping[str, str]) -> list[dict[str, str]
 
 
 def read_boxed(text: str, names: Sequence[str]) -> str | None:
-    r"""The kind in the first `\boxed{}` of a text, whatever its case; `None` if there is none, or an unknown one."""
-    found = BOXED.search(text)
-    return next((name for name in names if found and name.casefold() == found.group(1).strip().casefold()), None)
+    r"""Read the name in the first `\boxed{}` of a text, in any case; `None` without one, or for an unknown one."""
+    content = next(iter(boxed(text)), "").strip().removeprefix("\\text{").strip(" \n'\"}")
+    return next((name for name in names if name.casefold() == content.casefold()), None)
 
 
-def _known_kinds(library: ExpertLibrary, prompts: Sequence[Prompt], kinds: Sequence[str]) -> list[str]:
-    names = [*library.descriptions, OTHER]
+def _check_kinds(library: ExpertLibrary, prompts: Sequence[Prompt], kinds: Sequence[str]) -> list[str]:
+    """Return the names to choose from; a `ValueError` if the kinds aren't one of them for each prompt."""
+    names = [*library.names, OTHER]
     if not prompts or len(prompts) != len(kinds):
         raise ValueError(
             f"Fitting needs prompts with one kind each; got {len(prompts)} prompts and {len(kinds)} kinds."
@@ -462,11 +490,14 @@ def _known_kinds(library: ExpertLibrary, prompts: Sequence[Prompt], kinds: Seque
 
 
 def _question(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
-    """The text that is to be classified: the last user message, bounded."""
+    """Return the text to classify: the last user message, bounded; `""` if it has no token."""
     if not isinstance(prompt, str):
         users = [message for message in prompt if message.get("role") == "user"] or list(prompt)
-        content = users[-1]["content"]
-        texts = [content] if isinstance(content, str) else [part["text"] for part in content if part.get("text")]
-        prompt = " ".join(texts)
+        content = users[-1].get("content") or ""
+        prompt = (
+            content if isinstance(content, str) else " ".join(part["text"] for part in content if part.get("text"))
+        )
     ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    return prompt if len(ids) <= QUESTION_TOKENS else tokenizer.decode(ids[:QUESTION_TOKENS], skip_special_tokens=True)
+    if len(ids) > QUESTION_TOKENS:
+        return tokenizer.decode(ids[:QUESTION_TOKENS], skip_special_tokens=True)
+    return prompt if ids else ""

@@ -249,21 +249,12 @@ def _add_first_pass(parser: argparse.ArgumentParser, default: str) -> None:
         metavar="FILE",
         help="JSONL of prompts with their `expert` or other: fits the probe, the --calibration, or else a temperature",
     )
-    group.add_argument(
-        "--probe-method", default="logistic", choices=["logistic", "centroid"], help="of --fit (%(default)s)"
-    )
     group.add_argument("--threshold", type=_share, help="below this confidence --fallback decides (0)")
     group.add_argument(
         "--fallback", choices=["base", "mix"], help="the base, or all experts by their probabilities (base)"
     )
     group.add_argument(
         "--soft", action="store_true", default=None, help="probabilities are the weights of every decision"
-    )
-    group.add_argument(
-        "--calibrate",
-        action=argparse.BooleanOptionalAction,
-        help="divide likelihoods by their means over requests that say nothing; default with --strategy prompt "
-        "--read likelihood",
     )
     group.add_argument(
         "--calibration", type=Path, metavar="FOLDER", help="saved calibration; with --fit where it is saved"

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from ..two_pass import Transformer2Model
 
 FIRST_PASS = (
-    "strategy", "threshold", "fallback", "soft", "calibrate", "calibration", "read", "temperature", "classifier",
-    "probe",
+    "strategy", "threshold", "fallback", "soft", "calibration", "read", "temperature", "classifier", "probe",
 )  # fmt: skip
 SEARCH = ("method", "population", "iterations", "elites", "seed", "batch_size")
 WAYS = ("base", "mixture", "two_pass")  # keys of a result beside the names of experts
@@ -117,6 +116,7 @@ def _measure_experts(
     """Measure the base, the mixture or each expert, and with a strategy two passes; what the first pass has found."""
     from ..experts.expert import Mixture
     from ..experts.library import explicit
+    from ..two_pass import answer_each
 
     if taken := [name for name in two_pass.library.names if name in WAYS]:
         raise ValueError(f"An expert called {taken[0]!r} cannot be told from the row of that name: NAME=EXPERT.")
@@ -150,43 +150,6 @@ def _show_summaries(
         name = "two passes" if way == "two_pass" else way
         lines.append([name, f"{found.accuracy:.3f}", interval(found.interval), *gain])
     print(table(["", "accuracy", "interval", "gain", "interval"], lines))
-
-
-def answer_each(
-    two_pass: "Transformer2Model",
-    rows: Sequence[Row],
-    mixtures: "Sequence[Mixture]",
-    measure: "Callable[[PreTrainedModel, Sequence[Row]], Summary]",
-) -> "Summary":
-    """
-    Answer each row by its own mixture; rows that share one are answered together.
-
-    Args:
-        two_pass ([`~two_pass.Transformer2Model`]): Base and experts.
-        rows (`Sequence[Mapping]`): Of a task.
-        mixtures (`Sequence[Mixture]`): One per row.
-        measure (`Callable`): The adapted model and some rows -> their [`Summary`].
-
-    Returns:
-        [`Summary`] of all rows, the records in their order, each with its `dispatch`.
-    """
-    from ..evaluation import Summary, wilson
-
-    groups: dict[frozenset[tuple[str, float]], list[int]] = defaultdict(list)
-    for place, mixture in enumerate(mixtures):
-        groups[frozenset(mixture.alpha.items())].append(place)
-    records: dict[int, dict[str, Any]] = {}
-    total = seconds = 0.0
-    for places in groups.values():
-        some = [rows[i] for i in places]
-        with two_pass.using(mixtures[places[0]]) as model:
-            found = measure(model, some)
-        total, seconds = total + found.accuracy * found.n, seconds + found.seconds
-        records |= {
-            i: {**record, "dispatch": mixtures[i].record()} for i, record in zip(places, found.records, strict=True)
-        }
-    n = len(rows)
-    return Summary(found.task, found.form, n, total / n, wilson(total, n), seconds, [records[i] for i in range(n)])
 
 
 # adapt ---------------------------------------------------------------------------------------------------------
@@ -346,8 +309,8 @@ def strategy_of(args: argparse.Namespace) -> str | None:
             raise ValueError(f"--{option} goes with --strategy {option}, not with {strategy!r}.")
     if args.read == "generate" and (args.fit or strategy == "probe"):
         raise ValueError("--read generate has no scores to fit to or to read off a probe: leave it out.")
-    if args.calibration and (strategy == "probe" or args.calibrate is not None or args.read == "generate"):
-        raise ValueError("--calibration goes with prompt or classifier, without --calibrate and --read generate.")
+    if args.calibration and (strategy == "probe" or args.read == "generate"):
+        raise ValueError("--calibration goes with prompt or classifier, without --read generate.")
     for option in ("probe", "calibration"):
         if args.fit and getattr(args, option):
             new_path(getattr(args, option), f"--{option}")
@@ -360,17 +323,15 @@ def decide(
     args: argparse.Namespace, strategy: str, model: "Transformer2Model", prompts: Sequence[Any]
 ) -> "tuple[dict[str, Any], list[Mixture]]":
     """Run the first pass: what a result says of it, and the mixture of each prompt."""
-    settings = {name: getattr(args, name) for name in ("fallback", "soft", "calibrate", "read", "temperature")}
+    from ..adaptation import FirstPass
+
+    settings = {name: getattr(args, name) for name in ("fallback", "soft", "read", "temperature")}
     settings = {name: value for name, value in settings.items() if value is not None}
     fitted = fit_first_pass(args, strategy, model)
     threshold = args.threshold or 0.0
     start = time.perf_counter()
-    mixtures = model.first_pass(
-        prompts,
-        strategy=strategy,
-        threshold=threshold,
-        dispatch_kwargs={**settings, **fitted, "batch_size": args.batch_size},
-    )
+    first_pass = FirstPass(strategy, threshold=threshold, **(settings | fitted))
+    mixtures = model.first_pass(prompts, first_pass=first_pass, batch_size=args.batch_size)
     facts: dict[str, Any] = {
         "strategy": strategy,
         "threshold": threshold,
@@ -389,25 +350,23 @@ def decide(
 
 def fit_first_pass(args: argparse.Namespace, strategy: str, model: "Transformer2Model") -> dict[str, Any]:
     """Fit what `--fit` has prompts for: the probe, a calibration that has a place, or a temperature; else read it."""
-    from ..adaptation.few_shot import fit_calibration, fit_probe, fit_temperature
-    from ..adaptation.probe import Probe
+    from ..adaptation import FirstPass, Probe, fit_calibration, fit_probe, fit_temperature
 
     folder = args.probe if strategy == "probe" else args.calibration
-    name = "probe" if strategy == "probe" else "calibrate" if folder else "temperature"
+    name = "probe" if strategy == "probe" else "calibration" if folder else "temperature"
     if args.fit is None:
         return {} if folder is None else {name: Probe.load(folder)}
     rows = read_examples(args.fit, "expert")
     given: Any = (model.library, model.tokenizer, [row["prompt"] for row in rows], [row["expert"] for row in rows])
     size = args.batch_size
     if name == "temperature":
-        settings = {"strategy": strategy, "calibrate": args.calibrate, "batch_size": size, "read": args.read}
-        temperature = fit_temperature(*given, **settings)
+        temperature = fit_temperature(*given, first_pass=FirstPass(strategy, args.read), batch_size=size)
         print(f"temperature fitted to {len(rows)} prompts: {temperature:.3f}")
         return {name: temperature}
     if name == "probe":
-        fitted = fit_probe(*given, method=args.probe_method, batch_size=size)
+        fitted = fit_probe(*given, batch_size=size)
     else:
-        fitted = fit_calibration(*given, strategy=strategy, read=args.read, batch_size=size)
+        fitted = fit_calibration(*given, first_pass=FirstPass(strategy, args.read), batch_size=size)
     if folder is not None:
         fitted.save(folder)
         print(f"Wrote {folder}: a {'probe' if name == 'probe' else 'calibration'} fitted to {len(rows)} prompts")

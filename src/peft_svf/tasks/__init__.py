@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 
 from .arc import ArcChallenge, ArcEasy
 from .competition_math import Math
-from .dispatch import Dispatch, dispatch_prompt
+from .dispatch import Dispatch, dispatch_prompt, everyday_requests
 from .gsm8k import Gsm8k
 from .humaneval import HumanEval
 from .mbpp import Mbpp
@@ -92,6 +92,7 @@ __all__ = [
     "TASKS",
     "Task",
     "dispatch_prompt",
+    "everyday_requests",
     "format_reward",
     "get_task",
     "jsonl_task",

@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of the first pass: a deterministic and bounded decision that can be calibrated, and leaves the model alone."""
+
+import math
+
+import pytest
+import tiny_experts
+import torch
+from tiny_experts import alone, assert_same, base, state
+from tiny_model import tiny_tokenizer
+
+from peft_svf import ExpertLibrary
+from peft_svf.adaptation import FirstPass, Probe, dispatch, first_pass, fit_calibration, fit_probe, fit_temperature
+from peft_svf.adaptation.first_pass import LABEL_TOKENS, QUESTION_TOKENS, boxed_prompt, kind_scores, read_boxed
+from peft_svf.tasks import dispatch_prompt
+
+PROMPTS = ["What is 3 + 4?", "def f(x):", "Tell me a story about a very old tree.", "7 * 6"]
+KINDS = {"code": "about code", "math": "about math", "other": "anything else"}
+NAMES = list(KINDS)
+
+tokenizer = tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return tiny_experts.write_all(tmp_path_factory.mktemp("experts"))
+
+
+@pytest.fixture(scope="module")
+def library(folders):
+    return ExpertLibrary(base(), [folders["math"], folders["code"]], classifier=folders["kinds"])
+
+
+def decide(library, prompts, batch_size=16, **settings):
+    return dispatch(library, tokenizer, prompts, FirstPass(**settings), batch_size)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+@torch.no_grad()
+def oracle(model, prompt, kinds=KINDS):
+    """Log-likelihoods of the kinds' names, each read in one plain forward of its own."""
+    text = tokenizer.apply_chat_template(dispatch_prompt(prompt, kinds), tokenize=False, add_generation_prompt=True)
+    start, found = tokenizer(text, add_special_tokens=False).input_ids, []
+    for name in kinds:
+        answer = tokenizer(name, add_special_tokens=False).input_ids
+        logits = model(input_ids=torch.tensor([start + answer])).logits[0, len(start) - 1 : -1].double()
+        found.append(logits.log_softmax(-1)[torch.arange(len(answer)), answer].sum())
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def channel_oracle(model, prompt, kinds=KINDS):
+    """Log-likelihoods of a prompt after a system prompt for each kind, read in one plain forward of its own."""
+    found = []
+    for name, what in kinds.items():
+        turns = [{"role": "system", "content": f"The user asks for {what or name}."}, user(prompt)]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        start = tokenizer(text[: text.index(prompt)], add_special_tokens=False).input_ids
+        asked = tokenizer(prompt, add_special_tokens=False).input_ids
+        logits = model(input_ids=torch.tensor([start + asked])).logits[0, len(start) - 1 : -1].double()
+        found.append(logits.log_softmax(-1)[torch.arange(len(asked)), asked].sum())
+    return torch.stack(found)
+
+
+def probabilities(mixtures):
+    return torch.tensor([[m.probabilities[name] for name in NAMES] for m in mixtures], dtype=torch.float64)
+
+
+# --- dispatch
+
+
+@pytest.mark.parametrize("strategy", ["prompt", "classifier"])
+def test_a_decision_is_one_expert_or_none_with_probabilities_over_all(strategy, library):
+    found = decide(library, PROMPTS, strategy=strategy)
+    assert len(found) == len(PROMPTS)
+    for mixture in found:
+        assert mixture.alpha in ({}, {"math": 1.0}, {"code": 1.0}) and mixture.strategy == strategy
+        assert list(mixture.probabilities) == NAMES and sum(mixture.probabilities.values()) == pytest.approx(1)
+        best = max(mixture.probabilities.values())
+        assert mixture.probabilities[mixture.choice] == best
+        assert mixture.confidence == pytest.approx((best - 1 / 3) / (1 - 1 / 3)) and 0 <= mixture.confidence <= 1
+
+
+@pytest.mark.parametrize("strategy", ["prompt", "classifier"])
+def test_dispatch_is_deterministic_and_draws_no_random_numbers(strategy, library):
+    random = torch.get_rng_state()
+    one = decide(library, PROMPTS, strategy=strategy)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert one == decide(library, PROMPTS, strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", ["prompt", "classifier"])
+def test_a_batch_is_decided_as_one_by_one(strategy, library):
+    together = decide(library, PROMPTS, strategy=strategy)
+    for settings in ({"batch_size": 1}, {"batch_size": 3}):
+        apart = decide(library, PROMPTS, strategy=strategy, **settings)
+        torch.testing.assert_close(probabilities(apart), probabilities(together), atol=1e-4, rtol=0)
+        assert [m.choice for m in apart] == [m.choice for m in together]
+    singles = [decide(library, [prompt], strategy=strategy)[0] for prompt in PROMPTS]
+    torch.testing.assert_close(probabilities(singles), probabilities(together), atol=1e-4, rtol=0)
+
+
+PROBE = Probe(("code", "math"), torch.zeros(2, 3), torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"strategy": "magic"}, "no strategy='magic': choose one of 'prompt', 'classifier', 'probe'"),
+        ({"read": "guess"}, "no read='guess': choose one of 'likelihood', 'channel', 'generate'"),
+        ({"fallback": "last"}, "no fallback='last': choose one of 'base', 'mix'"),
+        ({"strategy": "probe"}, r"needs a probe: fit one with fit_probe\(...\)"),
+        ({"probe": PROBE}, "goes with strategy='probe', not with 'prompt'"),
+        ({"strategy": "probe", "probe": PROBE, "read": "generate"}, "a probe reads hidden states"),
+        ({"strategy": "probe", "probe": PROBE, "calibration": PROBE}, "A calibration weighs likelihoods"),
+        ({"read": "generate", "calibration": PROBE}, "A calibration weighs likelihoods"),
+        ({"threshold": -0.1}, "a confidence from 0 to 1, got -0.1"),
+        ({"threshold": math.nan}, "got nan"),
+        *[({"temperature": t}, "must be a positive number") for t in (0.0, -1.0, math.nan, math.inf, "hot")],
+    ],
+)
+def test_settings_that_do_not_work_together_are_refused_before_any_model_is_read(settings, message):
+    with pytest.raises(ValueError, match=message):
+        FirstPass(**settings)
+
+
+def test_a_first_pass_can_be_called(library):
+    classifier = FirstPass("classifier", soft=True)
+    assert classifier(library, tokenizer, PROMPTS, 2) == dispatch(library, tokenizer, PROMPTS, classifier, 2)
+
+
+def test_nothing_to_decide_is_no_decision(library):
+    assert decide(library, []) == []
+
+
+def test_names_are_read_by_the_likelihoods_of_the_base_model(library):
+    logps = torch.stack([oracle(base(), prompt) for prompt in PROMPTS])
+    found = probabilities(decide(library, PROMPTS, read="likelihood"))
+    torch.testing.assert_close(found, logps.softmax(-1), atol=1e-4, rtol=0)
+
+
+def test_the_prompt_strategy_reads_the_request_as_what_a_user_of_each_kind_says(library):
+    logps = torch.stack([channel_oracle(base(), prompt) for prompt in PROMPTS])
+    found = kind_scores(library, tokenizer, PROMPTS).double()
+    torch.testing.assert_close(found, logps - logps.mean(-1, keepdim=True), atol=1e-3, rtol=0)
+    assert torch.equal(kind_scores(library, tokenizer, PROMPTS, FirstPass(read="channel")).double(), found)
+    shares = probabilities(decide(library, PROMPTS))
+    torch.testing.assert_close(shares, logps.softmax(-1), atol=1e-3, rtol=0)
+    assert decide(library, [PROMPTS[0], ""])[1].confidence == pytest.approx(0, abs=1e-6)
+
+
+def test_a_kind_is_announced_by_its_description_in_any_template(monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    assert first_pass.channel_prompt(tokenizer, "math", "") == "The user asks for math.\n"
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system prompt') }}{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", refusing + "<u>{{ messages[0].content }}</u>")
+    assert first_pass.channel_prompt(tokenizer, "math", "sums") == "<u>The user asks for sums.\n"
+
+
+@pytest.mark.parametrize("read", ["likelihood", "channel"])
+def test_batch_calibration_divides_by_the_mean_probability_of_each_kind(read, library, tmp_path):
+    raw = kind_scores(library, tokenizer, PROMPTS, FirstPass(read=read)).double()
+    fitted = fit_calibration(library, tokenizer, PROMPTS, first_pass=FirstPass(read=read))
+    shares = raw.softmax(-1) / raw.softmax(-1).mean(0)
+    fitted.save(tmp_path)
+    found = probabilities(decide(library, PROMPTS, read=read, calibration=Probe.load(tmp_path)))
+    torch.testing.assert_close(found, shares / shares.sum(-1, keepdim=True), atol=1e-4, rtol=0)
+
+
+def test_a_calibration_to_known_kinds_makes_them_likelier(library):
+    prompts, kinds = 3 * PROMPTS, 3 * ["math", "code", "other", "code"]
+    fitted = fit_calibration(library, tokenizer, prompts, kinds)
+    right = torch.tensor([NAMES.index(kind) for kind in kinds])
+    before, after = (
+        torch.nn.functional.cross_entropy(
+            kind_scores(library, tokenizer, prompts, FirstPass(calibration=c)).double(), right
+        )
+        for c in (None, fitted)
+    )
+    assert after < before
+    two = fit_calibration(library, tokenizer, PROMPTS, ["math", "other", "math", "other"])
+    assert [m.probabilities["code"] for m in decide(library, PROMPTS, calibration=two)] == [0.0] * 4
+
+
+def test_a_calibration_of_other_names_or_readings_is_refused(library, folders):
+    fitted = fit_calibration(library, tokenizer, PROMPTS, first_pass=FirstPass(read="likelihood"))
+    with pytest.raises(ValueError, match=r"fitted to .*'likelihood'.*, but this first pass has .*'channel'"):
+        decide(library, PROMPTS, calibration=fitted)
+    with pytest.raises(ValueError, match=r"fitted to .*'code'.*, but this first pass has .*.'math', 'other'."):
+        fewer = ExpertLibrary(base(), [folders["math"]])
+        decide(fewer, PROMPTS, read="likelihood", calibration=fitted)
+    with pytest.raises(ValueError, match="fitted to prompts, got none"):
+        fit_calibration(library, tokenizer, [])
+
+
+def test_the_classifier_strategy_reads_those_of_the_classifier(library, folders):
+    classifier = alone(folders["kinds"])
+    logps = torch.stack([oracle(classifier, prompt) for prompt in PROMPTS])
+    found = probabilities(decide(library, PROMPTS, strategy="classifier"))
+    torch.testing.assert_close(found, logps.softmax(-1), atol=1e-4, rtol=0)
+    base_says = probabilities(decide(library, PROMPTS, read="likelihood"))
+    assert not torch.allclose(found, base_says, atol=1e-2)
+
+
+def test_below_the_threshold_the_base_answers(library):
+    free = decide(library, PROMPTS, threshold=0.0)
+    confidences = sorted(m.confidence for m in free if m.alpha)
+    assert confidences, "the tiny model chooses no expert at all: choose other seeds"
+    never = decide(library, PROMPTS, threshold=1.01)
+    assert all(m.alpha == {} and m.choice == "other" for m in never)
+    assert [(m.confidence, m.probabilities) for m in never] == [(m.confidence, m.probabilities) for m in free]
+    just = decide(library, PROMPTS, threshold=confidences[-1])
+    assert [m.confidence for m in just if m.alpha] == confidences[-1:]
+
+
+def test_without_a_classifier_its_strategy_is_refused(folders):
+    plain = ExpertLibrary(base(), [folders["math"]])
+    with pytest.raises(ValueError, match="needs a classifier expert: pass classifier="):
+        decide(plain, PROMPTS, strategy="classifier")
+
+
+def test_of_a_chat_only_the_last_user_message_is_read(library):
+    text = PROMPTS[0]
+    chats = [
+        [user(text)],
+        [{"role": "system", "content": "You write code."}, user("def f():"), user(text)],
+        [user("def f():"), {"role": "assistant", "content": "pass"}, user(text)],
+        [user(text), {"role": "assistant", "content": "The answer"}],
+        [user([{"type": "image"}, {"type": "text", "text": text}])],
+    ]
+    found = probabilities(decide(library, [text, *chats], batch_size=1))
+    assert all(torch.equal(row, found[0]) for row in found)
+
+
+def test_a_long_prompt_is_read_up_to_a_bound(library):
+    start = "abc " * (QUESTION_TOKENS // 4)
+    assert len(tokenizer(start).input_ids) == QUESTION_TOKENS
+    found = decide(library, [start, start + "x", start + "yz " * 5000], batch_size=1)
+    assert found[0] == found[1] == found[2]
+    assert decide(library, ["d" + start[1:]])[0] != found[0]
+
+
+def test_dispatch_leaves_the_model_as_it_was_also_after_an_exception(library, monkeypatch):
+    before = state(library.model)
+    for strategy in ("prompt", "classifier"):
+        decide(library, PROMPTS, strategy=strategy)
+    monkeypatch.setattr(first_pass, "choice_logps", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        decide(library, PROMPTS, strategy="classifier")
+    assert_same(library.model, before)
+
+
+# --- dispatch: calibration, temperature, fallbacks, the written form, the probe
+
+
+def test_a_temperature_divides_the_scores(library):
+    scores = kind_scores(library, tokenizer, PROMPTS).double()
+    for t in (0.5, 3.0):
+        found = probabilities(decide(library, PROMPTS, temperature=t))
+        torch.testing.assert_close(found, (scores / t).softmax(-1), atol=1e-6, rtol=0)
+
+
+def test_a_fitted_temperature_makes_the_kinds_likelier(library):
+    kinds = ["math", "code", "other", "code"]
+    fitted = fit_temperature(library, tokenizer, PROMPTS, kinds)
+    places = torch.tensor([NAMES.index(kind) for kind in kinds])
+    scores = kind_scores(library, tokenizer, PROMPTS).double()
+
+    def likelihood(t):  # a share of 1 / (4 + 2) of each label is spread
+        logps = (scores / t).log_softmax(-1)
+        return float((5 / 6 * logps[range(4), places] + logps.mean(-1) / 6).mean())
+
+    assert all(likelihood(fitted) >= likelihood(fitted * factor) for factor in (0.7, 1.4))
+    with pytest.raises(ValueError, match=r"There is no expert 'maths'; there are code, math, other"):
+        fit_temperature(library, tokenizer, PROMPTS, ["maths"] * 4)
+    for prompts, given in ((PROMPTS, kinds[:2]), ([], [])):
+        with pytest.raises(ValueError, match="prompts with one kind each"):
+            fit_temperature(library, tokenizer, prompts, given)
+
+
+def test_a_soft_decision_weighs_the_experts_by_their_probabilities(library):
+    hard, soft = (decide(library, PROMPTS, soft=s) for s in (False, True))
+    for one, other in zip(hard, soft, strict=True):
+        assert (one.confidence, one.probabilities, one.choice) == (other.confidence, other.probabilities, other.choice)
+        assert other.alpha == {name: p for name, p in other.probabilities.items() if name != "other"}
+        assert other.record() == {
+            "choice": one.choice,
+            "confidence": one.confidence,
+            "probabilities": one.probabilities,
+            "alpha": other.alpha,
+        }
+
+
+def test_below_the_threshold_the_fallback_decides(library):
+    free = decide(library, PROMPTS)
+    limit = sorted(m.confidence for m in free)[2]
+    for fallback in ("base", "mix"):
+        found = decide(library, PROMPTS, threshold=limit, fallback=fallback)
+        for one, other in zip(free, found, strict=True):
+            mixed = {name: p for name, p in one.probabilities.items() if name != "other"}
+            instead = mixed if fallback == "mix" else {}
+            assert other.alpha == (one.alpha if one.confidence >= limit else instead)
+            assert (one.confidence, one.probabilities) == (other.confidence, other.probabilities)
+    soft = decide(library, PROMPTS, threshold=limit, soft=True)
+    assert [bool(m.alpha) for m in soft] == [m.confidence >= limit for m in free]
+
+
+def test_with_one_expert_it_is_that_one_or_the_base(folders):
+    single = ExpertLibrary(base(), [folders["math"]])
+    for mixture in decide(single, PROMPTS):
+        assert list(mixture.probabilities) == ["math", "other"] and mixture.alpha in ({}, {"math": 1.0})
+        assert mixture.confidence == pytest.approx(2 * max(mixture.probabilities.values()) - 1)
+
+
+@pytest.mark.parametrize(
+    "text, kind",
+    [
+        (r"It is \boxed{math}.", "math"),
+        (r"\boxed{ Code }", "code"),
+        (r"\boxed{'other'} or \boxed{math}", "other"),
+        (r"$\boxed{\text{math}}$", "math"),
+        (r"\boxed{maths}", None),
+        (r"\boxed{math", None),
+        (r"\boxed{}", None),
+        ("math", None),
+        ("", None),
+    ],
+)
+def test_a_boxed_kind_is_read(text, kind):
+    assert read_boxed(text, NAMES) == kind
+
+
+def test_the_written_form_takes_what_the_model_writes_and_else_the_base(library, monkeypatch):
+    written = [r"\boxed{math}", "I think it is code.", r"\boxed{code}", r"\boxed{poems}"]
+    shown = []
+
+    def generate(self, input_ids, generation_config, **kwargs):
+        shown.extend(tokenizer.batch_decode(input_ids, skip_special_tokens=False))
+        assert generation_config.max_new_tokens == LABEL_TOKENS and not generation_config.do_sample
+        texts = written[len(shown) - len(input_ids) : len(shown)]
+        ids = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right").input_ids
+        return torch.cat([input_ids, ids], dim=1)
+
+    monkeypatch.setattr(type(library.model), "generate", generate)
+    found = decide(library, PROMPTS, read="generate", batch_size=3)
+    assert [m.alpha for m in found] == [{"math": 1.0}, {}, {"code": 1.0}, {}]
+    assert [m.confidence for m in found] == pytest.approx([1.0, 0.0, 1.0, 0.0])
+    assert found[0].probabilities == {"code": 0.0, "math": 1.0, "other": 0.0}
+    assert found[1].probabilities == pytest.approx(dict.fromkeys(NAMES, 1 / 3))
+    shown.clear()
+    soft = decide(library, PROMPTS, read="generate", batch_size=3, soft=True)
+    assert [m.alpha for m in soft] == [m.alpha for m in found]
+    shown.clear()
+    mixed = decide(library, PROMPTS, read="generate", batch_size=3, threshold=0.1, fallback="mix")
+    assert mixed[1].alpha == pytest.approx({"code": 1 / 3, "math": 1 / 3})
+    for prompt, text in zip(PROMPTS, shown, strict=True):
+        assert boxed_prompt(prompt, KINDS)[0]["content"] in text and "- code: about code" in text
+
+
+@pytest.mark.parametrize("strategy", ["prompt", "classifier"])
+def test_the_written_form_is_bounded_greedy_and_one_by_one_what_it_is_in_a_batch(strategy, library):
+    sampling = library.model.generation_config.do_sample
+    library.model.generation_config.do_sample = True  # of the second pass
+    try:
+        together = decide(library, PROMPTS, strategy=strategy, read="generate")
+        apart = [decide(library, [p], strategy=strategy, read="generate")[0] for p in PROMPTS]
+    finally:
+        library.model.generation_config.do_sample = sampling
+    assert together == apart and all(m.strategy == strategy for m in together)
+
+
+def test_a_first_pass_over_the_context_is_refused(folders, tmp_path):
+    wordy = tiny_experts.write(tmp_path, "wordy", 5, description="word " * 120)
+    long = ExpertLibrary(base(), [wordy])
+    for settings in ({}, {"read": "generate"}):
+        with pytest.raises(ValueError, match=r"tokens.* but the model's context is 512"):
+            decide(long, PROMPTS, **settings)
+
+
+FEW = {
+    "math": ["1 + 1 = 2", "3 * 4 = 7", "9 - 2 = 1", "8 + 5 = 3"],
+    "code": ["def f(x): pass", "for i in a: b", "import os; d()", "print(y or z)"],
+    "other": ["Hello there you!", "How are you now?", "Tell me a story.", "What a nice day!"],
+}
+KNOWN = [(text, kind) for kind, texts in FEW.items() for text in texts]
+
+
+def test_a_probe_names_the_kinds_it_was_fitted_to(library, tmp_path):
+    texts, kinds = zip(*KNOWN, strict=True)
+    probe = fit_probe(library, tokenizer, texts, kinds)
+    found = decide(library, texts, strategy="probe", probe=probe)
+    assert [m.choice for m in found] == list(kinds)
+    assert all(list(m.probabilities) == NAMES and m.strategy == "probe" for m in found)
+    probe.save(tmp_path)
+    again = decide(library, texts, strategy="probe", probe=Probe.load(tmp_path), batch_size=5)
+    torch.testing.assert_close(probabilities(again), probabilities(found), atol=1e-4, rtol=0)
+    assert probe.provenance["base_model"] == tiny_experts.BASE and probe.provenance["kinds_listed"] == KINDS
+
+
+def test_a_probe_gives_no_chance_to_a_kind_it_does_not_know(library):
+    texts, kinds = zip(*[(text, kind) for text, kind in KNOWN if kind != "other"], strict=True)
+    probe = fit_probe(library, tokenizer, texts, kinds)
+    found = decide(library, PROMPTS, strategy="probe", probe=probe)
+    assert all(m.probabilities["other"] == 0.0 and m.alpha for m in found)
+    assert fit_temperature(library, tokenizer, texts, kinds, FirstPass("probe", probe=probe)) > 0
+
+
+def test_a_probe_that_does_not_fit_is_refused(library, folders):
+    texts, kinds = zip(*KNOWN, strict=True)
+    probe = fit_probe(library, tokenizer, texts, kinds)
+    with pytest.raises(ValueError, match="The probe names 'code', but the experts are math: fit it with these names"):
+        decide(ExpertLibrary(base(), [folders["math"]]), PROMPTS, strategy="probe", probe=probe)
+    with pytest.raises(ValueError, match="There is no expert 'poems'"):
+        fit_probe(library, tokenizer, texts, ["poems"] * len(texts))
+    assert decide(library, [], strategy="probe", probe=probe) == []
