@@ -364,10 +364,8 @@ def _generate(
 ) -> list[dict]:
     found = []
     for row, text in zip(rows, complete(model, reader, [prompt_of(row) for row in rows], **kwargs), strict=True):
-        judge = task or get_task(row["task"])
-        right = judge.check(text, row)  # once: it may run a program
-        score = float(right) if type(judge).score is Task.score else judge.score(text, row)
-        found.append({"id": row.get("id"), "completion": text, "right": right, "score": score})
+        score = (task or get_task(row["task"])).score(text, row)
+        found.append({"id": row.get("id"), "completion": text, "right": score == 1, "score": score})
     return found
 
 

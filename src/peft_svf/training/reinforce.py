@@ -13,9 +13,8 @@ import inspect
 import json
 import logging
 import os
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -74,35 +73,6 @@ def advantages_of(rewards: Tensor, estimator: Estimator, num_generations: int = 
         else:
             centred = centred / ((variance / (count - 1).clamp(min=1)).sqrt() + 1e-4)
     return centred.nan_to_num(0).flatten()
-
-
-def format_reward(pattern: str) -> Callable[..., list[float]]:
-    """
-    Make a reward function for the form of an answer: 1 where the completion contains the pattern, else 0.
-
-    Meant to stand beside the task's reward with a small weight, `reward_weights=[1.0, 0.1]`, so that a right answer in
-    the wrong form stays better than a wrong one in the right form.
-
-    Args:
-        pattern (`str`):
-            Regular expression, searched with `.` matching line ends, such as `r"[Aa]nswer is -?[\\d,.]+\\s*$"`.
-
-    Returns:
-        A function `(completions, **columns) -> list[float]`.
-
-    Raises:
-        `ValueError`: if the pattern is no regular expression.
-    """
-    try:
-        compiled = re.compile(pattern, re.DOTALL)
-    except re.error as error:
-        raise ValueError(f"The format {pattern!r} is no regular expression: {error}.") from error
-
-    def format_reward(completions: Sequence[str | list[dict[str, Any]]], **columns: Any) -> list[float]:
-        texts = [c if isinstance(c, str) else "".join(m.get("content") or "" for m in c) for c in completions]
-        return [float(compiled.search(text) is not None) for text in texts]
-
-    return format_reward
 
 
 @dataclass
@@ -606,5 +576,4 @@ __all__ = [
     "ReinforceConfig",
     "ReinforceTrainer",
     "advantages_of",
-    "format_reward",
 ]
