@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..evaluation import CACHES, Reading, _inner, cache_name, common_prefix, read_on, read_prompts, repeated
+from ..evaluation import CACHES, Reading, cache_name, common_prefix, read_on, read_prompts, repeated, unwrapped
 
 # Arguments of the forward that begins a generation, if nothing but text is read.
 TEXT_ONLY = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict", *CACHES}
@@ -63,13 +63,13 @@ def can_share(model: Any) -> bool:
 
     State-space models and linear attention don't.
     """
-    config = _inner(model).config
+    config = unwrapped(model).config
     return not config.is_encoder_decoder and _attends(DynamicCache(config=config)) and cache_name(model) in CACHES[:2]
 
 
 def checkpoints_activations(model: Any) -> bool:
     """Tell whether gradient checkpointing is on, which drops the cache."""
-    inner = _inner(model)
+    inner = unwrapped(model)
     return inner.training and inner.is_gradient_checkpointing
 
 
@@ -92,7 +92,7 @@ def shared_prompts(model: Any, members: int = 1) -> Iterator[None]:
         members (`int`):
             Adapters that the model has at once, as in [`choice_logps`]: the batch is as many copies of the rows.
     """
-    inner, name = _inner(model), cache_name(model)
+    inner, name = unwrapped(model), cache_name(model)
     if not can_share(model):
         yield
         return
