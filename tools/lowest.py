@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Print a pip constraint for each lower bound of the package and its training: `python tools/lowest.py > lowest.txt`."""
+"""Print a pip constraint for each lower bound of the package and of training: `tools/lowest.py > lowest.txt`."""
 
 import re
 from pathlib import Path
