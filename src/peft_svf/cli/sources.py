@@ -128,8 +128,7 @@ def read_examples(path: Path, *texts: str) -> list[dict[str, Any]]:
         check(row, where)
         if missing := [key for key in texts if not isinstance(row.get(key), str)]:
             raise ValueError(f"{where} needs a text as {missing[0]!r}; it has {', '.join(row)}.")
-        prompt = row["prompt"]
-        rows.append({**row, "prompt": user_turn(prompt) if isinstance(prompt, str) else prompt})
+        rows.append({**row, "prompt": user_turn(row["prompt"])})
     if not rows:
         raise ValueError(f"{path} is empty: it needs one JSON object a line.")
     return rows
