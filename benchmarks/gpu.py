@@ -383,7 +383,7 @@ def whole_model(bench: Bench) -> Iterator[Any]:
             model = LlamaForCausalLM(config).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
-    import peft_svf.tuner.bases
+    import peft_svf.tuner.weights
     from peft_svf.tuner.basis import Basis, side_of
     from peft_svf.tuner.fingerprint import Fingerprint
 
@@ -398,7 +398,7 @@ def whole_model(bench: Bench) -> Iterator[Any]:
                 known[name.removeprefix("model.")] = (basis, Fingerprint("0" * 64, torch.zeros(32)))
         return {name: known[name.removeprefix("model.")] for name in names}
 
-    with patch.object(peft_svf.tuner.bases, "fetch", stand_ins):
+    with patch.object(peft_svf.tuner.weights, "fetch", stand_ins):
         yield model
 
 

@@ -19,7 +19,7 @@ from race import NotAvailable
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-import peft_svf.tuner.bases
+import peft_svf.tuner.weights
 from peft_svf import SVFConfig
 from peft_svf.tuner.basis import Basis, side_of
 from peft_svf.tuner.fingerprint import Fingerprint
@@ -227,7 +227,7 @@ def adapted_layer(fc: nn.Linear, name: str, Q: Tensor, S: Tensor) -> nn.Module:
         return get_peft_model(OneLayer(fc), config, **kwargs).base_model.model.fc
     config = svf_config(name, target_modules=["fc"], basis_dtype=str(Q.dtype).removeprefix("torch."))
     found = Basis(side_of(*fc.weight.shape), Q, S), Fingerprint("0" * 64, torch.zeros(32))
-    with patch.object(peft_svf.tuner.bases, "fetch", lambda names, *_, **__: dict.fromkeys(names, found)):
+    with patch.object(peft_svf.tuner.weights, "fetch", lambda names, *_, **__: dict.fromkeys(names, found)):
         layer = get_peft_model(OneLayer(fc), config).base_model.model.fc
     scatter(layer)
     return layer
