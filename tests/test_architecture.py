@@ -27,11 +27,11 @@ ROWS = [
 # Inside a wing a module imports from rows above it as well.
 WINGS = {
     "tuner": [
-        ["basis", "fingerprint", "parametrization", "plans", "weights"],
-        ["cache", "checkpoint", "config", "targets"],
+        ["basis", "fingerprint", "parametrization", "plans"],
+        ["cache", "config", "targets"],
+        ["weights"],
         ["layer"],
         ["stacked"],
-        ["bases"],
         ["model"],
     ],
     "experts": [["expert"], ["library", "hub", "transfer"]],
@@ -43,7 +43,7 @@ PRIVATE_NAMES_ALLOWED = {
     "_registration",
     "tuner.layer",
     "tuner.stacked",
-    "tuner.bases",
+    "tuner.weights",
     "tuner.model",
     "training.reinforce",
 }
