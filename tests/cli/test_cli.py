@@ -20,7 +20,7 @@ from peft_svf import Expert, Mixture, Transformer2Model
 from peft_svf.cli import find_task, main, read_mixture
 from peft_svf.cli.sources import find_expert
 from peft_svf.evaluation import choice_logps, evaluate
-from peft_svf.experts.expert import SavedExpert
+from peft_svf.experts.expert import SavedOffsets
 from peft_svf.tasks import Task
 from peft_svf.tuner.cache import cache_dir, usage
 
@@ -355,5 +355,5 @@ def test_help_as_a_module_imports_no_extra():
 
 
 def test_experts_are_found_but_not_read_before_they_are_needed(home, monkeypatch):
-    monkeypatch.setattr(SavedExpert, "load", lambda self: pytest.fail("read"))
+    monkeypatch.setattr(SavedOffsets, "read", lambda self: pytest.fail("read"))
     assert [find_expert(text).name for text in (str(home / "expert"), f"sums={home / 'expert'}")] == ["expert", "sums"]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from ..experts.expert import Mixture, SavedExpert
+    from ..experts.expert import Expert, Mixture
     from ..rows import Reader
     from ..tasks import Task
     from ..tuner.config import SVFConfig
@@ -85,12 +85,13 @@ def load_model(
     return kind.from_pretrained(name, dtype=dtype, **shared).to(device), found
 
 
-def find_expert(source: str) -> "SavedExpert":
+def find_expert(source: str) -> "Expert":
     """Find an expert by `SOURCE` or `NAME=SOURCE`; its values are read when they are needed."""
-    from ..experts.expert import SavedExpert
+    from ..experts.expert import Expert
 
     name, equals, rest = source.partition("=")
-    return SavedExpert.find(rest, name) if equals and not os.path.exists(source) else SavedExpert.find(source)
+    named = equals and not os.path.exists(source)
+    return Expert.load(rest, name, lazy=True) if named else Expert.load(source, lazy=True)
 
 
 def read_mixture(given: Sequence[str]) -> "Mixture":
