@@ -35,7 +35,7 @@ WINGS = {
         ["model"],
     ],
     "experts": [["expert"], ["library", "hub", "transfer"]],
-    "training": [["run"], ["reinforce", "evolution", "result"]],
+    "training": [["rollout", "run"], ["reinforce", "evolution", "result"]],
     "adaptation": [["cem", "probe", "search"], ["judge", "first_pass"], ["few_shot"]],
 }
 RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}
