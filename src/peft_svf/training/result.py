@@ -2,7 +2,7 @@
 """
 A trained adapter and held-out rows -> the folder of an expert: offsets, `result.json` and the card.
 
-What `peft-svf train` and `examples/train_expert.py` do once training is over. Nothing here trains, and nothing prints.
+What `peft-svf train` does once training is over. Nothing here trains, and nothing prints.
 """
 
 import json
