@@ -25,7 +25,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
-from .expert import read_config, read_offsets
+from .expert import OFFSET_KEY, check_values, read_config, read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def push_expert(
     base_model = _base_id(configured, base_model)
     with tempfile.TemporaryDirectory() as scratch:
         folder = _save(model, name, Path(scratch), base_model, base_revision)
-        read_offsets(folder)  # refuses what is not finite, whoever writes the card
+        _offsets(folder)  # refuses what is not finite, whoever writes the card
         known: dict[str, Any] = {"task": task, "training": training, "results": results, "license": license}
         known["base_dtype"] = getattr(base, "dtype", None)
         known["tags"] = [*(getattr(base, "model_tags", None) or ()), *tags]
@@ -202,7 +202,7 @@ def expert_card(
     """
     folder = Path(folder)
     config = read_config(folder)
-    offsets, others = read_offsets(folder)
+    offsets, others = _offsets(folder)
     base_model = _base_id(config.get("base_model_name_or_path"), base_model)
     revision = base_revision or config.get("revision") or _cached_commit(base_model)
     base_class, pipeline_tag = TASK_TYPES.get(_task_type(config), ("AutoModel", None))
@@ -215,8 +215,8 @@ def expert_card(
         "base dtype": f"`{str(base_dtype).removeprefix('torch.')}`" if base_dtype else None,
         "fingerprint of the base": _digest(config.get("fingerprint")),
         "z parameters": f"{sum(d.numel() for d in offsets.values()):,} in {len(offsets)} weights",
+        "other trained numbers": others or None,
         "largest singular values moved, per weight": config.get("rank"),
-        "other trained numbers": sum(tensor.numel() for tensor in others.values()) or None,
     }
     sections = [
         f"---\n{_metadata(name, base_model, pipeline_tag, license, tags, results or ()).to_yaml()}\n---",
@@ -404,6 +404,17 @@ def _z_rows(offsets: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
         distance = {"mean abs(z - 1)": f"{d.abs().mean():.4f}", "max abs(z - 1)": f"{d.abs().max():.4f}"}
         rows.append(size | distance | {"z": f"{1 + d.min():.4f} to {1 + d.max():.4f}"})
     return rows
+
+
+def _offsets(folder: Path) -> tuple[dict[str, torch.Tensor], int]:
+    """Read the offsets of a saved adapter by module, and count its other trained numbers."""
+    tensors = read_tensors(folder)
+    modules = {key: match["module"] for key in tensors if (match := OFFSET_KEY.fullmatch(key))}
+    offsets = {module: tensors[key].float() for key, module in modules.items()}
+    if not offsets:
+        raise ValueError(f"{folder} holds no offsets, only {sorted(tensors)[:3]}.")
+    check_values(offsets)
+    return offsets, sum(tensor.numel() for key, tensor in tensors.items() if key not in modules)
 
 
 def _list(facts: Mapping[str, Any]) -> str:
