@@ -122,7 +122,19 @@ def note_shared(model: nn.Module, layers: Mapping[str, Any]) -> None:
 
     Merging z into a weight that several modules share would rescale it for all of them, and unmerging one after the
     other would not restore it: such layers refuse to merge.
+
+    Raises:
+        `ValueError`: if an adapted module itself also stands elsewhere, where it would run without z.
     """
+    bases = {id(layer.get_base_layer()): name for name, layer in layers.items()}
+    wrapped = {id(layer) for layer in layers.values()}
+    for parent, module in model.named_modules():
+        for key, child in module._modules.items():
+            if id(child) in bases and id(module) not in wrapped:
+                raise ValueError(
+                    f"{f'{parent}.{key}' if parent else key} is the same module as {bases[id(child)]}, so z would act "
+                    "in one place and not in the other: give each place a module of its own before adding SVF."
+                )
     places: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         for key, parameter in module._parameters.items():
