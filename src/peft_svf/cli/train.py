@@ -42,7 +42,7 @@ HELP = "\n".join(
         *KEYS,
         "- `output_dir`: Folder of the expert; its checkpoints are in it.",
         "- `max_steps`, `learning_rate`, `seed`, `eval_strategy`, `save_steps`, `load_best_model_at_end`, "
-        "`early_stopping_patience`, `report_to`, and the other fields of TRL's GRPOConfig (`num_generations`, ...), or "
+        "`early_stopping_patience`, `report_to`, and the other fields of TRL's GRPOConfig (`num_generations`, ...); "
         "with `algorithm: evolution` of transformers' TrainingArguments (and `population`, `sigma`, `shaping`).\n",
         "Several devices: `torchrun --nproc_per_node 2 -m peft_svf train CONFIG.yaml`.",
     ]
