@@ -21,6 +21,7 @@ from dataclasses import asdict
 from common import EXPERTS, Cell, arguments, found, load, parse, questions, run_cells, score, scored
 
 from peft_svf import Mixture
+from peft_svf.adaptation import Search
 
 TASKS = {"svamp": 150, "arc_challenge": 150, "math": 150, "humaneval": 134}  # test rows; HumanEval has 164 in all
 ALONE = {"base": {}, **{name: {name: 1.0} for name in EXPERTS}}
@@ -32,7 +33,7 @@ METHODS = {
     "cem": {"method": "cem"},
     "cma": {"method": "cma"},
     "gradient": {"method": "gradient", **BACKWARD},
-    "cem_unchecked": {"method": "cem", "holdout": 0},  # the search sees all examples, its result is taken as it is
+    "cem_unchecked": {"method": "cem", "holdout": []},  # the search sees all examples, its result is taken as it is
     "per_layer": {"method": "gradient", "per_layer": True, "name": "per layer", **BACKWARD},
 }
 SHOTS, DRAWS = (3, 5, 10), 3
@@ -81,7 +82,9 @@ def search(task: str, method: str, shots: int, draw: int, args: argparse.Namespa
     """Search, then test what came out; the base and single experts have been tested in cells of their own."""
     model, begin = load(), (time.perf_counter(), time.process_time())
     settings = {**SEARCH, **METHODS[method], "seed": args.seed + draw}
-    mixture: Mixture = model.adapt(examples(task, shots, draw, args), **settings)
+    own = {key: settings[key] for key in ("holdout", "name") if key in settings}
+    values = {key: value for key, value in settings.items() if key not in own}
+    mixture: Mixture = model.adapt(examples(task, shots, draw, args), search=Search(**values), **own)
     wall, cpu = time.perf_counter() - begin[0], time.process_time() - begin[1]
     try:
         known = next((way for way, alpha in ALONE.items() if alpha == mixture.alpha), None)

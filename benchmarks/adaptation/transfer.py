@@ -26,6 +26,7 @@ from smollm2 import load_smollm2, smollm2_folder
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from peft_svf import Expert, Transformer2Model
+from peft_svf.adaptation import Search
 from peft_svf.experts.transfer import transfer_expert
 from peft_svf.rows import prompt_text
 from peft_svf.tasks import get_task
@@ -146,7 +147,7 @@ class Pair:
         split = "validation" if "validation" in get_task(task).files else "train"
         shots = get_task(task).rows(split, limit=SHOTS, seed=self.args.seed)
         begin = time.process_time()
-        mixture = model.adapt(shots, seed=self.args.seed, **SEARCH)
+        mixture = model.adapt(shots, search=Search(seed=self.args.seed, **SEARCH))
         seconds = time.process_time() - begin
         found = {"alpha": mixture.alpha, "fell_back": mixture.provenance["held_out"]["fell_back"]}
         found |= {"adapting_cpu_seconds": round(seconds, 1), "tokens_read": mixture.provenance["tokens"]}

@@ -233,8 +233,8 @@ def test_adapt_saves_the_mixture_that_the_search_finds(home, tmp_path, capsys):
     found = Mixture.load(tmp_path / "m.json")
     rows = [json.loads(line) for line in (tmp_path / "few.jsonl").read_text().splitlines()]
     rows = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
-    settings = {"population": 5, "iterations": 2, "elites": 0.4, "seed": 3}
-    expected = loaded(home, "expert", "wild").adapt(rows, **settings)
+    search = Search(population=5, iterations=2, elites=0.4, seed=3)
+    expected = loaded(home, "expert", "wild").adapt(rows, search=search)
     assert found.alpha == pytest.approx(expected.alpha)
     for name in ("expert", "wild"):  # also one that has no weight
         assert re.search(rf"^{name} +{expected.alpha.get(name, 0.0):.3f}$", out, re.MULTILINE)

@@ -12,7 +12,7 @@ from tiny_model import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from peft_svf import Expert, Mixture, Transformer2Model, plots
-from peft_svf.adaptation import FirstPass, fit_calibration, fit_probe, fit_temperature
+from peft_svf.adaptation import FirstPass, Search, fit_calibration, fit_probe, fit_temperature
 from peft_svf.adaptation.judge import Judge
 from peft_svf.adaptation.probe import Probe
 from peft_svf.cli import find_task
@@ -219,9 +219,8 @@ def test_weights_per_layer_become_an_expert_that_eval_takes(home, tmp_path, caps
     assert code == 0, err
     base = AutoModelForCausalLM.from_pretrained(home / "base")
     model = Transformer2Model(base, tiny_tokenizer(), [home / "code", home / "math"])
-    mixture = model.adapt(
-        rows_of(tmp_path / "few.jsonl"), per_layer=True, name="sums", method="cma", **AS_PYTHON
-    )  # fmt: skip
+    search = Search(method="cma", per_layer=True, **AS_PYTHON)
+    mixture = model.adapt(rows_of(tmp_path / "few.jsonl"), search=search, name="sums")
     found, expected = Expert.load(tmp_path / "sums"), model.library.expert("sums")
     assert found.offsets.keys() == expected.offsets.keys()
     for module, offset in expected.offsets.items():
@@ -242,8 +241,8 @@ def test_the_range_of_the_weights_their_name_and_a_held_out_file_are_those_of_py
     assert code == 0, err
     base = AutoModelForCausalLM.from_pretrained(home / "base")
     model = Transformer2Model(base, tiny_tokenizer(), [home / "code", home / "math"])
-    settings = {"low": -0.5, "high": 2.0, "name": "wide", "holdout": rows_of(checks), "temperature": 3}
-    expected = model.adapt(rows_of(tmp_path / "few.jsonl"), **AS_PYTHON, **settings)
+    search = Search(low=-0.5, high=2.0, temperature=3, **AS_PYTHON)
+    expected = model.adapt(rows_of(tmp_path / "few.jsonl"), search=search, name="wide", holdout=rows_of(checks))
     found = Mixture.load(tmp_path / "m.json")
     assert found.alpha == pytest.approx(expected.alpha) and found.provenance["name"] == "wide"
     assert [found.provenance[key] for key in ("low", "high", "temperature")] == [-0.5, 2.0, 3.0]
@@ -350,8 +349,7 @@ def wrong(home, tmp_path):
         "no name": (["adapt", *two, "--examples", tmp_path / "few.jsonl", "--per-layer"], "name it by --name"),
         "name of an expert": ([*adapt, "--per-layer", "--name", "math"], "An expert of this library is called 'math'"),
         "folder is there": ([*adapt[:-1], home, "--per-layer"], "is there already"),
-        "holdout": ([*adapt, "--holdout", "some"], "--holdout is leave-one-out, a share"),
-        "whole holdout": ([*adapt, "--holdout", "1"], "less than 1"),
+        "holdout": ([*adapt, "--holdout", "some"], "--holdout is leave-one-out, none"),
         "no method": ([*adapt, "--method", "walk"], "There is no search 'walk'"),
         "no tokens": ([*adapt, "--max-tokens", "-1"], "--max-tokens: expected a whole number from 1"),
         "no seconds": ([*adapt, "--max-seconds", "0"], "--max-seconds: expected a number above 0"),

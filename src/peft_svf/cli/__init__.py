@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..adaptation.few_shot import LEAVE_ONE_OUT, TEMPERATURE
+from ..adaptation.few_shot import LEAVE_ONE_OUT
 from . import measure, train, weights
 from .sources import find_task, read_mixture
 from .train_config import TASK_HELP, describe
@@ -199,7 +199,7 @@ def _add_adapt(parser: argparse.ArgumentParser) -> None:
         help="what checks the result: leave-one-out, a share of the examples, a JSONL of others, 0 for none "
         "(%(default)s)",
     )
-    search.add_argument("--temperature", type=_positive, default=TEMPERATURE, help="of choices (%(default)s)")
+    search.add_argument("--temperature", type=_positive, default=8.0, help="of choices (%(default)s)")
     search.add_argument("--max-tokens", type=_count, help="end the search before it has read more")
     search.add_argument("--max-seconds", type=_positive, help="end the search before it takes longer")
     search.add_argument(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 FIRST_PASS = (
     "strategy", "threshold", "fallback", "soft", "calibration", "read", "temperature", "classifier", "probe",
 )  # fmt: skip
-SEARCH = ("method", "population", "iterations", "elites", "seed", "batch_size")
+SEARCH = ("method", "population", "iterations", "elites", "seed")
 WAYS = ("base", "mixture", "two_pass")  # keys of a result beside the names of experts
 
 
@@ -157,6 +157,7 @@ def _show_summaries(
 
 def adapt(args: argparse.Namespace) -> None:
     """Search the mixture of experts that answers solved examples best; save it, or the expert it makes per layer."""
+    from ..adaptation import Search
     from ..plots import draw_alpha, draw_layers, draw_search
 
     out = args.out or Path((args.name or "") if args.per_layer else "mixture.json")
@@ -172,13 +173,14 @@ def adapt(args: argparse.Namespace) -> None:
     if args.low >= args.high:
         raise ValueError(f"--low and --high are the ends of a weight's range; got {args.low} and {args.high}.")
     model = load_experts(args)
-    names = [*SEARCH, "low", "high", "normalize", "per_layer", "temperature", "state", "max_tokens", "max_seconds"]
-    settings = {name: getattr(args, name) for name in names} | {"holdout": held_out}
+    names = [*SEARCH, "low", "high", "normalize", "per_layer", "temperature", "max_tokens", "max_seconds"]
+    search = Search(**{name: getattr(args, name) for name in names})
+    settings = {"batch_size": args.batch_size, "state": args.state, "holdout": held_out}
     if args.max_new_tokens is not None:
         settings["max_new_tokens"] = args.max_new_tokens
     name = args.name or (out.name if args.per_layer else None)
     try:
-        mixture = model.adapt(examples, task, name=name, **settings)
+        mixture = model.adapt(examples, task, search, name=name, **settings)
     except KeyboardInterrupt:
         how = f"goes on from {args.state}" if args.state else "begins anew; with --state FILE it would go on"
         raise KeyboardInterrupt(f"Interrupted: the same command {how}.") from None
@@ -238,19 +240,15 @@ def _new_result(out: Path, per_layer: bool) -> None:
     new_path(out)
 
 
-def _holdout(given: str) -> float | str | list[dict[str, Any]]:
-    """Each example in turn, a share of the examples, or examples of a file."""
+def _holdout(given: str) -> str | list[dict[str, Any]]:
+    """Each example in turn, no check, or examples of a file."""
     if given == LEAVE_ONE_OUT:
         return given
-    try:
-        return float(given)
-    except ValueError:
-        if os.path.exists(given):
-            return read_examples(Path(given))
-    raise ValueError(
-        f"--holdout is {LEAVE_ONE_OUT}, a share of the examples such as 0.25, or a JSONL file of others; "
-        f"got {given!r}."
-    )
+    if given == "none":
+        return []
+    if os.path.exists(given):
+        return read_examples(Path(given))
+    raise ValueError(f"--holdout is {LEAVE_ONE_OUT}, none, or a JSONL file of other examples; got {given!r}.")
 
 
 # dispatch, and the first pass of eval --------------------------------------------------------------------------
@@ -357,16 +355,16 @@ def fit_first_pass(args: argparse.Namespace, strategy: str, model: "Transformer2
     if args.fit is None:
         return {} if folder is None else {name: Probe.load(folder)}
     rows = read_examples(args.fit, "expert")
-    given: Any = (model.library, model.tokenizer, [row["prompt"] for row in rows], [row["expert"] for row in rows])
-    size = args.batch_size
+    library, tokenizer, size = model.library, model.tokenizer, args.batch_size
+    prompts, kinds = [row["prompt"] for row in rows], [row["expert"] for row in rows]
     if name == "temperature":
-        temperature = fit_temperature(*given, first_pass=FirstPass(strategy, args.read), batch_size=size)
+        temperature = fit_temperature(library, tokenizer, prompts, kinds, FirstPass(strategy, args.read), size)
         print(f"temperature fitted to {len(rows)} prompts: {temperature:.3f}")
         return {name: temperature}
     if name == "probe":
-        fitted = fit_probe(*given, batch_size=size)
+        fitted = fit_probe(library, tokenizer, prompts, kinds, size)
     else:
-        fitted = fit_calibration(*given, first_pass=FirstPass(strategy, args.read), batch_size=size)
+        fitted = fit_calibration(library, tokenizer, prompts, kinds, FirstPass(strategy, args.read), size)
     if folder is not None:
         fitted.save(folder)
         print(f"Wrote {folder}: a {'probe' if name == 'probe' else 'calibration'} fitted to {len(rows)} prompts")
