@@ -18,6 +18,7 @@ from pathlib import Path
 import huggingface_hub
 import pico
 import pytest
+import seeing
 import torch
 from peft import get_peft_model
 from tiny_model import tiny_model, tiny_tokenizer
@@ -33,19 +34,8 @@ FENCE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 PAGES = {page: list(FENCE.finditer(page.read_text())) for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
-PENDING = {
-    "README.md",
-    "index.md",
-    "train.md",
-    "adapt.md",
-    "share.md",
-    "cache.md",
-    "vision.md",
-    "quantised.md",
-    "distributed.md",
-    "cli.md",
-}
-SLOW = {"train.md"}  # pages whose blocks take more than half a minute
+PENDING = {"adapt.md"}
+LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EXPERTS = {"math": "a number to work out", "code": "a program to write", "dispatch": "naming the kind of a request"}
 
@@ -71,6 +61,9 @@ def hub(tmp_path_factory):
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "smollm2")
     tiny_tokenizer().save_pretrained(folder / "smollm2")
     publish(SMOLLM2, folder / "smollm2")
+    seeing.model().save_pretrained(folder / "smolvlm")
+    seeing.processor().save_pretrained(folder / "smolvlm")
+    publish("HuggingFaceTB/SmolVLM-256M-Instruct", folder / "smolvlm")
     for seed, (name, description) in enumerate(EXPERTS.items()):
         base = AutoModelForCausalLM.from_pretrained(SMOLLM2)
         model = get_peft_model(base, SVFConfig(task_type="CAUSAL_LM", description=description))
@@ -89,6 +82,8 @@ def clone(hub, tmp_path, monkeypatch):
         shutil.copytree(hub / name.replace("reasoning", "math"), tmp_path / "examples" / "experts" / name)
     shutil.copytree(hub / "dispatch", tmp_path / "examples" / "classifiers" / "dispatch")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # `import examples`, as from the root of a clone
+    monkeypatch.delitem(sys.modules, "examples", raising=False)
     monkeypatch.setenv("PEFT_SVF_SMOLLM2", str(hub / "smollm2"))
     monkeypatch.setenv("PEFT_SVF_DATA", str(ROOT / "examples" / "data"))
     monkeypatch.setattr(
@@ -116,7 +111,7 @@ def shell(code: str) -> None:
 
 
 CASES = [
-    pytest.param(page, id=page.name, marks=[pytest.mark.slow] if page.name in SLOW else [])
+    pytest.param(page, id=page.name)
     for page, blocks in PAGES.items()
     if page.name not in PENDING and any(block["language"] in ("python", "bash") for block in blocks)
 ]
@@ -138,3 +133,9 @@ def test_every_block_of_a_page_runs(page, clone):
             exec(compile("\n" * line + code, str(page), "exec"), names)
         elif language == "bash":
             shell(code)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    links = [page.parent / link for link in LINK.findall(page.read_text())]
+    assert [str(link) for link in links if not link.exists()] == []

@@ -58,7 +58,11 @@ class Contains(Task):
     letters = "aeiou0123456789"
 
     def score(self, completion, row):
+<<<<<<< HEAD
         return float(any(letter in completion for letter in self.letters))
+=======
+        return any(letter in completion for letter in self.letters)
+>>>>>>> house
 
 
 def choice_score(library, mixture, examples, temperature=8.0):
@@ -426,7 +430,11 @@ def test_held_out_examples_are_not_searched_on(library, monkeypatch):
 def test_where_all_fail_or_all_succeed_the_log_likelihood_decides_and_the_log_says_so(letters, library, caplog):
     class Same(Contains):
         def score(self, completion, row):
+<<<<<<< HEAD
             return float(bool(letters))
+=======
+            return bool(letters)
+>>>>>>> house
 
     with caplog.at_level(logging.INFO, "peft_svf.adaptation.few_shot"):
         found = adapt(library, ANSWERS, task=Same(), max_new_tokens=2)

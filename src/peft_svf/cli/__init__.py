@@ -2,28 +2,82 @@
 """
 Command line -> one verb: train, eval, factor, inspect, adapt, dispatch.
 
-Each verb is a thin face on the library, and this package is the one place that prints. What a user can get wrong ends
-with one line and exit code 2; `--debug` shows where it comes from. Imports that take time stand inside the verbs.
+Each verb is a module whose function's signature is its options, and this package is the one place that prints. Modules
+of the library are imported inside the verbs, so that help and shell completion don't wait for torch.
 """
 
-import argparse
-import math
-import re
-import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any
 
+<<<<<<< HEAD
 from ..adaptation.few_shot import LEAVE_ONE_OUT
 from . import measure, train, weights
 from .sources import find_task, read_mixture
 from .train_config import TASK_HELP, describe
+=======
+import typer
+>>>>>>> house
 
-SECRET = re.compile(r"(--\S*token[= ])\S+")  # what a result file does not repeat
-EXPERTS_HELP = "folders or Hub repositories; NAME=EXPERT gives a name of your own"
+from .adapt import adapt
+from .console import INTERRUPTED
+from .dispatch import dispatch
+from .eval import evaluate
+from .factor import factor
+from .inspect import inspect
+from .train import KEYS, train
+
+MANY = ("--experts", "--mixture", "--target-modules")  # options that take several values in a row
+UsageError: Any = typer.BadParameter.__mro__[1]  # typer exports only subclasses of it
+
+app = typer.Typer(
+    help="z-vector experts (Transformer², arXiv 2501.06252): train, measure, inspect, mix.",
+    epilog="`peft-svf VERB --help` lists the options of a verb.",
+    rich_markup_mode="markdown",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"peft-svf {version('peft-svf')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if not debug:
+        warnings.filterwarnings("ignore", category=FutureWarning)  # from libraries to their callers
+
+
+def _verb(name: str, run: Callable[..., Any], **settings: Any) -> None:
+    @wraps(run)
+    def work(*args: Any, **kwargs: Any) -> Any:
+        from .. import _load
+
+        _load()
+        try:
+            return run(*args, **kwargs)
+        except KeyboardInterrupt as stop:
+            print(str(stop) or "Interrupted.", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from stop
+
+    app.command(name, **settings)(work)
+
+
+_verb("train", train, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, epilog=KEYS)
+_verb("eval", evaluate)
+_verb("factor", factor)
+_verb("inspect", inspect)
+_verb("adapt", adapt)
+_verb("dispatch", dispatch)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,38 +85,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     Run one command.
 
     Args:
-        argv (`Sequence[str]`, *optional*):
-            The arguments; default those of the process.
+        argv (`Sequence[str]`, *optional*): The arguments; default those of the process.
 
     Returns:
-        `int`: exit code, 0 if all went well, 2 for what the user can mend, 130 after Ctrl-C.
+        `int`: exit code; 0, 1 after an error, 2 if the command line itself is wrong, 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = make_parser()
-    args, rest = parser.parse_known_args(argv)
-    if rest and args.verb != "train":
-        parser.error(f"{args.verb} does not know {' '.join(rest)}; see peft-svf {args.verb} --help")
-    args.command, args.overrides = SECRET.sub(r"\1...", shlex.join(["peft-svf", *argv])), rest
-    if not args.debug:
-        warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to their callers
+    arguments = _click_form(argv) or ["--help"]
     try:
-        return args.run(args) or 0
-    except KeyboardInterrupt as stop:
-        print(str(stop) or "Interrupted.", file=sys.stderr)
-        return train.INTERRUPTED
-    except (ValueError, OSError, ImportError) as error:
-        if args.debug:
-            raise
-        print(f"peft-svf {args.verb}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return typer.main.get_command(app).main(arguments, "peft-svf", standalone_mode=False, obj=argv) or 0
+    except UsageError as error:
+        context = error.ctx.command_path if error.ctx else "peft-svf"
+        print(f"{context}: error: {_line(error.format_message())}", file=sys.stderr)
         return 2
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if "--debug" in arguments:
+            raise
+        verb = next((part for part in arguments if not part.startswith("-")), "")
+        print(f"peft-svf {verb}: error: {_line(error)}", file=sys.stderr)
+        return 1
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Say it in one line, without the usage."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+def _click_form(argv: Sequence[str]) -> list[str]:
+    """
+    Rewrite what click cannot read: `--experts a b` (to `--experts a --experts b`), `--resume` without a value, and
+    `--debug` after the verb.
+    """
+    arguments: list[str] = []
+    option, count = "", 0
+    for place, part in enumerate(argv):
+        if part == "--":
+            return [*arguments, *argv[place:]]
+        if part.startswith("--"):
+            option, count = part, 0
+        elif option in MANY:
+            arguments += [option] if count else []
+            count += 1
+        if part == "--debug" and "--debug" not in arguments:
+            arguments.insert(0, part)
+            continue
+        arguments.append(part)
+        if part == "--resume" and (argv[place + 1 : place + 2] or ["--"])[0].startswith("--"):
+            arguments.append("last")
+    return arguments
 
 
+<<<<<<< HEAD
 def make_parser() -> argparse.ArgumentParser:
     """Describe all verbs and their arguments."""
     parser = _Parser(
@@ -292,3 +360,7 @@ _positive = _kind("a number above 0", float, lambda value: value > 0)
 _number = _kind("a number", float, lambda value: True)
 
 __all__ = ["find_task", "main", "make_parser", "read_mixture"]
+=======
+def _line(error: object) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+>>>>>>> house

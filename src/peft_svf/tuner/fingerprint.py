@@ -4,7 +4,7 @@ Basis -> a fingerprint of its weight; fingerprints of an expert and of a model -
 
 z indexes the singular directions of one base; on another base the same numbers mean something else. Weights with equal
 values are the same base. Otherwise sketches of the two bases decide, by thresholds measured in
-`benchmarks/fingerprint`: the same weight factorised by another driver stays below `ACCEPT`, weights rounded to
+`benchmarks/fingerprint.py`: the same weight factorised by another driver stays below `ACCEPT`, weights rounded to
 bfloat16 lie above `REFUSE`, weights rounded to float16 in between. Nothing here sees a model.
 """
 
@@ -46,6 +46,15 @@ class Fingerprint:
             return cls(str(entry["sha256"]), numbers)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"A fingerprint has the strings 'sha256' and 'probe', got {entry!r}.") from error
+
+
+class Recorded(dict[str, dict[str, str]]):
+    """
+    Fingerprints that saving an adapter has written into its live config.
+
+    Those of a file name the base that an adapter belongs to; these do not bind the config, which may start an adapter
+    on another base.
+    """
 
 
 def sketch(Q: Tensor) -> Tensor:
