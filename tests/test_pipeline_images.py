@@ -210,7 +210,9 @@ def test_a_mixture_is_found_on_solved_texts_and_serves_images(made):
     (answer,) = words(made.pipe(text=chats()[0], mixture=found, **SHORT))
     assert answer == words(made.pipe(text=chats()[0], mixture=dict(found.alpha), **SHORT))[0]
     with pytest.raises(ValueError, match="has an image: log-likelihoods are those of texts"):
-        made.pipe.model.adapt([{"prompt": chat, "answer": "7"} for chat in chats()], search=Search(population=8, iterations=1))
+        made.pipe.model.adapt(
+            [{"prompt": chat, "answer": "7"} for chat in chats()], search=Search(population=8, iterations=1)
+        )
 
 
 # --- the model behind it

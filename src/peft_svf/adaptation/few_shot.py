@@ -57,7 +57,6 @@ def few_shot(
     Args:
         library, tokenizer: As in [`dispatch`].
         examples (`Iterable[Mapping]`):
-<<<<<<< HEAD
             All of one form. `{"prompt", "choices", "label"}`: scored by the share of right choices, ties by their
             log-probability. `{"prompt", "answer"}` with a `task`: by its score of a greedy completion, ties by the
             log-likelihood of the answer. Without a task: by the latter alone.
@@ -67,48 +66,6 @@ def few_shot(
             `"leave-one-out"`: each example is answered by the candidate that is best on the others, and the mean score
             is compared. It is free, but it flatters a search over many weights, whose candidates were drawn with all
             examples in view. Or other examples of the same form; `[]` for no check. A single one can't be left out.
-=======
-            All of one form. `{"prompt", "choices", "label"}`: scored by the share of right choices, ties by the
-            log-probability of the right one at `temperature`. `{"prompt", "answer"}` with a `task`: by the task's
-            check of a greedy completion, ties by the log-likelihood of the answer. Without a task: by the latter
-            alone. Where all candidates answer equally many right (none, or all), the tie-break alone decides, and the
-            log says so.
-        task ([`Task`], *optional*):
-            Checks completions; not asked about choices.
-        method (`str`):
-            `"cem"`, the cross-entropy method of the paper; `"cma"`, CMA-ES (extra `search`); `"gradient"`, Adam on the
-            weights through the log-likelihood of the answers, from the mean, the base and each expert at once.
-        population, iterations, elites, seed:
-            Of the search, see [`CrossEntropy`]; the defaults are the paper's code's. A population has room for
-            the base, each expert and their mean. The gradient has a population of its own.
-        low, high (`float`):
-            Range of a weight.
-        batch_size (`int`):
-            Rows per forward; one forward scores several candidates, each row under its own mixture.
-        normalize (`bool`):
-            Divide the weights by their sum. By default what is left of 1 belongs to the base model.
-        per_layer (`bool`):
-            One weight per expert and block of the model instead of one per expert. The mixed z-vector becomes an
-            expert of the library under `name`, and the mixture returned is that expert alone; the weights are in
-            `provenance["layers"]`.
-        temperature (`float`):
-            Divides the log-likelihoods of choices before they become probabilities. At 1 one sure mistake outweighs
-            everything that a few examples say; at 8 choices gain more on SVAMP, and as little where there is little to
-            gain (`benchmarks/adaptation.py`).
-        holdout (`"leave-one-out"`, `float` or `Iterable[Mapping]`):
-            What checks the result. `"leave-one-out"`: the search sees all examples; each is then answered by the
-            candidate that is best on the others, and the mean of these scores is compared, as is that of the best
-            single expert, chosen in the same way. It costs nothing, but the candidates themselves were drawn with all
-            examples in view: with many weights (`per_layer`) it flatters. A share of the examples, drawn by the seed,
-            or other examples of the same form, that the search does not see; or 0 for no check. A single example is
-            not checked.
-        state (`str` or path, *optional*):
-            File with the scores so far. If the search is interrupted, the same call goes on from it.
-        max_tokens, max_seconds (*optional*):
-            End of the search, see [`maximise`]; interrupted runs count, and so does the check: it scores the
-            result, the base and the best expert on held-out examples, which is reserved at the cost of the last
-            population. The first population and the check are always scored.
->>>>>>> house
         name (`str`, *optional*):
             Name of the mixture in the library. `search.per_layer` needs it: the mixed z-vector becomes an expert of
             this name, and the mixture is that expert alone.
