@@ -58,11 +58,7 @@ class Contains(Task):
     letters = "aeiou0123456789"
 
     def score(self, completion, row):
-<<<<<<< HEAD
         return float(any(letter in completion for letter in self.letters))
-=======
-        return any(letter in completion for letter in self.letters)
->>>>>>> house
 
 
 def choice_score(library, mixture, examples, temperature=8.0):
@@ -84,7 +80,9 @@ def answer_score(library, mixture, examples):
 def check_score(library, mixture, examples):
     with torch.no_grad(), library.activate(mixture) as model:
         texts = [complete(model, tokenizer, [row["prompt"]], max_new_tokens=3)[0] for row in examples]
-    return sum(Contains().score(text, None) for text in texts) / len(texts), answer_score(library, mixture, examples)[1]
+    return sum(Contains().score(text, None) for text in texts) / len(texts), answer_score(library, mixture, examples)[
+        1
+    ]
 
 
 FORMS = {
@@ -430,11 +428,7 @@ def test_held_out_examples_are_not_searched_on(library, monkeypatch):
 def test_where_all_fail_or_all_succeed_the_log_likelihood_decides_and_the_log_says_so(letters, library, caplog):
     class Same(Contains):
         def score(self, completion, row):
-<<<<<<< HEAD
             return float(bool(letters))
-=======
-            return bool(letters)
->>>>>>> house
 
     with caplog.at_level(logging.INFO, "peft_svf.adaptation.few_shot"):
         found = adapt(library, ANSWERS, task=Same(), max_new_tokens=2)

@@ -38,11 +38,7 @@ class Digits(Task):
     name, kind, description = "digits", "stub", "a stub"
 
     def score(self, completion, row):
-<<<<<<< HEAD
         return float(any(letter in completion for letter in "nopqrstuvwxyz0123456789"))
-=======
-        return any(letter in completion for letter in "nopqrstuvwxyz0123456789")
->>>>>>> house
 
 
 GENERATION = {"task": Digits(), "generation": {"max_new_tokens": 4}}

@@ -249,22 +249,6 @@ def test_inspect_shows_the_distance_from_1_of_each_layer_and_kind(home, tmp_path
 # --- dispatch
 
 
-<<<<<<< HEAD
-def test_adapt_saves_the_mixture_that_the_search_finds(home, tmp_path, capsys):
-    write_rows(tmp_path / "few.jsonl", 4)
-    search = ["--population", 5, "--iterations", 2, "--elites", 0.4, "--seed", 3]
-    arguments = ["--experts", home / "expert", home / "wild", "--examples", tmp_path / "few.jsonl", *search]
-    code, out, _ = run(capsys, "adapt", *arguments, "--out", tmp_path / "m.json", "--plot", tmp_path / "m.png")
-    assert code == 0 and (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
-    found = Mixture.load(tmp_path / "m.json")
-    rows = [json.loads(line) for line in (tmp_path / "few.jsonl").read_text().splitlines()]
-    rows = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
-    search = Search(population=5, iterations=2, elites=0.4, seed=3)
-    expected = loaded(home, "expert", "wild").adapt(rows, search=search)
-    assert found.alpha == pytest.approx(expected.alpha)
-    for name in ("expert", "wild"):  # also one that has no weight
-        assert re.search(rf"^{name} +{expected.alpha.get(name, 0.0):.3f}$", out, re.MULTILINE)
-=======
 def test_dispatch_prints_what_the_first_pass_chooses(home, both, tmp_path, capsys):
     prompts = ["what is larger", "a [b] c"]
     code, out, err = run(capsys, "dispatch", *both, "--plot", tmp_path / "p.png", "--", *prompts)
@@ -273,7 +257,6 @@ def test_dispatch_prints_what_the_first_pass_chooses(home, both, tmp_path, capsy
         assert re.search(rf"^{mixture.choice} +{mixture.confidence:.2f} +{re.escape(prompt)} *$", out, re.MULTILINE), (
             out
         )
->>>>>>> house
 
 
 @pytest.mark.parametrize("strategy", ["prompt", "probe"])

@@ -90,6 +90,7 @@ def adapt(
 
     Use it with `peft-svf eval --mixture` or `pipe(..., mixture=Mixture.load(...))`.
     """
+    from ..adaptation import Search
     from ..rows import has_image
 
     out = out or Path((name or "") if per_layer else "mixture.json")
@@ -103,29 +104,29 @@ def adapt(
     _new_result(out, per_layer)
     two_pass = load_experts(experts, model, revision, dtype)
     name = name or (out.name if per_layer else None)
-    settings: dict[str, Any] = {
-        "method": method,
-        "population": population,
-        "iterations": iterations,
-        "elites": elites,
-        "low": low,
-        "high": high,
-        "seed": seed,
-        "max_tokens": max_tokens,
-        "max_seconds": max_seconds,
-        "per_layer": per_layer,
-        "normalize": normalize,
-        "temperature": temperature,
-    }
+    search = Search(
+        method,
+        population,
+        iterations,
+        elites,
+        low,
+        high,
+        seed,
+        max_tokens,
+        max_seconds,
+        per_layer,
+        normalize,
+        temperature,
+    )
     try:
         mixture = two_pass.adapt(
             rows,
             find_task(task) if task else None,
+            search,
             holdout=_holdout(holdout),
             name=name,
             state=state,
             batch_size=batch_size,
-            **settings,
             **({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}),
         )
     except KeyboardInterrupt:
