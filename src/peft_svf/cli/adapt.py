@@ -4,6 +4,7 @@
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -104,20 +105,8 @@ def adapt(
     _new_result(out, per_layer)
     two_pass = load_experts(experts, model, revision, dtype)
     name = name or (out.name if per_layer else None)
-    search = Search(
-        method,
-        population,
-        iterations,
-        elites,
-        low,
-        high,
-        seed,
-        max_tokens,
-        max_seconds,
-        per_layer,
-        normalize,
-        temperature,
-    )
+    search = Search(method, population, iterations, elites, low, high, seed, max_tokens, max_seconds)
+    search = replace(search, per_layer=per_layer, normalize=normalize, temperature=temperature)
     try:
         mixture = two_pass.adapt(
             rows,
@@ -163,7 +152,7 @@ def _holdout(text: str) -> Any:
     """Read what checks the result: each example in turn, nothing, or the examples of a file."""
     if text == "leave-one-out":
         return text
-    return 0 if text in ("none", "0") else read_examples(Path(text))
+    return [] if text in ("none", "0") else read_examples(Path(text))
 
 
 def _show(mixture: "Mixture", names: Sequence[str], per_layer: bool, iterations: int) -> None:
