@@ -19,7 +19,7 @@ from peft_svf.adaptation.few_shot import few_shot
 from peft_svf.adaptation.judge import Judge
 from peft_svf.adaptation.search import Judged
 from peft_svf.evaluation import choice_logps, complete
-from peft_svf.experts.expert import SavedExpert
+from peft_svf.experts.expert import SavedOffsets
 from peft_svf.tasks import Task
 
 CHOICES = [
@@ -524,7 +524,7 @@ def test_a_search_keeps_the_limit_and_finds_what_it_finds_without(settings, fold
 def test_a_search_reads_experts_into_the_library_alone(folders, monkeypatch):
     own = ExpertLibrary(base(), [folders["math"], folders["code"]])
     adapt(own, ANSWERS)
-    monkeypatch.setattr(SavedExpert, "load", lambda self: pytest.fail("read again"))
+    monkeypatch.setattr(SavedOffsets, "read", lambda self: pytest.fail("read again"))
     monkeypatch.setattr(few_shot_module, "digest_of_experts", lambda library: {})
     adapt(own, ANSWERS)
 

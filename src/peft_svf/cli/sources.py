@@ -70,6 +70,7 @@ def load_experts(
     images: bool = False,
 ) -> "Transformer2Model":
     """Load experts, written `SOURCE` or `NAME=SOURCE`, and the base model that they name."""
+    from ..experts.library import loaded
     from ..two_pass import Transformer2Model, base_of
 
     sources = {}
@@ -80,6 +81,7 @@ def load_experts(
         if name in sources:
             raise ValueError(f"Two experts are called {name!r}: give one another name by NAME=EXPERT.")
         sources[name] = source
+    sources = loaded(sources)  # so that each file is opened once
     base, base_revision = (model, None) if model else base_of(sources)
     loaded, reader = load_model(base, revision or base_revision, dtype, images=images)
     return Transformer2Model(loaded, reader, sources, classifier)

@@ -35,6 +35,7 @@ from .weights import (
     Reader,
     absent,
     bases_of,
+    note_shared,
     onloaded,
     refuse_parallel,
     refuse_unknown,
@@ -168,6 +169,7 @@ class SVFModel(BaseTuner):
                 wanted = getattr(torch, next(iter(self.peft_config.values())).basis_dtype)
             Q = basis.Q if needed == basis.Q.shape[-1] else basis.Q[..., :needed].clone()
             layer.set_basis(Q.to(layer.base_layer_device(), wanted), basis.S[..., :needed])
+        note_shared(self.model, svf_layers(self.model))
         self._follow(*(self._asked or (next(iter(self.peft_config.values())).plan, 1)))
 
     def check_fingerprint(self, adapter_name: str, config: SVFConfig, known: Known | None = None) -> None:
