@@ -170,7 +170,7 @@ class ReinforceConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         self._check()
-        if self.bf16 is None:  # TRL's default asks a GPU for it, whatever the machine has
+        if self.bf16 is None:  # type: ignore[has-type]  # TRL's default asks a GPU for it, whatever the machine has
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         single = self.num_generations == 1
         self.use_bias_correction_kl = self.kl_direction == "policy_ref"
@@ -403,9 +403,9 @@ class ReinforceTrainer(Run, GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """TRL's, but the samples of a prompt stay together where the step takes all micro-batches of a rollout."""
-        before = self._buffered_inputs
+        before: Any = self._buffered_inputs  # type: ignore[has-type]
         inputs = super()._prepare_inputs(generation_batch)
-        parts = self._buffered_inputs
+        parts: Any = self._buffered_inputs  # type: ignore[has-type]
         if not self.model.training or parts is before or len(parts) == 1 or not self._on_policy:
             return inputs
         if all(isinstance(value, Tensor) for part in parts for value in part.values()):

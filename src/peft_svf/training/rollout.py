@@ -102,8 +102,9 @@ def shared_prompts(model: Any, members: int = 1) -> Iterator[None]:
     @functools.wraps(forward)
     def reading_once(*args: Any, **kwargs: Any) -> Any:
         ids, mask, cache = kwargs.get("input_ids"), kwargs.get("attention_mask"), kwargs.get(name)
-        begins = cache is not None and _attends(cache) and not cache.get_seq_length()
-        if not begins or args or ids is None or mask is None or ids.shape != mask.shape or ids.shape[1] < 2:
+        if cache is None or not _attends(cache) or cache.get_seq_length() or args or ids is None or mask is None:
+            return forward(*args, **kwargs)
+        if ids.shape != mask.shape or ids.shape[1] < 2:
             return forward(*args, **kwargs)
         if checkpoints_activations(inner):
             return forward(**kwargs)

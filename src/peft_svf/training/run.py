@@ -36,8 +36,8 @@ from transformers.trainer_utils import TrainOutput
 from ..evaluation import context_of
 from ..files import read_json
 from ..rows import has_image, prompt_ids, tokenizer_of
-from ..tuner.bases import checked_bases
 from ..tuner.config import SVFConfig
+from ..tuner.fingerprint import Recorded
 from ..tuner.layer import svf_layers
 from ..tuner.targets import block_of
 
@@ -199,7 +199,7 @@ def check_prompts(model: nn.Module, reader: Any, data: Any) -> None:
     Raises:
         `ValueError`: for the first such row, by its number; for a tokenizer with more tokens than the model.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     words, known = base.get_input_embeddings().num_embeddings, len(tokenizer_of(reader))
     if known > words:
         raise ValueError(
@@ -303,8 +303,8 @@ class Run:
         config = model.peft_config[name] if name else None
         if isinstance(config, SVFConfig) and not config.fingerprint and (checkpoint / CONFIG_NAME).is_file():
             saved = SVFConfig.from_pretrained(str(checkpoint))
-            checked_bases(model.get_base_model(), name, saved, config.basis_from)
-            config.record_fingerprint(saved.fingerprint)
+            model.base_model.check_fingerprint(name, saved)
+            config.fingerprint = Recorded(saved.fingerprint)
 
     def _load_finished(self, checkpoint: Path) -> TrainOutput:
         """Load state and adapter of a run that has no steps left (transformers 5.23.0)."""

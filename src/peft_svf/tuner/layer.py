@@ -38,7 +38,7 @@ from .plans import (
     split,
     version_of,
 )
-from .weights import held_weight, offloaded, onloaded, refuse_zero3, undo_cpu_packing
+from .weights import held_weight, offloaded, onloaded, refuse_shared, refuse_zero3, undo_cpu_packing
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +168,9 @@ class SVFLayer(BaseTunerLayer):
     bias: Any
     svf_basis: Tensor | None
     svf_values: Tensor | None
+    svf_shared: tuple[
+        str, ...
+    ] = ()  # the places in the model that hold the base weight, if [`note_shared`] found more
     weight: Tensor
     in_features: int
     out_features: int
@@ -341,6 +344,7 @@ class SVFLayer(BaseTunerLayer):
         """
         if isinstance(self.base_weight, DTensor):
             raise TypeError("A sharded weight cannot be merged: save the adapter and merge it into the whole model.")
+        refuse_shared(self)
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.svf_offset]
         for name in names:
             weight = self.logical_weight()
