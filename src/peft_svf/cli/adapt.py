@@ -51,6 +51,7 @@ def adapt(
 
     Use it with `peft-svf eval --mixture` or `pipe(..., mixture=Mixture.load(...))`.
     """
+    from ..adaptation import Search
     from ..rows import has_image
 
     out = out or Path((name or "") if per_layer else "mixture.json")
@@ -64,13 +65,21 @@ def adapt(
     _new_result(out, per_layer)
     two_pass = load_experts(experts, model, revision, dtype)
     name = name or (out.name if per_layer else None)
-    settings: dict[str, Any] = {"method": method, "population": population, "iterations": iterations}
-    settings |= {"elites": elites, "low": low, "high": high, "seed": seed, "temperature": temperature}
-    settings |= {"max_tokens": max_tokens, "max_seconds": max_seconds, "per_layer": per_layer, "normalize": normalize}
-    settings |= {"holdout": _holdout(holdout), "state": state, "name": name, "batch_size": batch_size}
-    settings |= {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
+    settings: Any = {"low": low, "high": high, "seed": seed, "max_tokens": max_tokens, "max_seconds": max_seconds}
+    settings |= {"per_layer": per_layer, "normalize": normalize, "temperature": temperature}
+    plan = Search(method, population, iterations, elites, **settings)
+    generation = {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
     try:
-        mixture = two_pass.adapt(rows, find_task(task) if task else None, **settings)
+        mixture = two_pass.adapt(
+            rows,
+            find_task(task) if task else None,
+            plan,
+            holdout=_holdout(holdout),
+            name=name,
+            state=state,
+            batch_size=batch_size,
+            **generation,
+        )
     except KeyboardInterrupt:
         how = f"goes on from {state}" if state else "starts again; with --state FILE it would go on"
         raise KeyboardInterrupt(f"Interrupted: the same command {how}.") from None
@@ -102,7 +111,7 @@ def _holdout(text: str) -> Any:
     """Read what checks the result: each example in turn, nothing, or the examples of a file."""
     if text == "leave-one-out":
         return text
-    return 0 if text in ("none", "0") else read_examples(Path(text))
+    return [] if text in ("none", "0") else read_examples(Path(text))
 
 
 def _show(mixture: "Mixture", names: list[str], per_layer: bool) -> None:
