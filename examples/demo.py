@@ -15,6 +15,7 @@ import shlex
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import peft_svf
 from peft_svf import Expert, Mixture, Transformer2Model
+from peft_svf.adaptation import Search
 from peft_svf.evaluation import Summary, evaluate, wilson
 from peft_svf.plots import draw_decisions, draw_spectrum, new_figure
 from peft_svf.tasks import get_task
@@ -32,7 +34,7 @@ from peft_svf.tuner.cache import usage
 
 HERE = Path(__file__).resolve().parent
 TASKS = {"reasoning": "arc_easy", "math": "gsm8k", "code": "mbpp"}  # kind of question -> task it is taken from
-SEARCH = {"population": 8, "iterations": 3, "elites": 0.25, "seed": 0}
+SEARCH = Search(population=8, iterations=3, elites=0.25)
 SHOTS = 5
 
 
@@ -90,7 +92,7 @@ def main() -> None:
         "base_model": args.model or NAME,
         "form": "choice: the likeliest of the given options",
         "seconds": round(time.perf_counter() - start, 1),
-        "search": {**SEARCH, "examples": SHOTS, "examples_from": "validation split"},
+        "search": {**asdict(SEARCH), "examples": SHOTS, "examples_from": "validation split"},
         "summaries": {way: {kind: s.to_json() for kind, s in of.items()} for way, of in summaries.items()},
         "decisions": decisions,
     }
@@ -165,7 +167,7 @@ def few_shot_mixture(model: Transformer2Model, kind: str, args) -> Mixture:
     if path.exists():
         return Mixture.load(path)
     shots = get_task(TASKS[kind]).rows("validation", limit=SHOTS, folder=args.data or data_folder())
-    mixture = model.adapt(shots, batch_size=args.batch_size, **SEARCH)
+    mixture = model.adapt(shots, search=SEARCH, batch_size=args.batch_size)
     mixture.save(path)
     return mixture
 

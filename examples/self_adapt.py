@@ -18,7 +18,7 @@ from tiny_model import tiny_model, tiny_tokenizer
 from transformers import TextIteratorStreamer, pipeline
 
 from peft_svf import Mixture, SVFConfig
-from peft_svf.adaptation import FirstPass
+from peft_svf.adaptation import FirstPass, Search
 from peft_svf.experts.transfer import transfer_expert
 
 HERE = Path(__file__).resolve().parent
@@ -72,7 +72,7 @@ def tell(base, tokenizer, folders: dict[str, Path], settings: dict, scratch: Pat
         print(f"   {mixture or 'the base'}: {output['generated_text']!r}")
 
     print("\n3. Or a few solved examples say it:")
-    mixture = model.adapt(EXAMPLES, population=8, iterations=3, elites=0.25, seed=0)
+    mixture = model.adapt(EXAMPLES, search=Search(population=8, iterations=3, elites=0.25))
     check = mixture.provenance["held_out"]  # each example was left out once; right, then its log-probability
     found, base_alone = ([round(x, 2) for x in scores] for scores in (check["found"], check["rivals"]["other"]))
     verdict = f"given up for {check['fell_back']!r}" if check["fell_back"] else "kept"
@@ -91,8 +91,9 @@ def tell(base, tokenizer, folders: dict[str, Path], settings: dict, scratch: Pat
     asking.join()
 
     print("\n5. Weights for each layer make a new expert, which the first pass can choose from then on:")
-    search = {"method": "gradient", "iterations": 3, "holdout": 0}  # no check: it flatters where weights are many
-    layers = model.adapt(EXAMPLES, per_layer=True, name="sums", **search).provenance["layers"]
+    search = Search("gradient", iterations=3, per_layer=True)
+    # no check: leaving one out flatters a search over many weights
+    layers = model.adapt(EXAMPLES, search=search, name="sums", holdout=[]).provenance["layers"]
     library.expert("sums").save(scratch / "sums")
     (output,) = pipe(chats[0], expert="sums", **settings)
     print(
