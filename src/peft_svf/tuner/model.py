@@ -684,8 +684,8 @@ def _extra_tensors(adapter_name: str, extra: list[str]) -> str:
     more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
     return (
         f"Adapter {adapter_name!r} holds {extra[0]}{more}, which isn't a z-vector of a module it adapts: loading it "
-        "would overwrite the base model. An adapter brings z-vectors and what its config lists in `modules_to_save` and "
-        "`trainable_token_indices`; a resized embedding belongs into `modules_to_save`."
+        "would overwrite the base model. An adapter brings z-vectors and what its config lists in `modules_to_save` "
+        "and `trainable_token_indices`; a resized embedding belongs into `modules_to_save`."
     )
 
 
