@@ -65,14 +65,15 @@ demo: $(VENV)/demo.stamp
 	env -u OMP_NUM_THREADS $(RUN) examples/demo.py $(DEMO_ARGS)
 
 bench: $(VENV)/demo.stamp $(VENV)/train.stamp
-	$(RUN) benchmarks/speed/run.py $(BENCH_ARGS)
+	$(RUN) benchmarks/speed.py $(BENCH_ARGS)
 
 learning: $(VENV)/demo.stamp $(VENV)/train.stamp
-	env -u OMP_NUM_THREADS $(RUN) benchmarks/learning/run.py $(LEARNING_ARGS)
-	$(RUN) benchmarks/learning/report.py
+	env -u OMP_NUM_THREADS $(RUN) benchmarks/learning.py $(LEARNING_ARGS)
+	$(RUN) benchmarks/report.py
 
 adaptation: $(VENV)/demo.stamp $(VENV)/train.stamp $(VENV)/search.stamp
-	$(RUN) benchmarks/adaptation/run_all.py $(ADAPTATION_ARGS)
+	$(RUN) benchmarks/adaptation.py $(ADAPTATION_ARGS)
+	$(RUN) benchmarks/report.py
 
 wheel: $(VENV)/torch.stamp
 	rm -rf build dist

@@ -1,65 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks run, on a tiny model, and their pages say what is in the result files; nothing here is timed."""
+"""The benchmarks run on a tiny model, compare what they claim to compare, and their pages hold the files' numbers."""
 
+import gzip
 import json
-import subprocess
+import math
+import random
+import statistics
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import oracle
 import pytest
 import torch
+from tiny_model import tiny_model, tiny_tokenizer
+from trainers import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks" / "speed"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import dense_form  # noqa: E402
-import race as racing  # noqa: E402
-import report  # noqa: E402
+import dense_form
+import gpu
+import harness
+import learning
+import report
+import speed
+from learning import Training
 
-import run as speed  # noqa: E402  isort: skip
+from peft_svf.tasks import get_task
+
+SMALL = {"lr": 0.01, "steps": 2, "questions": 2, "samples": 4, "eval_steps": 1, "test_rows": 4}
+LEARNERS = [("reinforce", "svf-mlp"), ("sft", "svf-mlp"), ("sft", "lora16-mlp"), ("evolution", "svf_rank16-mlp")]
+
+
+# --- races and cells
 
 
 def test_a_race_gives_every_contestant_a_sample_in_every_repetition():
     calls = []
-    done = racing.race(
-        racing.Race("X", "X", "x"),
-        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")},
-        budget=1e9, most=5, sample=0,
-    )  # fmt: skip
+    contestants = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    done = harness.race(harness.Race("X", "X", "x"), contestants, budget=1e9, most=5, sample=0)
     assert {name: len(samples) for name, samples in done.samples.items()} == {"a": 5, "b": 5}
     assert calls.count("a") == calls.count("b") == 5 + 3  # and the same warm-up
 
 
-def test_who_cannot_run_is_reported_and_the_others_run():
+def test_a_contestant_that_cannot_run_is_reported_and_the_others_run():
     def broken():
         raise ValueError("no such thing")
 
-    contestants = {"a": lambda: None, "b": broken, "c": racing.NotAvailable("not written yet")}
-    done = racing.race(racing.Race("X", "X", "x"), contestants, most=3)
+    contestants = {"a": lambda: None, "b": broken, "c": harness.NotAvailable("not written yet")}
+    done = harness.race(harness.Race("X", "X", "x"), contestants, most=3)
     assert list(done.samples) == ["a"]
     assert done.not_available == {"b": "ValueError: no such thing", "c": "not written yet"}
 
 
 def test_a_ratio_is_formed_within_each_repetition():
     samples = {"a": [2.0, 8.0, 3.0], "b": [1.0, 2.0, 2.0], "c": [1.0, 2.0, 1.0]}
-    assert racing.ratio(samples, "a", "b") == racing.Ratio(2.0, 1.5, 4.0)
-    assert racing.ratio(samples, "a", "b", "c") == racing.Ratio(1.0, 1.0, 2.0)
-    assert racing.ratio(samples, "a", "missing") is None
+    assert harness.ratio(samples, "a", "b") == harness.Ratio(2.0, 1.5, 4.0)
+    assert harness.ratio(samples, "a", "b", "c") == harness.Ratio(1.0, 1.0, 2.0)
+    assert harness.ratio(samples, "a", "missing") is None
 
 
 def test_runs_of_one_second_do_not_overwrite_each_other(tmp_path):
-    runs = [racing.Run(tmp_path, {"seed": i}) for i in range(3)]
-    assert len({run.path for run in runs}) == 3
+    runs = [harness.Run(tmp_path, {"seed": i}) for i in range(3)]
     assert [json.loads(run.path.read_text())["settings"]["seed"] for run in runs] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("lean", [False, True])
-def test_the_dense_form_has_the_weight_and_the_gradient_of_the_formula(lean):
+def test_a_cell_runs_once_and_one_that_raises_stops_no_other(tmp_path):
+    calls = []
+    cells = [
+        harness.Cell(name, lambda name=name: calls.append(name) or {"value": 1 / len(name)}) for name in ("", "b")
+    ]
+    assert harness.run_cells(cells, tmp_path) == [""] and harness.run_cells(cells[1:], tmp_path) == []
+    assert calls == ["", "b"]
+    result = harness.result_of(tmp_path, "b")
+    assert result["value"] == 1 and result["command"] and result["versions"]["torch"] and result["machine"]["cores"]
+
+
+# --- speed
+
+
+def test_the_dense_form_has_the_weight_and_the_gradient_of_the_formula():
     torch.manual_seed(0)
     fc = torch.nn.Linear(11, 7, bias=False)
     weight, x, g = fc.weight.detach().clone(), torch.randn(5, 11), torch.randn(5, 7)
-    dense = dense_form.DenseWeight(fc, lean)
+    dense = dense_form.DenseWeight(fc)
     z = dense.z.detach()
     dense.refresh()
     torch.testing.assert_close(fc.weight.double(), oracle.rescaled(weight, z), rtol=1e-5, atol=1e-6)
@@ -71,72 +94,167 @@ def test_the_dense_form_has_the_weight_and_the_gradient_of_the_formula(lean):
     assert fc.weight.grad is None
 
 
-def result(**samples):
-    settings = {"seed": 0, "threads": 1, "quick": False}
-    machine = {"processor": "p", "cores": 2, "cpu_capability": "c"}
-    races = [
-        {"case": "B2", "key": "B2/mlp", "title": "t", "about": {}, "samples": samples, "not_available": {}},
-    ]
-    return {
-        "benchmark": "speed", "started": "s", "command": "c", "settings": settings, "versions": {}, "seconds": 1.0,
-        "machine": machine, "races": races, "facts": {},
-    }  # fmt: skip
-
-
-def test_the_page_says_met_and_missed_by_the_samples_alone():
-    samples = {"base": [1.0, 1.0], "SVF auto": [1.2, 1.2], "LoRA r=16, as shipped": [1.3, 1.3]}
-    slow = {**samples, "SVF auto": [1.4, 1.4]}
-    verdicts = [report.verdicts(result(**s))[0] for s in (samples, slow)]
-    assert [verdict[2:] for verdict in verdicts] == [("0.92 (0.92..0.92)", "met"), ("1.08 (1.08..1.08)", "missed")]
-    assert report.verdicts(result(**samples))[2][3].startswith("not available")
-    assert report.verdicts(result(**samples))[4][3] == "not run: B2/all"
-
-
-def test_the_speed_benchmark_runs_on_a_tiny_model_and_leaves_a_page(tmp_path, capsys):
-    path = speed.main(["--tiny", "--out", str(tmp_path)])
-    content = json.loads(path.read_text())
-    assert {race["case"] for race in content["races"]} == {"B1", "B2", "B3", "B4", "B5", "B6", "B7"}
+@pytest.mark.parametrize("benchmark", [speed, gpu], ids=["on this machine", "as on cuda"])
+def test_the_speed_benchmark_runs_on_a_tiny_model_and_leaves_a_page(benchmark, tmp_path):
+    cases = [] if benchmark is speed else ["--device", "cpu", "--cases", "B1,B8"]
+    path = benchmark.main(["--tiny", "--out", str(tmp_path), *cases])
+    content, page = json.loads(path.read_text()), path.with_suffix(".md").read_text()
+    if benchmark is speed:
+        assert {race["case"] for race in content["races"]} == {"B1", "B2", "B4", "B5", "B6", "B7"}
+        assert all((tmp_path / line.split("](")[1][:-1]).exists() for line in page.splitlines() if line[:2] == "![")
     assert all(race["not_available"] == {} for race in content["races"])
-    assert {key.split("/")[0] for key in content["facts"]} == {"B8", "B9", "B10"}
-    assert set(content["facts"]["B8/dense_gradient_entries_on_base_weights"].values()) == {0}
-    page = path.with_suffix(".md").read_text()
-    targets = page.split("## Targets")[1].split("##")[0]
-    assert "not available" not in targets and "not run" not in targets
-    assert all((tmp_path / line[2:].split("]")[0]).exists() for line in page.splitlines() if line.startswith("!["))
-    assert capsys.readouterr().out.count("not available") == 0
+    assert set(content["facts"]["B8/z_of_ones_equals_base"].values()) == {True}
+    for race in content["races"]:
+        assert race["title"] in page and str(harness.ratio(race["samples"], *list(race["samples"])[1::-1])) in page
 
 
-GPU = """
-import sys
-sys.path.insert(0, "benchmarks")
-import gpu
-{before}
-path = gpu.main(["--device", "cpu", "--tiny", "--cases", "{cases}", "--out", sys.argv[1]])
-{after}
-"""
+# --- learning
 
 
-def gpu_run(folder, cases, before="", after=""):
-    code = GPU.format(cases=cases, before=before, after=after)
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (path,) = Path(folder).glob("gpu-*.json")
-    return json.loads(path.read_text()), path
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Results of a small cell for each learner on a tiny model and 24 questions, and each trainer's questions."""
+    folder = tmp_path_factory.mktemp("learning")
+    data = folder / "data" / "arc_easy"
+    data.mkdir(parents=True)
+    with gzip.open(ROOT / "examples" / "data" / "arc_easy" / "validation.jsonl.gz", "rt") as file:
+        lines = [line for line in file.read().split("\n") if line][:24]
+    for split, part in (("train", lines[:12]), ("validation", lines[12:18]), ("test", lines[18:])):
+        with gzip.open(data / f"{split}.jsonl.gz", "wt") as file:
+            file.write("\n".join(part))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PEFT_SVF_DATA", str(data.parent))
+        patch.chdir(folder)
+        trainings = [Training("arc_easy", "base", test_rows=4)]
+        trainings += [Training("arc_easy", method, learner=learner, **SMALL) for learner, method in LEARNERS]
+        found = {t.name: learning.measure(t, lambda: (tiny_model(), tiny_tokenizer())) for t in trainings}
+        asked = {learner: _asked(learner) for learner in ("reinforce", "sft", "evolution")}
+    return trainings, found, asked
 
 
-def test_the_gpu_benchmark_runs_its_whole_model_cases_on_a_cpu(tmp_path):
-    content, path = gpu_run(tmp_path, "G5,G6")
-    assert {race["case"] for race in content["races"]} == {"G5", "G6"}
-    assert all(race["not_available"] == {} for race in content["races"])
-    assert not [key for key in content["facts"] if key.endswith("failed")]
-    assert "G5" in report.write(path).read_text()
+def _asked(learner):
+    """The questions of two epochs as the trainer's loader gives them, each once; for "sft" as they are read."""
+    cell = Training("arc_easy", "svf-mlp", learner=learner, **{**SMALL, "steps": 12})
+    trainer = learning.trainer_of(cell, tiny_model(), tiny_tokenizer(), get_task("arc_easy"), "asked")
+    sampler = trainer._get_train_sampler(trainer.train_dataset)
+    places = [place for _ in range(2) for place in sampler][:: cell.samples if learner == "reinforce" else 1]
+    rows = [trainer.train_dataset[place] for place in places][: cell.steps * cell.questions]
+    if learner == "sft":
+        return [tiny_tokenizer().decode(row["input_ids"]) for row in rows]
+    return [row["prompt"][0]["content"] for row in rows]
 
 
-def test_the_gpu_benchmark_runs_its_layer_cases_without_peft(tmp_path):
-    before = "gpu.missing_packages = lambda: ['peft>=0.21.2,<0.22']; sys.modules['peft'] = None"
-    after = "assert not {'transformers', 'trl'} & set(sys.modules)"
-    content, _ = gpu_run(tmp_path, "G1,G2,G3,G4,G5", before, after)
-    assert {race["case"] for race in content["races"]} == {"G1", "G2", "G4"}
-    assert all(race["not_available"] == {} for race in content["races"])
-    assert content["facts"]["packages that are missing"] == ["peft>=0.21.2,<0.22"]
-    assert "G3/all weights, by count (derived)" in content["facts"]
+def test_all_learners_read_the_same_questions_in_the_same_order(results):
+    _, _, asked = results
+    assert len(set(asked["reinforce"])) == 12 and asked["reinforce"][:12] != asked["reinforce"][12:]
+    assert asked["evolution"] == asked["reinforce"]
+    assert all(question in text for question, text in zip(asked["reinforce"], asked["sft"], strict=True))
+
+
+def test_every_learner_leaves_a_whole_result_and_counts_its_tokens(results):
+    trainings, found, _ = results
+    rows = [row for row, _ in found["arc_easy-base"]["test"]["records"]]
+    for training in trainings[1:]:
+        result = found[training.name]
+        assert [row for row, _ in result["test"]["records"]] == rows
+        checks = [entry for entry in result["curve"] if "eval_reward" in entry]
+        assert [entry["step"] for entry in checks] == [1, 2]
+        assert result["best_validation"] == max(entry["eval_reward"] for entry in checks)
+        assert result["answers"] == 2 * 2 * (1 if training.learner == "sft" else 4)
+        assert result["trainable"] > 0 and len(result["source"]) == 12
+        counts = [entry["tokens"] for entry in result["curve"]]
+        assert counts == sorted(counts) and counts[-1] > 0
+
+
+def test_next_token_loss_is_on_the_right_answer_alone():
+    row = {"prompt": [{"role": "user", "content": "ab?"}], "choices": ["no", "yes"], "label": 1}
+    cell = Training("own", "svf-mlp", learner="sft", **{**SMALL, "steps": 1, "questions": 1})
+    task = SimpleNamespace(rows=lambda *args, **kwargs: [row])
+    trainer = learning.trainer_of(cell, tiny_model(), tiny_tokenizer(), task, "unused")
+    (batch,) = trainer.get_train_dataloader()
+    learned = batch["labels"][0][batch["labels"][0] != -100].tolist()
+    assert tiny_tokenizer().decode(learned) == "yes<end>"
+
+
+def test_tokens_are_those_that_training_reads_and_go_on_after_a_resumption():
+    model = tiny_model()
+    counter = learning.tokens_read(model)
+    state = SimpleNamespace(log_history=[{"tokens": 100}, {"eval_reward": 0.0, "tokens": 100}])
+
+    def read(rows, length):
+        model(torch.zeros(rows, length, dtype=torch.long))
+
+    read(5, 5)  # before the run
+    counter.on_train_begin(None, state, None)
+    for reads, validation in (([(3, 7), (2, 4)], (9, 9)), ([(1, 6)], None)):
+        for size in reads:
+            read(*size)
+        counter.on_step_end(None, state, None)
+        state.log_history.append({})
+        counter.on_log(None, state, None)
+        if validation:
+            read(*validation)
+            counter.on_evaluate(None, state, None)
+    assert [entry["tokens"] for entry in state.log_history] == [100, 100, 129, 135]
+
+
+def test_the_cells_of_the_benchmark_have_different_names_and_methods_that_exist():
+    trainings = learning.read_trainings()
+    assert len({training.name for training in trainings}) == len(trainings)
+    assert all(learning.adapter(t.method) and report.label(t) for t in trainings if t.method != "base")
+
+
+# --- the page
+
+
+def result(right, validation=0.0):
+    records = [[str(i), value] for i, value in enumerate(right)]
+    test = {"n": len(right), "accuracy": statistics.mean(right), "interval": [0.0, 1.0], "records": records}
+    curve = [{"step": 10, "eval_reward": validation}]
+    return {"trainable": 100, "best_step": 10, "best_validation": validation, "curve": curve, "test": test}
+
+
+def test_the_interval_of_one_seed_is_that_of_the_rows_and_several_seeds_widen_it():
+    gaps = [1.0, 0.0, -1.0, 1.0, 1.0, 0.0, 0.0, 1.0]
+    mean, half = report.mean_and_half([gaps])
+    assert mean == pytest.approx(statistics.mean(gaps))
+    assert half == pytest.approx(1.959964 * statistics.pstdev(gaps) / math.sqrt(8))
+    assert report.mean_and_half([gaps, gaps, gaps])[1] == pytest.approx(half)  # seeds that agree add nothing
+    mean, half = report.mean_and_half([[0.1] * 8, [0.2] * 8, [0.6] * 8])  # rows that agree leave the seeds' spread
+    assert mean == pytest.approx(0.3)
+    assert half == pytest.approx(4.303 * statistics.stdev([0.1, 0.2, 0.6]) / math.sqrt(3), rel=1e-3)
+
+
+def test_the_interval_over_seeds_covers_the_truth():
+    draw, missed = random.Random(0), 0
+    for _ in range(400):
+        rows, seeds = [draw.gauss(0.1, 0.5) for _ in range(60)], [draw.gauss(0, 0.05) for _ in range(3)]
+        mean, half = report.mean_and_half([[row + seed + draw.gauss(0, 0.5) for row in rows] for seed in seeds])
+        missed += abs(mean - 0.1) > half
+    assert missed <= 0.05 * 400
+
+
+def test_validation_chooses_the_setting_on_the_seeds_that_all_have_run():
+    runs = [(0.01, 0, 0.2), (0.02, 0, 0.3), (0.02, 1, -0.9), (0.04, 0, 0.3)]
+    trainings = [Training("arc_easy", "svf-mlp", lr, seed) for lr, seed, _ in runs]
+    found = {t.name: result([1, 1], validation) for t, (_, _, validation) in zip(trainings, runs, strict=True)}
+    assert report.chosen_setting(trainings, found) == (0.02, 1.0)  # of equals the one with more seeds
+
+
+def test_gains_are_paired_by_row_and_other_rows_are_refused():
+    assert report.gain([result([1] * 30 + [0] * 10)], [result([1] * 15 + [0] * 25)]).startswith("+0.375 [+0.225")
+    with pytest.raises(SystemExit, match="different rows"):
+        report.gain([result([1] * 39)], [result([1] * 40)])
+
+
+def test_the_page_has_the_numbers_of_the_files_and_shows_what_is_missing(tmp_path):
+    base, svf, lora = (
+        Training("arc_easy", method, lr) for method, lr in (("base", 0), ("svf-mlp", 0.01), ("lora16-mlp", 0.01))
+    )
+    assert "Not run." in report.learning_page([base, svf, lora], {}, tmp_path)
+    found = {base.name: result([0, 1]), svf.name: result([1, 1], 0.5)}
+    page = report.learning_page([base, svf, lora], found, tmp_path)
+    assert "| SVF, MLP | 100 | 0.01 | 1 | 1.000 | +0.500 [" in page
+    assert "| SVF, MLP | 0.01 * | 0 | 10 | 0.750 | 1.000 | +0.500 [" in page
+    assert "| LoRA r=16, MLP | 0.01 | 0 | not run |" in page
+    assert (tmp_path / "learning-arc_easy.png").is_file()

@@ -107,7 +107,7 @@ def few_shot(
         temperature (`float`):
             Divides the log-likelihoods of choices before they become probabilities. At 1 one sure mistake outweighs
             everything that a few examples say; at 8 choices gain more on SVAMP, and as little where there is little to
-            gain (`benchmarks/adaptation/selection.py`).
+            gain (`benchmarks/adaptation.py`).
         holdout (`"leave-one-out"`, `float` or `Iterable[Mapping]`):
             What checks the result. `"leave-one-out"`: the search sees all examples; each is then answered by the
             candidate that is best on the others, and the mean of these scores is compared, as is that of the best

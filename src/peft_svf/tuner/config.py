@@ -55,7 +55,7 @@ class SVFConfig(PeftConfig):
         basis_dtype (`str`):
             `"float32"`, or `"bfloat16"` for half the memory and faster products on a bfloat16 base (it rounds the
             directions, and the gradients of the smallest 5 % of singular values are then a third off: case B10 of
-            benchmarks/speed). The first adapter of a model decides.
+            benchmarks/speed.py). The first adapter of a model decides.
         parametrization (`str`):
             What is trained: `"offset"`, the paper's z itself; `"sigmoid"`, the mask of its code, z between 0 and
             `limit`; `"reference"`, that mask with the nuclear norm of each weight kept. See

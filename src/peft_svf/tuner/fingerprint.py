@@ -4,7 +4,7 @@ Basis -> a fingerprint of its weight; fingerprints of an expert and of a model -
 
 z indexes the singular directions of one base; on another base the same numbers mean something else. Weights with equal
 values are the same base. Otherwise sketches of the two bases decide, by thresholds measured in
-`benchmarks/fingerprint`: the same weight factorised by another driver stays below `ACCEPT`, weights rounded to
+`benchmarks/fingerprint.py`: the same weight factorised by another driver stays below `ACCEPT`, weights rounded to
 bfloat16 lie above `REFUSE`, weights rounded to float16 in between. Nothing here sees a model.
 """
 

@@ -2,8 +2,8 @@
 """
 Shapes of a model -> numbers of parameters, bytes and flops of SVF and of LoRA: derived, not measured.
 
-`python benchmarks/speed/formulas.py` prints the tables of docs/scaling.md; tests/test_scaling.py holds the formulas
-against real small models. Nothing here needs a model, or any package.
+`python benchmarks/formulas.py` prints the tables of docs/scaling.md; tests/test_scaling.py checks the formulas
+against small real models. Nothing here needs a model, or any package.
 """
 
 from collections.abc import Callable, Iterable
@@ -36,15 +36,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Architecture:
-    """
-    A decoder of Llama's kind.
-
-    Args:
-        name (`str`): Of the model.
-        hidden, mlp, layers, heads, kv_heads, head_dim (`int`): As in its config; `mlp` of one expert in an MoE.
-        experts (`int`): MLPs in a layer, 1 for a dense model.
-        active (`int`): MLPs that a token passes through.
-    """
+    """Sizes of a decoder like Llama's: `mlp` of one expert, `experts` MLPs in a layer, `active` ones for a token."""
 
     name: str
     hidden: int
@@ -108,12 +100,7 @@ def basis_bytes(shapes: Iterable[Shape], itemsize: int = BF16, rank: int | None 
 
 
 def merged_bytes(shapes: Iterable[Shape], itemsize: int = BF16) -> int:
-    """Bytes of the merged plan's `W'`, beside weights and bases."""
-    return itemsize * entries(shapes)
-
-
-def factored_bytes(shapes: Iterable[Shape], itemsize: int = BF16) -> int:
-    """Bytes of the factored plan's second factor, which has the shape of the weight."""
+    """Bytes of the merged plan's `W'` or of the factored plan's second factor, beside weights and bases."""
     return itemsize * entries(shapes)
 
 
@@ -125,8 +112,8 @@ def dense_bytes(shapes: Iterable[Shape], itemsize: int = BF16) -> dict[str, int]
 
 
 def cache_bytes(shapes: Iterable[Shape]) -> int:
-    """Bytes on disk of the basis cache: Q and S in float32, a probe of 32 float64, without headers and manifests."""
-    return _sum(shapes, lambda s: FP32 * (s.r * s.r + s.r) + 32 * 8)
+    """Bytes on disk of the basis cache: Q and S in float32, without headers."""
+    return _sum(shapes, lambda s: FP32 * (s.r * s.r + s.r))
 
 
 def forward_flops(shapes: Iterable[Shape], tokens: int = 1) -> int:
@@ -165,32 +152,18 @@ def lora_flops(shapes: Iterable[Shape], tokens: int = 1, rank: int = 16) -> int:
 
 
 def step_flops(shapes: Iterable[Shape], method: str, tokens: int) -> int:
-    """
-    Flops of the adapted products in one training step: forward, backward, and what changes with z.
-
-    Args:
-        shapes (`Iterable[Shape]`): The adapted weights.
-        method (`str`): `"frozen"`, `"merged"`, `"narrow"`, `"factored"`, `"lora"` or `"dense"`.
-        tokens (`int`): In the step, in one backward.
-
-    Raises:
-        `ValueError`: for another method.
-    """
+    """Flops of the adapted products in one training step, all tokens in one backward, and of what changes with z."""
     shapes = list(shapes)
     frozen = 2 * forward_flops(shapes, tokens)
-    if method == "frozen":
-        return frozen
-    if method == "merged":
-        return frozen + gradient_flops(shapes, tokens) + merge_flops(shapes)
-    if method == "narrow":
-        return frozen + 2 * narrow_flops(shapes, tokens)
-    if method == "factored":
-        return 2 * factored_flops(shapes, tokens)
-    if method == "lora":
-        return frozen + 3 * lora_flops(shapes, tokens)
-    if method == "dense":
-        return frozen + forward_flops(shapes, tokens) + 3 * compose_flops(shapes)
-    raise ValueError(f"`method` must be frozen, merged, narrow, factored, lora or dense; got {method!r}.")
+    flops = {
+        "frozen": frozen,
+        "merged": frozen + gradient_flops(shapes, tokens) + merge_flops(shapes),
+        "narrow": frozen + 2 * narrow_flops(shapes, tokens),
+        "factored": 2 * factored_flops(shapes, tokens),
+        "lora": frozen + 3 * lora_flops(shapes, tokens),
+        "dense": frozen + forward_flops(shapes, tokens) + 3 * compose_flops(shapes),
+    }
+    return flops[method]
 
 
 def step_ratio(shapes: Iterable[Shape], method: str, tokens: int) -> float:
@@ -200,15 +173,7 @@ def step_ratio(shapes: Iterable[Shape], method: str, tokens: int) -> float:
 
 
 def decode_bytes(shapes: Iterable[Shape], plan: str, rows: int, itemsize: int = BF16) -> int:
-    """
-    Bytes of weights, bases and offsets that one decoding step has to read: its least time is these over the bandwidth.
-
-    Args:
-        shapes (`Iterable[Shape]`): The adapted weights (of a dense model: every row passes through all of them).
-        plan (`str`): `"base"` (and merged), `"narrow"`, `"factored"`, or `"truncated"` to 64 directions.
-        rows (`int`): Of the batch, each with its own offset in float32.
-        itemsize (`int`): Bytes of a weight's and a basis' entry.
-    """
+    """Bytes of weights, bases and offsets that a decoding step reads, with an offset in float32 for each row."""
     shapes = list(shapes)
     read = itemsize * entries(shapes)
     if plan == "base":

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Does it learn, and does it learn as well as LoRA? A cell is a task, a learner, a method, a learning rate and a seed.
+
+    python benchmarks/learning.py                 # every cell of learning_cells.json without a result, in its order
+    python benchmarks/learning.py --only svf-mlp  # the cells whose name contains this
+    python benchmarks/report.py                   # the page of the results
+
+All see the same questions in the same order, as many steps and the same test rows. An interrupted cell goes on from
+its last checkpoint in runs/learning. Validation, the reward of the likeliest choice, chooses the checkpoint.
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import chain, islice, repeat
+from pathlib import Path
+from typing import Any
+
+from harness import RESULTS, Cell, run_cells
+
+FOLDER = RESULTS / "learning"
+CELLS = Path(__file__).with_name("learning_cells.json")
+CHANGES = ("steps", "questions", "samples", "beta", "baseline")  # appear in names if they aren't the usual ones
+MLP, QV = ["gate_proj", "up_proj", "down_proj"], ["q_proj", "v_proj"]
+TARGETS: dict[str, Any] = {"mlp": MLP, "qv": QV, "both": MLP + QV, "all": "all-linear"}
+
+
+@dataclass(frozen=True)
+class Training:
+    """
+    One training run; method "base" is the untrained model on the test rows.
+
+    Args:
+        task (`str`): Name of the task, in its choice form.
+        method (`str`): What is trained and at which of `TARGETS`, such as "svf-mlp".
+        lr (`float`): Learning rate.
+        seed (`int`): Seed of the questions' order, of sampled answers and of an adapter's start.
+        learner (`str`): "reinforce"; "sft", next-token loss on the right answer; "evolution".
+        steps, questions (`int`): Optimizer steps, and questions in each.
+        samples (`int`): Answers per question: sampled ones, or members of the population.
+        eval_steps (`int`): Steps between validations.
+        test_rows (`int`): Rows of the test split at most.
+        temperature, beta, baseline: Of REINFORCE, as in `ReinforceConfig` (baseline: `advantage_estimator`).
+    """
+
+    task: str
+    method: str
+    lr: float = 0.0
+    seed: int = 0
+    learner: str = "reinforce"
+    steps: int = 30
+    questions: int = 16
+    samples: int = 16
+    eval_steps: int = 10
+    test_rows: int = 1000
+    temperature: float = 1.0
+    beta: float = 0.0
+    baseline: str = "rloo"
+
+    @property
+    def setting(self) -> tuple[float, float]:
+        """What validation chooses for a kind: learning rate and temperature."""
+        return self.lr, self.temperature
+
+    @property
+    def kind(self) -> str:
+        """What is compared: learner, method, budget and penalty, without setting and seed."""
+        learner = "" if self.learner == "reinforce" else f"{self.learner}-"
+        changed = [name for name in CHANGES if getattr(self, name) != getattr(Training, name)]
+        return learner + self.method + "".join(f"-{name}{getattr(self, name)}" for name in changed)
+
+    @property
+    def name(self) -> str:
+        """Stem of the result file."""
+        if self.method == "base":
+            return f"{self.task}-base"
+        warm = f"-t{self.temperature:g}" if self.temperature != 1 else ""
+        return f"{self.task}-{self.kind}-lr{self.lr:g}-seed{self.seed}{warm}"
+
+
+def read_trainings() -> list[Training]:
+    """Read learning_cells.json, in the order in which its cells run."""
+    return [Training(**entry) for entry in json.loads(CELLS.read_text())]
+
+
+def smollm2() -> tuple[Any, Any]:
+    """Load SmolLM2-135M and its tokenizer."""
+    from smollm2 import load_smollm2
+
+    return load_smollm2()
+
+
+def measure(cell: Training, base: Callable[[], tuple[Any, Any]] = smollm2) -> dict[str, Any]:
+    """Train a cell, or go on with it, and test it."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from peft_svf.evaluation import evaluate
+    from peft_svf.tasks import get_task
+
+    (model, tokenizer), task = base(), get_task(cell.task)
+    result: dict[str, Any] = {"training": asdict(cell), "source": source()}
+    if cell.method != "base":
+        folder = Path("runs/learning") / cell.name
+        trainer = trainer_of(cell, model, tokenizer, task, str(folder))
+        model = trainer.model
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
+        history = [{k: v for k, v in e.items() if not k.startswith("z/model")} for e in trainer.state.log_history]
+        result |= {
+            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "answers": cell.steps * cell.questions * (1 if cell.learner == "sft" else cell.samples),
+            "best_step": trainer.state.best_global_step,
+            "best_validation": max(entry["eval_reward"] for entry in history if "eval_reward" in entry),
+            "curve": [entry for entry in history if {"reward", "eval_reward", "loss"} & set(entry)],
+        }
+    test = evaluate(model, tokenizer, task.rows("test", "choice", limit=cell.test_rows), 16).to_json(records=True)
+    test["records"] = [[record["id"], int(record["right"])] for record in test["records"]]
+    return result | {"test": test}
+
+
+def source() -> str:
+    """Identify the package's code by the beginning of its sha256."""
+    import peft_svf
+
+    folder, digest = Path(peft_svf.__file__).parent, hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def adapter(method: str) -> Any:
+    """Return the PEFT config of a method such as "svf-mlp"."""
+    from peft import IA3Config, LoraConfig, TinyLoraConfig
+
+    from peft_svf import SVFConfig
+
+    kind, _, where = method.partition("-")
+    common = {"task_type": "CAUSAL_LM", "target_modules": TARGETS[where]}
+    inside = [name for name in TARGETS[where] if name == "down_proj"]
+    made: dict[str, Callable[[], Any]] = {
+        "svf": lambda: SVFConfig(**common),
+        "svf_reference": lambda: SVFConfig(**common, parametrization="reference"),  # the mask of the paper's code
+        "svf_rank16": lambda: SVFConfig(**common, rank=16),
+        "svf_rank64": lambda: SVFConfig(**common, rank=64),
+        "lora16": lambda: LoraConfig(**common, r=16, lora_alpha=32),
+        "tinylora": lambda: TinyLoraConfig(**common),
+        "ia3": lambda: IA3Config(**common, feedforward_modules=inside),
+    }
+    return made[kind]()
+
+
+def questions(cell: Training, task: Any) -> list[dict[str, Any]]:
+    """List the rows that `ReinforceTrainer` reads in the cell's steps, each once, in its order."""
+    from trl.trainer.utils import RepeatSampler
+
+    rows = task.rows("train", "choice", seed=cell.seed)
+    sampler = RepeatSampler(range(len(rows)), 1, batch_size=cell.questions, shuffle=True, seed=cell.seed)
+    epochs = chain.from_iterable(repeat(sampler))  # each pass of the sampler is another epoch
+    return [rows[i] for i in islice(epochs, cell.steps * cell.questions)]
+
+
+def trainer_of(cell: Training, model: Any, tokenizer: Any, task: Any, folder: str) -> Any:
+    """Make the trainer of a cell, whose log counts the tokens that training reads."""
+    from datasets import Dataset
+
+    from peft_svf.training import EvolutionConfig, EvolutionTrainer, ReinforceConfig, ReinforceTrainer
+
+    common: dict[str, Any] = {
+        "output_dir": folder, "max_steps": cell.steps, "per_device_eval_batch_size": 16, "learning_rate": cell.lr,
+        "warmup_steps": 2, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": cell.eval_steps,
+        "save_strategy": "steps", "save_steps": cell.eval_steps, "save_total_limit": 2,
+        "load_best_model_at_end": True, "report_to": "none", "dataloader_pin_memory": False, "bf16": False,
+        "seed": cell.seed,
+    }  # fmt: skip
+    checks, config = task.rows("validation", "choice", limit=160), adapter(cell.method)
+    if cell.learner == "reinforce":
+        args = ReinforceConfig(
+            **common, per_device_train_batch_size=cell.questions * cell.samples, num_generations=cell.samples,
+            temperature=cell.temperature, beta=cell.beta, advantage_estimator=cell.baseline, max_grad_norm=1.0,
+        )  # fmt: skip
+        train, check = Dataset.from_list(task.rows("train", "choice", seed=cell.seed)), Dataset.from_list(checks)
+        trainer: Any = ReinforceTrainer(
+            model, task.reward, args, train, eval_dataset=check, processing_class=tokenizer, peft_config=config
+        )
+    elif cell.learner == "evolution":
+        args = EvolutionConfig(
+            **common, per_device_train_batch_size=cell.questions, population=cell.samples, rows_per_forward=64,
+            train_sampling_strategy="sequential",
+        )  # fmt: skip
+        trainer = EvolutionTrainer(
+            model, task.reward, args, questions(cell, task), checks, processing_class=tokenizer, peft_config=config
+        )
+    else:
+        trainer = imitation(cell, model, tokenizer, questions(cell, task), checks, common, config)
+    trainer.add_callback(tokens_read(trainer.model))
+    return trainer
+
+
+def imitation(cell: Training, model: Any, tokenizer: Any, rows: Any, checks: Any, common: Any, config: Any) -> Any:
+    """Make a trainer of the next-token loss on the tokens of the right answers, validated as the others are."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from peft_svf.evaluation import evaluate
+
+    class Imitation(SFTTrainer):
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            accuracy = evaluate(self.model, tokenizer, checks, self.args.per_device_eval_batch_size).accuracy
+            metrics = {"eval_reward": 2 * accuracy - 1}
+            self.log(dict(metrics))
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+
+    def solved(row: dict[str, Any]) -> dict[str, Any]:
+        answer = {"role": "assistant", "content": row["choices"][row["label"]]}
+        return {"prompt": row["prompt"], "completion": [answer]}
+
+    args = SFTConfig(
+        **common, per_device_train_batch_size=cell.questions, max_grad_norm=1.0, lr_scheduler_type="cosine",
+        metric_for_best_model="eval_reward", train_sampling_strategy="sequential", gradient_checkpointing=False,
+    )  # fmt: skip
+    train, check = (Dataset.from_list([solved(row) for row in part]) for part in (rows, checks))
+    return Imitation(
+        model, args, train_dataset=train, eval_dataset=check, processing_class=tokenizer, peft_config=config
+    )
+
+
+def tokens_read(model: Any) -> Any:
+    """
+    Make a callback that logs as `tokens` how many token positions the model has read in training, padding included.
+
+    It counts prompts and choices of rollouts, of members and of the differentiated forward alike; not backward passes
+    and not validation. A resumed run goes on counting from its log.
+    """
+    from transformers import TrainerCallback
+
+    class TokensRead(TrainerCallback):
+        total = step = 0
+
+        def read(self, module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            self.step += inputs[0].numel()
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.total, self.step = max((entry.get("tokens", 0) for entry in state.log_history), default=0), 0
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.total, self.step = self.total + self.step, 0
+
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            state.log_history[-1]["tokens"] = self.total
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.step = 0
+
+    counter = TokensRead()
+    model.get_input_embeddings().register_forward_hook(counter.read)
+    return counter
+
+
+def main() -> None:
+    """Run the missing cells, each in its own process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="part of the name of the cells to run")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)  # the one cell of a process
+    args = parser.parse_args()
+    trainings = {training.name: training for training in read_trainings()}
+    if args.cell:
+        cell = trainings[args.cell]
+        sys.exit(bool(run_cells([Cell(cell.name, lambda: measure(cell))], FOLDER, seed=cell.seed)))
+    for name in trainings:
+        if args.only in name and not (FOLDER / f"{name}.json").exists():
+            subprocess.run([sys.executable, __file__, "--cell", name])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,467 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Result files -> pages and figures. Nothing is measured here, and no number on a page has another source.
+
+    python benchmarks/report.py                    # docs/results/learning.md and adaptation.md
+    python benchmarks/report.py FILE.json ...      # the page beside a file of the speed benchmark
+"""
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness import RESULTS, ROOT, ratio
+
+PAGES = ROOT / "docs" / "results"
+NINETY_FIVE = 1.959964  # standard normal
+Result = dict[str, Any]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """Write a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines] + [""]
+
+
+def save(figure: Any, path: Path, text: str) -> list[str]:
+    """Write a figure beside its page and return the lines that show it."""
+    figure.savefig(path)
+    return [f"![{text}]({path.name})", ""]
+
+
+# --- speed
+
+
+CASES = {
+    "B1": "one layer, forward and backward", "B2": "a training step", "B3": "the work of a step beside its tokens",
+    "B4": "decoding, a mixture for each row", "B5": "changing the expert", "B6": "generation",
+    "B7": "factorising and the basis cache", "B8": "memory", "B9": "exactness", "B10": "exactness",
+}  # fmt: skip
+
+
+def speed_page(path: Path) -> Path:
+    """Write the page of a speed run and its figure beside the result file; return the page."""
+    result, out = json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".md")
+    settings, machine = result["settings"], result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    clock = "CPU time of one thread" if settings["threads"] == 1 else f"wall clock, {settings['threads']} threads"
+    lines = [f"# Speed, run of {result['started']}", ""]
+    if settings.get("quick") or settings.get("tiny"):
+        lines += ["**A quick run: too few repetitions to quote a number from.**", ""]
+    lines += [
+        f"`{result['command']}` · seed {settings['seed']} · {clock} · {result['seconds']:.0f} s",
+        "",
+        f"{machine.get('gpu') or machine['processor']}, {machine['cores']} cores · {versions}",
+        "",
+        "A ratio is the median over repetitions of the ratio within a repetition, with its range in brackets; all "
+        "contestants of a race run in every repetition, in random order.",
+        "",
+        *speed_figure(result, path),
+    ]
+    for case, title in CASES.items():
+        races = [race for race in result["races"] if race["case"] == case]
+        facts = {key: value for key, value in result["facts"].items() if key.startswith(f"{case}/")}
+        lines += [f"## {case}: {title}", ""] if races or facts else []
+        for race in races:
+            first = next(iter(race["samples"]), "")
+            about = ", ".join(f"{key} {value}" for key, value in race["about"].items())
+            lines += [f"**{race['title']}** ({about}; {len(race['samples'].get(first, []))} repetitions)", ""]
+            rows = [
+                [name, f"{1e3 * statistics.median(samples):.3g}", ratio(race["samples"], name, first)]
+                for name, samples in race["samples"].items()
+            ]
+            rows += [[name, "", f"not available: {reason}"] for name, reason in race["not_available"].items()]
+            lines += table(["", "ms", f"over {first}"], rows)
+        for key, value in facts.items():
+            lines += [f"**{key.partition('/')[2].replace('_', ' ')}**", "", *fact_table(value)]
+    out.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    return out
+
+
+def fact_table(value: Any) -> list[str]:
+    """Show a fact: nested dicts of one depth have their keys as columns."""
+    if not isinstance(value, dict):
+        return [shown(value), ""]
+    rows = {key: row for key, row in value.items() if isinstance(row, dict)}
+    if not rows:
+        return table(["", ""], [[key, shown(x)] for key, x in value.items()])
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    if len(columns) > 8:  # a long dict reads better downwards
+        return [line for key, row in rows.items() for line in [f"{key}:", "", *fact_table(row)]]
+    return table(
+        ["", *columns], [[key, *(shown(row.get(column, "")) for column in columns)] for key, row in rows.items()]
+    )
+
+
+def shown(value: Any) -> str:
+    """Format one value of a fact."""
+    if isinstance(value, list):
+        return ", ".join(map(shown, value))
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def speed_figure(result: Result, path: Path) -> list[str]:
+    """Draw bars of whole operations: steps, decoding, generation."""
+    from peft_svf.plots import new_figure
+
+    keys = ("B2/mlp", "B2/all", "B4/model", "B6/merged")
+    races = [race for race in result["races"] if race["key"] in keys and race["samples"]]
+    if not races:
+        return []
+    figure, panels = new_figure(len(races))
+    for axes, race in zip(panels, races, strict=True):
+        first, *others = race["samples"]
+        for y, name in enumerate(others):
+            value = ratio(race["samples"], name, first)
+            assert value is not None
+            spread = [[value.median - value.low], [value.high - value.median]]
+            axes.barh(y, value.median, color="tab:blue" if name.startswith("SVF") else "tab:gray", xerr=spread)
+        axes.set_yticks(range(len(others)), others, fontsize=7)
+        axes.invert_yaxis()
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set(xlabel=f"time over {first}", title=race["title"])
+    return save(figure, path.with_name(f"{path.stem}-steps.png"), "Time of whole operations over the frozen base's")
+
+
+# --- learning
+
+
+NAMES = {
+    "svf": "SVF", "svf_reference": "SVF with the mask of the paper's code", "svf_rank16": "SVF, 16 largest",
+    "svf_rank64": "SVF, 64 largest", "lora16": "LoRA r=16", "ia3": "IA3", "tinylora": "TinyLoRA",
+}  # fmt: skip
+PLACES = {"mlp": "MLP", "qv": "q and v", "both": "MLP, q and v", "all": "all linear"}
+LEARNERS = {"reinforce": "", "sft": ", next-token loss", "evolution": ", evolution"}
+
+
+def mean_and_half(differences: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """
+    Return the mean of paired differences of several seeds and the half width of its 95 % interval.
+
+    `sqrt((1.96 s_rows / sqrt(n))² + (t s_seeds / sqrt(k))²)`: `s_rows` is the deviation over the `n` test rows of the
+    difference averaged over the `k` seeds, `s_seeds` that of the seeds' means, `t` Student's with `k - 1` degrees of
+    freedom. One seed has the interval of the rows alone.
+
+    Args:
+        differences (sequence of sequences): For each seed a row of `n` differences.
+    """
+    from scipy.stats import t as student
+
+    seeds = [statistics.mean(row) for row in differences]
+    rows = [statistics.mean(column) for column in zip(*differences, strict=True)]
+    half, k = NINETY_FIVE * statistics.pstdev(rows) / math.sqrt(len(rows)), len(seeds)
+    if k > 1:
+        half = math.hypot(half, float(student.ppf(0.975, k - 1)) * statistics.stdev(seeds) / math.sqrt(k))
+    return statistics.mean(seeds), half
+
+
+def gain(results: Sequence[Result], others: Sequence[Result]) -> str:
+    """Write the gain of results over others, seed by seed on the same rows."""
+    differences = []
+    for one, other in zip(results, others, strict=True):
+        before = dict(other["test"]["records"])
+        if set(before) != {row for row, _ in one["test"]["records"]}:
+            raise SystemExit("Two results were tested on different rows: run one of them again.")
+        differences.append([float(right - before[row]) for row, right in one["test"]["records"]])
+    mean, half = mean_and_half(differences)
+    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+
+
+def label(training: Any) -> str:
+    """Name what a cell trains."""
+    from learning import CHANGES, Training
+
+    method, _, where = training.method.partition("-")
+    changed = [name for name in CHANGES if getattr(training, name) != getattr(Training, name)]
+    budget = [f"{getattr(training, name)} {name}" for name in changed]
+    return ", ".join([f"{NAMES[method]}, {PLACES[where]}{LEARNERS[training.learner]}", *budget])
+
+
+def chosen_setting(trainings: Sequence[Any], results: Mapping[str, Result]) -> tuple[float, float]:
+    """
+    Choose the setting of a kind: the highest mean validation reward on the seeds that all its settings have run.
+
+    Of equal settings the one with more seeds wins, then the lower one.
+    """
+    seeds = {
+        s: {t.seed: results[t.name] for t in trainings if t.setting == s}
+        for s in sorted({t.setting for t in trainings})
+    }
+    shared = set.intersection(*map(set, seeds.values()))
+
+    def rank(setting: tuple[float, float]) -> tuple[float, int]:
+        counted = [r["best_validation"] for seed, r in seeds[setting].items() if seed in shared or not shared]
+        return statistics.mean(counted), len(seeds[setting])
+
+    return max(seeds, key=rank)
+
+
+def learning_page(trainings: Sequence[Any], results: Mapping[str, Result], folder: Path) -> str:
+    """Write the page of the learning benchmark; figures go into the folder."""
+    from learning import Training
+
+    lines = [
+        "# Does it learn?", "",
+        "SmolLM2-135M-Instruct in bfloat16 on a CPU, choice form: the policy is a softmax over log-likelihoods of "
+        f"the given answers. All methods see the same questions in the same order, {Training.steps} steps of "
+        f"{Training.questions} questions unless the table shows others, {Training.samples} sampled answers a question "
+        "(reward +1 or -1, the mean of the others as baseline), and the same test rows. T is the temperature of the "
+        "policy, 1 unless it is given. Validation chooses learning rate, temperature and checkpoint; the test split "
+        "chooses nothing. Gains are paired over test rows, with 95 % intervals that include the spread of seeds.", "",
+        "Made by `python benchmarks/report.py` from `benchmarks/results/learning/`; `python benchmarks/learning.py` "
+        "runs the missing cells.", "",
+    ]  # fmt: skip
+    for task in dict.fromkeys(training.task for training in trainings):
+        of_task = [t for t in trainings if t.task == task and t.method != "base"]
+        base, done = results.get(f"{task}-base"), [t for t in of_task if t.name in results]
+        lines += [f"## {task}", ""]
+        if base is None or not done:
+            lines += ["Not run.", ""]
+            continue
+        low, high = base["test"]["interval"]
+        lines += [f"Base {base['test']['accuracy']:.3f} [{low:.3f}, {high:.3f}], n = {base['test']['n']}.", ""]
+        kinds = {t.kind: t for t in done}
+        settings = {kind: chosen_setting([t for t in done if t.kind == kind], results) for kind in kinds}
+        seeds = {k: {t.seed: results[t.name] for t in done if (t.kind, t.setting) == (k, settings[k])} for k in kinds}
+        rows = []
+        for kind, training in kinds.items():
+            runs, lora = seeds[kind], seeds.get("lora16-mlp", {})
+            shared = sorted(runs.keys() & lora.keys())
+            against = (
+                gain([runs[s] for s in shared], [lora[s] for s in shared]) if shared and kind != "lora16-mlp" else ""
+            )
+            accuracy = statistics.mean(r["test"]["accuracy"] for r in runs.values())
+            trainable = f"{next(iter(runs.values()))['trainable']:,}"
+            gained = gain(list(runs.values()), [base] * len(runs))
+            lines_of = [
+                label(training),
+                trainable,
+                written(settings[kind]),
+                len(runs),
+                f"{accuracy:.3f}",
+                gained,
+                against,
+            ]
+            rows.append(lines_of)
+        head = ["method", "trained numbers", "lr", "seeds", "test", "gain on the base", "gain on LoRA r=16, MLP"]
+        lines += table(head, rows)
+        lines += ["Every cell; * marks the setting that validation chose:", ""]
+        rows = []
+        for t in of_task:
+            star = " *" if t.setting == settings.get(t.kind) else ""
+            shown_cell = [label(t), written(t.setting) + star, t.seed]
+            r = results.get(t.name)
+            checks = ["not run", "", "", "", ""]
+            if r:
+                tokens = max((entry.get("tokens", 0) for entry in r["curve"]), default=0)
+                best = f"{(r['best_validation'] + 1) / 2:.3f}"
+                checks = [
+                    r["best_step"],
+                    best,
+                    f"{r['test']['accuracy']:.3f}",
+                    gain([r], [base]),
+                    f"{tokens:,}" if tokens else "",
+                ]
+            rows.append([*shown_cell, *checks])
+        head = ["method", "lr", "seed", "best step", "validation", "test", "gain on the base", "tokens read"]
+        lines += table(head, rows) + curves(done, settings, results, folder / f"learning-{task}.png")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def written(setting: tuple[float, float]) -> str:
+    """Write a learning rate and a temperature."""
+    return f"{setting[0]:g}" + (f", T = {setting[1]:g}" if setting[1] != 1 else "")
+
+
+def curves(done: Sequence[Any], settings: Mapping[str, Any], results: Mapping[str, Result], path: Path) -> list[str]:
+    """Draw validation accuracy by optimizer step; chosen settings are strong, others faint."""
+    from peft_svf.plots import new_figure
+
+    figure, (axes,) = new_figure(1, height=4.5)
+    kinds = list(dict.fromkeys(t.kind for t in done))
+    for t in done:
+        strong, i = t.setting == settings[t.kind], kinds.index(t.kind)
+        points = [(e["step"], (e["eval_reward"] + 1) / 2) for e in results[t.name]["curve"] if "eval_reward" in e]
+        style = {"color": f"C{i % 10}", "ls": "-" if i < 10 else "--", "alpha": 0.9 if strong else 0.25}
+        name = label(t) if strong and label(t) not in axes.get_legend_handles_labels()[1] else None
+        axes.plot(*zip(*points, strict=True), marker="o", ms=3, lw=1.2, label=name, **style)
+    axes.set(xlabel="optimizer step", ylabel="validation accuracy")
+    figure.legend(fontsize=7, loc="outside lower center", ncols=3)
+    return save(figure, path, "Validation accuracy while training")
+
+
+# --- adaptation
+
+
+def with_gain(result: Result | None, base: Result | None) -> str:
+    """Write an accuracy and its paired gain on the base."""
+    if result is None:
+        return "not run"
+    if base is None or base is result:
+        return f"{result['accuracy']:.3f}"
+    before = dict(base["records"])
+    mean, half = mean_and_half([[right - before[row] for row, right in result["records"]]])
+    return f"{result['accuracy']:.3f} ({mean:+.3f} ± {half:.3f})"
+
+
+def adaptation_page(results: Mapping[str, Result], folder: str) -> str:
+    """Write the page of adaptation; figures go beside it."""
+    lines = [
+        "# Adaptation, measured", "",
+        "SmolLM2-135M-Instruct in bfloat16 on one CPU thread, with the experts of `examples/experts` (code: MBPP, "
+        "math: GSM8K, reasoning: ARC-Easy) and the classifier of `examples/classifiers`. Answers are in the choice "
+        "form, the likeliest of given options.", "",
+        f"Made by `python benchmarks/report.py` from `{folder}`; `python benchmarks/adaptation.py` and `python "
+        "benchmarks/transfer.py` run the missing cells.", "",
+        *first_pass_part(results), *few_shot_part(results), *mixed_part(results), *transfer_part(results),
+    ]  # fmt: skip
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def first_pass_part(results: Mapping[str, Result]) -> list[str]:
+    """Show accuracy, calibration, cost and confusion of each first pass."""
+    from peft_svf.plots import draw_decisions, new_figure
+
+    done = {r["way"]: r for name, r in results.items() if name.startswith("dispatch-") and "way" in r}
+    cost, rows = results.get("dispatch-cost", {}).get("ways", {}), []
+    for way, r in done.items():
+        priced = cost.get(way) or cost.get(way.partition(",")[0])
+        share = f"{priced['share']:.0%} ({priced['first_pass_ms']:.0f} ms)" if priced else ""
+        low, high = r["interval"]
+        accuracy = f"{r['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
+        rows.append([way, accuracy, f"{r['ece']:.3f}", f"{r['brier']:.3f}", share])
+    lines = [
+        "## First pass: which kind of question?", "",
+        "120 held-out questions, equally many of each kind (code, math, reasoning, other), chance .250. *Prompt* is "
+        "the library's default, *names* scores the names of the kinds as answers; *temperature*, *batch* and *fitted* "
+        "are calibrations on validation questions. The share is that of pass 1 in the CPU time to the first token, "
+        "for single requests.", "",
+        *table(["first pass", "accuracy, 95 %", "calibration error", "Brier score", "share of time"], rows),
+    ]  # fmt: skip
+    drawn = {way: done[way] for way in ("names", "prompt", "classifier", "probe") if way in done}
+    if drawn:
+        figure, panels = new_figure(len(drawn))
+        for axes, (way, r) in zip(panels, drawn.items(), strict=True):
+            draw_decisions(axes, dict(sorted(r["confusion"].items())), way)
+        lines += save(figure, PAGES / "adaptation-dispatch.png", "Confusion of each first pass")
+    return lines
+
+
+def few_shot_part(results: Mapping[str, Result]) -> list[str]:
+    """Show what experts, first passes and searches reach on tasks that no expert was trained on."""
+    titles = {"svamp": "SVAMP", "arc_challenge": "ARC-Challenge", "math": "MATH-500", "humaneval": "HumanEval"}
+    bases = {task: results.get(f"few_shot-{task}-base") for task in titles}
+    single = ("base", "code", "math", "reasoning", "uniform", "prompt", "classifier")
+    rows = [["test rows", *(base["n"] if base else "" for base in bases.values())]]
+    rows += [[way, *(with_gain(results.get(f"few_shot-{t}-{way}"), b) for t, b in bases.items())] for way in single]
+    costs = []
+    for method in ("cem", "cma", "gradient", "cem_unchecked", "per_layer"):
+        for shots in (3, 5, 10):
+            draws = {
+                t: [r for i in range(3) if (r := results.get(f"few_shot-{t}-{method}-{shots}-{i}"))] for t in titles
+            }
+            done = [r for part in draws.values() for r in part]
+            if not done:
+                continue
+            name = f"{method.replace('_', ', ')}, {shots} examples"
+            cells = []
+            for task, part in draws.items():
+                accuracies = [r["accuracy"] for r in part]
+                spread = (
+                    f" ({min(accuracies):.3f} to {max(accuracies):.3f}, {len(part)} draws)" if len(part) > 1 else ""
+                )
+                alone = with_gain(part[0], bases[task]) if part else "not run"
+                cells.append(f"{statistics.mean(accuracies):.3f}{spread}" if spread else alone)
+            rows.append([name, *cells])
+            seconds = statistics.mean(r["adapting_cpu_seconds"] for r in done)
+            costs.append(
+                [name, f"{seconds:.0f}", f"{statistics.mean(r['tokens_read'] for r in done):,.0f}", len(done)]
+            )
+    return [
+        "## Tasks that no expert was trained on", "",
+        r"Accuracy with the paired gain on the base and its 95 % interval. \*Prompt* and *classifier* answer each "
+        "question by the expert that this first pass chooses. Searches see a draw of examples, check their result by "
+        "leaving one out at a time (\"unchecked\" does not), and fall back to the best expert or the base.", "",
+        *table(["", *titles.values()], rows), "The cost of adapting:", "",
+        *table(["search", "CPU seconds, mean", "tokens read, mean", "runs"], costs),
+    ]  # fmt: skip
+
+
+def mixed_part(results: Mapping[str, Result]) -> list[str]:
+    """Show the mixed batch."""
+    result = results.get("mixed_batch")
+    lines = ["## Eight requests with eight mixtures in one batch", ""]
+    if result is None:
+        return [*lines, "Not run.", ""]
+    rows = [[way, f"{min(t):.2f}", result["ratio_to_base"][way]] for way, t in result["CPU seconds"].items()]
+    return [
+        *lines,
+        f"Float32, {result['new_tokens']} new tokens: {result['same_text_as_one_by_one']} of {result['rows']} texts "
+        f"equal those of the requests one by one; {result['other_text_than_the_base']} differ from the base's.", "",
+        *table(["", "CPU seconds", "over the base"], rows),
+    ]  # fmt: skip
+
+
+def transfer_part(results: Mapping[str, Result]) -> list[str]:
+    """Show what experts do on another model, of equal and (older results) of another shape."""
+    tasks = ("arc_easy", "gsm8k", "mbpp")
+    ways = ("base", "ordered", "shuffled-0", "shuffled-1", "shuffled-2", "aligned", "few_shot")
+    lines = [
+        "## Experts given to another model", "",
+        "From SmolLM2-135M to a sibling: the same checkpoint after a short full fine-tuning on GSM8K. Models that "
+        "went their own ways are a harder test. Gains are paired with the model without an expert.", "",
+    ]  # fmt: skip
+    for place, title in (("", ""), ("other_shape/", "Qwen2.5-Coder-0.5B, z interpolated over spectrum and depth (an "
+                         "earlier version; the negative control):")):  # fmt: skip
+        base = {
+            f"{side}-{t}": results.get(f"{place}transfer-{t}-{side}-base")
+            for side in ("source", "target")
+            for t in tasks
+        }
+        if not any(base.values()):
+            continue
+        rows = []
+        if not place:
+            rows = [["source, base", *(with_gain(base[f"source-{t}"], None) for t in tasks)]]
+            experts = [results.get(f"transfer-{t}-source-expert") for t in tasks]
+            rows += [
+                [
+                    "source, its expert",
+                    *(with_gain(r, base[f"source-{t}"]) for t, r in zip(tasks, experts, strict=True)),
+                ]
+            ]
+        for way in ways:
+            cells = [results.get(f"{place}transfer-{t}-target-{way}") for t in tasks]
+            if any(cells):
+                rows.append(
+                    [f"target, {way}", *(with_gain(r, base[f"target-{t}"]) for t, r in zip(tasks, cells, strict=True))]
+                )
+        lines += [*([title, ""] if title else []), *table(["", *tasks], rows)]
+    return lines
+
+
+def main() -> None:
+    """Write the pages."""
+    if len(sys.argv) > 1:
+        print(*(speed_page(Path(name)) for name in sys.argv[1:]))
+        return
+    from adaptation import fingerprint
+    from learning import read_trainings
+
+    found = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / "learning").glob("*.json"))}
+    (PAGES / "learning.md").write_text(learning_page(read_trainings(), found, PAGES))
+    folder = RESULTS / "adaptation" / fingerprint()
+    paths = sorted(folder.rglob("*.json"))
+    cells = {path.relative_to(folder).with_suffix("").as_posix(): json.loads(path.read_text()) for path in paths}
+    (PAGES / "adaptation.md").write_text(adaptation_page(cells, folder.relative_to(ROOT).as_posix()))
+    print("Wrote docs/results/learning.md and adaptation.md")
+
+
+if __name__ == "__main__":
+    main()
