@@ -369,16 +369,6 @@ def test_a_dry_run_refuses_a_step_of_more_prompts_than_there_are_rows(home, tmp_
     assert code == 2 and "A step takes 4 different prompts, but the training data have 3 rows" in err
 
 
-def test_a_file_names_what_is_trained_and_its_range(home, evolved, tmp_path, capsys):
-    (tmp_path / "train.yaml").write_text((home / "train.yaml").read_text() + "parametrization: sigmoid\nlimit: 1.01\n")
-    code, _, err = run(capsys, "train", tmp_path / "train.yaml", "--output_dir", tmp_path / "out")
-    largest = max(float(z.abs().max()) for z in Expert.load(tmp_path / "out").offsets.values())
-    assert code == 0 and 0 < largest <= 0.01 < max(float(z.abs().max()) for z in Expert.load(evolved).offsets.values())
-    out = ["--limit", "1", "--output_dir", tmp_path / "o"]
-    code, _, err = run(capsys, "train", tmp_path / "train.yaml", *out)
-    assert code == 2 and "`limit` must be a finite number above 1" in err
-
-
 def test_a_file_without_an_algorithm_reinforces(home):
     from peft_svf.training.reinforce import ReinforceConfig
 

@@ -21,7 +21,6 @@ import yaml
 from transformers import PreTrainedModel
 
 from ..tuner.config import SVFConfig
-from ..tuner.parametrization import Parametrization
 
 if TYPE_CHECKING:
     from ..training.evolution import EvolutionConfig
@@ -70,10 +69,6 @@ class SVFArguments:
     exclude_modules: list[str] | None = field(default=None, metadata={"help": "Modules to leave out."})
     layers_to_transform: list[int] | None = field(default=None, metadata={"help": "Indices of the layers."})
     rank: int | None = field(default=None, metadata={"help": "Move only so many of the largest singular values."})
-    parametrization: Parametrization = field(
-        default="offset", metadata={"help": "What is trained: offset (z itself), sigmoid or reference."}
-    )
-    limit: float = field(default=2.0, metadata={"help": "Range of z for parametrization sigmoid."})
     basis_dtype: Literal["float32", "bfloat16"] | None = field(
         default=None, metadata={"help": "Dtype of the basis; default bfloat16 on a bfloat16 base, else float32."}
     )

@@ -297,7 +297,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Read the `adapter_config.json` of a saved expert.
 
     Raises:
-        `ValueError`: if there is none, it is damaged, it names another PEFT type, or a parametrization to be folded.
+        `ValueError`: if there is none, it is damaged, or it names another PEFT type.
     """
     path = folder / CONFIG_NAME
     try:
@@ -306,11 +306,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{CONFIG_NAME} is damaged ({error}): fetch it again.") from error
     if not isinstance(config, dict) or config.get("peft_type") != "SVF":
         raise ValueError(f"{folder} holds no SVF expert: {CONFIG_NAME} is missing or names another PEFT type.")
-    if (kind := config.get("parametrization", "offset")) != "offset":
-        raise ValueError(
-            f"{folder} was saved in the middle of training, with parametrization={kind!r}: it holds no offsets yet. "
-            "Load it with `PeftModel.from_pretrained`, call `model.fold_parametrization()` and save it again."
-        )
     return config
 
 

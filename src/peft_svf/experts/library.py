@@ -513,12 +513,11 @@ def _own(model: PreTrainedModel | PeftModel) -> list[_Entry]:
         if name.startswith(HOST):
             continue
         layers = {module: layer for module, layer in svf_layers(model).items() if name in layer.svf_offset}
-        offsets = {m: layer.offset(name).detach().float().cpu().clone() for m, layer in layers.items()}
+        offsets = {m: layer.svf_offset[name].weight.detach().float().cpu().clone() for m, layer in layers.items()}
         prints = {m: layer.svf_fingerprint.to_json() for m, layer in layers.items() if layer.svf_fingerprint}
         base = config.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", None)
         known = {
             **config.to_dict(),
-            "parametrization": "offset",
             "fingerprint": prints or None,
             "base_model_name_or_path": base,
         }

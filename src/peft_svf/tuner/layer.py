@@ -314,8 +314,13 @@ class SVFLayer(BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: SVFConfig) -> None:
         """Add the offset of an adapter, 0 everywhere (z = 1) unless `config.init_weights` is `False`."""
         size = self.size_of(config.rank)
-        if adapter_name not in self.svf_offset and hasattr(nn.ModuleDict, adapter_name):
-            raise ValueError(f"An adapter can't be named {adapter_name!r}: torch uses that name. Choose another one.")
+        if adapter_name not in self.svf_offset and (
+            not adapter_name or "." in adapter_name or hasattr(self.svf_offset, adapter_name)
+        ):
+            raise ValueError(
+                f"An adapter can't be named {adapter_name!r}: a name has no dots, isn't empty, and isn't one of a "
+                "`torch.nn.ModuleDict`'s attributes. Choose another name."
+            )
         self.svf_offset[adapter_name] = Offset(torch.zeros(size) if config.init_weights else 0.5 * torch.randn(size))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

@@ -210,7 +210,7 @@ class SVFModel(BaseTuner):
         if adapter_name in self.peft_config:
             return
         if not adapters or len(adapters) != len(weights):
-            raise ValueError(f"A mixture needs a weight per adapter: {len(adapters)} adapters, {len(weights)} weights.")
+            raise ValueError(f"A mixture needs a weight per adapter, got {len(adapters)} and {len(weights)}.")
         if unknown := [name for name in adapters if name not in self.peft_config]:
             raise ValueError(f"Adapter {unknown[0]} does not exist. There are: {', '.join(self.peft_config)}.")
         if not torch.tensor(weights, dtype=torch.float32).isfinite().all():
