@@ -32,7 +32,8 @@ from harness import RESULTS, ROOT, Cell, result_of, run_cells
 
 from peft_svf import Expert, Mixture, Transformer2Model
 from peft_svf.adaptation import FirstPass, Search, dispatch, fit_calibration, fit_probe, fit_temperature
-from peft_svf.evaluation import evaluate, prompt_ids, wilson
+from peft_svf.evaluation import evaluate, wilson
+from peft_svf.rows import prompt_ids
 from peft_svf.tasks import everyday_requests, get_task
 from peft_svf.tasks.task import shuffled
 

@@ -83,27 +83,13 @@ def speed_page(path: Path) -> Path:
 
 
 def fact_table(value: Any) -> list[str]:
-    """Show a fact: nested dicts of one depth have their keys as columns."""
+    """Show a fact, one number a line; keys of nested dicts are joined."""
     if not isinstance(value, dict):
-        return [shown(value), ""]
-    rows = {key: row for key, row in value.items() if isinstance(row, dict)}
-    if not rows:
-        return table(["", ""], [[key, shown(x)] for key, x in value.items()])
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    if len(columns) > 8:  # a long dict reads better downwards
-        return [line for key, row in rows.items() for line in [f"{key}:", "", *fact_table(row)]]
-    return table(
-        ["", *columns], [[key, *(shown(row.get(column, "")) for column in columns)] for key, row in rows.items()]
-    )
-
-
-def shown(value: Any) -> str:
-    """Format one value of a fact."""
-    if isinstance(value, list):
-        return ", ".join(map(shown, value))
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        return [str(value), ""]
+    flat = {
+        (key, inner): x for key, v in value.items() for inner, x in (v if isinstance(v, dict) else {"": v}).items()
+    }
+    return table(["", ""], [[" ".join(filter(None, map(str, key))), x] for key, x in flat.items()])
 
 
 def speed_figure(result: Result, path: Path) -> list[str]:

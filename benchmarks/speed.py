@@ -18,12 +18,12 @@ import hashlib
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import formulas
 import torch
@@ -52,30 +52,10 @@ LARGE = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]  # Llama-3-8B
 SPREAD = 0.05  # standard deviation of the random offsets
 
 
-@dataclass(frozen=True)
-class Settings:
-    """
-    What a run is asked for.
-
-    Args:
-        quick (`bool`): Fewer cells and repetitions.
-        tiny (`bool`): A random model of a few thousand numbers, which tries the program itself.
-        seed (`int`): Seed of weights, activations and orders.
-        threads (`int`): 1 counts CPU time, more the wall clock.
-        device (`str`): `"cpu"`, or `"cuda"` with Llama-3-8B's shapes and random weights.
-    """
-
-    quick: bool = False
-    tiny: bool = False
-    seed: int = 0
-    threads: int = 1
-    device: str = "cpu"
-
-
 class Bench:
-    """A run with its settings and the model that several cases share."""
+    """A run, its settings (the options of `main`), and the model that several cases share."""
 
-    def __init__(self, run: Run, settings: Settings) -> None:
+    def __init__(self, run: Run, settings: argparse.Namespace) -> None:
         self.run, self.settings = run, settings
         self.small = settings.quick or settings.tiny
         torch.set_num_threads(settings.threads)
@@ -481,20 +461,6 @@ def b6(bench: Bench) -> None:
     bench.race(Race("B6", "B6/beside", "Generation beside the weights", about), beside, 40.0, most=7)
 
 
-@contextmanager
-def private_cache() -> Iterator[Path]:
-    """Use an empty basis cache while the context is open."""
-    before = os.environ.get("PEFT_SVF_CACHE")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["PEFT_SVF_CACHE"] = folder
-        try:
-            yield Path(folder)
-        finally:
-            os.environ.pop("PEFT_SVF_CACHE")
-            if before is not None:
-                os.environ["PEFT_SVF_CACHE"] = before
-
-
 def b7(bench: Bench) -> None:
     """B7: factorising linear layers; `get_peft_model` on a warm cache beside hashing weights and reading bases."""
     cut = trunk(bench.model, 2 if bench.small else 6)
@@ -514,10 +480,10 @@ def b7(bench: Bench) -> None:
     bench.race(Race("B7", "B7/factorise", "Factorising the linear layers", about), contestants, 25.0)
     if bench.settings.device == "cuda":
         return
-    with private_cache() as folder:
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, PEFT_SVF_CACHE=folder):
         config = SVFConfig(target_modules=TARGETS["all"])
         get_peft_model(sharing(cut), config)
-        paths = sorted(folder.rglob("*.safetensors"))
+        paths = sorted(Path(folder).rglob("*.safetensors"))
         contestants = {
             "hashing the weights": each(lambda w: hashlib.sha256(w.view(torch.uint8).numpy().data).hexdigest()),
             "reading the bases": lambda: [load(path.read_bytes()) for path in paths],
@@ -562,9 +528,8 @@ def main(arguments: list[str] | None = None, prefix: str = "speed") -> Path:
     chosen = [name.strip().upper() for name in options.cases.split(",") if name.strip()]
     if unknown := sorted(set(chosen) - set(CASES)):
         parser.error(f"there is no case {', '.join(unknown)}; choose from {', '.join(CASES)}")
-    settings = Settings(options.quick, options.tiny, options.seed, options.threads, options.device)
-    run = Run(options.out, asdict(settings) | {"cases": chosen}, prefix)
-    bench = Bench(run, settings)
+    run = Run(options.out, vars(options) | {"out": str(options.out), "cases": chosen}, prefix)
+    bench = Bench(run, options)
     for name in chosen:
         try:
             CASES[name](bench)

@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM
 
 from peft_svf import Expert, Transformer2Model, files
 from peft_svf.adaptation import Search
-from peft_svf.evaluation import prompt_text
 from peft_svf.experts import transfer_expert
+from peft_svf.rows import prompt_text
 from peft_svf.tasks import get_task
 
 TASKS = {"arc_easy": ("reasoning", 300), "gsm8k": ("math", 200), "mbpp": ("code", 150)}  # expert, test rows

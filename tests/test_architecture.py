@@ -27,15 +27,15 @@ ROWS = [
 # Inside a wing a module imports from rows above it as well.
 WINGS = {
     "tuner": [
-        ["basis", "fingerprint", "plans", "weights"],
-        ["cache", "checkpoint", "config", "targets"],
+        ["basis", "fingerprint", "plans"],
+        ["cache", "config", "targets"],
+        ["weights"],
         ["layer"],
         ["stacked"],
-        ["bases"],
         ["model"],
     ],
     "experts": [["expert"], ["library", "hub", "transfer"]],
-    "training": [["run"], ["reinforce", "evolution", "result"]],
+    "training": [["rollout", "run"], ["reinforce", "evolution", "result"]],
     "adaptation": [["cem", "probe", "search"], ["judge", "first_pass"], ["few_shot"]],
 }
 RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}
@@ -43,7 +43,7 @@ PRIVATE_NAMES_ALLOWED = {
     "_registration",
     "tuner.layer",
     "tuner.stacked",
-    "tuner.bases",
+    "tuner.weights",
     "tuner.model",
     "training.reinforce",
 }

@@ -34,7 +34,8 @@ FENCE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 PAGES = {page: list(FENCE.finditer(page.read_text())) for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
-PENDING = {"README.md", "index.md", "adapt.md", "cli.md"}
+PENDING = {"adapt.md"}
+LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EXPERTS = {"math": "a number to work out", "code": "a program to write", "dispatch": "naming the kind of a request"}
 
@@ -81,6 +82,8 @@ def clone(hub, tmp_path, monkeypatch):
         shutil.copytree(hub / name.replace("reasoning", "math"), tmp_path / "examples" / "experts" / name)
     shutil.copytree(hub / "dispatch", tmp_path / "examples" / "classifiers" / "dispatch")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # `import examples`, as from the root of a clone
+    monkeypatch.delitem(sys.modules, "examples", raising=False)
     monkeypatch.setenv("PEFT_SVF_SMOLLM2", str(hub / "smollm2"))
     monkeypatch.setenv("PEFT_SVF_DATA", str(ROOT / "examples" / "data"))
     monkeypatch.setattr(
@@ -130,3 +133,9 @@ def test_every_block_of_a_page_runs(page, clone):
             exec(compile("\n" * line + code, str(page), "exec"), names)
         elif language == "bash":
             shell(code)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    links = [page.parent / link for link in LINK.findall(page.read_text())]
+    assert [str(link) for link in links if not link.exists()] == []

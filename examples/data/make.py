@@ -38,7 +38,7 @@ LICENCES = {
     "mbpp": "CC BY 4.0. MBPP (Austin et al. 2021), github.com/google-research/google-research. Rows as published, "
     "with an id.",
     "dispatch": "Questions of MBPP (CC BY 4.0), SVAMP and GSM8K (MIT), ARC (CC BY-SA 4.0), and everyday requests made "
-    "by `peft_svf.tasks.everyday` (Apache-2.0); the whole is under CC BY-SA 4.0.",
+    "by `peft_svf.tasks.dispatch` (Apache-2.0); the whole is under CC BY-SA 4.0.",
 }
 
 

@@ -50,7 +50,7 @@ class Contains(Task):
     name, kind, description = "contains", "stub", "a stub"
     letters = "aeiou0123456789"
 
-    def check(self, completion, row):
+    def score(self, completion, row):
         return any(letter in completion for letter in self.letters)
 
 
@@ -485,7 +485,7 @@ def test_held_out_examples_are_not_searched_on(library, monkeypatch):
 @pytest.mark.parametrize("letters", ["", "".join(map(chr, range(32, 127)))], ids=["all fail", "all succeed"])
 def test_where_all_fail_or_all_succeed_the_log_likelihood_decides_and_the_log_says_so(letters, library, caplog):
     class Same(Contains):
-        def check(self, completion, row):
+        def score(self, completion, row):
             return bool(letters)
 
     with caplog.at_level(logging.INFO, "peft_svf.adaptation.few_shot"):
@@ -638,7 +638,7 @@ def test_few_shot_leaves_the_model_as_it_was_also_after_an_exception(library):
     class Breaks(Contains):
         calls = 0
 
-        def check(self, completion, row):
+        def score(self, completion, row):
             Breaks.calls += 1
             if Breaks.calls > 4:
                 raise RuntimeError("in the middle")

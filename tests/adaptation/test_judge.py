@@ -44,7 +44,7 @@ class Digits(Task):
 
     name, kind, description = "digits", "stub", "a stub"
 
-    def check(self, completion, row):
+    def score(self, completion, row):
         return any(letter in completion for letter in "nopqrstuvwxyz0123456789")
 
 

@@ -11,13 +11,27 @@ import os
 import re
 import sys
 import threading
+import time
+import timeit
 from pathlib import Path
 
 import pytest
 
 import peft_svf.tasks as registry
-from peft_svf.tasks import TASKS, Task, dispatch_prompt, get_task, jsonl_task, register_task, task_names
-from peft_svf.tasks.everyday import FILLERS, TEMPLATES
+from peft_svf.tasks import (
+    TASKS,
+    Task,
+    dispatch_prompt,
+    format_reward,
+    get_task,
+    jsonl_task,
+    register_task,
+    task_names,
+)
+from peft_svf.tasks.competition_math import boxed
+from peft_svf.tasks.dispatch import everyday
+from peft_svf.tasks.own import same_answer
+from peft_svf.tasks.program import code_block
 from peft_svf.tasks.task import plain, read_jsonl
 from peft_svf.tasks.vqa import normalised, vqa_accuracy
 from peft_svf.tasks.word_problem import final_number
@@ -212,10 +226,11 @@ def test_svamp_keeps_a_story_in_one_split_whatever_the_order_of_the_file(tmp_pat
 
 
 def test_everyday_requests_share_neither_template_nor_filler_between_splits():
-    templates = [template for split in SPLITS for template in TEMPLATES[split]]
+    source = everyday()
+    templates = [template for split in SPLITS for template in source[split]["templates"]]
     assert len(templates) == len(set(templates))
-    for slot in FILLERS["train"]:
-        fillers = [filler for split in SPLITS for filler in FILLERS[split][slot]]
+    for slot in source["train"]["fillers"]:
+        fillers = [filler for split in SPLITS for filler in source[split]["fillers"][slot]]
         assert len(fillers) == len(set(fillers))
 
 
@@ -510,7 +525,7 @@ def test_formulas_are_compared_by_value(answer, right, wrong):
 def test_without_math_verify_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(ImportError, match=r"math-verify.*pip install 'peft-svf\[eval\]'"):
-        get_task("math").check("42", {"answer": "42"})
+        get_task("math").score("43", {"answer": "42"})
 
 
 def test_formulas_are_refused_outside_the_main_thread():
@@ -519,7 +534,7 @@ def test_formulas_are_refused_outside_the_main_thread():
 
     def check():
         try:
-            get_task("math").check("42", {"answer": "42"})
+            get_task("math").score("43", {"answer": "42"})
         except RuntimeError as error:
             caught.append(str(error))
 
@@ -532,7 +547,7 @@ def test_formulas_are_refused_outside_the_main_thread():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_published_answer_is_right(name):
     for row in TASKS[name].rows("test", "generate", limit=10, folder=DATA):
-        assert TASKS[name].check(str(row["answer"]), row)
+        assert TASKS[name].score(str(row["answer"]), row) == 1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -561,6 +576,66 @@ def test_the_final_number_is_read_as_people_write_it(text, number):
     assert final_number(text) == number
 
 
+def test_a_format_reward_is_one_where_the_pattern_is_found():
+    reward = format_reward(r"answer is -?[\d,.]+\s*$")
+    texts = ["so\nthe answer is 1,200.5 ", "the answer is near", "answer is 3, or 4", ""]
+    assert reward(completions=texts, prompts=texts) == [1.0, 0.0, 0.0, 0.0]
+    assert reward([[{"role": "assistant", "content": text}] for text in texts]) == [1.0, 0.0, 0.0, 0.0]
+    assert reward([[{"role": "assistant", "content": None}]]) == [0.0]
+    assert format_reward("^<a>.*</a>$")(["<a>\n</a>", "<a>"]) == [1.0, 0.0]
+    with pytest.raises(ValueError, match=r"'\(' isn't a regular expression"):
+        format_reward("(")
+
+
+READERS = {  # what a reader does with a model's text, and texts that backtracking regular expressions are slow on
+    **{f"number-{i}": (final_number, text) for i, text in enumerate(("answer is\n", "####\n", "7"))},
+    "number-3": (final_number, "-$1,"),
+    "own": (lambda text: same_answer(text, {"answer": "42"}), "answer is \n"),
+    "words": (lambda text: same_answer(text, {"answer": "a b"}), " \n"),
+    "letter": (lambda text: get_task("arc_easy").score(text, {"answer": "A"}), "answer \n"),
+    "kind": (lambda text: get_task("dispatch").score(text, {"answer": "code"}), "cod e"),
+    "box": (boxed, "\\boxed{ \n"),
+    "boxes": (boxed, "\\boxed{a}"),
+    "program": (code_block, "``` \n\t"),
+    "people": (lambda text: vqa_accuracy(text, ["yes"] * 10), "it's a, 1 - "),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_twice_the_text_takes_a_reader_at_most_about_twice_as_long(reader):
+    read, unit = READERS[reader]
+    starts, fills = ("", "answer", "answer is", "####", "```py", "\\boxed{"), (unit, "\n", " ", "9", "{")
+
+    def seconds(size):
+        texts = [start + fill * (size // len(fill)) for start in starts for fill in fills]
+        timers = [timeit.Timer(lambda text=text: read(text), timer=time.process_time) for text in texts]
+        return sum(min(timer.repeat(3, number=1)) for timer in timers)
+
+    assert seconds(64_000) < 4 * (1.5 * seconds(16_000) + 0.01)
+
+
+@pytest.mark.parametrize("digits", [65, 5_000, 100_000])
+def test_thousands_of_digits_are_a_number_and_a_wrong_one(digits):
+    for text in ("9" * digits, f"The answer is {'9' * digits}.", "." + "9" * digits, "0" * digits + "42"):
+        assert final_number(text) is not None
+        assert get_task("gsm8k").score(text, {"answer": "42"}) == (text[-2:] == "42")
+
+
+@pytest.mark.parametrize(
+    "text, contents",
+    [
+        (r"\boxed{3}. No: \boxed{\dfrac12}", ["3", r"\dfrac12"]),
+        (r"\boxed {\frac{1}{2}}", [r"\frac{1}{2}"]),
+        (r"\boxed{\left\{ 1 \right.}", [r"\left\{ 1 \right."]),
+        (r"\boxed{\boxed{7}}", [r"\boxed{7}"]),
+        (r"a } \boxed{8}", ["8"]),
+        (r"\boxed{9", []),
+    ],
+)
+def test_boxes_are_read_to_their_matching_brace(text, contents):
+    assert boxed(text) == contents
+
+
 # Questions about images ---------------------------------------------------------------------------------------------
 
 
@@ -570,7 +645,7 @@ def test_vqa_accuracy_is_a_third_per_person_up_to_one(matches, accuracy):
     row = {"answers": ["yes"] * matches + ["no"] * (10 - matches)}
     columns = {"answers": [row["answers"]]}
     assert get_task("okvqa").reward(["yes"], **columns) == pytest.approx([2 * accuracy - 1])
-    assert get_task("okvqa").check("yes", row) == (accuracy == 1.0)
+    assert get_task("okvqa").score("yes", row) == accuracy
 
 
 @pytest.mark.parametrize(
@@ -737,7 +812,7 @@ def test_a_jsonl_of_answers_compares_numbers_by_value_and_texts_by_letters(tmp_p
     assert task.reward(answers, **{field: [value] * 2 for field, value in row.items()}) == [1.0, -1.0]
     with pytest.raises(ValueError, match="has no form 'choice'; it has generate"):
         task.rows("train")
-    strict = jsonl_task(tmp_path / "sums.jsonl", check=lambda text, row: text == "always this")
+    strict = jsonl_task(tmp_path / "sums.jsonl", score=lambda text, row: text == "always this")
     assert strict.reward(["always this"], **{field: [value] for field, value in row.items()}) == [1.0]
 
 
@@ -750,7 +825,7 @@ def test_a_folder_of_jsonl_files_keeps_its_splits_and_refuses_a_prompt_of_the_te
     with pytest.raises(ValueError, match="has no split 'validation'; it has train, test"):
         task.load("validation")
     lines(tmp_path / "train.jsonl", [SUMS[4], {**SUMS[5], "prompt": " 5 +  1 = "}])
-    with pytest.raises(ValueError, match=r"1 prompts of train are in test, too, such as ' 5 \+  1 = '"):
+    with pytest.raises(ValueError, match=r"1 prompts of train are also in test, such as ' 5 \+  1 = '"):
         jsonl_task(tmp_path, name="sums")
 
 
@@ -769,8 +844,8 @@ def test_a_folder_of_jsonl_files_keeps_its_splits_and_refuses_a_prompt_of_the_te
         ({"prompt": "a", "answer": "b", "id": "7"}, "its id '7' is also that of line 1"),
         ({"prompt": [{"role": "user", "content": 3}], "answer": "a"}, "'prompt' must be"),
         ({"prompt": [{"role": "user", "content": ["text"]}], "answer": "a"}, "'prompt' must be"),
-        ('{"prompt": "a", "answer": NaN}', "not JSON: NaN is no number"),
-        ('{"prompt": "a", "answer": "b", "level": Infinity}', "not JSON: Infinity is no number"),
+        ('{"prompt": "a", "answer": NaN}', "not JSON: NaN isn't a number"),
+        ('{"prompt": "a", "answer": "b", "level": Infinity}', "not JSON: Infinity isn't a number"),
         ({"prompt": "a", "answer": "b", "completions": 1}, "cannot be called 'completions'"),
         ({"prompt": "a", "answer": "b", "self": 1}, "cannot be called 'self'"),
     ],
@@ -886,4 +961,4 @@ def test_every_task_file_opens_with_an_example():
 )
 def test_the_article_is_no_letter(completion, right):
     row = {"answer": "A", "options": ["bees", "a plant cell"], "id": "1", "task": "arc_easy"}
-    assert get_task("arc_easy").check(completion, row) is right
+    assert get_task("arc_easy").score(completion, row) == right

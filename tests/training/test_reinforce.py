@@ -50,7 +50,6 @@ from peft_svf.training.reinforce import (
     ReinforceConfig,
     ReinforceTrainer,
     advantages_of,
-    format_reward,
 )
 
 # --- advantages
@@ -720,18 +719,7 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine(tmp_path):
     assert rates == pytest.approx(wanted)
 
 
-# --- the format reward and the filter of prompts
-
-
-def test_a_format_reward_is_one_where_the_pattern_is_found():
-    reward = format_reward(r"answer is -?[\d,.]+\s*$")
-    texts = ["so\nthe answer is 1,200.5 ", "the answer is near", "answer is 3, or 4", ""]
-    assert reward(completions=texts, prompts=texts) == [1.0, 0.0, 0.0, 0.0]
-    assert reward([[{"role": "assistant", "content": text}] for text in texts]) == [1.0, 0.0, 0.0, 0.0]
-    assert reward([[{"role": "assistant", "content": None}]]) == [0.0]
-    assert format_reward("^<a>.*</a>$")(["<a>\n</a>", "<a>"]) == [1.0, 0.0]
-    with pytest.raises(ValueError, match=r"'\(' is no regular expression"):
-        format_reward("(")
+# --- the filter of prompts
 
 
 def test_an_unequal_group_never_rests_and_equal_ones_rest_longer_each_time():

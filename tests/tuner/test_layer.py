@@ -134,12 +134,6 @@ def test_rank_moves_the_top_directions_only_and_equals_the_oracle_with_padded_on
 
 
 @both_sides
-def test_a_rank_beyond_the_directions_moves_them_all(side):
-    _, layer, _ = adapted(side=side, rank=1000)
-    assert layer.svf_offset["default"].weight.shape == (layer.directions,)
-
-
-@both_sides
 def test_init_weights_false_draws_a_z_that_moves_the_output(side):
     torch.manual_seed(0)
     model, layer, plain = adapted(side=side, init_weights=False)

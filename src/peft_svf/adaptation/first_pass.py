@@ -7,7 +7,6 @@ probe can be fitted to a few prompts of known kind. The model is left as it was.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -23,6 +22,7 @@ from ..experts.expert import OTHER, Mixture
 from ..experts.library import ExpertLibrary, no_expert
 from ..rows import Prompt, chat_text, prompt_ids
 from ..tasks import dispatch_prompt
+from ..tasks.competition_math import boxed
 from .probe import Probe
 from .probe import temperature as temperature_of
 
@@ -33,7 +33,6 @@ ANYTHING_ELSE = "anything else"  # describes "other" in the prompt
 QUESTION_TOKENS = 256  # of a request that are read, so that the first pass is bounded
 PLACE = "<request>"  # stands for the request in a chat template
 LABEL_TOKENS = 48  # that `read="generate"` writes at most
-BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*['\"]?([^{}'\"]*?)['\"]?\s*\}")
 
 
 @dataclass(frozen=True)
@@ -474,8 +473,8 @@ def boxed_prompt(question: str, kinds: Mapping[str, str]) -> list[dict[str, str]
 
 def read_boxed(text: str, names: Sequence[str]) -> str | None:
     r"""Read the name in the first `\boxed{}` of a text, in any case; `None` without one, or for an unknown one."""
-    match = BOXED.search(text)
-    return next((name for name in names if match and name.casefold() == match.group(1).strip().casefold()), None)
+    content = next(iter(boxed(text)), "").strip().removeprefix("\\text{").strip(" \n'\"}")
+    return next((name for name in names if name.casefold() == content.casefold()), None)
 
 
 def _check_kinds(library: ExpertLibrary, prompts: Sequence[Prompt], kinds: Sequence[str]) -> list[str]:

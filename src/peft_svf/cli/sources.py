@@ -140,8 +140,7 @@ def read_examples(path: Path, *texts: str) -> list[dict[str, Any]]:
         check(row, f"Line {number} of {path}")
         if missing := [key for key in texts if not isinstance(row.get(key), str)]:
             raise ValueError(f"Line {number} of {path} has no {missing[0]!r} that is a text; it has {list(row)}.")
-        prompt = row["prompt"]
-        found.append({**row, "prompt": user_turn(prompt) if isinstance(prompt, str) else prompt})
+        found.append({**row, "prompt": user_turn(row["prompt"])})
     if not found:
         raise ValueError(f"{path} has no line: it needs one JSON object a line.")
     return found

@@ -20,9 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..tuner.basis import Basis
 from ..tuner.cache import fetch
-from ..tuner.checkpoint import Checkpoint
 from ..tuner.fingerprint import Fingerprint, check
 from ..tuner.layer import SVFLayer
+from ..tuner.weights import Checkpoint
 from .expert import Expert
 
 Bases = Mapping[str, tuple[Basis, Fingerprint]]

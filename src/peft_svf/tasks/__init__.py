@@ -7,22 +7,19 @@ One benchmark a file, each opening with an example prompt, an answer and its rew
 group `peft_svf.tasks`, whose name is the task's and whose object is a [`Task`] or a subclass of it.
 """
 
-from __future__ import annotations
-
 from importlib.metadata import entry_points
 
 from .arc import ArcChallenge, ArcEasy
 from .competition_math import Math
-from .dispatch import Dispatch, dispatch_prompt
+from .dispatch import Dispatch, dispatch_prompt, everyday_requests
 from .gsm8k import Gsm8k
 from .humaneval import HumanEval
 from .mbpp import Mbpp
 from .mbpp_pro import MbppPro
-from .okvqa import OkVqa
 from .own import jsonl_task
 from .svamp import Svamp
-from .task import Task
-from .textvqa import TextVqa
+from .task import Task, format_reward
+from .vqa import OkVqa, TextVqa
 
 GROUP = "peft_svf.tasks"
 
@@ -91,4 +88,14 @@ def task_names() -> list[str]:
     return sorted({*TASKS, *(point.name for point in entry_points(group=GROUP))})
 
 
-__all__ = ["TASKS", "Task", "dispatch_prompt", "get_task", "jsonl_task", "register_task", "task_names"]
+__all__ = [
+    "TASKS",
+    "Task",
+    "dispatch_prompt",
+    "everyday_requests",
+    "format_reward",
+    "get_task",
+    "jsonl_task",
+    "register_task",
+    "task_names",
+]

@@ -12,8 +12,6 @@ ARC: grade-school science with three to five options, in an easy and a challenge
 Source: AI2 Reasoning Challenge (Clark et al. 2018, arXiv 1803.05457), splits as published. Licence: CC BY-SA 4.0.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -23,7 +21,7 @@ from .task import SPLITS, HubSource, Record, Task, plain, user_turn
 
 LETTERS = "ABCDE"
 _STATED = re.compile(  # "(a)" is a letter, "a plant" is not
-    r"(?i:answer|option|choice)\s*(?i:is)?\s*:?\s*\**(?:\(([A-Ea-e])\)|([A-E])\b)"
+    r"(?i:answer|option|choice)(?:\s+(?i:is))?[\s:*]*(?:\(([A-Ea-e])\)|([A-E])\b)"
 )
 _ALONE = re.compile(r"^[\s(*]*([A-E])\s*(?:[).:*]|$)")  # "A) honey", not "A bee"
 
@@ -34,11 +32,11 @@ class Arc(Task):
     kind = "reasoning"
 
     def question(self, raw: Record, choices: Sequence[str]) -> str:
-        """Give the bare question: the options are scored as answers, so they need not be read."""
+        """Return the bare question: the options are scored as answers, so they need not be read."""
         return raw["question"]
 
     def options(self, raw: Record, pool: Sequence[Record], rng: random.Random) -> tuple[str, list[str]] | None:
-        """Give the record's own options; a record that prints one option twice has no single right text."""
+        """Return the record's own options; a record that prints one option twice has no single right text."""
         texts = raw["choices"]
         if len(set(texts)) < len(texts):
             return None
@@ -57,20 +55,18 @@ class Arc(Task):
             "task": self.name,
         }
 
-    def check(self, completion: str, row: Mapping[str, Any]) -> bool:
+    def score(self, completion: str, row: Mapping[str, Any]) -> float:
         """Compare the last stated letter; without one a leading letter, or the option's text standing alone."""
-        stated = ["".join(pair) for pair in _STATED.findall(completion)]
-        if stated:
-            return stated[-1].upper() == row["answer"]
-        alone = _ALONE.match(completion)
-        if alone:
-            return alone.group(1) == row["answer"]
-        options = row.get("options") or []
-        named = [text for text in options if _bare(text) == _bare(completion)]
-        return bool(named) and options.index(named[0]) == LETTERS.index(row["answer"])
+        if stated := _STATED.findall(completion):
+            return float("".join(stated[-1]).upper() == row["answer"])
+        if alone := _ALONE.match(completion):
+            return float(alone[1] == row["answer"])
+        options = [_bare(text) for text in row.get("options") or []]
+        text = _bare(completion)
+        return float(text in options and options.index(text) == LETTERS.index(row["answer"]))
 
     def item(self, raw: Record) -> str:
-        """Give question and options, whatever their order."""
+        """Return question and options, whatever their order."""
         return "\n".join([plain(raw["question"]), *sorted(plain(text) for text in raw["choices"])])
 
     def from_hub(self, record: Record) -> Record:

@@ -20,8 +20,6 @@ it are for training and adaptation: by a hash of the problem 1 in 10 is validati
 Source: MATH (Hendrycks et al. 2021, arXiv 2103.03874). Licence: MIT.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import os
@@ -33,6 +31,7 @@ from typing import Any
 
 from .task import HubSource, Record, Task, user_turn
 
+LONGEST = 400  # characters of a formula that is compared; the longest published answer has 159
 SECONDS = 3  # for reading or comparing one formula
 # spellings that print alike: they must not tell two answers of one shape apart
 _SPELLINGS = {r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\left": "", r"\right": "", r"\!": "", r"\,": "", " ": ""}
@@ -44,6 +43,7 @@ class Math(Task):
     name = "math"
     kind = "math"
     description = "competition mathematics"
+    published_names = True  # "test.jsonl.gz" is the published test set, of which MATH-500 is a part
     files: Mapping[str, str] = {"train": "test", "validation": "test", "test": "math500"}
     hub = HubSource("nlile/hendrycks-MATH-benchmark", None, {"test": "train", "math500": "test"})
 
@@ -63,15 +63,15 @@ class Math(Task):
         return [record for record in records if (int(record["id"].rsplit("-", 1)[1], 16) % 10 == 0) == wanted]
 
     def identify(self, record: Record, place: str) -> str:
-        """Give a hash of the problem: the same in either file and on the Hub."""
+        """Return a hash of the problem: the same in either file and on the Hub."""
         return f"math-{hashlib.sha256(record['problem'].encode()).hexdigest()[:12]}"
 
     def question(self, raw: Record, choices: Sequence[str]) -> str:
-        """Give the bare problem."""
+        """Return the bare problem."""
         return raw["problem"]
 
     def options(self, raw: Record, pool: Sequence[Record], rng: random.Random) -> tuple[str, list[str]] | None:
-        """Give the record's answer and three of other records that have its shape."""
+        """Return the record's answer and three of other records that have its shape."""
         right, shape = _printed(raw["answer"])
         alike = [text for text, other in (_printed(record["answer"]) for record in pool) if other == shape]
         rng.shuffle(alike)  # with repetitions: a frequent answer is a wrong choice as often as it's a right one
@@ -87,17 +87,35 @@ class Math(Task):
             "task": self.name,
         }
 
-    def check(self, completion: str, row: Mapping[str, Any]) -> bool:
-        """Compare the boxed formula, without a box the last one, by value; the bare answer is right, too."""
-        return same_value(completion, f"\\boxed{{{row['answer']}}}") or completion.strip() == row["answer"]
+    def score(self, completion: str, row: Mapping[str, Any]) -> float:
+        """Compare the last boxed formula, without a box the last formula, by value; the bare answer is right, too."""
+        if completion.strip() == row["answer"]:
+            return 1.0
+        boxes = boxed(completion)
+        text = f"\\boxed{{{boxes[-1]}}}" if boxes else " ".join(completion.split())[-LONGEST:]
+        return float(len(text) <= LONGEST + 8 and same_value(text, f"\\boxed{{{row['answer']}}}"))
 
-    def _candidates(self, split: str) -> list[str]:
-        return [self.files[split]]  # "test.jsonl.gz" is the published test set, of which MATH-500 is a part
+
+def boxed(text: str) -> list[str]:
+    r"""Return the contents of every outermost `\boxed{...}` with matching braces, in one pass over the text."""
+    contents, starts, depth = [], list[tuple[int, int]](), 0
+    for token in re.finditer(r"\\boxed\s?\{|\\[{}]|[{}]", text):
+        if token[0] == "}":
+            depth -= 1
+            if starts and starts[-1][1] > depth:
+                begin, _ = starts.pop()
+                if not starts:
+                    contents.append(text[begin : token.start()])
+        elif token[0][0] != "\\" or token[0][1] == "b":
+            depth += 1
+            if token[0][0] == "\\":
+                starts.append((token.end(), depth))
+    return contents
 
 
 def same_value(text: str, solution: str) -> bool:
     """
-    Tell whether two texts end in formulas of the same value.
+    Return whether two texts end in formulas of the same value.
 
     Args:
         text (`str`): What a model wrote.

@@ -10,22 +10,21 @@ Dispatch: name the kind of a question, the first pass of two-pass inference as a
     completion               "code"                                      reward 1.0; another kind first, or none: -1.0
 
 Questions come from the same split of the other tasks, as many of each kind: code from MBPP, math from SVAMP and GSM8K,
-reasoning from ARC-Easy and ARC-Challenge. "other" is made from templates of everyday requests (`everyday`), which
+reasoning from ARC-Easy and ARC-Challenge. "other" is made from templates of everyday requests (`everyday.json`), which
 share neither templates nor fillers between splits. A file `dispatch/<split>.jsonl.gz` goes before all this.
 
 Source and licence: those of the tasks; the everyday requests are this project's, Apache-2.0.
 """
 
-from __future__ import annotations
-
+import json
 import os
+import random
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .arc import ArcChallenge, ArcEasy
-from .everyday import everyday_requests
 from .gsm8k import Gsm8k
 from .mbpp import Mbpp
 from .svamp import Svamp
@@ -64,6 +63,35 @@ def dispatch_prompt(question: str, descriptions: Mapping[str, str] | None = None
     return user_turn(f"Classify the request as {listed}.\nRequest: {question}\nKind:")
 
 
+def everyday_requests(split: str, count: int) -> list[str]:
+    """
+    Draw different requests that aren't code, maths or science, the same for every call.
+
+    `everyday.json` has templates with slots, and fillers for the slots. No split shares any with another, so a
+    classifier cannot know a held-out request by heart.
+
+    Args:
+        split (`str`): "train", "validation" or "test".
+        count (`int`): Number of requests; each template is used about equally often.
+
+    Returns:
+        `list` of `str`, no two the same; fewer than `count` only if the templates allow no more.
+    """
+    rng, source = random.Random(f"everyday:{split}"), everyday()[split]
+    requests: dict[str, None] = {}
+    for attempt in range(20 * count):
+        if len(requests) == count:
+            break
+        template = source["templates"][attempt % len(source["templates"])]
+        requests.setdefault(re.sub(r"\{(\w+)\}", lambda slot: rng.choice(source["fillers"][slot[1]]), template))
+    return list(requests)
+
+
+def everyday() -> dict[str, Any]:
+    """Read `everyday.json`: for each split `templates` (texts with slots) and `fillers` (texts by slot)."""
+    return json.loads(Path(__file__).with_name("everyday.json").read_text(encoding="utf-8"))
+
+
 class Dispatch(Task):
     """Questions of known kind; records have `id`, `question` and `kind`."""
 
@@ -100,10 +128,10 @@ class Dispatch(Task):
         prompt = dispatch_prompt(raw["question"])
         return {"prompt": prompt, "answer": raw["kind"], "id": str(raw["id"]), "task": self.name}
 
-    def check(self, completion: str, row: Mapping[str, Any]) -> bool:
+    def score(self, completion: str, row: Mapping[str, Any]) -> float:
         """Compare the first kind that the completion names."""
         named = re.search(rf"\b({'|'.join(KINDS)})\b", completion.lower())
-        return named is not None and named.group(1) == row["answer"]
+        return float(named is not None and named[1] == row["answer"])
 
     def _sample(
         self, source: Task, kind: str, split: str, folder: str | os.PathLike[str] | None, count: int

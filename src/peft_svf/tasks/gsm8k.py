@@ -20,8 +20,6 @@ the published one.
 Source: GSM8K (Cobbe et al. 2021, arXiv 2110.14168). Licence: MIT.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from fractions import Fraction

@@ -20,8 +20,6 @@ imports and helper functions are there in both cases.
 There is one split, test. Source: HumanEval (Chen et al. 2021, arXiv 2107.03374). Licence: MIT.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import re
@@ -43,18 +41,18 @@ class HumanEval(CodeTask):
     max_characters = 500  # a helper function counts, too
 
     def identify(self, record: Record, place: str) -> str:
-        """Give the published task_id, "HumanEval/0"."""
+        """Return the published task_id, "HumanEval/0"."""
         return str(record["task_id"])
 
     def question(self, raw: Record, choices: Sequence[str]) -> str:
-        """Give the docstring, with names exchanged as in the choices."""
+        """Return the docstring, with names exchanged as in the choices."""
         text = ast.get_docstring(_functions(raw["prompt"])[raw["entry_point"]]) or ""
         for name, neutral in _neutral(raw).items():
             text = re.sub(rf"\b{name}\b", neutral, text)
         return text
 
     def source(self, raw: Record) -> tuple[str, dict[str, str]] | None:
-        """Give the completed function, and a function that the prompt defines for its use."""
+        """Return the completed function, and a function that the prompt defines for its use."""
         return raw["prompt"] + raw["canonical_solution"], _neutral(raw)
 
     def row(self, raw: Record) -> Record:
@@ -69,10 +67,10 @@ class HumanEval(CodeTask):
             "task": self.name,
         }
 
-    def check(self, completion: str, row: Mapping[str, Any]) -> bool:
+    def score(self, completion: str, row: Mapping[str, Any]) -> float:
         """Run prompt and code block together: a function in the block takes the place of the one in the prompt."""
         # a docstring alone is a body, so the prompt is a program whether the block goes on with it or starts anew
-        return run_python(f"{row['start'].rstrip()}\n{code_block(completion)}", row["tests"]).ok
+        return float(run_python(f"{row['start'].rstrip()}\n{code_block(completion)}", row["tests"]).ok)
 
 
 @functools.lru_cache(maxsize=512)

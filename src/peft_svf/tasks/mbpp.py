@@ -19,8 +19,6 @@ Splits by task_id as published: 11-510 test, 511-600 validation, 601-974 train.
 Source: MBPP (Austin et al. 2021, arXiv 2108.07732). Licence: CC BY 4.0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from .program import ENTRY, CodeTask, entry_of
@@ -35,19 +33,19 @@ class Mbpp(CodeTask):
     hub = HubSource("google-research-datasets/mbpp", "full", {split: split for split in SPLITS})
 
     def identify(self, record: Record, place: str) -> str:
-        """Give the published task_id."""
+        """Return the published task_id."""
         return f"mbpp-{record['task_id']}"
 
     def item(self, raw: Record) -> str:
-        """Give the problem without its asserts: three of the train set are in the test set with other asserts."""
+        """Return the problem without its asserts: three of the train set are in the test set with other asserts."""
         return plain(raw["text"])
 
     def question(self, raw: Record, choices: Sequence[str]) -> str:
-        """Give the bare problem."""
+        """Return the bare problem."""
         return raw["text"]
 
     def source(self, raw: Record) -> tuple[str, dict[str, str]] | None:
-        """Give the program and the function that the asserts call."""
+        """Return the program and the function that the asserts call."""
         entry = entry_of(raw["code"], " ".join(raw["test_list"]))
         return None if entry is None else (raw["code"], {entry: ENTRY})
 

@@ -22,8 +22,6 @@ one number parts most of them.
 There is one split, test. Source: MBPP-Pro (Yu et al. 2024, arXiv 2412.21199). Licence: MIT; MBPP's is CC BY 4.0.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Mapping, Sequence
@@ -50,18 +48,18 @@ class MbppPro(CodeTask):
         return [record for record, was_seen in zip(records, seen, strict=True) if not was_seen]
 
     def identify(self, record: Record, place: str) -> str:
-        """Give the published id, "mbpp_pro-12"."""
+        """Return the published id, "mbpp_pro-12"."""
         return f"{self.name}-{record['id']}"
 
     def question(self, raw: Record, choices: Sequence[str]) -> str:
-        """Give the second problem's text, which stands in comments above its signature."""
+        """Return the second problem's text, which stands in comments above its signature."""
         lines = [line.lstrip("# ") for line in raw["new_problem"].splitlines() if line.startswith("#")]
         text = " ".join(filter(None, lines))
         first, second = _names(raw)
         return re.sub(rf"\b{second}\b", ENTRY, re.sub(rf"\b{first}\b", HELPER, text)) if first and second else text
 
     def source(self, raw: Record) -> tuple[str, dict[str, str]] | None:
-        """Give the second function; the first one's name is exchanged, too."""
+        """Return the second function; the first one's name is exchanged, too."""
         first, second = _names(raw)
         if first is None or second is None:
             return None

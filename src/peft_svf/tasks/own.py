@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-A task from one's own JSONL: lines go in, a task like the package's own comes out.
+A task from your own JSONL: lines go in, a task like the package's comes out.
 
     {"prompt": "Capital of France?", "answer": "Paris"}                               generated form
     {"prompt": "Capital of France?", "choices": ["Paris", "Rome"], "label": 0}        both forms
 
     completion               "paris."      reward 1.0; "I think Paris", "Rome" -1.0
-    completion               "20 + 22 = 42" where the answer is "42" or 42           reward 1.0; without a number -1.0
+    completion               "20 + 22 = 42" if the answer is "42" or 42              reward 1.0; without a number -1.0
 
 A file is read whole and checked line by line before anything is trained on it. One file is cut into three splits by
 hashes of its prompts; a folder has a file for each split, and a prompt of the test file in another one is an error.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -20,13 +18,11 @@ import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from ..rows import check as check_row
-from .task import FORMS, SPLITS, Chat, Record, Task, plain, read_lines, user_turn
+from ..rows import Row, check
+from .task import FORMS, SPLITS, Record, Task, plain, read_lines, user_turn
 from .word_problem import final_number
 
-Check = Callable[[str, Mapping[str, Any]], bool]
 TAKEN = {"completions", "prompts", "self"}  # of the arguments of `Task.reward`
 SHARES = {"test": 20, "validation": 10}  # percent of a single file; the rest is train
 
@@ -36,41 +32,41 @@ def jsonl_task(
     name: str | None = None,
     kind: str = "other",
     description: str | None = None,
-    check: Check | None = None,
+    score: Callable[[str, Row], float] | None = None,
 ) -> Task:
     """
-    Turn a JSONL of one's own into a task: `task.rows("train")`, `task.reward`.
+    Turn your own JSONL into a task: `task.rows("train")`, `task.reward`.
 
     Args:
         source (`str` or path):
             A `.jsonl` or `.jsonl.gz` file, or a folder with `train`, `validation` and `test` ones, of which some may
             be missing. A line has `prompt` (a text or a chat) and either `answer` (a text or a number) or `choices`
-            (two or more different texts) with `label` (the index of the right one); `id` is optional and
-            stands once in a file, and all other fields come along in the rows. All lines of a source are of one sort.
+            (two or more different texts) with `label` (the index of the right one); `id` is optional and occurs once
+            in a file, and all other fields stay in the rows. All lines of a source are of one sort.
         name (`str`, *optional*):
             Name of the task, default the file's or the folder's.
         kind (`str`, defaults to `"other"`):
             What a dispatcher calls its questions.
         description (`str`, *optional*):
             One line for people.
-        check (callable `(completion, row) -> bool`, *optional*):
-            Judges a free text. The default compares numbers where the answer is one, with the number that the
-            completion ends with, else texts, but for case, spaces and a full stop.
+        score (callable `(completion, row) -> float`, *optional*):
+            Grades a free text from 0 to 1. The default compares numbers if the answer is one, with the last number
+            of the completion, else texts, apart from case, spaces and a full stop.
 
     Returns:
         [`Task`], which [`register_task`] makes known by its name.
 
     Raises:
         `FileNotFoundError`: if there is no such file, or none in the folder.
-        `ValueError`: if a line isn't as above, with file, line and what was expected.
+        `ValueError`: if a line breaks these rules, with file, line and what was expected.
     """
     path = Path(source)
     stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
-    return _JsonlTask(path, name or stem, kind, description or f"rows of {path.name}", check)
+    return _JsonlTask(path, name or stem, kind, description or f"rows of {path.name}", score or same_answer)
 
 
 class _Line(Record):
-    """A record that knows where it stands."""
+    """A record with its file and line."""
 
     place = ""
 
@@ -78,81 +74,84 @@ class _Line(Record):
 class _JsonlTask(Task):
     """Rows of a file or a folder; records are the lines, each with an id."""
 
-    def __init__(self, path: Path, name: str, kind: str, description: str, check: Check | None) -> None:
-        self.name, self.kind, self.description, self._check = name, kind, description, check
+    def __init__(self, path: Path, name: str, kind: str, description: str, score: Callable[[str, Row], float]) -> None:
+        self.name, self.kind, self.description, self._score = name, kind, description, score
         self._records_of = _read_splits(path)
         self.files = {split: split for split in SPLITS if split in self._records_of}
         for split, records in self._records_of.items():
             for index, record in enumerate(records):
-                own = record.get("id")
-                record["id"] = f"{name}-{split}-{index}" if own is None else str(own)
-        self._places = {(s, record["id"]): record.place for s, some in self._records_of.items() for record in some}
-        sorts = {"choices" in record for records in self._records_of.values() for record in records}
+                id = record.get("id")
+                record["id"] = f"{name}-{split}-{index}" if id is None else str(id)
+        self._places = {(split, record["id"]): record.place for split in self.files for record in self._lines(split)}
+        sorts = {"choices" in record for split in self.files for record in self._lines(split)}
         if len(sorts) > 1:
             raise ValueError(f"'{path}' has lines with 'choices' and lines with 'answer'. Make two sources of them.")
         self.forms = FORMS if sorts == {True} else ("generate",)
 
-    def _records(self, split: str, folder: str | os.PathLike[str] | None) -> list[Record]:
-        return [dict(record) for record in self._records_of[split]]
+    def _lines(self, split: str) -> list[_Line]:
+        return self._records_of[split]
 
-    def place(self, split: str, row: Mapping[str, Any]) -> str:
-        """Name file and line."""
+    def _records(self, split: str, folder: str | os.PathLike[str] | None) -> list[Record]:
+        return [dict(record) for record in self._lines(split)]
+
+    def place(self, split: str, row: Row) -> str:
+        """Return the file and line of a row."""
         return self._places[split, row["id"]]
 
     def row(self, raw: Record) -> Record:
-        """Give the line with its prompt as a chat and, where it has choices, the right one as the answer."""
+        """Return the line with its prompt as a chat and its right choice, if it has choices, as the answer."""
         extra = {field: value for field, value in raw.items() if field not in ("choices", "label")}
         answer = raw["choices"][raw["label"]] if "choices" in raw else raw["answer"]
-        return {**extra, "prompt": _chat(raw["prompt"]), "answer": str(answer), "task": self.name}
+        return {**extra, "prompt": user_turn(raw["prompt"]), "answer": str(answer), "task": self.name}
 
     def choice_row(self, raw: Record, pool: Sequence[Record] = (), seed: int = 0) -> Record | None:
-        """Give the line with its choices in an order that the seed fixes."""
+        """Return the line with its choices in an order that the seed fixes."""
         order = list(range(len(raw["choices"])))
         random.Random(f"{self.name}:{raw['id']}:{seed}").shuffle(order)
         choices, label = [raw["choices"][index] for index in order], order.index(raw["label"])
-        return {**raw, "prompt": _chat(raw["prompt"]), "choices": choices, "label": label, "task": self.name}
+        return {**raw, "prompt": user_turn(raw["prompt"]), "choices": choices, "label": label, "task": self.name}
 
-    def check(self, completion: str, row: Mapping[str, Any]) -> bool:
-        """Judge by the given function, else by number or by text."""
-        return (self._check or same_answer)(completion, row)
+    def score(self, completion: str, row: Row) -> float:
+        """Grade by the given function, else by number or by text."""
+        return float(self._score(completion, row))
 
 
-def same_answer(completion: str, row: Mapping[str, Any]) -> bool:
-    """Compare with `row["answer"]`: by the last number where that is a number, else as texts."""
+def same_answer(completion: str, row: Row) -> float:
+    """Compare with `row["answer"]`: by the last number if that is a number, else as texts."""
     answer = str(row["answer"])
     if _is_number(answer):
-        return final_number(completion) == final_number(answer)
-    return _bare(completion) == _bare(answer)
+        return float(final_number(completion) == final_number(answer))
+    return float(plain(completion).rstrip(".") == plain(answer).rstrip("."))
 
 
 def _read_splits(path: Path) -> dict[str, list[_Line]]:
-    if path.is_dir():
-        files = {split: [path / f"{split}{end}" for end in (".jsonl.gz", ".jsonl")] for split in SPLITS}
-        found = {split: next(filter(Path.is_file, paths), None) for split, paths in files.items()}
-        splits = {split: _read(file) for split, file in found.items() if file is not None}
-        if not splits:
-            raise FileNotFoundError(f"'{path}' has none of train.jsonl, validation.jsonl, test.jsonl (or .jsonl.gz).")
-        _refuse_leaks(path, splits)
-        return splits
-    if not path.is_file():
+    if path.is_file():
+        return _cut(path, _read(path))
+    if not path.is_dir():
         raise FileNotFoundError(f"There is no file or folder '{path}'. Expected a .jsonl or .jsonl.gz file.")
-    return _cut(path, _read(path))
+    candidates = {split: [path / f"{split}{end}" for end in (".jsonl.gz", ".jsonl")] for split in SPLITS}
+    files = {split: next(filter(Path.is_file, paths), None) for split, paths in candidates.items()}
+    splits = {split: _read(file) for split, file in files.items() if file is not None}
+    if not splits:
+        raise FileNotFoundError(f"'{path}' has none of train.jsonl, validation.jsonl, test.jsonl (or .jsonl.gz).")
+    _refuse_leaks(path, splits)
+    return splits
 
 
 def _read(path: Path) -> list[_Line]:
     records: list[_Line] = []
-    lines_of: dict[str, int] = {}  # by id
-    for number, line in read_lines(path):
-        try:
-            record = json.loads(line, parse_constant=_refuse_constant)
-        except ValueError as error:
-            raise ValueError(f"'{path}', line {number}: not JSON: {error}.") from None
+    lines: dict[str, int] = {}  # by id
+    for number, text in read_lines(path):
         where = f"'{path}', line {number}"
-        _wrong(record, where)
-        if record.get("id") is not None and (first := lines_of.setdefault(str(record["id"]), number)) != number:
-            raise ValueError(
-                f"{where}: its id {str(record['id'])!r} is also that of line {first}: omit ids, or make them differ."
-            )
+        try:
+            record = json.loads(text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: not JSON: {error}.") from None
+        check(record, where, answered=True)
+        if taken := sorted(TAKEN & record.keys()):
+            raise ValueError(f"{where}: a field cannot be called {taken[0]!r}: rewards have an argument of this name.")
+        if record.get("id") is not None and (first := lines.setdefault(str(record["id"]), number)) != number:
+            raise ValueError(f"{where}: its id {str(record['id'])!r} is also that of line {first}: make them differ.")
         records.append(_Line(record))
         records[-1].place = where
     if not records:
@@ -161,27 +160,17 @@ def _read(path: Path) -> list[_Line]:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
-
-
-def _wrong(record: Any, where: str) -> None:
-    check_row(record, where, answered=True)
-    if taken := sorted(TAKEN & record.keys()):
-        raise ValueError(
-            f"{where}: a field cannot be called {taken[0]!r}: rewards get something else under this name."
-        )
+    raise ValueError(f"{name} isn't a number")
 
 
 def _cut(path: Path, records: list[_Line]) -> dict[str, list[_Line]]:
     """Deal the lines of one file by hashes of their prompts, so that equal prompts stay together."""
     splits: dict[str, list[_Line]] = {split: [] for split in SPLITS}
+    held_out = SHARES["test"] + SHARES["validation"]
     for record in records:
         share = int(hashlib.sha256(_key(record).encode()).hexdigest(), 16) % 100
-        held_out = SHARES["test"] + SHARES["validation"]
-        split = "test" if share < SHARES["test"] else "validation" if share < held_out else "train"
-        splits[split].append(record)
-    empty = [split for split, found in splits.items() if not found]
-    if empty:
+        splits["test" if share < SHARES["test"] else "validation" if share < held_out else "train"].append(record)
+    if empty := [split for split, dealt in splits.items() if not dealt]:
         raise ValueError(
             f"'{path}' has {len(records)} lines, too few to cut: nothing falls to {' and '.join(empty)}. Add lines, "
             "or make a folder of train.jsonl, validation.jsonl and test.jsonl."
@@ -192,20 +181,15 @@ def _cut(path: Path, records: list[_Line]) -> dict[str, list[_Line]]:
 def _refuse_leaks(path: Path, splits: Mapping[str, list[_Line]]) -> None:
     tested = {_key(record) for record in splits.get("test", ())}
     for split in ("train", "validation"):
-        shared = [record for record in splits.get(split, ()) if _key(record) in tested]
-        if shared:
+        if shared := [record for record in splits.get(split, ()) if _key(record) in tested]:
             raise ValueError(
-                f"'{path}': {len(shared)} prompts of {split} are in test, too, such as {shared[0]['prompt']!r:.80}. "
+                f"'{path}': {len(shared)} prompts of {split} are also in test, such as {shared[0]['prompt']!r:.80}. "
                 "Take them out of one of the files."
             )
 
 
 def _key(record: Record) -> str:
-    return plain("\n".join(str(message["content"]) for message in _chat(record["prompt"])))
-
-
-def _chat(prompt: str | Chat) -> Chat:
-    return user_turn(prompt) if isinstance(prompt, str) else prompt
+    return plain("\n".join(str(message["content"]) for message in user_turn(record["prompt"])))
 
 
 def _is_number(text: str) -> bool:
@@ -214,7 +198,3 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return final_number(text) is not None
-
-
-def _bare(text: str) -> str:
-    return plain(text).rstrip(".")

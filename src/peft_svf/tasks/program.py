@@ -6,8 +6,6 @@ Goes in: a problem and its published program. Comes out: the program under a neu
 problems about as long, and the verdict of the problem's asserts on a completion.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import random
@@ -19,7 +17,7 @@ from .sandbox import run_python
 from .task import Record, Task
 
 ENTRY, HELPER = "solve", "helper"
-_BLOCK = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+_BLOCK = re.compile(r"```(?:[ \t]*(?:python|py))?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 _CALLED = re.compile(r"\b([A-Za-z_]\w*)\s*\(")
 
 
@@ -34,7 +32,7 @@ class CodeTask(Task):
         raise NotImplementedError
 
     def options(self, raw: Record, pool: Sequence[Record], rng: random.Random) -> tuple[str, list[str]] | None:
-        """Give the record's program and three of other problems that are about as long, in characters and in lines."""
+        """Return the record's program and three of other problems that are about as long."""
         right = self.program(raw)
         if right is None:
             return None
@@ -63,14 +61,14 @@ class CodeTask(Task):
         text = printed_program(found[0], tuple(found[1].items()))
         return text if text is not None and len(text) <= self.max_characters else None
 
-    def check(self, completion: str, row: Mapping[str, Any]) -> bool:
+    def score(self, completion: str, row: Mapping[str, Any]) -> float:
         """Run the first code block, or the whole text where there is none, against the asserts in the sandbox."""
         asserts = [*filter(None, [row.get("setup")]), *row["tests"]]
-        return run_python(code_block(completion), asserts).ok
+        return float(run_python(code_block(completion), asserts).ok)
 
 
 def code_block(text: str) -> str:
-    """Give the content of the first fenced block, or the whole text."""
+    """Return the content of the first fenced block, or the whole text."""
     found = _BLOCK.search(text)
     return found.group(1) if found else text
 

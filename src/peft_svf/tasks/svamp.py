@@ -22,8 +22,6 @@ is fixed by hashes of these words, not by the order of the file.
 Source: SVAMP (Patel et al. 2021, arXiv 2103.07191). Licence: MIT.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import re

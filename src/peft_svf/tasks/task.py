@@ -3,23 +3,24 @@
 What every benchmark shares: a split becomes rows, a completion becomes right or wrong.
 
 Goes in: records of a benchmark, from `<folder>/<name>/<split>.jsonl.gz` or from the Hub. Comes out: rows of one of two
-forms, and a reward. The *generated form* asks for free text that `check` judges. In the *choice form* the action is
+forms, and a reward. The *generated form* asks for free text that `score` grades. In the *choice form* the action is
 one of the texts in `choices`, and the policy is the softmax of their summed token log-likelihoods as the assistant's
 answer to `prompt`. A record of the test split is never handed out for training or validation. A task knows no model
 and no tokenizer; `datasets` is imported only when the Hub is asked.
 """
 
-from __future__ import annotations
-
-import gzip
 import hashlib
 import json
 import os
 import random
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..files import read_bytes
+
+LARGEST = 4 << 30  # bytes of a data set, unpacked
 DATA_VARIABLE = "PEFT_SVF_DATA"
 SPLITS = ("train", "validation", "test")
 FORMS = ("choice", "generate")
@@ -28,9 +29,9 @@ Record = dict[str, Any]
 Chat = list[dict[str, Any]]
 
 
-def user_turn(text: str) -> Chat:
-    """Make the chat of one user message."""
-    return [{"role": "user", "content": text}]
+def user_turn(prompt: str | Chat) -> Chat:
+    """Return a text as the chat of one user message; a chat stays as it is."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 class HubSource(NamedTuple):
@@ -45,7 +46,7 @@ class Task:
     """
     A benchmark: where its records lie, how a record becomes a row, which completion is right.
 
-    A benchmark is a subclass that sets the class attributes and writes `row`, `check`, `question` and `options`; the
+    A benchmark is a subclass that sets the class attributes and writes `row`, `score`, `question` and `options`; the
     others have defaults. A task keeps no state.
 
     Attributes:
@@ -56,6 +57,7 @@ class Task:
             is named like the split.
         forms (`tuple` of `str`): The forms that there are, of "choice" and "generate".
         hub ([`HubSource`], *optional*): Where the same records lie on the Hub.
+        published_names (`bool`): Whether a file that is named like a split ("test") may be another split.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Task:
     files: Mapping[str, str] = {split: split for split in SPLITS}
     forms: tuple[str, ...] = FORMS
     hub: HubSource | None = None
+    published_names = False
 
     def __repr__(self) -> str:
         return f"<Task {self.name!r}: {self.description}>"
@@ -71,23 +74,19 @@ class Task:
     # What a benchmark says of itself -----------------------------------------------------------------------------
 
     def row(self, raw: Record) -> Record:
-        """Make a row of the generated form: `prompt` (a chat), `answer`, `id`, `task` and what `check` needs."""
-        raise NotImplementedError
-
-    def check(self, completion: str, row: Mapping[str, Any]) -> bool:
-        """Tell whether a free text answers a row of the generated form."""
+        """Make a row of the generated form: `prompt` (a chat), `answer`, `id`, `task` and what `score` needs."""
         raise NotImplementedError
 
     def score(self, completion: str, row: Mapping[str, Any]) -> float:
-        """Grade a free text from 0 to 1. The default is 1 where `check` says it's right, else 0."""
-        return 1.0 if self.check(completion, row) else 0.0
+        """Grade a free text that answers a row of the generated form, from 0 (wrong) to 1 (right)."""
+        raise NotImplementedError
 
     def question(self, raw: Record, choices: Sequence[str]) -> str:
-        """Give the user's text of the choice form, in which the choices may be listed."""
+        """Return the user's text of the choice form, in which the choices may be listed."""
         raise NotImplementedError
 
     def options(self, raw: Record, pool: Sequence[Record], rng: random.Random) -> tuple[str, list[str]] | None:
-        """Give the right choice and the wrong ones, or `None` to leave the record out of the choice form."""
+        """Return the right choice and the wrong ones, or `None` to leave the record out of the choice form."""
         raise NotImplementedError
 
     def cut(self, split: str, records: list[Record]) -> list[Record]:
@@ -95,7 +94,7 @@ class Task:
         return records
 
     def identify(self, record: Record, place: str) -> str:
-        """Give a record's id: its own, else its place, "arc_easy-test-12"."""
+        """Return a record's id: its own, else its place, "arc_easy-test-12"."""
         return str(record.get("id", place))
 
     def place(self, split: str, row: Mapping[str, Any]) -> str:
@@ -103,7 +102,7 @@ class Task:
         return f"Task '{self.name}', {split} row {row['id']!r}"
 
     def item(self, raw: Record) -> str:
-        """Give what makes two records the same item: the prompt of the generated form, but for case and spaces."""
+        """Return what makes two records the same item: the prompt of the generated form, but for case and spaces."""
         return plain("\n".join(str(message["content"]) for message in self.row(raw)["prompt"]))
 
     def from_hub(self, record: Record) -> Record:
@@ -232,12 +231,8 @@ class Task:
         """
         lists = {name: c for name, c in columns.items() if isinstance(c, (list, tuple)) and len(c) == len(completions)}
         rewards = []
-        for index, completion in enumerate(completions):
+        for index, text in enumerate(map(_text, completions)):
             row = {name: column[index] for name, column in lists.items()}
-            if isinstance(completion, str):
-                text = completion
-            else:
-                text = "".join(message.get("content") or "" for message in completion)
             if row.get("choices") is not None:
                 score = float(text == row["choices"][row["label"]])
             else:
@@ -256,13 +251,9 @@ class Task:
         # a file of its own ("validation" where it's usually cut out of "train") holds the split and nothing else
         return self.cut(split, records) if file == self.files[split] else records
 
-    def _candidates(self, split: str) -> list[str]:
-        """Name the files that may hold a split, the first goes first."""
-        return list(dict.fromkeys((split, self.files[split])))
-
     def _read_folder(self, split: str, folder: Path) -> tuple[str, list[Record]]:
         looked = []
-        for file in self._candidates(split):
+        for file in [self.files[split]] if self.published_names else dict.fromkeys((split, self.files[split])):
             for suffix in (".jsonl.gz", ".jsonl"):
                 path = folder / self.name / f"{file}{suffix}"
                 if path.is_file():
@@ -304,13 +295,48 @@ class Task:
         return [self.from_hub(dict(record)) for record in table]
 
 
+def format_reward(pattern: str) -> Callable[..., list[float]]:
+    """
+    Make a reward function for the form of an answer: 1 if the completion contains the pattern, else 0.
+
+    Give it a small weight beside the task's reward, `reward_weights=[1.0, 0.1]`, so that a right answer in the wrong
+    form stays better than a wrong one in the right form.
+
+    Args:
+        pattern (`str`):
+            Regular expression, searched with `.` matching line ends, such as `r"[Aa]nswer is -?[\\d,.]+\\s*$"`.
+
+    Returns:
+        A function `(completions, **columns) -> list[float]`.
+
+    Raises:
+        `ValueError`: if the pattern isn't a regular expression.
+    """
+    try:
+        compiled = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"The format {pattern!r} isn't a regular expression: {error}.") from error
+
+    def format_reward(completions: Sequence[str | Chat], **columns: Any) -> list[float]:
+        return [float(compiled.search(text) is not None) for text in map(_text, completions)]
+
+    return format_reward
+
+
+def _text(completion: str | Chat) -> str:
+    """Return a completion as a text: TRL passes texts or lists of messages."""
+    if isinstance(completion, str):
+        return completion
+    return "".join(message.get("content") or "" for message in completion)
+
+
 def shuffled(records: Sequence[Record], seed: str) -> list[Record]:
     """Order records by a hash of their ids: what is in both keeps its order in a file and in a part of that file."""
     return sorted(records, key=lambda record: hashlib.sha256(f"{seed}:{record['id']}".encode()).digest())
 
 
 def plain(text: str) -> str:
-    """Give a text in lower case with single spaces: what differs in these alone is the same item."""
+    """Return a text in lower case with single spaces: what differs in these alone is the same item."""
     return " ".join(text.lower().split())
 
 
@@ -320,7 +346,6 @@ def read_jsonl(path: Path) -> list[Record]:
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """Read the lines that aren't empty, each with its number from 1, from a plain or a gzipped file."""
-    data = path.read_bytes()
-    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    """Return the lines of a text file that aren't empty, each with its number from 1; errors as in `read_bytes`."""
+    text = read_bytes(path, LARGEST).decode("utf-8-sig")
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]

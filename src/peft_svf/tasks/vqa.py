@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What questions about images share: a prompt with an image part, answers of ten people, VQA accuracy.
+TextVQA and OK-VQA: questions about photographs, each with ten answers of people.
 
-Goes in: a question, an image, the people's answers. Comes out: a row whose `image` is the undecoded form of
-`datasets.Image`, `{"path": ..., "bytes": ...}`, so that no picture is opened before it is needed, and a grade:
+    prompt (generated form)  [image] what is the brand of this camera?
+                             Answer with a single word or phrase.
+    answers                  "dakota" 8 times, "nous les gosses", "clos culombu"
+    completion               "Dakota"      accuracy 1, reward 1.0; an answer of one person 1/3, -1/3; of nobody 0, -1.0
+
+There is no choice form. The `image` of a row is the undecoded form of `datasets.Image`, `{"path": ..., "bytes": ...}`,
+so that no picture is opened before it is needed. The grade is VQA accuracy,
 
     accuracy = min(1, number of people who gave the answer / 3)
 
@@ -13,9 +18,18 @@ the mean of that formula over the ten sets of nine people: 0.3, 0.6 and 0.9 wher
 
     from datasets import Dataset, Image
     Dataset.from_list(task.rows("train", "generate", limit=1000)).cast_column("image", Image())   # decodes on access
-"""
 
-from __future__ import annotations
+Splits: test is the published validation set of TextVQA, whose test answers aren't public, and the published test set
+of OK-VQA; by a hash of the image 1 in 10 training images is validation, the others train.
+
+A folder has `textvqa/TextVQA_0.5.1_{train,val}.json` with images in `textvqa/train_images`, and
+`okvqa/OpenEnded_mscoco_{train,val}2014_questions.json` with `mscoco_{train,val}2014_annotations.json` and images in
+`okvqa/{train,val}2014`; or `<task>/<file>.jsonl.gz` with the fields that [`Vqa`] lists. The Hub has only the test
+split of OK-VQA.
+
+Source: TextVQA (Singh et al. 2019, arXiv 1904.08920), images of OpenImages; OK-VQA (Marino et al. 2019, arXiv
+1906.00067), images of COCO. Licence: CC BY 4.0, both.
+"""
 
 import functools
 import hashlib
@@ -27,7 +41,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .task import Record, Task
+from .task import HubSource, Record, Task
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {word: str(digit) for digit, word in enumerate(_NUMBERS)} | {"none": "0"}
@@ -45,6 +59,7 @@ class Vqa(Task):
 
     kind = "vision"
     forms = ("generate",)
+    published_names = True  # the published validation set is the test split
     annotations: Mapping[str, tuple[str, ...]]  # file -> names of the published JSON files that hold it
 
     def image_path(self, file: str, image_id: Any) -> str:
@@ -68,16 +83,12 @@ class Vqa(Task):
         """Grade with VQA accuracy."""
         return vqa_accuracy(completion, row["answers"])
 
-    def check(self, completion: str, row: Mapping[str, Any]) -> bool:
-        """Tell whether three people or more gave the answer; `score` has the grades in between."""
-        return self.score(completion, row) == 1.0
-
     def item(self, raw: Record) -> str:
-        """Give image and question."""
+        """Return image and question."""
         return f"{raw['image_id']}\n{raw['question'].lower()}"
 
     def identify(self, record: Record, place: str) -> str:
-        """Give the published question_id."""
+        """Return the published question_id."""
         return f"{self.name}-{record['question_id']}"
 
     def cut(self, split: str, records: list[Record]) -> list[Record]:
@@ -86,9 +97,6 @@ class Vqa(Task):
             return records
         wanted = split == "validation"
         return [record for record in records if (_hash(record["image_id"]) % 10 == 0) == wanted]
-
-    def _candidates(self, split: str) -> list[str]:
-        return [self.files[split]]  # the published validation set is the test split, whatever its name
 
     def _read_folder(self, split: str, folder: Path) -> tuple[str, list[Record]]:
         """Read the published JSON files, or rows of our own with the same fields and an `image` path."""
@@ -120,6 +128,52 @@ class Vqa(Task):
         for index, record in enumerate(records):
             record["image"] = functools.partial(_stored, images, index)
         return records
+
+
+class TextVqa(Vqa):
+    """Questions about text in photographs."""
+
+    name = "textvqa"
+    description = "questions about text in photographs"
+    files: Mapping[str, str] = {"train": "train", "validation": "train", "test": "val"}
+    hub = HubSource("lmms-lab/textvqa", None, {"train": "train", "val": "validation"})
+    annotations: Mapping[str, tuple[str, ...]] = {file: (f"TextVQA_0.5.1_{file}.json",) for file in ("train", "val")}
+
+    def image_path(self, file: str, image_id: Any) -> str:
+        """Name the image: one archive holds those of both files."""
+        return f"train_images/{image_id}.jpg"
+
+    def _published(self, *contents: dict[str, Any]) -> list[Record]:
+        return [dict(record) for record in contents[0]["data"]]
+
+
+class OkVqa(Vqa):
+    """Questions that need outside knowledge."""
+
+    name = "okvqa"
+    description = "questions about photographs that need outside knowledge"
+    files: Mapping[str, str] = {"train": "train2014", "validation": "train2014", "test": "val2014"}
+    hub = HubSource("lmms-lab/OK-VQA", None, {"val2014": "val2014"})
+    annotations: Mapping[str, tuple[str, ...]] = {
+        file: (f"OpenEnded_mscoco_{file}_questions.json", f"mscoco_{file}_annotations.json")
+        for file in ("train2014", "val2014")
+    }
+
+    def image_path(self, file: str, image_id: Any) -> str:
+        """Name the image as COCO does: twelve digits, zeros in front."""
+        return f"{file}/COCO_{file}_{int(image_id):012d}.jpg"
+
+    def from_hub(self, record: Record) -> Record:
+        """Use the question's id for the image, which the Hub doesn't number."""
+        return {"image_id": record["question_id"], **record}
+
+    def _published(self, *contents: dict[str, Any]) -> list[Record]:
+        questions, annotations = contents
+        answers = {entry["question_id"]: entry["answers"] for entry in annotations["annotations"]}
+        return [
+            {**question, "answers": [entry["answer"] for entry in answers[question["question_id"]]]}
+            for question in questions["questions"]
+        ]
 
 
 def vqa_accuracy(answer: str, people: Iterable[str]) -> float:

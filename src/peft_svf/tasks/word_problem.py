@@ -6,8 +6,6 @@ Goes in: a problem and its calculation. Comes out: a `Fraction` read from a comp
 the problem's own numbers. Exact arithmetic throughout: answers of plain digits need no library that reads formulas.
 """
 
-from __future__ import annotations
-
 import operator
 import random
 import re
@@ -20,7 +18,8 @@ from .task import Record, Task, user_turn
 Calculation = tuple[Fraction, str, Fraction]  # a, one of "+-*/", b
 
 _NUMBER = re.compile(r"(?<![\w.])(-?)\s?\$?(\d[\d,]*(?:\.\d+)?|\.\d+)")
-_STATED = re.compile(r"(?:####|answer\s+is\s*:?)\s*\**\s*(-?\s?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+))", re.IGNORECASE)
+_STATED = re.compile(r"(?:####|answer\s+is)[\s:*]*(-?\s?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+))", re.IGNORECASE)
+_DIGITS = 64  # that are read of a number; no answer has more, and exact arithmetic on thousands of them is slow
 _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 _WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _VALUES = {word: value for value, word in enumerate(_WORDS, 1)} | {"half": 2, "twice": 2, "double": 2, "dozen": 12}
@@ -40,11 +39,11 @@ class WordProblem(Task):
         raise NotImplementedError
 
     def question(self, raw: Record, choices: Sequence[str]) -> str:
-        """Give the bare problem."""
+        """Return the bare problem."""
         return raw["question"]
 
     def options(self, raw: Record, pool: Sequence[Record], rng: random.Random) -> tuple[str, list[str]] | None:
-        """Give the calculation with the right result and three with others, made from the same numbers."""
+        """Return the calculation with the right result and three with others, made from the same numbers."""
         solution = self.solution(raw)
         if solution is None:
             return None
@@ -61,9 +60,9 @@ class WordProblem(Task):
             "task": self.name,
         }
 
-    def check(self, completion: str, row: Mapping[str, Any]) -> bool:
+    def score(self, completion: str, row: Mapping[str, Any]) -> float:
         """Compare the number that the completion ends with, by value."""
-        return final_number(completion) == final_number(str(row["answer"]))
+        return float(final_number(completion) == final_number(str(row["answer"])))
 
 
 def numbers_in(text: str) -> list[Fraction]:
@@ -138,4 +137,7 @@ def _numbers_said(text: str) -> list[Fraction]:
 
 
 def _value(sign: str, digits: str) -> Fraction:
-    return Fraction(digits.replace(",", "")) * (-1 if sign else 1)
+    whole, _, part = digits.replace(",", "").lstrip("0").partition(".")
+    longer = min(len(whole[_DIGITS:]), 1000)  # further digits count as zeros
+    value = Fraction(f"{whole[:_DIGITS] or 0}.{part[:_DIGITS] or 0}") * 10**longer
+    return -value if sign else value

@@ -2,6 +2,6 @@
 """Rows and a reward -> an expert: REINFORCE and evolution strategies (extra `train`)."""
 
 from .evolution import EvolutionConfig, EvolutionTrainer
-from .reinforce import ReinforceConfig, ReinforceTrainer, format_reward
+from .reinforce import ReinforceConfig, ReinforceTrainer
 
-__all__ = ["EvolutionConfig", "EvolutionTrainer", "ReinforceConfig", "ReinforceTrainer", "format_reward"]
+__all__ = ["EvolutionConfig", "EvolutionTrainer", "ReinforceConfig", "ReinforceTrainer"]

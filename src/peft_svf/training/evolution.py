@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from ..evaluation import choice_logps, complete
 from ..tuner.config import SVFConfig
 from ..tuner.layer import SVFLayer, active_rows, svf_layers
+from .rollout import shared_prompts
 from .run import Run, check_run, z_statistics
 
 Row = Mapping[str, Any]
@@ -244,12 +245,13 @@ class EvolutionTrainer(Run, Trainer):
         """Rewards `(members, rows)` of greedy completions."""
         everything = [*rows] * len(members)
         with self._as(members), self.compute_loss_context_manager():
-            texts = self._complete(everything)
+            texts = self._complete(everything, len(members))
         return self._rewards(everything, texts).view(len(members), len(rows))
 
-    def _complete(self, rows: Sequence[Row]) -> list[str]:
+    def _complete(self, rows: Sequence[Row], members: int = 1) -> list[str]:
         prompts, length = [row["prompt"] for row in rows], self.args.max_completion_length
-        return complete(self.model, self.processing_class, prompts, max_new_tokens=length)
+        with shared_prompts(self.model, members):
+            return complete(self.model, self.processing_class, prompts, max_new_tokens=length)
 
     @contextmanager
     def _as(self, members: Tensor) -> Iterator[None]:

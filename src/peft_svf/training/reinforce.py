@@ -13,9 +13,8 @@ import inspect
 import json
 import logging
 import os
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from transformers import GenerationConfig
 
 from ..evaluation import choice_logps
 from ..tuner.model import SVFModel
+from .rollout import can_share, checkpoints_activations, completion_logps, distinct_prompts, shared_prompts
 from .run import PromptFilter, Run, check_run, z_statistics
 
 try:
@@ -75,35 +75,6 @@ def advantages_of(rewards: Tensor, estimator: Estimator, num_generations: int = 
     return centred.nan_to_num(0).flatten()
 
 
-def format_reward(pattern: str) -> Callable[..., list[float]]:
-    """
-    Make a reward function for the form of an answer: 1 where the completion contains the pattern, else 0.
-
-    Meant to stand beside the task's reward with a small weight, `reward_weights=[1.0, 0.1]`, so that a right answer in
-    the wrong form stays better than a wrong one in the right form.
-
-    Args:
-        pattern (`str`):
-            Regular expression, searched with `.` matching line ends, such as `r"[Aa]nswer is -?[\\d,.]+\\s*$"`.
-
-    Returns:
-        A function `(completions, **columns) -> list[float]`.
-
-    Raises:
-        `ValueError`: if the pattern is no regular expression.
-    """
-    try:
-        compiled = re.compile(pattern, re.DOTALL)
-    except re.error as error:
-        raise ValueError(f"The format {pattern!r} is no regular expression: {error}.") from error
-
-    def format_reward(completions: Sequence[str | list[dict[str, Any]]], **columns: Any) -> list[float]:
-        texts = [c if isinstance(c, str) else "".join(m.get("content") or "" for m in c) for c in completions]
-        return [float(compiled.search(text) is not None) for text in texts]
-
-    return format_reward
-
-
 @dataclass
 class ReinforceConfig(GRPOConfig):
     """
@@ -147,6 +118,7 @@ class ReinforceConfig(GRPOConfig):
     beta: float = 0.0
     metric_for_best_model: str | None = "eval_reward"
     restore_callback_states_from_checkpoint: bool = True  # early stopping and the filter go on counting
+    gradient_checkpointing: bool = False  # it drops the cache, and each sample reads its prompt itself
     # Bases are buffers and never change. Sent at each forward, they would wait for processes whose rows need fewer.
     ddp_broadcast_buffers: bool | None = False
     advantage_estimator: Estimator = field(default="rloo", metadata={"help": "How rewards become advantages."})
@@ -496,6 +468,10 @@ class ReinforceTrainer(Run, GRPOTrainer):
         actions = [[k] for k in picks.tolist()]
         return [[i] for i in which], actions, None, completions, None, {}, None, []
 
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        with nullcontext() if self.use_vllm or self.is_fsdp_enabled else shared_prompts(self.model):
+            return super()._generate_single_turn(*args, **kwargs)
+
     def _hint_at_temperature(self, picked: float) -> None:
         if self.state.global_step == 0 and self.accelerator.is_main_process:
             logger.warning(
@@ -510,18 +486,51 @@ class ReinforceTrainer(Run, GRPOTrainer):
         input_ids: Tensor,
         attention_mask: Tensor,
         logits_to_keep: int,
-        *args: Any,
+        batch_size: int | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if not self._choice_form:
+        if self._choice_form:
+            numbers, places = torch.unique(input_ids[:, 0], return_inverse=True)
+            logps = self._policy(model, numbers, self._mode)[places]  # (B, K)
+            finite = logps.clamp(min=-1e4)  # absent choices: probability 0, and 0 * -1e4 = 0 where 0 * -inf is NaN
+            entropies = -(finite.exp() * finite).sum(-1, keepdim=True) if kwargs.get("compute_entropy") else None
+            return logps.gather(1, input_ids[:, 1:2]), entropies, None
+        if not self._can_share(model, kwargs):
             return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+                model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
             )
-        numbers, places = torch.unique(input_ids[:, 0], return_inverse=True)
-        logps = self._policy(model, numbers, self._mode)[places]  # (B, K)
-        finite = logps.clamp(min=-1e4)  # absent choices: probability 0, and 0 * -1e4 = 0 where 0 * -inf is NaN
-        entropies = -(finite.exp() * finite).sum(-1, keepdim=True) if kwargs.get("compute_entropy") else None
-        return logps.gather(1, input_ids[:, 1:2]), entropies, None
+        parts = []
+        size = batch_size or len(input_ids)
+        for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+            prompts = distinct_prompts(ids[:, :-logits_to_keep], mask[:, :-logits_to_keep])
+            if prompts is None:
+                part = super()._get_per_token_logps_and_entropies(model, ids, mask, logits_to_keep, **kwargs)
+                parts.append(part[:2])
+                continue
+            with self.accelerator.autocast():
+                parts.append(
+                    completion_logps(
+                        model, prompts, ids[:, -logits_to_keep:], mask[:, -logits_to_keep:], self.temperature
+                    )
+                )
+        logps, entropies = (
+            torch.cat(column) if column[0] is not None else None for column in zip(*parts, strict=True)
+        )
+        return logps, entropies if kwargs.get("compute_entropy") else None, None
+
+    def _can_share(self, model: Any, kwargs: Mapping[str, Any]) -> bool:
+        """Whether the prompts of a batch can be read once: text alone, a cache, and as many forwards everywhere."""
+        others = {name for name, value in kwargs.items() if value is not None} - {
+            "compute_entropy",
+            "compute_aux_loss",
+        }
+        return not (
+            others
+            or kwargs.get("compute_aux_loss")
+            or self.is_fsdp_enabled
+            or self.is_deepspeed_enabled
+            or checkpoints_activations(model)
+        ) and can_share(model)
 
     def _policy(self, model: Any, numbers: Tensor, mode: str) -> Tensor:
         """Log-probabilities `(rows, choices)` of the policy at `temperature` over the choices of the numbered rows."""
@@ -567,5 +576,4 @@ __all__ = [
     "ReinforceConfig",
     "ReinforceTrainer",
     "advantages_of",
-    "format_reward",
 ]

@@ -25,8 +25,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
-from ..tuner.bases import checked_bases
 from ..tuner.config import SVFConfig
+from ..tuner.fingerprint import Recorded
 from ..tuner.layer import svf_layers
 from ..tuner.targets import block_of
 
@@ -208,8 +208,8 @@ class Run:
         config = model.peft_config[name] if name else None
         if isinstance(config, SVFConfig) and not config.fingerprint and (checkpoint / CONFIG_NAME).is_file():
             saved = SVFConfig.from_pretrained(str(checkpoint))
-            checked_bases(model.get_base_model(), name, saved, config.basis_from)
-            config.record_fingerprint(saved.fingerprint)
+            model.base_model.check_fingerprint(name, saved)
+            config.fingerprint = Recorded(saved.fingerprint)
 
     def _load_ended(self, checkpoint: Path) -> TrainOutput:
         """Take state and adapter as `train` left them when it wrote its last checkpoint (transformers 5.23.0)."""
