@@ -556,10 +556,10 @@ class Linear(nn.Module, SVFLayer):
         return self
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.execution.call:
-            self.__dict__["_ran"] = self.execution.call
-        rows = self.rows
-        if not (args or kwargs or torch.compiler.is_compiling()) and (kept := self._kept_for(x, rows)) is not None:
+        rows, compiling = self.rows, torch.compiler.is_compiling()
+        if not compiling and self.execution.call:
+            self.__dict__["_ran"] = self.execution.call  # the short way around `nn.Module.__setattr__`
+        if not (args or kwargs or compiling) and (kept := self._kept_for(x, rows)) is not None:
             if isinstance(kept, Merged):
                 return F.linear(x, kept.weight, kept.bias)
             assert kept.scale is not None
