@@ -9,6 +9,7 @@ that can't run here has `<!-- skip: reason -->` on the line above it, and the re
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -94,6 +95,7 @@ def clone(hub, tmp_path, monkeypatch):
         "upload_folder",
         lambda self, *, repo_id, folder_path, **_: publish(repo_id, folder_path),
     )
+    return tmp_path
 
 
 def shell(code: str) -> None:
@@ -139,3 +141,14 @@ def test_every_block_of_a_page_runs(page, clone):
 def test_links_lead_to_files(page):
     links = [page.parent / link for link in LINK.findall(page.read_text())]
     assert [str(link) for link in links if not link.exists()] == []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", ["quickstart", "qsvf"])
+def test_examples_run(name, clone, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [f"{name}.py", *(["--questions", "4"] if name == "demo" else [])])
+    runpy.run_path(str(clone / "examples" / f"{name}.py"), run_name="__main__")
+    if name == "qsvf":  # trained on the packed base, better on the whole one too
+        losses = re.findall(r"loss .*: +([\d.]+) -> ([\d.]+)", capsys.readouterr().out)
+        assert len(losses) == 2 and all(float(after) < float(before) for before, after in losses)

@@ -14,7 +14,7 @@ from transformers import DynamicCache, GenerationConfig, LlamaModel, LogitsProce
 
 from peft_svf import Expert, ExpertLibrary, Mixture, Transformer2Model, two_pass
 from peft_svf.adaptation import FirstPass, first_pass
-from peft_svf.experts.expert import SavedExpert
+from peft_svf.experts.expert import SavedOffsets
 from peft_svf.pipeline import Transformer2Pipeline
 from peft_svf.tuner import layer as layer_module
 from peft_svf.tuner.layer import Linear, SVFLayer
@@ -477,7 +477,7 @@ def breaking(real, at):
 STEPS = {
     "first pass": (first_pass, "choice_logps", 1),
     "decision": (first_pass, "Mixture", 2),
-    "reading an expert": (SavedExpert, "load", 1),
+    "reading an expert": (SavedOffsets, "read", 1),
     "activation": (layer_module, "Rows", 5),
     "first layer": (Linear, "forward", 1),
     "second pass, prefill": (Linear, "forward", 20),

@@ -33,8 +33,8 @@ from transformers import (
 from .adaptation.few_shot import few_shot
 from .adaptation.first_pass import FirstPass, dispatch
 from .evaluation import CACHES, Summary, context_of, wilson
-from .experts.expert import OTHER, Expert, Mixture, SavedExpert
-from .experts.library import ExpertLibrary, Source, no_expert
+from .experts.expert import OTHER, Mixture
+from .experts.library import ExpertLibrary, Source, loaded, no_expert
 from .rows import Prompt, Reader, Row
 from .tasks import Task
 
@@ -114,6 +114,7 @@ class Transformer2Model:
             `ValueError`: without `model`, if the experts name none or several.
             `OSError`: if the base model can't be loaded.
         """
+        experts = loaded(experts)  # so that each file is opened once
         if model is None:
             model, revision = base_of(experts)
             kwargs = {"revision": revision, **kwargs} if revision else kwargs
@@ -387,8 +388,8 @@ def base_of(experts: Sequence[Source] | Mapping[str, Source]) -> tuple[str, str 
     Raises:
         `ValueError`: if they name none, or several.
     """
-    sources = experts.values() if isinstance(experts, Mapping) else experts
-    configs = [(s if isinstance(s, (Expert, SavedExpert)) else SavedExpert.find(s)).config for s in sources]
+    experts = loaded(experts)
+    configs = [expert.config for expert in (experts.values() if isinstance(experts, Mapping) else experts)]
     names = sorted({config["base_model_name_or_path"] for config in configs if config.get("base_model_name_or_path")})
     revisions = sorted({str(config["revision"]) for config in configs if config.get("revision")})
     if len(names) != 1 or len(revisions) > 1:

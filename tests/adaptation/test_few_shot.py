@@ -18,7 +18,7 @@ from peft_svf.adaptation import judge as evaluator
 from peft_svf.adaptation.few_shot import few_shot
 from peft_svf.adaptation.judge import blocks_of
 from peft_svf.evaluation import choice_logps, evaluate
-from peft_svf.experts.expert import Expert, SavedExpert
+from peft_svf.experts.expert import Expert, SavedOffsets
 from peft_svf.tasks import Task
 
 CHOICES = [
@@ -587,7 +587,7 @@ def test_a_search_keeps_the_limit_and_finds_what_it_finds_without(settings, fold
 def test_a_search_reads_experts_into_the_library_alone(folders, monkeypatch):
     own = ExpertLibrary(base(), [folders["math"], folders["code"]])
     few_shot(own, tokenizer, ANSWERS, **SMALL)
-    monkeypatch.setattr(SavedExpert, "load", lambda self: pytest.fail("read again"))
+    monkeypatch.setattr(SavedOffsets, "read", lambda self: pytest.fail("read again"))
     monkeypatch.setattr(adaptation, "digest_of_experts", lambda library: {})
     few_shot(own, tokenizer, ANSWERS, **SMALL)
 

@@ -2,12 +2,10 @@
 """Laws of training: gradients against a REINFORCE written by hand, and what a run may and may not change."""
 
 import functools
-import gzip
 import importlib
 import json
 import logging
 import math
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -15,22 +13,19 @@ import pico
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from peft import get_peft_model
 from tiny_model import tiny_model
 from trainers import (
     CHOICE_ROWS,
     EVALUATED,
     FORMS,
     QUIET,
-    ROOT,
     RUN,
     SHORT,
     STILL,
     TEXT_ROWS,
     TOKENIZER,
     chat,
-    environment,
     flat,
     offsets,
     random_rows,
@@ -839,31 +834,3 @@ def test_importing_training_without_trl_names_the_extra(monkeypatch):
     monkeypatch.delitem(sys.modules, "peft_svf.training.reinforce")
     with pytest.raises(ImportError, match=r"pip install 'peft-svf\[train\]'"):
         importlib.import_module("peft_svf.training.reinforce")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("form", ["choice", "generate"])
-def test_the_training_example_runs(form, tmp_path):
-    data = tmp_path / "data" / "arc_easy"
-    data.mkdir(parents=True)
-    with gzip.open(ROOT / "examples" / "data" / "arc_easy" / "validation.jsonl.gz", "rt") as file:
-        lines = [line for line in file.read().split("\n") if line][:24]
-    for split, part in (("train", lines[:8]), ("validation", lines[8:16]), ("test", lines[16:])):
-        with gzip.open(data / f"{split}.jsonl.gz", "wt") as file:
-            file.write("\n".join(part))
-    out = tmp_path / "expert"
-    script = [sys.executable, str(ROOT / "examples" / "train_expert.py"), "--tiny", "--task", "arc_easy"]
-    run = subprocess.run(
-        [*script, "--form", form, "--out", str(out)], capture_output=True, text=True,
-        env=environment(PEFT_SVF_DATA=str(data.parent)),
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    result = json.loads((out / "result.json").read_text())
-    assert (result["task"], result["form"], result["steps"], result["expert"]["n"]) == ("arc_easy", form, 2, 8)
-    assert result["command"].endswith(f"--out {out}")
-    assert (out / "adapter_model.safetensors").is_file() and (out / "adapter_config.json").is_file()
-    assert not list(out.glob("*.bin")) and not list(out.glob("*.pt"))
-    stored = load_file(out / "adapter_model.safetensors")
-    loaded = PeftModel.from_pretrained(tiny_model(), out).state_dict()
-    assert stored and all("svf_offset" in name for name in stored)
-    assert all(torch.equal(loaded[name.replace("svf_offset", "svf_offset.default")], stored[name]) for name in stored)

@@ -390,6 +390,22 @@ TAMPERED = {
     "matrix": (lambda t: t.update({KEY: torch.zeros(24, 2)}), r"shape \(24, 2\).*has 24 directions"),
     "NaN": (lambda t: t[KEY].fill_(float("nan")), rf"24 of 24 entries of its z-vector for {MODULE} that are NaN"),
     "one infinity": (lambda t: t[KEY][3:4].fill_(float("inf")), r"1 of 24 entries.*Use an earlier checkpoint"),
+    "1e30": (lambda t: t[KEY][3:4].fill_(1e30), rf"multiplier of 1e\+30 for {MODULE}, above 10000"),
+    "int64": (lambda t: t.update({KEY: t[KEY].long()}), rf"dtype torch.int64 for {MODULE}"),
+    "bool": (lambda t: t.update({KEY: t[KEY] > 0}), rf"dtype torch.bool for {MODULE}"),
+    "an embedding": (
+        lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.zeros(53, 24)}),
+        r"holds base_model.model.model.embed_tokens.weight, which isn't a z-vector.*overwrite the base model",
+    ),
+    "a norm": (lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(24)}), r"holds .*norm.weight"),
+    "a target's weight": (
+        lambda t: t.update({f"base_model.model.{MODULE}.base_layer.weight": torch.zeros(40, 24)}),
+        rf"holds base_model.model.{MODULE}.base_layer.weight",
+    ),
+    "a z-vector of another module": (
+        lambda t: t.update({"base_model.model.model.layers.0.self_attn.q_proj.svf_offset.weight": torch.ones(24)}),
+        r"holds .*q_proj.svf_offset.weight",
+    ),
 }
 
 
@@ -428,6 +444,22 @@ def test_a_tampered_file_leaves_a_head_that_would_be_saved_as_it_was(tmp_path):
         PeftModel.from_pretrained(base, tmp_path)
     assert state_of(base) == before
     assert torch.equal(logits(base), logits(build("bert")))
+
+
+def test_what_the_config_lists_is_loaded(tmp_path):
+    config = {"modules_to_save": ["lm_head"], "trainable_token_indices": {"embed_tokens": [1, 4]}}
+    make_expert(build(name="pico/home"), tmp_path, **config)
+    keys = load_file(tmp_path / "adapter_model.safetensors")
+    assert [key for key in keys if "lm_head" in key] and [key for key in keys if "embed_tokens" in key]
+    PeftModel.from_pretrained(build(name="pico/home"), tmp_path)
+
+
+@pytest.mark.parametrize("rank", [25, 10**12])
+def test_a_rank_above_every_weight_is_refused_and_the_base_stays(rank):
+    base = build()
+    with pytest.raises(ValueError, match=f"`rank` is {rank}, but the targets have at most 24 singular values"):
+        get_peft_model(base, SVFConfig(rank=rank))
+    assert not svf_layers(base)
 
 
 def test_a_vector_of_another_length_is_refused_by_transformers_as_well(expert):

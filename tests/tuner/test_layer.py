@@ -7,7 +7,7 @@ import oracle
 import pytest
 import torch
 from peft import get_peft_model
-from pico import build, matrix_of, one_layer, rows_of
+from pico import build, matrix_of, one_layer, randomize, rows_of
 from torch import nn
 
 from peft_svf import SVFConfig
@@ -438,3 +438,35 @@ def test_layers_are_named_as_in_the_base_model(wrap):
 )
 def test_a_block_ends_with_the_first_number_of_a_name(name, block):
     assert block_of(name) == block
+
+
+class Tied(nn.Module):
+    """Two linear modules with one weight, one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(7, 7, bias=False), nn.Linear(7, 7, bias=False)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+
+def test_a_weight_that_modules_share_is_not_merged_and_stays_as_it_is():
+    model = get_peft_model(Tied().eval(), SVFConfig(target_modules=["a", "b"]))
+    randomize(model)
+    x = torch.randn(3, 7)
+    before, weight = model(x), model.base_model.model.a.base_layer.weight
+    pristine = weight.detach().clone()
+    for merge in (model.merge_adapter, copy.deepcopy(model).merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"a\.weight and b\.weight share one weight"):
+            merge()
+    assert torch.equal(weight, pristine) and torch.equal(model(x), before)
+
+
+def test_a_module_at_two_places_is_refused_and_the_base_stays():
+    base = Tied()
+    base.b = base.a
+    with pytest.raises(ValueError, match="b is the same module as a"):
+        get_peft_model(base, SVFConfig(target_modules=["a"]))
+    assert type(base.a) is nn.Linear and base.b is base.a

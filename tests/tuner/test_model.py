@@ -15,7 +15,6 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from pico import CAUSAL, CONFIGS, build, fill, inputs, logits, matrix_of, one_layer, randomize, svf_layers
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from peft_svf import SVFConfig
 
@@ -24,9 +23,9 @@ DTYPES = [torch.float32, torch.bfloat16]
 usual_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 some_kinds = pytest.mark.parametrize("kind", SOME)
 every_kind = pytest.mark.parametrize("kind", CONFIGS)
-own_methods = pytest.mark.skipif(
-    Version(version("peft")) < Version(MIN_PEFT_VERSION),
-    reason=f"the `add_adapter` of transformers {hf.__version__} asks for peft >= {MIN_PEFT_VERSION}",
+own_methods = pytest.mark.xfail(
+    Version(hf.__version__) >= Version("5.24") and Version(version("peft")) < Version("0.22"),
+    reason="the `add_adapter` of transformers 5.24 needs peft 0.22",
 )
 
 ALL_LINEAR = {"target_modules": "all-linear"}

@@ -2,7 +2,7 @@
 """
 A trained adapter and held-out rows -> the folder of an expert: offsets, `result.json` and the card.
 
-What `peft-svf train` and `examples/train_expert.py` do once training is over. Nothing here trains, and nothing prints.
+What `peft-svf train` does once training is over. Nothing here trains, and nothing prints.
 """
 
 import json
@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation import Summary, evaluate, paired_difference
-from ..experts.expert import read_offsets
+from ..experts.expert import OFFSET_KEY, read_tensors
 from ..experts.hub import CARD_NAME, expert_card
 from ..rows import Row
 from ..tasks import Task
@@ -139,7 +139,7 @@ def write_expert(
         "best_step": state.best_global_step if trainer.args.load_best_model_at_end else None,  # else the last
         "seconds": None if seconds is None else round(seconds),
         **{key: value.to_json() if isinstance(value, Summary) else value for key, value in found.items()},
-        "z": {"numbers": sum(len(offset) for offset in read_offsets(folder)[0].values()), **z},
+        "z": {"numbers": sum(t.numel() for key, t in read_tensors(folder).items() if OFFSET_KEY.fullmatch(key)), **z},
         "curve": [entry for entry in state.log_history if "eval_reward" in entry or "reward" in entry],
     }
     write_file(folder / RESULT_NAME, json.dumps(result, indent=1))

@@ -39,7 +39,7 @@ from .plans import (
     version_of,
 )
 from .targets import of_one_expert
-from .weights import held_weight, offloaded, onloaded, refuse_zero3, undo_cpu_packing
+from .weights import held_weight, offloaded, onloaded, refuse_shared, refuse_zero3, undo_cpu_packing
 
 logger = logging.getLogger(__name__)
 
@@ -244,6 +244,7 @@ class SVFLayer(BaseTunerLayer):
     bias: Any
     svf_basis: Tensor | None
     svf_values: Tensor | None
+    svf_shared: tuple[str, ...] = ()  # the places that hold the base weight, if [`note_shared`] found more
     in_features: int
     out_features: int
     get_base_layer: Any
@@ -267,7 +268,6 @@ class SVFLayer(BaseTunerLayer):
         self._pristine: Any = None
         self._known: tuple[Tensor, ...] = ()  # the base parameter when the plan was set, see `_plain`
         self._ran = 0  # number of the model's call in which this layer ran last
-        self._shared = False  # another module uses the same parameter
 
     @property
     def rows(self) -> Rows | None:
@@ -410,16 +410,11 @@ class SVFLayer(BaseTunerLayer):
 
         Raises:
             `ValueError`: with `safe_merge`, if an adapter makes a weight that is not finite.
-            `TypeError`: if the weight is packed by a quantisation that cannot be undone, sharded, or another module's
-                as well.
+            `TypeError`: if the weight is packed by a quantisation that cannot be undone, or sharded.
         """
-        if self._shared:
-            raise TypeError(
-                "This weight is shared with another module, which merging would change as well: use the adapter "
-                "unmerged, or give each module its own copy of the weight first."
-            )
         if isinstance(self.base_weight, DTensor):
             raise TypeError("A sharded weight cannot be merged: save the adapter and merge it into the whole model.")
+        refuse_shared(self)
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.svf_offset]
         for name in names:
             weight = self.logical_weight()

@@ -6,7 +6,7 @@ Private names of PEFT were read in 0.21.2.
 """
 
 import logging
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -35,6 +35,7 @@ from .weights import (
     Reader,
     absent,
     bases_of,
+    note_shared,
     onloaded,
     refuse_parallel,
     refuse_unknown,
@@ -161,6 +162,7 @@ class SVFModel(BaseTuner):
                 wanted = getattr(torch, next(iter(self.peft_config.values())).basis_dtype)
             Q = basis.Q if needed == basis.Q.shape[-1] else basis.Q[..., :needed].clone()
             layer.set_basis(Q.to(layer.base_layer_device(), wanted), basis.S[..., :needed])
+        note_shared(self.model, svf_layers(self.model))
         self._follow(*(self._asked or (next(iter(self.peft_config.values())).plan, 1)))
 
     def check_fingerprint(self, adapter_name: str, config: SVFConfig, known: Known | None = None) -> None:
@@ -289,12 +291,10 @@ class SVFModel(BaseTuner):
         execution = self.execution
         execution.plan, execution.forwards, execution.room, execution.announced = plan, forwards_per_step, room, set()
         execution.batch_first = batch_first(self.model)
-        parameters = Counter(id(parameter) for _, parameter in self.model.named_parameters(remove_duplicate=False))
         for layer in layers.values():
             layer.execution = execution
             layer.svf_merged = layer.svf_factored = None
             layer._known = (layer.base_weight,)
-            layer._shared = parameters[id(layer.base_weight)] > 1
 
     def svf_memory(self) -> dict[str, dict[str, int]]:
         """

@@ -116,14 +116,40 @@ def refuse_unknown(module: nn.Module, name: str) -> None:
         )
 
 
-def shared_weights(model: nn.Module) -> dict[int, list[str]]:
-    """Map the id of each parameter that stands in several places of a model to the names of these places."""
+def note_shared(model: nn.Module, layers: Mapping[str, Any]) -> None:
+    """
+    Give each SVF layer the places that hold its base weight too.
+
+    Merging z into a weight that several modules share would rescale it for all of them, and unmerging one after the
+    other would not restore it: such layers refuse to merge.
+
+    Raises:
+        `ValueError`: if an adapted module itself also stands elsewhere, where it would run without z.
+    """
+    bases = {id(layer.get_base_layer()): name for name, layer in layers.items()}
+    wrapped = {id(layer) for layer in layers.values()}
+    for parent, module in model.named_modules():
+        for key, child in module._modules.items():
+            if id(child) in bases and id(module) not in wrapped:
+                raise ValueError(
+                    f"{f'{parent}.{key}' if parent else key} is the same module as {bases[id(child)]}, so z would act "
+                    "in one place and not in the other: give each place a module of its own before adding SVF."
+                )
     places: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         for key, parameter in module._parameters.items():
-            if parameter is not None:
-                places[id(parameter)].append(f"{name}.{key}" if name else key)
-    return {key: names for key, names in places.items() if len(names) > 1}
+            places[id(parameter)].append(f"{name}.{key}".replace(".base_layer", ""))
+    for layer in layers.values():
+        layer.svf_shared = tuple(dict.fromkeys(places[id(layer.base_weight)]))
+
+
+def refuse_shared(layer: Any) -> None:
+    """Raise `ValueError` for a layer whose base weight stands in several places of the model."""
+    if len(layer.svf_shared) > 1:
+        raise ValueError(
+            f"{layer.svf_shared[0]} and {layer.svf_shared[1]} share one weight, which cannot be merged with the "
+            "z-vector of one of them. Leave the adapter unmerged, or give each module its own weight before adding it."
+        )
 
 
 def values_of(layer: Any, name: str) -> Tensor:
