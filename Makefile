@@ -61,7 +61,7 @@ format: $(VENV)/dev.stamp
 
 docs: $(VENV)/docs.stamp
 	$(RUN) -m typer peft_svf.cli utils docs --name peft-svf --title "The command line" --output docs/reference/cli.md
-	$(VENV)/bin/zensical build --strict
+	$(VENV)/bin/zensical build --clean --strict
 
 # All cores for the demo: OMP_NUM_THREADS=1 is for tests that run side by side.
 demo: announce $(VENV)/demo.stamp
