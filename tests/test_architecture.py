@@ -36,7 +36,7 @@ WINGS = {
     ],
     "experts": [["expert"], ["library", "hub", "transfer"]],
     "training": [["rollout", "run"], ["reinforce", "evolution", "result"]],
-    "adaptation": [["cem", "probe", "search"], ["judge", "first_pass"], ["few_shot"]],
+    "adaptation": [["probe", "search"], ["judge", "first_pass"], ["few_shot"]],
 }
 RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}
 PRIVATE_NAMES_ALLOWED = {

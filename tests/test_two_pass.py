@@ -13,7 +13,7 @@ from tiny_model import tiny_tokenizer
 from transformers import DynamicCache, GenerationConfig, LlamaModel, LogitsProcessor, LogitsProcessorList
 
 from peft_svf import Expert, ExpertLibrary, Mixture, Transformer2Model, two_pass
-from peft_svf.adaptation import FirstPass, first_pass
+from peft_svf.adaptation import FirstPass, Search, first_pass
 from peft_svf.experts.expert import SavedOffsets
 from peft_svf.pipeline import Transformer2Pipeline
 from peft_svf.tuner import layer as layer_module
@@ -387,19 +387,20 @@ def test_everything_else_is_the_wrapped_models(model):
         _ = model.no_such_thing
 
 
+BRIEF = Search(population=8, iterations=1)
 EXAMPLES = [{"prompt": "3 + 4 =", "answer": "7"}, {"prompt": "1 + 1 =", "answer": "2"}]
 
 
 def test_adapt_finds_a_mixture_that_can_be_used(model):
-    found = model.adapt(EXAMPLES, population=8, iterations=1)
-    assert found.strategy == "few-shot" and found == model.adapt(EXAMPLES, population=8, iterations=1)
+    found = model.adapt(EXAMPLES, search=BRIEF)
+    assert found.strategy == "few-shot" and found == model.adapt(EXAMPLES, search=BRIEF)
     assert answers(model, mixture=found) == answers(model, mixture=dict(found.alpha))
 
 
 def test_what_adapt_found_is_used_by_its_name(folders, no_first_pass):
     model = Transformer2Model(base(), tokenizer, [folders["math"], folders["code"]])
     examples = [{"prompt": "2 + 2 =", "answer": "4"}, {"prompt": "3 + 6 =", "answer": "9"}]
-    found = model.adapt(examples, population=8, iterations=1, holdout=0, name="sums")
+    found = model.adapt(examples, search=BRIEF, holdout=[], name="sums")
     assert found.alpha and found.provenance["name"] == "sums"
     expected = answers(model, TEXTS, mixture=found)
     assert answers(model, TEXTS, mixture="sums") == answers(model, TEXTS, expert="sums") == expected
@@ -413,7 +414,7 @@ def test_what_adapt_found_is_used_by_its_name(folders, no_first_pass):
     with pytest.raises(ValueError, match="no expert 'maths'; there are code, math, other, the mixture sums"):
         model.first_pass(TEXTS, mixture="maths")
     with pytest.raises(ValueError, match="A mixture of this library is called 'sums'"):
-        model.adapt(examples, population=8, iterations=1, name="sums")
+        model.adapt(examples, search=BRIEF, name="sums")
 
 
 def test_adapting_and_using_restore_what_was_there_also_after_an_exception(model, monkeypatch):
@@ -425,12 +426,12 @@ def test_adapting_and_using_restore_what_was_there_also_after_an_exception(model
         with pytest.raises(KeyError), model.using(inner):
             raise KeyError
         assert torch.equal(active(**ids).logits, expected)
-        model.adapt(EXAMPLES, population=8, iterations=1)
+        model.adapt(EXAMPLES, search=BRIEF)
         assert torch.equal(active(**ids).logits, expected)
         with monkeypatch.context() as patch:
             patch.setattr(ExpertLibrary, "activate", breaking(ExpertLibrary.activate, at=1))
             with pytest.raises(RuntimeError, match="in the middle"):
-                model.adapt(EXAMPLES, population=8, iterations=1)
+                model.adapt(EXAMPLES, search=BRIEF)
         assert torch.equal(active(**ids).logits, expected)
     assert_same(model.library.model, before)
 
@@ -457,7 +458,7 @@ def test_a_single_expert_is_enough(folders):
         model = Transformer2Model(base(), tokenizer, [folders["math"]], classifier)
         for mixture in model.first_pass(TEXTS):
             assert mixture.choice in ("math", "other") and 0 <= mixture.confidence <= 1
-        assert model.adapt(EXAMPLES, population=8, iterations=1).choice in ("math", "other")
+        assert model.adapt(EXAMPLES, search=BRIEF).choice in ("math", "other")
         answers(model)
 
 

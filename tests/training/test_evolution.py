@@ -399,7 +399,7 @@ def test_a_setting_that_means_nothing_is_refused(settings, message):
 
 def test_what_is_no_z_vector_cannot_be_evolved(tmp_path):
     frozen = get_peft_model(tiny_model(), SVFConfig(inference_mode=True))
-    with pytest.raises(ValueError, match=r"0 z-vectors.*Pass peft_config"):
+    with pytest.raises(ValueError, match="is_trainable=True"):
         trainer_of(tmp_path, CHOICE_ROWS, right_choice, model=frozen)
     with pytest.raises(ValueError, match=r"1 other parameters, first .*lm_head"):
         trainer_of(tmp_path, CHOICE_ROWS, right_choice, svf=SVFConfig(modules_to_save=["lm_head"]))
@@ -409,14 +409,6 @@ def test_what_is_no_z_vector_cannot_be_evolved(tmp_path):
         trainer_of(tmp_path, CHOICE_ROWS, right_choice, model=merged)
     with pytest.raises(ValueError, match="2 reward functions need as many weights"):
         trainer_of(tmp_path, CHOICE_ROWS, [uneven, right_choice], reward_weights=[1.0])
-
-
-def test_a_reward_of_the_wrong_length_is_refused_by_name(tmp_path):
-    def one(completions, **_):
-        return [1.0]
-
-    with pytest.raises(ValueError, match="'one' returned 1 rewards for 11 texts"):
-        trainer_of(tmp_path, CHOICE_ROWS, one).train()
 
 
 # --- quantised bases and several processes

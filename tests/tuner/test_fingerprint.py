@@ -446,6 +446,16 @@ def test_a_tampered_file_leaves_a_head_that_would_be_saved_as_it_was(tmp_path):
     assert torch.equal(logits(base), logits(build("bert")))
 
 
+@pytest.mark.parametrize("case", ["an embedding", "a norm", "a target's weight"])
+def test_transformers_loads_no_base_weight_from_an_adapter_either(case, expert):
+    change, message = TAMPERED[case]
+    rewrite(expert, change)
+    base = build(name="pico/home")
+    with pytest.raises(ValueError, match=message):
+        base.load_adapter(str(expert))
+    assert torch.equal(logits(base), logits(build())) and not base._hf_peft_config_loaded and not svf_layers(base)
+
+
 def test_what_the_config_lists_is_loaded(tmp_path):
     config = {"modules_to_save": ["lm_head"], "trainable_token_indices": {"embed_tokens": [1, 4]}}
     make_expert(build(name="pico/home"), tmp_path, **config)

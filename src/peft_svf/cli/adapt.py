@@ -4,6 +4,7 @@
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -90,6 +91,7 @@ def adapt(
 
     Use it with `peft-svf eval --mixture` or `pipe(..., mixture=Mixture.load(...))`.
     """
+    from ..adaptation import Search
     from ..rows import has_image
 
     out = out or Path((name or "") if per_layer else "mixture.json")
@@ -103,29 +105,17 @@ def adapt(
     _new_result(out, per_layer)
     two_pass = load_experts(experts, model, revision, dtype)
     name = name or (out.name if per_layer else None)
-    settings: dict[str, Any] = {
-        "method": method,
-        "population": population,
-        "iterations": iterations,
-        "elites": elites,
-        "low": low,
-        "high": high,
-        "seed": seed,
-        "max_tokens": max_tokens,
-        "max_seconds": max_seconds,
-        "per_layer": per_layer,
-        "normalize": normalize,
-        "temperature": temperature,
-    }
+    search = Search(method, population, iterations, elites, low, high, seed, max_tokens, max_seconds)
+    search = replace(search, per_layer=per_layer, normalize=normalize, temperature=temperature)
     try:
         mixture = two_pass.adapt(
             rows,
             find_task(task) if task else None,
+            search,
             holdout=_holdout(holdout),
             name=name,
             state=state,
             batch_size=batch_size,
-            **settings,
             **({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}),
         )
     except KeyboardInterrupt:
@@ -162,7 +152,7 @@ def _holdout(text: str) -> Any:
     """Read what checks the result: each example in turn, nothing, or the examples of a file."""
     if text == "leave-one-out":
         return text
-    return 0 if text in ("none", "0") else read_examples(Path(text))
+    return [] if text in ("none", "0") else read_examples(Path(text))
 
 
 def _show(mixture: "Mixture", names: Sequence[str], per_layer: bool, iterations: int) -> None:

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_type_hints
 
 from .. import files
-from .console import without_secrets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -129,7 +128,7 @@ def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
     values = {**asdict(model), **asdict(script), **asdict(svf), **training.to_dict()}
     # paths as they were written: transformers expands the home folder
     written = {key: value for key, value in content.items() if isinstance(values[key], str) and keys.count(key) == 1}
-    given = without_secrets({key: values[key] for key in keys} | written)
+    given = files.without_secrets({key: values[key] for key in keys} | written)
     return Settings(model, script, svf, training, json.loads(json.dumps(given, default=str)))
 
 

@@ -8,7 +8,7 @@ here knows what a reward is.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -37,24 +37,25 @@ class Prompts(NamedTuple):
     places: Tensor
 
 
-def distinct_prompts(ids: Tensor, mask: Tensor) -> Prompts | None:
+def distinct_rows(rows: Sequence[Sequence[int]]) -> Prompts | None:
     """
-    Find the distinct prompts among left-padded rows.
-
-    Args:
-        ids, mask (`torch.Tensor` of shape `(B, P)`):
-            Tokens, and 0 at padding.
+    Find the distinct prompts among the tokens of rows.
 
     Returns:
         [`Prompts`], or `None` if sharing would save nothing: no prompt is there twice and all begin differently.
     """
     numbers: dict[tuple[int, ...], int] = {}
-    rows = [tuple(row[seen].tolist()) for row, seen in zip(ids, mask.bool(), strict=True)]
-    places = [numbers.setdefault(row, len(numbers)) for row in rows]
+    places = [numbers.setdefault(tuple(row), len(numbers)) for row in rows]
     distinct = [list(row) for row in numbers]
     if not all(distinct) or (len(distinct) == len(rows) and not common_prefix(distinct)):
         return None
-    return Prompts(distinct, torch.tensor(places, device=ids.device))
+    return Prompts(distinct, torch.tensor(places))
+
+
+def distinct_prompts(ids: Tensor, mask: Tensor) -> Prompts | None:
+    """Find the distinct prompts as [`distinct_rows`], among tokens `(B, P)` whose mask is 0 at padding."""
+    prompts = distinct_rows([row[seen].tolist() for row, seen in zip(ids, mask.bool(), strict=True)])
+    return prompts and prompts._replace(places=prompts.places.to(ids.device))
 
 
 def can_share(model: Any) -> bool:
@@ -101,8 +102,9 @@ def shared_prompts(model: Any, members: int = 1) -> Iterator[None]:
     @functools.wraps(forward)
     def reading_once(*args: Any, **kwargs: Any) -> Any:
         ids, mask, cache = kwargs.get("input_ids"), kwargs.get("attention_mask"), kwargs.get(name)
-        begins = cache is not None and _attends(cache) and not cache.get_seq_length()
-        if not begins or args or ids is None or mask is None or ids.shape != mask.shape or ids.shape[1] < 2:
+        if cache is None or not _attends(cache) or cache.get_seq_length() or args or ids is None or mask is None:
+            return forward(*args, **kwargs)
+        if ids.shape != mask.shape or ids.shape[1] < 2:
             return forward(*args, **kwargs)
         if checkpoints_activations(inner):
             return forward(**kwargs)
@@ -172,4 +174,12 @@ def completion_logps(
     return logps * mask, entropies * mask
 
 
-__all__ = ["Prompts", "can_share", "checkpoints_activations", "completion_logps", "distinct_prompts", "shared_prompts"]
+__all__ = [
+    "Prompts",
+    "can_share",
+    "checkpoints_activations",
+    "completion_logps",
+    "distinct_prompts",
+    "distinct_rows",
+    "shared_prompts",
+]

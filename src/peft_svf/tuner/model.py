@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from psutil import virtual_memory
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -97,6 +98,8 @@ class SVFModel(BaseTuner):
                 self._waiting = True  # until `_remap_adapter_state_dict_for_load` has read the basis in the file
             else:
                 self.fetch_bases()
+            if _from_file(config) and not self._defers:
+                self._guard_loading(model, adapter_name, config)
         except BaseException:
             self._unfilled -= {adapter_name}
             self._unchecked -= {adapter_name}
@@ -110,6 +113,32 @@ class SVFModel(BaseTuner):
                 # transformers' `add_adapter` sets it before it comes here
                 model._hf_peft_config_loaded = False  # type: ignore[assignment]
             raise
+
+    def _guard_loading(self, model: nn.Module, adapter_name: str, config: SVFConfig) -> None:
+        """
+        Check the keys of the file that transformers' `load_adapter` reads next: it would load any tensor of the base.
+
+        It calls no hook of a tuner, only this method of the model (read in 5.23.0), which is guarded for one call.
+        """
+        original = model._load_pretrained_model  # type: ignore[operator]
+
+        def load(*args: Any, checkpoint_files: Any = None, state_dict: Any = None, **kwargs: Any) -> Any:
+            vars(model).pop("_load_pretrained_model", None)
+            keys = set(state_dict or {})
+            for path in checkpoint_files or ():
+                with safe_open(path, "pt") as file:
+                    keys |= set(file.keys())
+            kept = [*(config.modules_to_save or ()), *_token_modules(config)]
+            own = {key for key in keys if key.rpartition(".svf_")[1] or any(f".{m}." in f".{key}" for m in kept)}
+            if extra := sorted(key for key in keys if key not in own or ".base_layer." in key):
+                _remove(model, adapter_name)
+                del self.peft_config[adapter_name]
+                model._hf_peft_config_loaded = bool(self.peft_config)  # type: ignore[assignment]
+                raise ValueError(_extra_tensors(adapter_name, extra))
+            return original(*args, checkpoint_files=checkpoint_files, state_dict=state_dict, **kwargs)
+
+        if hasattr(model, "_hf_peft_config_loaded"):
+            vars(model)["_load_pretrained_model"] = load
 
     def _check_rank(self, adapter_name: str, config: SVFConfig) -> None:
         """Refuse a rank that is above the number of singular values of every weight of an adapter."""
@@ -591,13 +620,22 @@ class SVFModel(BaseTuner):
             for key in module.adapter_state_dict_load_map(adapter_name).values()
         }
         if extra := sorted(key for key in state_dict if key not in renamed and key not in trained):
-            raise ValueError(
-                f"Adapter {adapter_name!r} holds {extra[0]}, which isn't a z-vector of a module it adapts"
-                f"{f', and {len(extra) - 1} more such tensors' if len(extra) > 1 else ''}: loading it would overwrite "
-                "the base model. An adapter brings z-vectors and what its config lists in `modules_to_save` and "
-                "`trainable_token_indices`; a resized embedding belongs into `modules_to_save`."
-            )
+            raise ValueError(_extra_tensors(adapter_name, extra))
         return renamed
+
+
+def _extra_tensors(adapter_name: str, extra: list[str]) -> str:
+    more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
+    return (
+        f"Adapter {adapter_name!r} holds {extra[0]}{more}, which isn't a z-vector of a module it adapts: loading it "
+        "would overwrite the base model. An adapter brings z-vectors and what its config lists in `modules_to_save` "
+        "and `trainable_token_indices`; a resized embedding belongs into `modules_to_save`."
+    )
+
+
+def _token_modules(config: SVFConfig) -> list[str]:
+    tokens = config.trainable_token_indices
+    return list(tokens) if isinstance(tokens, dict) else ["embed_tokens"] if tokens else []
 
 
 def _from_file(config: SVFConfig) -> bool:
