@@ -431,7 +431,7 @@ def test_a_tampered_second_expert_leaves_the_first_in_charge(case, expert):
     with pytest.raises(ValueError, match=message):
         model.load_adapter(expert, "second")
     assert list(model.peft_config) == ["first"] and model.active_adapters == ["first"]
-    assert all(layer.svf_offset.keys() == ["first"] for layer in svf_layers(model).values())
+    assert all(list(layer.svf_offset) == ["first"] for layer in svf_layers(model).values())
     assert torch.equal(logits(model), before)
 
 
@@ -444,6 +444,16 @@ def test_a_tampered_file_leaves_a_head_that_would_be_saved_as_it_was(tmp_path):
         PeftModel.from_pretrained(base, tmp_path)
     assert state_of(base) == before
     assert torch.equal(logits(base), logits(build("bert")))
+
+
+@pytest.mark.parametrize("case", ["an embedding", "a norm", "a target's weight"])
+def test_transformers_loads_no_base_weight_from_an_adapter_either(case, expert):
+    change, message = TAMPERED[case]
+    rewrite(expert, change)
+    base = build(name="pico/home")
+    with pytest.raises(ValueError, match=message):
+        base.load_adapter(str(expert))
+    assert torch.equal(logits(base), logits(build())) and not base._hf_peft_config_loaded and not svf_layers(base)
 
 
 def test_what_the_config_lists_is_loaded(tmp_path):
