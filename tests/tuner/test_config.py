@@ -17,7 +17,7 @@ def test_defaults_are_the_paper():
     config = SVFConfig()
     assert config.peft_type is PeftType.SVF
     assert config.target_modules is None and config.rank is None and config.init_weights is True
-    assert (config.basis_dtype, config.basis_from) == ("float32", "auto")
+    assert (config.basis_dtype, config.basis_from) == ("auto", "auto")
     assert config.fingerprint is None and config.description is None
 
 

@@ -193,11 +193,9 @@ class SVFModel(BaseTuner):
                     "directions (an adapter with rank=None and save_basis=True)."
                 )
             layer.svf_fingerprint = fingerprint
-            wanted = basis.Q.dtype
-            if wanted == torch.float32:
-                wanted = getattr(torch, next(iter(self.peft_config.values())).basis_dtype)
             Q = basis.Q if needed == basis.Q.shape[-1] else basis.Q[..., :needed].clone()
-            layer.set_basis(Q.to(layer.base_layer_device(), wanted), basis.S[..., :needed])
+            dtype = self._basis_dtype(layer) if Q.dtype == torch.float32 else Q.dtype
+            layer.set_basis(Q.to(layer.base_layer_device(), dtype), basis.S[..., :needed])
         note_shared(self.model, svf_layers(self.model))
         self._follow(*(self._asked or (next(iter(self.peft_config.values())).plan, 1)))
 
@@ -298,6 +296,14 @@ class SVFModel(BaseTuner):
     def _source(self) -> str:
         """Where the values of weights come from: the first adapter of a model decides."""
         return next(iter(self.peft_config.values())).basis_from
+
+    def _basis_dtype(self, layer: SVFLayer) -> torch.dtype:
+        """Return the dtype of a float32 basis in memory: the first adapter of a model decides, see [`SVFConfig`]."""
+        config = next(iter(self.peft_config.values()))
+        if config.basis_dtype == "auto":
+            narrow = layer.base_weight.dtype == torch.bfloat16 and not config.save_basis
+            return torch.bfloat16 if narrow else torch.float32
+        return getattr(torch, config.basis_dtype)
 
     def set_plan(self, plan: Plan, forwards_per_step: int = 1) -> None:
         """
