@@ -35,7 +35,6 @@ FENCE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 PAGES = {page: list(FENCE.finditer(page.read_text())) for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
-PENDING = {"adapt.md"}
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EXPERTS = {"math": "a number to work out", "code": "a program to write", "dispatch": "naming the kind of a request"}
@@ -115,7 +114,7 @@ def shell(code: str) -> None:
 CASES = [
     pytest.param(page, id=page.name)
     for page, blocks in PAGES.items()
-    if page.name not in PENDING and any(block["language"] in ("python", "bash") for block in blocks)
+    if any(block["language"] in ("python", "bash") for block in blocks)
 ]
 
 
@@ -145,7 +144,7 @@ def test_links_lead_to_files(page):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("name", ["quickstart", "qsvf"])
+@pytest.mark.parametrize("name", ["quickstart", "self_adapt", "qsvf", "demo"])
 def test_examples_run(name, clone, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [f"{name}.py", *(["--questions", "4"] if name == "demo" else [])])
     runpy.run_path(str(clone / "examples" / f"{name}.py"), run_name="__main__")

@@ -585,15 +585,3 @@ def test_experts_saved_as_the_refusal_says_make_the_pipeline_again(pipe, tmp_pat
     )
     for name in NAMES:
         assert again(TEXTS, expert=name, **GREEDY) == pipe(TEXTS, expert=name, **GREEDY)
-
-
-def test_the_example_tells_the_whole_story(monkeypatch, capsys):
-    import self_adapt
-
-    monkeypatch.setattr("sys.argv", ["self_adapt.py", "--tiny"])
-    self_adapt.main()
-    told = capsys.readouterr().out
-    assert [line[:2] for line in told.splitlines() if line[:1].isdigit()] == [f"{i}." for i in range(1, 7)]
-    assert "['code', 'math', 'reasoning']; the model between calls" in told
-    answers = [line.split(": ", 1)[1] for line in told.splitlines() if line.startswith(("   {", "   the base:"))][:3]
-    assert len(set(answers)) == 3, "mixtures that differ answer alike: choose other seeds"
