@@ -16,6 +16,7 @@ from tiny_experts import GREEDY, SEEDS, alone, assert_same, base, ids, state, wr
 from peft_svf import Expert, ExpertLibrary, Mixture, SVFConfig
 from peft_svf.experts.expert import SavedOffsets
 from peft_svf.experts.library import explicit
+from peft_svf.tuner import layer as layer_module
 from peft_svf.tuner.layer import Linear, SVFLayer
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -231,7 +232,7 @@ def test_merged_or_disabled_adapters_are_refused(folders):
 
 
 def rows_of(library):
-    return [module.svf_rows for module in library.model.modules() if isinstance(module, SVFLayer)]
+    return [module.rows for module in library.model.modules() if isinstance(module, SVFLayer)]
 
 
 def test_leaving_activate_restores_the_model(library):
@@ -604,7 +605,7 @@ STEPS = {
     "reading": (SavedOffsets, "read"),
     "keeping": (ExpertLibrary, "_offsets"),
     "mixing": (ExpertLibrary, "mix"),
-    "giving rows": (SVFLayer, "rows"),
+    "giving rows": (layer_module, "Rows"),
     "a layer": (Linear, "forward"),
 }
 

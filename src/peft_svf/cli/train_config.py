@@ -63,10 +63,11 @@ class SVFArguments:
     exclude_modules: list[str] | None = _key("Modules to leave out.")
     layers_to_transform: list[int] | None = _key("Indices of the layers.")
     rank: int | None = _key("Move only so many of the largest singular values.")
-    parametrization: Literal["offset", "sigmoid", "reference"] = _key("offset (z itself), or a mask.", "offset")
-    limit: float = _key("Upper end of z for parametrization sigmoid.", 2.0)
     basis_dtype: Literal["float32", "bfloat16"] | None = _key("Dtype of the basis. Default: bfloat16 on such a base.")
     description: str | None = _key("What the expert is good at, in a few words; the first pass reads it.")
+
+
+PARTS = (ModelArguments, ScriptArguments, SVFArguments)
 
 
 class Settings(NamedTuple):
@@ -110,7 +111,7 @@ def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
         algorithm = early.parse_known_args(list(overrides))[0].algorithm
         if algorithm not in algorithms:
             raise ValueError(f"'algorithm' is 'reinforce' or 'evolution', got {algorithm!r}")
-        classes = (ModelArguments, ScriptArguments, SVFArguments, algorithms[algorithm])
+        classes = (*PARTS, algorithms[algorithm])
         known = {name: str(hint) for one in classes for name, hint in get_type_hints(one).items()}
         for key in keys:
             if key not in known:

@@ -21,7 +21,6 @@ from ..experts.expert import OFFSET_KEY, read_tensors
 from ..experts.hub import CARD_NAME, expert_card
 from ..rows import Row
 from ..tasks import Task
-from ..tuner.config import SVFConfig
 from .run import z_statistics
 
 RESULT_NAME = "result.json"
@@ -104,8 +103,6 @@ def write_expert(
         `dict`: what `result.json` holds.
     """
     folder, model, state = Path(folder), trainer.model, trainer.state
-    if isinstance(model.peft_config["default"], SVFConfig):
-        model.fold_parametrization()
     model.save_pretrained(folder, save_embedding_layers=False)
     found = held_out(model, trainer.processing_class, test, task, batch_size, **generation)
     z = {key.removeprefix("z/"): value for key, value in z_statistics(model).items() if key.count("/") == 1}
