@@ -99,14 +99,9 @@ def test_the_two_passes_are_a_decision_and_a_generation_with_it(model):
     expected = answers(model, mixture=decided)
     assert len({mixture.choice for mixture in decided}) > 1, "the tiny model chooses one for all: choose other seeds"
     output, mixtures = model.generate(**inputs(), prompts=TEXTS, return_dispatch=True, **GREEDY)
-    assert mixtures == decided
+    assert mixtures == decided == model.generate(**inputs(), return_dispatch=True, **GREEDY)[1]  # the ids, decoded
     assert answers(model, prompts=TEXTS) == expected
     assert model.generate(**inputs(), prompts=TEXTS, **GREEDY).tolist() == output.tolist()
-
-
-def test_without_prompts_the_first_pass_reads_the_decoded_ids(model):
-    _, decoded = model.generate(**inputs(), return_dispatch=True, **GREEDY)
-    assert decoded == model.first_pass(TEXTS)
 
 
 def test_the_prompts_of_the_first_pass_may_differ_from_what_is_generated_from(model):
@@ -222,6 +217,20 @@ def test_a_mixture_that_was_found_keeps_how_it_was_found(model):
     (mixture,) = model.first_pass(["x"], mixture=found)
     assert (mixture.alpha, mixture.strategy, mixture.provenance) == (found.alpha, "few-shot", {"seed": 1})
     assert found.probabilities == {}
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_request_runs_its_first_pass_once_and_an_explicit_one_none(explicit, model, monkeypatch):
+    passes, real = [], two_pass.dispatch
+    monkeypatch.setattr(two_pass, "dispatch", lambda *args: passes.append(len(args[2])) or real(*args))
+    monkeypatch.setattr(model.tokenizer, "batch_decode", pytest.fail) if explicit else None
+    chosen, pipe = {"expert": "math"} if explicit else {}, Transformer2Pipeline(model, batch_size=3)
+    model.generate(**inputs(), **chosen, **GREEDY)
+    assert passes == ([] if explicit else [3])
+    monkeypatch.undo()
+    monkeypatch.setattr(two_pass, "dispatch", lambda *args: passes.append(len(args[2])) or real(*args))
+    pipe(TEXTS, return_dispatch=True, **chosen, **GREEDY)
+    assert passes == ([] if explicit else [3, 3])
 
 
 @pytest.mark.parametrize("chosen", [{"expert": "math"}, {"mixture": {"code": 0.5}}, {}], ids=str)
@@ -415,6 +424,20 @@ def test_what_adapt_found_is_used_by_its_name(folders, no_first_pass):
         model.first_pass(TEXTS, mixture="maths")
     with pytest.raises(ValueError, match="A mixture of this library is called 'sums'"):
         model.adapt(examples, search=BRIEF, name="sums")
+
+
+def test_a_forward_beside_another_threads_request_sees_the_base(model):
+    ids, expected, logits = inputs("1 + 1 ="), base()(**inputs("1 + 1 =")).logits, []
+    forwards = threading.Thread(target=lambda: [logits.append(model.forward(**ids).logits) for _ in range(20)])
+    answering = threading.Thread(target=lambda: [answers(model, TEXTS[:1], expert="math") for _ in range(3)])
+    for thread in (answering, forwards):
+        thread.start()
+    for thread in (answering, forwards):
+        thread.join()
+    with torch.no_grad():
+        assert len(logits) == 20 and all(torch.equal(found, expected) for found in logits)
+        with model.using("math") as adapted:  # its own thread sees the mixture
+            assert torch.equal(model(**ids).logits, adapted(**ids).logits)
 
 
 def test_adapting_and_using_restore_what_was_there_also_after_an_exception(model, monkeypatch):
