@@ -27,7 +27,7 @@ ROWS = [
 # Inside a wing a module imports from rows above it as well.
 WINGS = {
     "tuner": [
-        ["basis", "fingerprint", "parametrization", "plans"],
+        ["basis", "fingerprint", "plans"],
         ["cache", "config", "targets"],
         ["weights"],
         ["layer"],

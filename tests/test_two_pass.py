@@ -16,6 +16,7 @@ from peft_svf import Expert, ExpertLibrary, Mixture, Transformer2Model, two_pass
 from peft_svf.adaptation import FirstPass, Search, first_pass
 from peft_svf.experts.expert import SavedOffsets
 from peft_svf.pipeline import Transformer2Pipeline
+from peft_svf.tuner import layer as layer_module
 from peft_svf.tuner.layer import Linear, SVFLayer
 
 TEXTS = ["What is 3 + 4?", "def", "Tell me a story."]
@@ -223,6 +224,20 @@ def test_a_mixture_that_was_found_keeps_how_it_was_found(model):
     assert found.probabilities == {}
 
 
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_request_runs_its_first_pass_once_and_an_explicit_one_none(explicit, model, monkeypatch):
+    passes, real = [], two_pass.dispatch
+    monkeypatch.setattr(two_pass, "dispatch", lambda *args: passes.append(len(args[2])) or real(*args))
+    monkeypatch.setattr(model.tokenizer, "batch_decode", pytest.fail) if explicit else None
+    chosen, pipe = {"expert": "math"} if explicit else {}, Transformer2Pipeline(model, batch_size=3)
+    model.generate(**inputs(), **chosen, **GREEDY)
+    assert passes == ([] if explicit else [3])
+    monkeypatch.undo()
+    monkeypatch.setattr(two_pass, "dispatch", lambda *args: passes.append(len(args[2])) or real(*args))
+    pipe(TEXTS, return_dispatch=True, **chosen, **GREEDY)
+    assert passes == ([] if explicit else [3, 3])
+
+
 @pytest.mark.parametrize("chosen", [{"expert": "math"}, {"mixture": {"code": 0.5}}, {}], ids=str)
 def test_the_decision_of_every_answer_is_logged_once(chosen, model, caplog):
     pipe = Transformer2Pipeline(model, batch_size=2)
@@ -416,6 +431,20 @@ def test_what_adapt_found_is_used_by_its_name(folders, no_first_pass):
         model.adapt(examples, search=BRIEF, name="sums")
 
 
+def test_a_forward_beside_another_threads_request_sees_the_base(model):
+    ids, expected, logits = inputs("1 + 1 ="), base()(**inputs("1 + 1 =")).logits, []
+    forwards = threading.Thread(target=lambda: [logits.append(model.forward(**ids).logits) for _ in range(20)])
+    answering = threading.Thread(target=lambda: [answers(model, TEXTS[:1], expert="math") for _ in range(3)])
+    for thread in (answering, forwards):
+        thread.start()
+    for thread in (answering, forwards):
+        thread.join()
+    with torch.no_grad():
+        assert len(logits) == 20 and all(torch.equal(found, expected) for found in logits)
+        with model.using("math") as adapted:  # its own thread sees the mixture
+            assert torch.equal(model(**ids).logits, adapted(**ids).logits)
+
+
 def test_adapting_and_using_restore_what_was_there_also_after_an_exception(model, monkeypatch):
     before = state(model.library.model)
     outer, inner = {"math": 1.0}, {"code": 1.0}
@@ -478,7 +507,7 @@ STEPS = {
     "first pass": (first_pass, "choice_logps", 1),
     "decision": (first_pass, "Mixture", 2),
     "reading an expert": (SavedOffsets, "read", 1),
-    "activation": (SVFLayer, "rows", 5),
+    "activation": (layer_module, "Rows", 5),
     "first layer": (Linear, "forward", 1),
     "second pass, prefill": (Linear, "forward", 20),
     "second pass, later token": (LlamaModel, "forward", 6),

@@ -123,6 +123,16 @@ def test_the_same_seed_gives_the_same_mixture(form, library):
     assert one == two and one.provenance["history"] != other.provenance["history"]
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_no_pad_token_is_needed(form, library):
+    examples, settings, _ = FORMS[form]
+    padless = tiny_tokenizer()
+    padless.pad_token = None
+    generation = {"task": settings["task"], "max_new_tokens": 3} if settings else {}
+    found = few_shot(library, padless, examples, Search(**SMALL), **generation)
+    assert found == adapt(library, examples, **settings)
+
+
 def test_chats_are_examples_too(library):
     chats = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in CHOICES]
     found = adapt(library, chats)

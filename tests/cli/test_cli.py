@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from peft_svf import Expert, Mixture, Transformer2Model
 from peft_svf.cli import main
-from peft_svf.cli.console import command, without_secrets
+from peft_svf.cli.console import command
 from peft_svf.cli.sources import find_task, read_mixture
 from peft_svf.evaluation import evaluate
+from peft_svf.files import without_secrets
 from peft_svf.tuner.cache import cache_dir, usage
 
 VERBS = ["train", "eval", "factor", "inspect", "adapt", "dispatch"]

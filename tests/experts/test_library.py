@@ -22,6 +22,7 @@ from peft_svf import Expert, ExpertLibrary, Mixture, SVFConfig
 from peft_svf.experts import library as library_module
 from peft_svf.experts.expert import SavedOffsets
 from peft_svf.experts.library import explicit
+from peft_svf.tuner import layer as layer_module
 from peft_svf.tuner.layer import Linear, SVFLayer
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -237,7 +238,7 @@ def test_merged_or_disabled_adapters_are_refused(folders):
 
 
 def rows_of(library):
-    return [module.svf_rows for module in library.model.modules() if isinstance(module, SVFLayer)]
+    return [module.rows for module in library.model.modules() if isinstance(module, SVFLayer)]
 
 
 def test_leaving_activate_restores_the_model(library):
@@ -731,7 +732,7 @@ STEPS = {
     "reading": (SavedOffsets, "read"),
     "keeping": (ExpertLibrary, "_offsets"),
     "mixing": (ExpertLibrary, "mix"),
-    "giving rows": (SVFLayer, "rows"),
+    "giving rows": (layer_module, "Rows"),
     "a layer": (Linear, "forward"),
 }
 

@@ -46,7 +46,6 @@ from peft_svf.training.reinforce import (
     ReinforceTrainer,
     advantages_of,
 )
-from peft_svf.training.run import z_statistics
 
 # --- advantages
 
@@ -651,16 +650,6 @@ def test_how_far_z_has_moved_is_logged_whole_and_by_block(tmp_path):
     assert 0 < log["choices/probability"] <= 1
 
 
-def test_the_distance_of_a_mapped_parameter_is_that_of_its_z():
-    """With the reference's mask z is 1 at the parameter 0 only where all of a weight's parameters are."""
-    model = get_peft_model(tiny_model(), SVFConfig(parametrization="reference", init_weights=False))
-    found = z_statistics(model)
-    model.fold_parametrization()
-    folded = flat(layer.svf_offset["default"].weight for layer in pico.svf_layers(model).values()).abs()
-    assert found["z/mean_distance_from_1"] == pytest.approx(float(folded.mean()))
-    assert found["z/max_distance_from_1"] == pytest.approx(float(folded.max()))
-
-
 def test_a_run_logs_what_it_can_be_judged_by(tmp_path):
     trainer = trainer_of(tmp_path, TEXT_ROWS, uneven, **{**RUN, "max_steps": 1, "beta": 0.1})
     trainer.train()
@@ -785,7 +774,7 @@ def test_the_plan_counts_the_forwards_of_a_whole_step(tmp_path):
         ReinforceConfig(output_dir=str(tmp_path), num_generations=3, save_strategy="no", **QUIET, **settings),
         Dataset.from_list(TEXT_ROWS * 3), processing_class=TOKENIZER, peft_config=SVFConfig(plan="narrow"),
     )  # fmt: skip
-    assert {(layer.svf_plan, layer.svf_forwards) for layer in pico.svf_layers(trainer.model).values()} == {
+    assert {(layer.execution.plan, layer.execution.forwards) for layer in pico.svf_layers(trainer.model).values()} == {
         ("narrow", 3)
     }
 

@@ -431,7 +431,7 @@ def test_a_tampered_second_expert_leaves_the_first_in_charge(case, expert):
     with pytest.raises(ValueError, match=message):
         model.load_adapter(expert, "second")
     assert list(model.peft_config) == ["first"] and model.active_adapters == ["first"]
-    assert all(layer.svf_offset.keys() == ["first"] for layer in svf_layers(model).values())
+    assert all(list(layer.svf_offset) == ["first"] for layer in svf_layers(model).values())
     assert torch.equal(logits(model), before)
 
 

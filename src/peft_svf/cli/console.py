@@ -2,23 +2,18 @@
 """Numbers, tables, figures, commands -> what the user sees, without secrets. Knows no verb."""
 
 import io
-import json
-import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .. import files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INTERRUPTED = 130  # the exit code a shell gives a command that Ctrl-C ended
-SECRET_NAME = re.compile(
-    r"(?:^|[_-])(?:(?<!pad_)(?<!eos_)(?<!bos_)token|api_?key|passw(?:or)?d|secret|credentials?)$", re.IGNORECASE
-)
-SECRET_TEXT = re.compile(r"\bhf_\w{8,}|(?<=://)[^/\s@]+(?=@)")  # tokens of the Hub, and user:password of a URL
 
 
 def show_table(header: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> None:
@@ -70,7 +65,6 @@ def new_path(path: Path, option: str = "--out") -> Path:
 
 def save_figure(path: Path, panels: "Sequence[Callable[[Axes], None]]", rows: int = 0, columns: int = 0) -> None:
     """Draw panels side by side into a PNG, with room for the labels of so many rows and columns."""
-    from .. import files
     from ..plots import new_figure, size_of
 
     figure, axes = new_figure(len(panels), **size_of(rows, columns))
@@ -82,34 +76,15 @@ def save_figure(path: Path, panels: "Sequence[Callable[[Axes], None]]", rows: in
     print(f"Wrote {path}")
 
 
-def without_secrets(value: Any) -> Any:
-    """Drop entries whose name is a secret's, at any depth, and replace secrets inside texts by dots."""
-    if isinstance(value, Mapping):
-        return {key: without_secrets(inner) for key, inner in value.items() if not SECRET_NAME.search(str(key))}
-    if isinstance(value, (list, tuple)):
-        return [without_secrets(inner) for inner in value]
-    if not isinstance(value, str):
-        return value
-    if value.lstrip().startswith("{"):  # JSON, as in --model_init_kwargs '{"token": ...}'
-        try:
-            return json.dumps(without_secrets(json.loads(value)))
-        except (ValueError, RecursionError):
-            pass
-    for name, secret in os.environ.items():
-        if SECRET_NAME.search(name) and len(secret) >= 8:
-            value = value.replace(secret, "...")
-    return SECRET_TEXT.sub("...", value)
-
-
 def command(arguments: Sequence[str]) -> str:
     """Write a command as a shell reads it, without secrets."""
     parts, option = ["peft-svf"], ""
     for part in arguments:
         name, equals, value = part.partition("=")
         if part.startswith("--") and equals:
-            part = f"{name}={'...' if SECRET_NAME.search(name) else without_secrets(value)}"
+            part = f"{name}={'...' if files.SECRET_NAME.search(name) else files.without_secrets(value)}"
         elif not part.startswith("--"):
-            part = "..." if SECRET_NAME.search(option) else without_secrets(part)
+            part = "..." if files.SECRET_NAME.search(option) else files.without_secrets(part)
         parts.append(part)
         option = name if part.startswith("--") and not equals else ""
     return shlex.join(parts)

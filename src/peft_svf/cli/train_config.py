@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_type_hints
 
 from .. import files
-from .console import without_secrets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,8 +63,6 @@ class SVFArguments:
     exclude_modules: list[str] | None = _key("Modules to leave out.")
     layers_to_transform: list[int] | None = _key("Indices of the layers.")
     rank: int | None = _key("Move only so many of the largest singular values.")
-    parametrization: Literal["offset", "sigmoid", "reference"] = _key("offset (z itself), or a mask.", "offset")
-    limit: float = _key("Upper end of z for parametrization sigmoid.", 2.0)
     basis_dtype: Literal["float32", "bfloat16"] | None = _key("Dtype of the basis. Default: bfloat16 on such a base.")
     description: str | None = _key("What the expert is good at, in a few words; the first pass reads it.")
 
@@ -131,7 +128,7 @@ def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
     values = {**asdict(model), **asdict(script), **asdict(svf), **training.to_dict()}
     # paths as they were written: transformers expands the home folder
     written = {key: value for key, value in content.items() if isinstance(values[key], str) and keys.count(key) == 1}
-    given = without_secrets({key: values[key] for key in keys} | written)
+    given = files.without_secrets({key: values[key] for key in keys} | written)
     return Settings(model, script, svf, training, json.loads(json.dumps(given, default=str)))
 
 

@@ -316,7 +316,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Read the `adapter_config.json` of a saved expert.
 
     Raises:
-        `ValueError`: if it is missing or damaged, names another PEFT type, or holds a parametrization to be folded.
+        `ValueError`: if there is none, it is damaged, or it names another PEFT type.
     """
     path = folder / CONFIG_NAME
     try:
@@ -325,11 +325,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{CONFIG_NAME} is damaged ({error}): fetch it again.") from error
     if not isinstance(config, dict) or config.get("peft_type") != "SVF":
         raise ValueError(f"{folder} holds no SVF expert: {CONFIG_NAME} is missing or names another PEFT type.")
-    if (kind := config.get("parametrization", "offset")) != "offset":
-        raise ValueError(
-            f"{folder} was saved in the middle of training, with parametrization={kind!r}: it holds no offsets yet. "
-            "Load it with `PeftModel.from_pretrained`, call `model.fold_parametrization()` and save it again."
-        )
     if (rank := config.get("rank")) is not None and (type(rank) is not int or not 1 <= rank <= 1 << 24):
         raise ValueError(f"{CONFIG_NAME} has rank={rank!r}, which isn't a number of singular values.")
     if unknown := sorted(set(config) - {entry.name for entry in fields(SVFConfig)}):

@@ -476,10 +476,13 @@ def _own(model: PreTrainedModel | PeftModel) -> list[Expert]:
         layers = {
             layer.weight_name(module): layer for module, layer in svf_layers(model).items() if name in layer.svf_offset
         }
-        offsets = {paths.get(m, m): layer.offset(name).detach().float().cpu().clone() for m, layer in layers.items()}
+        offsets = {
+            paths.get(m, m): layer.svf_offset[name].weight.detach().float().cpu().clone()
+            for m, layer in layers.items()
+        }
         prints = {m: layer.svf_fingerprint.to_json() for m, layer in layers.items() if layer.svf_fingerprint}
         base = config.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", None)
-        facts = {"parametrization": "offset", "fingerprint": prints or None, "base_model_name_or_path": base}
+        facts = {"fingerprint": prints or None, "base_model_name_or_path": base}
         experts.append(Expert(name, offsets, {**config.to_dict(), **facts}))
     return experts
 

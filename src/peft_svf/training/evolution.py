@@ -93,8 +93,7 @@ class EvolutionConfig(TrainingArguments):
         population (`int`):
             Members of a step, an even number: two for each direction.
         sigma (`float`):
-            Standard deviation of the members around the mean, in units of what is trained: of z itself, unless the
-            config's `parametrization` maps it.
+            Standard deviation of the members around the mean, in units of z.
         shaping (`str`):
             How fitness becomes weights, see [`shaped`].
         rows_per_forward (`int`):
@@ -278,8 +277,7 @@ class EvolutionTrainer(Run, Trainer):
         layers = {module: layer for module, layer in svf_layers(self.model).items() if layer in self._layers}
         offsets = {}
         for (module, layer), parts in zip(layers.items(), members.split(sizes, dim=1), strict=True):
-            name = self._layers[layer]
-            offsets[module] = torch.stack([layer.padded(layer.mapped(name, part)) for part in parts])
+            offsets[module] = torch.stack([layer.padded(part) for part in parts])
         with active_rows(layers, offsets, merge=True):
             yield
 

@@ -118,11 +118,11 @@ def z_statistics(model: nn.Module) -> dict[str, float]:
     """
     blocks: dict[str, list[Tensor]] = defaultdict(list)
     for name, layer in svf_layers(model).items():
-        for adapter, offset in layer.svf_offset.items():
+        for offset in layer.svf_offset.values():
             if offset.weight.requires_grad:
                 trained = offset.weight.detach()
                 whole = trained.full_tensor() if isinstance(trained, DTensor) else trained  # sharded by FSDP2
-                blocks[block_of(name)].append(layer.mapped(adapter, whole).abs().flatten())
+                blocks[block_of(name)].append(whole.abs().flatten())
     if not blocks:
         return {}
     joined = [torch.cat(vectors) for vectors in blocks.values()]

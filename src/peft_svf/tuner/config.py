@@ -11,7 +11,6 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from .._registration import add_peft_type
-from .parametrization import PARAMETRIZATIONS, Parametrization
 from .plans import PLANS, Plan
 
 add_peft_type()  # before the class below names it
@@ -47,12 +46,6 @@ class SVFConfig(PeftConfig):
             `"float32"`, or `"bfloat16"` for half the memory and faster products on a bfloat16 base (it rounds the
             directions, and the gradients of the smallest 5 % of singular values are then a third off: case B10 of
             benchmarks/speed.py). The first adapter of a model decides.
-        parametrization (`str`):
-            What is trained: `"offset"`, the paper's z itself; `"sigmoid"`, the mask of its code, z between 0 and
-            `limit`; `"reference"`, that mask with the nuclear norm of each weight kept. See
-            [`offset_of`]; all start at z = 1.
-        limit (`float`):
-            Range of z for `"sigmoid"`, above 1 (its `max_mult`).
         plan (`str`):
             How the layers compute. `"auto"` decides for each forward: on a merged copy of the weight in inference and
             in training steps of enough tokens, by two thin products beside the base layer else, through the two
@@ -85,8 +78,6 @@ class SVFConfig(PeftConfig):
     init_weights: bool = field(default=True, metadata={"help": "True: start from z = 1, the base model."})
     rank: int | None = field(default=None, metadata={"help": "Move only the largest singular values."})
     basis_dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "Dtype of the basis."})
-    parametrization: Parametrization = field(default="offset", metadata={"help": "What is trained, see `limit`."})
-    limit: float = field(default=2.0, metadata={"help": "Range of z for parametrization 'sigmoid'."})
     plan: Plan = field(default="auto", metadata={"help": "Execution plan: auto, merged, narrow or factored."})
     basis_from: Literal["auto", "checkpoint", "memory"] = field(
         default="auto", metadata={"help": "Whose singular directions: the stored weights' or the loaded ones'."}
@@ -120,12 +111,9 @@ class SVFConfig(PeftConfig):
             ("basis_dtype", ("float32", "bfloat16")),
             ("basis_from", ("auto", "checkpoint", "memory")),
             ("plan", PLANS),
-            ("parametrization", PARAMETRIZATIONS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
-        if self.parametrization == "sigmoid" and not 1 < self.limit < float("inf"):
-            raise ValueError(f"`limit` must be a finite number above 1, the start of z; got {self.limit!r}.")
         if self.fingerprint is not None and not isinstance(self.fingerprint, dict):
             raise ValueError(
                 f"`fingerprint` must be a dict by module name or None; got {type(self.fingerprint).__name__}."

@@ -8,14 +8,14 @@ Private names of PEFT were read in 0.21.2.
 import logging
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from psutil import virtual_memory
@@ -27,10 +27,10 @@ from .basis import Basis, deviation, exact, tolerance
 from .cache import content_key
 from .config import SVFConfig
 from .fingerprint import Fingerprint, Recorded, check
-from .layer import BASE, Linear, SVFLayer, escape, svf_layers
+from .layer import BASE, Execution, Linear, SVFLayer, active_rows, svf_layers
 from .plans import PLANS, Plan
 from .stacked import ParamWrapper
-from .targets import DEFAULT_TARGETS, adaptable, default_targets
+from .targets import DEFAULT_TARGETS, adaptable, batch_first, default_targets, reads_weight
 from .weights import (
     Known,
     Reader,
@@ -46,7 +46,6 @@ from .weights import (
 logger = logging.getLogger(__name__)
 MISFIT = 0.35  # SmolLM2's weights in 4 bits are below 0.2 and in 3 bits below 0.3; another layer's lie above 0.4
 LARGEST = 1e4  # of an offset; trained ones stay below 10
-MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}  # their kernels read the weight of `out_proj`
 
 
 class SVFModel(BaseTuner):
@@ -60,21 +59,15 @@ class SVFModel(BaseTuner):
     prefix = "svf_"
     tuner_layer_cls = SVFLayer
     target_module_mapping = DEFAULT_TARGETS  # type: ignore[assignment]
+    execution: Execution
+    _calls = 0
     _waiting = False  # some bases come later: their weights are on the meta device, or a file brings them
     _unfilled: frozenset[str] = frozenset()  # adapters made for a file that has not been read yet
     _unchecked: frozenset[str] = frozenset()  # adapters whose fingerprint has not been compared yet
     _asked: tuple[Plan, int] | None = None  # by `set_plan`
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # A bare config, not PEFT's dict by name: transformers loads an adapter into its own model. Where its file's
-        # keys would not reach the parameters it says nothing, and the base model would answer (read in 5.23.0).
-        loading = isinstance(peft_config, SVFConfig) and _from_file(peft_config)
-        if loading and escape(adapter_name) != adapter_name:
-            raise ValueError(
-                f"transformers' `load_adapter` cannot fill an adapter named {adapter_name!r}: it writes the name into "
-                "parameter names, which takes no dots, no '%' and no name of a `torch.nn.ModuleDict` method. Choose "
-                "another name, or load it with `PeftModel.from_pretrained`, which takes any."
-            )
+        self.__dict__["execution"] = Execution()
         self._defers = not isinstance(peft_config, SVFConfig)  # transformers does not hand a file's tensors over
         self._brought: dict[str, tuple[str, str]] = {}  # weight -> adapter and digest of a basis that only it may use
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
@@ -320,25 +313,17 @@ class SVFModel(BaseTuner):
         self._follow(plan, forwards_per_step)
 
     def _follow(self, plan: Plan, forwards_per_step: int) -> None:
-        layers = list(svf_layers(self.model).values())
-        room = _room(layers)
+        layers = svf_layers(self.model)
+        room = _room(list(layers.values()))
         if not room and plan == "auto":
             logger.info("There is no memory for a merged copy of the adapted weights: SVF uses the narrow plan.")
-        for index, layer in enumerate(layers):
-            layer.svf_plan, layer.svf_forwards, layer.svf_room = plan, forwards_per_step, room
+        execution = self.execution
+        execution.plan, execution.forwards, execution.room, execution.announced = plan, forwards_per_step, room, set()
+        execution.batch_first = batch_first(self.model)
+        for layer in layers.values():
+            layer.execution = execution
             layer.svf_merged = layer.svf_factored = None
-            layer.svf_announced = set() if index == 0 else None
             layer._known = (layer.base_weight,)
-
-    def fold_parametrization(self, adapter_name: str = "default") -> None:
-        """
-        Turn an adapter that trains a mask into one that trains the offsets themselves; what it answers stays.
-
-        Experts are shared and mixed as offsets: do this when training is over, before saving.
-        """
-        for layer in svf_layers(self.model).values():
-            layer.fold_parametrization(adapter_name)
-        self.peft_config[adapter_name].parametrization = "offset"
 
     def svf_memory(self) -> dict[str, dict[str, int]]:
         """
@@ -358,38 +343,6 @@ class SVFModel(BaseTuner):
             undo_cpu_packing(module)
         return super().train(mode)
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge as PEFT does; an adapter that `safe_merge` refuses leaves every weight as it was, not only its own."""
-        before = self._merged()
-        try:
-            super().merge_adapter(adapter_names, safe_merge)
-        except BaseException:
-            self._restore_merged(before)
-            raise
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
-        if merge and safe_merge:  # try all weights before the first layer is gone
-            before = self._merged()
-            self.merge_adapter(adapter_names, safe_merge=True)
-            self._restore_merged(before)
-        return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
-
-    def _merged(self) -> dict[SVFLayer, list[str]]:
-        return {layer: list(layer.merged_adapters) for layer in svf_layers(self.model).values()}
-
-    def _restore_merged(self, before: dict[SVFLayer, list[str]]) -> None:
-        for layer, names in before.items():
-            if layer.merged_adapters != names:
-                layer.unmerge()
-                if names:
-                    layer.merge(adapter_names=names)
-
     def withdraw(self, adapter_name: str) -> None:
         """Take back an adapter whose file was refused: the others go on, and after the first the base is as it was."""
         if len(self.peft_config) > 1:
@@ -398,15 +351,9 @@ class SVFModel(BaseTuner):
         for name, parameter in self.unload().named_parameters():
             parameter.requires_grad_(name in self._trainable_before)
 
-    def add_weighted_adapter(
-        self,
-        adapters: list[str],
-        weights: list[float],
-        adapter_name: str,
-        combination_type: Literal["linear", "sum"] = "linear",
-    ) -> None:
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """
-        Add an adapter that is a mixture of others.
+        Add an adapter that is a mixture of others: `z = 1 + Σ αᵢ (zᵢ - 1)`; what is left of 1 belongs to the base.
 
         Args:
             adapters (`list[str]`):
@@ -415,10 +362,6 @@ class SVFModel(BaseTuner):
                 One weight α per adapter, any finite numbers.
             adapter_name (`str`):
                 Name of the new adapter; an existing one is left as it is.
-            combination_type (`str`):
-                `"linear"`: `z = 1 + Σ αᵢ (zᵢ - 1)`, what is left of 1 belongs to the base; the paper's `Σ αᵢ zᵢ` where
-                `Σ αᵢ = 1`. `"sum"`: the literal `Σ αᵢ zᵢ`, which with `Σ αᵢ != 1` scales whole weights (MLP weights
-                times 0.5 take SmolLM2's loss from 2.2 to 21.7).
 
         Raises:
             `ValueError`: for an unknown adapter, a weight that is not finite, lengths that differ, or adapters that
@@ -426,53 +369,34 @@ class SVFModel(BaseTuner):
         """
         if adapter_name in self.peft_config:
             return
-        if combination_type not in ("linear", "sum"):
-            raise ValueError(f"Invalid combination_type: {combination_type!r}, choose 'linear' or 'sum'.")
         if not adapters or len(adapters) != len(weights):
-            raise ValueError(
-                f"A mixture needs one weight per adapter, got {len(adapters)} adapters, {len(weights)} weights."
-            )
-        for name in adapters:
-            if name not in self.peft_config:
-                raise ValueError(f"Adapter {name} does not exist. There are: {', '.join(self.peft_config)}.")
-        total = float(sum(weights))
-        if not torch.isfinite(torch.tensor(total)):
+            raise ValueError(f"A mixture needs a weight per adapter, got {len(adapters)} and {len(weights)}.")
+        if unknown := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"Adapter {unknown[0]} does not exist. There are: {', '.join(self.peft_config)}.")
+        if not torch.tensor(weights, dtype=torch.float32).isfinite().all():
             raise ValueError(f"Mixture weights must be finite numbers, got {weights}.")
         for wrapper in self.modules():
             if isinstance(wrapper, ModulesToSaveWrapper) and sum(a in wrapper.modules_to_save for a in adapters) > 1:
                 raise ValueError("Cannot mix adapters that target the same module with modules_to_save.")
-
         configs = [self.peft_config[name] for name in adapters]
         ranks = [config.rank for config in configs]
-        reached = [
-            (name, layer)
-            for name, layer in svf_layers(self.model).items()
-            if any(a in layer.svf_offset for a in adapters)
-        ]
-        stacks = [layer.weight_name(name) for name, layer in reached if isinstance(layer, ParamWrapper)]
+        layers = {n: m for n, m in svf_layers(self.model).items() if any(a in m.svf_offset for a in adapters)}
+        stacks = [layer.weight_name(name) for name, layer in layers.items() if isinstance(layer, ParamWrapper)]
         self.peft_config[adapter_name] = replace(
             configs[0],
-            # by name: what two configs select is no union of their fields
-            target_modules={name for name, layer in reached if not isinstance(layer, ParamWrapper)},
+            # by name: the union of two configs' fields may select other modules
+            target_modules={name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)},
             target_parameters=stacks or None,
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
+            **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")),
             rank=None if None in ranks else max(ranks),
             fingerprint=None,
-            parametrization="offset",
-            modules_to_save=None,
             init_weights=True,
         )
         self.inject_adapter(self.model, adapter_name)
-        for layer in svf_layers(self.model).values():
-            if adapter_name not in layer.svf_offset:
-                continue
+        for layer in layers.values():
             mixed = layer.svf_offset[adapter_name].weight.data
-            mixed.fill_(total - 1 if combination_type == "sum" else 0)
-            for name, weight in zip(adapters, weights, strict=True):
-                if name in layer.svf_offset:
-                    mixed.add_(layer.named_offsets([name])[0][: len(mixed)].to(mixed), alpha=weight)
+            offsets = layer.named_offsets(adapters)[:, : len(mixed)].to(mixed)  # (adapters, k)
+            mixed.copy_(torch.tensor(weights, dtype=mixed.dtype, device=mixed.device) @ offsets)
 
     def _prepare_adapter_config(self, peft_config: SVFConfig, model_config: dict) -> SVFConfig:  # type: ignore[override]
         if peft_config.target_modules is None:
@@ -495,6 +419,12 @@ class SVFModel(BaseTuner):
         if isinstance(target, SVFLayer) and getattr(target, "parameter_name", None) == parameter_name:
             target.update_layer(adapter_name, config)
             return
+        if isinstance(target, BaseTunerLayer) and not isinstance(target, SVFLayer):
+            raise ValueError(
+                f"Target module {current_key} carries an adapter of another method ({', '.join(_adapters(target))}). "
+                "SVF rescales a weight, not what another method adds to it: merge that adapter first with "
+                "`model.merge_and_unload()`, or leave the module out of `target_modules`."
+            )
         if parameter_name is None and adaptable(target):
             refuse_unknown(target, current_key)
         elif parameter_name is None:
@@ -502,8 +432,7 @@ class SVFModel(BaseTuner):
                 f"Target module {current_key} is not supported: it is a {type(target).__name__}, SVF adapts "
                 "`torch.nn.Linear`, transformers' `Conv1D` and linears quantised by a library that PEFT knows."
             )
-        mamba = getattr(self.model.config, "model_type", None) in MAMBA if hasattr(self.model, "config") else False
-        if isinstance(parent, nn.MultiheadAttention) or (mamba and target_name == "out_proj"):
+        if reads_weight(self.model, parent, target_name):
             raise ValueError(
                 f"Target module {current_key} cannot be adapted: {type(parent).__name__} reads its weight without "
                 "running it, so z would change nothing. Leave it out of `target_modules`."
@@ -546,13 +475,33 @@ class SVFModel(BaseTuner):
         names = kwargs.pop("adapter_names", None)
         if self._waiting:
             self.fetch_bases()
-        if names is None:
-            with nullcontext() if torch.compiler.is_compiling() else self._trusting():
-                yield
-            return
+        with ExitStack() as stack:
+            if not torch.compiler.is_compiling():
+                stack.enter_context(self._calling())
+            if names is not None:
+                self._check_names(names, args, kwargs)
+                layers = svf_layers(self.model)
+                unique = list(dict.fromkeys(names))
+                offsets = {name: layer.named_offsets(unique) for name, layer in layers.items()}
+                index = torch.tensor([unique.index(name) for name in names])
+                stack.enter_context(active_rows(layers, offsets, index, merge=True))
+                for name, module in self.named_modules():
+                    if isinstance(module, AuxiliaryTrainingWrapper):
+                        beams = kwargs.get("num_beams") or 1
+                        repeated = list(names) if "encoder" in name else [n for n in names for _ in range(beams)]
+                        hook = partial(_pass_names, names=repeated)
+                        stack.enter_context(_removing(module.register_forward_pre_hook(hook, with_kwargs=True)))
+            if any(rows.mixed for rows in self.execution.rows.values()):
+                for entry in _entries(self.model):
+                    note = partial(_note_batch, execution=self.execution)
+                    stack.enter_context(_removing(entry.register_forward_pre_hook(note, with_kwargs=True)))
+            yield
+
+    def _check_names(self, names: list[str], args: Any, kwargs: dict[str, Any]) -> None:
+        """Raise `ValueError` for `adapter_names` that can't be served."""
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = list(svf_layers(self.model).values())
+        layers = svf_layers(self.model).values()
         known = {BASE}.union(*(layer.svf_offset.keys() for layer in layers))
         if unknown := sorted(set(names) - known):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
@@ -560,44 +509,43 @@ class SVFModel(BaseTuner):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        inputs = [*args, *(value for name, value in kwargs.items() if "position" not in name)]  # these may be one row
-        batch = next((value for value in inputs if isinstance(value, Tensor)), None)
-        if batch is not None and len(names) != batch.shape[0]:
+        batch = _batch_of(args, kwargs)
+        if batch is not None and len(names) != batch[0]:
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, "
-                f"but got {len(names)} and {batch.shape[0]} respectively."
+                f"but got {len(names)} and {batch[0]} respectively."
             )
-        with ExitStack() as stack:
-            for layer in layers:
-                stack.enter_context(layer.rows(layer.named_offsets(list(names))))
-            for name, module in self.named_modules():
-                if isinstance(module, AuxiliaryTrainingWrapper):
-                    beams = kwargs.get("num_beams") or 1
-                    repeated = list(names) if "encoder" in name else [n for n in names for _ in range(beams)]
-                    hook = partial(_pass_names, names=repeated)
-                    stack.enter_context(_removing(module.register_forward_pre_hook(hook, with_kwargs=True)))
-            yield
 
     @contextmanager
-    def _trusting(self) -> Iterator[None]:
+    def _calling(self) -> Iterator[None]:
         """
-        Tell the layers what one call of the `PeftModel` knows for all of its forwards.
+        Let the layers use what one call of the `PeftModel` knows for all of its forwards.
 
         Without gradients it is generation or scoring, in training mode too (TRL's rollouts): one z for what follows.
         Merged weights are compared with their z all at once, on a GPU with one wait instead of one for each layer.
+
+        Raises:
+            `ValueError`: after the call, if a parent has read the weight of an adapted layer that it didn't run.
         """
-        layers, without = list(svf_layers(self.model).values()), not torch.is_grad_enabled()
-        kept = [layer for layer in layers if layer.svf_merged is not None and layer.svf_rows is None]
-        same = bool(kept) and _waits(kept[0].svf_merged.offset.device) and _unchanged(kept)  # type: ignore[union-attr]
-        for layer in layers:
-            layer.svf_generating = without
-        for layer in kept:
-            layer.svf_trusted = same
+        execution, before = self.execution, (self.execution.generating, self.execution.trusted, self.execution.call)
+        kept = [layer for layer in svf_layers(self.model).values() if layer.svf_merged is not None]
+        same = bool(kept) and not execution.rows and _waits(kept[0].svf_merged.offset.device) and _unchanged(kept)  # type: ignore[union-attr]
+        self._calls = self._calls + 1
+        execution.generating, execution.trusted, execution.call = not torch.is_grad_enabled(), same, self._calls
         try:
             yield
+            passed_by = [layer for layer in execution.read if layer._ran < execution.call and layer.moves]
         finally:
-            for layer in layers:
-                layer.svf_generating = layer.svf_trusted = False
+            execution.read.clear()
+            execution.generating, execution.trusted, execution.call = before
+            execution.batch = None
+        if passed_by:
+            names = [name for name, layer in svf_layers(self.model).items() if layer in passed_by]
+            raise ValueError(
+                f"The weight of {names[0]} was read, but the layer didn't run ({len(names)} such layers): the module "
+                "around it computes with the weight itself, so z changes nothing and gets no gradient. Leave it out "
+                "of `target_modules`."
+            )
 
     @classmethod
     def _get_adapter_state_dict(
@@ -608,7 +556,7 @@ class SVFModel(BaseTuner):
 
         PEFT saves the config next, so this is also where it gets the fingerprint of the base.
         """
-        key, prefix = f"svf_offset.{escape(adapter_name)}.weight", _prefix(model)
+        key, prefix = f"svf_offset.{adapter_name}.weight", _prefix(model)
         tensors, fingerprint, size = {}, Recorded(), 0
         for name, layer in svf_layers(model).items():
             if adapter_name not in layer.svf_offset:
@@ -626,10 +574,6 @@ class SVFModel(BaseTuner):
         if size:
             logger.info(f"Adapter {adapter_name!r} is saved with its bases, {size / 1e6:.1f} MB.")
         return tensors
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return super()._remove_adapter_name_from_key(key, escape(adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -667,7 +611,7 @@ class SVFModel(BaseTuner):
             for key in _keys_of(name, model):
                 if (offset := state_dict.get(key)) is not None:
                     _check_offset(offset, layer.svf_offset[adapter_name].weight.shape[0], name, adapter_name, config)
-                    renamed[key] = f"{_prefix(model)}{name}.svf_offset.{escape(adapter_name)}.weight"
+                    renamed[key] = f"{_prefix(model)}{name}.svf_offset.{adapter_name}.weight"
                     break
         trained = {  # modules of `modules_to_save` and rows of `trainable_token_indices`
             f"{name}.{key}"
@@ -777,6 +721,33 @@ def _room(layers: list[SVFLayer]) -> bool:
         needed[weight.device] += weight.numel() * weight.element_size()
     free = {"cuda": lambda device: torch.cuda.mem_get_info(device)[0], "cpu": lambda _: virtual_memory().available}
     return all(2 * count <= free[device.type](device) for device, count in needed.items() if device.type in free)
+
+
+def _batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int | None] | None:
+    """Rows and, if there are any, tokens of what a model is called with."""
+    texts = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+    inputs = [*(kwargs.get(name) for name in texts), *args]
+    inputs += [value for name, value in kwargs.items() if "position" not in name]  # these may be one row
+    batch = next((value for value in inputs if isinstance(value, Tensor) and value.dim()), None)
+    if batch is None:
+        return None
+    tokens = batch.shape[1] if batch.dim() == (3 if batch.is_floating_point() else 2) else None
+    return batch.shape[0], tokens
+
+
+def _note_batch(module: nn.Module, args: Any, kwargs: dict[str, Any], execution: Execution) -> None:
+    execution.batch = _batch_of(args, kwargs) or execution.batch
+
+
+def _entries(model: nn.Module) -> list[nn.Module]:
+    """The modules that a batch enters by: the model, and an encoder, which generation runs on its own."""
+    config: Any = getattr(model, "config", None)
+    return [model, model.get_encoder()] if getattr(config, "is_encoder_decoder", False) else [model]  # type: ignore[operator]
+
+
+def _adapters(layer: BaseTunerLayer) -> list[str]:
+    """The names of the adapters of a layer, of any method."""
+    return sorted({name for kind in layer.adapter_layer_names for name in getattr(layer, kind, {})})
 
 
 def _unchanged(layers: list[SVFLayer]) -> bool:
