@@ -38,6 +38,7 @@ PREFIX = "base_model.model."  # PEFT puts it in front of the base model's module
 OFFSET_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.svf_offset\.weight")
 DTYPES = {"F16", "BF16", "F32", "F64"}
 LARGEST = 1e4  # of abs(z - 1) and of mixture weights; trained z stay between 0 and 2, and float16 ends at 65504
+KNOWN = {entry.name for entry in fields(SVFConfig)}
 LIMIT = 16 << 30  # bytes of a weights file
 WAITS = (1, 2, 4)  # seconds before a download that broke is tried again
 TRANSIENT = (408, 429, 500, 502, 503, 504)  # HTTP status codes that pass
@@ -327,7 +328,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds no SVF expert: {CONFIG_NAME} is missing or names another PEFT type.")
     if (rank := config.get("rank")) is not None and (type(rank) is not int or not 1 <= rank <= 1 << 24):
         raise ValueError(f"{CONFIG_NAME} has rank={rank!r}, which isn't a number of singular values.")
-    if unknown := sorted(set(config) - {entry.name for entry in fields(SVFConfig)}):
+    if unknown := sorted(key for key in set(config) - KNOWN if config[key] not in (None, False)):
         warnings.warn(
             f"{folder / CONFIG_NAME} has settings that this version of peft-svf doesn't know, first {unknown[0]!r}: "
             "they are ignored. A newer version may have written them.",

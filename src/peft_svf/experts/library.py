@@ -440,10 +440,7 @@ class _Owned(AbstractContextManager[PeftModel]):
 
 def _task() -> "asyncio.Task[Any] | None":
     """The coroutine that runs, as its event loop knows it."""
-    try:
-        return asyncio.current_task()
-    except RuntimeError:  # no event loop runs in this thread
-        return None
+    return None if asyncio._get_running_loop() is None else asyncio.current_task()
 
 
 def no_expert(name: str, names: Sequence[str]) -> str:
