@@ -92,7 +92,7 @@ EFFECTS = {
     ),
     "leave for new namespaces": TRY.format("import ctypes; assert ctypes.CDLL(None).unshare(0x10020000) == 0"),
     "have a capability": "print('through') if int(open('/proc/self/status').read().split('CapEff:')[1].split()[0], 16) else None",
-    "run as root": "import os; print('through') if os.getuid() == 0 else None",
+    "run as the host's root": "print('through') if open('/proc/self/uid_map').read().split()[:2] == ['0', '0'] and __import__('os').getuid() == 0 else None",
     "gain privileges": "print('through') if open('/proc/self/status').read().split('NoNewPrivs:')[1].split()[0] == '0' else None",
     "open the terminal": TRY.format("import os; os.open('/dev/tty', os.O_RDWR)"),
     "read a disk": TRY.format("import glob; open((glob.glob('/dev/[sv]d[a-z]') + ['/dev/mem'])[0], 'rb').read(1)"),

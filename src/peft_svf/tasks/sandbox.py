@@ -32,9 +32,11 @@ included, and leave a process behind in another session. It's a belt for what a 
 wall against an attacker: for that, train in a container or a virtual machine.
 """
 
+import atexit
 import contextlib
 import functools
 import json
+import marshal
 import os
 import random
 import selectors
@@ -158,7 +160,7 @@ def run_python(
     reason = stopped.format(timeout=timeout, output_kb=output_kb, memory_mb=memory_mb)
     if not reason and not texts["verdict"]:
         reason = "ended before the verdict"
-    message = {"ok": False, "reason": reason} if reason else json.loads(texts["verdict"])
+    message: dict[str, Any] = {"ok": False, "reason": reason} if reason else json.loads(texts["verdict"])
     return SandboxResult(message["ok"], out, err, message["reason"], () if mode == "none" else CLOSED)
 
 
@@ -191,8 +193,17 @@ def _start(
     command = _command(mode, folder, user)
     if not program:  # bubblewrap would end it with the thread that started it
         command = [part for part in command if part != "--die-with-parent"]
+    other: dict[str, Any] = {}
+    if mode == "none" and user is not None:
+        other = {"user": user, "group": user, "extra_groups": ()}
     process = subprocess.Popen(
-        [*command, "-c", _source(), *arguments, *(str(pipe.fileno()) for pipe in pipes)],
+        [
+            *command,
+            "-c",
+            _source(os.path.realpath(sys.executable) in command),
+            *arguments,
+            *(str(pipe.fileno()) for pipe in pipes),
+        ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE if program else subprocess.DEVNULL,
         stderr=subprocess.PIPE if program else subprocess.DEVNULL,
@@ -200,7 +211,7 @@ def _start(
         env={"PATH": TOOLS, "LANG": "C.UTF-8", "HOME": home, "TMPDIR": home},
         pass_fds=[pipe.fileno() for pipe in pipes],
         start_new_session=True,
-        **({"user": user, "group": user, "extra_groups": ()} if mode == "none" and user is not None else {}),
+        **other,
     )
     for pipe in filter(None, (process.stdout, process.stderr)):
         stack.enter_context(pipe)
@@ -227,8 +238,16 @@ def _ask_judge(mode: str, descriptors: list[int]) -> None:
             with contextlib.suppress(OSError):
                 socket.send_fds(JUDGES[key][0], [b"j"], descriptors)
                 return
-            del JUDGES[key]  # it ended: start another
+            for part in JUDGES.pop(key):  # it ended: start another
+                part.close()
     raise RuntimeError("The sandbox's judge doesn't start.")
+
+
+@atexit.register
+def _end_judges() -> None:
+    for (process, _), parts in JUDGES.items():
+        for part in parts if process == os.getpid() else ():
+            part.close()
 
 
 def _send(target: socket.socket, data: bytes) -> None:
@@ -249,8 +268,11 @@ def _kill(process: subprocess.Popen[bytes], user: int | None) -> None:
 
 
 @functools.cache
-def _source() -> str:
-    return HARNESS.read_text(encoding="utf-8")
+def _source(same: bool) -> str:
+    """Return the harness as the argument of `-c`, compiled if the same Python runs it: its start counts."""
+    text = HARNESS.read_text(encoding="utf-8")
+    code = marshal.dumps(compile(text, "<sandbox>", "exec", optimize=2)).hex()
+    return f"import marshal; exec(marshal.loads(bytes.fromhex('{code}')))" if same else text
 
 
 @functools.cache
@@ -333,9 +355,9 @@ def _starts(python: str, user: int) -> bool:
 def _free_id() -> int:
     """Return a user id that no process has."""
     taken = set()
-    for path in Path("/proc").glob("[0-9]*"):
+    for entry in os.scandir("/proc"):
         with contextlib.suppress(OSError):
-            taken.add(path.stat().st_uid)
+            taken.add(entry.stat().st_uid)
     start = random.randrange(len(IDS))
     return next(id for id in (*IDS[start:], *IDS[:start]) if id not in taken)
 

@@ -15,12 +15,16 @@ import resource
 import sys
 
 # Each import costs a program's start some milliseconds: `json`, `types` and `typing` are left out.
-Any = object
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+else:
+    Any = object
 ModuleType, BuiltinFunctionType = type(sys), type(len)
 
 FRAME = 32 << 20  # bytes of one message, after which the other side counts as broken
 SMALL = 1 << 53  # integers beyond it travel in hexadecimal, which has no limit of digits
-PLAIN = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+PLAIN: Any = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 MAPPINGS = ("Counter", "OrderedDict")
 # Modules of the program that asserts may use by name; the judge imports its own copy.
 SHARED = {
@@ -76,10 +80,10 @@ def encode(value: Any, other: Any) -> Any:
         return str.__str__(value)
     if isinstance(value, float):
         return ["float", float.hex(value)]
-    for name, kind in PLAIN.items():
-        if isinstance(value, kind):
+    for name, plain in PLAIN.items():
+        if isinstance(value, plain):
             return [name, [encode(item, other) for item in value]]
-    kind = type(value)
+    kind: Any = type(value)
     if isinstance(value, dict):
         name = kind.__name__ if kind.__module__ == "collections" and kind.__name__ in MAPPINGS else "dict"
         return [name, [[encode(key, other), encode(item, other)] for key, item in value.items()]]
@@ -284,7 +288,7 @@ class Judge:
     def _outgoing(self, value: Any) -> Any:
         if isinstance(value, Remote):
             return ["object", value._number]
-        if isinstance(value, (type, BuiltinFunctionType)) and vars(builtins).get(value.__name__) is value:
+        if isinstance(value, (type, BuiltinFunctionType)) and getattr(builtins, value.__name__, None) is value:
             return ["builtin", value.__name__]
         raise TypeError(f"an assert passes {type(value).__name__}, which isn't a literal, to the program")
 
@@ -310,7 +314,7 @@ def _replace(old: Any, new: Any) -> None:
 
 def _error(name: str, text: str) -> Exception:
     """Return the builtin error of that name, as asserts may expect it, but none that ends a loop or a process."""
-    kind = vars(builtins).get(name)
+    kind: Any = vars(builtins).get(name)
     ends = issubclass(kind, (StopIteration, StopAsyncIteration)) if isinstance(kind, type) else True
     if ends or not issubclass(kind, Exception):
         return ProgramError(f"{name}: {text}" if text else name)
