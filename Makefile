@@ -5,13 +5,16 @@ PYTHON ?= python3
 VENV ?= .venv
 # What pip installs as torch, first and alone: `make test TORCH="torch==2.13.0 --index-url ..."` picks another build.
 TORCH ?= torch==2.13.0
+# Linux without a GPU takes the CPU build, 200 MB instead of 3 GB; if its index can't be reached, the usual one.
+CPU_BUILD := $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && \
+	echo --retries 0 --timeout 15 --index-url https://download.pytorch.org/whl/cpu)
 PYTEST_ARGS ?=
 
 RUN := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help test test-slow test-hub check format docs demo bench learning adaptation wheel clean
+.PHONY: help test test-slow test-hub check format docs demo announce bench learning adaptation wheel clean
 .SECONDARY:
 
 help:
@@ -30,12 +33,12 @@ help:
 $(VENV)/torch.stamp:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "peft-svf needs Python >= 3.10; name one with make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet $(TORCH)
+	$(RUN) -m pip install $(CPU_BUILD) $(TORCH) || $(RUN) -m pip install $(TORCH)
 	@touch $@
 
 # One stamp per extra of pyproject.toml: demo.stamp, dev.stamp.
 $(VENV)/%.stamp: pyproject.toml $(VENV)/torch.stamp
-	$(RUN) -m pip install --quiet --editable ".[$*]"
+	$(RUN) -m pip install --editable ".[$*]"
 	@touch $@
 
 test: $(VENV)/dev.stamp
@@ -58,11 +61,15 @@ format: $(VENV)/dev.stamp
 
 docs: $(VENV)/docs.stamp
 	$(RUN) -m typer peft_svf.cli utils docs --name peft-svf --title "The command line" --output docs/reference/cli.md
-	$(VENV)/bin/zensical build --strict
+	$(VENV)/bin/zensical build --clean --strict
 
 # All cores for the demo: OMP_NUM_THREADS=1 is for tests that run side by side.
-demo: $(VENV)/demo.stamp
+demo: announce $(VENV)/demo.stamp
 	env -u OMP_NUM_THREADS $(RUN) examples/demo.py $(DEMO_ARGS)
+
+announce:
+	@echo "This downloads torch and the packages beside it into $(VENV) (about 1 GB without a GPU, 4 GB with one) and"
+	@echo "SmolLM2-135M-Instruct (92 MB), unless they are there already. Then the demo takes about 10 minutes on 2 cores."
 
 bench: $(VENV)/demo.stamp $(VENV)/train.stamp
 	$(RUN) benchmarks/speed.py $(BENCH_ARGS)

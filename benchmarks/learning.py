@@ -143,7 +143,6 @@ def adapter(method: str) -> Any:
     inside = [name for name in TARGETS[where] if name == "down_proj"]
     made: dict[str, Callable[[], Any]] = {
         "svf": lambda: SVFConfig(**common),
-        "svf_reference": lambda: SVFConfig(**common, parametrization="reference"),  # the mask of the paper's code
         "svf_rank16": lambda: SVFConfig(**common, rank=16),
         "svf_rank64": lambda: SVFConfig(**common, rank=64),
         "lora16": lambda: LoraConfig(**common, r=16, lora_alpha=32),

@@ -147,10 +147,10 @@ def mean_and_half(differences: Sequence[Sequence[float]]) -> tuple[float, float]
     return statistics.mean(seeds), half
 
 
-def gain(results: Sequence[Result], others: Sequence[Result]) -> str:
+def gain(pairs: Sequence[tuple[Result, Result]]) -> str:
     """Write the gain of results over others, seed by seed on the same rows."""
     differences = []
-    for one, other in zip(results, others, strict=True):
+    for one, other in pairs:
         before = dict(other["test"]["records"])
         if set(before) != {row for row, _ in one["test"]["records"]}:
             raise SystemExit("Two results were tested on different rows: run one of them again.")
@@ -217,44 +217,29 @@ def learning_page(trainings: Sequence[Any], results: Mapping[str, Result], folde
         seeds = {k: {t.seed: results[t.name] for t in done if (t.kind, t.setting) == (k, settings[k])} for k in kinds}
         rows = []
         for kind, training in kinds.items():
-            runs, lora = seeds[kind], seeds.get("lora16-mlp", {})
-            shared = sorted(runs.keys() & lora.keys())
-            against = (
-                gain([runs[s] for s in shared], [lora[s] for s in shared]) if shared and kind != "lora16-mlp" else ""
-            )
-            accuracy = statistics.mean(r["test"]["accuracy"] for r in runs.values())
-            trainable = f"{next(iter(runs.values()))['trainable']:,}"
-            gained = gain(list(runs.values()), [base] * len(runs))
-            lines_of = [
+            runs, lora = seeds[kind], seeds.get("lora16-mlp", {}) if kind != "lora16-mlp" else {}
+            both = [(runs[seed], lora[seed]) for seed in sorted(runs.keys() & lora.keys())]
+            accuracy = f"{statistics.mean(r['test']['accuracy'] for r in runs.values()):.3f}"
+            row = [
                 label(training),
-                trainable,
+                f"{max(r['trainable'] for r in runs.values()):,}",
                 written(settings[kind]),
                 len(runs),
-                f"{accuracy:.3f}",
-                gained,
-                against,
             ]
-            rows.append(lines_of)
+            gains = gain([(r, base) for r in runs.values()]), gain(both) if both else ""
+            rows.append([*row, accuracy, *gains])
         head = ["method", "trained numbers", "lr", "seeds", "test", "gain on the base", "gain on LoRA r=16, MLP"]
-        lines += table(head, rows)
-        lines += ["Every cell; * marks the setting that validation chose:", ""]
+        lines += [*table(head, rows), "Every cell; * marks the setting that validation chose:", ""]
         rows = []
         for t in of_task:
-            star = " *" if t.setting == settings.get(t.kind) else ""
-            shown_cell = [label(t), written(t.setting) + star, t.seed]
-            r = results.get(t.name)
-            checks = ["not run", "", "", "", ""]
-            if r:
-                tokens = max((entry.get("tokens", 0) for entry in r["curve"]), default=0)
-                best = f"{(r['best_validation'] + 1) / 2:.3f}"
-                checks = [
-                    r["best_step"],
-                    best,
-                    f"{r['test']['accuracy']:.3f}",
-                    gain([r], [base]),
-                    f"{tokens:,}" if tokens else "",
-                ]
-            rows.append([*shown_cell, *checks])
+            r, row = results.get(t.name), [label(t), written(t.setting), t.seed]
+            if r is None:
+                rows.append([*row, "not run", "", "", "", ""])
+                continue
+            row[1] += " *" if t.setting == settings[t.kind] else ""
+            tokens = max((entry.get("tokens", 0) for entry in r["curve"]), default=0)
+            shown = f"{(r['best_validation'] + 1) / 2:.3f}", f"{r['test']['accuracy']:.3f}", gain([(r, base)])
+            rows.append([*row, r["best_step"], *shown, f"{tokens:,}" if tokens else ""])
         head = ["method", "lr", "seed", "best step", "validation", "test", "gain on the base", "tokens read"]
         lines += table(head, rows) + curves(done, settings, results, folder / f"learning-{task}.png")
     return "\n".join(lines).rstrip() + "\n"
@@ -343,40 +328,37 @@ def few_shot_part(results: Mapping[str, Result]) -> list[str]:
     """Show what experts, first passes and searches reach on tasks that no expert was trained on."""
     titles = {"svamp": "SVAMP", "arc_challenge": "ARC-Challenge", "math": "MATH-500", "humaneval": "HumanEval"}
     bases = {task: results.get(f"few_shot-{task}-base") for task in titles}
-    single = ("base", "code", "math", "reasoning", "uniform", "prompt", "classifier")
+
+    def cells_of(name: str) -> list[Result | None]:
+        return [results.get(f"few_shot-{task}-{name}") for task in titles]
+
     rows = [["test rows", *(base["n"] if base else "" for base in bases.values())]]
-    rows += [[way, *(with_gain(results.get(f"few_shot-{t}-{way}"), b) for t, b in bases.items())] for way in single]
-    costs = []
+    for way in ("base", "code", "math", "reasoning", "uniform", "prompt", "classifier"):
+        rows.append([way, *map(with_gain, cells_of(way), bases.values())])
     for method in ("cem", "cma", "gradient", "cem_unchecked", "per_layer"):
         for shots in (3, 5, 10):
-            draws = {
-                t: [r for i in range(3) if (r := results.get(f"few_shot-{t}-{method}-{shots}-{i}"))] for t in titles
-            }
-            done = [r for part in draws.values() for r in part]
-            if not done:
-                continue
-            name = f"{method.replace('_', ', ')}, {shots} examples"
-            cells = []
-            for task, part in draws.items():
-                accuracies = [r["accuracy"] for r in part]
-                spread = (
-                    f" ({min(accuracies):.3f} to {max(accuracies):.3f}, {len(part)} draws)" if len(part) > 1 else ""
-                )
-                alone = with_gain(part[0], bases[task]) if part else "not run"
-                cells.append(f"{statistics.mean(accuracies):.3f}{spread}" if spread else alone)
-            rows.append([name, *cells])
-            seconds = statistics.mean(r["adapting_cpu_seconds"] for r in done)
-            costs.append(
-                [name, f"{seconds:.0f}", f"{statistics.mean(r['tokens_read'] for r in done):,.0f}", len(done)]
-            )
+            draws = [cells_of(f"{method}-{shots}-{draw}") for draw in range(3)]  # (draws, tasks)
+            done = [cell for cells in draws for cell in cells if cell]
+            if done:
+                seconds = statistics.mean(cell["adapting_cpu_seconds"] for cell in done)
+                name = f"{method.replace('_', ', ')}, {shots} examples ({seconds:.0f} CPU s)"
+                rows.append([name, *map(of_draws, zip(*draws, strict=True), bases.values())])
     return [
         "## Tasks that no expert was trained on", "",
-        r"Accuracy with the paired gain on the base and its 95 % interval. \*Prompt* and *classifier* answer each "
+        "Accuracy with the paired gain on the base and its 95 % interval. *Prompt* and *classifier* answer each "
         "question by the expert that this first pass chooses. Searches see a draw of examples, check their result by "
-        "leaving one out at a time (\"unchecked\" does not), and fall back to the best expert or the base.", "",
-        *table(["", *titles.values()], rows), "The cost of adapting:", "",
-        *table(["search", "CPU seconds, mean", "tokens read, mean", "runs"], costs),
+        "leaving one out at a time (*unchecked* does not), and fall back to the best expert or the base.", "",
+        *table(["", *titles.values()], rows),
     ]  # fmt: skip
+
+
+def of_draws(draws: Sequence[Result | None], base: Result | None) -> str:
+    """Write the mean accuracy over draws of examples and its range, of a single draw its gain on the base."""
+    accuracies = [cell["accuracy"] for cell in draws if cell]
+    if len(accuracies) < 2:
+        return with_gain(next(filter(None, draws), None), base)
+    spread = f"{min(accuracies):.3f} to {max(accuracies):.3f}, {len(accuracies)} draws"
+    return f"{statistics.mean(accuracies):.3f} ({spread})"
 
 
 def mixed_part(results: Mapping[str, Result]) -> list[str]:
@@ -403,32 +385,17 @@ def transfer_part(results: Mapping[str, Result]) -> list[str]:
         "From SmolLM2-135M to a sibling: the same checkpoint after a short full fine-tuning on GSM8K. Models that "
         "went their own ways are a harder test. Gains are paired with the model without an expert.", "",
     ]  # fmt: skip
-    for place, title in (("", ""), ("other_shape/", "Qwen2.5-Coder-0.5B, z interpolated over spectrum and depth (an "
-                         "earlier version; the negative control):")):  # fmt: skip
-        base = {
-            f"{side}-{t}": results.get(f"{place}transfer-{t}-{side}-base")
-            for side in ("source", "target")
-            for t in tasks
-        }
-        if not any(base.values()):
-            continue
-        rows = []
-        if not place:
-            rows = [["source, base", *(with_gain(base[f"source-{t}"], None) for t in tasks)]]
-            experts = [results.get(f"transfer-{t}-source-expert") for t in tasks]
-            rows += [
-                [
-                    "source, its expert",
-                    *(with_gain(r, base[f"source-{t}"]) for t, r in zip(tasks, experts, strict=True)),
-                ]
-            ]
-        for way in ways:
-            cells = [results.get(f"{place}transfer-{t}-target-{way}") for t in tasks]
-            if any(cells):
-                rows.append(
-                    [f"target, {way}", *(with_gain(r, base[f"target-{t}"]) for t, r in zip(tasks, cells, strict=True))]
-                )
-        lines += [*([title, ""] if title else []), *table(["", *tasks], rows)]
+    other = "Qwen2.5-Coder-0.5B, z interpolated over spectrum and depth (an earlier version; the negative control):"
+    for place, title in (("", ""), ("other_shape/", other)):
+
+        def cells_of(name: str, place: str = place) -> list[Result | None]:
+            return [results.get(f"{place}transfer-{task}-{name}") for task in tasks]
+
+        named = ["source-base", "source-expert", *(f"target-{way}" for way in ways)]
+        bases = {side: cells_of(f"{side}-base") for side in ("source", "target")}
+        shown = [name for name in named if any(cells_of(name))]
+        rows = [[name, *map(with_gain, cells_of(name), bases[name[:6]])] for name in shown]
+        lines += [*([title, ""] if title else []), *(table(["", *tasks], rows) if rows else ["Not run.", ""])]
     return lines
 
 

@@ -65,7 +65,7 @@ class Bench:
     def model(self) -> Any:
         """The frozen base model in bfloat16."""
         if self.settings.tiny:
-            return llama(formulas.Architecture("tiny", 48, 80, 2, 4, 2, 12), self.settings.device)
+            return llama(formulas.Architecture("tiny", 128, 160, 2, 4, 2, 32), self.settings.device)
         if self.settings.device == "cuda":
             return llama(formulas.LLAMA_3_8B, "cuda")
         return smollm2()
@@ -74,7 +74,7 @@ class Bench:
     def shapes(self) -> list[tuple[int, int]]:
         """The shapes (out, in) of single layers."""
         if self.settings.tiny:
-            return [(40, 24), (24, 40)]
+            return [(96, 72), (72, 96)]
         if self.settings.device == "cuda":
             return LARGE
         return SMALL[2:] if self.small else SMALL

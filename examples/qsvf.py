@@ -1,118 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Train z-vectors on a 4-bit base, then use them on the base they were quantised from.
+Train z-vectors on a 4-bit base, then use them on the base that it was quantised from. `python examples/qsvf.py`.
 
-    python examples/qsvf.py --out qsvf_expert           # SmolLM2-135M in 4 bits on a CPU: some minutes
-    python examples/qsvf.py --out qsvf_expert --tiny    # a random model: seconds
-
-Needs `pip install "peft-svf[quant,eval]"`. The base stays packed, products with it go through bitsandbytes' kernels,
-and z-vectors, in float32, are all that trains. Their directions come from the unquantised weights of the checkpoint:
-the expert loads on the bfloat16 base as well. Data come from the folder that PEFT_SVF_DATA names, else from the Hub.
+Needs `pip install -e ".[quant,eval]"`; some minutes on a CPU. The base stays packed and only z-vectors, in float32,
+train. Their directions come from the unquantised weights of the checkpoint, so the expert loads on both bases.
 """
 
-import argparse
-import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from peft import PeftModel, get_peft_model
 from smollm2 import smollm2_folder
-from tiny_model import tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from peft_svf import SVFConfig
-from peft_svf.tasks import get_task
+from peft_svf.tasks import jsonl_task
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FOUR_BITS = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+STEPS, ROWS = 20, 8  # optimizer steps, and solved questions in each
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the expert")
-    parser.add_argument("--task", default="arc_easy", help="a task with options, of which the right one is learnt")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=5e-3)
-    parser.add_argument("--tiny", action="store_true", help="a random model and sums to learn: seconds")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    if args.tiny:
-        with TemporaryDirectory() as folder:
-            run(args, tiny_checkpoint(folder), sums(200), sums(40, 7))
-        return
-    task = get_task(args.task)
-    train = [(row["prompt"], row["choices"][row["label"]]) for row in task.rows("train", "choice", seed=0)]
-    test = [(row["prompt"], row["choices"][row["label"]]) for row in task.rows("validation", "choice", limit=64)]
-    run(args, str(smollm2_folder()), train, test)
-
-
-def run(args: argparse.Namespace, folder: str, train: list, test: list) -> None:
+    folder = smollm2_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    task = jsonl_task(Path(__file__).parent / "data" / "larger.jsonl")
+    train, test = (
+        [encode(tokenizer, row["prompt"], row["choices"][row["label"]]) for row in task.rows(split, "choice")]
+        for split in ("train", "test")
+    )
     packed = AutoModelForCausalLM.from_pretrained(folder, quantization_config=FOUR_BITS, device_map=DEVICE)
-    model = get_peft_model(packed, SVFConfig(task_type="CAUSAL_LM", basis_from="checkpoint"))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    print(f"4-bit base: {packed.get_memory_footprint() / 1e6:.1f} MB; z: {sum(p.numel() for p in trained):,} numbers")
-    print(f"bases of the adapted weights: {model.svf_memory()['total']['basis'] / 1e6:.1f} MB")
+    model = get_peft_model(packed, SVFConfig(task_type="CAUSAL_LM", description="comparing two numbers"))
+    print(f"4-bit base: {packed.get_memory_footprint() / 1e6:.0f} MB")
+    model.print_trainable_parameters()
 
-    before = loss_of(model, tokenizer, test)
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
-    start = time.perf_counter()
-    for step in range(args.steps):
-        model.train()
-        rows = [train[(step * args.batch_size + row) % len(train)] for row in range(args.batch_size)]
-        loss = model(**encode(tokenizer, rows)).loss
-        loss.backward()
+    before = loss_of(model, test)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3, weight_decay=0.0)
+    model.train()
+    for step in range(STEPS):
+        rows = [train[(step * ROWS + i) % len(train)] for i in range(ROWS)]
+        sum(model(**row).loss for row in rows).backward()
         optimizer.step()
         optimizer.zero_grad()
-    seconds = time.perf_counter() - start
-    after = loss_of(model, tokenizer, test)
-    print(f"{args.steps} steps in {seconds:.0f} s")
-    print(f"4-bit base:    loss of the right answers {before:.3f} -> {after:.3f}")
-    model.save_pretrained(args.out)
+    print(f"loss of the right answers on the 4-bit base:    {before:.3f} -> {loss_of(model, test):.3f}")
+    model.save_pretrained("qsvf_expert")
 
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(DEVICE)
-    before = loss_of(whole, tokenizer, test)
-    expert = PeftModel.from_pretrained(whole, args.out)  # silently: it has the same directions
-    print(f"bfloat16 base: loss of the right answers {before:.3f} -> {loss_of(expert, tokenizer, test):.3f}")
-    print(f"Wrote {args.out}")
+    before = loss_of(whole, test)
+    expert = PeftModel.from_pretrained(whole, "qsvf_expert")  # the same directions: accepted silently
+    print(f"loss of the right answers on the bfloat16 base: {before:.3f} -> {loss_of(expert, test):.3f}")
 
 
-def encode(tokenizer, rows: list) -> dict[str, torch.Tensor]:
-    """Token ids `(rows, tokens)`, padded on the right; labels are the answer's tokens, -100 elsewhere."""
-    ids, labels = [], []
-    for prompt, answer in rows:
-        question = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-        reply = tokenizer(answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
-        ids.append(torch.tensor(question + reply))
-        labels.append(torch.tensor([-100] * len(question) + reply))
-    pad = torch.nn.utils.rnn.pad_sequence
-    batch = {"input_ids": pad(ids, batch_first=True, padding_value=tokenizer.pad_token_id)}
-    batch["attention_mask"] = pad([torch.ones_like(row) for row in ids], batch_first=True)
-    batch["labels"] = pad(labels, batch_first=True, padding_value=-100)
-    return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
+def encode(tokenizer, prompt: list, answer: str) -> dict[str, torch.Tensor]:
+    """Encode a solved question as one row; only the answer's tokens have labels."""
+    question = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    reply = tokenizer(answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    ids, labels = torch.tensor([question + reply]), torch.tensor([[-100] * len(question) + reply])
+    return {"input_ids": ids.to(DEVICE), "labels": labels.to(DEVICE)}
 
 
 @torch.no_grad()
-def loss_of(model, tokenizer, rows: list) -> float:
-    """Mean over rows, not tokens."""
+def loss_of(model, rows: list) -> float:
+    """Average the loss over rows."""
     model.eval()
-    return sum(float(model(**encode(tokenizer, [row])).loss) for row in rows) / len(rows)
-
-
-def tiny_checkpoint(folder: str) -> str:
-    """A random Llama whose axes are multiples of 64, as bitsandbytes' CPU kernels want them."""
-    config = tiny_model().config
-    config.update({"hidden_size": 64, "intermediate_size": 128, "head_dim": 16})
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def sums(count: int, seed: int = 1) -> list:
-    draws = torch.randint(5, (count, 2), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [([{"role": "user", "content": f"{a}+{b}"}], str(a + b)) for a, b in draws]
+    return sum(float(model(**row).loss) for row in rows) / len(rows)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-A model that adapts itself, the whole story: experts, two passes, mixtures, a few examples, a library that changes.
+A model that adapts itself: experts, two passes, mixtures, a few examples. `python examples/self_adapt.py`.
 
-`python examples/self_adapt.py` takes SmolLM2-135M-Instruct (92 MB from PyPI, see `smollm2.py`) and the experts beside
-this file; `--tiny` a random model and random experts, which answer nonsense in seconds.
+The base is SmolLM2-135M-Instruct from a PyPI package (92 MB, see `smollm2.py`), to which the experts beside this file
+belong. They were trained to choose among given answers, so expect little of the text that they write.
 """
 
-import argparse
-import tempfile
 from pathlib import Path
-from threading import Thread
+from tempfile import TemporaryDirectory
 
-import torch
-from peft import get_peft_model
 from smollm2 import load_smollm2
-from tiny_model import tiny_model, tiny_tokenizer
-from transformers import TextIteratorStreamer, pipeline
+from transformers import pipeline
 
-from peft_svf import Mixture, SVFConfig
-from peft_svf.adaptation import FirstPass
-from peft_svf.experts.transfer import transfer_expert
+from peft_svf import Mixture
+from peft_svf.adaptation import Search
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).parent
 QUESTIONS = [
     "Anna has 12 apples and buys 7 more. How many apples has she now?",
     "Write a Python function that reverses a list.",
@@ -35,93 +29,53 @@ EXAMPLES = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="a random model and random experts, in seconds")
-    tiny = parser.parse_args().tiny
-    with tempfile.TemporaryDirectory() as scratch:
-        if tiny:
-            base, tokenizer = tiny_model(), tiny_tokenizer()
-            names = ("code", "math", "reasoning", "dispatch")
-            folders = {name: random_expert(Path(scratch) / name, seed) for seed, name in enumerate(names)}
-        else:
-            base, tokenizer = load_smollm2()
-            folders = {name: HERE / "experts" / name for name in ("code", "math", "reasoning")}
-            folders["dispatch"] = HERE / "classifiers" / "dispatch"
-        settings = {"max_new_tokens": 8 if tiny else 48, "do_sample": False, "return_full_text": False}
-        tell(base, tokenizer, folders, settings, Path(scratch))
-
-
-def tell(base, tokenizer, folders: dict[str, Path], settings: dict, scratch: Path) -> None:
-    experts = [folders["math"], folders["reasoning"]]
-    pipe = pipeline("transformer2", model=base, tokenizer=tokenizer, experts=experts, classifier=folders["dispatch"])
+    base, tokenizer = load_smollm2()
+    pipe = pipeline(
+        "transformer2",
+        model=base,
+        tokenizer=tokenizer,
+        experts=[HERE / "experts" / name for name in ("math", "reasoning")],
+        classifier=HERE / "classifiers" / "dispatch",
+    )
     model, library = pipe.model, pipe.model.library
-
-    print("1. The first pass names the kind of each question, the second answers with that expert:")
-    library.add(folders["code"])  # at any time, also while it answers
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    outputs = pipe(chats, batch_size=3, return_dispatch=True, **settings)
-    for question, (output,) in zip(QUESTIONS, outputs, strict=True):
-        found = output["dispatch"]
-        print(f"   {question}\n   -> {found['choice']} ({found['confidence']:.2f}): {output['generated_text']!r}")
-    unsure = model.first_pass(QUESTIONS, first_pass=FirstPass("classifier", threshold=0.9, fallback="mix"))
-    print(f"   where it is not sure enough all may answer: {[shown(mixture) for mixture in unsure]}")
+    settings = {"max_new_tokens": 32, "do_sample": False, "return_full_text": False}
 
-    print("\n2. Or you say who answers, row by row; what the weights leave of 1 is the base model:")
-    chosen = [{"math": 1.0}, {"math": 0.5, "reasoning": 0.5}, {}]
-    for mixture, (output,) in zip(chosen, pipe([chats[0]] * 3, mixture=chosen, batch_size=3, **settings), strict=True):
+    print("1. The first pass names the kind of each question, and the second answers with that expert:")
+    library.add(HERE / "experts" / "code")  # at any time
+    for question, (output,) in zip(
+        QUESTIONS, pipe(chats, batch_size=3, return_dispatch=True, **settings), strict=True
+    ):
+        decision = output["dispatch"]
+        print(
+            f"   {question}\n   -> {decision['choice']} ({decision['confidence']:.2f}): {output['generated_text']!r}"
+        )
+
+    print("\n2. You choose, row by row; what the weights leave of 1 is the base model:")
+    mixtures = [{"math": 1.0}, {"math": 0.5, "reasoning": 0.5}, {}]
+    for mixture, (output,) in zip(
+        mixtures, pipe([chats[0]] * 3, mixture=mixtures, batch_size=3, **settings), strict=True
+    ):
         print(f"   {mixture or 'the base'}: {output['generated_text']!r}")
 
-    print("\n3. Or a few solved examples say it:")
-    mixture = model.adapt(EXAMPLES, population=8, iterations=3, elites=0.25, seed=0)
-    check = mixture.provenance["held_out"]  # each example was left out once; right, then its log-probability
-    found, base_alone = ([round(x, 2) for x in scores] for scores in (check["found"], check["rivals"]["other"]))
-    verdict = f"given up for {check['fell_back']!r}" if check["fell_back"] else "kept"
-    print(f"   on examples that did not choose it what was found scores {found}, the base {base_alone}: {verdict}")
-    print(f"   {shown(mixture)}, saved and loaded again")
-    mixture.save(scratch / "sums.json")
-    mixture = Mixture.load(scratch / "sums.json")
-    with model.using(mixture) as active, torch.no_grad():  # for forwards of your own
-        active(**tokenizer("2 + 2 =", return_tensors="pt").to(model.device))
-
-    print("\n4. As a stream, with that mixture:")
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    asking = Thread(target=pipe, args=(chats[0],), kwargs={"mixture": mixture, "streamer": streamer, **settings})
-    asking.start()
-    print("   " + repr("".join(streamer)))
-    asking.join()
-
-    print("\n5. Weights for each layer make a new expert, which the first pass can choose from then on:")
-    search = {"method": "gradient", "iterations": 3, "holdout": 0}  # no check: it flatters where weights are many
-    layers = model.adapt(EXAMPLES, per_layer=True, name="sums", **search).provenance["layers"]
-    library.expert("sums").save(scratch / "sums")
-    (output,) = pipe(chats[0], expert="sums", **settings)
+    print("\n3. A few solved examples choose:")
+    mixture = model.adapt(EXAMPLES, search=Search(population=8, iterations=3, elites=0.25))
+    check = mixture.provenance["held_out"]
     print(
-        f"   {len(layers)} layers, the last {shown(Mixture(list(layers.values())[-1]))}: {output['generated_text']!r}"
+        f"   {mixture.alpha or 'the base'}; {'given up in the check' if check['fell_back'] else 'kept by the check'}"
     )
+    with TemporaryDirectory() as folder:
+        mixture.save(Path(folder) / "sums.json")
+        library.add_mixture("sums", Mixture.load(Path(folder) / "sums.json"))
+    (output,) = pipe(chats[0], mixture="sums", **settings)
+    print(f"   {output['generated_text']!r}")
 
-    print("\n6. The library holds z-vectors, not models:")
-    print(f"   {library.names}, in memory {library.in_memory}: {library.nbytes / 1e3:.0f} kB")
-    math = library.expert("math")
-    library.add(transfer_expert(math, base, base, mode="shuffled", seed=0, name="control"))
-    rows = model.first_pass([""] * 3, expert=["math", "control", "other"])
-    print(f"   asked by name: {[mixture.choice for mixture in rows]}; its control has the same numbers, shuffled")
-    library.remove("control")
+    print("\n4. The library holds z-vectors, not models:")
+    print(f"   {library.names} take {library.nbytes / 1e3:.0f} kB")
     library.remove("sums")
-    print(f"   {library.names}; the model between calls is the base model, to the bit")
-
-
-def shown(mixture: Mixture) -> str:
-    """The weights of a mixture on one line."""
-    return ", ".join(f"{name} {weight:.2f}" for name, weight in mixture.alpha.items()) or "the base alone"
-
-
-def random_expert(folder: Path, seed: int) -> Path:
-    """Save an expert of the tiny model with random z-vectors, as `save_pretrained` of a trained one does."""
-    base = tiny_model()
-    torch.manual_seed(seed)
-    config = SVFConfig(task_type="CAUSAL_LM", init_weights=False, description=f"about {folder.name}")
-    get_peft_model(base, config).save_pretrained(str(folder))
-    return folder
+    with model.using({"code": 1.0}) as active:  # for forwards of your own
+        active(**tokenizer("def reverse(items):", return_tensors="pt"))
+    print("   Between calls the model is the base model, to the bit.")
 
 
 if __name__ == "__main__":

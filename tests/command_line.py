@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of the command line share: one's own rows, a settings file, and a run with what it prints."""
+"""What the tests of the command line share: rows, a settings file, and a run with what it prints."""
 
 import json
 import random
@@ -29,11 +29,8 @@ def write_rows(path, count=80):
 
 
 def run(capsys, *argv):
-    """Exit code and what was printed, to the user and as an error."""
+    """Run a command: exit code, standard output, standard error."""
     capsys.readouterr()
-    try:
-        code = main([str(part) for part in argv])
-    except SystemExit as ended:  # argparse's, where it is not main's
-        code = ended.code
+    code = main([str(part) for part in argv])
     printed = capsys.readouterr()
     return code, printed.out, printed.err

@@ -178,3 +178,10 @@ def fill(model: nn.Module, z: dict[str, Tensor]) -> nn.Module:
         weight = oracle.rescaled(matrix_of(module), vector).to(module.weight.dtype)
         module.weight.data = (weight.T if isinstance(module, Conv1D) else weight).contiguous()
     return model
+
+
+def rows_of(layer: nn.Module, offsets: Tensor, index: Tensor | None = None, merge: bool = True) -> Any:
+    """Give the rows of a batch their own offsets in one layer, while the context is open."""
+    from peft_svf.tuner.layer import active_rows
+
+    return active_rows({"fc": layer}, {"fc": offsets}, index, merge)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny random models that see, each with a processor that reads their images, and what is asked about two of these."""
 
+import json
+
 import torch
 import transformers as hf
 from PIL import Image
@@ -95,3 +97,18 @@ def asks(image, text: str) -> list[dict]:
     """A chat about an image, which is one of [`IMAGES`] by its number, or anything that a part may name."""
     part = {"type": "image", "image": IMAGES[image] if isinstance(image, int) else image}
     return [{"role": "user", "content": [part, {"type": "text", "text": text}]}]
+
+
+def write_textvqa(folder):
+    """Write the published files of TextVQA with two images and a few questions."""
+    data = folder / "textvqa"
+    data.mkdir(parents=True)
+    for number, image in enumerate(IMAGES):
+        image.save(data / f"{number}.png")
+    for split, count in {"train": 40, "val": 4}.items():
+        rows = [
+            {"question_id": i, "question": f"What is {i}?", "image_id": i, "image": f"{i % 2}.png",
+             "answers": ["red" if i % 2 == 0 else "blue"] * 10}
+            for i in range(count)
+        ]  # fmt: skip
+        (data / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))

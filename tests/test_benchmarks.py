@@ -242,9 +242,9 @@ def test_validation_chooses_the_setting_on_the_seeds_that_all_have_run():
 
 
 def test_gains_are_paired_by_row_and_other_rows_are_refused():
-    assert report.gain([result([1] * 30 + [0] * 10)], [result([1] * 15 + [0] * 25)]).startswith("+0.375 [+0.225")
+    assert report.gain([(result([1] * 30 + [0] * 10), result([1] * 15 + [0] * 25))]).startswith("+0.375 [+0.225")
     with pytest.raises(SystemExit, match="different rows"):
-        report.gain([result([1] * 39)], [result([1] * 40)])
+        report.gain([(result([1] * 39), result([1] * 40))])
 
 
 def test_the_page_has_the_numbers_of_the_files_and_shows_what_is_missing(tmp_path):

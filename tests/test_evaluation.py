@@ -27,6 +27,7 @@ from peft_svf.evaluation import (
 )
 from peft_svf.rows import check, prompt_text
 from peft_svf.tasks import get_task
+from peft_svf.tuner.layer import active_rows
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.eos_token_id
@@ -158,9 +159,9 @@ def test_members_of_a_batch_score_all_rows_as_one_by_one(kind):
     model = get_peft_model(build(kind), SVFConfig(init_weights=False))
     model.add_adapter("other", SVFConfig(init_weights=False))
     names = ["other", "__base__", "default", "other"]
-    with torch.no_grad(), contextlib.ExitStack() as stack:
-        for layer in pico.svf_layers(model).values():
-            stack.enter_context(layer.rows(layer.named_offsets(names)))
+    layers = pico.svf_layers(model)
+    offsets = {name: layer.named_offsets(names) for name, layer in layers.items()}
+    with torch.no_grad(), active_rows(layers, offsets):
         found = choice_logps(model, TOKENIZER, ROWS, len(names))
     for i, name in enumerate(names):
         with torch.no_grad(), model.disable_adapter() if name == "__base__" else contextlib.nullcontext():

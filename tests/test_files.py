@@ -95,3 +95,34 @@ def test_the_temporary_file_of_a_killed_process_is_cleaned_up_by_the_next_write(
     os.utime(stale, (0, 0))
     files.write(tmp_path / "a.json", "new")
     assert contents(tmp_path) == {"a.json": b"new", fresh.name: b"half"}
+
+
+SECRETS = {
+    "a token of the Hub": "peft-svf train c.yaml hf_abcdefghijklm",
+    "JSON in a command": """peft-svf train c.yaml --model_init_kwargs '{"token": "hunter2abc", "revision": "main"}'""",
+    "an option": "peft-svf train c.yaml --hub_token hunter2abc --seed 3",
+    "an assignment": "peft-svf train c.yaml api_key=hunter2abc",
+    "a URL": "https://me:hunter2abc@host/model",
+    "a mapping": {"model_init_kwargs": {"token": "hunter2abc"}, "nested": [{"api_key": "hunter2abc"}]},
+    "the environment": "set to environment-secret",
+}
+
+
+@pytest.mark.parametrize("value", SECRETS.values(), ids=SECRETS)
+def test_secrets_are_never_written(value, monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "environment-secret")
+    text = json.dumps(files.public(value))
+    assert not any(secret in text for secret in ("hunter2", "hf_abc", "environment-secret"))
+
+
+def test_what_is_public_stays_as_it_is(tmp_path, monkeypatch):
+    kept = {
+        "eos_token": "</s>",
+        "max_tokens": 5,
+        "command": "peft-svf train c.yaml --seed 3 --pad_token x",
+        "none": None,
+    }
+    assert files.public(kept) == kept
+    monkeypatch.chdir(tmp_path)
+    assert files.public(f"train {tmp_path}/runs/a --seed 3") == "train runs/a --seed 3"
+    assert files.public(f"{Path.home()}/data") == "~/data"

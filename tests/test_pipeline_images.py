@@ -17,7 +17,7 @@ from transformers import TextIteratorStreamer, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from peft_svf import Transformer2Model, Transformer2Pipeline
-from peft_svf.adaptation import FirstPass, fit_probe
+from peft_svf.adaptation import FirstPass, Search, fit_probe
 from peft_svf.adaptation.first_pass import kind_scores
 from peft_svf.pipeline import Transformer2ImagePipeline
 
@@ -206,11 +206,13 @@ def test_the_first_pass_loses_no_word_to_a_template_that_reads_parts(strategy, m
 
 def test_a_mixture_is_found_on_solved_texts_and_serves_images(made):
     examples = [{"prompt": "3 + 4 =", "answer": "7"}, {"prompt": "1 + 1 =", "answer": "2"}]
-    found = made.pipe.model.adapt(examples, population=8, iterations=1)
+    found = made.pipe.model.adapt(examples, search=Search(population=8, iterations=1))
     (answer,) = words(made.pipe(text=chats()[0], mixture=found, **SHORT))
     assert answer == words(made.pipe(text=chats()[0], mixture=dict(found.alpha), **SHORT))[0]
     with pytest.raises(ValueError, match="has an image: log-likelihoods are those of texts"):
-        made.pipe.model.adapt([{"prompt": chat, "answer": "7"} for chat in chats()], population=8, iterations=1)
+        made.pipe.model.adapt(
+            [{"prompt": chat, "answer": "7"} for chat in chats()], search=Search(population=8, iterations=1)
+        )
 
 
 # --- the model behind it

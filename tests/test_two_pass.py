@@ -13,9 +13,10 @@ from tiny_model import tiny_tokenizer
 from transformers import DynamicCache, GenerationConfig, LlamaModel, LogitsProcessor, LogitsProcessorList
 
 from peft_svf import Expert, ExpertLibrary, Mixture, Transformer2Model, two_pass
-from peft_svf.adaptation import FirstPass, first_pass
-from peft_svf.experts.expert import SavedExpert
+from peft_svf.adaptation import FirstPass, Search, first_pass
+from peft_svf.experts.expert import SavedOffsets
 from peft_svf.pipeline import Transformer2Pipeline
+from peft_svf.tuner import layer as layer_module
 from peft_svf.tuner.layer import Linear, SVFLayer
 
 TEXTS = ["What is 3 + 4?", "def", "Tell me a story."]
@@ -98,14 +99,9 @@ def test_the_two_passes_are_a_decision_and_a_generation_with_it(model):
     expected = answers(model, mixture=decided)
     assert len({mixture.choice for mixture in decided}) > 1, "the tiny model chooses one for all: choose other seeds"
     output, mixtures = model.generate(**inputs(), prompts=TEXTS, return_dispatch=True, **GREEDY)
-    assert mixtures == decided
+    assert mixtures == decided == model.generate(**inputs(), return_dispatch=True, **GREEDY)[1]  # the ids, decoded
     assert answers(model, prompts=TEXTS) == expected
     assert model.generate(**inputs(), prompts=TEXTS, **GREEDY).tolist() == output.tolist()
-
-
-def test_without_prompts_the_first_pass_reads_the_decoded_ids(model):
-    _, decoded = model.generate(**inputs(), return_dispatch=True, **GREEDY)
-    assert decoded == model.first_pass(TEXTS)
 
 
 def test_the_prompts_of_the_first_pass_may_differ_from_what_is_generated_from(model):
@@ -221,6 +217,20 @@ def test_a_mixture_that_was_found_keeps_how_it_was_found(model):
     (mixture,) = model.first_pass(["x"], mixture=found)
     assert (mixture.alpha, mixture.strategy, mixture.provenance) == (found.alpha, "few-shot", {"seed": 1})
     assert found.probabilities == {}
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_request_runs_its_first_pass_once_and_an_explicit_one_none(explicit, model, monkeypatch):
+    passes, real = [], two_pass.dispatch
+    monkeypatch.setattr(two_pass, "dispatch", lambda *args: passes.append(len(args[2])) or real(*args))
+    monkeypatch.setattr(model.tokenizer, "batch_decode", pytest.fail) if explicit else None
+    chosen, pipe = {"expert": "math"} if explicit else {}, Transformer2Pipeline(model, batch_size=3)
+    model.generate(**inputs(), **chosen, **GREEDY)
+    assert passes == ([] if explicit else [3])
+    monkeypatch.undo()
+    monkeypatch.setattr(two_pass, "dispatch", lambda *args: passes.append(len(args[2])) or real(*args))
+    pipe(TEXTS, return_dispatch=True, **chosen, **GREEDY)
+    assert passes == ([] if explicit else [3, 3])
 
 
 @pytest.mark.parametrize("chosen", [{"expert": "math"}, {"mixture": {"code": 0.5}}, {}], ids=str)
@@ -386,19 +396,20 @@ def test_everything_else_is_the_wrapped_models(model):
         _ = model.no_such_thing
 
 
+BRIEF = Search(population=8, iterations=1)
 EXAMPLES = [{"prompt": "3 + 4 =", "answer": "7"}, {"prompt": "1 + 1 =", "answer": "2"}]
 
 
 def test_adapt_finds_a_mixture_that_can_be_used(model):
-    found = model.adapt(EXAMPLES, population=8, iterations=1)
-    assert found.strategy == "few-shot" and found == model.adapt(EXAMPLES, population=8, iterations=1)
+    found = model.adapt(EXAMPLES, search=BRIEF)
+    assert found.strategy == "few-shot" and found == model.adapt(EXAMPLES, search=BRIEF)
     assert answers(model, mixture=found) == answers(model, mixture=dict(found.alpha))
 
 
 def test_what_adapt_found_is_used_by_its_name(folders, no_first_pass):
     model = Transformer2Model(base(), tokenizer, [folders["math"], folders["code"]])
     examples = [{"prompt": "2 + 2 =", "answer": "4"}, {"prompt": "3 + 6 =", "answer": "9"}]
-    found = model.adapt(examples, population=8, iterations=1, holdout=0, name="sums")
+    found = model.adapt(examples, search=BRIEF, holdout=[], name="sums")
     assert found.alpha and found.provenance["name"] == "sums"
     expected = answers(model, TEXTS, mixture=found)
     assert answers(model, TEXTS, mixture="sums") == answers(model, TEXTS, expert="sums") == expected
@@ -412,7 +423,21 @@ def test_what_adapt_found_is_used_by_its_name(folders, no_first_pass):
     with pytest.raises(ValueError, match="no expert 'maths'; there are code, math, other, the mixture sums"):
         model.first_pass(TEXTS, mixture="maths")
     with pytest.raises(ValueError, match="A mixture of this library is called 'sums'"):
-        model.adapt(examples, population=8, iterations=1, name="sums")
+        model.adapt(examples, search=BRIEF, name="sums")
+
+
+def test_a_forward_beside_another_threads_request_sees_the_base(model):
+    ids, expected, logits = inputs("1 + 1 ="), base()(**inputs("1 + 1 =")).logits, []
+    forwards = threading.Thread(target=lambda: [logits.append(model.forward(**ids).logits) for _ in range(20)])
+    answering = threading.Thread(target=lambda: [answers(model, TEXTS[:1], expert="math") for _ in range(3)])
+    for thread in (answering, forwards):
+        thread.start()
+    for thread in (answering, forwards):
+        thread.join()
+    with torch.no_grad():
+        assert len(logits) == 20 and all(torch.equal(found, expected) for found in logits)
+        with model.using("math") as adapted:  # its own thread sees the mixture
+            assert torch.equal(model(**ids).logits, adapted(**ids).logits)
 
 
 def test_adapting_and_using_restore_what_was_there_also_after_an_exception(model, monkeypatch):
@@ -424,12 +449,12 @@ def test_adapting_and_using_restore_what_was_there_also_after_an_exception(model
         with pytest.raises(KeyError), model.using(inner):
             raise KeyError
         assert torch.equal(active(**ids).logits, expected)
-        model.adapt(EXAMPLES, population=8, iterations=1)
+        model.adapt(EXAMPLES, search=BRIEF)
         assert torch.equal(active(**ids).logits, expected)
         with monkeypatch.context() as patch:
             patch.setattr(ExpertLibrary, "activate", breaking(ExpertLibrary.activate, at=1))
             with pytest.raises(RuntimeError, match="in the middle"):
-                model.adapt(EXAMPLES, population=8, iterations=1)
+                model.adapt(EXAMPLES, search=BRIEF)
         assert torch.equal(active(**ids).logits, expected)
     assert_same(model.library.model, before)
 
@@ -456,7 +481,7 @@ def test_a_single_expert_is_enough(folders):
         model = Transformer2Model(base(), tokenizer, [folders["math"]], classifier)
         for mixture in model.first_pass(TEXTS):
             assert mixture.choice in ("math", "other") and 0 <= mixture.confidence <= 1
-        assert model.adapt(EXAMPLES, population=8, iterations=1).choice in ("math", "other")
+        assert model.adapt(EXAMPLES, search=BRIEF).choice in ("math", "other")
         answers(model)
 
 
@@ -476,8 +501,8 @@ def breaking(real, at):
 STEPS = {
     "first pass": (first_pass, "choice_logps", 1),
     "decision": (first_pass, "Mixture", 2),
-    "reading an expert": (SavedExpert, "load", 1),
-    "activation": (SVFLayer, "rows", 5),
+    "reading an expert": (SavedOffsets, "read", 1),
+    "activation": (layer_module, "Rows", 5),
     "first layer": (Linear, "forward", 1),
     "second pass, prefill": (Linear, "forward", 20),
     "second pass, later token": (LlamaModel, "forward", 6),

@@ -85,7 +85,7 @@ class Recorder(ReinforceTrainer):
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
-        self.inputs.append(self._inputs)
+        self.inputs.append(self._batches[self._mode].inputs)
         self.outputs.append(copy.deepcopy(output))
         return output
 
@@ -154,7 +154,7 @@ def divided(folder, kind, rows_each):
     plain = {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 0.1, "max_grad_norm": 0.0}
     plain["per_device_train_batch_size"] = rows_each
     if kind == "penalty":  # rewards with penalties of all processes; they replace the same prompts
-        more = {"num_generations": 3, "prompt_filter": True, "beta": 0.5, "kl_in_reward": True, "max_steps": 3}
+        more = {"num_generations": 3, "prompt_filter": True, "beta": 0.5, "max_steps": 3}
         return trainer_of(folder, CHOICE_ROWS, uneven, kind=InTurn, **plain, **more)
     greedy = {"advantage_estimator": "batch", "num_generations": 1, "greedy_rollouts": True}
     return trainer_of(folder, FORMS[kind][0], uneven, **plain, **greedy)

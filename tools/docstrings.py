@@ -12,4 +12,4 @@ class Names(griffe.Extension):
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = re.sub(r"\[(`[^`]+`)\](?!\(|\[)", r"\1", obj.docstring.value)
+            obj.docstring.value = re.sub(r"\[(`[^`]+`)\](?:\[[^\]]*\])?(?!\()", r"\1", obj.docstring.value)

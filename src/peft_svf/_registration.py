@@ -2,17 +2,17 @@
 """
 The one file that touches the registries of PEFT and transformers.
 
-`import peft_svf` calls `add_peft_type` and `register`. What happens to other libraries happens here, visibly:
-the enum `peft.PeftType` gets the member SVF (no entry point exists, read in peft 0.21.2), the tuner and the pipeline
-are registered by the libraries' own functions, and `PeftModel.push_to_hub` hands SVF adapters to `experts.hub`
-because PEFT's own loses the model card.
+`import peft_svf` calls `check_versions` and `register`. All changes to other libraries are made here: the enum
+`peft.PeftType` gets the member SVF (PEFT has no entry point for it, read in peft 0.21.2), the libraries' functions
+register the tuner and the pipeline, and `PeftModel.push_to_hub` hands SVF adapters to `experts.hub`, because PEFT's
+upload loses the model card.
 """
 
 import functools
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
-from packaging.version import Version
+from packaging.requirements import Requirement
 from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
@@ -20,24 +20,37 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 NAME = "SVF"
 PIPELINE = "transformer2"
-OLDEST = {"torch": "2.6", "transformers": "5.20", "peft": "0.21.2", "huggingface_hub": "1.31"}
+NEEDED = ("torch", "transformers", "peft", "huggingface_hub")  # an old release of these fails at import, and unclearly
+
+
+def floors() -> dict[str, Requirement]:
+    """Read the requirements in [`NEEDED`] from the package's metadata; a source tree that isn't installed has none."""
+    try:
+        lines = requires("peft-svf") or []
+    except PackageNotFoundError:
+        return {}
+    return {line.name: line for line in map(Requirement, lines) if line.name in NEEDED and line.marker is None}
 
 
 def check_versions() -> None:
     """Raise an `ImportError` that names each library that is too old, with the line that updates it."""
-    old = {name: least for name, least in OLDEST.items() if Version(version(name)) < Version(least)}
+    old = []
+    for name, needed in floors().items():
+        least = next(bound for bound in needed.specifier if bound.operator == ">=")
+        if not least.contains(version(name), prereleases=True):
+            old.append((name, version(name), least.version))
     if old:
-        found = ", ".join(f"{name} {version(name)} (needs >= {least})" for name, least in old.items())
-        wanted = " ".join(f"'{name}>={least}'" for name, least in old.items())
-        raise ImportError(f"peft_svf cannot work with {found}. Update: pip install -U {wanted}")
+        listed = ", ".join(f"{name} {installed} (needs >= {least})" for name, installed, least in old)
+        update = " ".join(f"'{name}>={least}'" for name, _, least in old)
+        raise ImportError(f"peft_svf doesn't work with {listed}. Update: pip install -U {update}")
 
 
 def add_peft_type() -> PeftType:
     """
-    Give `peft.PeftType` the member SVF, as if it stood in PEFT's source. Calling it again changes nothing.
+    Add the member SVF to `peft.PeftType`, as if PEFT's source defined it; again, it changes nothing.
 
     Raises:
-        `ImportError`: if another package has taken the name, or the enum of this Python does not take a member.
+        `ImportError`: if another package has taken the name, or this Python's enum doesn't accept a new member.
     """
     if NAME in PeftType.__members__:
         owner = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[NAME])
@@ -54,13 +67,13 @@ def add_peft_type() -> PeftType:
     PeftType._value2member_map_[NAME] = member
     type.__setattr__(PeftType, NAME, member)
     if not (PeftType(NAME) is PeftType[NAME] is getattr(PeftType, NAME) is member and member in list(PeftType)):
-        raise ImportError("This Python's enum does not take a new member; please report it with your Python version.")
+        raise ImportError("This Python's enum doesn't accept a new member; please report it with your Python version.")
     return member
 
 
 def register(*, config: type, model: type, pipeline: dict[str, Any] | None = None, push: Any = None) -> None:
     """
-    Make the tuner known to PEFT, the pipeline to transformers, and the upload to `PeftModel.push_to_hub`.
+    Register the tuner with PEFT, the pipeline with transformers, and the upload with `PeftModel.push_to_hub`.
 
     Args:
         config (`type`):
@@ -68,7 +81,7 @@ def register(*, config: type, model: type, pipeline: dict[str, Any] | None = Non
         model (`type`):
             `SVFModel`.
         pipeline (`dict`, *optional*):
-            Arguments of `PIPELINE_REGISTRY.register_pipeline` besides the task name.
+            Arguments of `PIPELINE_REGISTRY.register_pipeline` other than the task's name.
         push (`Callable`, *optional*):
             `(peft_model, repo_id, **kwargs) -> CommitInfo`, called instead of PEFT's upload for SVF adapters only.
     """
@@ -76,9 +89,8 @@ def register(*, config: type, model: type, pipeline: dict[str, Any] | None = Non
         register_peft_method(name=NAME.lower(), config_cls=config, model_cls=model, prefix="svf_")
     if pipeline is not None:
         taken = PIPELINE_REGISTRY.supported_tasks.get(PIPELINE)
-        owner = (
-            None if taken is None else getattr(taken["impl"], "__module__", "transformers")
-        )  # its own are lazy names
+        # transformers' own classes are registered as names
+        owner = None if taken is None else getattr(taken["impl"], "__module__", "transformers")
         if owner is not None and not owner.startswith("peft_svf"):
             raise ImportError(f"The pipeline task {PIPELINE!r} is taken by {owner}: import only one.")
         if taken is None:

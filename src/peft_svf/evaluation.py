@@ -174,7 +174,7 @@ def row_lengths(reader: Reader, rows: Sequence[Row]) -> list[int]:
 
 def context_of(model: Any) -> int | None:
     """The number of tokens that a model can see; `None` where its config sets no limit."""
-    return getattr(_inner(model).config.get_text_config(), "max_position_embeddings", None)
+    return getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
 
 
 def _alike(
@@ -220,7 +220,7 @@ def read_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], pad: int 
         `ValueError`: if gradient checkpointing is on.
     """
     device, width, cache = next(model.parameters()).device, max(map(len, prompts)), None
-    window = getattr(_inner(model).config.get_text_config(), "sliding_window", None) or width
+    window = getattr(unwrapped(model).config.get_text_config(), "sliding_window", None) or width
     shared = common_prefix(prompts) if width <= window else 0  # a window's places are gone once it has slid on
     if shared:
         begin = torch.tensor([prompts[0][:shared]] * members, device=device)  # (M, shared)
@@ -351,7 +351,7 @@ def complete(model: PreTrainedModel, reader: Reader, prompts: Sequence[Prompt], 
     """
     inputs = encode(reader, prompts)
     if "pixel_values" in inputs:
-        inputs = inputs.to(dtype=_inner(model).dtype)
+        inputs = inputs.to(dtype=unwrapped(model).dtype)
     inputs = inputs.to(next(model.parameters()).device)
     if "generation_config" not in generation:
         generation = {"max_new_tokens": 256, "do_sample": False, **generation}
@@ -369,7 +369,7 @@ def _generate(
     return found
 
 
-def _inner(model: Any) -> PreTrainedModel:
+def unwrapped(model: Any) -> PreTrainedModel:
     """Return the transformers model inside the wrappers of distributed training and PEFT."""
     model = extract_model_from_parallel(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -377,7 +377,7 @@ def _inner(model: Any) -> PreTrainedModel:
 
 def cache_name(model: Any) -> str:
     """Which of [`CACHES`] a model takes and returns, by the signature of its forward: code from the Hub may lag."""
-    takes = inspect.signature(_inner(model).forward).parameters
+    takes = inspect.signature(unwrapped(model).forward).parameters
     return next((name for name in CACHES if name in takes), CACHES[0])
 
 
@@ -394,7 +394,7 @@ def _read(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any = None) 
 
 def read_on(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any, **kwargs: Any) -> Any:
     """Call the model on the last `ids.shape[1]` places of `mask`, with the positions that padding calls for."""
-    if "position_ids" in inspect.signature(_inner(model).forward).parameters:
+    if "position_ids" in inspect.signature(unwrapped(model).forward).parameters:
         kwargs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     return model(input_ids=ids, attention_mask=mask, use_cache=True, **{cache_name(model): cache}, **kwargs)
 

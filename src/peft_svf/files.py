@@ -10,6 +10,7 @@ import glob
 import gzip
 import json
 import os
+import re
 import stat
 import time
 import zlib
@@ -22,6 +23,13 @@ from typing import Any
 PACKAGES = ("peft-svf", "torch", "transformers", "peft", "trl")
 LIMIT = 64 << 20  # bytes of a text file from outside; the largest of ours, a fingerprint of an 8B model, has 0.1 MB
 STALE = 3600  # seconds after which a temporary file belongs to nobody
+SECRET = r"(?:(?<!pad_)(?<!eos_)(?<!bos_)token|api[_-]?key|passw(?:or)?d|secret|credentials?)"
+SECRET_NAME = re.compile(rf"(?:^|[_-]){SECRET}$", re.IGNORECASE)
+SECRET_TEXT = re.compile(r"\bhf_\w{8,}|(?<=://)[^/\s@]+(?=@)")  # tokens of the Hub, and user:password of a URL
+# `token=x`, `"token": "x"` and `--token x` inside a text, such as a whole command
+SECRET_PAIR = re.compile(
+    rf"((?:\b|_){SECRET}[\"']?\s*[=:]\s*[\"']?|--(?:[\w-]+[_-])?{SECRET}\s+)[^\s\"',}}\]]+", re.IGNORECASE
+)
 PENDING = ".pending.json"  # names the files of a set that is complete but not yet in place
 
 
@@ -140,6 +148,38 @@ def read_json(path: str | os.PathLike[str], limit: int = LIMIT) -> Any:
         raise ValueError(f"{path} isn't usable JSON: it is nested too deeply.") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} isn't valid JSON ({error}): fetch it again.") from error
+
+
+def without_secrets(value: Any) -> Any:
+    """
+    Drop entries whose name is a secret's, at any depth, and replace secrets inside texts by dots.
+
+    Texts lose tokens of the Hub, passwords in URLs, values after a secret's name and those of the environment.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_secrets(inner) for key, inner in value.items() if not SECRET_NAME.search(str(key))}
+    if isinstance(value, (list, tuple)):
+        return [without_secrets(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("{"):  # JSON, as in --model_init_kwargs '{"token": ...}'
+        try:
+            return json.dumps(without_secrets(json.loads(value)))
+        except (ValueError, RecursionError):
+            pass
+    for name, secret in os.environ.items():
+        if SECRET_NAME.search(name) and len(secret) >= 8:
+            value = value.replace(secret, "...")
+    return SECRET_TEXT.sub("...", SECRET_PAIR.sub(r"\1...", value))
+
+
+def public(value: Any) -> Any:
+    """Return JSON values without secrets, and with paths of this machine relative to the project or its home."""
+    text = json.dumps(without_secrets(value))
+    for folder, short in ((f"{Path.cwd()}{os.sep}", ""), (str(Path.home()), "~")):
+        if folder.strip(os.sep):  # a root is part of every path
+            text = text.replace(json.dumps(folder)[1:-1], short)
+    return json.loads(text)
 
 
 def versions() -> dict[str, str]:

@@ -9,7 +9,7 @@ pass to the other: their weights differ. Between calls the model is the base mod
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -30,11 +30,13 @@ from transformers import (
     ProcessorMixin,
 )
 
+from .adaptation.few_shot import DEFAULT as SEARCH
 from .adaptation.few_shot import few_shot
 from .adaptation.first_pass import FirstPass, dispatch
+from .adaptation.search import Search
 from .evaluation import CACHES, Summary, context_of, wilson
-from .experts.expert import OTHER, Expert, Mixture, SavedExpert
-from .experts.library import ExpertLibrary, Source, no_expert
+from .experts.expert import OTHER, Mixture
+from .experts.library import ExpertLibrary, Source, loaded, no_expert
 from .rows import Prompt, Reader, Row
 from .tasks import Task
 
@@ -114,6 +116,7 @@ class Transformer2Model:
             `ValueError`: without `model`, if the experts name none or several.
             `OSError`: if the base model can't be loaded.
         """
+        experts = loaded(experts)  # so that each file is opened once
         if model is None:
             model, revision = base_of(experts)
             kwargs = {"revision": revision, **kwargs} if revision else kwargs
@@ -135,10 +138,10 @@ class Transformer2Model:
     def first_pass(
         self,
         prompts: Sequence[Prompt],
+        first_pass: str | FirstPass | None = None,
         *,
         expert: str | Sequence[str] | None = None,
         mixture: Chosen | Sequence[Chosen] | None = None,
-        first_pass: str | FirstPass | None = None,
         batch_size: int = 16,
     ) -> list[Mixture]:
         """
@@ -147,12 +150,12 @@ class Transformer2Model:
         Args:
             prompts (`Sequence[str | list[dict]]`):
                 Texts or chats.
+            first_pass (`str` or [`FirstPass`], *optional*):
+                Replaces the model's own.
             expert (`str` or `Sequence[str]`, *optional*):
                 One name for all prompts, or a list with one for each; `"other"` is the base model.
             mixture ([`Mixture`], `dict[str, float]`, `str` or a sequence of them, *optional*):
                 The same with mixtures, or names of mixtures in the library.
-            first_pass (`str` or [`FirstPass`], *optional*):
-                Replaces the model's own.
             batch_size (`int`):
                 Prompts per forward.
 
@@ -307,14 +310,16 @@ class Transformer2Model:
                 return settings["max_length"] - length
         return 20  # transformers' own default
 
-    def adapt(self, examples: Sequence[Row], task: Task | None = None, **kwargs: Any) -> Mixture:
+    def adapt(
+        self, examples: Iterable[Row], task: Task | None = None, search: Search = SEARCH, **kwargs: Any
+    ) -> Mixture:
         """
         Find a mixture for a kind of question from a few solved examples; arguments and errors as in [`few_shot`].
 
         Returns:
             [`Mixture`], to be passed as `mixture=`, also by its `name`, or saved.
         """
-        return few_shot(self.library, self.tokenizer, examples, task=task, **kwargs)
+        return few_shot(self.library, self.tokenizer, examples, search, task=task, **kwargs)
 
     @contextmanager
     def using(self, mixture: Chosen) -> Iterator[PeftModel]:
@@ -382,13 +387,13 @@ def load_model(name: str, **kwargs: Any) -> tuple[PreTrainedModel, Reader]:
 
 def base_of(experts: Sequence[Source] | Mapping[str, Source]) -> tuple[str, str | None]:
     """
-    The base model that experts name, and its revision where they name one.
+    Find the base model that experts name, and its revision if they name one.
 
     Raises:
         `ValueError`: if they name none, or several.
     """
-    sources = experts.values() if isinstance(experts, Mapping) else experts
-    configs = [(s if isinstance(s, (Expert, SavedExpert)) else SavedExpert.find(s)).config for s in sources]
+    found = loaded(experts)
+    configs = [expert.config for expert in (found.values() if isinstance(found, dict) else found)]
     names = sorted({config["base_model_name_or_path"] for config in configs if config.get("base_model_name_or_path")})
     revisions = sorted({str(config["revision"]) for config in configs if config.get("revision")})
     if len(names) != 1 or len(revisions) > 1:

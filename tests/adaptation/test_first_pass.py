@@ -416,3 +416,24 @@ def test_a_probe_that_does_not_fit_is_refused(library, folders):
     with pytest.raises(ValueError, match="There is no expert 'poems'"):
         fit_probe(library, tokenizer, texts, ["poems"] * len(texts))
     assert decide(library, [], strategy="probe", probe=probe) == []
+
+
+# --- a tokenizer without a pad token
+
+
+@pytest.mark.parametrize("way", ["channel", "likelihood", "generate", "probe"])
+def test_no_pad_token_is_needed(way, library):
+    padless = tiny_tokenizer()
+    padless.pad_token = None
+    texts, kinds = zip(*KNOWN, strict=True)
+    passes = []
+    for reader in (tokenizer, padless):
+        probe = fit_probe(library, reader, texts, kinds) if way == "probe" else None
+        first = FirstPass("probe", probe=probe) if probe else FirstPass(read=way)
+        passes.append(dispatch(library, reader, PROMPTS, first))
+    assert passes[0] == passes[1]
+
+
+def test_a_template_that_leaves_the_system_prompt_out_gets_it_from_the_user(monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages[-1:] %}<u>{{ m.content }}{% endfor %}")
+    assert first_pass.channel_prompt(tokenizer, "math", "sums") == "<u>The user asks for sums.\n"

@@ -3,222 +3,231 @@
 
 import json
 import math
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from peft_svf.adaptation.cem import CrossEntropy
-from peft_svf.adaptation.search import Ascent, CovarianceAdaptation, Judged, maximise
+from peft_svf.adaptation import Search
+from peft_svf.adaptation.search import MIN_STD, Ascent, CrossEntropy, Judged, maximise
 
 PEAK = np.array([0.8, 0.1, 0.4])
-STARTS = [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
-SEARCHERS = {
-    "cem": lambda **kw: CrossEntropy(3, population=12, elites=0.3, starts=STARTS, **kw),
-    "cma": lambda **kw: CovarianceAdaptation(3, population=12, starts=STARTS, **kw),
-    "gradient": lambda seed=0, **kw: Ascent(3, starts=STARTS, **kw),
-}
-all_searchers = pytest.mark.parametrize("kind", SEARCHERS)
+STARTS = np.array([[1 / 3] * 3, [0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+SMALL = {"population": 12, "elites": 0.3}
+all_methods = pytest.mark.parametrize("method", ["cem", "cma", "gradient"])
+
+
+def judged(scores, gradients=None, **cost):
+    """A verdict on members whose scores, tuples, are those of a single example."""
+    return Judged(np.asarray(scores, float)[:, None, :], gradients, **cost)
 
 
 def hill(members):
     """A score whose maximum is at `PEAK`, with its gradient and a cost."""
     scores = [(-float(((member - PEAK) ** 2).sum()),) for member in members]
-    return Judged(scores, -2 * (members - PEAK), tokens=10 * len(members), seconds=1.0)
+    return judged(scores, -2 * (members - PEAK), tokens=10 * len(members), seconds=1.0)
 
 
-class Failing:
-    """A judge that is interrupted at its n-th population."""
+class Recorder:
+    """A judge that keeps each population it was shown, and may be interrupted at one."""
 
-    def __init__(self, at, error=KeyboardInterrupt):
-        self.at, self.error, self.calls = at, error, 0
+    def __init__(self, judge=hill, fails_at=None):
+        self.judge, self.fails_at, self.populations = judge, fails_at, []
 
     def __call__(self, members):
-        self.calls += 1
-        if self.calls == self.at:
-            raise self.error
-        return hill(members)
+        self.populations.append(members.copy())
+        if len(self.populations) == self.fails_at:
+            raise KeyboardInterrupt
+        return self.judge(members)
+
+
+def run(judge=hill, starts=STARTS, state=None, facts=None, **search):
+    return maximise(Search(**SMALL | search), starts, judge, state=state, settings=facts)
 
 
 def same(one, other):
     return np.array_equal(one.best, other.best) and one.score == other.score and one.history == other.history
 
 
-@all_searchers
-def test_it_finds_the_maximum_of_a_known_function(kind):
-    found = maximise(SEARCHERS[kind](), hill, 60)
+@all_methods
+@pytest.mark.parametrize("seed", range(3))
+def test_it_finds_the_maximum_of_a_known_function(method, seed):
+    found = run(method=method, seed=seed, iterations=60)
     np.testing.assert_allclose(found.best, PEAK, atol=0.03)
     assert found.score == hill([found.best]).scores[0]
     np.testing.assert_allclose(found.history[-1]["mean"], PEAK, atol=0.05)
+    assert json.loads(json.dumps(found.history)) == found.history
 
 
-@all_searchers
-def test_the_same_seed_gives_the_same_search_and_numpys_state_is_left_alone(kind):
+@all_methods
+def test_the_same_seed_gives_the_same_search_and_numpys_state_is_left_alone(method):
     np.random.seed(0)
     before = np.random.get_state()[1].tolist()
-    one = maximise(SEARCHERS[kind](seed=7), hill, 5)
+    one = run(method=method, seed=7, iterations=5)
     assert np.random.get_state()[1].tolist() == before
     np.random.seed(1)
-    assert same(one, maximise(SEARCHERS[kind](seed=7), hill, 5))
-    if kind != "gradient":  # which draws nothing
-        assert not same(one, maximise(SEARCHERS[kind](seed=8), hill, 5))
+    assert same(one, run(method=method, seed=7, iterations=5))
+    if method != "gradient":  # which draws nothing
+        assert not same(one, run(method=method, seed=8, iterations=5))
 
 
-@all_searchers
-def test_the_starts_are_scored_in_the_first_population_and_members_stay_in_the_box(kind):
-    populations = []
-    maximise(SEARCHERS[kind](low=-0.25, high=0.5), lambda m: populations.append(m.copy()) or hill(m), 8)
-    first = populations[0].tolist()
-    for start in STARTS:
-        assert np.clip(start, -0.25, 0.5).tolist() in first
-    members = np.concatenate(populations)
+@all_methods
+def test_the_starts_are_scored_in_the_first_population_and_members_stay_in_the_box(method):
+    recorder = Recorder()
+    run(recorder, method=method, low=-0.25, high=0.5, iterations=8)
+    first = recorder.populations[0].tolist()
+    starts = np.clip(STARTS, -0.25, 0.5).tolist()
+    assert all(start in first for start in (starts[1:] if method == "cma" else starts))
+    members = np.concatenate(recorder.populations)
     assert members.min() >= -0.25 and members.max() <= 0.5
 
 
-@all_searchers
-def test_the_best_is_the_best_ever_scored(kind):
-    noise, seen = np.random.default_rng(0), []
+@all_methods
+@pytest.mark.parametrize("seed", range(3))
+def test_the_best_is_the_best_ever_scored(method, seed):
+    noise, seen = np.random.default_rng(seed), []
 
     def judge(members):
         scores = [(float(x),) for x in noise.standard_normal(len(members))]
         seen.extend(zip(scores, members.tolist(), strict=True))
-        return Judged(scores, np.zeros_like(members))
+        return judged(scores, np.zeros_like(members))
 
-    found = maximise(SEARCHERS[kind](), judge, 6)
+    found = run(judge, method=method, iterations=6)
     assert (found.score, found.best.tolist()) == max(seen, key=lambda entry: entry[0])
+    best = [entry["best"] for entry in found.history]
+    assert best == sorted(best)
 
 
-@all_searchers
-def test_a_resumed_search_equals_an_uninterrupted_one(kind, tmp_path):
-    whole = maximise(SEARCHERS[kind](), hill, 7)
-    file, judge = tmp_path / "runs" / "state.json", Failing(at=4)
+@all_methods
+def test_later_entries_of_a_score_break_ties_of_earlier_ones(method):
+    def judge(members):
+        slopes = np.stack([-np.sign(m - 0.2) for m in members])
+        return judged([(1.0, -float(abs(m[1] - 0.2))) for m in members], slopes)
+
+    assert abs(run(judge, method=method, iterations=40).best[1] - 0.2) < 0.03
+
+
+def test_a_member_without_a_score_is_the_worst():
+    found = run(lambda members: judged([(math.nan if m[0] > 0.5 else float(m[0]),) for m in members]))
+    assert 0.4 < found.best[0] <= 0.5 and not math.isnan(found.score[0])
+    assert np.isfinite(found.history[-1]["mean"]).all()
+
+
+def test_the_cross_entropy_method_keeps_its_best_and_never_stops_moving():
+    recorder = Recorder()
+    run(recorder, population=8, elites=0.5, iterations=4)  # several elites: their mean isn't the best
+    for earlier, later in zip(recorder.populations, recorder.populations[1:], strict=False):
+        assert later[0].tolist() == earlier[np.argmax(hill(earlier).by_example[:, 0, 0])].tolist()
+    searcher = CrossEntropy(Search(population=5, elites=0.2), STARTS)
+    for _ in range(30):
+        members = searcher.ask()
+        searcher.tell(members, hill(members).scores)
+    assert searcher.std.tolist() == [MIN_STD] * 3  # one elite has no spread
+    with pytest.raises(ValueError, match="population of 3 is too small for 4 starts"):
+        run(population=3, elites=0.5)
+
+
+def test_an_ascent_needs_gradients_and_stays_where_they_are_not_finite():
+    with pytest.raises(ValueError, match="needs a judge that returns gradients"):
+        run(lambda members: judged(hill(members).scores), method="gradient")
+    searcher = Ascent(Search(), np.array([[0.3, 0.6]]))
+    for _ in range(3):
+        searcher.tell(searcher.ask(), [(0.0,)], np.full((1, 2), np.nan))
+    assert searcher.ask().tolist() == [[0.3, 0.6]] and searcher.mean.tolist() == [0.3, 0.6]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"method": "luck"}, "no search 'luck': choose one of 'cem', 'cma', 'gradient'"),
+        ({"iterations": 0}, "iterations=0"),
+        ({"population": 1}, "population=1"),
+        ({"elites": 0.0}, "elites=0.0"),
+        ({"elites": 1.5}, "elites=1.5"),
+        ({"low": 1.0, "high": 1.0}, "low < high"),
+        ({"low": math.nan}, "low < high"),
+        ({"temperature": 0.0}, "a temperature above 0"),
+    ],
+)
+def test_settings_that_leave_nothing_to_search_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Search(**settings)
+
+
+def test_cma_says_what_it_needs(monkeypatch):
+    with pytest.raises(ValueError, match="2 numbers or more, got 1: use the method 'cem' or 'gradient'"):
+        run(method="cma", starts=np.zeros((2, 1)))
+    monkeypatch.setitem(sys.modules, "cma", None)
+    with pytest.raises(ImportError, match=r"pip install \"peft-svf\[search\]\""):
+        run(method="cma")
+
+
+# --- the state file
+
+
+@all_methods
+def test_a_resumed_search_equals_an_uninterrupted_one(method, tmp_path):
+    whole = run(method=method, iterations=7)
+    file = tmp_path / "runs" / "state.json"
     with pytest.raises(KeyboardInterrupt):
-        maximise(SEARCHERS[kind](), judge, 7, state=file, settings={"seed": 0})
-    rest = Failing(at=None)
-    resumed = maximise(SEARCHERS[kind](), rest, 7, state=file, settings={"seed": 0})
-    assert same(whole, resumed) and rest.calls == 7 - 3
+        run(Recorder(fails_at=4), method=method, iterations=7, state=file, facts={"seed": 0})
+    assert len(json.loads(file.read_text())["populations"]) == 3 and len(list(file.parent.iterdir())) == 1
+    rest = Recorder()
+    resumed = run(rest, method=method, iterations=7, state=file, facts={"seed": 0})
+    assert same(whole, resumed) and len(rest.populations) == 7 - 3
     assert (resumed.tokens, resumed.seconds) == (whole.tokens, whole.seconds)
-    again = maximise(SEARCHERS[kind](), Failing(at=1), 7, state=file, settings={"seed": 0})  # nothing is left to ask
-    assert same(whole, again)
-
-
-@all_searchers
-def test_more_iterations_go_on_from_a_finished_search(kind, tmp_path):
-    maximise(SEARCHERS[kind](), hill, 3, state=tmp_path / "s.json")
-    longer = maximise(SEARCHERS[kind](), hill, 6, state=tmp_path / "s.json")
-    assert same(longer, maximise(SEARCHERS[kind](), hill, 6))
+    assert np.array_equal(resumed.by_example, whole.by_example)
+    longer = run(Recorder(), method=method, iterations=9, state=file, facts={"seed": 0})
+    assert same(longer, run(method=method, iterations=9))
 
 
 def test_scores_that_are_no_numbers_survive_the_state_file(tmp_path):
     def judge(members):
-        return Judged([(math.nan if m[0] > 0.5 else float(m[0]), 0.1 + 0.2) for m in members])
+        return judged([(math.nan if m[0] > 0.5 else float(m[0]), 0.1 + 0.2) for m in members])
 
-    whole = maximise(SEARCHERS["cem"](), judge, 5)
-    maximise(SEARCHERS["cem"](), judge, 3, state=tmp_path / "s.json")
-    resumed = maximise(SEARCHERS["cem"](), judge, 5, state=tmp_path / "s.json")
-    assert np.array_equal(resumed.best, whole.best) and resumed.score == whole.score
-    assert whole.best[0] <= 0.5 and not math.isnan(whole.score[0])
-
-
-def test_the_state_file_is_whole_at_any_time(tmp_path):
-    file, lengths = tmp_path / "s.json", []
-
-    def judge(members):
-        lengths.append(len(json.loads(file.read_text())["populations"]) if file.exists() else 0)
-        return hill(members)
-
-    maximise(SEARCHERS["cem"](), judge, 4, state=file)
-    assert lengths == [0, 1, 2, 3] and [path.name for path in tmp_path.iterdir()] == ["s.json"]
+    whole = run(judge, iterations=5)
+    run(judge, iterations=3, state=tmp_path / "s.json")
+    resumed = run(judge, iterations=5, state=tmp_path / "s.json")
+    assert same(whole, resumed) and not math.isnan(whole.score[0])
 
 
 def test_a_state_file_of_another_search_is_refused_and_left_alone(tmp_path):
-    file = tmp_path / "s.json"
-    maximise(SEARCHERS["cem"](), hill, 2, state=file, settings={"seed": 0, "examples": "abc"})
+    file, facts = tmp_path / "s.json", {"seed": 0, "examples": "abc"}
+    run(iterations=2, state=file, facts=facts)
     before = file.read_bytes()
-    with pytest.raises(ValueError, match="of another search: examples is 'abc' there and 'xyz' here"):
-        maximise(SEARCHERS["cem"](), hill, 2, state=file, settings={"seed": 0, "examples": "xyz"})
-    with pytest.raises(ValueError, match="drew other numbers in population 0"):
-        maximise(SEARCHERS["cem"](seed=5), hill, 2, state=file, settings={"seed": 0, "examples": "abc"})
+    with pytest.raises(ValueError, match=r"s\.json belongs to another search \(examples differ\): delete it, or pass"):
+        run(iterations=2, state=file, facts=facts | {"examples": "xyz"})
+    with pytest.raises(ValueError, match=r"another search \(the numbers drawn differ\)"):
+        run(iterations=2, seed=5, state=file, facts=facts)
     assert file.read_bytes() == before
 
 
-def test_of_settings_that_are_named_those_are_told_that_differ(tmp_path):
-    file, began = tmp_path / "s.json", {"experts": {"code": "1", "math": "2", "sums": "3"}}
-    maximise(SEARCHERS["cem"](), hill, 2, state=file, settings=began)
-    now = {"experts": {"code": "1", "math": "9", "new": "4", "b": "5"}}
-    told = r"of another search: of its experts new: b, new; gone: sums; changed: math\. Give"
-    with pytest.raises(ValueError, match=told):
-        maximise(SEARCHERS["cem"](), hill, 2, state=file, settings=now)
-
-
-@pytest.mark.parametrize("change", [{"format": 3}, {}], ids=["a later one", "an earlier one"])
-def test_a_state_file_of_another_version_is_not_called_damaged(change, tmp_path):
-    file = tmp_path / "s.json"
-    maximise(SEARCHERS["cem"](), hill, 2, state=file)
-    content = json.loads(file.read_text())
-    del content["format"], content["populations"][0]["each"]
-    file.write_text(json.dumps(content | change))
-    with pytest.raises(ValueError, match=r"s\.json was written by another version .*format is [13], expected 2"):
-        maximise(SEARCHERS["cem"](), hill, 2, state=file)
-
-
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"settings": {}}', '{"format": 2, "settings": {}, "populations": [{}]}']
-)
-def test_a_damaged_state_file_is_refused(content, tmp_path):
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"settings": {}}', '{"settings": {}, "populations": [{}]}'])
+def test_a_damaged_state_file_or_one_of_another_version_is_refused(content, tmp_path):
     (tmp_path / "s.json").write_text(content)
-    with pytest.raises(ValueError, match=r"search state .*s\.json .*delete it to begin anew"):
-        maximise(SEARCHERS["cem"](), hill, 2, state=tmp_path / "s.json")
+    with pytest.raises(ValueError, match=r"search state .*s\.json can't be read .*: delete it to start over"):
+        run(state=tmp_path / "s.json")
 
 
-def test_only_the_process_that_writes_writes(tmp_path):
-    maximise(SEARCHERS["cem"](), hill, 2, state=tmp_path / "s.json", writes=False)
-    assert not list(tmp_path.iterdir())
+def test_several_processes_may_share_a_state_file(tmp_path):
+    code = (
+        "import sys; from test_search import *\n"
+        "print(run(iterations=40, state=sys.argv[1]).best.tolist() == run(iterations=40).best.tolist())"
+    )
+    argv = [sys.executable, "-c", code, str(tmp_path / "s.json")]
+    runs = [subprocess.Popen(argv, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [process.communicate()[0].strip() for process in runs] == ["True"] * 3
+    assert [path.name for path in tmp_path.iterdir()] == ["s.json"]
 
 
 @pytest.mark.parametrize(
     "budget, populations", [({"max_tokens": 360}, 3), ({"max_seconds": 2.5}, 2), ({"max_tokens": 1}, 1), ({}, 9)]
 )
 def test_a_budget_is_never_exceeded_but_by_the_first_population(budget, populations, tmp_path):
-    found = maximise(SEARCHERS["cem"](), hill, 9, **budget)
+    found = run(iterations=9, **budget)
     assert len(found.history) == populations and found.stopped == next(iter(budget), "")
-    # what an interrupted run has spent counts
-    maximise(SEARCHERS["cem"](), hill, 1, state=tmp_path / "s.json")
-    resumed = maximise(SEARCHERS["cem"](), hill, 9, state=tmp_path / "s.json", **budget)
+    run(iterations=1, state=tmp_path / "s.json")  # the cost of an interrupted run counts
+    resumed = run(iterations=9, state=tmp_path / "s.json", **budget)
     assert same(found, resumed) and resumed.stopped == found.stopped
-
-
-@all_searchers
-def test_later_entries_of_a_score_break_ties_of_earlier_ones(kind):
-    def judge(members):
-        return Judged(
-            [(1.0, -float(abs(m[1] - 0.2))) for m in members], np.stack([-np.sign(m - 0.2) for m in members])
-        )
-
-    assert abs(maximise(SEARCHERS[kind](), judge, 40).best[1] - 0.2) < 0.03
-
-
-def test_without_gradients_there_is_no_ascent():
-    with pytest.raises(ValueError, match="needs a judge that gives gradients"):
-        maximise(SEARCHERS["gradient"](), lambda m: Judged(hill(m).scores), 2)
-
-
-def test_a_gradient_that_is_not_finite_moves_nothing():
-    searcher = Ascent(2, start=[0.3, 0.6])
-    found = maximise(searcher, lambda m: Judged([(0.0,)] * len(m), np.full_like(m, np.nan)), 3)
-    assert found.best.tolist() == [0.3, 0.6] == searcher.mean.tolist()
-
-
-def test_no_iterations_are_refused():
-    with pytest.raises(ValueError, match="iterations=0"):
-        maximise(SEARCHERS["cem"](), hill, 0)
-
-
-def test_cma_says_what_it_needs(monkeypatch):
-    with pytest.raises(ValueError, match='2 numbers or more, got 1: use method="cem" or "gradient"'):
-        CovarianceAdaptation(1)
-    with pytest.raises(ValueError, match="population of 4 or more, got 3"):
-        CovarianceAdaptation(2, population=3)
-    monkeypatch.setitem(sys.modules, "cma", None)
-    with pytest.raises(ImportError, match=r"pip install \"peft-svf\[search\]\""):
-        CovarianceAdaptation(2)

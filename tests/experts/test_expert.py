@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of experts and mixtures as values: what is loaded is what was saved, and a mixture is the paper's sum."""
 
+import errno
 import json
 import math
+import os
+from types import SimpleNamespace
 
 import numpy as np
 import pico
 import pytest
 import tiny_experts
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_experts import write
 
-from peft_svf import Expert, Mixture, SVFConfig
+from peft_svf import Expert, Mixture, SVFConfig, files
 from peft_svf.experts import expert as module
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -105,6 +109,12 @@ DAMAGES = {
     "another type": (lambda f: edit_config(f, peft_type="LORA"), "another PEFT type"),
     "NaN": (lambda f: edit_weights(f, with_one(lambda t: t * math.nan)), "z is not finite"),
     "infinity": (lambda f: edit_weights(f, with_one(lambda t: t / 0)), "z is not finite"),
+    "beyond all reason": (lambda f: edit_weights(f, with_one(lambda t: t + 1e30)), "beyond 10000"),
+    "whole numbers": (lambda f: edit_weights(f, with_one(lambda t: t.long())), "dtype I64"),
+    "true and false": (lambda f: edit_weights(f, with_one(lambda t: t > 0)), "dtype BOOL"),
+    "a rank of text": (lambda f: edit_config(f, rank="7"), "rank='7'"),
+    "a huge rank": (lambda f: edit_config(f, rank=10**12), "isn't a number of singular values"),
+    "config nested deeply": (lambda f: (f / CONFIG).write_text("[" * 10**5), "nested too deeply"),
     "a matrix": (lambda f: edit_weights(f, with_one(lambda t: t.view(2, -1))), "one axis"),
     "weights lack a module": (lambda f: edit_weights(f, without_one), f"first {UP}"),
     "config lacks a module": (fingerprint_without_a_module, f"first {UP}"),
@@ -121,6 +131,88 @@ def test_damaged_files_are_refused_with_expert_and_folder(damage, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         Expert.load(folder)
     assert "'math'" in str(error.value) and str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, CONFIG])
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(file, tmp_path):
+    folder = write(tmp_path, "math", target_modules=["up_proj"])
+    (folder / file).unlink()
+    os.mkfifo(folder / file)
+    with pytest.raises(FileNotFoundError, match=file):
+        Expert.load(folder)
+
+
+def test_settings_of_a_newer_version_are_named(tmp_path):
+    folder = write(tmp_path, "math", target_modules=["up_proj"])
+    edit_config(folder, twist=3)
+    with pytest.warns(UserWarning, match="first 'twist'"):
+        Expert.load(folder)
+
+
+def test_a_lazy_expert_has_its_sizes_and_reads_its_values_once(folders, loaded, monkeypatch):
+    expert = Expert.load(folders["math"], lazy=True)
+    reads, read = [], module.read_tensors
+    monkeypatch.setattr(module, "read_tensors", lambda folder: reads.append(folder) or read(folder))
+    assert expert.sizes == loaded["math"].sizes and set(expert.offsets) == set(expert.sizes) and not reads
+    assert expert == loaded["math"] and expert.z.keys() == loaded["math"].z.keys() and len(reads) == 1
+
+
+@pytest.mark.parametrize("breaks", [1, 2])
+def test_a_save_that_fails_leaves_the_old_expert(breaks, loaded, tmp_path, monkeypatch):
+    loaded["math"].save(tmp_path)
+    write_file, calls = files.write, []
+
+    def full(path, content):
+        calls.append(path)
+        if len(calls) == breaks:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_file(path, content)
+
+    monkeypatch.setattr(files, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        loaded["code"].save(tmp_path)
+    assert Expert.load(tmp_path) == loaded["math"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
+
+
+def test_a_save_killed_between_its_files_is_finished_by_the_next_load(loaded, tmp_path, monkeypatch):
+    loaded["math"].save(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "settle", lambda folder: None)  # the process ends before the renames
+        loaded["code"].save(tmp_path)
+    assert Expert.load(tmp_path) == loaded["code"]
+
+
+def response(status):
+    return HfHubHTTPError("broken", response=SimpleNamespace(status_code=status, headers={}, request=None))
+
+
+@pytest.mark.parametrize("error", [response(503), ConnectionResetError()], ids=["503", "reset"])
+def test_a_download_that_breaks_once_is_tried_again(error, folders, monkeypatch):
+    answers = iter([error, str(folders["math"])])
+
+    def snapshot(repo_id, **options):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(module, "snapshot_download", snapshot)
+    monkeypatch.setattr(module, "WAITS", (0,))
+    assert Expert.load("me/math").name == "math"
+
+
+def test_a_repository_that_is_missing_is_not_tried_again(monkeypatch):
+    calls = []
+
+    def snapshot(repo_id, **options):
+        calls.append(repo_id)
+        raise response(404)
+
+    monkeypatch.setattr(module, "snapshot_download", snapshot)
+    with pytest.raises(HfHubHTTPError):
+        Expert.load("me/nothing")
+    assert calls == ["me/nothing"]
 
 
 def test_an_adapter_of_another_kind_is_refused(tmp_path):
@@ -154,6 +246,53 @@ def test_a_path_that_leads_nowhere_is_named(source):
 def test_an_expert_made_by_hand_is_checked_too(offset):
     with pytest.raises(ValueError, match=r"'mine'.*layers\.0"):
         Expert("mine", {"layers.0": offset})
+
+
+# --- sums of experts
+
+
+@pytest.mark.parametrize("a, b", [(0.7, 0.3), (0.5, 0.2), (1.5, -0.75)])
+def test_a_sum_of_experts_is_the_papers_formula_and_the_base_has_what_is_left(a, b, loaded):
+    both = a * loaded["math"] + loaded["code"] * b
+    for name, z in both.z.items():
+        paper = a * loaded["math"].z[name].double() + b * loaded["code"].z[name].double() + (1 - a - b)
+        torch.testing.assert_close(z.double(), paper, atol=1e-6, rtol=0)
+    mixed = Mixture({"math": a, "code": b}).offsets(loaded)
+    assert all(torch.equal(both.offsets[name], offset) for name, offset in mixed.items())
+
+
+def test_the_algebra_of_experts(loaded):
+    math_, code = loaded["math"], loaded["code"]
+    assert 1.0 * math_ == math_ and math_ + code == code + math_ and math_ - code == math_ + -code
+    assert 0.5 * math_ + 0.5 * math_ == math_ and math_ != code and math_ != "math"
+    assert all((z == 1).all() for z in (math_ - math_).z.values())
+    assert (0.7 * math_ + 0.3 * code).name == "0.7 * math + 0.3 * code" and (math_ - code).name == "math - 1 * code"
+    assert (2 * (0.5 * math_ + code)).provenance["sum"] == {"math": 1.0, "code": 2.0}
+
+
+def test_a_sum_is_an_expert_that_peft_loads(loaded, tmp_path):
+    both = 0.7 * loaded["math"] + 0.3 * loaded["code"]
+    both.save(tmp_path)
+    assert Expert.load(tmp_path) == both
+    model = tiny_experts.alone(tmp_path)
+    for name, layer in pico.svf_layers(model).items():
+        assert torch.equal(layer.svf_offset["default"].weight, both.offsets[name])
+
+
+def test_experts_that_do_not_add_up_are_refused(loaded, tmp_path):
+    other = Expert.load(write(tmp_path, "foreign", seed=4, of=tiny_experts.base(seed=9, name="another-base")))
+    with pytest.raises(ValueError, match=r"'math' does not belong.*another-base"):
+        loaded["math"] + other
+    low = Expert.load(write(tmp_path, "low", rank=5, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"'math' and 'low' have ranks \[None, 5\].*ExpertLibrary"):
+        loaded["math"] + low
+    few = Expert.load(write(tmp_path, "few", rank=5))
+    assert (loaded["math"] + few).sizes == loaded["math"].sizes
+    for weight in (math.nan, 1e300):
+        with pytest.raises(ValueError, match="weight of 'math' must be a finite number"):
+            weight * loaded["math"]
+    with pytest.raises(TypeError):
+        loaded["math"] + 1
 
 
 # --- mixtures
@@ -208,7 +347,7 @@ def test_mixing_leaves_the_experts_alone(loaded):
     assert all(torch.equal(before[name], offset) for name, offset in loaded["math"].offsets.items())
 
 
-@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf, "1", None, torch.tensor(1.0), 1j], ids=repr)
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -1e300, "1", None, torch.tensor(1.0), 1j], ids=repr)
 def test_weights_that_are_no_finite_numbers_are_refused(weight):
     with pytest.raises(ValueError, match="'math' must be a finite number"):
         Mixture({"math": weight})

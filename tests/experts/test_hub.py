@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import re
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from safetensors.torch import load, load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peft_svf import SVFConfig
-from peft_svf.experts.hub import MARKER, expert_card, push_expert
+from peft_svf.experts.hub import expert_card, push_expert
 
 THREE_FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 TOKENS = torch.tensor([[3, 14, 15, 9, 2, 6, 5]])
@@ -159,18 +160,18 @@ def test_card_names_base_revision_dtype_and_fingerprint(hub, client):
     assert data["library_name"] == "peft" and data["pipeline_tag"] == "text-generation" and data["license"] == "mit"
     assert {"svf", "transformer-squared", "z-vector", "base_model:adapter:me/base", "mine"} <= set(data["tags"])
     assert data["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.5
-    assert MARKER in card.text and "An expert for counting" in card.text
+    assert "An expert for counting" in card.text
     assert base_commit in card.text and "`float32`" in card.text and "sha256:" in card.text
     assert "2501.06252" in card.text
 
 
-def test_second_push_writes_its_own_card_anew_and_keeps_an_edited_one(hub, client):
+def test_a_second_push_replaces_its_own_card_and_keeps_one_that_a_person_wrote(hub, client):
     client(push, "me/again")
     client(push, "me/again", task="counting")
     assert "An expert for counting" in card_of(hub, "me/again").text
     assert len(hub.history("me/again")) == 2
 
-    edited = str(card_of(hub, "me/again")).replace(MARKER, "Words of my own.")
+    edited = "---\nlicense: mit\n---\n# Words of my own"
     client(write_card, "me/again", edited)
     pushed, _ = client(push, "me/again", seed=5, task="singing")
     client(push, "me/again", seed=5, revision="next")
@@ -185,13 +186,13 @@ def test_card_of_a_blank_template_does_not_count_as_edited(hub, client):
     client(push_lora, "me/was-lora")
     assert "[More Information Needed]" in card_of(hub, "me/was-lora").text
     client(push, "me/was-lora")
-    assert MARKER in card_of(hub, "me/was-lora").text
+    assert "import peft_svf" in card_of(hub, "me/was-lora").text
 
 
 def test_lora_push_goes_through_untouched(hub, client):
     client(push_lora, "me/lora")
     assert hub.files("me/lora") == THREE_FILES
-    assert MARKER not in card_of(hub, "me/lora").text
+    assert "peft_svf" not in card_of(hub, "me/lora").text
     assert json.loads(hub.read("me/lora", "adapter_config.json"))["peft_type"] == "LORA"
     assert hub.history("me/lora") == ["Upload model"]
 
@@ -236,7 +237,8 @@ def test_pull_request_leaves_main_alone(hub, client):
 
 def test_z_that_is_not_finite_is_refused_before_anything_is_written(hub, client):
     with pytest.raises(
-        ValueError, match=r"z is not finite in 1 of 6 weights, first in `model\.layers\.0\.mlp\.up_proj`"
+        ValueError,
+        match=r"z is not finite or beyond 10000 in 1 of 6 weights.*`model\.layers\.0\.mlp\.up_proj`",
     ):
         client(push_with_nan, "me/broken")
     assert hub.refs("me/broken") is None
@@ -261,10 +263,10 @@ def saved_expert(tmp_path):
 
 def test_card_of_a_folder_shows_the_results_beside_the_base(saved_expert):
     row = {"task": "count", "split": "test", "value": 0.66, "base": 0.52, "interval": (0.61, 0.71), "n": 400}
-    training = {"data": "count, train", "seed": 3}
+    training = {"data": "count, train", "seed": 3, "command": f"train {Path.home()}/run --token hf_secretsecret"}
     card = expert_card(saved_expert, base_model="me/base", results=[{**row, "form": "choice"}], training=training)
     assert "| count | test | accuracy | 0.520 | 0.660 | 0.610 to 0.710 | 400 | choice |" in card.text
-    assert "- data: count, train\n- seed: 3" in card.text
+    assert "- data: count, train\n- seed: 3\n- command: train ~/run --token ***\n" in card.text
     assert "An expert for counting" in card.text and "# counter" in card.text
     ModelCardData(**card.data.to_dict())  # the metadata can be read back
 

@@ -151,17 +151,6 @@ def test_members_move_only_the_directions_of_the_adapter(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [None, 5])
-@pytest.mark.parametrize("kind", ["sigmoid", "reference"])
-def test_members_of_a_mapped_parameter_score_as_each_alone(kind, rank, tmp_path):
-    """What is drawn is the trained parameter; the model answers with the z that it stands for."""
-    svf = SVFConfig(parametrization=kind, rank=rank, init_weights=False)
-    trainer = trainer_of(tmp_path, CHOICE_ROWS, right_choice, svf=svf)
-    members = draws(0, 3, len(trained_z(trainer))).float()
-    wanted = by_hand(trainer, members, CHOICE_ROWS, right_choice)
-    torch.testing.assert_close(trainer._fitness(members, CHOICE_ROWS), wanted, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("rank", [None, 5])
 def test_members_of_stacked_experts_score_as_each_alone(rank, tmp_path):
     fields = {"vocab_size": len(TOKENIZER), "max_position_embeddings": 512}
     torch.manual_seed(0)
@@ -261,7 +250,7 @@ def test_only_z_moves_and_the_model_answers_with_it_afterwards(dtype, tmp_path):
     trainer.train()
     assert all(weight.dtype == torch.float32 for weight in offsets(trainer.model))
     assert float(trained_z(trainer).abs().max()) > 1e-3
-    assert all(layer.svf_rows is None for layer in pico.svf_layers(trainer.model).values())
+    assert all(layer.rows is None for layer in pico.svf_layers(trainer.model).values())
     trainer.model.save_pretrained(tmp_path / "expert")
     loaded = PeftModel.from_pretrained(soft_model(dtype=dtype), tmp_path / "expert").eval()
     ids = {"input_ids": torch.arange(3, 15).view(2, 6)}
@@ -410,7 +399,7 @@ def test_a_setting_that_means_nothing_is_refused(settings, message):
 
 def test_what_is_no_z_vector_cannot_be_evolved(tmp_path):
     frozen = get_peft_model(tiny_model(), SVFConfig(inference_mode=True))
-    with pytest.raises(ValueError, match=r"0 z-vectors.*Pass peft_config"):
+    with pytest.raises(ValueError, match="is_trainable=True"):
         trainer_of(tmp_path, CHOICE_ROWS, right_choice, model=frozen)
     with pytest.raises(ValueError, match=r"1 other parameters, first .*lm_head"):
         trainer_of(tmp_path, CHOICE_ROWS, right_choice, svf=SVFConfig(modules_to_save=["lm_head"]))
@@ -420,14 +409,6 @@ def test_what_is_no_z_vector_cannot_be_evolved(tmp_path):
         trainer_of(tmp_path, CHOICE_ROWS, right_choice, model=merged)
     with pytest.raises(ValueError, match="2 reward functions need as many weights"):
         trainer_of(tmp_path, CHOICE_ROWS, [uneven, right_choice], reward_weights=[1.0])
-
-
-def test_a_reward_of_the_wrong_length_is_refused_by_name(tmp_path):
-    def one(completions, **_):
-        return [1.0]
-
-    with pytest.raises(ValueError, match="'one' returned 1 rewards for 11 texts"):
-        trainer_of(tmp_path, CHOICE_ROWS, one).train()
 
 
 # --- quantised bases and several processes

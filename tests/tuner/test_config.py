@@ -17,13 +17,13 @@ def test_defaults_are_the_paper():
     config = SVFConfig()
     assert config.peft_type is PeftType.SVF
     assert config.target_modules is None and config.rank is None and config.init_weights is True
-    assert (config.basis_dtype, config.basis_from) == ("float32", "auto")
+    assert (config.basis_dtype, config.basis_from) == ("auto", "auto")
     assert config.fingerprint is None and config.description is None
 
 
-@pytest.mark.parametrize("rank", [0, -1, 2.5, "4", True])
+@pytest.mark.parametrize("rank", [0, -1, 2.5, "4", True, 10**9])
 def test_a_rank_that_is_no_count_is_refused(rank):
-    with pytest.raises(ValueError, match=r"`rank` is the number of singular values to move, at least 1.*got"):
+    with pytest.raises(ValueError, match=r"`rank` is the number of singular values to move, 1 to .*got"):
         SVFConfig(rank=rank)
 
 
@@ -97,12 +97,29 @@ def test_copies_and_pickles_are_equal():
         assert other == config and other.peft_type is PeftType.SVF
 
 
-def test_a_fingerprint_read_from_a_file_is_not_recorded_and_one_written_by_saving_is(tmp_path):
-    config = SVFConfig(fingerprint=FINGERPRINT)
-    assert not config.fingerprint_recorded
-    config.record_fingerprint(copy.deepcopy(FINGERPRINT))
-    assert config.fingerprint_recorded
-    config.save_pretrained(tmp_path)
-    assert not SVFConfig.from_pretrained(tmp_path).fingerprint_recorded
-    config.fingerprint = copy.deepcopy(FINGERPRINT)
-    assert not config.fingerprint_recorded
+@pytest.mark.parametrize(
+    "regex", [{"target_modules": r"(.*a)*b"}, {"exclude_modules": r"(.*a)*b"}, {"layers_pattern": r"(.*a)*b"}], ids=str
+)
+def test_regular_expressions_of_a_file_give_way_to_the_modules_of_the_fingerprint(regex, tmp_path):
+    stacks = {"layers.0.experts.gate_up_proj": FINGERPRINT["model.layers.0.mlp.up_proj"]}
+    extra = {"layers_to_transform": [0]} if "layers_pattern" in regex else {}
+    fields = {"target_modules": ["up_proj"], "target_parameters": ["experts.gate_up_proj"], **extra, **regex}
+    SVFConfig(**fields, fingerprint=FINGERPRINT | stacks).save_pretrained(tmp_path)
+    config = SVFConfig.from_pretrained(tmp_path)
+    assert config.target_modules == set(FINGERPRINT)
+    assert config.exclude_modules is config.layers_pattern is config.layers_to_transform is None
+    SVFConfig(**fields).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"regular expression and has no fingerprint.*adapter_config.json"):
+        SVFConfig.from_pretrained(tmp_path)
+
+
+def test_an_unknown_field_of_a_file_is_refused_by_name(tmp_path):
+    SVFConfig().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"newer": None, "parametrization": "offset", "limit": 2})
+    )
+    SVFConfig.from_pretrained(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rnak": 3}))
+    with pytest.raises(ValueError, match="sets 'rnak', which isn't a field of SVFConfig"):
+        SVFConfig.from_pretrained(tmp_path)

@@ -18,7 +18,7 @@ from torch import nn
 
 from peft_svf import SVFConfig
 from peft_svf.tuner.cache import content_key
-from peft_svf.tuner.checkpoint import Checkpoint
+from peft_svf.tuner.weights import Checkpoint
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 MODULE = "model.layers.0.mlp.up_proj"
@@ -184,7 +184,8 @@ def test_the_first_adapters_of_a_base_do_not_hide_that_another_is_foreign(expert
     randomize(model, "first")
     model.merge_adapter()
     merged = logits(model)
-    with pytest.raises(ValueError, match="does not belong to this base model"):
+    unmerging = pytest.warns(UserWarning, match="Unmerging the model first")  # PEFT's, before it adds an adapter
+    with unmerging, pytest.raises(ValueError, match="does not belong to this base model"):
         model.load_adapter(expert, "second")
     assert torch.equal(logits(model), merged)
 
@@ -258,8 +259,8 @@ def test_an_expert_made_on_one_load_of_a_checkpoint_works_on_another_in_silence(
 
 def test_the_basis_of_a_narrow_load_is_that_of_the_file_to_the_bit(folder):
     wide, narrow = (svf_layers(get_peft_model(from_disk(folder, dtype), SVFConfig())) for dtype in (FP32, BF16))
-    for name, layer in narrow.items():
-        assert torch.equal(layer.svf_basis, wide[name].svf_basis)
+    for name, layer in narrow.items():  # kept in the dtype of the base
+        assert layer.svf_basis.dtype == BF16 and torch.equal(layer.svf_basis, wide[name].svf_basis.bfloat16())
         assert layer.svf_fingerprint.sha256 == wide[name].svf_fingerprint.sha256
 
 
@@ -272,7 +273,9 @@ def test_z_of_ones_on_a_narrow_load_is_that_base_to_the_bit(folder):
 
 
 def test_the_bare_transformer_of_a_checkpoint_finds_its_weights(folder):
-    narrow = get_peft_model(from_disk(folder, BF16, hf.AutoModel), SVFConfig(basis_from="checkpoint"))
+    narrow = get_peft_model(
+        from_disk(folder, BF16, hf.AutoModel), SVFConfig(basis_from="checkpoint", basis_dtype="float32")
+    )
     wide = get_peft_model(from_disk(folder, FP32), SVFConfig())
     for name, layer in svf_layers(narrow).items():
         assert torch.equal(layer.svf_basis, svf_layers(wide)[f"model.{name}"].svf_basis)
@@ -283,7 +286,7 @@ def test_every_kind_of_layer_finds_its_stored_weight(kind, tmp_path):
     base = build(kind, name="pico/home")
     base.save_pretrained(tmp_path)
     narrow = type(base).from_pretrained(tmp_path, dtype=BF16)
-    layers = svf_layers(get_peft_model(narrow, SVFConfig(basis_from="checkpoint")))
+    layers = svf_layers(get_peft_model(narrow, SVFConfig(basis_from="checkpoint", basis_dtype="float32")))
     for name, layer in svf_layers(get_peft_model(base, SVFConfig())).items():
         assert torch.equal(layers[name].svf_basis, layer.svf_basis)
 
@@ -364,12 +367,13 @@ def test_checkpoint_reads_the_hub_cache(tmp_path, monkeypatch):
     (tmp_path / "models--pico--cached" / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(
-        "peft_svf.tuner.checkpoint.try_to_load_from_cache",
+        "peft_svf.tuner.weights.try_to_load_from_cache",
         lambda name, file: __import__("huggingface_hub").try_to_load_from_cache(name, file, cache_dir=tmp_path),
     )
     loaded = build(dtype=BF16, name="pico/cached")
     wide = svf_layers(get_peft_model(build(), SVFConfig()))
-    for name, layer in svf_layers(get_peft_model(loaded, SVFConfig(basis_from="checkpoint"))).items():
+    config = SVFConfig(basis_from="checkpoint", basis_dtype="float32")
+    for name, layer in svf_layers(get_peft_model(loaded, config)).items():
         assert torch.equal(layer.svf_basis, wide[name].svf_basis)
 
 
@@ -389,6 +393,22 @@ TAMPERED = {
     "matrix": (lambda t: t.update({KEY: torch.zeros(24, 2)}), r"shape \(24, 2\).*has 24 directions"),
     "NaN": (lambda t: t[KEY].fill_(float("nan")), rf"24 of 24 entries of its z-vector for {MODULE} that are NaN"),
     "one infinity": (lambda t: t[KEY][3:4].fill_(float("inf")), r"1 of 24 entries.*Use an earlier checkpoint"),
+    "1e30": (lambda t: t[KEY][3:4].fill_(1e30), rf"multiplier of 1e\+30 for {MODULE}, above 10000"),
+    "int64": (lambda t: t.update({KEY: t[KEY].long()}), rf"dtype torch.int64 for {MODULE}"),
+    "bool": (lambda t: t.update({KEY: t[KEY] > 0}), rf"dtype torch.bool for {MODULE}"),
+    "an embedding": (
+        lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.zeros(53, 24)}),
+        r"holds base_model.model.model.embed_tokens.weight, which isn't a z-vector.*overwrite the base model",
+    ),
+    "a norm": (lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(24)}), r"holds .*norm.weight"),
+    "a target's weight": (
+        lambda t: t.update({f"base_model.model.{MODULE}.base_layer.weight": torch.zeros(40, 24)}),
+        rf"holds base_model.model.{MODULE}.base_layer.weight",
+    ),
+    "a z-vector of another module": (
+        lambda t: t.update({"base_model.model.model.layers.0.self_attn.q_proj.svf_offset.weight": torch.ones(24)}),
+        r"holds .*q_proj.svf_offset.weight",
+    ),
 }
 
 
@@ -414,7 +434,7 @@ def test_a_tampered_second_expert_leaves_the_first_in_charge(case, expert):
     with pytest.raises(ValueError, match=message):
         model.load_adapter(expert, "second")
     assert list(model.peft_config) == ["first"] and model.active_adapters == ["first"]
-    assert all(layer.svf_offset.keys() == ["first"] for layer in svf_layers(model).values())
+    assert all(list(layer.svf_offset) == ["first"] for layer in svf_layers(model).values())
     assert torch.equal(logits(model), before)
 
 
@@ -427,6 +447,24 @@ def test_a_tampered_file_leaves_a_head_that_would_be_saved_as_it_was(tmp_path):
         PeftModel.from_pretrained(base, tmp_path)
     assert state_of(base) == before
     assert torch.equal(logits(base), logits(build("bert")))
+
+
+@pytest.mark.parametrize("case", ["an embedding", "a norm", "a target's weight"])
+def test_transformers_loads_no_base_weight_from_an_adapter_either(case, expert):
+    change, message = TAMPERED[case]
+    rewrite(expert, change)
+    base = build(name="pico/home")
+    with pytest.raises(ValueError, match=message):
+        base.load_adapter(str(expert))
+    assert torch.equal(logits(base), logits(build())) and not base._hf_peft_config_loaded and not svf_layers(base)
+
+
+def test_what_the_config_lists_is_loaded(tmp_path):
+    config = {"modules_to_save": ["lm_head"], "trainable_token_indices": {"embed_tokens": [1, 4]}}
+    make_expert(build(name="pico/home"), tmp_path, **config)
+    keys = load_file(tmp_path / "adapter_model.safetensors")
+    assert [key for key in keys if "lm_head" in key] and [key for key in keys if "embed_tokens" in key]
+    PeftModel.from_pretrained(build(name="pico/home"), tmp_path)
 
 
 def test_a_vector_of_another_length_is_refused_by_transformers_as_well(expert):

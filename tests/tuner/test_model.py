@@ -15,33 +15,17 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from pico import CAUSAL, CONFIGS, build, fill, inputs, logits, matrix_of, one_layer, randomize, svf_layers
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from peft_svf import SVFConfig
 
-NAMES = [
-    "gsm8k-v1.1",
-    "50%",
-    "a.b.c",
-    "keys",
-    "training",
-    "weight",
-    "mlp",
-    "forward",
-    "",
-    "default",
-    "q_proj",
-    "%2E",
-    "α",
-]
 SOME = ["llama", "qwen2", "gpt2", "opt"]
 DTYPES = [torch.float32, torch.bfloat16]
 usual_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 some_kinds = pytest.mark.parametrize("kind", SOME)
 every_kind = pytest.mark.parametrize("kind", CONFIGS)
-own_methods = pytest.mark.skipif(
-    Version(version("peft")) < Version(MIN_PEFT_VERSION),
-    reason=f"the `add_adapter` of transformers {hf.__version__} asks for peft >= {MIN_PEFT_VERSION}",
+own_methods = pytest.mark.xfail(
+    Version(hf.__version__) >= Version("5.24") and Version(version("peft")) < Version("0.22"),
+    reason="the `add_adapter` of transformers 5.24 needs peft 0.22",
 )
 
 ALL_LINEAR = {"target_modules": "all-linear"}
@@ -125,19 +109,6 @@ def test_unmerge_and_disable_and_unload_give_back_the_base_to_the_bit(kind, dtyp
     assert type(unloaded) is type(base) and not svf_layers(unloaded)
     for (name, mine), (other, theirs) in zip(unloaded.named_parameters(), base.named_parameters(), strict=True):
         assert name == other and torch.equal(mine, theirs)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_safe_merge_that_is_refused_at_the_last_weight_leaves_every_weight_as_it_was(value):
-    model, base = adapt("llama", seed=1), build("llama")
-    layers = svf_layers(model)
-    list(layers.values())[-1].svf_offset["default"].weight.data[2] = value
-    for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match="The adapter default seems to be broken"):
-            merge(safe_merge=True)
-        assert svf_layers(model) == layers and not any(layer.merged for layer in layers.values())
-        with model.disable_adapter():
-            assert torch.equal(logits(model), logits(base))
 
 
 def test_a_safe_merge_of_a_sound_adapter_is_the_merge():
@@ -328,7 +299,7 @@ def test_delete_adapter_leaves_the_others_as_they_are():
     model.delete_adapter("a")
     assert set(model.peft_config) == {"b"}
     assert torch.equal(logits(model), kept)
-    assert all(layer.svf_offset.keys() == ["b"] for layer in svf_layers(model).values())
+    assert all(list(layer.svf_offset) == ["b"] for layer in svf_layers(model).values())
     model.add_adapter("a", SVFConfig())
     model.set_adapter("a")
     assert torch.equal(logits(model), logits(build("llama")))
@@ -339,10 +310,9 @@ def test_delete_adapter_leaves_the_others_as_they_are():
 
 def test_a_one_hot_mixture_is_that_expert():
     model, z_a, _ = with_two()
-    for kind in ("linear", "sum"):
-        model.add_weighted_adapter(["a", "b"], [1.0, 0.0], kind, combination_type=kind)
-        model.set_adapter(kind)
-        close(logits(model), expected("llama", z_a))
+    model.add_weighted_adapter(["a", "b"], [1.0, 0.0], "mix")
+    model.set_adapter("mix")
+    close(logits(model), expected("llama", z_a))
 
 
 @pytest.mark.parametrize(
@@ -376,43 +346,31 @@ def test_what_is_left_of_a_linear_mixture_is_the_base():
     assert torch.equal(logits(model), logits(build("llama")))
 
 
-@pytest.mark.parametrize("combination", ["linear", "sum"])
-def test_a_mixture_whose_weights_sum_to_one_is_the_sum_of_the_paper(combination):
+def test_a_mixture_whose_weights_sum_to_one_is_the_sum_of_the_paper():
     model, z_a, z_b = with_two()
-    model.add_weighted_adapter(["a", "b"], [0.75, 0.25], "mix", combination_type=combination)
+    model.add_weighted_adapter(["a", "b"], [0.75, 0.25], "mix")
     model.set_adapter("mix")
     close(logits(model), expected("llama", {name: 0.75 * z_a[name] + 0.25 * z_b[name] for name in z_a}))
 
 
-def test_sum_is_the_literal_sum_of_z_vectors():
-    model, z_a, z_b = with_two()
-    model.add_weighted_adapter(["a", "b"], [0.5, 0.2], "sum", combination_type="sum")
-    model.set_adapter("sum")
-    close(logits(model), expected("llama", {name: 0.5 * z_a[name] + 0.2 * z_b[name] for name in z_a}))
-
-
-@pytest.mark.parametrize("combination", ["linear", "sum"])
-def test_a_mixture_of_different_ranks_is_that_of_the_padded_z_vectors(combination):
+def test_a_mixture_of_different_ranks_is_that_of_the_padded_z_vectors():
     model = adapt("llama", "a", rank=3)
     model.add_adapter("b", SVFConfig(rank=6))
     z = [randomize(model, name, seed=seed) for seed, name in enumerate("ab")]
-    model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mix", combination_type=combination)
+    model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mix")
     model.set_adapter("mix")
     assert {v.svf_offset["mix"].weight.numel() for v in svf_layers(model).values()} == {6}
     padded = {name: torch.cat([z[0][name], torch.ones(3)]) for name in z[0]}
     close(logits(model), expected("llama", {name: 0.5 * padded[name] + 0.5 * z[1][name] for name in padded}))
 
 
-@pytest.mark.parametrize("combination, rest", [("linear", 1.0), ("sum", 0.6)])
-def test_a_mixture_takes_z_of_one_where_an_adapter_has_no_layer(combination, rest):
+def test_a_mixture_takes_z_of_one_where_an_adapter_has_no_layer():
     model = adapt("llama", "a", target_modules=["up_proj"])
     model.add_adapter("b", SVFConfig(target_modules=["q_proj"]))
     z_a, z_b = randomize(model, "a", seed=1), randomize(model, "b", seed=2)
-    model.add_weighted_adapter(["a", "b"], [0.4, 0.2], "mix", combination_type=combination)
+    model.add_weighted_adapter(["a", "b"], [0.4, 0.2], "mix")
     model.set_adapter("mix")
-    z = {name: rest + 0.4 * (v - 1) for name, v in z_a.items()} | {
-        name: rest + 0.2 * (v - 1) for name, v in z_b.items()
-    }
+    z = {name: 1 + 0.4 * (v - 1) for name, v in z_a.items()} | {name: 1 + 0.2 * (v - 1) for name, v in z_b.items()}
     close(logits(model), expected("llama", z))
 
 
@@ -445,28 +403,26 @@ def test_a_mixture_of_loaded_experts_is_made_without_a_warning(tmp_path):
     close(logits(loaded), expected("llama", mixed((0.5, z_a), (0.5, z_b))))
 
 
-@pytest.mark.parametrize("weights", [[float("nan"), 1.0], [float("inf"), 0.0], [float("inf"), -float("inf")]], ids=str)
-@pytest.mark.parametrize("combination", ["linear", "sum"])
-def test_mixture_weights_that_are_not_finite_are_refused(weights, combination):
+@pytest.mark.parametrize("weights", [[float("nan"), 1.0], [float("inf"), 0.0], [1e300, -1e300]], ids=str)
+def test_mixture_weights_that_are_not_finite_are_refused(weights):
     model, _, _ = with_two()
     with pytest.raises(ValueError, match="must be finite numbers"):
-        model.add_weighted_adapter(["a", "b"], weights, "mix", combination_type=combination)
+        model.add_weighted_adapter(["a", "b"], weights, "mix")
     assert set(model.peft_config) == {"a", "b"}
 
 
 @pytest.mark.parametrize(
-    "adapters, weights, kwargs, message",
+    "adapters, weights, message",
     [
-        (["a", "c"], [0.5, 0.5], {}, "Adapter c does not exist. There are: a, b"),
-        (["a", "b"], [0.5], {}, "one weight per adapter, got 2 adapters, 1 weights"),
-        ([], [], {}, "one weight per adapter, got 0 adapters"),
-        (["a"], [1.0], {"combination_type": "svd"}, "choose 'linear' or 'sum'"),
+        (["a", "c"], [0.5, 0.5], "Adapter c does not exist. There are: a, b"),
+        (["a", "b"], [0.5], "a weight per adapter, got 2 and 1"),
+        ([], [], "a weight per adapter, got 0 and 0"),
     ],
 )
-def test_a_mixture_that_makes_no_sense_is_refused(adapters, weights, kwargs, message):
+def test_a_mixture_that_makes_no_sense_is_refused(adapters, weights, message):
     model, z_a, _ = with_two()
     with pytest.raises(ValueError, match=message):
-        model.add_weighted_adapter(adapters, weights, "mix", **kwargs)
+        model.add_weighted_adapter(adapters, weights, "mix")
     assert set(model.peft_config) == {"a", "b"}
     close(logits(model), expected("llama", z_a))
 
@@ -488,7 +444,7 @@ def test_a_mixed_batch_equals_one_by_one(kind):
             model.set_adapter(name)
             wanted = logits(model, alone)
         close(together[row], wanted[0])
-    assert all(layer.svf_rows is None for layer in svf_layers(model).values())
+    assert all(layer.rows is None for layer in svf_layers(model).values())
 
 
 def test_a_mixed_batch_of_different_ranks_and_modules_equals_one_by_one():
@@ -541,49 +497,17 @@ def test_a_mixed_batch_that_cannot_be_is_refused_and_leaves_no_trace():
 # --- names
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["", "gsm8k-v1.1", "keys", "training", "half"])
 @pytest.mark.filterwarnings("ignore:Adapter name '' should not be contained in the prefix")  # PEFT's
-def test_any_expert_name_is_accepted_saved_loaded_mixed_and_deleted(name, tmp_path):
+def test_a_name_that_torch_does_not_take_is_refused_and_the_others_stay(name):
     model = adapt("llama", "other", seed=1)
-    model.add_adapter(name, SVFConfig())
-    z = randomize(model, name, seed=2)
-    model.set_adapter(name)
-    close(logits(model), expected("llama", z))
-    assert list(model.peft_config) == ["other", name] and model.active_adapters == [name]
-    assert all(set(status.available_adapters) == {"other", name} for status in model.get_layer_status())
-    close(logits(model, adapter_names=[name, "__base__", name])[[0, 2]], expected("llama", z)[[0, 2]])
-    model.add_weighted_adapter([name, "other"], [1.0, 0.0], "mix")
-
-    model.save_pretrained(tmp_path, selected_adapters=[name])
-    folder = tmp_path if name == "default" else tmp_path / name
-    keys = load_file(folder / "adapter_model.safetensors").keys()
-    assert set(keys) == {f"base_model.model.{module}.svf_offset.weight" for module in z}
-    model.set_adapter("other")
-    model.delete_adapter(name)
-    assert name not in model.peft_config
-    for layer in svf_layers(model).values():
-        assert name not in layer.svf_offset
-
-    model.load_adapter(folder, name)
-    model.set_adapter(name)
-    close(logits(model), expected("llama", z))
-    fresh = PeftModel.from_pretrained(build("llama", name="pico/llama"), folder, adapter_name=name)
-    close(logits(fresh), expected("llama", z))
-    assert fresh.active_adapters == [name]
-
-
-def test_names_that_look_alike_when_escaped_stay_apart():
-    names = ["a.b", "a%2Eb", "a%252Eb", "keys", "%6Beys"]
-    model = adapt("llama", names[0])
-    for name in names[1:]:
+    before = logits(model)
+    with pytest.raises(ValueError, match=f"can't be named {name!r}"):
         model.add_adapter(name, SVFConfig())
-    z = {name: randomize(model, name, seed=seed) for seed, name in enumerate(names)}
-    for name in names:
-        model.set_adapter(name)
-        close(logits(model), expected("llama", z[name]))
+    assert list(model.peft_config) == ["other"] and torch.equal(logits(model), before)
 
 
-@pytest.mark.parametrize("name", ["expert-1", "math.v1", "keys"])
+@pytest.mark.parametrize("name", ["expert-1", "mlp"])
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
 def test_offsets_and_gradients_of_a_named_adapter_are_trainable_after_loading(name, low_cpu_mem_usage, tmp_path):
     adapt("llama", "x", seed=1).save_pretrained(tmp_path)
@@ -685,10 +609,10 @@ def test_a_copy_is_on_its_own():
 
 
 def test_a_pickled_model_is_the_same_model(tmp_path):
-    model = adapt("llama", "v1.1", seed=1)
+    model = adapt("llama", "other", seed=1)
     torch.save(model, tmp_path / "model.pt")
     again = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert torch.equal(logits(again), logits(model)) and again.active_adapters == ["v1.1"]
+    assert torch.equal(logits(again), logits(model)) and again.active_adapters == ["other"]
 
 
 def test_autocast_adapter_dtype_false_gives_offsets_the_dtype_of_the_base():
@@ -742,22 +666,6 @@ def test_transformers_methods_hold_several_adapters():
     assert list(base.peft_config) == ["a"]
     with pytest.raises(ValueError, match="already exists"):
         base.add_adapter(SVFConfig(), adapter_name="a")
-
-
-@pytest.mark.parametrize("name", ["v1.1", "keys", "mlp", "weight", "50%"])
-def test_transformers_load_adapter_takes_a_name_whole_or_refuses_it(name, tmp_path):
-    """transformers writes the name into parameter names itself, so a name that needs escaping cannot be filled."""
-    model = adapt("llama", seed=1)
-    model.save_pretrained(tmp_path)
-    base = build("llama", name="pico/llama")
-    try:
-        base.load_adapter(str(tmp_path), adapter_name=name)
-    except ValueError as error:
-        assert name in ("v1.1", "keys", "50%")
-        assert repr(name) in str(error) and "PeftModel" in str(error)
-        assert not svf_layers(base) and torch.equal(logits(base), logits(build("llama")))
-    else:
-        same_offsets(offsets(base, name), offsets(model))
 
 
 # --- modules_to_save

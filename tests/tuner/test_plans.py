@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 from peft import get_peft_model
-from pico import build, inputs, logits, matrix_of, one_layer, randomize, svf_layers
+from pico import build, inputs, logits, matrix_of, one_layer, randomize, rows_of, svf_layers
 
 from peft_svf import SVFConfig
 from peft_svf.tuner import model, plans
@@ -140,7 +140,7 @@ def test_a_forward_with_another_z_before_the_backward_does_not_disturb_it(shape)
     g = torch.randn(6, layer.out_features)
     by_data(layer, z)
     y = adapter(x)
-    with torch.no_grad(), layer.rows(other - 1):
+    with torch.no_grad(), rows_of(layer, other - 1):
         close(adapter(x), oracle.output(matrix_of(plain.fc), plain.fc.bias, other, x), FP32)
     y.backward(g)
     dz, dx = oracle.gradients(matrix_of(plain.fc), z, x, g)
@@ -239,7 +239,7 @@ def test_small_singular_values_have_their_gradient_in_bfloat16(shape):
     S[-3:] = S[0] * 1e-4
     base.fc.weight.data.copy_(U * S @ Vt)
     S = oracle.singular_values(base.fc.weight)
-    adapter = get_peft_model(base, SVFConfig(target_modules=["fc"], plan="merged")).train()
+    adapter = get_peft_model(base, SVFConfig(target_modules=["fc"], plan="merged", basis_dtype="float32")).train()
     layer = adapter.base_model.model.fc
     x, g = torch.randn(400, within).to(BF16), torch.randn(400, out).to(BF16)
     adapter(x).backward(g)
@@ -292,11 +292,11 @@ def test_rows_without_the_base_go_through_the_factors_and_with_it_through_the_ba
     adapter.eval()
     x = torch.randn(2, 3, 7)
     offsets = 0.3 * torch.randn(2, 7)
-    with layer.rows(offsets):
+    with rows_of(layer, offsets):
         y = adapter(x)
         assert layer.svf_chosen == "factored"
     offsets[0] = 0
-    with layer.rows(offsets):
+    with rows_of(layer, offsets):
         z = adapter(x)
         assert layer.svf_chosen == "narrow"
     assert torch.equal(z[0], plain(x)[0])
@@ -319,7 +319,7 @@ def test_what_decoding_repeats_is_seen_to_change(shape):
                 close(y[row], oracle.output(matrix_of(layer.base_layer), plain.fc.bias, z[row], x[row]), FP32)
 
     offsets = 0.3 * torch.randn(2, layer.directions)
-    with layer.rows(offsets):
+    with rows_of(layer, offsets):
         check(torch.randn(2, 3, layer.in_features), offsets)
         check(torch.randn(2, 1, layer.in_features), offsets)
         check(torch.randn(4, 1, layer.in_features), offsets)  # beams
@@ -333,7 +333,7 @@ def test_what_decoding_repeats_is_seen_to_change(shape):
             assert torch.equal(adapter(x), layer.base_layer(x))
         assert adapter(x.bfloat16()).dtype == FP32  # the layer casts its input
     other = offsets.clone().mul_(0.5)
-    with layer.rows(other):
+    with rows_of(layer, other):
         check(torch.randn(2, layer.in_features), other)
     merged = layer.svf_offset["default"].weight
     merged.data.fill_(0.2)
@@ -344,7 +344,7 @@ def test_a_rounded_basis_does_not_blur_a_more_precise_model():
     adapter, layer, plain = adapted("factored", (11, 7), basis_dtype="bfloat16")
     adapter.eval()
     offsets, x = 0.01 * torch.randn(2, 7), torch.randn(2, 3, 7)
-    with layer.rows(offsets):
+    with rows_of(layer, offsets):
         y = adapter(x)
     assert layer.svf_chosen == "narrow"
     for row in range(2):
@@ -507,7 +507,9 @@ def test_a_plan_that_was_asked_for_outlives_another_adapter():
     adapter = get_peft_model(build("llama"), SVFConfig())
     adapter.set_plan("narrow", forwards_per_step=4)
     adapter.add_adapter("other", SVFConfig())
-    assert {(layer.svf_plan, layer.svf_forwards) for layer in svf_layers(adapter).values()} == {("narrow", 4)}
+    assert {(layer.execution.plan, layer.execution.forwards) for layer in svf_layers(adapter).values()} == {
+        ("narrow", 4)
+    }
 
 
 @pytest.mark.parametrize("basis_dtype, copies", [("float32", 0), ("bfloat16", 1)])
@@ -551,14 +553,14 @@ def test_values_are_compared_once_per_forward_where_comparing_waits(monkeypatch)
     expected = logits(adapter)
     layers = list(svf_layers(adapter).values())
     trusted = []
-    hook = layers[-1].register_forward_hook(lambda layer, *_: trusted.append(layer.svf_trusted))
+    hook = layers[-1].register_forward_hook(lambda layer, *_: trusted.append(layer.execution.trusted))
     assert torch.equal(logits(adapter), expected)
     layers[0].svf_offset["default"].weight.data.add_(0.5)
     changed = logits(adapter)
     assert trusted == [True, False] and not torch.equal(changed, expected)
     adapter.set_plan("narrow")
     torch.testing.assert_close(logits(adapter), changed, rtol=1e-4, atol=1e-4)
-    assert not any(layer.svf_trusted for layer in layers)
+    assert not any(layer.execution.trusted for layer in layers)
     hook.remove()
 
 
@@ -575,7 +577,7 @@ def test_a_graph_that_is_captured_compares_no_values_and_reads_z_where_it_lies(m
             by_data(layer, z)
             close(layer(x), oracle.output(matrix_of(plain.fc), plain.fc.bias, z, x), FP32)
             assert layer.svf_chosen == "narrow"
-        with layer.rows(offsets):
+        with rows_of(layer, offsets):
             for row, y in enumerate(layer(x)):
                 close(y, oracle.output(matrix_of(plain.fc), plain.fc.bias, 1 + offsets[row], x[row]), FP32)
             assert layer.svf_chosen == "narrow"

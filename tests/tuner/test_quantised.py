@@ -5,12 +5,8 @@ Laws of SVF on a quantised base: bitsandbytes, HQQ and torchao where they are in
 Axes are multiples of 64: others bitsandbytes' 4-bit CPU kernels (0.50) refuse, or dequantise with twice the error.
 """
 
-import copy
 import importlib.util
-import json
 import logging
-import pickle
-import re
 from types import SimpleNamespace
 
 import oracle
@@ -24,10 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_svf import SVFConfig
-from peft_svf.experts import hub
-from peft_svf.tuner import bases, layer, targets, weights
 from peft_svf.tuner import cache as basis_cache
-from peft_svf.tuner.config import BASIS_NAME
+from peft_svf.tuner import layer, targets, weights
 
 FP32, BF16 = torch.float32, torch.bfloat16
 WEIGHTS = 6  # MLP weights of the base
@@ -230,7 +224,7 @@ def test_an_expert_of_the_bfloat16_base_loads_on_the_quantised_one_with_the_same
     loaded = PeftModel.from_pretrained(base, tmp_path).eval()  # a warning would be an error here
     for name, svf in svf_layers(loaded).items():
         mine = svf_layers(trained)[name]
-        assert torch.equal(svf.svf_basis, mine.svf_basis)
+        assert torch.equal(svf.svf_basis.bfloat16(), mine.svf_basis)
         assert svf.svf_fingerprint.sha256 == mine.svf_fingerprint.sha256
         # z scales the singular directions of the stored weight, found by the oracle, in the quantised one
         stored, packed = mine.logical_weight(), svf.logical_weight()
@@ -271,6 +265,26 @@ def save_with_basis(folder, path, **config):
     return trained
 
 
+def rewrite(path, change):
+    """Change the tensors of a saved adapter."""
+    tensors = load_file(path / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def basis_keys(path):
+    return {key for key in load_file(path / "adapter_model.safetensors") if ".svf_basis" in key or "_values" in key}
+
+
+def rounded(folder):
+    """The base with weights of its own directions, which no file holds: float16 copies of bfloat16 are exact."""
+    base = load(folder)
+    for parameter in base.parameters():
+        parameter.data = (parameter.data * 1.01).half().float()
+    base.config._name_or_path = ""
+    return base
+
+
 @every_kind
 @pytest.mark.parametrize("config", [{}, {"rank": 5}, {"basis_dtype": "bfloat16"}], ids=str)
 def test_a_basis_that_is_brought_along_is_used_to_the_bit_and_not_computed(
@@ -278,8 +292,8 @@ def test_a_basis_that_is_brought_along_is_used_to_the_bit_and_not_computed(
 ):
     trained = save_with_basis(folder, tmp_path, basis_from="memory", **config)
     base = load(folder, kind)
+    base.config._name_or_path = ""  # the stored weights are out of reach
     monkeypatch.setattr(basis_cache, "factorize", None)  # whoever calls it fails
-    monkeypatch.setattr(bases, "fetch", lambda names, *_: dict.fromkeys(names, None))
     loaded = PeftModel.from_pretrained(base, tmp_path).eval()
     for name, svf in svf_layers(loaded).items():
         mine = svf_layers(trained)[name]
@@ -297,7 +311,7 @@ def test_an_expert_with_its_basis_is_the_same_on_every_dtype_of_the_base(dtype, 
     loaded = PeftModel.from_pretrained(base, tmp_path)
     again = tmp_path / "again"
     loaded.save_pretrained(again)
-    mine, theirs = (load_file(path / BASIS_NAME) for path in (again, tmp_path))
+    mine, theirs = (load_file(path / "adapter_model.safetensors") for path in (again, tmp_path))
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
     config, before = (PeftConfig.from_pretrained(path).fingerprint for path in (again, tmp_path))
     assert config == before
@@ -306,14 +320,34 @@ def test_an_expert_with_its_basis_is_the_same_on_every_dtype_of_the_base(dtype, 
 
 
 def test_the_size_of_a_saved_basis_is_logged_and_without_the_field_there_is_none(folder, tmp_path, caplog):
-    with caplog.at_level(logging.INFO, logger="peft_svf.tuner.config"):
-        save_with_basis(folder, tmp_path)
-    size = (tmp_path / BASIS_NAME).stat().st_size
-    assert f"Saved the bases of 6 weights, {size / 1e6:.1f} MB" in caplog.text
-    assert 6 * 4 * 64 * 64 < size < 6 * 4 * 64 * 64 * 1.1
-    assert sorted(key.rsplit(".", 1)[1] for key in load_file(tmp_path / BASIS_NAME)) == ["Q"] * 6 + ["S"] * 6
+    with caplog.at_level(logging.INFO, logger="peft_svf.tuner.model"):
+        save_with_basis(folder, tmp_path, basis_dtype="float32")
+    size = 6 * 4 * 64 * 65
+    assert f"saved with its bases, {size / 1e6:.1f} MB" in caplog.text
+    assert len(basis_keys(tmp_path)) == 2 * WEIGHTS
     adapt(load(folder)).save_pretrained(tmp_path / "without")
-    assert not (tmp_path / "without" / BASIS_NAME).exists()
+    assert not basis_keys(tmp_path / "without")
+
+
+def evil(tensors):
+    """Turn the directions of one weight among themselves: orthogonal still, and of the same shape."""
+    key = "base_model.model.model.layers.1.mlp.up_proj.svf_basis"
+    tensors[key] = tensors[key].roll(7, dims=1).contiguous()
+
+
+@pytest.mark.parametrize("config", [{"basis_dtype": "float32"}, {"basis_dtype": "bfloat16"}], ids=str)
+def test_an_evil_basis_is_refused_on_its_own_base_and_changes_nothing(config, folder, tmp_path):
+    save_with_basis(folder, tmp_path, **config)
+    rewrite(tmp_path, evil)
+    base = load(folder)
+    with pytest.raises(ValueError, match=r"brought along for model.layers.1.mlp.up_proj does not fit the weight here"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert not svf_layers(base)
+    adapt(load(folder), **config).save_pretrained(tmp_path / "good")
+    model = PeftModel.from_pretrained(base, tmp_path / "good", adapter_name="good")
+    before = {name: layer.svf_basis for name, layer in svf_layers(model).items()}
+    model.load_adapter(tmp_path, "evil")  # uses the basis that is there
+    assert all(layer.svf_basis is before[name] for name, layer in svf_layers(model).items())
 
 
 def test_a_basis_of_another_base_is_refused_and_leaves_no_trace(folder, tmp_path):
@@ -327,98 +361,48 @@ def test_a_basis_of_another_base_is_refused_and_leaves_no_trace(folder, tmp_path
     assert not svf_layers(base)
 
 
-def damage_bytes(path):
-    path.write_bytes(path.read_bytes()[:-100])
+FIRST = "base_model.model.model.layers.0.mlp.up_proj."
+DAMAGE = {
+    "no values": lambda t: t.pop(f"{FIRST}svf_values"),
+    "no basis": lambda t: t.pop(f"{FIRST}svf_basis"),
+    "few directions": lambda t: t.update({f"{FIRST}svf_basis": t[f"{FIRST}svf_basis"][:, :3].contiguous()}),
+    "whole numbers": lambda t: t.update({f"{FIRST}svf_basis": t[f"{FIRST}svf_basis"].long()}),
+}
 
 
-def drop_a_tensor(path):
-    tensors = load_file(path)
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        metadata = json.loads(file.read(length))["__metadata__"]
-    del tensors[min(tensors)]
-    save_file(tensors, path, metadata=metadata)
-
-
-@pytest.mark.parametrize("damage", [damage_bytes, drop_a_tensor])
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_basis_is_refused_by_name(damage, folder, tmp_path):
     save_with_basis(folder, tmp_path)
-    damage(tmp_path / BASIS_NAME)
+    rewrite(tmp_path, DAMAGE[damage])
     base = load(folder)
-    with pytest.raises(ValueError, match=f"{BASIS_NAME} are damaged"):
+    with pytest.raises(ValueError, match=r"a basis of shape .* for model.layers.0.mlp.up_proj, which does not belong"):
         PeftModel.from_pretrained(base, tmp_path)
     assert not svf_layers(base)
 
 
-def test_the_files_of_two_experts_are_told_apart(folder, tmp_path):
-    save_with_basis(folder, tmp_path / "a")
-    save_with_basis(folder, tmp_path / "b", target_modules=["q_proj"])
-    (tmp_path / "b" / BASIS_NAME).replace(tmp_path / "a" / BASIS_NAME)
-    loaded = PeftModel.from_pretrained(load(folder), tmp_path / "a")  # names no weight of a: bases are computed
-    assert all(svf.svf_basis is not None for svf in svf_layers(loaded).values())
-    save_with_basis(folder, tmp_path / "c", rank=3)
-    save_with_basis(folder, tmp_path / "d")
-    (tmp_path / "c" / BASIS_NAME).replace(tmp_path / "d" / BASIS_NAME)
-    with pytest.raises(ValueError, match=r"a basis of shape \(64, 3\) for .* does not belong"):
-        PeftModel.from_pretrained(load(folder), tmp_path / "d")
-
-
-def test_an_expert_whose_basis_file_is_gone_is_one_as_any_other(folder, tmp_path):
+def test_an_expert_without_the_bases_that_its_config_names_is_one_as_any_other(folder, tmp_path):
     trained = save_with_basis(folder, tmp_path)
-    (tmp_path / BASIS_NAME).unlink()
+    rewrite(tmp_path, lambda tensors: [tensors.pop(key) for key in basis_keys(tmp_path)])
     loaded = PeftModel.from_pretrained(load(folder, dtype=BF16), tmp_path)
     assert torch.equal(logits(loaded), logits(trained))
 
 
-def test_another_adapter_shares_the_basis_that_was_brought_along_or_is_refused(folder, tmp_path):
+def test_a_basis_that_the_weight_cannot_confirm_serves_its_own_adapter_alone(folder, tmp_path):
     save_with_basis(folder, tmp_path / "whole")
     save_with_basis(folder, tmp_path / "few", rank=4)
     adapt(load(folder, dtype=BF16)).save_pretrained(tmp_path / "plain")
-    base = load(folder)
-    base.to(torch.float16).float()  # directions of its own
-    base.config._name_or_path = ""
-    loaded = PeftModel.from_pretrained(base, tmp_path / "whole")
-    loaded.load_adapter(tmp_path / "plain", "plain")  # has the fingerprint of the basis that is there
-    few = PeftModel.from_pretrained(load(folder, "8-bit"), tmp_path / "few")
-    few.peft_config["default"].basis_from = "memory"
+    loaded = PeftModel.from_pretrained(rounded(folder), tmp_path / "whole")
+    loaded.load_adapter(tmp_path / "whole", "again")  # has brought the same bits
+    before = logits(loaded)
+    with pytest.raises(ValueError, match=r"came with adapter 'again' and cannot be compared.*'plain' is not given it"):
+        loaded.load_adapter(tmp_path / "plain", "plain")
+    assert torch.equal(logits(loaded), before)
+    few = PeftModel.from_pretrained(rounded(folder), tmp_path / "few")
     before = svf_layers(few)["model.layers.0.mlp.up_proj"].svf_basis
     with pytest.raises(ValueError, match=r"has brought 4 directions of .* along, and 64 are needed now"):
         few.add_adapter("more", SVFConfig(task_type="CAUSAL_LM"))
     assert list(svf_layers(few)["model.layers.0.mlp.up_proj"].svf_offset) == ["default"]
     assert svf_layers(few)["model.layers.0.mlp.up_proj"].svf_basis is before
-
-
-def test_a_copied_config_carries_no_bases(folder, tmp_path):
-    config = SVFConfig(save_basis=True)
-    config.record_bases({"fc": (torch.eye(3), torch.ones(3))})
-    assert (
-        "_bases" not in copy.deepcopy(config).__dict__ and "_bases" not in pickle.loads(pickle.dumps(config)).__dict__
-    )
-    config.save_pretrained(str(tmp_path))
-    assert "_bases" not in config.__dict__ and (tmp_path / BASIS_NAME).exists()
-
-
-def test_pushing_carries_the_basis_along_and_pulling_asks_for_it(folder, tmp_path, monkeypatch):
-    sent, asked = [], []
-    trained = adapt(load(folder, dtype=BF16), save_basis=True)
-    api = SimpleNamespace(
-        create_repo=lambda name, **_: SimpleNamespace(repo_id=name),
-        upload_folder=lambda folder_path, **_: sent.extend(path.name for path in folder_path.iterdir()),
-    )
-    monkeypatch.setattr(hub, "HfApi", lambda **_: api)
-    monkeypatch.setattr(hub, "_has_edited_card", lambda *_: False)
-    trained.push_to_hub("me/math", base_model="org/base")
-    assert BASIS_NAME in sent and "adapter_model.safetensors" in sent
-
-    def download(repo_id, filename, *, subfolder=None, revision=None, user_agent=None):
-        asked.append((repo_id, filename, revision))
-        return str(tmp_path / filename)
-
-    adapt(load(folder), save_basis=True).save_pretrained(tmp_path)
-    for module in ("peft_svf.tuner.config", "peft.config"):
-        monkeypatch.setattr(f"{module}.hf_hub_download", download)
-    loaded = SVFConfig.from_pretrained("me/math", revision="v2")
-    assert asked[-1] == ("me/math", BASIS_NAME, "v2") and len(loaded.read_bases()) == WEIGHTS
 
 
 # --- packed layers that cannot be unpacked
@@ -446,7 +430,7 @@ def gptq(monkeypatch):
             return quantization_utils.ForwardOnlyQuantizationBackend("gptq")
         return quantization_utils.resolve_quantization_backend(base_layer, **kwargs)
 
-    for module in (layer, bases, targets):
+    for module in (layer, weights, targets):
         monkeypatch.setattr(module, "resolve_quantization_backend", resolve)
 
 
@@ -481,17 +465,6 @@ def test_weights_that_cannot_be_unpacked_serve_an_expert_that_brings_its_basis(s
 
 def test_no_error_of_the_base_is_hidden_by_the_reading_of_packed_weights(monkeypatch):
     base = one_layer()
-    monkeypatch.setattr(bases.Weight, "_read", lambda *_: (_ for _ in ()).throw(TypeError("other")))
+    monkeypatch.setattr(layer.Linear, "logical_weight", lambda *_: (_ for _ in ()).throw(TypeError("other")))
     with pytest.raises(TypeError, match="other"):
         get_peft_model(base, SVFConfig(target_modules=["fc"]))
-
-
-def test_the_example_trains_on_four_bits_and_serves_the_unquantised_base(monkeypatch, tmp_path, capsys):
-    import qsvf
-
-    monkeypatch.setattr("sys.argv", ["qsvf.py", "--tiny", "--steps", "8", "--out", str(tmp_path / "expert")])
-    qsvf.main()
-    losses = [[float(x) for x in re.findall(r"\d+\.\d+", line)] for line in capsys.readouterr().out.splitlines()]
-    packed, whole = (pair for pair in losses if len(pair) == 2 and pair[0] > 2)
-    assert packed[1] < packed[0] and whole[1] < whole[0]
-    assert (tmp_path / "expert" / "adapter_model.safetensors").exists()

@@ -179,9 +179,9 @@ def test_several_adapters_and_mixed_batches_equal_one_by_one(kind):
         torch.testing.assert_close(mixed[row], alone[row], rtol=1e-4, atol=1e-4)
     model.set_adapter("default")
     model.delete_adapter("other")
-    model.add_weighted_adapter(["default"], [0.5], "half")
+    model.add_weighted_adapter(["default"], [0.5], "weak")
     for layer in svf_layers(model).values():
-        assert torch.equal(layer.svf_offset["half"].weight, 0.5 * layer.svf_offset["default"].weight)
+        assert torch.equal(layer.svf_offset["weak"].weight, 0.5 * layer.svf_offset["default"].weight)
 
 
 def test_ranks_of_several_adapters_are_padded_matrix_by_matrix():

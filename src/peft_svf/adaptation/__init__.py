@@ -4,5 +4,15 @@
 from .first_pass import FirstPass, dispatch, fit_calibration, fit_probe, fit_temperature
 from .judge import RayEvaluator
 from .probe import Probe
+from .search import Search
 
-__all__ = ["FirstPass", "Probe", "RayEvaluator", "dispatch", "fit_calibration", "fit_probe", "fit_temperature"]
+__all__ = [
+    "FirstPass",
+    "Probe",
+    "RayEvaluator",
+    "Search",
+    "dispatch",
+    "fit_calibration",
+    "fit_probe",
+    "fit_temperature",
+]

@@ -17,10 +17,10 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..evaluation import choice_logps, context_of
+from ..evaluation import choice_logps, complete, context_of
 from ..experts.expert import OTHER, Mixture
 from ..experts.library import ExpertLibrary, no_expert
-from ..rows import Prompt, chat_text, prompt_ids
+from ..rows import Prompt, chat_text, encode, prompt_ids
 from ..tasks import dispatch_prompt
 from ..tasks.competition_math import boxed
 from .probe import Probe
@@ -387,33 +387,30 @@ def features(
         `torch.Tensor` of shape `(prompts, d)`, float32.
     """
     chats = [dispatch_prompt(_question(tokenizer, prompt), kinds) for prompt in prompts]
-    parts = []
+    _check_fit(library, tokenizer, chats)
+    device, parts = next(library.model.parameters()).device, []
     for start in range(0, len(chats), batch_size):
-        inputs = _tokens(library, tokenizer, chats[start : start + batch_size])
+        inputs = dict(encode(tokenizer, chats[start : start + batch_size]).to(device))
         positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         with library.activate(Mixture()) as model:
-            states = model(
+            output = model(
                 **inputs, position_ids=positions, output_hidden_states=True, use_cache=False, logits_to_keep=1
-            ).hidden_states  # layers + 1 times (B, tokens, d)
+            )
+        states = output.hidden_states  # layers + 1 times (B, tokens, d)
         parts.append(states[len(states) // 2][:, -1].float().cpu())
     return torch.cat(parts)
 
 
-def _tokens(
+def _check_fit(
     library: ExpertLibrary, tokenizer: PreTrainedTokenizerBase, chats: Sequence[Prompt], room: int = 0
-) -> dict[str, Tensor]:
-    """Tokenise chats, padded left; a `ValueError` if they and `room` more tokens exceed the context."""
-    ids = prompt_ids(tokenizer, chats)
-    width, limit = max(map(len, ids)), context_of(library.model)
-    if limit is not None and width + room > limit:
+) -> None:
+    """Raise a `ValueError` if chats and `room` more tokens exceed the context: their answers would be garbage."""
+    longest, limit = max(map(len, prompt_ids(tokenizer, chats)), default=0), context_of(library.model)
+    if limit is not None and longest + room > limit:
         raise ValueError(
-            f"The first pass reads {width} tokens and writes up to {room}, but the model's context is {limit}: "
+            f"The first pass reads {longest} tokens and writes up to {room}, but the model's context is {limit}: "
             "shorten the descriptions of the experts."
         )
-    device = next(library.model.parameters()).device
-    rows = [([0] * (width - len(row)) + row, [0] * (width - len(row)) + [1] * len(row)) for row in ids]
-    tokens, mask = torch.tensor(rows, device=device).unbind(1)  # the padding is masked: any token does
-    return {"input_ids": tokens, "attention_mask": mask}
 
 
 def _decide(probabilities: dict[str, float], first_pass: FirstPass) -> Mixture:
@@ -442,21 +439,16 @@ def _written(
     size: int,
 ) -> list[list[float]]:
     """Let the model write a kind for each prompt, and give it probability 1; without one, all kinds are equal."""
-    kinds = _kinds(library)
-    names, rows = list(kinds), []
+    kinds, rows = _kinds(library), []
     # not the model's own settings: the first pass neither samples nor searches with beams
-    greedy = GenerationConfig(
-        max_new_tokens=LABEL_TOKENS, pad_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id
-    )
+    greedy = GenerationConfig(max_new_tokens=LABEL_TOKENS, eos_token_id=tokenizer.eos_token_id)
     chats = [boxed_prompt(_question(tokenizer, prompt), kinds) for prompt in prompts]
+    _check_fit(library, tokenizer, chats, LABEL_TOKENS)
     for start in range(0, len(chats), size):
-        inputs = _tokens(library, tokenizer, chats[start : start + size], room=LABEL_TOKENS)
         with torch.no_grad(), library.activate(_reader(library, first_pass)) as model:
-            output = model.generate(**inputs, generation_config=greedy)
-        width = inputs["input_ids"].shape[1]
-        for text in tokenizer.batch_decode(output[:, width:], skip_special_tokens=True):
-            kind = read_boxed(text, names)
-            rows.append([1 / len(names) if kind is None else float(name == kind) for name in names])
+            texts = complete(model, tokenizer, chats[start : start + size], generation_config=greedy)
+        for kind in (read_boxed(text, list(kinds)) for text in texts):
+            rows.append([1 / len(kinds) if kind is None else float(name == kind) for name in kinds])
     return rows
 
 

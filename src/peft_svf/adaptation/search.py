@@ -1,47 +1,124 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Run a search over vectors: a searcher asks for scores of populations, a judge gives them, the best vector comes out.
+Search for the best vector in a box: a searcher draws populations, a judge scores them, [`maximise`] runs the two.
 
-`maximise` keeps budgets and a state file from which an interrupted search goes on; beside the cross-entropy method
-(`cem`) there are CMA-ES (library `cma`) and gradient ascent. Nothing here knows a model.
+Three searchers: the cross-entropy method (few-shot adaptation in arXiv 2501.06252), CMA-ES and gradient ascent. An
+interrupted search goes on from its state file. Nothing here knows a model.
 """
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 
-FORMAT = 2  # of state files
+from .. import files
+
+FORMAT = 3  # of state files
+MIN_STD = 0.01  # the cross-entropy method's spread in a direction never falls below it
+RATE = 0.05  # of Adam
 Score = tuple[float, ...]  # compared entry by entry: later ones break ties of earlier ones
+
+
+@dataclass(frozen=True)
+class Search:
+    """
+    How mixture weights are searched. The defaults are those of the paper's code (arXiv 2501.06252).
+
+    Args:
+        method (`str`):
+            `"cem"`, the cross-entropy method; `"cma"`, CMA-ES (extra `search`); or `"gradient"`, Adam on the
+            log-likelihood of the answers, which climbs from the mean, the base and each expert at once.
+        population, iterations (`int`):
+            Members of a population, and the number of populations. The gradient's members are its starting points.
+        elites (`float`):
+            Share of the population from which `"cem"` draws the next.
+        low, high (`float`):
+            Range of a weight.
+        seed (`int`):
+            The same seed finds the same mixture.
+        max_tokens (`int`, *optional*), max_seconds (`float`, *optional*):
+            Budgets, earlier runs of an interrupted search included. The search ends before the population that would
+            exceed one, but scores at least one.
+        per_layer (`bool`):
+            One weight per expert and block of the model instead of one per expert.
+        normalize (`bool`):
+            Divide the weights by their sum. By default the base model has what is left of 1.
+        temperature (`float`):
+            Divides the log-likelihoods of choices before they become probabilities. At 1, one sure mistake outweighs
+            everything else that a few examples show.
+
+    Raises:
+        `ValueError`: for an unknown method, or settings that leave nothing to search.
+    """
+
+    method: str = "cem"
+    population: int = 32
+    iterations: int = 50
+    elites: float = 0.2
+    low: float = 0.0
+    high: float = 1.0
+    seed: int = 0
+    max_tokens: int | None = None
+    max_seconds: float | None = None
+    per_layer: bool = False
+    normalize: bool = False
+    temperature: float = 8.0
+
+    def __post_init__(self) -> None:
+        if self.method not in SEARCHERS:
+            raise ValueError(f"There is no search {self.method!r}: choose one of {', '.join(map(repr, SEARCHERS))}.")
+        if self.iterations < 1 or self.population < 2 or not 1 <= self.kept <= self.population:
+            raise ValueError(
+                f"A search needs at least 1 iteration, 2 members and 1 elite; got iterations={self.iterations}, "
+                f"population={self.population}, elites={self.elites} (so {self.kept})."
+            )
+        if not self.low < self.high or not self.temperature > 0:
+            raise ValueError(
+                f"A search needs low < high and a temperature above 0; got {self.low}, {self.high} and "
+                f"{self.temperature}."
+            )
+
+    @property
+    def kept(self) -> int:
+        """The number of elites."""
+        return max(1, int(self.elites * self.population)) if self.elites > 0 else 0
+
+    def facts(self, choices: bool) -> dict[str, Any]:
+        """Return the settings that the scores depend on, as JSON values; the temperature is one for choices only."""
+        free = {"iterations", "max_tokens", "max_seconds"} | (set() if choices else {"temperature"})
+        return {key: value for key, value in asdict(self).items() if key not in free}
 
 
 class Judged(NamedTuple):
     """
-    What a judge says of a population.
+    The scores of a population.
 
     Args:
-        scores (`list[tuple[float, ...]]`): One per member, larger is better, NaN the worst.
+        by_example (`np.ndarray` of shape `(members, examples, entries)`): Larger is better, NaN is the worst.
         gradients (`np.ndarray` of shape `(members, size)`, *optional*): Of the last entry of each score.
-        tokens (`int`), seconds (`float`): What it cost.
-        each (`np.ndarray` of shape `(members, examples, entries)`, *optional*): The scores of single examples, whose
-            mean the scores are; a check of the result needs them.
+        tokens (`int`), seconds (`float`): The cost.
     """
 
-    scores: list[Score]
+    by_example: np.ndarray
     gradients: np.ndarray | None = None
     tokens: int = 0
     seconds: float = 0.0
-    each: np.ndarray | None = None
+
+    @property
+    def scores(self) -> list[Score]:
+        """The score of each member, the mean over the examples."""
+        means = np.nan_to_num(self.by_example, nan=-np.inf, posinf=np.inf, neginf=-np.inf).mean(1)
+        return [tuple(row) for row in means.tolist()]
 
 
 class Searcher(Protocol):
-    """Draws populations `(members, size)` and learns from their scores; the same seed and scores, the same draws."""
+    """Draws populations `(members, size)` and learns from their scores; deterministic for a seed."""
 
     mean: np.ndarray
 
@@ -50,284 +127,249 @@ class Searcher(Protocol):
     def tell(self, members: np.ndarray, scores: Sequence[Score], gradients: np.ndarray | None = None) -> None: ...
 
 
+class CrossEntropy:
+    """
+    Draw a population around a mean, and the next around the mean of its elites; the best member is kept.
+
+    Args:
+        search ([`Search`]): Its settings.
+        starts (`np.ndarray` of shape `(n, size)`): Members of the first population; the first of them is its mean.
+
+    Attributes:
+        mean, std (`np.ndarray` of shape `(size,)`): Where the next population is drawn.
+
+    Raises:
+        `ValueError`: if the starts don't fit into a population.
+    """
+
+    def __init__(self, search: Search, starts: np.ndarray) -> None:
+        if len(starts) > search.population:
+            raise ValueError(
+                f"A population of {search.population} is too small for {len(starts)} starts: the mean, the base model "
+                "and each expert."
+            )
+        self.search, self._starts = search, np.clip(starts, search.low, search.high)
+        self.mean = self._starts[0]
+        self.std = np.full(len(self.mean), (search.high - search.low) / 2)
+        self._best: tuple[Score, np.ndarray] | None = None
+        self._draws = np.random.default_rng(search.seed)
+
+    def ask(self) -> np.ndarray:
+        """Draw the next population `(population, size)`: the starts or the best member, then random ones."""
+        members = self.mean + self.std * self._draws.standard_normal((self.search.population, len(self.mean)))
+        fixed = self._starts if self._best is None else self._best[1][None]
+        members[: len(fixed)] = fixed
+        return np.clip(members, self.search.low, self.search.high)
+
+    def tell(self, members: np.ndarray, scores: Sequence[Score], gradients: np.ndarray | None = None) -> None:
+        """Move to the elites of a population; gradients are ignored."""
+        order = sorted(range(len(members)), key=lambda i: scores[i], reverse=True)
+        if self._best is None or scores[order[0]] > self._best[0]:
+            self._best = scores[order[0]], members[order[0]].copy()
+        elite = members[order[: self.search.kept]]
+        self.mean = elite.mean(0)
+        self.std = np.maximum(elite.std(0, ddof=1 if len(elite) > 1 else 0), MIN_STD)
+
+
+class CovarianceAdaptation:
+    """
+    CMA-ES of the library `cma` (extra `search`), which learns from the order of the scores.
+
+    Args:
+        search, starts: As in [`CrossEntropy`]; the starts are scored beside the first population, not learnt from.
+
+    Raises:
+        `ImportError`: without the library.
+        `ValueError`: for vectors of one number.
+    """
+
+    def __init__(self, search: Search, starts: np.ndarray) -> None:
+        try:
+            import cma
+        except ImportError as error:
+            raise ImportError('CMA-ES needs the library cma: pip install "peft-svf[search]".') from error
+        if starts.shape[1] < 2:
+            raise ValueError("CMA-ES searches 2 numbers or more, got 1: use the method 'cem' or 'gradient'.")
+        draws = np.random.default_rng(search.seed)
+        self._starts = np.clip(starts, search.low, search.high)
+        self.mean = self._starts[0]
+        options = {
+            "popsize": search.population,
+            "bounds": [search.low, search.high],
+            "randn": lambda *shape: draws.standard_normal(shape),  # numpy's global state is left alone
+            "seed": np.nan,  # so cma doesn't seed it either
+            "verbose": -9,
+        }
+        self._strategy = cma.CMAEvolutionStrategy(self.mean, (search.high - search.low) / 4, options)
+
+    def ask(self) -> np.ndarray:
+        """Draw a population `(population, size)`; the first is followed by the starts."""
+        return np.concatenate([np.stack(self._strategy.ask()), self._starts])
+
+    def tell(self, members: np.ndarray, scores: Sequence[Score], gradients: np.ndarray | None = None) -> None:
+        """Learn from the order of the scores; equal scores share a place."""
+        drawn = len(members) - len(self._starts)
+        places = {score: place for place, score in enumerate(sorted(set(scores[:drawn]), reverse=True))}
+        self._strategy.tell(list(members[:drawn]), [float(places[score]) for score in scores[:drawn]])
+        self.mean = np.asarray(self._strategy.result.xfavorite)
+        self._starts = self._starts[:0]
+
+
+class Ascent:
+    """
+    Gradient ascent by Adam on the last entry of the scores, from all starts at once, within the box.
+
+    Args:
+        search, starts: As in [`CrossEntropy`].
+    """
+
+    def __init__(self, search: Search, starts: np.ndarray) -> None:
+        self.search, self._points = search, torch.tensor(starts, dtype=torch.float64).clamp(search.low, search.high)
+        self._adam = torch.optim.Adam([self._points], lr=RATE, maximize=True)
+        self.mean = self.ask()[0]
+
+    def ask(self) -> np.ndarray:
+        """Return where the climbs stand, `(starts, size)`."""
+        return self._points.numpy().copy()
+
+    def tell(self, members: np.ndarray, scores: Sequence[Score], gradients: np.ndarray | None = None) -> None:
+        """Take one step from each point; one whose gradient isn't finite stays. Raises `ValueError` without any."""
+        if gradients is None:
+            raise ValueError("Gradient ascent needs a judge that returns gradients.")
+        self._points.grad = torch.from_numpy(np.nan_to_num(gradients, nan=0.0, posinf=0.0, neginf=0.0))
+        self._adam.step()
+        self._points.clamp_(self.search.low, self.search.high)
+        self.mean = self.ask()[max(range(len(scores)), key=lambda i: scores[i])]
+
+
+SEARCHERS: dict[str, Callable[[Search, np.ndarray], Searcher]] = {
+    "cem": CrossEntropy,
+    "cma": CovarianceAdaptation,
+    "gradient": Ascent,
+}
+
+
 @dataclass
 class Found:
     """
-    Where a search stands.
+    The state of a search.
 
     Args:
-        best (`np.ndarray` of shape `(size,)`): The best member ever scored; of equal ones the first.
+        best (`np.ndarray` of shape `(size,)`): The best member so far; the first of equal ones.
         score (`tuple[float, ...]`): Its score.
-        history (`list[dict]`): Per population the best score so far, the mean score, the centre of the next.
-        members (`np.ndarray` of shape `(n, size)`), each (`np.ndarray` of shape `(n, examples, entries)`, *optional*):
-            All that were scored, and their scores by example.
-        tokens (`int`), seconds (`float`): What scoring has cost, runs before an interruption included.
-        stopped (`str`): The budget that ended the search early, or nothing.
+        history (`list[dict]`): Per population the best score so far, the mean score, and the centre of the next.
+        members (`np.ndarray` of shape `(n, size)`): All members so far.
+        by_example (`np.ndarray` of shape `(n, examples, entries)`): Their scores.
+        tokens (`int`), seconds (`float`): The cost so far, interrupted runs included.
+        stopped (`str`): The budget that ended the search early, or `""`.
     """
 
     best: np.ndarray
+    members: np.ndarray
+    by_example: np.ndarray
     score: Score = ()
     history: list[dict[str, Any]] = field(default_factory=list)
-    members: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
-    each: np.ndarray | None = None
     tokens: int = 0
     seconds: float = 0.0
     stopped: str = ""
 
 
 def maximise(
-    searcher: Searcher,
+    search: Search,
+    starts: np.ndarray,
     judge: Callable[[np.ndarray], Judged],
-    iterations: int,
     *,
     state: str | PathLike[str] | None = None,
-    writes: bool = True,
     settings: Mapping[str, Any] | None = None,
-    max_tokens: int | None = None,
-    max_seconds: float | None = None,
     reserve: float = 0.0,
-    on_iteration: Callable[[Found], bool | None] | None = None,
+    on_iteration: Callable[[Found], None] | None = None,
 ) -> Found:
     """
-    Let a searcher ask a judge until its iterations or a budget are used up.
+    Search until the iterations or a budget are used up.
 
     Args:
-        searcher ([`Searcher`]):
-            A fresh one.
+        search ([`Search`]), starts (`np.ndarray` of shape `(n, size)`):
+            As in [`CrossEntropy`].
         judge (`Callable`):
-            `(members, size)` array -> [`Judged`].
-        iterations (`int`):
-            Populations, those in the state file included.
+            Members `(n, size)` -> [`Judged`].
         state (`str` or path, *optional*):
-            File with the scores so far, replaced whole after each population. If it exists, its scores are taken
-            instead of the judge's: the searcher asks the same again, so a search that was interrupted goes on as if
-            it had not been.
-        writes (`bool`):
-            Whether this process writes the file; one of several does.
+            File with the scores so far, replaced as a whole after each population. The searcher draws again what it
+            drew before an interruption, and these scores are used in place of the judge's.
         settings (`Mapping`, *optional*):
-            JSON values on which the scores depend; a state file with others is refused.
-        max_tokens, max_seconds (*optional*):
-            The search ends before the population that would go beyond, judging by the cost of the one before. The
-            first population is always scored.
+            JSON values that the scores depend on; a state file with others is refused.
         reserve (`float`):
-            What the budgets have to hold besides, for a check of the result, as a number of members of a population.
+            Members of a population whose cost the budgets must also hold, for a check of the result.
         on_iteration (`Callable`, *optional*):
-            Called after each population; `True` ends the search.
-
-    Returns:
-        [`Found`].
+            Called after each population.
 
     Raises:
-        `ValueError`: without an iteration, or if the state file is damaged, of another version or of another search.
+        `ValueError`: if the state file is damaged or belongs to another search.
     """
-    if iterations < 1:
-        raise ValueError(f"A search needs at least 1 iteration, got iterations={iterations}.")
-    settings = json.loads(json.dumps(dict(settings or {})))
-    past = _read(Path(state), settings) if state is not None else []
-    found = Found(best=searcher.mean)
-    asked: list[np.ndarray] = []
-    for iteration in range(iterations):
+    searcher = SEARCHERS[search.method](search, starts)
+    settings = json.loads(json.dumps({"format": FORMAT, **(settings or {})}))
+    past = [] if state is None else _read(Path(state), settings)
+    found = Found(searcher.mean, np.empty((0, starts.shape[1])), np.empty(0))
+    for iteration in range(search.iterations):
         members = searcher.ask()
         digest = hashlib.sha256(np.ascontiguousarray(members).tobytes()).hexdigest()
         if iteration == len(past):
-            found.stopped = _spent(found, past, max_tokens, max_seconds, reserve)
-            if found.stopped:
+            if past and (stopped := _exceeded(search, found, past[-1], reserve)):
+                found.stopped = stopped
                 break
-            past.append(_entry(judge, members, digest))
-            if state is not None and writes:
-                _write(Path(state), settings, past)
-        entry = past[iteration]
-        if entry["members"] != digest:
-            raise ValueError(
-                f"The search state {state} was written by a search that drew other numbers in population {iteration} "
-                "(another version or machine): delete it to begin anew."
-            )
-        asked.append(members)
-        scores = [tuple(-math.inf if math.isnan(x) else float(x) for x in score) for score in entry["scores"]]
-        top = max(range(len(scores)), key=lambda i: scores[i])  # the first of equal ones
-        if not found.score or scores[top] > found.score:
-            found.best, found.score = members[top].copy(), scores[top]
-        gradients = None if entry["gradients"] is None else np.asarray(entry["gradients"], float)
-        searcher.tell(members, scores, gradients)
-        found.tokens += entry["tokens"]
-        found.seconds += entry["seconds"]
-        mean_score = [float(x) for x in np.mean(scores, axis=0)]
-        found.history.append({"best": list(found.score), "mean_score": mean_score, "mean": searcher.mean.tolist()})
-        if on_iteration is not None and on_iteration(found):
-            break
-    found.members = np.concatenate(asked)
-    if all(entry["each"] is not None for entry in past[: len(asked)]):
-        found.each = np.concatenate([np.asarray(entry["each"], float) for entry in past[: len(asked)]])
+            past.append({"digest": digest, **judge(members)._asdict()})
+            if state is not None:
+                files.write(state, json.dumps({"settings": settings, "populations": past}, default=np.ndarray.tolist))
+        if past[iteration]["digest"] != digest:
+            raise ValueError(_other_search(state, ["the numbers drawn"]))
+        _take_in(found, members, past[iteration], searcher)
+        if on_iteration is not None:
+            on_iteration(found)
     return found
 
 
-class CovarianceAdaptation:
-    """
-    CMA-ES of the library `cma` (extra `search`), which learns from the order of scores alone.
-
-    Args:
-        size, population, low, high, seed, start, starts: As in [`CrossEntropy`].
-
-    Raises:
-        `ImportError`: without the library.
-        `ValueError`: for a single number, for which `cma` is not made, or a population too small.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        *,
-        population: int = 32,
-        low: float = 0.0,
-        high: float = 1.0,
-        seed: int = 0,
-        start: Sequence[float] | None = None,
-        starts: Sequence[Sequence[float]] = (),
-    ) -> None:
-        try:
-            import cma
-        except ImportError as error:
-            raise ImportError('CMA-ES needs the library cma: pip install "peft-svf[search]".') from error
-        if size < 2:
-            raise ValueError('CMA-ES searches 2 numbers or more, got 1: use method="cem" or "gradient".')
-        if population < 4:
-            raise ValueError(f"CMA-ES needs a population of 4 or more, got {population}.")
-        draws = np.random.default_rng(seed)
-        self.mean = np.clip(np.full(size, 1 / size) if start is None else np.asarray(start, float), low, high)
-        options = {
-            "popsize": population,
-            "bounds": [low, high],
-            "randn": lambda *shape: draws.standard_normal(shape),  # numpy's global state is left alone
-            "seed": np.nan,  # so cma does not seed it either
-            "verbose": -9,
-        }
-        self._search = cma.CMAEvolutionStrategy(self.mean, (high - low) / 4, options)
-        self._starts = np.clip(np.asarray(starts, float).reshape(-1, size), low, high)
-
-    def ask(self) -> np.ndarray:
-        """Draw a population `(population, size)`; the first has the starts behind it, which are scored, not learnt."""
-        return np.concatenate([np.stack(self._search.ask()), self._starts])
-
-    def tell(self, members: np.ndarray, scores: Sequence[Score], gradients: np.ndarray | None = None) -> None:
-        """Learn from the order of the scores; equal ones have one place."""
-        drawn = len(members) - len(self._starts)
-        places = {score: place for place, score in enumerate(sorted(set(scores[:drawn]), reverse=True))}
-        self._search.tell(list(members[:drawn]), [float(places[score]) for score in scores[:drawn]])
-        self.mean = np.asarray(self._search.result.xfavorite)
-        self._starts = self._starts[:0]
+def _take_in(found: Found, members: np.ndarray, entry: Mapping[str, Any], searcher: Searcher) -> None:
+    """Add the scores of a population to what was found, and let the searcher learn from them."""
+    by_example = np.asarray(entry["by_example"], float)
+    scores = Judged(by_example).scores
+    top = max(range(len(scores)), key=lambda i: scores[i])  # the first of equal ones
+    if not found.score or scores[top] > found.score:
+        found.best, found.score = members[top].copy(), scores[top]
+    searcher.tell(members, scores, None if entry["gradients"] is None else np.asarray(entry["gradients"], float))
+    found.members = np.concatenate([found.members, members])
+    found.by_example = np.concatenate([found.by_example, by_example]) if found.by_example.size else by_example
+    found.tokens += entry["tokens"]
+    found.seconds += entry["seconds"]
+    mean_score = np.mean(scores, axis=0).tolist()
+    found.history.append({"best": list(found.score), "mean_score": mean_score, "mean": searcher.mean.tolist()})
 
 
-class Ascent:
-    """
-    Gradient ascent (Adam) on the last entry of the scores, from every start and the mean at once, within a box.
-
-    Args:
-        size, low, high, start, starts: As in [`CrossEntropy`].
-        rate (`float`): Step length.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        *,
-        low: float = 0.0,
-        high: float = 1.0,
-        rate: float = 0.05,
-        start: Sequence[float] | None = None,
-        starts: Sequence[Sequence[float]] = (),
-    ) -> None:
-        first = np.full(size, 1 / size) if start is None else np.asarray(start, float)
-        self.low, self.high, self.rate = low, high, rate
-        self._members = np.clip(np.stack([first, *(np.asarray(vector, float) for vector in starts)]), low, high)
-        self.mean = self._members[0]
-        self._first, self._second, self._steps = np.zeros_like(self._members), np.zeros_like(self._members), 0
-
-    def ask(self) -> np.ndarray:
-        """The points of the climb, `(starts + 1, size)`."""
-        return self._members.copy()
-
-    def tell(self, members: np.ndarray, scores: Sequence[Score], gradients: np.ndarray | None = None) -> None:
-        """
-        Take one step (arXiv 1412.6980) from each point; a point whose gradient is not finite stays where it is.
-
-        Raises:
-            `ValueError`: without gradients.
-        """
-        if gradients is None:
-            raise ValueError("Gradient ascent needs a judge that gives gradients.")
-        slope = np.nan_to_num(gradients, nan=0.0, posinf=0.0, neginf=0.0)
-        self._steps += 1
-        self._first = 0.9 * self._first + 0.1 * slope
-        self._second = 0.999 * self._second + 0.001 * slope**2
-        first, second = self._first / (1 - 0.9**self._steps), self._second / (1 - 0.999**self._steps)
-        self._members = np.clip(members + self.rate * first / (np.sqrt(second) + 1e-8), self.low, self.high)
-        self.mean = self._members[max(range(len(scores)), key=lambda i: scores[i])]
-
-
-def _spent(found: Found, past: list[dict], max_tokens: int | None, max_seconds: float | None, reserve: float) -> str:
-    """The name of the budget that one more population like the last, and the reserve, would go beyond, or nothing."""
-    if not past:
-        return ""
-    more = 1 + reserve / len(past[-1]["scores"])
-    if max_tokens is not None and found.tokens + more * past[-1]["tokens"] > max_tokens:
+def _exceeded(search: Search, found: Found, last: Mapping[str, Any], reserve: float) -> str:
+    """Name the budget that one more population like the last, and the reserve, would exceed; `""` if none."""
+    more = 1 + reserve / len(last["by_example"])
+    if search.max_tokens is not None and found.tokens + more * last["tokens"] > search.max_tokens:
         return "max_tokens"
-    if max_seconds is not None and found.seconds + more * past[-1]["seconds"] > max_seconds:
+    if search.max_seconds is not None and found.seconds + more * last["seconds"] > search.max_seconds:
         return "max_seconds"
     return ""
 
 
-def _entry(judge: Callable[[np.ndarray], Judged], members: np.ndarray, digest: str) -> dict[str, Any]:
-    judged = judge(members)
-    return {
-        "members": digest,
-        "scores": [[float(x) for x in score] for score in judged.scores],
-        "gradients": None if judged.gradients is None else judged.gradients.tolist(),
-        "each": None if judged.each is None else judged.each.tolist(),
-        "tokens": int(judged.tokens),
-        "seconds": float(judged.seconds),
-    }
-
-
-def _read(path: Path, settings: Mapping[str, Any]) -> list[dict]:
-    """The populations that a state file holds, none if there is no file."""
+def _read(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Read the populations of a state file; none if there is no file."""
     if not path.exists():
         return []
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        there, past, version = content["settings"], content["populations"], content.get("format", 1)
-        whole = all({"members", "scores", "gradients", "each", "tokens", "seconds"} <= set(entry) for entry in past)
+        content = files.read_json(path)
+        saved, keys = dict(content["settings"]), ("digest", *Judged._fields)
+        past = [{key: entry[key] for key in keys} for entry in content["populations"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"The search state {path} cannot be read ({error!r}): delete it to begin anew.") from error
-    if version != FORMAT:
-        raise ValueError(
-            f"The search state {path} was written by another version of peft-svf (its format is {version}, expected "
-            f"{FORMAT}): delete it to begin anew, or go on with that version."
-        )
-    if not whole:
-        raise ValueError(f"The search state {path} is damaged: delete it to begin anew.")
-    if odd := [key for key in sorted({*there, *settings}) if there.get(key) != settings.get(key)]:
-        raise ValueError(
-            f"The search state {path} is of another search: {_difference(odd[0], there, settings)}. Give the "
-            "settings, examples and experts that it began with, or another file."
-        )
+        raise ValueError(f"The search state {path} can't be read ({error!r}): delete it to start over.") from error
+    if odd := [key for key in sorted({*saved, *settings}) if saved.get(key) != settings.get(key)]:
+        raise ValueError(_other_search(path, odd))
     return past
 
 
-def _difference(key: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """What is another value in a state file, or of a mapping which entries."""
-    old, new = there.get(key), here.get(key)
-    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
-        return f"{key} is {old!r} there and {new!r} here"
-    names = {
-        "new": new.keys() - old.keys(),
-        "gone": old.keys() - new.keys(),
-        "changed": {name for name in old.keys() & new.keys() if old[name] != new[name]},
-    }
-    return f"of its {key} " + "; ".join(f"{what}: {', '.join(sorted(n))}" for what, n in names.items() if n)
-
-
-def _write(path: Path, settings: Mapping[str, Any], past: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(json.dumps({"format": FORMAT, "settings": settings, "populations": past}), encoding="utf-8")
-    temporary.replace(path)
+def _other_search(path: Any, odd: Sequence[str]) -> str:
+    return (
+        f"The search state {path} belongs to another search ({', '.join(odd)} differ): delete it, or pass the "
+        "settings, examples and experts of that search."
+    )

@@ -1,64 +1,90 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers, tables, figures -> what the user sees, and the refusal to write over what is there. Knows no verb."""
+"""Numbers, tables, figures, commands -> what the user sees, without secrets. Knows no verb."""
 
 import io
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import files
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-
-def table(header: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> str:
-    """Lay rows out in columns as wide as their widest cell."""
-    lines = [*([header] if header else []), *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+INTERRUPTED = 130  # the exit code a shell gives a command that Ctrl-C ended
 
 
-def score(values: Sequence[float]) -> str:
-    """The entries of a score, side by side."""
-    return " ".join(f"{x:.3f}" for x in values)
+def show_table(header: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> None:
+    """Print rows in columns, without line breaks unless a terminal is too narrow."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=header is not None)
+    for name in header or rows[0]:
+        table.add_column(Text(name))
+    for row in rows:
+        table.add_row(*map(Text, row))
+    Console(width=None if sys.stdout.isatty() else 10_000).print(table)
 
 
 def interval(ends: Sequence[float], sign: str = "") -> str:
-    """An interval in brackets; `sign="+"` for differences."""
+    """Format an interval in brackets; `sign="+"` for differences."""
     return f"[{ends[0]:{sign}.3f}, {ends[1]:{sign}.3f}]"
 
 
-def weights(alpha: Mapping[str, float]) -> str:
-    """Mixture weights on one line."""
-    return ", ".join(f"{name} {weight:.3f}" for name, weight in alpha.items())
+def mixed(alpha: Mapping[str, float]) -> str:
+    """Format mixture weights on one line, with the base's share."""
+    return ", ".join(f"{name} {weight:.3f}" for name, weight in shares(alpha).items())
+
+
+def shares(alpha: Mapping[str, float]) -> dict[str, float]:
+    """Add the base's share, what is left of 1, to mixture weights."""
+    return {**alpha, "other": 1 - sum(alpha.values())}
 
 
 def size(count: float) -> str:
-    """A number of bytes in MB or GB."""
+    """Format a number of bytes in MB or GB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def short(text: str, width: int) -> str:
-    """One line of at most `width` characters."""
+    """Put a text on one line of at most `width` characters."""
     line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
 def new_path(path: Path, option: str = "--out") -> Path:
-    """Refuse a path that exists before anything is computed: one run never overwrites another's."""
+    """Raise a `FileExistsError` for a path that exists, before anything is computed: no run overwrites another's."""
     if path.exists():
-        raise FileExistsError(f"{path} is there already: name another place by {option}.")
+        raise FileExistsError(f"{path} exists already: name another place by {option}.")
     return path
 
 
-def save_figure(path: Path, panels: "Sequence[Callable[[Axes], None]]", rows: int = 0, names: int = 0) -> None:
-    """Draw panels side by side into a PNG, with room for so many labelled rows and columns."""
+def save_figure(path: Path, panels: "Sequence[Callable[[Axes], None]]", rows: int = 0, columns: int = 0) -> None:
+    """Draw panels side by side into a PNG, with room for the labels of so many rows and columns."""
     from ..plots import new_figure, size_of
-    from ..training.result import write_file
 
-    figure, axes = new_figure(len(panels), **size_of(rows, names))
+    figure, axes = new_figure(len(panels), **size_of(rows, columns))
     for draw, panel in zip(panels, axes, strict=True):
         draw(panel)
     content = io.BytesIO()
     figure.savefig(content, format="png")
-    write_file(path, content.getvalue())
+    files.write(path, content.getvalue())
     print(f"Wrote {path}")
+
+
+def command(arguments: Sequence[str]) -> str:
+    """Write a command as a shell reads it, without secrets."""
+    parts, option = ["peft-svf"], ""
+    for part in arguments:
+        name, equals, value = part.partition("=")
+        if part.startswith("--") and equals:
+            part = f"{name}={'...' if files.SECRET_NAME.search(name) else files.without_secrets(value)}"
+        elif not part.startswith("--"):
+            part = "..." if files.SECRET_NAME.search(option) else files.without_secrets(part)
+        parts.append(part)
+        option = name if part.startswith("--") and not equals else ""
+    return shlex.join(parts)

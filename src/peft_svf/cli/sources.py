@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a command line names -> tasks, base models, experts, mixtures, examples. Nothing here prints."""
+"""What a command line names -> tasks, base models, experts, mixtures, examples. Prints nothing."""
 
 import json
 import os
@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from ..experts.expert import Mixture, SavedExpert
+    from ..experts.expert import Mixture
     from ..rows import Reader
     from ..tasks import Task
     from ..tuner.config import SVFConfig
+    from ..two_pass import Transformer2Model
 
 
 def find_task(name: str) -> "Task":
@@ -25,87 +26,75 @@ def find_task(name: str) -> "Task":
     return jsonl_task(name) if own else get_task(name)
 
 
-DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-
-
 def load_model(
     name: str,
     revision: str | None = None,
     dtype: str = "auto",
     *,
     images: bool = False,
-    reader: bool = True,
     device: "torch.device | None" = None,
-    trust_remote_code: bool = False,
-) -> "tuple[PreTrainedModel, Reader | None]":
+    trust: bool = False,
+) -> "tuple[PreTrainedModel, Reader]":
     """
-    Load a base model onto the accelerator, where there is one, and what reads its prompts.
-
-    Args:
-        name (`str`): Folder or Hub repository.
-        revision (`str`, *optional*): Branch, tag or commit.
-        dtype (`str`): Of the weights; `"auto"` is that of the checkpoint.
-        images (`bool`): Whether the rows that it is to answer have images.
-        reader (`bool`): Whether prompts are to be read at all.
-        device (`torch.device`, *optional*): Instead of the accelerator.
-        trust_remote_code (`bool`): As in transformers.
-
-    Returns:
-        The model and its tokenizer, or the processor of one that sees; `None` without a `reader`.
+    Load a base model and its reader onto a device, by default the accelerator if there is one.
 
     Raises:
         `OSError`: if there is no such model.
-        `ValueError`: for images, if the model sees none.
+        `ValueError`: for `images`, if the model doesn't see.
     """
     import torch
-    from transformers import (
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        AutoProcessor,
-        AutoTokenizer,
-    )
+    from transformers import ProcessorMixin
 
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is one of {', '.join(DTYPES)}; got {dtype!r}.")
+    from ..two_pass import load_model
+
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        sees = type(AutoConfig.from_pretrained(name, **shared)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        model, reader = load_model(name, dtype=dtype, revision=revision, trust_remote_code=trust)
     except OSError as error:
         if os.path.isdir(name):
             raise
-        raise OSError(f"There is no folder {name!r}, and none could be had from the Hub: {error}") from error
-    if images and not sees:
-        raise ValueError(f"These rows have images, but {name} sees none: name a vision-language model.")
-    found = (AutoProcessor if sees else AutoTokenizer).from_pretrained(name, **shared) if reader else None
-    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-    return kind.from_pretrained(name, dtype=dtype, **shared).to(device), found
+        raise OSError(f"There is no folder {name!r}, and the Hub has no such model: {error}") from error
+    if images and not isinstance(reader, ProcessorMixin):
+        raise ValueError(f"These rows have images, but {name} doesn't see: name a vision-language model.")
+    return model.to(device), reader
 
 
-def find_expert(source: str) -> "SavedExpert":
-    """Find an expert by `SOURCE` or `NAME=SOURCE`; its values are read when they are needed."""
-    from ..experts.expert import SavedExpert
+def load_experts(
+    experts: Sequence[str],
+    model: str | None,
+    revision: str | None,
+    dtype: str,
+    classifier: str | None = None,
+    *,
+    images: bool = False,
+) -> "Transformer2Model":
+    """Load experts, written `SOURCE` or `NAME=SOURCE`, and the base model that they name."""
+    from ..experts.library import loaded
+    from ..two_pass import Transformer2Model, base_of
 
-    name, equals, rest = source.partition("=")
-    return SavedExpert.find(rest, name) if equals and not os.path.exists(source) else SavedExpert.find(source)
+    sources = {}
+    for entry in experts:
+        name, equals, source = entry.partition("=")
+        if not equals or os.path.exists(entry):
+            name, source = os.path.basename(entry.rstrip("/")), entry
+        if name in sources:
+            raise ValueError(f"Two experts are called {name!r}: give one another name by NAME=EXPERT.")
+        sources[name] = source
+    sources = loaded(sources)  # so that each file is opened once
+    base, base_revision = (model, None) if model else base_of(sources)
+    loaded, reader = load_model(base, revision or base_revision, dtype, images=images)
+    return Transformer2Model(loaded, reader, sources, classifier)
 
 
-def read_mixture(given: Sequence[str]) -> "Mixture":
-    """Read a saved mixture, or one that is written out as `NAME=WEIGHT`s."""
+def read_mixture(entries: Sequence[str]) -> "Mixture":
+    """Read a saved mixture, or one written as `NAME=WEIGHT`s."""
     from ..experts.expert import Mixture
 
-    if len(given) == 1 and ("=" not in given[0] or os.path.exists(given[0])):
-        if not os.path.exists(given[0]):
-            raise FileNotFoundError(
-                f"There is no file {given[0]!r}: a mixture is one that `adapt` wrote, or expert names with weights "
-                "such as math=0.7."
-            )
-        return Mixture.load(given[0])
+    if len(entries) == 1 and ("=" not in entries[0] or os.path.exists(entries[0])):
+        return Mixture.load(entries[0])
     alpha: dict[str, float] = {}
-    for entry in given:
+    for entry in entries:
         name, _, weight = entry.partition("=")
         try:
             alpha[name] = float(weight)
@@ -118,32 +107,33 @@ def read_mixture(given: Sequence[str]) -> "Mixture":
 
 def read_examples(path: Path, *texts: str) -> list[dict[str, Any]]:
     """
-    Read rows, one JSON object a line; a prompt that is a text becomes a user's turn, as in a task of one's own.
+    Read rows, one JSON object a line; a prompt that is a text becomes a user's turn.
 
     Args:
         path (`Path`): The file.
-        texts (`str`): What each row needs besides `prompt`, as a text.
+        texts (`str`): Fields that each row needs as a text, besides what [`rows.check`] needs.
 
     Raises:
-        `FileNotFoundError`: if there is no such file.
-        `ValueError`: if there is no row, or a line is no object with what it needs; the message has its number.
+        `OSError`: if the file can't be read.
+        `ValueError`: if it has no row, or a line isn't one; the message has its number.
     """
     from ..rows import check
     from ..tasks.task import read_lines, user_turn
 
-    found = []
+    rows = []
     for number, line in read_lines(path):
+        where = f"Line {number} of {path}"
         try:
             row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"Line {number} of {path} is no JSON: {error}.") from error
-        check(row, f"Line {number} of {path}")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where} isn't JSON: {error}.") from error
+        check(row, where)
         if missing := [key for key in texts if not isinstance(row.get(key), str)]:
-            raise ValueError(f"Line {number} of {path} has no {missing[0]!r} that is a text; it has {list(row)}.")
-        found.append({**row, "prompt": user_turn(row["prompt"])})
-    if not found:
-        raise ValueError(f"{path} has no line: it needs one JSON object a line.")
-    return found
+            raise ValueError(f"{where} needs a text as {missing[0]!r}; it has {', '.join(row)}.")
+        rows.append({**row, "prompt": user_turn(row["prompt"])})
+    if not rows:
+        raise ValueError(f"{path} is empty: it needs one JSON object a line.")
+    return rows
 
 
 def weights_of(model: "PreTrainedModel", svf: "SVFConfig") -> list[tuple[str, int, int, int]]:

@@ -1,71 +1,94 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-z-vectors as values: `Expert`, offsets of one base model by module name, and `Mixture`, weights over experts.
+z-vectors as values: `Expert`, offsets of one base model by weight, and `Mixture`, weights over experts.
 
-An expert comes from a folder or a Hub repository that `save_pretrained`, `push_to_hub` or [`Expert.save`] wrote; as a
-`SavedExpert` it stays there until its vectors are needed. A mixture is what every adaptation strategy returns. Nothing
-here loads a model.
+An expert comes from a folder or a Hub repository that `save_pretrained`, `push_to_hub` or [`Expert.save`] wrote.
+Experts add up as the paper's formula does: `0.7 * math + 0.3 * code`. A mixture is the same sum by name; every
+adaptation strategy returns one. Nothing here loads a model.
 """
 
 import json
-import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
+from .. import files
+from ..tuner.config import SVFConfig
+from ..tuner.fingerprint import Fingerprint, check
+
 OTHER = "other"  # the base model, in decisions and as an explicit choice
-PREFIX = "base_model.model."  # PEFT's, of modules of the base model
+PREFIX = "base_model.model."  # PEFT puts it in front of the base model's module names
 OFFSET_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.svf_offset\.weight")
+DTYPES = {"F16", "BF16", "F32", "F64"}
+LARGEST = 1e4  # of abs(z - 1) and of mixture weights; trained z stay between 0 and 2, and float16 ends at 65504
+LIMIT = 16 << 30  # bytes of a weights file
+WAITS = (1, 2, 4)  # seconds before a download that broke is tried again
+TRANSIENT = (408, 429, 500, 502, 503, 504)  # HTTP status codes that pass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Expert:
     """
-    Named z-vectors of one base model.
+    Named z-vectors of one base model, with the arithmetic of arXiv 2501.06252.
+
+    `0.7 * math + 0.3 * code` has `z = 1 + 0.7 (z_math - 1) + 0.3 (z_code - 1)`: if the weights sum to 1 that is the
+    paper's `Σ αᵢ zᵢ`, and else the base model (z = 1) has the share that is left. `==` compares z, not names.
 
     Args:
-        name (`str`): How decisions and mixtures call it.
-        offsets (`dict[str, torch.Tensor]`): Per module of the base model `z - 1`, shape `(k,)`, float32.
+        name (`str`): Name in decisions and mixtures.
+        offsets (`Mapping[str, torch.Tensor]`): `z - 1` by weight of the base model, each `(k,)` float32; of a stacked
+            weight the vectors of its matrices, one after the other.
         config (`dict`): Its `adapter_config.json`, with base model and fingerprint.
-        provenance (`dict`): How it came about if it was not trained, as JSON values; empty for a trained one.
+        provenance (`dict`): How it was made if it was not trained, as JSON values.
 
     Raises:
-        `ValueError`: if a z-vector has more than one axis or is not finite.
+        `ValueError`: if an offset has more than one axis, or an entry that is not finite or beyond 10,000.
     """
 
     name: str
-    offsets: dict[str, Tensor]
+    offsets: Mapping[str, Tensor]
     config: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if isinstance(self.offsets, SavedOffsets):
+            return
         for module, offset in self.offsets.items():
-            if offset.dim() != 1 or not torch.isfinite(offset).all():
+            if offset.dim() != 1 or not offset.is_floating_point():
                 raise ValueError(
-                    f"Expert {self.name!r} has an offset of shape {tuple(offset.shape)} for {module}; it needs one "
-                    "axis and finite entries."
+                    f"Expert {self.name!r} has an offset of shape {tuple(offset.shape)} and {offset.dtype} for "
+                    f"{module}; it needs one axis of floating point numbers."
                 )
+        with _naming(self.name, "memory"):
+            check_values(self.offsets)
 
     @property
     def z(self) -> dict[str, Tensor]:
-        """Per module the multipliers of its largest singular values, shape `(k,)`."""
+        """Per weight the multipliers of its largest singular values, shape `(k,)`."""
         return {module: 1 + offset for module, offset in self.offsets.items()}
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Per module the number of singular values that z moves."""
+        """Per weight the number of entries of z, without reading them."""
+        if isinstance(self.offsets, SavedOffsets):
+            return dict(self.offsets.sizes)
         return {module: len(offset) for module, offset in self.offsets.items()}
 
     @property
@@ -78,12 +101,43 @@ class Expert:
         """What the expert is good at, in a few words; may be empty."""
         return self.config.get("description") or ""
 
+    def __mul__(self, weight: float) -> "Expert":
+        if not isinstance(weight, Real):
+            return NotImplemented
+        return _combined([(float(weight), self)])
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "Expert":
+        return -1.0 * self
+
+    def __add__(self, other: "Expert") -> "Expert":
+        if not isinstance(other, Expert):
+            return NotImplemented
+        return _combined([(1.0, self), (1.0, other)])
+
+    def __sub__(self, other: "Expert") -> "Expert":
+        return self + -other if isinstance(other, Expert) else NotImplemented
+
+    def __eq__(self, other: object) -> bool:
+        """Whether two experts of one base have the same z; a weight that one does not move has z = 1."""
+        if not isinstance(other, Expert):
+            return NotImplemented
+        if self.base_model != other.base_model:
+            return False
+        none = torch.zeros(0)
+        pairs = ((self.offsets.get(m, none), other.offsets.get(m, none)) for m in {*self.offsets, *other.offsets})
+        return all(torch.equal(*_padded(a, b)) for a, b in pairs)
+
+    __hash__ = None  # type: ignore[assignment]
+
     @classmethod
     def load(
         cls,
         source: str | os.PathLike[str],
         name: str | None = None,
         *,
+        lazy: bool = False,
         subfolder: str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -96,6 +150,8 @@ class Expert:
                 Folder, or repository id such as `"me/expert"`.
             name (`str`, *optional*):
                 Default: the last part of `subfolder`, else of `source`.
+            lazy (`bool`):
+                Check config and shapes now, and read the values when they are first used.
             subfolder, revision, token:
                 As in `from_pretrained`. Both files come from one commit.
 
@@ -103,112 +159,90 @@ class Expert:
             `FileNotFoundError`: if there is no such folder or file.
             `ValueError`: if the files hold no SVF expert, hold more than z-vectors, are damaged, or z is not finite.
         """
-        return SavedExpert.find(source, name, subfolder=subfolder, revision=revision, token=token).load()
+        folder = Path(source)
+        if not folder.is_dir():
+            if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+                raise FileNotFoundError(
+                    f"There is no folder {str(source)!r}, and it isn't a Hub repository id either."
+                )
+            patterns = [f"{subfolder}/{f}" if subfolder else f for f in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
+            folder = _download(str(source), revision=revision, token=token, allow_patterns=patterns)
+        folder = folder / subfolder if subfolder else folder
+        name = name or os.path.basename(os.path.abspath(subfolder or source))  # works for "." as well
+        with _naming(name, folder):
+            files.settle(folder)
+            for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+                if not (folder / file).is_file():
+                    raise FileNotFoundError(f"{str(source)!r} holds no expert: {file} is missing in {folder}.")
+            config = read_config(folder)
+            offsets, provenance = _read_header(name, folder, config)
+        return cls(name, offsets if lazy else offsets.read(), config, provenance)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """
         Write the expert as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
 
-        Files that are there are replaced only when the new ones are whole.
+        Both appear together: an interruption or a full disk leaves the old ones.
         """
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        own = {"peft_type": "SVF", "target_modules": sorted(self.offsets)} | self.config
+        stacked = _stacked(self.offsets, self.config)
+        own = {"peft_type": "SVF", "target_modules": sorted(set(self.offsets) - set(stacked))} | self.config
         config = {key: sorted(value) if isinstance(value, set) else value for key, value in own.items()}
-        tensors = {f"{PREFIX}{module}.svf_offset.weight": o.contiguous() for module, o in self.offsets.items()}
+        tensors = {
+            f"{PREFIX}{stacked.get(module, module)}.svf_offset.weight": offset.contiguous()
+            for module, offset in self.offsets.items()
+        }
         metadata = {"format": "pt"} | ({"provenance": json.dumps(self.provenance)} if self.provenance else {})
-        temporary = {name: target / f".{name}.writing" for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME)}
-        try:
-            save_file(tensors, temporary[SAFETENSORS_WEIGHTS_NAME], metadata=metadata)
-            temporary[CONFIG_NAME].write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            for name, path in temporary.items():
-                path.replace(target / name)
-        finally:
-            for path in temporary.values():
-                path.unlink(missing_ok=True)
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        files.write_together(folder, {SAFETENSORS_WEIGHTS_NAME: save(tensors, metadata), CONFIG_NAME: text})
 
 
-@dataclass(frozen=True)
-class SavedExpert:
+class SavedOffsets(Mapping[str, Tensor]):
     """
-    An expert that stays on disk until [`SavedExpert.load`]: everything is checked but the values of its z-vectors.
+    The offsets of a saved expert by weight: sizes are known, values are read on first use.
 
     Args:
-        name (`str`): How decisions and mixtures call it.
-        folder (`Path`): Where its two files lie.
-        config (`dict`): Its `adapter_config.json`.
-        sizes (`dict[str, int]`): Per module the number of singular values that z moves.
+        name (`str`): Name of the expert, for messages.
+        folder (`Path`): Folder of its files.
+        keys (`dict[str, str]`): Key in the file by weight.
+        sizes (`dict[str, int]`): Number of entries by weight.
     """
 
-    name: str
-    folder: Path
-    config: dict[str, Any]
-    sizes: dict[str, int]
+    def __init__(self, name: str, folder: Path, keys: dict[str, str], sizes: dict[str, int]) -> None:
+        self.name, self.folder, self.keys_in_file, self.sizes = name, folder, keys, sizes
+        self._values: dict[str, Tensor] | None = None
 
-    @classmethod
-    def find(
-        cls,
-        source: str | os.PathLike[str],
-        name: str | None = None,
-        *,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-    ) -> "SavedExpert":
-        """Find an expert in a folder or a Hub repository; arguments and errors as in [`Expert.load`]."""
-        folder = Path(source)
-        if not folder.is_dir():
-            if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-                raise FileNotFoundError(f"There is no folder {str(source)!r}, and it is no Hub repository id.")
-            wanted = [f"{subfolder}/{f}" if subfolder else f for f in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
-            folder = Path(snapshot_download(str(source), revision=revision, token=token, allow_patterns=wanted))
-        folder = folder / subfolder if subfolder else folder
-        for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-            if not (folder / file).is_file():
-                raise FileNotFoundError(f"{str(source)!r} holds no expert: {file} is missing in {folder}.")
-        name = name or os.path.basename(os.path.abspath(subfolder or source))  # of "." too
-        with _naming(name, folder):
-            config = read_config(folder)
-            shapes, others = read_shapes(folder)
-        if others:
-            raise ValueError(
-                f"Expert {name!r} in {folder} holds more than z-vectors, first {min(others)!r}, and cannot be mixed. "
-                "Load it with PeftModel.from_pretrained instead."
-            )
-        if stacks := config.get("target_parameters"):
-            raise ValueError(
-                f"Expert {name!r} in {folder} rescales stacked weights ({', '.join(map(str, stacks))}), which are not "
-                "mixed here: load it with PeftModel.from_pretrained, where rows choose adapters by `adapter_names`."
-            )
-        if wide := [(module, shape) for module, shape in shapes.items() if len(shape) != 1]:
-            raise ValueError(
-                f"Expert {name!r} in {folder} cannot be loaded: its offset for {wide[0][0]} has shape {wide[0][1]}; "
-                "it needs one axis."
-            )
-        fingerprint = config.get("fingerprint") or shapes
-        if odd := sorted(set(fingerprint if isinstance(fingerprint, Mapping) else ()) ^ set(shapes)):
-            raise ValueError(
-                f"Expert {name!r} in {folder} is damaged: config and weights do not name the same modules, first "
-                f"{odd[0]}. Fetch it again."
-            )
-        return cls(name, folder, config, {module: shape[0] for module, shape in shapes.items()})
+    def __getitem__(self, module: str) -> Tensor:
+        if module not in self.sizes:
+            raise KeyError(module)
+        if self._values is None:
+            self._values = self.read()
+        return self._values[module]
 
-    def load(self) -> Expert:
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def read(self) -> dict[str, Tensor]:
         """
-        Read the z-vectors.
+        Read the values without keeping them, each `(k,)` float32.
 
         Raises:
-            `FileNotFoundError`: if the files are gone.
-            `ValueError`: if they are damaged or not finite, or have changed since they were found.
+            `FileNotFoundError`: if the file is gone.
+            `ValueError`: if it is damaged, z is not finite, or the file has changed since the expert was loaded.
         """
         path = self.folder / SAFETENSORS_WEIGHTS_NAME
         if not path.is_file():
-            raise FileNotFoundError(f"Expert {self.name!r} is gone: {path} was there when it was found.")
+            raise FileNotFoundError(f"Expert {self.name!r} is gone: {path} was there when it was loaded.")
         with _naming(self.name, self.folder):
-            expert = Expert(self.name, read_offsets(self.folder)[0], self.config, _read_provenance(path))
-            if expert.sizes != self.sizes:
-                raise ValueError(f"{SAFETENSORS_WEIGHTS_NAME} has changed since it was found. Add the expert again.")
-        return expert
+            tensors = read_tensors(self.folder)
+            shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+            if shapes != {key: (self.sizes[module],) for module, key in self.keys_in_file.items()}:
+                raise ValueError(f"{SAFETENSORS_WEIGHTS_NAME} has changed since it was loaded. Load it again.")
+            offsets = {module: tensors[key].float() for module, key in self.keys_in_file.items()}
+            check_values(offsets)
+        return offsets
 
 
 @dataclass(frozen=True)
@@ -216,14 +250,14 @@ class Mixture:
     """
     Weights over experts: `z = 1 + Σ αᵢ (zᵢ - 1)`. What is left, `1 - Σ αᵢ`, belongs to the base model.
 
-    Equal to `Σ αᵢ zᵢ` of arXiv 2501.06252 wherever the weights sum to 1; without any weight it is the base model.
+    Equal to `Σ αᵢ zᵢ` of arXiv 2501.06252 if the weights sum to 1; without any weight it is the base model.
 
     Args:
         alpha (`dict[str, float]`): Weight by name of expert; those at 0 are dropped.
-        strategy (`str`): What found it: `"explicit"`, `"prompt"`, `"classifier"`, `"few-shot"`.
+        strategy (`str`): Origin: `"explicit"`, `"prompt"`, `"classifier"`, `"probe"`, `"few-shot"`.
         confidence (`float`): 0 (a guess) to 1 (certain), `(p - 1/n) / (1 - 1/n)` for the choice among n.
-        probabilities (`dict[str, float]`): Probability of each expert and of `"other"`, where a first pass gave them.
-        provenance (`dict`): How it was found: settings, scores.
+        probabilities (`dict[str, float]`): Probability of each expert and of `"other"`, if a first pass gave them.
+        provenance (`dict`): Settings and scores of the search.
     """
 
     alpha: dict[str, float] = field(default_factory=dict)
@@ -234,19 +268,18 @@ class Mixture:
 
     def __post_init__(self) -> None:
         for name, weight in self.alpha.items():
-            if not isinstance(weight, Real) or not math.isfinite(weight):
-                raise ValueError(f"The mixture weight of {name!r} must be a finite number, got {weight!r}.")
+            _check_weight(name, weight)
         kept = {name: float(weight) for name, weight in self.alpha.items() if weight and name != OTHER}
         object.__setattr__(self, "alpha", kept)
 
     @property
     def choice(self) -> str:
-        """The expert with the largest weight, or `"other"` where the base has the most."""
+        """The expert with the largest weight, or `"other"` if the base has the most."""
         shares = {**self.alpha, OTHER: 1 - sum(self.alpha.values())}
         return max(shares, key=lambda name: shares[name])
 
     def record(self) -> dict[str, Any]:
-        """The decision with the fields of transformers' `decision` pipeline, and the weights."""
+        """Return the decision with the fields of transformers' `decision` pipeline, and the weights."""
         return {
             "choice": self.choice,
             "confidence": self.confidence,
@@ -256,35 +289,24 @@ class Mixture:
 
     def offsets(self, experts: Mapping[str, Expert]) -> dict[str, Tensor]:
         """
-        Mix the offsets of experts by module, shape `(k,)`; an expert has 0 where it does not reach.
+        Mix the offsets of experts by weight of the base model, each `(k,)`.
 
         Raises:
-            `ValueError`: if an expert with a weight is not among `experts`.
+            `ValueError`: if an expert of the mixture isn't among `experts`.
         """
         if unknown := sorted(set(self.alpha) - set(experts)):
             raise ValueError(f"There is no expert {unknown[0]!r}; there are {', '.join(sorted(experts))} and 'other'.")
-        mixed: dict[str, Tensor] = {}
-        for name, weight in self.alpha.items():
-            for module, offset in experts[name].offsets.items():
-                before = mixed.get(module, torch.zeros(0))
-                size = max(len(before), len(offset))
-                pad = torch.nn.functional.pad
-                mixed[module] = pad(before, (0, size - len(before))) + weight * pad(offset, (0, size - len(offset)))
-        return mixed
+        return _summed([(weight, experts[name].offsets) for name, weight in self.alpha.items()])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the mixture as JSON; a file that is there is replaced only when the new one is whole."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.writing")
-        temporary.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-        temporary.replace(target)
+        """Write the mixture as JSON."""
+        files.write(path, json.dumps(asdict(self), indent=1))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Mixture":
         """Read a mixture that [`Mixture.save`] wrote. Raises `ValueError` if the file holds none."""
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = files.read_json(path)
             if "alpha" not in content:
                 raise ValueError("'alpha', the weights by expert, is missing")
             return cls(**content)
@@ -297,72 +319,183 @@ def read_config(folder: Path) -> dict[str, Any]:
     Read the `adapter_config.json` of a saved expert.
 
     Raises:
-        `ValueError`: if there is none, it is damaged, it names another PEFT type, or a parametrization to be folded.
+        `ValueError`: if there is none, it is damaged, or it names another PEFT type.
     """
     path = folder / CONFIG_NAME
     try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        config = files.read_json(path) if path.exists() else {}
     except ValueError as error:
         raise ValueError(f"{CONFIG_NAME} is damaged ({error}): fetch it again.") from error
     if not isinstance(config, dict) or config.get("peft_type") != "SVF":
         raise ValueError(f"{folder} holds no SVF expert: {CONFIG_NAME} is missing or names another PEFT type.")
-    if (kind := config.get("parametrization", "offset")) != "offset":
-        raise ValueError(
-            f"{folder} was saved in the middle of training, with parametrization={kind!r}: it holds no offsets yet. "
-            "Load it with `PeftModel.from_pretrained`, call `model.fold_parametrization()` and save it again."
+    if (rank := config.get("rank")) is not None and (type(rank) is not int or not 1 <= rank <= 1 << 24):
+        raise ValueError(f"{CONFIG_NAME} has rank={rank!r}, which isn't a number of singular values.")
+    if unknown := sorted(set(config) - {entry.name for entry in fields(SVFConfig)}):
+        warnings.warn(
+            f"{folder / CONFIG_NAME} has settings that this version of peft-svf doesn't know, first {unknown[0]!r}: "
+            "they are ignored. A newer version may have written them.",
+            stacklevel=3,
         )
     return config
 
 
-def read_shapes(folder: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-    """
-    Read the shapes of a saved expert's offsets by module name, and the keys of its other tensors, without the values.
-
-    Raises:
-        `ValueError`: if the file is damaged, cut short too, or holds no offsets.
-    """
-    with _reading(), safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  # no mapping
-    matches = {key: match for key in shapes if (match := OFFSET_KEY.fullmatch(key))}
-    if not matches:
-        raise ValueError(f"{SAFETENSORS_WEIGHTS_NAME} holds no offsets, only {sorted(shapes)[:3]}.")
-    return {match["module"]: shapes[key] for key, match in matches.items()}, sorted(set(shapes) - set(matches))
-
-
-def read_offsets(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """
-    Read the offsets of a saved expert by module name, each `(k,)` float32, and the other saved tensors by their key.
-
-    Raises:
-        `ValueError`: if the file is damaged, holds no offsets, or one that is not finite.
-    """
-    with _reading():
-        tensors = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
-    matches = {key: match for key in tensors if (match := OFFSET_KEY.fullmatch(key))}
-    offsets = {match["module"]: tensors[key].float() for key, match in matches.items()}
-    if not offsets:
-        raise ValueError(f"{SAFETENSORS_WEIGHTS_NAME} holds no offsets, only {sorted(tensors)[:3]}.")
-    if broken := [module for module, offset in offsets.items() if not torch.isfinite(offset).all()]:
-        raise ValueError(f"z is not finite in {len(broken)} of {len(offsets)} weights, first in `{broken[0]}`.")
-    return offsets, {key: tensor for key, tensor in tensors.items() if key not in matches}
-
-
-def _read_provenance(path: Path) -> dict[str, Any]:
-    with _reading(), safe_open(path, framework="pt") as file:
-        return json.loads((file.metadata() or {}).get("provenance", "{}"))
-
-
-@contextmanager
-def _reading() -> Iterator[None]:
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read all tensors of a saved adapter, into memory since a mapped file may change under the model."""
     try:
-        yield
+        return load(files.read_bytes(folder / SAFETENSORS_WEIGHTS_NAME, LIMIT))
     except SafetensorError as error:
         raise ValueError(f"{SAFETENSORS_WEIGHTS_NAME} is damaged ({error}): fetch it again.") from error
 
 
+def _read_header(name: str, folder: Path, config: Mapping[str, Any]) -> tuple[SavedOffsets, dict[str, Any]]:
+    """Read the sizes of a saved expert's offsets and its provenance, and refuse what is no set of z-vectors."""
+    try:
+        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # it isn't a mapping
+            shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
+            dtypes = {key: part.get_dtype() for key, part in slices.items()}
+            provenance = json.loads((file.metadata() or {}).get("provenance", "{}"))
+    except (SafetensorError, RecursionError, ValueError) as error:
+        raise ValueError(f"{SAFETENSORS_WEIGHTS_NAME} is damaged ({error}): fetch it again.") from error
+    modules = {match["module"]: key for key in shapes if (match := OFFSET_KEY.fullmatch(key))}
+    if not modules:
+        raise ValueError(f"{SAFETENSORS_WEIGHTS_NAME} holds no offsets, only {sorted(shapes)[:3]}.")
+    if others := sorted(set(shapes) - set(modules.values())):
+        raise ValueError(
+            f"it holds more than z-vectors, first {others[0]!r}, and cannot be mixed. If you trust it, load it with "
+            "PeftModel.from_pretrained instead."
+        )
+    for module, key in modules.items():
+        if len(shapes[key]) != 1 or dtypes[key] not in DTYPES:
+            raise ValueError(
+                f"its offset for {module} has shape {shapes[key]} and dtype {dtypes[key]}; it needs one axis of "
+                "floating point numbers."
+            )
+    names = {path: weight for weight, path in _stacked(modules, config).items()}
+    keys = {names.get(module, module): key for module, key in modules.items()}
+    fingerprint = config.get("fingerprint") or keys
+    if odd := sorted(set(fingerprint if isinstance(fingerprint, Mapping) else ()) ^ set(keys)):
+        raise ValueError(
+            f"it is damaged: config and weights do not name the same modules, first {odd[0]}. Fetch it again."
+        )
+    return SavedOffsets(name, folder, keys, {module: shapes[key][0] for module, key in keys.items()}), provenance
+
+
+def _stacked(names: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
+    """
+    Map the stacked weights of an expert to the modules that hold their offsets in the file, from either of the two.
+
+    PEFT nests one wrapper per parameter of a module, the last by name outermost: with `down_proj` and `gate_up_proj`
+    the file has `experts.base_layer` and `experts`.
+    """
+    paths = {}
+    by_module: dict[str, list[str]] = defaultdict(list)
+    for target in sorted(config.get("target_parameters") or ()):
+        owner, _, parameter = str(target).rpartition(".")
+        for name in names:
+            module = name.replace(".base_layer", "").removesuffix(f".{parameter}")
+            if f".{module}".endswith(f".{owner}") and parameter not in by_module[module]:
+                by_module[module].append(parameter)
+    for module, parameters in by_module.items():
+        for depth, parameter in enumerate(reversed(parameters)):
+            paths[f"{module}.{parameter}"] = module + depth * ".base_layer"
+    return paths
+
+
+def _combined(terms: Sequence[tuple[float, Expert]]) -> Expert:
+    """Add up experts of one base model; the sum is named for what it is made of."""
+    experts = [expert for _, expert in terms]
+    shares: dict[str, float] = defaultdict(float)
+    for weight, expert in terms:
+        for name, part in (expert.provenance.get("sum") or {expert.name: 1.0}).items():
+            shares[name] += weight * part
+    for name, weight in shares.items():
+        _check_weight(name, weight)
+    prints = [expert.config.get("fingerprint") or {} for expert in experts]
+    saved = [{module: Fingerprint.from_json(entry) for module, entry in entries.items()} for entries in prints]
+    here, there = experts[-1].base_model or experts[-1].name, experts[0].base_model
+    check(saved[0], saved[-1], absent=[], adapter=experts[0].name, here=here, there=there)
+    ranks = [expert.config.get("rank") for expert in experts]
+    rank = None if None in ranks else max(ranks)
+    offsets = _summed([(weight, expert.offsets) for weight, expert in terms])
+    parameters = {name for expert in experts for name in expert.config.get("target_parameters") or ()}
+    widest = {module for expert in experts if expert.config.get("rank") == rank for module in expert.offsets}
+    if len(set(ranks)) > 1 and (parameters or set(offsets) != widest):
+        raise ValueError(
+            f"{' and '.join(repr(expert.name) for expert in experts)} have ranks {ranks} and move different or "
+            "stacked weights: mix them in an ExpertLibrary, where the base model gives the sizes."
+        )
+    endings = tuple(f".{name}" for name in parameters)
+    config = experts[0].config | {
+        "rank": rank, "description": None, "fingerprint": {**prints[-1], **prints[0]} or None,
+        "target_modules": sorted(module for module in offsets if not module.endswith(endings)),
+        "target_parameters": sorted(parameters) or None,
+        "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None,
+    }  # fmt: skip
+    name = " + ".join(name if weight == 1 else f"{weight:g} * {name}" for name, weight in shares.items())
+    return Expert(name.replace("+ -", "- "), offsets, config, {"sum": dict(shares)})
+
+
+def _summed(terms: Sequence[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    """Compute `Σ αᵢ (zᵢ - 1)` by weight, `(k,)` of the longest."""
+    total: dict[str, Tensor] = {}
+    for weight, offsets in terms:
+        for module, offset in offsets.items():
+            before, part = _padded(total.get(module, torch.zeros(0)), weight * offset)
+            total[module] = before + part
+    return total
+
+
+def _padded(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Give two offsets the same length: directions that one does not move have z = 1."""
+    size = max(len(one), len(other))
+    return F.pad(one, (0, size - len(one))), F.pad(other, (0, size - len(other)))
+
+
+def _check_weight(name: str, weight: Any) -> None:
+    if not isinstance(weight, Real) or not abs(weight) <= LARGEST:  # NaN compares as false
+        raise ValueError(
+            f"The mixture weight of {name!r} must be a finite number, at most {LARGEST:g} in size; got {weight!r}."
+        )
+
+
+def check_values(offsets: Mapping[str, Tensor]) -> None:
+    """Refuse offsets that are not finite or so large that they can only be damage."""
+    broken = [module for module, offset in offsets.items() if not (offset.abs() <= LARGEST).all()]
+    if broken:
+        raise ValueError(
+            f"z is not finite or beyond {LARGEST:g} in {len(broken)} of {len(offsets)} weights, first in "
+            f"`{broken[0]}`."
+        )
+
+
+def _download(repo_id: str, **options: Any) -> Path:
+    """Download files of a repository; a connection that breaks or a server that fails for a moment is tried again."""
+    for wait in (*WAITS, None):
+        try:
+            return Path(snapshot_download(repo_id, **options))
+        except Exception as error:
+            if wait is None or not _passes(error):
+                raise
+            time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def _passes(error: BaseException | None) -> bool:
+    """Whether an error, or one that caused it, is of a kind that passes: a broken connection or a busy server."""
+    while error is not None:
+        status = getattr(error.response, "status_code", None) if isinstance(error, HfHubHTTPError) else None
+        if status in TRANSIENT or isinstance(error, (ConnectionError, TimeoutError)):
+            return True
+        if any(kind.__name__ in ("TransportError", "StreamError") for kind in type(error).__mro__):  # httpx's
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 @contextmanager
-def _naming(name: str, folder: Path) -> Iterator[None]:
-    """Say of a file that cannot be read which expert's it is."""
+def _naming(name: str, folder: object) -> Iterator[None]:
+    """Name the expert in the error about a file that cannot be read."""
     try:
         yield
     except ValueError as error:

@@ -2,9 +2,9 @@
 """
 An SVF adapter in a model -> a repository on the Hub: offsets, config and a card, in one commit.
 
-`push_expert` uploads; `expert_card` writes the card from a saved adapter. PEFT's own `push_to_hub` overwrites the card
-with a blank one (peft 0.21.2, transformers 5.23), so `import peft_svf` sends SVF adapters here instead. Nothing here
-loads a model or knows how a z-vector was trained: what the card says of that, the caller says.
+`push_expert` uploads; `expert_card` fills in `expert_card.md` from a saved adapter. PEFT's own `push_to_hub`
+overwrites the card with a blank one (peft 0.21.2, transformers 5.23), so `import peft_svf` sends SVF adapters here
+instead. Nothing here loads a model; what the card says about training and results is the caller's.
 """
 
 import hashlib
@@ -20,26 +20,21 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard, ModelCardData, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
-from .expert import read_config, read_offsets
+from .. import files
+from .expert import OFFSET_KEY, check_values, read_config, read_tensors
 
 logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
+TEMPLATE = Path(__file__).with_name("expert_card.md")
 TAGS = ["svf", "transformer-squared", "z-vector"]
-MARKER = "<!-- Written by peft_svf and written anew by the next push; remove this line to keep what you edit. -->"
-CITATION = """```bibtex
-@article{sun2025transformersquared,
-  title   = {Transformer-Squared: Self-adaptive LLMs},
-  author  = {Sun, Qi and Cetin, Edoardo and Tang, Yujin},
-  journal = {arXiv preprint arXiv:2501.06252},
-  year    = {2025}
-}
-```"""
+SECRET = re.compile(r"\bhf_\w+|(?<=://)[^/@\s]+(?=@)")
+OURS = ("[More Information Needed]", "arXiv 2501.06252")  # texts of PEFT's blank card and of this package's
 
 # PEFT task type -> (class that loads the base, the Hub's pipeline tag)
 TASK_TYPES = {
@@ -59,22 +54,18 @@ def push_expert(
     base_model: str | None = None,
     base_revision: str | None = None,
     card: ModelCard | str | None = None,
-    task: str | None = None,
-    training: Mapping[str, Any] | None = None,
-    results: Sequence[Mapping[str, Any]] | None = None,
-    license: str | None = None,
     tags: Sequence[str] = (),
     commit_message: str | None = None,
-    commit_description: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    **options: Any,
 ) -> CommitInfo:
     """
     Upload one SVF adapter as an expert: `adapter_config.json`, `adapter_model.safetensors`, `README.md`, one commit.
 
-    What can be wrong on this side is found before anything is written to the Hub, and the model stays as it is.
+    Whatever is wrong on this side is refused before anything is written to the Hub. The model stays as it is.
 
     Args:
         model (`PeftModel`):
@@ -82,51 +73,45 @@ def push_expert(
         repo_id (`str`):
             Repository to write to, created if it does not exist.
         adapter_name (`str`, *optional*):
-            Which adapter; by default the active one. It lands at the top of the repository whatever its name.
-        base_model (`str`, *optional*):
-            Hub id of the base model, if the adapter's config names none or a folder of this machine.
-        base_revision (`str`, *optional*):
-            Commit of the base model; also written into the config, so that `AutoPeftModel` loads it. The card falls
-            back on what the config names, then on what the local Hub cache holds as `main`.
+            Default: the active adapter. It lands at the top of the repository whatever its name.
+        base_model, base_revision (`str`, *optional*):
+            Hub id and commit of the base model, if the adapter's config names none or a local folder. They are written
+            into the uploaded config as well.
         card (`ModelCard` or `str`, *optional*):
-            The card to upload, as an object or as text. By default [`expert_card`]'s, unless the repository has a card
-            that a person wrote or edited (it lacks the marker line): that one stays.
-        task, training, results, license, tags:
-            For the card, see [`expert_card`].
-        commit_message, commit_description, private, token, revision, create_pr:
+            The card to upload. Default: [`expert_card`]'s, unless the repository has a card of another hand, which
+            stays.
+        tags, commit_message, private, token, revision, create_pr:
             As in `create_repo` and `upload_folder` of `huggingface_hub.HfApi`.
+        options:
+            `task`, `training`, `results`, `license` of [`expert_card`], and `commit_description` of `upload_folder`.
 
     Returns:
         `huggingface_hub.CommitInfo` of the one commit.
 
     Raises:
-        `ValueError`: if the adapter is unknown or not SVF, if no Hub id of the base model is known, or if an offset is
-        not finite.
+        `ValueError`: if the adapter is unknown or not SVF, no Hub id of the base model is known, or z is not finite.
     """
     name = _chosen_adapter(model, adapter_name)
     base = model.get_base_model()
     configured = model.peft_config[name].base_model_name_or_path or getattr(base, "name_or_path", None)
     base_model = _base_id(configured, base_model)
+    description = options.pop("commit_description", None)
     with tempfile.TemporaryDirectory() as scratch:
         folder = _save(model, name, Path(scratch), base_model, base_revision)
-        read_offsets(folder)  # refuses what is not finite, whoever writes the card
-        known: dict[str, Any] = {"task": task, "training": training, "results": results, "license": license}
-        known["base_dtype"] = getattr(base, "dtype", None)
-        known["tags"] = [*(getattr(base, "model_tags", None) or ()), *tags]
-        text = str(card or expert_card(folder, repo_id=repo_id, **known))
-        (folder / CARD_NAME).write_text(text, encoding="utf-8")
-
-        api = HfApi(library_name="peft_svf")
-        repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        _ensure_branch(api, repo_id, revision, token, create_pr)
-        keeps_card = card is None and _has_edited_card(api, repo_id, revision, token)
+        tags = [*(getattr(base, "model_tags", None) or ()), *tags]
+        made = expert_card(folder, repo_id=repo_id, base_dtype=getattr(base, "dtype", None), tags=tags, **options)
+        (folder / CARD_NAME).write_text(str(card or made), encoding="utf-8")
+        api = HfApi(library_name="peft_svf", token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        stays = card is None and _has_other_card(api, repo_id, revision)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            ignore_patterns=[CARD_NAME] if keeps_card else None,
+            ignore_patterns=[CARD_NAME] if stays else None,
             commit_message=commit_message or "Upload SVF expert",
-            commit_description=commit_description,
-            token=token,
+            commit_description=description,
             revision=revision,
             create_pr=create_pr,
         )
@@ -144,10 +129,9 @@ def push_to_hub(
         repo_id (`str`):
             Repository to write to.
         max_shard_size (`int` or `str`, *optional*):
-            Taken because transformers' `push_to_hub` takes it; an expert is one file whatever is asked.
+            Accepted as in transformers' `push_to_hub`, without effect: an expert is one file.
         kwargs:
-            The others of transformers' `push_to_hub` (`commit_message`, `commit_description`, `private`, `token`,
-            `revision`, `create_pr`, `tags`) and of [`push_expert`]; anything else is a `TypeError`.
+            The others of transformers' `push_to_hub` and of [`push_expert`]; anything else is a `TypeError`.
 
     Returns:
         `huggingface_hub.CommitInfo`.
@@ -166,7 +150,7 @@ def expert_card(
     base_dtype: torch.dtype | str | None = None,
     task: str | None = None,
     training: Mapping[str, Any] | None = None,
-    results: Sequence[Mapping[str, Any]] | None = None,
+    results: Sequence[Mapping[str, Any]] = (),
     license: str | None = None,
     tags: Sequence[str] = (),
 ) -> ModelCard:
@@ -175,18 +159,18 @@ def expert_card(
 
     Args:
         folder (`str` or `os.PathLike`):
-            Where `save_pretrained` has put `adapter_config.json` and `adapter_model.safetensors`.
+            Folder with `adapter_config.json` and `adapter_model.safetensors`.
         repo_id (`str`, *optional*):
-            Repository or folder that the snippet loads; by default the name of the folder.
+            Repository that the snippets load; default the name of the folder.
         base_model, base_revision (`str`, *optional*):
             Hub id and commit of the base model, if not the config's or, for the commit, the local Hub cache's.
         base_dtype (`torch.dtype` or `str`, *optional*):
             Dtype in which the base was loaded.
         task (`str`, *optional*):
-            What the expert was trained on; by default the config's `description`.
+            What the expert was trained on; default the config's `description`.
         training (`Mapping[str, Any]`, *optional*):
             What repeats the run, in order: data, steps, seed, command, ...
-        results (`Sequence[Mapping[str, Any]]`, *optional*):
+        results (`Sequence[Mapping[str, Any]]`):
             One row per measurement: `task`, `value`, and if known `split`, `metric` (default "accuracy"), `base` (the
             base model's value), `interval` (two numbers, 95 %), `n`. Any other key becomes a column.
         license (`str`, *optional*):
@@ -198,46 +182,42 @@ def expert_card(
         `huggingface_hub.ModelCard`.
 
     Raises:
-        `ValueError`: if the folder holds no SVF expert, an offset is not finite, or no Hub id of the base is known.
+        `ValueError`: if the folder holds no SVF expert, z is not finite, or no Hub id of the base is known.
     """
     folder = Path(folder)
     config = read_config(folder)
-    offsets, others = read_offsets(folder)
+    offsets, others = _offsets(folder)
     base_model = _base_id(config.get("base_model_name_or_path"), base_model)
-    revision = base_revision or config.get("revision") or _cached_commit(base_model)
     base_class, pipeline_tag = TASK_TYPES.get(_task_type(config), ("AutoModel", None))
     repo_id = repo_id or folder.resolve().name
-    name = repo_id.split("/")[-1]
-    task = task or config.get("description")
-    facts = {
-        "base model": f"`{base_model}`",
-        "base revision": f"`{revision}`" if revision else None,
-        "base dtype": f"`{str(base_dtype).removeprefix('torch.')}`" if base_dtype else None,
-        "fingerprint of the base": _digest(config.get("fingerprint")),
-        "z parameters": f"{sum(d.numel() for d in offsets.values()):,} in {len(offsets)} weights",
-        "largest singular values moved, per weight": config.get("rank"),
-        "other trained numbers": sum(tensor.numel() for tensor in others.values()) or None,
-    }
-    sections = [
-        f"---\n{_metadata(name, base_model, pipeline_tag, license, tags, results or ()).to_yaml()}\n---",
-        MARKER,
-        f"# {name}",
-        (f"An expert for {task}: " if task else "An expert: ")
-        + f"one multiplier z per singular value of {len(offsets)} weights of `{base_model}`, whose own weights stay "
-        "as they are (SVF, from Transformer², arXiv 2501.06252). z = 1 is the base model.",
-        "## Use\n\n" + _snippet(repo_id, base_model, revision, base_class),
-        "## What it belongs to\n\n" + _list(facts),
-        "The z-vectors fit the singular directions of these very weights: peft_svf compares the fingerprint when the "
-        "expert is loaded, and refuses another base.",
-        "## Training\n\n" + _list(training) if training else "",
-        "## Results\n\n" + _table([_result_row(row) for row in results]) if results else "",
-        "## z\n\n" + _table(_z_rows(offsets)),
-        "## Citation\n\n" + CITATION,
-    ]
-    return ModelCard("\n\n".join(section for section in sections if section) + "\n")
-
-
-# The adapter, from the model to a folder.
+    data = ModelCardData(
+        base_model=base_model,
+        base_model_relation="adapter",
+        library_name="peft",  # the Hub knows no other name; the tag `svf` tells these apart
+        pipeline_tag=pipeline_tag,
+        license=license,
+        tags=[*TAGS, f"base_model:adapter:{base_model}", *tags],
+        model_name=repo_id.split("/")[-1],
+        eval_results=[_measured(row, pipeline_tag) for row in results or ()] or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        repo_id=repo_id,
+        base_class=base_class,
+        two_pass=base_class == "AutoModelForCausalLM",
+        task=task or config.get("description"),
+        revision=base_revision or config.get("revision") or _cached_commit(base_model),
+        dtype=str(base_dtype).removeprefix("torch.") if base_dtype else None,
+        digest=_digest(config.get("fingerprint")),
+        numbers=f"{sum(d.numel() for d in offsets.values()):,}",
+        weights=len(offsets),
+        rank=config.get("rank"),
+        others=others,
+        training={key: _public(value) for key, value in (training or {}).items() if value is not None},
+        results=_table([_result_row(row) for row in results or ()]),
+        z=_table(_z_rows(offsets)),
+    )
 
 
 def _chosen_adapter(model: PeftModel, name: str | None) -> str:
@@ -255,7 +235,7 @@ def _chosen_adapter(model: PeftModel, name: str | None) -> str:
 
 
 def _base_id(configured: str | None, given: str | None) -> str:
-    """Return the Hub id of the base model, or say why there is none: a card must not name a path of this machine."""
+    """Return the Hub id of the base model, and refuse a path of this machine: it means nothing on a card."""
     name = given or configured
     way_out = 'Pass base_model="org/name", the Hub id under which others find the same weights.'
     if not name:
@@ -283,109 +263,71 @@ def _save(model: PeftModel, name: str, scratch: Path, base_model: str, base_revi
     config = read_config(folder) | {"base_model_name_or_path": base_model}
     if base_revision is not None:
         config["revision"] = base_revision
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    files.write(folder / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return folder
 
 
-# The repository.
-
-
-def _has_edited_card(api: HfApi, repo_id: str, revision: str | None, token: str | bool | None) -> bool:
-    """Tell whether the repository has a card that a person wrote: text, without the marker, no blank template."""
+def _has_other_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
+    """Whether the repository has a card that neither this package nor PEFT's blank template wrote."""
     try:
-        path = api.hf_hub_download(repo_id, CARD_NAME, revision=revision, token=token)
-    except (EntryNotFoundError, HfHubHTTPError):
-        return False  # no card; whatever else it is, the upload meets it too
-    text = Path(path).read_text(encoding="utf-8")
-    body = re.sub(r"\A---\n.*?\n---\n?", "", text, flags=re.DOTALL).strip()
-    edited = bool(body) and MARKER not in body and "[More Information Needed]" not in body
-    if edited:
-        logger.warning(f"{repo_id} has a card written or edited by hand, which is kept; card=... replaces it.")
-    return edited
+        text = ModelCard(Path(api.hf_hub_download(repo_id, CARD_NAME, revision=revision)).read_text("utf-8")).text
+    except EntryNotFoundError:
+        return False
+    stays = bool(text.strip()) and not any(mark in text for mark in OURS)
+    if stays:
+        logger.warning(f"{repo_id} has a card of its own, which stays; card=expert_card(folder) replaces it.")
+    return stays
 
 
-def _ensure_branch(api: HfApi, repo_id: str, revision: str | None, token: str | bool | None, create_pr: bool) -> None:
-    """Create the branch to upload to, if it is one and is missing."""
-    if revision is None or revision.startswith("refs/pr"):
-        return
-    try:
-        api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
-    except HfHubHTTPError as error:
-        # A pull request may be opened by someone who may not create branches; then the branch has to be there.
-        if not (create_pr and error.response.status_code == 403):
-            raise
-
-
-# The card's pieces.
+def _offsets(folder: Path) -> tuple[dict[str, torch.Tensor], int]:
+    """Read the offsets of a saved adapter by module, and count its other trained numbers."""
+    tensors = read_tensors(folder)
+    modules = {key: match["module"] for key in tensors if (match := OFFSET_KEY.fullmatch(key))}
+    offsets = {module: tensors[key].float() for key, module in modules.items()}
+    if not offsets:
+        raise ValueError(f"{folder} holds no offsets, only {sorted(tensors)[:3]}.")
+    check_values(offsets)
+    return offsets, sum(tensor.numel() for key, tensor in tensors.items() if key not in modules)
 
 
 def _task_type(config: Mapping[str, Any]) -> str:
-    """Name the PEFT task type; an adapter made without one is what its base class is called."""
+    """Return the PEFT task type; an adapter made without one has that of its base class."""
     base_class = (config.get("auto_mapping") or {}).get("base_model_class", "")
     return config.get("task_type") or ("CAUSAL_LM" if base_class.endswith(("ForCausalLM", "LMHeadModel")) else "")
 
 
 def _cached_commit(base_model: str) -> str | None:
-    """Find the commit of a base model's `main` in this machine's Hub cache: transformers 5.23 does not keep it."""
+    """Find the commit of a base model's `main` in the local Hub cache: transformers 5.23 does not keep it."""
     cached = try_to_load_from_cache(base_model, "config.json")
     return Path(cached).parent.name if isinstance(cached, str) else None
 
 
+def _public(value: Any) -> str:
+    """Write a value without tokens, passwords in URLs and the folders of this machine."""
+    text = SECRET.sub("***", str(value))
+    return text.replace(f"{Path.cwd()}{os.sep}", "").replace(str(Path.home()), "~")
+
+
 def _digest(fingerprint: Mapping[str, Mapping[str, Any]] | None) -> str | None:
-    """Digest the fingerprint, one hash per module, into one hash of the base as far as the expert sees it."""
-    if not fingerprint:
-        return None
-    hashes = {module: entry["sha256"] for module, entry in fingerprint.items()}
-    digest = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
-    return f"`sha256:{digest}` over {len(hashes)} weights, each in `{CONFIG_NAME}`"
+    """Hash the fingerprint's hashes, one per module, into one of the base as far as the expert moves it."""
+    hashes = {module: entry["sha256"] for module, entry in (fingerprint or {}).items()}
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest() if hashes else None
 
 
-def _snippet(repo_id: str, base_model: str, revision: str | None, base_class: str) -> str:
-    pinned = f', revision="{revision}"' if revision else ""
-    return f"""```python
-import peft_svf  # pip install peft-svf; the import makes the adapter type SVF known to PEFT
-from peft import PeftModel
-from transformers import {base_class}
-
-base = {base_class}.from_pretrained("{base_model}"{pinned})
-model = PeftModel.from_pretrained(base, "{repo_id}")
-```"""
-
-
-def _metadata(
-    name: str,
-    base_model: str,
-    pipeline_tag: str | None,
-    license: str | None,
-    tags: Sequence[str],
-    results: Sequence[Mapping[str, Any]],
-) -> ModelCardData:
-    """Write what the Hub searches and shows: base, tags, results as a model index."""
-    measured = [
-        EvalResult(
-            task_type=pipeline_tag or "other",
-            dataset_type=row["task"],
-            dataset_name=row["task"],
-            dataset_split=row.get("split"),
-            metric_type=row.get("metric", "accuracy"),
-            metric_value=row["value"],
-        )
-        for row in results
-    ]
-    return ModelCardData(
-        base_model=base_model,
-        base_model_relation="adapter",
-        library_name="peft",  # the Hub does not know another name; the tag `svf` tells these apart
-        pipeline_tag=pipeline_tag,
-        license=license,
-        tags=[*TAGS, f"base_model:adapter:{base_model}", *tags],
-        model_name=name,
-        eval_results=measured or None,
+def _measured(row: Mapping[str, Any], pipeline_tag: str | None) -> EvalResult:
+    """Write a measurement as the Hub's model index has it."""
+    return EvalResult(
+        task_type=pipeline_tag or "other",
+        dataset_type=row["task"],
+        dataset_name=row["task"],
+        dataset_split=row.get("split"),
+        metric_type=row.get("metric", "accuracy"),
+        metric_value=row["value"],
     )
 
 
 def _result_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Order one measurement for the table: what was measured, base beside expert, how sure, then the caller's own."""
+    """Order a measurement for the table: what was measured, base beside expert, how sure, then other columns."""
     interval = "{:.3f} to {:.3f}".format(*row["interval"]) if row.get("interval") else None
     first = {"task": row["task"], "split": row.get("split"), "metric": row.get("metric", "accuracy")}
     values = {"base": row.get("base"), "expert": row["value"], "95 % interval": interval, "n": row.get("n")}
@@ -406,17 +348,12 @@ def _z_rows(offsets: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
     return rows
 
 
-def _list(facts: Mapping[str, Any]) -> str:
-    return "\n".join(f"- {key}: {value}" for key, value in facts.items() if value is not None)
-
-
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Write rows as a Markdown table, without the columns that are empty in every row."""
-    names = [
-        n for n in dict.fromkeys(name for row in rows for name in row) if any(row.get(n) is not None for row in rows)
-    ]
-    lines = [names, ["---"] * len(names), *([_cell(row.get(name)) for name in names] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    keys = dict.fromkeys(key for row in rows for key, value in row.items() if value is not None)
+    order = [key for key in dict.fromkeys(key for row in rows for key in row) if key in keys]
+    lines = [order, ["---"] * len(order), *([_cell(row.get(key)) for key in order] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else ""
 
 
 def _cell(value: Any) -> str:

@@ -9,8 +9,10 @@ each row under its own z-vector, so rewards may be black boxes and bases quantis
 checkpoints and resuming are those of `transformers.Trainer`. TRL is not needed.
 """
 
+import asyncio
+import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,7 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from ..evaluation import choice_logps, complete
 from ..tuner.config import SVFConfig
 from ..tuner.layer import SVFLayer, active_rows, svf_layers
-from .run import Run, check_run, z_statistics
+from .rollout import shared_prompts
+from .run import Run, check_prompts, check_run, checked_reward, z_statistics
 
 Row = Mapping[str, Any]
 Reward = Callable[..., Sequence[float | None]]
@@ -90,8 +93,7 @@ class EvolutionConfig(TrainingArguments):
         population (`int`):
             Members of a step, an even number: two for each direction.
         sigma (`float`):
-            Standard deviation of the members around the mean, in units of what is trained: of z itself, unless the
-            config's `parametrization` maps it.
+            Standard deviation of the members around the mean, in units of z.
         shaping (`str`):
             How fitness becomes weights, see [`shaped`].
         rows_per_forward (`int`):
@@ -102,6 +104,8 @@ class EvolutionConfig(TrainingArguments):
             One per reward function; default 1 each.
         early_stopping_patience (`int`, *optional*):
             Stop after so many evaluations without a better one.
+        stop_after_dead_steps (`int`, *optional*):
+            Stop after so many steps in a row under which all members earned the same.
     """
 
     learning_rate: float = 5e-3
@@ -117,6 +121,7 @@ class EvolutionConfig(TrainingArguments):
     max_completion_length: int = field(default=256, metadata={"help": "Tokens of a completion."})
     reward_weights: list[float] | None = field(default=None, metadata={"help": "One per reward function."})
     early_stopping_patience: int | None = field(default=None, metadata={"help": "Evaluations without a better one."})
+    stop_after_dead_steps: int | None = field(default=None, metadata={"help": "Steps in a row that teach nothing."})
 
     def __post_init__(self) -> None:
         if self.population < 2 or self.population % 2:
@@ -173,10 +178,12 @@ class EvolutionTrainer(Run, Trainer):
         peft_config: SVFConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+        functions = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+        self.reward_funcs = [checked_reward(function) for function in functions]
         self.reward_weights = args.reward_weights or [1.0] * len(self.reward_funcs)
         if len(self.reward_weights) != len(self.reward_funcs):
             raise ValueError(f"{len(self.reward_funcs)} reward functions need as many weights: {self.reward_weights}.")
+        self.check_adapter(model, args, peft_config)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         self._layers = _trained_layers(model)
@@ -195,7 +202,8 @@ class EvolutionTrainer(Run, Trainer):
                 "EvolutionTrainer moves whole z-vectors and does not run under FSDP: use DDP; it keeps no activations "
                 "and takes bases packed in 4 or 8 bits."
             )
-        self.stop_early(args.early_stopping_patience)
+        check_prompts(self.model, processing_class, train_dataset)
+        self.watch()
 
     def training_step(self, model: Any, inputs: list[Row], num_items_in_batch: Any = None) -> Tensor:
         """Leave the estimate of one batch of rows in the offsets' `.grad`; returns minus the mean fitness."""
@@ -207,6 +215,7 @@ class EvolutionTrainer(Run, Trainer):
         fitness = self._fitness(members, inputs)
         finite = fitness[fitness.isfinite()]  # a member that overflows is the worst
         fitness = torch.where(fitness.isfinite(), fitness, finite.min() if len(finite) else 0.0)
+        self.dead_reason = self._dead_reason(fitness)
         above, below = shaped(fitness, self.args.shaping).chunk(2)
         gradient = self.accelerator.reduce(estimate(noise, above, below, self.args.sigma), reduction="mean")
         share = -gradient / self.current_gradient_accumulation_steps  # optimizers descend
@@ -214,6 +223,14 @@ class EvolutionTrainer(Run, Trainer):
             weight.grad = part.clone() if weight.grad is None else weight.grad + part
         self._note(fitness)
         return -self.accelerator.reduce(fitness.mean(), reduction="mean") / self.current_gradient_accumulation_steps
+
+    def _dead_reason(self, fitness: Tensor) -> str | None:
+        if self.accelerator.gather(fitness.max() - fitness.min()).any():
+            return None
+        return (
+            f"All {len(fitness)} members earned {fitness[0]:.3g}, so no direction is better: raise sigma or "
+            "per_device_train_batch_size, or take rows that the model solves sometimes."
+        )
 
     def _draw(self, z: Tensor) -> Tensor:
         """Directions `(population / 2, D)`, other ones on each process, from the generator that checkpoints hold."""
@@ -245,12 +262,13 @@ class EvolutionTrainer(Run, Trainer):
         """Rewards `(members, rows)` of greedy completions."""
         everything = [*rows] * len(members)
         with self._as(members), self.compute_loss_context_manager():
-            texts = self._complete(everything)
+            texts = self._complete(everything, len(members))
         return self._rewards(everything, texts).view(len(members), len(rows))
 
-    def _complete(self, rows: Sequence[Row]) -> list[str]:
+    def _complete(self, rows: Sequence[Row], members: int = 1) -> list[str]:
         prompts, length = [row["prompt"] for row in rows], self.args.max_completion_length
-        return complete(self.model, self.processing_class, prompts, max_new_tokens=length)
+        with shared_prompts(self.model, members):
+            return complete(self.model, self.processing_class, prompts, max_new_tokens=length)
 
     @contextmanager
     def _as(self, members: Tensor) -> Iterator[None]:
@@ -259,8 +277,7 @@ class EvolutionTrainer(Run, Trainer):
         layers = {module: layer for module, layer in svf_layers(self.model).items() if layer in self._layers}
         offsets = {}
         for (module, layer), parts in zip(layers.items(), members.split(sizes, dim=1), strict=True):
-            name = self._layers[layer]
-            offsets[module] = torch.stack([layer.padded(layer.mapped(name, part)) for part in parts])
+            offsets[module] = torch.stack([layer.padded(part) for part in parts])
         with active_rows(layers, offsets, merge=True):
             yield
 
@@ -273,11 +290,10 @@ class EvolutionTrainer(Run, Trainer):
         prompts = [row["prompt"] for row in rows]
         total = torch.zeros(len(rows), device=self.accelerator.device)
         for reward, weight in zip(self.reward_funcs, self.reward_weights, strict=True):
-            found = reward(prompts=prompts, completions=completions, **columns)
-            if len(found) != len(rows):
-                name = getattr(reward, "__name__", type(reward).__name__)
-                raise ValueError(f"The reward function {name!r} returned {len(found)} rewards for {len(rows)} texts.")
-            total += weight * torch.tensor([0.0 if r is None else float(r) for r in found], device=total.device)
+            rewards = reward(prompts=prompts, completions=completions, **columns)
+            if inspect.isawaitable(rewards):
+                rewards = asyncio.run(_awaited(rewards))
+            total += weight * torch.tensor([0.0 if r is None else r for r in rewards], device=total.device)
         return total
 
     def _choice_rewards(self, rows: Sequence[Row]) -> Tensor:
@@ -347,6 +363,10 @@ class EvolutionTrainer(Run, Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """Nothing is counted: rows are no tensors yet."""
         return 0
+
+
+async def _awaited(rewards: Awaitable[Any]) -> Any:
+    return await rewards
 
 
 def _trained_layers(model: Any) -> dict[SVFLayer, str]:

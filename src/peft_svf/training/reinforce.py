@@ -2,18 +2,16 @@
 """
 Model, task rows and reward -> a trained z-vector expert, by REINFORCE (arXiv 2501.06252, section 3.2).
 
-A thin subclass of TRL's `GRPOTrainer`: data, generation, logging and checkpoints are TRL's. What is ours: the
-estimators of the advantage, both directions of the KL penalty and its form in the reward, a filter of prompts that
-teach nothing, greedy evaluation, and rows of the choice form, whose action is one of the
-row's `choices` and whose policy is the softmax of their summed token log-likelihoods. Private names of TRL were read
-in 1.16.
+A thin subclass of TRL's `GRPOTrainer`: data, generation, logging and checkpoints are TRL's. Ours are the estimators of
+the advantage, both directions of the KL penalty, a filter of prompts that teach nothing, greedy evaluation, prompts
+that are read once for all of their samples, and rows of the choice form, whose action is one of the row's `choices`
+and whose policy is the softmax of their summed token log-likelihoods. Private names of TRL were read in 1.16.
 """
 
-import inspect
 import json
 import logging
 import os
-from collections import defaultdict
+import random
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,11 +19,22 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.utils import is_torch_bf16_gpu_available
 
-from ..evaluation import choice_logps
+from ..evaluation import Reading, choice_logps, read_prompts
 from ..tuner.model import SVFModel
-from .run import PromptFilter, Run, check_run, z_statistics
+from .rollout import (
+    Prompts,
+    can_share,
+    checkpoints_activations,
+    completion_logps,
+    distinct_prompts,
+    distinct_rows,
+    shared_prompts,
+)
+from .run import Run, check_prompts, check_run, checked_reward, z_statistics
 
 try:
     from accelerate.utils import gather_object
@@ -36,7 +45,6 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 Estimator = Literal["none", "batch", "batch_norm", "rloo", "group"]
 PAPER_BATCH = 256  # completions a step, of the paper and of its code
-SURE = 0.6  # mean probability of a pick from which a higher temperature learned more: GSM8K .64, MBPP .92
 
 
 def advantages_of(rewards: Tensor, estimator: Estimator, num_generations: int = 1) -> Tensor:
@@ -74,6 +82,36 @@ def advantages_of(rewards: Tensor, estimator: Estimator, num_generations: int = 
     return centred.nan_to_num(0).flatten()
 
 
+class PromptFilter(TrainerCallback, ExportableState):
+    """
+    Rests prompts whose completions all earned one reward, always or never solved: they teach nothing for now.
+
+    A prompt rests for one visit after the first such group and for 3, 7, 15 and 31 after further ones in a row. A
+    callback, because transformers keeps the state of callbacks in its checkpoints.
+    """
+
+    def __init__(self) -> None:
+        self.record: dict[str, list[int]] = {}  # by number of the row: equal groups in a row, visits still to rest
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"record": self.record}}
+
+    def choose(self, rows: Sequence[int], total: int, seed: str) -> list[int]:
+        """Replace the resting ones among the rows by others of the `total`, as long as there are any."""
+        resting = {int(row) for row, (_, rest) in self.record.items() if rest}
+        free = [row for row in range(total) if row not in resting and row not in rows]
+        random.Random(seed).shuffle(free)
+        chosen = [free.pop() if row in resting and free else row for row in rows]
+        for row in resting.intersection(rows):
+            self.record[str(row)][1] -= 1
+        return chosen
+
+    def learn(self, row: int, equal: bool) -> None:
+        """Note whether the completions of a row all earned one reward."""
+        streak = self.record.get(str(row), [0, 0])[0] + 1 if equal else 0
+        self.record[str(row)] = [streak, min(2**streak, 32) - 1]
+
+
 @dataclass
 class ReinforceConfig(GRPOConfig):
     """
@@ -92,9 +130,6 @@ class ReinforceConfig(GRPOConfig):
         kl_direction (`str`):
             With `beta > 0` the penalty is `"policy_ref"`: KL(policy ‖ base), the paper's, or `"ref_policy"`:
             KL(base ‖ policy), that of its code.
-        kl_in_reward (`bool`):
-            Subtract the penalty from the reward instead of adding it to the loss: `r - beta * Σ (log p - log p_ref)`
-            over the tokens of a completion (k1), which is KL(policy ‖ base) again. TRL's `RLOOTrainer` does so.
         prompt_filter (`bool`):
             Pass over prompts whose completions all earned the same reward, see [`PromptFilter`].
         greedy_rollouts (`bool`):
@@ -104,6 +139,12 @@ class ReinforceConfig(GRPOConfig):
             Evaluate on the likeliest completion or choice.
         early_stopping_patience (`int`, *optional*):
             Stop after so many evaluations without a better one.
+        stop_after_dead_steps (`int`, *optional*):
+            Stop after so many steps in a row that taught nothing: equal rewards, or no gradient. The first one is
+            reported with the way out.
+        gradient_checkpointing (`bool`):
+            Off by default, because prompts that are read once need their cache. Where memory is short and completions
+            are long it can be turned on: then each sample reads its prompt itself while gradients are taken.
     """
 
     loss_type: str = "luspo"
@@ -117,19 +158,20 @@ class ReinforceConfig(GRPOConfig):
     beta: float = 0.0
     metric_for_best_model: str | None = "eval_reward"
     restore_callback_states_from_checkpoint: bool = True  # early stopping and the filter go on counting
-    # Bases are buffers and never change. Sent at each forward, they would wait for processes whose rows need fewer.
-    ddp_broadcast_buffers: bool | None = False
+    gradient_checkpointing: bool = False
     advantage_estimator: Estimator = field(default="rloo", metadata={"help": "How rewards become advantages."})
     reward_clip: float | None = field(default=None, metadata={"help": "Clip rewards to [-x, x]."})
     kl_direction: Literal["policy_ref", "ref_policy"] = field(default="policy_ref", metadata={"help": "Which KL."})
-    kl_in_reward: bool = field(default=False, metadata={"help": "Subtract the penalty from the reward."})
     prompt_filter: bool = field(default=False, metadata={"help": "Pass over prompts that teach nothing."})
     greedy_rollouts: bool = field(default=False, metadata={"help": "Roll out the likeliest completion."})
     greedy_eval: bool = field(default=True, metadata={"help": "Evaluate on the likeliest completion."})
     early_stopping_patience: int | None = field(default=None, metadata={"help": "Evaluations without a better one."})
+    stop_after_dead_steps: int | None = field(default=None, metadata={"help": "Steps in a row that teach nothing."})
 
     def __post_init__(self) -> None:
         self._check()
+        if self.bf16 is None:  # type: ignore[has-type]  # TRL's default asks a GPU for it, whatever the machine has
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         single = self.num_generations == 1
         self.use_bias_correction_kl = self.kl_direction == "policy_ref"
         if self.greedy_rollouts:
@@ -146,7 +188,6 @@ class ReinforceConfig(GRPOConfig):
         super().__post_init__()
         if single:
             self.num_generations = 1
-        self._warn_of_checkpoints_between_rollouts()
 
     def _check(self) -> None:
         """Refuse settings that mean nothing, before TRL sees them."""
@@ -166,12 +207,10 @@ class ReinforceConfig(GRPOConfig):
                 f"advantage_estimator={self.advantage_estimator!r} compares the completions of a prompt, but "
                 "num_generations is 1: use 'none' or 'batch', or 2 generations and more."
             )
-        if self.multi_objective_aggregation != "sum_then_normalize" and (
-            self.advantage_estimator != "group" or self.kl_in_reward
-        ):
+        if self.multi_objective_aggregation != "sum_then_normalize" and self.advantage_estimator != "group":
             raise ValueError(
                 f"multi_objective_aggregation={self.multi_objective_aggregation!r} normalises as GRPO does: it needs "
-                "advantage_estimator='group' and kl_in_reward=False."
+                "advantage_estimator='group'."
             )
         if single and self.prompt_filter:
             raise ValueError("prompt_filter compares the completions of a prompt: set num_generations to 2 or more.")
@@ -179,14 +218,9 @@ class ReinforceConfig(GRPOConfig):
             raise ValueError(f"greedy_rollouts gives {self.num_generations} equal completions: set num_generations=1.")
         if self.kl_direction not in ("policy_ref", "ref_policy"):
             raise ValueError(f"`kl_direction` must be 'policy_ref' or 'ref_policy', got {self.kl_direction!r}.")
-        if self.kl_in_reward and (not self.beta or self.kl_direction != "policy_ref"):
-            raise ValueError(
-                "kl_in_reward subtracts beta times KL(policy ‖ base): it needs beta > 0 and "
-                f"kl_direction='policy_ref', got beta={self.beta} and kl_direction={self.kl_direction!r}."
-            )
         if not self.use_bias_correction_kl and self.kl_direction == "policy_ref":
             raise ValueError("use_bias_correction_kl follows kl_direction: set kl_direction='ref_policy'.")
-        if self.beta and not self.kl_in_reward and self.importance_sampling_level != "token":
+        if self.beta and self.importance_sampling_level != "token":
             raise ValueError("With beta > 0 only importance_sampling_level='token' penalises a KL divergence.")
 
     def check_rows(self, count: int) -> None:
@@ -196,15 +230,6 @@ class ReinforceConfig(GRPOConfig):
             raise ValueError(
                 f"A step takes {prompts} different prompts, but the training data have {count} rows: lower "
                 "per_device_train_batch_size or raise num_generations."
-            )
-
-    def _warn_of_checkpoints_between_rollouts(self) -> None:
-        """Rollouts in use are not part of a checkpoint: a run resumed among them rolls out anew."""
-        every = max(1, self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps)
-        if self.save_strategy == "steps" and self.save_steps >= 1 and self.save_steps % every:  # below 1 it is a share
-            logger.warning(
-                f"A rollout serves {every} steps, but save_steps={self.save_steps}: a run that resumes from a "
-                f"checkpoint between them is not the uninterrupted one. Set save_steps to a multiple of {every}."
             )
 
     @classmethod
@@ -247,9 +272,35 @@ def _world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+@dataclass
+class Batch:
+    """
+    What the hooks of one rollout hand to each other.
+
+    Args:
+        inputs (`list[dict]`): The row of each completion.
+        rows (`list[dict]`): The distinct rows, in the choice form; a row's place stands for its prompt.
+        rewards (`torch.Tensor` of shape `(N, functions)`): Of the completions of all processes.
+        numbers (`list[int]`): With a prompt filter, the number of each prompt's row in the data, of all processes.
+        prompts ([`Prompts`]), read ([`Reading`]): With answers of one token, the reading that they were drawn from.
+    """
+
+    inputs: list[dict[str, Any]]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    rewards: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    numbers: list[int] = field(default_factory=list)
+    prompts: Prompts | None = None
+    read: Reading | None = None
+
+
 class ReinforceTrainer(Run, GRPOTrainer):
     """
     Train z-vectors, or any PEFT adapter, by REINFORCE.
+
+    In the choice form an action is a whole choice, whose text TRL never sees: the "prompt" of a row is one token, its
+    place among the distinct rows of the batch, and the "completion" is one token, the number of the choice. TRL pads,
+    shuffles and splits these as it does with any tokens; where it computes log-probabilities they are turned back into
+    rows, and the policy over their choices answers. So nothing of TRL's loss has to be copied.
 
     Args:
         model (`str` or `PreTrainedModel` or `PeftModel`):
@@ -264,22 +315,30 @@ class ReinforceTrainer(Run, GRPOTrainer):
             Everything else that `GRPOTrainer` takes.
 
     Raises:
-        `ValueError`: if the data have fewer rows than a step takes prompts, or rows with `choices` are to be trained
-            under FSDP.
+        `ValueError`: if nothing would be trained, or all of a plain model; if the data have fewer rows than a step
+            takes prompts, or prompts that the model cannot read; if rows with `choices` are to be trained under FSDP.
     """
 
     def __init__(
         self, model: Any, reward_funcs: Any, args: ReinforceConfig, train_dataset: Any = None, **kwargs: Any
     ) -> None:
         self._choice_form = "choices" in _columns(train_dataset)
-        self._rows: dict[str, list[dict[str, Any]]] = defaultdict(list)  # of the batch at hand, by train and eval
+        self._batches: dict[str, Batch] = {}  # by train and eval
         if self._choice_form:
             for name in {"gradient_checkpointing", "activation_checkpointing"} & set(vars(args)):
                 setattr(args, name, False)  # the prompt's cache is shared by its choices
             args.mask_truncated_completions = False  # a choice is never cut off
             args.pad_to_multiple_of = None  # its number takes one place
+        self.check_adapter(model, args, kwargs.get("peft_config"))
+        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         with _without_luspo_remark():
-            super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
+            super().__init__(
+                model=model,
+                reward_funcs=[checked_reward(function) for function in functions],
+                args=args,
+                train_dataset=train_dataset,
+                **kwargs,
+            )
         if self._choice_form and self.is_fsdp_enabled:
             raise ValueError(
                 "Rows with `choices` cannot be trained under FSDP: processes need different numbers of forwards for "
@@ -287,13 +346,14 @@ class ReinforceTrainer(Run, GRPOTrainer):
             )
         if isinstance(self.train_dataset, Sized):
             args.check_rows(len(self.train_dataset))
+        check_prompts(self.model, self.processing_class, self.train_dataset)
         for parameter in self.model.parameters():
             if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()  # TRL makes them bfloat16 on quantised bases
         if isinstance(tuner := getattr(self.model, "base_model", None), SVFModel):
             plan = tuner.peft_config[tuner.active_adapters[0]].plan
             tuner.set_plan(plan, forwards_per_step=args.gradient_accumulation_steps)
-        self.stop_early(args.early_stopping_patience)
+        self.watch()
         if args.prompt_filter:
             self._number_rows()
             self.add_callback(PromptFilter())
@@ -338,141 +398,156 @@ class ReinforceTrainer(Run, GRPOTrainer):
         rewards = super()._calculate_rewards(*args, **kwargs)
         if self.args.reward_clip is not None:
             rewards = rewards.clamp(-self.args.reward_clip, self.args.reward_clip)
-        self._rewards = rewards  # (N over all processes, reward functions)
+        self._batches[self._mode].rewards = rewards
         return rewards
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.args.kl_in_reward:
-            return super().compute_loss(*args, **kwargs)
-        self.beta = 0.0  # the reward has it already
-        try:
-            return super().compute_loss(*args, **kwargs)
-        finally:
-            self.beta = self.args.beta
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """TRL's, but the samples of a prompt stay together where the step takes all micro-batches of a rollout."""
+        before: Any = self._buffered_inputs  # type: ignore[has-type]
+        inputs = super()._prepare_inputs(generation_batch)
+        parts: Any = self._buffered_inputs  # type: ignore[has-type]
+        if not self.model.training or parts is before or len(parts) == 1 or not self._on_policy:
+            return inputs
+        if all(isinstance(value, Tensor) for part in parts for value in part.values()):
+            self._buffered_inputs = _grouped(parts)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    @property
+    def _on_policy(self) -> bool:
+        """Whether each rollout serves one optimizer step."""
+        return self.num_iterations == 1 and self.args.gradient_accumulation_steps % self.args.steps_per_generation == 0
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = self._mode
-        if mode == "train" and self.args.prompt_filter:
-            inputs = self._filtered(inputs)
-        self._inputs = inputs
-        output = super()._generate_and_score_completions(inputs)
-        weights = self.reward_weights.to(self._rewards.device)
-        rewards = (self._rewards * weights).nansum(1)
-        rewards[self._rewards.isnan().all(1)] = torch.nan
-        group = self.num_generations if mode == "train" else self.num_generations_eval
-        if mode == "train" and self.args.prompt_filter:
-            self._learn(rewards)
-        if self.args.kl_in_reward:
-            rewards = rewards - self.args.beta * self.accelerator.gather(self._divergence(output))
-        if mode == "train" and (self.args.advantage_estimator != "group" or self.args.kl_in_reward):
-            advantages = advantages_of(rewards, self.args.advantage_estimator, group)
+        filtered = mode == "train" and self.args.prompt_filter
+        batch = self._batches[mode] = self._filtered(inputs) if filtered else Batch(inputs)
+        output = super()._generate_and_score_completions(batch.inputs)
+        weights = self.reward_weights.to(batch.rewards.device)
+        rewards = (batch.rewards * weights).nansum(1)
+        rewards[batch.rewards.isnan().all(1)] = torch.nan
+        if mode == "eval":
+            if self.num_generations_eval == 1:
+                self._metrics[mode].pop("frac_reward_zero_std", None)  # always 1 for a group of one
+            return output
+        if self.args.advantage_estimator != "group":
+            advantages = advantages_of(rewards, self.args.advantage_estimator, self.num_generations)
             start = self.accelerator.process_index * len(inputs)
             output["advantages"] = advantages[start : start + len(inputs)]
             logged = self._logs["advantages"]
             for index, value in enumerate(advantages.tolist(), start=len(logged) - len(advantages)):
                 logged[index] = value
-        if group == 1:
-            self._metrics[mode].pop("frac_reward_zero_std", None)  # always 1 for a group of one
-        if mode == "train":
-            for name, value in z_statistics(self.model).items():
-                self._metrics[mode][name].append(value)
+        if self.num_generations == 1:
+            self._metrics[mode].pop("frac_reward_zero_std", None)
+        else:
+            equal = _equal(rewards.view(-1, self.num_generations))
+            for number, alike in zip(batch.numbers, equal.tolist(), strict=filtered):
+                self._filter.learn(number, alike)
+        self.dead_reason = self._dead_reason(output, rewards)
+        for name, value in z_statistics(self.model).items():
+            self._metrics[mode][name].append(value)
         return output
 
-    @torch.no_grad()
-    def _divergence(self, output: dict[str, Any]) -> Tensor:
-        """`log p - log p_ref` of each completion `(B,)`, summed over its tokens or choice (k1); logs it per token."""
-        logps = output.get("old_per_token_logps")
-        mask = output["completion_mask"] * output.get("tool_mask", 1)  # (B, C)
-        if logps is None:
-            ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
-            attention = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
-            known = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters  # images and the like
-            logps, _, _ = self._get_per_token_logps_and_entropies(
-                self.model,
-                ids,
-                attention,
-                mask.shape[1],
-                batch_size=len(ids) if self._mode == "eval" else self.args.per_device_train_batch_size,
-                **{name: value for name, value in output.items() if name in known},
+    def _dead_reason(self, output: Mapping[str, Any], rewards: Tensor) -> str | None:
+        """Why a rollout teaches nothing, and the way out; `None` if it teaches something."""
+        if self.mask_truncated_completions and not self.accelerator.gather(output["completion_mask"].sum()).sum():
+            return (
+                f"All completions were cut off at max_completion_length={self.args.max_completion_length}, and "
+                "mask_truncated_completions=True leaves nothing of them: raise max_completion_length, or set it to "
+                "False (answers of one token never end by themselves)."
             )
-        k1 = (logps - output["ref_per_token_logps"]) * mask
-        total = self.accelerator.reduce(torch.stack([k1.sum(), mask.sum()]), reduction="sum")
-        self._metrics[self._mode]["kl"].append((total[0] / total[1].clamp(min=1)).item())
-        return k1.sum(1)
-
-    # Prompts that teach nothing: rows are known by their number, all processes choose alike. -----------------------
+        if not self.accelerator.gather(output["advantages"].abs().sum()).sum():
+            texts = {str(text) for text in list(self._logs["completion"])[-len(rewards) :]}
+            if len(texts) * self.num_generations <= len(rewards):
+                return (
+                    f"The policy gives one answer to each prompt at temperature={self.temperature:g}: raise the "
+                    "temperature, or start again with a lower learning_rate or with beta > 0, which keeps the entropy."
+                )
+            return (
+                f"All rewards of a prompt are equal (mean {rewards.nanmean():.3g}), which leaves no advantage: take "
+                "prompts that the model solves sometimes, more num_generations, a higher temperature, or a reward "
+                "with more than two values."
+            )
+        return None
 
     def _number_rows(self) -> None:
         if not isinstance(self.train_dataset, Sized):
             raise ValueError("prompt_filter puts other rows in the place of some: it needs data with a length.")
         data: Any = self.train_dataset
-        asked = [name for name in ("prompt", "choices", "id") if name in _columns(data)]
-        rows = data.select_columns(asked)  # images stay unread
-        self._numbers = {_key(rows[number]): number for number in range(len(rows))}
+        rows = data.select_columns([name for name in ("prompt", "choices", "id") if name in _columns(data)])
+        self._numbers = {_key(rows[number]): number for number in range(len(rows))}  # images stay unread
 
     @property
     def _filter(self) -> PromptFilter:
-        """Looked up each time: resuming replaces callbacks by restored ones."""
+        """Looked up each time, because resuming replaces callbacks by restored ones."""
         return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, PromptFilter))
 
-    def _filtered(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Give groups of resting prompts other rows, in the batch of all processes."""
-        everywhere = gather_object([self._numbers[_key(row)] for row in inputs])
-        asked = everywhere[:: self.num_generations]
-        seed = f"{self.args.seed}:{self.state.global_step}:{asked}"  # nothing that a resumed run would not know
-        self._asked = self._filter.choose(asked, len(self.train_dataset), seed)
-        changed = [old != new for old, new in zip(asked, self._asked, strict=True)]
+    def _filtered(self, inputs: list[dict[str, Any]]) -> Batch:
+        """Give groups of resting prompts other rows; all processes choose alike."""
+        numbers = gather_object([self._numbers[_key(row)] for row in inputs])[:: self.num_generations]
+        seed = f"{self.args.seed}:{self.state.global_step}:{numbers}"  # nothing that a resumed run would not have
+        chosen = self._filter.choose(numbers, len(self.train_dataset), seed)
+        changed = [old != new for old, new in zip(numbers, chosen, strict=True)]
         self._metrics["train"]["prompts/replaced"].append(sum(changed) / len(changed))
         start = self.accelerator.process_index * len(inputs)
         places = [(start + i) // self.num_generations for i in range(len(inputs))]
-        return [
-            self.train_dataset[self._asked[place]] if changed[place] else row
-            for place, row in zip(places, inputs, strict=True)
-        ]
-
-    def _learn(self, rewards: Tensor) -> None:
-        """Tell the filter of each prompt `(N / n)` whether its completions all earned one reward `(N,)`."""
-        groups = rewards.view(-1, self.num_generations)
-        spread = groups.nan_to_num(nan=-torch.inf).amax(1) - groups.nan_to_num(nan=torch.inf).amin(1)
-        for row, equal in zip(self._asked, (spread <= 0).tolist(), strict=True):
-            self._filter.learn(row, equal)
-
-    # The choice form: a prompt is the number of its row, a completion the number of a choice. ----------------------
+        rows = [self.train_dataset[chosen[k]] if changed[k] else row for k, row in zip(places, inputs, strict=True)]
+        return Batch(rows, numbers=chosen)
 
     def _generate(self, prompts: list) -> Any:
         if not self._choice_form:
             return super()._generate(prompts)
         device, mode = self.accelerator.device, self._mode
+        batch = self._batches[mode]
         numbers: dict[str, int] = {}
-        rows: list[dict[str, Any]] = []
-        for row in self._inputs:
-            key = _key(row)
-            if key not in numbers:
-                numbers[key] = len(rows)
-                rows.append(row)
-        which = [numbers[_key(row)] for row in self._inputs]
-        self._rows[mode] = rows
+        which = []
+        for row in batch.inputs:
+            which.append(numbers.setdefault(_key(row), len(numbers)))
+            if len(batch.rows) < len(numbers):
+                batch.rows.append(row)
         with torch.no_grad():
-            logps = self._policy(self.model, torch.arange(len(rows)), mode)[torch.tensor(which, device=device)]
+            policy = self._policy(self.model, torch.arange(len(batch.rows)), mode)
+        logps = policy[torch.tensor(which, device=device)]
         greedy = self.args.greedy_eval if mode == "eval" else self.args.greedy_rollouts
         picks = logps.argmax(-1) if greedy else torch.multinomial(logps.exp(), 1).squeeze(1)
-        texts = [row["choices"][k] for row, k in zip(self._inputs, picks.tolist(), strict=True)]
-        chat = not isinstance(self._inputs[0]["prompt"], str)
+        texts = [row["choices"][k] for row, k in zip(batch.inputs, picks.tolist(), strict=True)]
+        chat = not isinstance(batch.inputs[0]["prompt"], str)
         completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
         picked = self.accelerator.gather(logps.gather(1, picks[:, None]).exp().mean()).mean().item()
-        if mode == "train" and not self._metrics[mode]["choices/probability"] and picked > SURE and not greedy:
-            self._hint_at_temperature(picked)
         self._metrics[mode]["choices/probability"].append(picked)
-        actions = [[k] for k in picks.tolist()]
-        return [[i] for i in which], actions, None, completions, None, {}, None, []
+        return [[i] for i in which], [[k] for k in picks.tolist()], None, completions, None, {}, None, []
 
-    def _hint_at_temperature(self, picked: float) -> None:
-        if self.state.global_step == 0 and self.accelerator.is_main_process:
-            logger.warning(
-                f"Before training the policy picks choices with a mean probability of {picked:.2f} at temperature="
-                f"{self.temperature:g}: most samples of a row are equal and teach nothing. A higher temperature, such "
-                "as 4, tries the others; what evaluation answers does not depend on it."
-            )
+    def _generate_single_turn(self, prompt_ids: list[list[int]], images: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.use_vllm or self.is_fsdp_enabled:
+            return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
+        if images is None and self._draws_one_token() and (prompts := distinct_rows(prompt_ids)) is not None:
+            return self._one_token(prompts), None
+        with shared_prompts(self.model):
+            return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
+
+    def _draws_one_token(self) -> bool:
+        """Whether one forward can be both sampled from and differentiated: one token, nothing but a temperature."""
+        config, off = self.generation_config, (None, 0, 1.0)
+        shaped = {config.top_p, config.top_k, config.min_p, config.repetition_penalty}.difference(off)
+        others = set(self.args.generation_kwargs or {}) - {"do_sample"}
+        return (
+            self._mode == "train"
+            and self.max_completion_length == 1
+            and self._on_policy
+            and self.args.steps_per_generation == 1  # else the graphs of several micro-batches would be kept
+            and not (shaped or others or self.rollout_func or self.tools or self.use_transformers_continuous_batching)
+            and self.model_wrapped is self.model  # the wrapper of DDP has to see the forward that is differentiated
+            and self._can_share(self.model, {})
+        )
+
+    def _one_token(self, prompts: Prompts) -> list[list[int]]:
+        """Draw answers of one token, and keep the reading for the loss."""
+        with self.accelerator.autocast():
+            read = read_prompts(self.model, prompts.distinct)
+        self._batches["train"].prompts, self._batches["train"].read = prompts, read
+        scores = read.logits.detach().float()[prompts.places] / self.temperature  # (B, vocabulary)
+        greedy = self.args.greedy_rollouts
+        tokens = scores.argmax(-1) if greedy else torch.multinomial(scores.softmax(-1), 1).squeeze(1)
+        return [[token] for token in tokens.tolist()]
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -480,22 +555,61 @@ class ReinforceTrainer(Run, GRPOTrainer):
         input_ids: Tensor,
         attention_mask: Tensor,
         logits_to_keep: int,
-        *args: Any,
+        batch_size: int | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if not self._choice_form:
+        if self._choice_form:
+            numbers, places = torch.unique(input_ids[:, 0], return_inverse=True)
+            logps = self._policy(model, numbers, self._mode)[places]  # (B, K)
+            finite = logps.clamp(min=-1e4)  # absent choices: probability 0, and 0 * -1e4 = 0 where 0 * -inf is NaN
+            entropies = -(finite.exp() * finite).sum(-1, keepdim=True) if kwargs.get("compute_entropy") else None
+            return logps.gather(1, input_ids[:, 1:2]), entropies, None
+        if not self._can_share(model, kwargs):
             return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+                model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
             )
-        numbers, places = torch.unique(input_ids[:, 0], return_inverse=True)
-        logps = self._policy(model, numbers, self._mode)[places]  # (B, K)
-        finite = logps.clamp(min=-1e4)  # absent choices: probability 0, and 0 * -1e4 = 0 where 0 * -inf is NaN
-        entropies = -(finite.exp() * finite).sum(-1, keepdim=True) if kwargs.get("compute_entropy") else None
-        return logps.gather(1, input_ids[:, 1:2]), entropies, None
+        parts = []
+        size = batch_size or len(input_ids)
+        for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+            asked, seen = ids[:, :-logits_to_keep], mask[:, :-logits_to_keep]
+            if (prompts := distinct_prompts(asked, seen)) is None:
+                whole = super()._get_per_token_logps_and_entropies(model, ids, mask, logits_to_keep, **kwargs)
+                parts.append(whole[:2])
+                continue
+            prompts, read = self._kept_reading(prompts) if torch.is_grad_enabled() else (prompts, None)
+            completions = ids[:, -logits_to_keep:], mask[:, -logits_to_keep:]
+            with self.accelerator.autocast():
+                parts.append(completion_logps(model, prompts, *completions, self.temperature, read))
+        entropies = torch.cat([part[1] for part in parts]) if kwargs.get("compute_entropy") else None
+        return torch.cat([part[0] for part in parts]), entropies, None
+
+    def _kept_reading(self, prompts: Prompts) -> tuple[Prompts, Reading | None]:
+        """Exchange prompts, which TRL has shuffled, for those of the rollout that kept its graph, once."""
+        batch = self._batches["train"]
+        kept, read, batch.prompts, batch.read = batch.prompts, batch.read, None, None
+        if kept is None:
+            return prompts, None
+        numbers = {tuple(prompt): number for number, prompt in enumerate(kept.distinct)}
+        places = torch.tensor([numbers[tuple(prompt)] for prompt in prompts.distinct], device=prompts.places.device)
+        return Prompts(kept.distinct, places[prompts.places]), read
+
+    def _can_share(self, model: Any, kwargs: Mapping[str, Any]) -> bool:
+        """Whether the prompts of a batch can be read once: text alone, a cache, and as many forwards everywhere."""
+        others = {name for name, value in kwargs.items() if value is not None} - {
+            "compute_entropy",
+            "compute_aux_loss",
+        }
+        return not (
+            others
+            or kwargs.get("compute_aux_loss")
+            or self.is_fsdp_enabled
+            or self.is_deepspeed_enabled
+            or checkpoints_activations(model)
+        ) and can_share(model)
 
     def _policy(self, model: Any, numbers: Tensor, mode: str) -> Tensor:
         """Log-probabilities `(rows, choices)` of the policy at `temperature` over the choices of the numbered rows."""
-        rows = [self._rows[mode][number] for number in numbers.tolist()]
+        rows = [self._batches[mode].rows[number] for number in numbers.tolist()]
         with self.accelerator.autocast():
             logps = choice_logps(model, self.processing_class, rows)
         return (logps / self.temperature).log_softmax(-1)
@@ -504,6 +618,24 @@ class ReinforceTrainer(Run, GRPOTrainer):
 def _key(row: Mapping[str, Any]) -> str:
     """What makes a row the same question: its prompt and its choices."""
     return json.dumps([row.get("prompt"), row.get("choices"), row.get("id")], default=str)  # images differ by id
+
+
+def _equal(groups: Tensor) -> Tensor:
+    """Whether all rewards of each group `(G, n)` are equal; NaN, a missing one, counts for none."""
+    return groups.nan_to_num(nan=-torch.inf).amax(1) <= groups.nan_to_num(nan=torch.inf).amin(1)
+
+
+def _grouped(parts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Sort the rows of micro-batches so that equal prompts share one, which then reads them once."""
+    order = torch.unique(torch.cat([part["prompt_ids"] for part in parts]), dim=0, return_inverse=True)[1].argsort()
+    whole = {
+        key: torch.cat([part[key] for part in parts])[order].chunk(len(parts)) if value.dim() else None
+        for key, value in parts[0].items()
+    }
+    return [
+        {key: part[key] if chunks is None else chunks[number] for key, chunks in whole.items()}
+        for number, part in enumerate(parts)
+    ]
 
 
 def _columns(dataset: Any) -> Sequence[str]:

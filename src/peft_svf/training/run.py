@@ -1,98 +1,110 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What training runs need whatever they learn from: whole checkpoints, prompts worth a visit, how far z has moved.
+What training runs need whatever they learn from: whole checkpoints, usable rows and rewards, how far z has moved.
 
-Goes in: a `transformers.Trainer` by inheritance. Nothing here knows TRL or what a reward is.
+Goes in: a `transformers.Trainer` by inheritance. Nothing here knows TRL or what a task is.
 """
 
-import json
+import functools
+import inspect
 import logging
-import random
+import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
-from ..tuner.bases import checked_bases
+from ..evaluation import context_of
+from ..files import read_json
+from ..rows import has_image, prompt_ids, tokenizer_of
 from ..tuner.config import SVFConfig
+from ..tuner.fingerprint import Recorded
 from ..tuner.layer import svf_layers
 from ..tuner.targets import block_of
 
 logger = logging.getLogger(__name__)
 
+CHECKED_ROWS = 20_000  # rows of the data that are read before training
+HUGE = 1e15  # the square of a reward, and a sum of many, has to fit float32
+# What a line on the screen shows; trackers get everything.
+SHOWN = {
+    "eval_reward": "eval_reward",
+    "reward": "reward",
+    "reward_best": "best",
+    "kl": "kl",
+    "entropy": "entropy",
+    "completions/mean_length": "length",
+    "frac_reward_zero_std": "dead_groups",
+    "z/mean_distance_from_1": "|z-1|",
+}
+
 
 def last_checkpoint(folder: str | PathLike[str]) -> Path:
     """
-    Find the newest whole checkpoint of a run: one that was being written when the process was killed is passed over.
-
-    `trainer_state.json` is what transformers writes last; where it can be read, everything else is there.
+    Find the newest whole checkpoint of a run; one that was being written when the process was killed is passed over.
 
     Raises:
         `ValueError`: if the folder has none.
     """
-    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    for path in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+    paths = [path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    for path in sorted(paths, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
         if _state(path) is not None:
             return path
     raise ValueError(
-        f"There is no whole checkpoint in {str(folder)!r} to resume from, of {len(found)} folders named checkpoint-N: "
+        f"There is no whole checkpoint in {str(folder)!r} to resume from, of {len(paths)} folders named checkpoint-N: "
         "train without resuming, or name another output_dir."
     )
 
 
 def ended(checkpoint: str | PathLike[str], args: TrainingArguments) -> str | None:
     """
-    Tell whether nothing is left to train after a checkpoint.
-
-    Returns:
-        `str` or `None`: why, and how to go on all the same; `None` where steps are left.
+    Tell whether no step is left to train after a checkpoint: how far the run got, and how to go on; else `None`.
 
     Raises:
-        `ValueError`: if it is no whole checkpoint.
+        `ValueError`: if it isn't a whole checkpoint.
     """
     state = _state(Path(checkpoint))
     if state is None:
         raise ValueError(
-            f"{str(checkpoint)!r} is no whole checkpoint: its trainer_state.json is missing or cut off. Name an "
-            "earlier one, or --resume (in Python resume_from_checkpoint=True) alone for the newest whole one."
+            f"{str(checkpoint)!r} isn't a whole checkpoint: its trainer_state.json is missing, cut off or damaged. "
+            "Name an earlier one, or --resume (in Python resume_from_checkpoint=True) alone for the newest whole one."
         )
-    step, epoch = state["global_step"], state.get("epoch") or 0
+    step, epoch = state["global_step"], state["epoch"] or 0
     if 0 < args.max_steps <= step:
         return f"This run is finished ({step} of {args.max_steps} steps): raise max_steps to go on."
     if args.max_steps <= 0 and args.num_train_epochs <= epoch:
         return f"This run is finished ({epoch:g} of {args.num_train_epochs:g} epochs): raise num_train_epochs."
-    patience = getattr(args, "early_stopping_patience", None)
-    if patience is not None and args.restore_callback_states_from_checkpoint:
-        saved = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback") or []
-        saved = saved if isinstance(saved, list) else [saved]  # a list where there are several of a class
-        passed = min((each["attributes"]["early_stopping_patience_counter"] for each in saved), default=0)
-        if passed >= patience:
-            return (
-                f"This run stopped early at step {step}, after {passed} evaluations without a better one: to go on, "
-                "raise early_stopping_patience or leave it out."
-            )
     return None
 
 
 def _state(checkpoint: Path) -> dict[str, Any] | None:
-    """What `trainer_state.json` holds, or `None` where it is missing or cut off."""
+    """Read `trainer_state.json`, which transformers writes last; `None` if it is missing, cut off or damaged."""
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        state = read_json(checkpoint / TRAINER_STATE_NAME)
+        step, epoch = state["global_step"], state.setdefault("epoch", None)
+        whole = type(step) is int and step >= 0 and (epoch is None or math.isfinite(epoch))
+        return state if whole and isinstance(state.get("stateful_callbacks", {}), dict) else None
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    return state if isinstance(state, dict) and "global_step" in state else None
 
 
 def z_statistics(model: nn.Module) -> dict[str, float]:
@@ -101,16 +113,16 @@ def z_statistics(model: nn.Module) -> dict[str, float]:
 
     Returns:
         `dict` with `z/mean_distance_from_1` and `z/max_distance_from_1` over all entries, and the mean per block of
-        the model as `z/<block>/mean_distance_from_1`, such as `z/model.layers.3/mean_distance_from_1`; empty where no
+        the model as `z/<block>/mean_distance_from_1`, such as `z/model.layers.3/mean_distance_from_1`; empty if no
         z-vector is trained.
     """
     blocks: dict[str, list[Tensor]] = defaultdict(list)
     for name, layer in svf_layers(model).items():
-        for adapter, offset in layer.svf_offset.items():
+        for offset in layer.svf_offset.values():
             if offset.weight.requires_grad:
                 trained = offset.weight.detach()
                 whole = trained.full_tensor() if isinstance(trained, DTensor) else trained  # sharded by FSDP2
-                blocks[block_of(name)].append(layer.mapped(adapter, whole).abs().flatten())
+                blocks[block_of(name)].append(whole.abs().flatten())
     if not blocks:
         return {}
     joined = [torch.cat(vectors) for vectors in blocks.values()]
@@ -120,59 +132,143 @@ def z_statistics(model: nn.Module) -> dict[str, float]:
     return dict(zip(names, values.tolist(), strict=True))  # one transfer from the device for all
 
 
-class PromptFilter(TrainerCallback, ExportableState):
+def checked_reward(reward: Any) -> Any:
     """
-    Passes over prompts whose completions all earned one reward: always or never solved, they teach nothing for now.
+    Wrap a reward function so that it returns a finite number or `None` for each completion, or fails by its name.
 
-    A prompt rests for one visit after the first such group and twice as long, plus one, after each further one in a
-    row, up to 31; then it is tried again, since what the model cannot do today it may do later. A callback, because
-    transformers keeps the state of callbacks in its checkpoints.
-
-    Attributes:
-        record (`dict[str, list[int]]`):
-            By number of the row: equal groups in a row, visits still to rest.
+    Reward models, and names of such, are left as they are. Async functions stay async.
     """
+    if not callable(reward) or isinstance(reward, nn.Module):
+        return reward
+    name = getattr(reward, "__name__", type(reward).__name__)
 
-    def __init__(self) -> None:
-        self.record: dict[str, list[int]] = {}
+    def check(rewards: Any, completions: Sequence[Any]) -> list[float | None]:
+        if isinstance(rewards, Tensor | np.ndarray):
+            rewards = rewards.tolist()
+        if not isinstance(rewards, list | tuple) or len(rewards) != len(completions):
+            what = f"{len(rewards)} rewards" if isinstance(rewards, list | tuple) else repr(rewards)
+            raise ValueError(
+                f"The reward function {name!r} returned {what} for {len(completions)} completions: it should return a "
+                "list with a number, or None, for each."
+            )
+        numbers: list[float | None] = []
+        for value, completion in zip(rewards, completions, strict=True):
+            try:
+                number = math.nan if value is None else float(value)
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"The reward function {name!r} returned {value!r} for {completion!r}, which isn't a number."
+                ) from None
+            if abs(number) > HUGE:
+                raise ValueError(
+                    f"The reward function {name!r} returned {number:g} for {completion!r}: rewards must be finite and "
+                    f"below {HUGE:g}, or their spread overflows. Bound what the function returns."
+                )
+            numbers.append(None if math.isnan(number) else number)
+        return numbers
 
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"record": self.record}}
+    if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__):
 
-    def choose(self, asked: Sequence[int], total: int, seed: str) -> list[int]:
-        """
-        Replace resting prompts by others, as long as there are any.
+        async def awaited(*args: Any, **kwargs: Any) -> list[float | None]:
+            return check(await reward(*args, **kwargs), _completions(args, kwargs))
 
-        Args:
-            asked (`Sequence[int]`): Numbers of the rows whose turn it is.
-            total (`int`): Number of rows of the data.
-            seed (`str`): Fixes the draw.
+        return _named(awaited, reward, name)
 
-        Returns:
-            `list[int]`, as long as `asked`.
-        """
-        awake = [i for i in range(total) if not self._rest(i)]
-        random.Random(seed).shuffle(awake)
-        free = (row for row in awake if row not in asked)
-        chosen = [next(free, row) if self._rest(row) else row for row in asked]
-        for row in set(asked):
-            if self._rest(row):
-                self.record[str(row)][1] -= 1
-        return chosen
+    def called(*args: Any, **kwargs: Any) -> list[float | None]:
+        return check(reward(*args, **kwargs), _completions(args, kwargs))
 
-    def learn(self, row: int, equal: bool) -> None:
-        """Note that the completions of a row all earned one reward, or that they did not."""
-        streak = self.record.get(str(row), [0, 0])[0] + 1 if equal else 0
-        self.record[str(row)] = [streak, min(2**streak, 32) - 1]
+    return _named(called, reward, name)
 
-    def _rest(self, row: int) -> int:
-        return self.record.get(str(row), [0, 0])[1]
+
+def _completions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence[Any]:
+    return kwargs["completions"] if "completions" in kwargs else args[0]
+
+
+def _named(wrapper: Any, reward: Any, name: str) -> Any:
+    functools.update_wrapper(wrapper, reward)
+    wrapper.__name__ = name
+    return wrapper
+
+
+def check_prompts(model: nn.Module, reader: Any, data: Any) -> None:
+    """
+    Refuse rows that would end a run in its course: empty prompts, and prompts that leave no room for an answer.
+
+    Streams, rows with images and rows beyond [`CHECKED_ROWS`] aren't read.
+
+    Raises:
+        `ValueError`: for the first such row, by its number; for a tokenizer with more tokens than the model.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    words, known = base.get_input_embeddings().num_embeddings, len(tokenizer_of(reader))
+    if known > words:
+        raise ValueError(
+            f"The tokenizer has {known} tokens, but the model's vocabulary is {words}: load the model's own "
+            f"tokenizer, or call model.resize_token_embeddings({known}) before training."
+        )
+    limit = context_of(base) or math.inf
+    for start in range(0, min(len(data), CHECKED_ROWS) if isinstance(data, Sized) else 0, 1000):
+        rows = [data[i] for i in range(start, min(start + 1000, len(data)))]
+        if "prompt" not in rows[0] or has_image(rows[0]):
+            return
+        for number, ids in enumerate(prompt_ids(reader, [row["prompt"] for row in rows]), start):
+            if not ids:
+                raise ValueError(f"Row {number} of the data has an empty prompt: there is nothing to answer.")
+            if len(ids) >= limit:
+                raise ValueError(
+                    f"Row {number} of the data has a prompt of {len(ids)} tokens, but the model's context is {limit}: "
+                    "shorten or drop it."
+                )
+
+
+class Line:
+    """In front of transformers' callbacks that write the log to the screen: a line that a person can read."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        logs = {label: logs[key] for key, label in SHOWN.items() if logs and logs.get(key) is not None}
+        if logs:
+            line = {"step": f"{state.global_step}/{state.max_steps}"}
+            line |= {label: f"{value:.4g}" for label, value in logs.items()}
+            super().on_log(args, state, control, logs=line, **kwargs)  # type: ignore[misc]
+
+
+class LineOnBar(Line, ProgressCallback):
+    """A progress bar with readable lines above it."""
+
+
+class PrintedLine(Line, PrinterCallback):
+    """Readable lines without a bar."""
+
+
+class DeadSteps(TrainerCallback):
+    """Reports the first step that teaches nothing, and stops after too many of them in a row."""
+
+    def __init__(self, trainer: Any, limit: int | None) -> None:
+        self.trainer, self.limit, self.count, self.told = trainer, limit, 0, False
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        reason = self.trainer.dead_reason
+        if reason is None:
+            gradients = [p.grad for p in self.trainer.model.parameters() if p.requires_grad and p.grad is not None]
+            if not any(bool(gradient.any()) for gradient in gradients):
+                reason = (
+                    "No gradient reaches the trained parameters: their layers don't run in the model's forward, or "
+                    "the reward does not depend on the completions. Choose other target_modules or another reward."
+                )
+        self.count = self.count + 1 if reason else 0
+        if reason and not self.told:
+            self.told = True
+            logger.warning(f"Step {state.global_step + 1} teaches nothing. {reason}")
+        if self.limit is not None and self.count >= self.limit:
+            logger.warning(f"Training stops: {self.count} steps in a row taught nothing. {reason}")
+            control.should_training_stop = True
 
 
 class Run:
     """In front of a `transformers.Trainer`: whole checkpoints, early stopping, evaluation that changes nothing."""
 
     epochs_done = 0  # before the checkpoint that is resumed from
+    dead_reason: str | None = None  # why the rollout at hand teaches nothing
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
@@ -180,11 +276,10 @@ class Run:
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                A checkpoint's folder, or `True` for the newest whole one in `output_dir`.
+                A checkpoint's folder, or `True` for the newest whole one in `output_dir`. If no step is left after
+                it, its adapter is loaded and nothing is trained.
             args, kwargs:
                 Everything else that `Trainer.train` takes.
-
-        Where a checkpoint is the end of its run nothing is trained: the adapter that the run ended with is loaded.
 
         Raises:
             `ValueError`: if there is no whole checkpoint to resume from, or it belongs to another base model.
@@ -197,7 +292,7 @@ class Run:
             self._check_base(checkpoint)
             if over:
                 logger.warning(f"{over} The adapter that it ended with is loaded.")
-                return self._load_ended(checkpoint)
+                return self._load_finished(checkpoint)
             self.epochs_done = int((_state(checkpoint) or {}).get("epoch") or 0)
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
@@ -208,37 +303,46 @@ class Run:
         config = model.peft_config[name] if name else None
         if isinstance(config, SVFConfig) and not config.fingerprint and (checkpoint / CONFIG_NAME).is_file():
             saved = SVFConfig.from_pretrained(str(checkpoint))
-            checked_bases(model.get_base_model(), name, saved, config.basis_from)
-            config.record_fingerprint(saved.fingerprint)
+            model.base_model.check_fingerprint(name, saved)
+            config.fingerprint = Recorded(saved.fingerprint)
 
-    def _load_ended(self, checkpoint: Path) -> TrainOutput:
-        """Take state and adapter as `train` left them when it wrote its last checkpoint (transformers 5.23.0)."""
+    def _load_finished(self, checkpoint: Path) -> TrainOutput:
+        """Load state and adapter of a run that has no steps left (transformers 5.23.0)."""
         trainer: Any = self
         trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         trainer._load_from_checkpoint(str(checkpoint))
-        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
-            # beside this one, also where the run's folder has moved
-            trainer.state.best_model_checkpoint = str(
-                checkpoint.parent / Path(trainer.state.best_model_checkpoint).name
-            )
+        if trainer.args.load_best_model_at_end and (best := trainer.state.best_model_checkpoint):
+            trainer.state.best_model_checkpoint = str(checkpoint.parent / Path(best).name)  # the folder may have moved
             trainer._load_best_model()
         return TrainOutput(trainer.state.global_step, 0.0, {})
 
-    def _load_callback_state(self) -> None:
-        """Restore what callbacks have counted, but keep the patience of this run (transformers 5.23.0)."""
-        handler = self.callback_handler  # type: ignore[attr-defined]
-        patience = [
-            each.early_stopping_patience for each in handler.callbacks if isinstance(each, EarlyStoppingCallback)
-        ]
-        super()._load_callback_state()  # type: ignore[misc]
-        restored = [each for each in handler.callbacks if isinstance(each, EarlyStoppingCallback)]
-        for each, value in zip(restored, patience, strict=True):
-            each.early_stopping_patience = value
+    def check_adapter(self, model: Any, args: Any, peft_config: Any) -> None:
+        """Refuse a model of which nothing or everything would be trained, and a best checkpoint that stays unread."""
+        if peft_config is not None:
+            return
+        if not isinstance(model, PeftModel):
+            raise ValueError("A plain model would be trained whole: pass peft_config=SVFConfig(), or a PeftModel.")
+        name = model.active_adapters[0]
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                f"Nothing of the model is trainable: adapter {name!r} was loaded for inference. Load it by "
+                "PeftModel.from_pretrained(..., is_trainable=True)."
+            )
+        if args.load_best_model_at_end and name != "default":
+            raise ValueError(
+                f"load_best_model_at_end finds the checkpoint of an adapter called 'default' alone, and this one is "
+                f"{name!r}: load it by PeftModel.from_pretrained(...) without adapter_name, or turn the option off."
+            )
 
-    def stop_early(self, patience: int | None) -> None:
-        """Stop after so many evaluations without a better one; `None` never does."""
-        if patience is not None:
-            self.add_callback(EarlyStoppingCallback(patience))  # type: ignore[attr-defined]
+    def watch(self) -> None:
+        """Add what both trainers have: readable lines, a word on dead steps, early stopping."""
+        trainer: Any = self
+        for theirs, line in ((ProgressCallback, LineOnBar), (PrinterCallback, PrintedLine)):
+            if trainer.pop_callback(theirs) is not None:
+                trainer.add_callback(line())
+        trainer.add_callback(DeadSteps(self, trainer.args.stop_after_dead_steps))
+        if trainer.args.early_stopping_patience is not None:
+            trainer.add_callback(EarlyStoppingCallback(trainer.args.early_stopping_patience))
 
     @contextmanager
     def unchanged_randomness(self) -> Iterator[None]:
@@ -251,7 +355,8 @@ class Run:
 def check_run(args: Any) -> None:
     """Raise a `ValueError` for settings of a run, of either trainer, that mean nothing."""
     batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-    for name in (*batches, "num_generations", "max_completion_length", "early_stopping_patience"):
+    counts = ("num_generations", "max_completion_length", "early_stopping_patience", "stop_after_dead_steps")
+    for name in (*batches, *counts):
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be 1 or more; got {value}.")

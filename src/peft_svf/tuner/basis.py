@@ -159,8 +159,9 @@ def deviation(weight: Tensor, Q: Tensor, S: Tensor) -> float:
     wide = Q.double()
     v = wide @ c  # (..., r, 1)
     tall = weight if side_of(*weight.shape[-2:]) == "in" else weight.mT
-    unit = S.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(S.dtype).tiny).unsqueeze(-1)  # keeps squares in range
-    expected = wide @ ((S.unsqueeze(-1) / unit).double().square() * c)
+    S = S.to(weight.dtype).unsqueeze(-1)
+    unit = S.amax(dim=-2, keepdim=True).clamp_min(torch.finfo(S.dtype).tiny)  # keeps the squares in range
+    expected = wide @ ((S / unit).double().square() * c)
     error = tall.mT @ (tall @ v.to(tall.dtype) / unit) / unit - expected
     scale = torch.linalg.vector_norm(expected, dim=-2)
     turned = torch.linalg.vector_norm(error, dim=-2) / torch.where(scale > 0, scale, 1)

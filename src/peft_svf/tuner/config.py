@@ -1,29 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a user says about an SVF adapter: `SVFConfig` and all its validation. Nothing here sees a model."""
 
-import json
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from .._registration import add_peft_type
-from .parametrization import PARAMETRIZATIONS, Parametrization
 from .plans import PLANS, Plan
 
 add_peft_type()  # before the class below names it
-logger = logging.getLogger(__name__)
-BASIS_NAME = "svf_basis.safetensors"
+LARGEST_RANK = 1_000_000  # no weight has so many singular values
 
 
 @dataclass
@@ -53,15 +44,10 @@ class SVFConfig(PeftConfig):
         rank (`int`, *optional*):
             Move only the `rank` largest singular values of each weight and keep the others as they are.
         basis_dtype (`str`):
-            `"float32"`, or `"bfloat16"` for half the memory and faster products on a bfloat16 base (it rounds the
-            directions, and the gradients of the smallest 5 % of singular values are then a third off: case B10 of
-            benchmarks/speed.py). The first adapter of a model decides.
-        parametrization (`str`):
-            What is trained: `"offset"`, the paper's z itself; `"sigmoid"`, the mask of its code, z between 0 and
-            `limit`; `"reference"`, that mask with the nuclear norm of each weight kept. See
-            [`offset_of`]; all start at z = 1.
-        limit (`float`):
-            Range of z for `"sigmoid"`, above 1 (its `max_mult`).
+            `"auto"` follows the base: `"bfloat16"` on a bfloat16 base, for half the memory and faster products, else
+            `"float32"` (also with `save_basis`). Rounding the directions loses about .2 % of a learned change; z = 1
+            stays the base model to the bit. The gradients of the smallest 5 % of singular values are then a third
+            off (case B8 of benchmarks/speed.py). The first adapter of a model decides.
         plan (`str`):
             How the layers compute. `"auto"` decides for each forward: on a merged copy of the weight in inference and
             in training steps of enough tokens, by two thin products beside the base layer else, through the two
@@ -71,13 +57,13 @@ class SVFConfig(PeftConfig):
             `"memory"`: the basis of the weights as loaded. `"checkpoint"`: of the stored weights, an error where no
             file holds them. `"auto"`: of the stored ones if loading has rounded them and the file is on this machine.
         save_basis (`bool`):
-            Save the basis beside the offsets, in `svf_basis.safetensors`, `4 r k` bytes a weight: the expert then has
-            the very same directions on the base in other dtypes and quantisations. `PeftModel.from_pretrained` and
-            `load_adapter` of a `PeftModel` use it.
+            Save the basis with the offsets, `4 r k` bytes a weight: the expert then has the very same directions on
+            the base in other dtypes and quantisations. `PeftModel.from_pretrained` and `load_adapter` of a
+            `PeftModel` use it.
         description (`str`, *optional*):
             What the expert is good at, in a few words. The first pass of Transformer² reads it.
         fingerprint (`dict`, *optional*):
-            Written by the package: per module a hash of the base weight's values and a probe of its basis. An adapter
+            Written by the package: per module a hash of the base weight's values and a sketch of its basis. An adapter
             is refused on a base with other singular directions. Set it to `None` to start a new expert from a loaded
             config.
     """
@@ -93,9 +79,9 @@ class SVFConfig(PeftConfig):
     )
     init_weights: bool = field(default=True, metadata={"help": "True: start from z = 1, the base model."})
     rank: int | None = field(default=None, metadata={"help": "Move only the largest singular values."})
-    basis_dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "Dtype of the basis."})
-    parametrization: Parametrization = field(default="offset", metadata={"help": "What is trained, see `limit`."})
-    limit: float = field(default=2.0, metadata={"help": "Range of z for parametrization 'sigmoid'."})
+    basis_dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto", metadata={"help": "Dtype of the basis."}
+    )
     plan: Plan = field(default="auto", metadata={"help": "Execution plan: auto, merged, narrow or factored."})
     basis_from: Literal["auto", "checkpoint", "memory"] = field(
         default="auto", metadata={"help": "Whose singular directions: the stored weights' or the loaded ones'."}
@@ -121,20 +107,18 @@ class SVFConfig(PeftConfig):
                     )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
-        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):  # True is no rank
+        if self.rank is not None and not (type(self.rank) is int and 1 <= self.rank <= LARGEST_RANK):
             raise ValueError(
-                f"`rank` is the number of singular values to move, at least 1, or None for all; got {self.rank!r}."
+                f"`rank` is the number of singular values to move, 1 to {LARGEST_RANK:,}, or None for all; got "
+                f"{self.rank!r}."
             )
         for name, allowed in (
-            ("basis_dtype", ("float32", "bfloat16")),
+            ("basis_dtype", ("auto", "float32", "bfloat16")),
             ("basis_from", ("auto", "checkpoint", "memory")),
             ("plan", PLANS),
-            ("parametrization", PARAMETRIZATIONS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
-        if self.parametrization == "sigmoid" and not 1 < self.limit < float("inf"):
-            raise ValueError(f"`limit` must be a finite number above 1, the start of z; got {self.limit!r}.")
         if self.fingerprint is not None and not isinstance(self.fingerprint, dict):
             raise ValueError(
                 f"`fingerprint` must be a dict by module name or None; got {type(self.fingerprint).__name__}."
@@ -145,89 +129,64 @@ class SVFConfig(PeftConfig):
         return {key: value for key, value in super().to_dict().items() if key != "plan"}
 
     @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """
+        Check the fields of a file.
+
+        Raises:
+            `ValueError`: if the file sets a field that this version does not have: it would be ignored in silence.
+        """
+        if kwargs.get("parametrization") == "offset":  # experts of the first versions name what is now the only one
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("parametrization", "limit")}
+        known = {entry.name for entry in fields(cls)}
+        unknown = sorted(name for name, value in kwargs.items() if name not in known and value not in (None, False))
+        if unknown:
+            raise ValueError(
+                f"The adapter's config sets {unknown[0]!r}, which isn't a field of SVFConfig: it is misspelt, or was "
+                "written by a newer peft-svf or PEFT. Correct adapter_config.json, or update."
+            )
+        return {name: value for name, value in kwargs.items() if name in known}
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """
         Read a config as PEFT does. A damaged weights file beside it is refused here, before any model is touched.
 
+        A file's regular expressions are never run: the fingerprint lists the modules that they stand for.
+
         Raises:
-            `ValueError`: if the adapter's weights are truncated or no safetensors.
+            `ValueError`: if the adapter's weights are truncated or no safetensors, or its modules are not listed.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         weights = Path(pretrained_model_name_or_path) / (subfolder or "") / SAFETENSORS_WEIGHTS_NAME
         if weights.is_file():
-            with _reading(weights), safe_open(weights, "pt"):
-                pass
-        if isinstance(config, SVFConfig) and config.save_basis:
-            config.__dict__["_basis_file"] = cls._find_basis(pretrained_model_name_or_path, subfolder, **kwargs)
+            try:
+                with safe_open(weights, "pt"):
+                    pass
+            except (SafetensorError, ValueError) as error:
+                raise ValueError(
+                    f"The adapter's weights {weights} are damaged ({error}): the file is incomplete, or it isn't a "
+                    "safetensors file. Copy or download it again."
+                ) from error
+        if isinstance(config, SVFConfig):
+            config.list_modules()
         return config
 
-    @classmethod
-    def _find_basis(cls, source: str, subfolder: str | None, **kwargs: Any) -> Path | None:
-        folder = Path(source) / (subfolder or "")
-        if folder.is_dir():
-            return folder / BASIS_NAME if (folder / BASIS_NAME).is_file() else None
-        try:
-            return Path(hf_hub_download(source, BASIS_NAME, subfolder=subfolder, **cls._split_kwargs(kwargs)[0]))
-        except EntryNotFoundError:  # an expert without it is one as any other
-            return None
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the config as PEFT does, and the bases that were recorded for it."""
-        super().save_pretrained(save_directory, **kwargs)
-        if bases := self.__dict__.pop("_bases", None):
-            tensors = {f"{name}.Q": Q.contiguous() for name, (Q, _) in bases.items()}
-            tensors |= {f"{name}.S": S.contiguous() for name, (_, S) in bases.items()}
-            hashes = {name: entry["sha256"] for name, entry in (self.fingerprint or {}).items() if name in bases}
-            path = Path(save_directory) / BASIS_NAME
-            writing = path.with_name(f".{BASIS_NAME}.writing")
-            try:
-                save_file(tensors, writing, metadata={"format": "pt", "sha256": json.dumps(hashes, sort_keys=True)})
-                writing.replace(path)
-            finally:
-                writing.unlink(missing_ok=True)
-            logger.info(f"Saved the bases of {len(bases)} weights, {path.stat().st_size / 1e6:.1f} MB, in {path}.")
-
-    def record_bases(self, bases: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Take the bases `(r, k)` and singular values `(k,)` by weight that the next `save_pretrained` writes."""
-        self.__dict__["_bases"] = bases
-
-    def read_bases(self) -> dict[str, tuple[Tensor, Tensor, str]]:
-        """
-        Read the bases that came with a loaded config: per weight Q, singular values, and the hash of the weight.
-
-        Raises:
-            `ValueError`: if the file is damaged.
-        """
-        path = self.__dict__.get("_basis_file")
-        if path is None:
-            return {}
-        with _reading(path), safe_open(path, "pt") as file:
-            hashes = json.loads((file.metadata() or {}).get("sha256", "{}"))
-            return {
-                name: (file.get_tensor(f"{name}.Q"), file.get_tensor(f"{name}.S"), h) for name, h in hashes.items()
-            }
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: everything but bases on their way to a file."""
-        return {key: value for key, value in self.__dict__.items() if key != "_bases"}
-
-    @property
-    def fingerprint_recorded(self) -> bool:
-        """Whether the fingerprint was written by saving this very object, rather than read from a file."""
-        return self.__dict__.get("_recorded") is self.fingerprint is not None
-
-    def record_fingerprint(self, fingerprint: dict[str, dict[str, str]] | None) -> None:
-        """Write the fingerprint of the base before saving. The object may still start an adapter elsewhere."""
-        self.fingerprint = self.__dict__["_recorded"] = fingerprint
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Say of a file that cannot be read that it is damaged."""
-    try:
-        yield
-    except (SafetensorError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"The adapter's weights {path} are damaged ({error}): the file is incomplete, or it is no safetensors "
-            "file. Copy or download it again."
-        ) from error
+    def list_modules(self) -> None:
+        """Replace regular expressions by the modules that the fingerprint lists."""
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []
+        if (
+            (not isinstance(self.target_modules, str) or self.target_modules == "all-linear")
+            and not isinstance(self.exclude_modules, str)
+            and all(re.fullmatch(r"[\w.]*", pattern) for pattern in patterns)
+        ):
+            return
+        if not self.fingerprint:
+            raise ValueError(
+                "The adapter's config selects modules by a regular expression and has no fingerprint that lists them. "
+                "A file's expressions are not run: replace it by a list in adapter_config.json."
+            )
+        stacks = tuple(f".{name}" for name in self.target_parameters or ())
+        names = {name for name in self.fingerprint if not (stacks and f".{name}".endswith(stacks))}
+        self.target_modules = names  # type: ignore[assignment]
+        self.exclude_modules = self.layers_pattern = self.layers_to_transform = None

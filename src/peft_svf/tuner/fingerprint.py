@@ -48,6 +48,15 @@ class Fingerprint:
             raise ValueError(f"A fingerprint has the strings 'sha256' and 'probe', got {entry!r}.") from error
 
 
+class Recorded(dict[str, dict[str, str]]):
+    """
+    Fingerprints that saving an adapter has written into its live config.
+
+    Those of a file name the base that an adapter belongs to; these do not bind the config, which may start an adapter
+    on another base.
+    """
+
+
 def sketch(Q: Tensor) -> Tensor:
     """
     Summarise a whole basis in 32 numbers that no sign of a direction changes.

@@ -2,7 +2,7 @@
 """
 An adapted module: its base layer, the basis of its weight, one offset vector per adapter; forward, merge, unmerge.
 
-The layer is given its basis by `SVFModel`; it does not know where bases come from. Private names of PEFT were read in
+`SVFModel` gives the layer its basis; the layer doesn't know where bases come from. Private names of PEFT were read in
 0.21.2.
 """
 
@@ -11,7 +11,8 @@ import logging
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ from transformers.pytorch_utils import Conv1D
 from .basis import change, rescale, side_of
 from .config import SVFConfig
 from .fingerprint import Fingerprint
-from .parametrization import Parametrization, offset_of
 from .plans import (
     Factored,
     Load,
@@ -38,22 +38,13 @@ from .plans import (
     split,
     version_of,
 )
-from .weights import held_weight, offloaded, onloaded, refuse_zero3, undo_cpu_packing
+from .targets import of_one_expert
+from .weights import held_weight, offloaded, onloaded, refuse_shared, refuse_zero3, undo_cpu_packing
 
 logger = logging.getLogger(__name__)
 
 BASE = "__base__"  # PEFT's name for "no adapter" in mixed batches
-BUILDING = threading.RLock()  # of threads that find z changed one builds, in the memory of what was there
-
-
-def escape(name: str) -> str:
-    """
-    Turn any adapter name into a key that `nn.ModuleDict` takes: no dots, no name that the class itself uses.
-
-    Ordinary names, `"default"` among them, stay as they are: TRL and PEFT look for them in parameter names.
-    """
-    key = name.replace("%", "%25").replace(".", "%2E")
-    return f"%{ord(key[0]):02X}{key[1:]}" if (key and hasattr(nn.ModuleDict, key)) or key == "training" else key or "%"
+BUILDING = threading.RLock()  # if several threads notice a new z, one rebuilds in place and the others reuse it
 
 
 class Offset(nn.Module):
@@ -64,43 +55,101 @@ class Offset(nn.Module):
         self.weight = nn.Parameter(weight)
 
 
-class OffsetDict(nn.ModuleDict):
-    """A `nn.ModuleDict` of [`Offset`] whose keys are any strings."""
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """
+    Offsets that stand in place of the adapters' in one layer.
 
-    def __init__(self) -> None:
-        self._names: dict[str, str] = {}  # escaped key -> name
-        super().__init__()
+    Args:
+        name (`str`): The layer's module name, for messages.
+        offsets (`torch.Tensor` of shape `(n, k)`): One per mixture; an empty tensor is the base model.
+        index (`torch.Tensor` of shape `(B,)`, *optional*): Batch row, or token of a packed batch -> its offset.
+        lasting (`bool`): The same offset serves many forwards.
+        any_base (`bool`): Some of the offsets are the base model.
+    """
 
-    def __getitem__(self, name: str) -> Offset:
-        return super().__getitem__(escape(name))  # type: ignore[return-value]
+    name: str
+    offsets: Tensor
+    index: Tensor | None = None
+    lasting: bool = False
+    any_base: bool = False
 
-    def __setitem__(self, name: str, module: nn.Module) -> None:
-        super().__setitem__(escape(name), module)
-        self._names[escape(name)] = name
+    @property
+    def mixed(self) -> bool:
+        """Whether rows differ: several offsets, of which each row has its own."""
+        return len(self.offsets) > 1
 
-    def __delitem__(self, name: str) -> None:
-        super().__delitem__(escape(name))
-        del self._names[escape(name)]
+    def of(self, lead: torch.Size, execution: "Execution") -> Tensor:
+        """
+        The offsets of activations of shape `(*lead, n)`, broadcastable to `(*lead, k)`.
 
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and super().__contains__(escape(name))
+        A batch may repeat each row side by side, as beams, returned sequences and the members of a population do.
+        The number of its rows is read where the batch enters the model, never inferred inside it.
 
-    def find(self, name: str) -> Tensor | None:
-        """The offset of an adapter, or `None`: the short way of a forward, without attribute look-ups."""
-        holder = self._modules.get(name if self._names.get(name) == name else escape(name))
-        return None if holder is None else holder.weight  # type: ignore[return-value]
+        Raises:
+            `ValueError`: if the rows of the activations aren't known.
+        """
+        known = len(self.offsets) if self.index is None else len(self.index)
+        rows, tokens = execution.batch or (known, None)
+        offsets = self.offsets if self.index is None else self.offsets[self.index]  # (known, k)
+        packed = tokens is not None and known != rows and known == rows * tokens
+        if packed and lead.numel() == known:
+            return offsets.view(*lead, -1)
+        if not packed and rows % known:
+            raise ValueError(f"There are offsets for {known} rows, but the batch has {rows}.")
+        offsets = offsets if packed or rows == known else offsets.repeat_interleave(rows // known, dim=0)
+        if not packed and len(lead) > 1 and lead[0] == rows and (lead[1] != rows or execution.batch_first):
+            return offsets.view(rows, *[1] * (len(lead) - 1), -1)
+        if not packed and len(lead) == 1 and not of_one_expert(self.name):
+            if lead[0] == rows:  # pooled, or one token for each row
+                return offsets
+            if tokens is not None and lead[0] == rows * tokens and execution.batch_first:
+                return offsets.repeat_interleave(tokens, dim=0)
+        raise ValueError(
+            f"The layer {self.name!r} has activations of shape {(*lead, '...')} in a batch of {rows} rows"
+            + (f" and {tokens} tokens" if tokens else "")
+            + ": which row each of them belongs to isn't known, so the rows can't have z-vectors of their own here. "
+            "Give the batch one mixture, run its rows one by one, or leave the layer out of the targets."
+        )
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
 
-    def keys(self) -> list[str]:  # type: ignore[override]
-        return [self._names[key] for key in self._modules]
+@dataclass(eq=False)
+class Execution:
+    """
+    How the layers of a model compute: one object that all of them share.
 
-    def values(self) -> list[Offset]:  # type: ignore[override]
-        return list(self._modules.values())  # type: ignore[arg-type]
+    Args:
+        plan (`str`): The execution plan that was asked for; [`choose`] decides for each forward.
+        room (`bool`): There is memory for a second copy of the adapted weights.
+        forwards (`int`): Forwards of an optimizer step.
+        generating (`bool`): The same z serves many forwards, in training mode too.
+        trusted (`bool`): The offsets are known to be those that the merged weights were built from.
+        announced (`set`): Plans that the log has mentioned.
+        rows (`dict`): What stands in place of the adapters' offsets, by layer.
+        batch (`tuple[int, int | None]`, *optional*): Rows and tokens of the batch that runs.
+        batch_first (`bool`): The model is known to keep `(rows, tokens, ...)` in this order.
+        call (`int`): Number of the model's running call, 0 outside of one.
+        read (`set`): Layers whose weight was read from outside during the call.
+    """
 
-    def items(self) -> list[tuple[str, Offset]]:  # type: ignore[override]
-        return list(zip(self.keys(), self.values(), strict=True))
+    plan: Plan = "auto"
+    room: bool = True
+    forwards: int = 1
+    generating: bool = False
+    trusted: bool = False
+    announced: set[Plan] = field(default_factory=set)
+    rows: "Mapping[SVFLayer, Rows]" = field(default_factory=dict)
+    batch: tuple[int, int | None] | None = None
+    batch_first: bool = False
+    call: int = 0
+    read: "set[SVFLayer]" = field(default_factory=set)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a model starts outside of any call."""
+        return {"plan": self.plan, "room": self.room, "forwards": self.forwards, "batch_first": self.batch_first}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
 
 def svf_layers(model: nn.Module) -> dict[str, "SVFLayer"]:
@@ -131,19 +180,44 @@ def active_rows(
         offsets (`Mapping[str, torch.Tensor]` of shapes `(n, k)` or `(k,)`):
             Offsets by module name; a layer without any is the base model.
         index (`torch.Tensor` of shape `(B,)`, *optional*):
-            The offset of each row of the batch; default row i has offset i, and all rows share one alone.
+            The offset of each row of the batch, or of each token of a packed one; default row i has offset i. One
+            offset alone serves all rows.
         merge (`bool`):
             Many forwards will follow: if the rows share one offset, a merged copy of the weight pays.
     """
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            rows = offsets.get(name, torch.zeros(0))
-            if rows.numel() == 0:
-                rows = torch.zeros(0)
-            elif rows.dim() == 2:
-                rows = rows[0] if len(rows) == 1 else rows if index is None else rows[index.to(rows.device)]
-            stack.enter_context(layer.rows(rows, merge))
+    rows: dict[SVFLayer, Rows] = {}
+    for name, layer in layers.items():
+        given = offsets.get(name, torch.zeros(0))
+        given = given[None] if given.dim() == 1 and given.numel() else given
+        if given.numel() == 0:
+            given = torch.zeros(0, 0)
+        several = len(given) > 1
+        any_base = several and bool((given == 0).all(-1).any())
+        place = index.to(given.device) if several and index is not None else None
+        rows[layer] = Rows(name, given, place, merge, any_base)
+    with replaced_rows(rows):
         yield
+
+
+@contextmanager
+def replaced_rows(rows: Mapping["SVFLayer", Rows]) -> Iterator[None]:
+    """Let layers use these rows while the context is open; one assignment takes all of them away again."""
+    shared = list({id(layer.execution): layer.execution for layer in rows}.values())
+    before = [execution.rows for execution in shared]
+
+    def reset() -> None:
+        for execution, outer in zip(shared, before, strict=True):
+            execution.rows = outer
+
+    try:
+        try:
+            for execution, outer in zip(shared, before, strict=True):
+                execution.rows = {**outer, **rows}
+            yield
+        finally:
+            reset()
+    finally:
+        reset()  # an interrupt may hit the first one
 
 
 class SVFLayer(BaseTunerLayer):
@@ -151,7 +225,7 @@ class SVFLayer(BaseTunerLayer):
     The state of an adapted module and everything PEFT asks of it.
 
     Attributes:
-        svf_offset (`OffsetDict`):
+        svf_offset (`nn.ModuleDict`):
             Per adapter the trainable `z - 1`, shape `(k,)`, float32.
         svf_basis (`torch.Tensor` of shape `(r, k)`, or `None`):
             The columns of the basis that the adapters move: all `r`, or the largest `rank` of any adapter. Not saved,
@@ -160,15 +234,17 @@ class SVFLayer(BaseTunerLayer):
             Their singular values.
         side (`str`):
             Where the basis multiplies, see [`Basis`].
-        svf_plan (`str`):
-            The execution plan that was asked for; [`choose`] decides for each forward.
+        execution ([`Execution`]):
+            How the model's layers compute.
+        svf_chosen (`str`, or `None`):
+            The plan of the last forward.
     """
 
     base_layer: Any
     bias: Any
     svf_basis: Tensor | None
     svf_values: Tensor | None
-    weight: Tensor
+    svf_shared: tuple[str, ...] = ()  # the places that hold the base weight, if [`note_shared`] found more
     in_features: int
     out_features: int
     get_base_layer: Any
@@ -181,18 +257,9 @@ class SVFLayer(BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
         self.in_features, self.out_features = shape or _get_in_out_features(self.get_base_layer())
         self.side = side_of(self.out_features, self.in_features)
-        self.svf_offset = OffsetDict()
-        self.svf_maps: dict[str, tuple[Parametrization, float]] = {}  # of adapters that train something else
-        self.svf_rows: Tensor | None = None  # (B, k): an offset for each row of the batch, instead of the adapters'
-        self._lasting = True  # the offset in force serves many forwards
-        self._base_rows = False  # some of `svf_rows` are the base model
-        self.svf_plan: Plan = "auto"
-        self.svf_room = True  # memory for a second weight
-        self.svf_forwards = 1  # forwards of an optimizer step
-        self.svf_generating = False  # the same z serves the forwards of `generate`, in training mode too
-        self.svf_trusted = False  # the offset is known to be the one that `svf_merged` was built from
-        self.svf_chosen: Plan | None = None  # for the last forward
-        self.svf_announced: set[Plan] | None = None  # the model's first layer logs each plan once
+        self.svf_offset = nn.ModuleDict()
+        self.execution = Execution()
+        self.svf_chosen: Plan | None = None
         self.svf_merged: Merged | None = None
         self.svf_factored: Factored | None = None
         self.merged_adapters: list[str] = []
@@ -200,6 +267,26 @@ class SVFLayer(BaseTunerLayer):
         self.svf_fingerprint: Fingerprint | None = None
         self._pristine: Any = None
         self._known: tuple[Tensor, ...] = ()  # the base parameter when the plan was set, see `_plain`
+        self._ran = 0  # number of the model's call in which this layer ran last
+
+    @property
+    def rows(self) -> Rows | None:
+        """What stands in place of the adapters' offsets, if anything does."""
+        rows = self.execution.rows
+        return rows.get(self) if rows else None
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight. A parent that reads it and then doesn't run the layer would ignore z."""
+        if not torch.compiler.is_compiling() and self.execution.call:
+            self.execution.read.add(self)
+        return self.held
+
+    @property
+    def held(self) -> Tensor:
+        """The base layer's weight, for the layer's own use."""
+        base = self.get_base_layer()
+        return base.qweight if hasattr(base, "qweight") else base.weight
 
     @property
     def directions(self) -> int:
@@ -208,8 +295,13 @@ class SVFLayer(BaseTunerLayer):
 
     @property
     def base_weight(self) -> Tensor:
-        """The parameter that holds the base weight, as the base layer keeps it; of packed layers the packed one."""
+        """The parameter that holds the base weight, as the base layer keeps it; if the layer is packed, packed."""
         return held_weight(self.get_base_layer())
+
+    @property
+    def moves(self) -> bool:
+        """Whether an adapter is in force here, so that the layer should run."""
+        return not self.merged and not self.disable_adapters and self._offset_in_force(self.rows) is not None
 
     def size_of(self, rank: int | None) -> int:
         """The length of a z-vector that moves the `rank` largest singular values; `None`: all."""
@@ -222,9 +314,13 @@ class SVFLayer(BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: SVFConfig) -> None:
         """Add the offset of an adapter, 0 everywhere (z = 1) unless `config.init_weights` is `False`."""
         size = self.size_of(config.rank)
-        self.svf_maps.pop(adapter_name, None)
-        if config.parametrization != "offset":
-            self.svf_maps[adapter_name] = (config.parametrization, config.limit)
+        if adapter_name not in self.svf_offset and (
+            not adapter_name or "." in adapter_name or hasattr(self.svf_offset, adapter_name)
+        ):
+            raise ValueError(
+                f"An adapter can't be named {adapter_name!r}: a name has no dots, isn't empty, and isn't one of a "
+                "`torch.nn.ModuleDict`'s attributes. Choose another name."
+            )
         self.svf_offset[adapter_name] = Offset(torch.zeros(size) if config.init_weights else 0.5 * torch.randn(size))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -287,34 +383,11 @@ class SVFLayer(BaseTunerLayer):
             self._restore(merged)
         return weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
 
-    @contextmanager
-    def rows(self, offsets: Tensor | None, merge: bool = True) -> Iterator[None]:
-        """
-        Put offsets in place of the adapters' while the context is open.
-
-        Args:
-            offsets (`torch.Tensor`, *optional*):
-                `(B, k)` gives each row of the batch its own, `(k,)` all rows one, an empty tensor the base model;
-                `None` changes nothing.
-            merge (`bool`):
-                One offset `(k,)` serves many forwards: a merged copy of the weight pays. `False` for a single one.
-        """
-        before = self.svf_rows, self._lasting, self._base_rows
-        if offsets is not None:
-            self.svf_rows, self._lasting = offsets, merge
-            self._base_rows = offsets.dim() == 2 and bool((offsets == 0).all(-1).any())
-        try:
-            yield
-        finally:
-            self.svf_rows, self._lasting, self._base_rows = before
-
     def named_offsets(self, adapter_names: list[str]) -> Tensor:
-        """Stack the offsets of adapters into `(B, k)`: 0 for the base, and where an adapter has none here."""
+        """Stack the offsets of adapters into `(n, k)`: 0 for the base, and for an adapter that has none here."""
         width = self._basis().shape[:-2].numel() * self._basis().shape[-1]
         zero = torch.zeros(width, device=self._basis().device)
-        unique = list(dict.fromkeys(adapter_names))
-        table = torch.stack([self._padded(name) if name in self.svf_offset else zero for name in unique])
-        return table[torch.tensor([unique.index(name) for name in adapter_names], device=table.device)]
+        return torch.stack([self._padded(name) if name in self.svf_offset else zero for name in adapter_names])
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`W' - W` of one adapter, in the shape and dtype of the base weight (`Conv1D`: transposed)."""
@@ -341,6 +414,7 @@ class SVFLayer(BaseTunerLayer):
         """
         if isinstance(self.base_weight, DTensor):
             raise TypeError("A sharded weight cannot be merged: save the adapter and merge it into the whole model.")
+        refuse_shared(self)
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.svf_offset]
         for name in names:
             weight = self.logical_weight()
@@ -349,9 +423,9 @@ class SVFLayer(BaseTunerLayer):
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             self._pristine = self._pristine or self._snapshot()
-            self.set_base_weight(merged.T.contiguous() if isinstance(self.get_base_layer(), Conv1D) else merged)
-            self.merged_adapters.append(name)
             self.svf_merged = self.svf_factored = None
+            self.merged_adapters.append(name)  # first, so that an interrupted merge can be undone
+            self.set_base_weight(merged.T.contiguous() if isinstance(self.get_base_layer(), Conv1D) else merged)
 
     def unmerge(self) -> None:
         """Put the pristine weight back, to the bit."""
@@ -359,8 +433,8 @@ class SVFLayer(BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self._restore(self._pristine)
-        self._pristine = None
         self.merged_adapters.clear()
+        self._pristine = None
 
     def _snapshot(self) -> tuple[Any, ...]:
         """Keep what `set_base_weight` replaces: the tensor, or for packed weights the parameter with its state."""
@@ -393,27 +467,7 @@ class SVFLayer(BaseTunerLayer):
         return self.svf_basis
 
     def _padded(self, adapter_name: str) -> Tensor:
-        return self.padded(self.offset(adapter_name))
-
-    def offset(self, adapter_name: str) -> Tensor:
-        """The offset `z - 1` of an adapter, for the directions it moves."""
-        return self.mapped(adapter_name, self.svf_offset[adapter_name].weight)
-
-    def mapped(self, adapter_name: str, parameter: Tensor) -> Tensor:
-        """The offset of an adapter from what it trains."""
-        if adapter_name not in self.svf_maps:
-            return parameter
-        return offset_of(parameter, *self.svf_maps[adapter_name], self._values_of(parameter))
-
-    def _values_of(self, parameter: Tensor) -> Tensor | None:
-        return None if self.svf_values is None else self.svf_values[: len(parameter)]
-
-    def fold_parametrization(self, adapter_name: str) -> None:
-        """Replace what an adapter trains by the offset it stands for."""
-        if adapter_name in self.svf_maps:
-            parameter = self.svf_offset[adapter_name].weight
-            parameter.data = self.mapped(adapter_name, parameter.data)
-            del self.svf_maps[adapter_name]
+        return self.padded(self.svf_offset[adapter_name].weight)
 
     def _rescale(self, weight: Tensor, offset: Tensor) -> Tensor:
         return rescale(weight, self._basis(), offset)
@@ -424,16 +478,20 @@ class SVFLayer(BaseTunerLayer):
         return F.pad(offset, (0, missing)) if missing else offset
 
     def _active_offset(self) -> Tensor | None:
-        """The offset in force, `(k,)` or `(B, k)`, or `None` where no adapter moves this weight."""
-        if self.svf_rows is not None:
-            return self.svf_rows if len(self.svf_rows) else None
-        offsets: Any = self._modules["svf_offset"]
+        """The offset `(k,)` of the active adapters, or `None` if none of them moves this weight."""
+        offsets: Any = self._modules["svf_offset"]._modules  # type: ignore[union-attr]
         total = None
         for name in [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter:
-            if (offset := offsets.find(name)) is not None:
-                offset = self.padded(self.mapped(name, offset) if self.svf_maps else offset)
+            if (holder := offsets.get(name)) is not None:
+                offset = self.padded(holder.weight)
                 total = offset if total is None else total + offset
         return total
+
+    def _offset_in_force(self, rows: Rows | None) -> Tensor | None:
+        """The one offset `(k,)` that all rows share; `None` for the base model."""
+        if rows is None:
+            return self._active_offset()
+        return rows.offsets[0] if len(rows.offsets) else None
 
     def _without_bias(self, x: Tensor, y: Tensor) -> Tensor:
         """
@@ -446,30 +504,14 @@ class SVFLayer(BaseTunerLayer):
                 return self._without_bias(x, y)
         if y.dtype not in (torch.bfloat16, torch.float16) or self.quantization_backend is not None:
             return y - self.bias
-        weight = self.weight.T if isinstance(self.get_base_layer(), Conv1D) else self.weight
-        return F.linear(x, weight)
-
-
-def _spread(offset: Tensor, x: Tensor) -> Tensor:
-    """
-    Bring an offset `(B, k)` to the shape of `x (N, ..., n)`, `N` a multiple of `B`: row i serves the i-th part of `x`.
-
-    Beams and returned sequences repeat each row of a batch, and some models (OPT) flatten batch and tokens before
-    their MLP: in both, the rows of one sample lie side by side.
-    """
-    if offset.dim() == 1:
-        return offset
-    if x.shape[0] % offset.shape[0]:
-        raise ValueError(f"There are offsets for {offset.shape[0]} rows, but the batch has {x.shape[0]}.")
-    offset = offset.repeat_interleave(x.shape[0] // offset.shape[0], dim=0)
-    return offset.view(x.shape[0], *[1] * (x.dim() - 2), -1)
+        return F.linear(x, self.held.T if isinstance(self.get_base_layer(), Conv1D) else self.held)
 
 
 def capturing(x: Tensor) -> bool:
     """
     Whether a CUDA graph is being captured: nothing may wait for the device, and replays must see later values of z.
 
-    The narrow plan reads z where it lies: the parameter of the adapter, or the tensor given to `rows`.
+    The narrow plan reads z from the adapter's parameter itself, or from the tensor given to [`active_rows`].
     """
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
@@ -509,7 +551,10 @@ class Linear(nn.Module, SVFLayer):
         return self
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not (args or kwargs or torch.compiler.is_compiling()) and (kept := self._kept_for(x)) is not None:
+        rows, compiling = self.rows, torch.compiler.is_compiling()
+        if not compiling and self.execution.call:
+            self.__dict__["_ran"] = self.execution.call  # the short way around `nn.Module.__setattr__`
+        if not (args or kwargs or compiling) and (kept := self._kept_for(x, rows)) is not None:
             if isinstance(kept, Merged):
                 return F.linear(x, kept.weight, kept.bias)
             assert kept.scale is not None
@@ -518,45 +563,50 @@ class Linear(nn.Module, SVFLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        offset = None if self.merged else self._active_offset()
-        if offset is None:
+        mixed = rows is not None and rows.mixed
+        offset = None if self.merged or mixed else self._offset_in_force(rows)
+        if offset is None and (not mixed or self.merged):
             return self.base_layer(x, *args, **kwargs)
         autocast = torch.is_autocast_enabled(x.device.type)
         if not autocast and self.quantization_backend is None:
-            x = self._cast_input_dtype(x, self.weight.dtype)
+            x = self._cast_input_dtype(x, self.held.dtype)
         if self._basis().device != x.device and not x.is_meta:
             self._move_basis(x.device)  # accelerate's offload moves the weight only while the layer runs
-        self.svf_chosen = "narrow" if args or kwargs else self._plan(x, offset)
+        spread = rows.of(x.shape[:-1], self.execution) if mixed else offset  # type: ignore[union-attr]
+        assert spread is not None
+        self.svf_chosen = "narrow" if args or kwargs else self._plan(x, spread, rows)
         if self.svf_chosen == "merged":
-            merged = self._merged_for(offset, torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
+            merged = self._merged_for(spread, torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
             if merged is not None:
                 with torch.autocast(x.device.type, enabled=False):
-                    return merged_linear(x.to(merged.weight.dtype), offset, merged)
+                    return merged_linear(x.to(merged.weight.dtype), spread, merged)
             self.svf_chosen = "narrow"
         if self.svf_chosen == "factored":
-            factored, scale = self._factored(), 1 + _spread(offset, x)
-            if not torch.is_grad_enabled():
-                factored.remember(x, offset, scale)
+            factored, scale = self._factored(), 1 + spread
+            if rows is not None and not torch.is_grad_enabled():
+                factored.remember((rows, x.shape[:-1], self.execution.batch), rows.offsets, scale)
             return factored_linear(x, factored, scale)
-        Q, offset = self._basis(), _spread(offset, x)
+        Q = self._basis()
         if self.side == "in":
-            return self.base_layer(x + change(x, Q, offset), *args, **kwargs)
+            return self.base_layer(x + change(x, Q, spread), *args, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
         u = y if self.bias is None else self._without_bias(x, y)
-        return y + change(u, Q, offset)
+        return y + change(u, Q, spread)
 
-    def _kept_for(self, x: Tensor) -> Merged | Factored | None:
+    def _kept_for(self, x: Tensor, rows: Rows | None) -> Merged | Factored | None:
         """
         What the last forward of inference built, if this one repeats it with the same z: the short way, for decoding.
 
-        It asks what `forward`, `_plan` and `_merged_for` ask, without their attribute look-ups (25 -> 2 microseconds).
+        It checks what `forward`, `_plan` and `_merged_for` check, without their attribute look-ups (25 -> 2
+        microseconds).
         """
         kept = self.svf_merged if self.svf_chosen == "merged" else self.svf_factored
+        execution = self.execution
         if (
             kept is None
-            or (self.training and not self.svf_generating)
+            or (self.training and not execution.generating)
             or self._disable_adapters
             or self.merged_adapters
             or torch.is_grad_enabled()
@@ -568,38 +618,40 @@ class Linear(nn.Module, SVFLayer):
         weight = base._parameters.get("weight")
         if weight is None or not _untouched(base) or kept.key != _key(weight, x.dtype):
             return None
-        if isinstance(kept, Merged):
-            known = self._lasting and (self.svf_trusted or self._holds(kept, self._active_offset()))
-        else:
-            known = self.svf_chosen == "factored" and kept.knows(x, self.svf_rows)
-        return kept if known else None
+        if not isinstance(kept, Merged):
+            same = rows is not None and self.svf_chosen == "factored"
+            return kept if same and kept.knows((rows, x.shape[:-1], execution.batch), rows.offsets) else None  # type: ignore[union-attr]
+        if rows is None:
+            return kept if execution.trusted or self._holds(kept, self._active_offset()) else None
+        same = rows.lasting and not rows.mixed and self._holds(kept, self._offset_in_force(rows))
+        return kept if same else None
 
     def _holds(self, merged: Merged, offset: Tensor | None) -> bool:
         """Whether a merged weight was built from these values: writes through `.data` leave version counters alone."""
-        return offset is not None and offset.dim() == 1 and torch.equal(merged.offset, offset)
+        return offset is not None and torch.equal(merged.offset, offset)
 
-    def _plan(self, x: Tensor, offset: Tensor) -> Plan:
+    def _plan(self, x: Tensor, offset: Tensor, rows: Rows | None) -> Plan:
         if torch.compiler.is_compiling() or capturing(x) or not self._plain():
             refuse_zero3(self.base_weight)
             return "narrow"
-        rows = offset.dim() == 2
+        execution = self.execution
         load = Load(
-            tokens=x.shape[:-1].numel() * self.svf_forwards,
+            tokens=x.shape[:-1].numel() * execution.forwards,
             long=max(self.in_features, self.out_features),
             r=self.directions,
             k=offset.shape[-1],
             # not whether gradients are on: checkpointing runs a first forward without, and both must agree to the bit
-            training=self.training and offset.requires_grad and not self.svf_generating,
-            rows=rows,
-            base_rows=self._base_rows,
-            lasting=self._lasting,
-            room=self.svf_room,
+            training=self.training and offset.requires_grad and not execution.generating,
+            rows=rows is not None and rows.mixed,
+            base_rows=rows is not None and rows.any_base,
+            lasting=rows is None or rows.lasting,
+            room=execution.room,
             precise=torch.finfo(self._basis().dtype).eps <= torch.finfo(self.base_layer.weight.dtype).eps,
         )
-        chosen = choose(self.svf_plan, load)
-        if self.svf_announced is not None and chosen not in self.svf_announced:
-            self.svf_announced.add(chosen)
-            logger.info(f"SVF plan {chosen!r} of {self.svf_plan!r} for {load}.")
+        chosen = choose(execution.plan, load)
+        if chosen not in execution.announced:
+            execution.announced.add(chosen)
+            logger.info(f"SVF plan {chosen!r} of {execution.plan!r} for {load}.")
         return chosen
 
     def _plain(self) -> bool:
@@ -633,17 +685,21 @@ class Linear(nn.Module, SVFLayer):
         """The merged copy of the weight for an offset, built where it is not there."""
         key = _key(self.base_layer.weight, dtype)
 
-        def found() -> Merged | None:
+        trusted = self.execution.trusted and self.rows is None
+
+        def built() -> Merged | None:
             merged = self.svf_merged
-            same = merged is not None and merged.key == key and (self.svf_trusted or self._holds(merged, offset))
+            same = merged is not None and merged.key == key and (trusted or self._holds(merged, offset))
             return merged if same else None
 
-        if (merged := found()) is not None:
+        if (merged := built()) is not None:
             return merged
         bias = self.base_layer.bias
         assert self.svf_basis is not None and self.svf_values is not None
         with BUILDING:
-            if (merged := found()) is None:
+            if (merged := built()) is None:
+                # an interrupted build must not leave the old weight's name on what is half another's
+                old, self.svf_merged = self.svf_merged, None
                 merged = self.svf_merged = fold(
                     self.logical_weight().to(dtype),
                     bias if bias is None else bias.to(dtype),
@@ -652,15 +708,15 @@ class Linear(nn.Module, SVFLayer):
                     self.svf_values,
                     offset.detach(),
                     key,
-                    self.svf_merged,
+                    old,
                 )
         return merged
 
     def extra_repr(self) -> str:
         kept = self.directions if self.svf_basis is None else self.svf_basis.shape[-1]
-        chosen = f" ({self.svf_chosen})" if self.svf_plan == "auto" and self.svf_chosen else ""
-        own = f"side={self.side!r}, directions={kept}, plan={self.svf_plan + chosen!r}"
-        return ", ".join(filter(None, [quantization_extra_repr(self), own]))
+        chosen = f" ({self.svf_chosen})" if self.execution.plan == "auto" and self.svf_chosen else ""
+        svf = f"side={self.side!r}, directions={kept}, plan={self.execution.plan + chosen!r}"
+        return ", ".join(filter(None, [quantization_extra_repr(self), svf]))
 
     def __repr__(self) -> str:
         return "svf." + super().__repr__()

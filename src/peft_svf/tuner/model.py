@@ -8,30 +8,44 @@ Private names of PEFT were read in 0.21.2.
 import logging
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from psutil import virtual_memory
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .bases import Known, absent, bases_of, checked_bases
+from .basis import Basis, deviation, exact, tolerance
+from .cache import content_key
 from .config import SVFConfig
-from .layer import BASE, Linear, SVFLayer, escape, svf_layers
+from .fingerprint import Fingerprint, Recorded, check
+from .layer import BASE, Execution, Linear, SVFLayer, active_rows, svf_layers
 from .plans import PLANS, Plan
 from .stacked import ParamWrapper
-from .targets import DEFAULT_TARGETS, adaptable, default_targets
-from .weights import onloaded, undo_cpu_packing
+from .targets import DEFAULT_TARGETS, adaptable, batch_first, default_targets, reads_weight
+from .weights import (
+    Known,
+    Reader,
+    absent,
+    bases_of,
+    note_shared,
+    onloaded,
+    refuse_parallel,
+    refuse_unknown,
+    undo_cpu_packing,
+)
 
 logger = logging.getLogger(__name__)
-MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}  # their kernels read the weight of `out_proj`
+MISFIT = 0.35  # SmolLM2's weights in 4 bits are below 0.2 and in 3 bits below 0.3; another layer's lie above 0.4
+LARGEST = 1e4  # of an offset; trained ones stay below 10
 
 
 class SVFModel(BaseTuner):
@@ -45,22 +59,17 @@ class SVFModel(BaseTuner):
     prefix = "svf_"
     tuner_layer_cls = SVFLayer
     target_module_mapping = DEFAULT_TARGETS  # type: ignore[assignment]
-    _waiting = False  # for weights that were on the meta device when their bases were asked for
+    execution: Execution
+    _calls = 0
+    _waiting = False  # some bases come later: their weights are on the meta device, or a file brings them
     _unfilled: frozenset[str] = frozenset()  # adapters made for a file that has not been read yet
+    _unchecked: frozenset[str] = frozenset()  # adapters whose fingerprint has not been compared yet
     _asked: tuple[Plan, int] | None = None  # by `set_plan`
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # A bare config, not PEFT's dict by name: transformers loads an adapter into its own model. Where its file's
-        # keys would not reach the parameters it says nothing, and the base model would answer (read in 5.23.0).
-        loading = (
-            isinstance(peft_config, SVFConfig) and peft_config.fingerprint and not peft_config.fingerprint_recorded
-        )
-        if loading and escape(adapter_name) != adapter_name:
-            raise ValueError(
-                f"transformers' `load_adapter` cannot fill an adapter named {adapter_name!r}: it writes the name into "
-                "parameter names, which takes no dots, no '%' and no name of a `torch.nn.ModuleDict` method. Choose "
-                "another name, or load it with `PeftModel.from_pretrained`, which takes any."
-            )
+        self.__dict__["execution"] = Execution()
+        self._defers = not isinstance(peft_config, SVFConfig)  # transformers does not hand a file's tensors over
+        self._brought: dict[str, tuple[str, str]] = {}  # weight -> adapter and digest of a basis that only it may use
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -73,51 +82,91 @@ class SVFModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        merged = {layer: list(layer.merged_adapters) for layer in svf_layers(model).values()}
         if not svf_layers(model):
             self._trainable_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         try:
-            bases = checked_bases(model, adapter_name, config, self._source)
-            if config.fingerprint and not config.fingerprint_recorded:
+            refuse_parallel(model)
+            if _from_file(config):
+                config.list_modules()
+                _adopt_names(model, config)
                 self._unfilled |= {adapter_name}
+                self._unchecked |= {adapter_name}
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            self.fetch_bases(bases)
+            if _from_file(config) and config.save_basis and self._defers:
+                self._waiting = True  # until `_remap_adapter_state_dict_for_load` has read the basis in the file
+            else:
+                self.fetch_bases()
+            if _from_file(config) and not self._defers:
+                self._guard_loading(model, adapter_name, config)
         except BaseException:
+            self._unfilled -= {adapter_name}
+            self._unchecked -= {adapter_name}
             _remove(model, adapter_name)
             for parameter, requires_grad in frozen:
                 parameter.requires_grad_(requires_grad)
+            for layer, names in merged.items():
+                if names and not layer.merged:  # PEFT unmerges before it adds an adapter
+                    layer.merge(adapter_names=names)
             if hasattr(model, "_hf_peft_config_loaded") and not hasattr(model, "peft_config"):
                 # transformers' `add_adapter` sets it before it comes here
                 model._hf_peft_config_loaded = False  # type: ignore[assignment]
             raise
 
+    def _guard_loading(self, model: nn.Module, adapter_name: str, config: SVFConfig) -> None:
+        """
+        Check the keys of the file that transformers' `load_adapter` reads next: it would load any tensor of the base.
+
+        It calls no hook of a tuner, only this method of the model (read in 5.23.0), which is guarded for one call.
+        """
+        original = model._load_pretrained_model  # type: ignore[operator]
+
+        def load(*args: Any, checkpoint_files: Any = None, state_dict: Any = None, **kwargs: Any) -> Any:
+            vars(model).pop("_load_pretrained_model", None)
+            keys = set(state_dict or {})
+            for path in checkpoint_files or ():
+                with safe_open(path, "pt") as file:
+                    keys |= set(file.keys())
+            kept = [*(config.modules_to_save or ()), *_token_modules(config)]
+            own = {key for key in keys if key.rpartition(".svf_")[1] or any(f".{m}." in f".{key}" for m in kept)}
+            if extra := sorted(key for key in keys if key not in own or ".base_layer." in key):
+                _remove(model, adapter_name)
+                del self.peft_config[adapter_name]
+                model._hf_peft_config_loaded = bool(self.peft_config)  # type: ignore[assignment]
+                raise ValueError(_extra_tensors(adapter_name, extra))
+            return original(*args, checkpoint_files=checkpoint_files, state_dict=state_dict, **kwargs)
+
+        if hasattr(model, "_hf_peft_config_loaded"):
+            vars(model)["_load_pretrained_model"] = load
+
     def fetch_bases(self, known: Known | None = None) -> None:
         """
         Give every SVF layer its basis, from the cache or by computing it; layers that have theirs are left alone.
 
-        Weights on the meta device get none until they are loaded; then the next forward of the `PeftModel` does it.
+        Fingerprints of loaded adapters are compared first: a refusal changes no layer. Weights on the meta device get
+        no basis until they are loaded; then the next forward of the `PeftModel` does it.
 
         Args:
             known (`dict`, *optional*):
-                Bases by module name that are at hand already, of adapters whose fingerprint is checked.
+                Verified bases by module name that an adapter has brought along.
 
         Raises:
             `ValueError`: if an adapter's fingerprint names another base, or needs more directions than are known.
         """
-        layers, self._waiting = {}, False
+        layers, known, self._waiting = {}, known or {}, False
         for name, layer in svf_layers(self.model).items():
             matrices = getattr(layer, "matrices", 1)
             needed = max((offset.weight.shape[0] // matrices for offset in layer.svf_offset.values()), default=0)
             have = 0 if layer.svf_basis is None else layer.svf_basis.shape[-1]
-            if have < needed and absent(layer.get_base_layer(), layer.base_weight):
+            if have < needed and absent(layer):
                 self._waiting = True
             elif have < needed:
                 layers[layer.weight_name(name)] = (layer, needed)
-        if known is None:
-            known = {}
-            for adapter_name, config in self.peft_config.items() if layers else ():
-                known |= checked_bases(self.model, adapter_name, config, self._source)
-        short = [n for n, (_, needed) in layers.items() if n not in known or known[n][0].Q.shape[-1] < needed]
+        short = {n: layer for n, (layer, k) in layers.items() if n not in known or known[n][0].Q.shape[-1] < k}
         known = known | bases_of(self.model, short, self._source)
+        for adapter_name in [] if self._waiting else sorted(self._unchecked):
+            self.check_fingerprint(adapter_name, self.peft_config[adapter_name], known)
+            self._unchecked -= {adapter_name}
         for name, (layer, needed) in layers.items():
             basis, fingerprint = known[name]
             if layer.svf_fingerprint is not None and layer.svf_fingerprint.sha256 != fingerprint.sha256:
@@ -127,17 +176,117 @@ class SVFModel(BaseTuner):
                     "directions (an adapter with rank=None and save_basis=True)."
                 )
             layer.svf_fingerprint = fingerprint
-            wanted = basis.Q.dtype
-            if wanted == torch.float32:
-                wanted = getattr(torch, next(iter(self.peft_config.values())).basis_dtype)
             Q = basis.Q if needed == basis.Q.shape[-1] else basis.Q[..., :needed].clone()
-            layer.set_basis(Q.to(layer.base_layer_device(), wanted), basis.S[..., :needed])
+            dtype = self._basis_dtype(layer) if Q.dtype == torch.float32 else Q.dtype
+            layer.set_basis(Q.to(layer.base_layer_device(), dtype), basis.S[..., :needed])
+        note_shared(self.model, svf_layers(self.model))
         self._follow(*(self._asked or (next(iter(self.peft_config.values())).plan, 1)))
+
+    def check_fingerprint(self, adapter_name: str, config: SVFConfig, known: Known | None = None) -> None:
+        """
+        Compare the fingerprint of a saved adapter with the weights of this model.
+
+        Args:
+            adapter_name (`str`): What messages call the adapter.
+            config (`SVFConfig`): Its config; one without a fingerprint fits every model.
+            known (`dict`, *optional*): Bases by module name of layers that have none yet.
+
+        Raises:
+            `ValueError`: if the adapter belongs to another base.
+        """
+        saved = {name: Fingerprint.from_json(entry) for name, entry in (config.fingerprint or {}).items()}
+        layers = {layer.weight_name(name): layer for name, layer in svf_layers(self.model).items()}
+        own = {name: layer.svf_fingerprint for name, layer in layers.items() if layer.svf_fingerprint is not None}
+        own |= {name: fingerprint for name, (_, fingerprint) in (known or {}).items()}
+        for name in saved:
+            if name in self._brought and self._brought[name][0] != adapter_name and name not in (known or {}):
+                raise ValueError(
+                    f"The basis of {name} came with adapter {self._brought[name][0]!r} and cannot be compared with "
+                    f"the weight here, so adapter {adapter_name!r} is not given it: load each on a base of its own, "
+                    "or load both on the base they were trained on."
+                )
+        here = getattr(self.model, "name_or_path", "") or type(self.model).__name__
+        if getattr(self.model, "is_quantized", False):
+            here += " (quantised)"
+        check(
+            saved,
+            own,
+            absent=[name for name in saved if name not in layers],
+            adapter=adapter_name,
+            here=here,
+            there=config.base_model_name_or_path,
+        )
+
+    def _take_bases(self, adapter_name: str, config: SVFConfig, shipped: dict[str, dict[str, Tensor]]) -> None:
+        """
+        Verify the bases that a file has brought along, and give the layers theirs.
+
+        A basis counts if it fits the weight to rounding, as in the cache. If the weights here are rounded relative to
+        those of the adapter (quantised, or in another dtype), it may be off by `MISFIT`; it then serves this adapter
+        alone.
+        """
+        layers = {layer.weight_name(name): layer for name, layer in svf_layers(self.model).items()}
+        read = Reader(self.model, layers, self._source)
+        known: Known = {}
+        for name, tensors in shipped.items():
+            layer, entry = layers.get(name), (config.fingerprint or {}).get(name)
+            if layer is None or entry is None or adapter_name not in layer.svf_offset or absent(layer):
+                continue
+            Q, S, fingerprint = tensors.get("svf_basis"), tensors.get("svf_values"), Fingerprint.from_json(entry)
+            lead = (layer.matrices,) if getattr(layer, "matrices", 1) > 1 else ()
+            k = layer.svf_offset[adapter_name].weight.shape[0] // getattr(layer, "matrices", 1)
+            if (
+                Q is None
+                or S is None
+                or not Q.is_floating_point()
+                or Q.shape[:-1] != (*lead, layer.directions)
+                or S.shape != (*lead, Q.shape[-1])
+                or not k <= Q.shape[-1] <= layer.directions
+            ):
+                raise ValueError(
+                    f"Adapter {adapter_name!r} has brought along a basis of shape "
+                    f"{tuple(() if Q is None else Q.shape)} for {name}, which does not belong to a weight of "
+                    f"{layer.out_features} x {layer.in_features} and {k} directions: its files are of different "
+                    "experts. Fetch both again."
+                )
+            digest = content_key(Q) + content_key(S)
+            if name in self._brought and self._brought[name][1] == digest:
+                self._brought[name] = (adapter_name, digest)
+                continue
+            if layer.svf_basis is not None:  # a later adapter uses the basis that is there, or is refused
+                continue
+            if getattr(layer.quantization_backend, "supports_merge", True):
+                values = exact(read(name))
+                apart = deviation(values, Q.to(values.device), S.to(values.device))
+                if apart > tolerance(torch.float32) and content_key(values) == fingerprint.sha256:
+                    if apart <= 4 * torch.finfo(Q.dtype).eps:
+                        continue  # it was saved in fewer digits than the one that this weight gives
+                    apart = float("inf")
+                if not apart <= MISFIT:
+                    raise ValueError(
+                        f"Adapter {adapter_name!r} does not belong to this base model: the basis that it has brought "
+                        f"along for {name} does not fit the weight here (distance {apart:.2g}; 4 bits make 0.2, at "
+                        f"most {MISFIT:g} is accepted). Load {config.base_model_name_or_path!r}."
+                    )
+                if apart > tolerance(torch.float32):
+                    self._brought[name] = (adapter_name, digest)
+            else:
+                self._brought[name] = (adapter_name, digest)
+            known[name] = Basis(layer.side, Q, S), fingerprint
+        self.fetch_bases(known)
 
     @property
     def _source(self) -> str:
         """Where the values of weights come from: the first adapter of a model decides."""
         return next(iter(self.peft_config.values())).basis_from
+
+    def _basis_dtype(self, layer: SVFLayer) -> torch.dtype:
+        """Return the dtype of a float32 basis in memory: the first adapter of a model decides, see [`SVFConfig`]."""
+        config = next(iter(self.peft_config.values()))
+        if config.basis_dtype == "auto":
+            narrow = layer.base_weight.dtype == torch.bfloat16 and not config.save_basis
+            return torch.bfloat16 if narrow else torch.float32
+        return getattr(torch, config.basis_dtype)
 
     def set_plan(self, plan: Plan, forwards_per_step: int = 1) -> None:
         """
@@ -160,25 +309,17 @@ class SVFModel(BaseTuner):
         self._follow(plan, forwards_per_step)
 
     def _follow(self, plan: Plan, forwards_per_step: int) -> None:
-        layers = list(svf_layers(self.model).values())
-        room = _room(layers)
+        layers = svf_layers(self.model)
+        room = _room(list(layers.values()))
         if not room and plan == "auto":
             logger.info("There is no memory for a merged copy of the adapted weights: SVF uses the narrow plan.")
-        for index, layer in enumerate(layers):
-            layer.svf_plan, layer.svf_forwards, layer.svf_room = plan, forwards_per_step, room
+        execution = self.execution
+        execution.plan, execution.forwards, execution.room, execution.announced = plan, forwards_per_step, room, set()
+        execution.batch_first = batch_first(self.model)
+        for layer in layers.values():
+            layer.execution = execution
             layer.svf_merged = layer.svf_factored = None
-            layer.svf_announced = set() if index == 0 else None
             layer._known = (layer.base_weight,)
-
-    def fold_parametrization(self, adapter_name: str = "default") -> None:
-        """
-        Turn an adapter that trains a mask into one that trains the offsets themselves; what it answers stays.
-
-        Experts are shared and mixed as offsets: do this when training is over, before saving.
-        """
-        for layer in svf_layers(self.model).values():
-            layer.fold_parametrization(adapter_name)
-        self.peft_config[adapter_name].parametrization = "offset"
 
     def svf_memory(self) -> dict[str, dict[str, int]]:
         """
@@ -198,38 +339,6 @@ class SVFModel(BaseTuner):
             undo_cpu_packing(module)
         return super().train(mode)
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge as PEFT does; an adapter that `safe_merge` refuses leaves every weight as it was, not only its own."""
-        before = self._merged()
-        try:
-            super().merge_adapter(adapter_names, safe_merge)
-        except BaseException:
-            self._restore_merged(before)
-            raise
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
-        if merge and safe_merge:  # try all weights before the first layer is gone
-            before = self._merged()
-            self.merge_adapter(adapter_names, safe_merge=True)
-            self._restore_merged(before)
-        return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
-
-    def _merged(self) -> dict[SVFLayer, list[str]]:
-        return {layer: list(layer.merged_adapters) for layer in svf_layers(self.model).values()}
-
-    def _restore_merged(self, before: dict[SVFLayer, list[str]]) -> None:
-        for layer, names in before.items():
-            if layer.merged_adapters != names:
-                layer.unmerge()
-                if names:
-                    layer.merge(adapter_names=names)
-
     def withdraw(self, adapter_name: str) -> None:
         """Take back an adapter whose file was refused: the others go on, and after the first the base is as it was."""
         if len(self.peft_config) > 1:
@@ -238,15 +347,9 @@ class SVFModel(BaseTuner):
         for name, parameter in self.unload().named_parameters():
             parameter.requires_grad_(name in self._trainable_before)
 
-    def add_weighted_adapter(
-        self,
-        adapters: list[str],
-        weights: list[float],
-        adapter_name: str,
-        combination_type: Literal["linear", "sum"] = "linear",
-    ) -> None:
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """
-        Add an adapter that is a mixture of others.
+        Add an adapter that is a mixture of others: `z = 1 + Σ αᵢ (zᵢ - 1)`; what is left of 1 belongs to the base.
 
         Args:
             adapters (`list[str]`):
@@ -255,10 +358,6 @@ class SVFModel(BaseTuner):
                 One weight α per adapter, any finite numbers.
             adapter_name (`str`):
                 Name of the new adapter; an existing one is left as it is.
-            combination_type (`str`):
-                `"linear"`: `z = 1 + Σ αᵢ (zᵢ - 1)`, what is left of 1 belongs to the base; the paper's `Σ αᵢ zᵢ` where
-                `Σ αᵢ = 1`. `"sum"`: the literal `Σ αᵢ zᵢ`, which with `Σ αᵢ != 1` scales whole weights (MLP weights
-                times 0.5 take SmolLM2's loss from 2.2 to 21.7).
 
         Raises:
             `ValueError`: for an unknown adapter, a weight that is not finite, lengths that differ, or adapters that
@@ -266,53 +365,34 @@ class SVFModel(BaseTuner):
         """
         if adapter_name in self.peft_config:
             return
-        if combination_type not in ("linear", "sum"):
-            raise ValueError(f"Invalid combination_type: {combination_type!r}, choose 'linear' or 'sum'.")
         if not adapters or len(adapters) != len(weights):
-            raise ValueError(
-                f"A mixture needs one weight per adapter, got {len(adapters)} adapters, {len(weights)} weights."
-            )
-        for name in adapters:
-            if name not in self.peft_config:
-                raise ValueError(f"Adapter {name} does not exist. There are: {', '.join(self.peft_config)}.")
-        total = float(sum(weights))
-        if not torch.isfinite(torch.tensor(total)):
+            raise ValueError(f"A mixture needs a weight per adapter, got {len(adapters)} and {len(weights)}.")
+        if unknown := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"Adapter {unknown[0]} does not exist. There are: {', '.join(self.peft_config)}.")
+        if not torch.tensor(weights, dtype=torch.float32).isfinite().all():
             raise ValueError(f"Mixture weights must be finite numbers, got {weights}.")
         for wrapper in self.modules():
             if isinstance(wrapper, ModulesToSaveWrapper) and sum(a in wrapper.modules_to_save for a in adapters) > 1:
                 raise ValueError("Cannot mix adapters that target the same module with modules_to_save.")
-
         configs = [self.peft_config[name] for name in adapters]
         ranks = [config.rank for config in configs]
-        reached = [
-            (name, layer)
-            for name, layer in svf_layers(self.model).items()
-            if any(a in layer.svf_offset for a in adapters)
-        ]
-        stacks = [layer.weight_name(name) for name, layer in reached if isinstance(layer, ParamWrapper)]
+        layers = {n: m for n, m in svf_layers(self.model).items() if any(a in m.svf_offset for a in adapters)}
+        stacks = [layer.weight_name(name) for name, layer in layers.items() if isinstance(layer, ParamWrapper)]
         self.peft_config[adapter_name] = replace(
             configs[0],
-            # by name: what two configs select is no union of their fields
-            target_modules={name for name, layer in reached if not isinstance(layer, ParamWrapper)},
+            # by name: the union of two configs' fields may select other modules
+            target_modules={name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)},
             target_parameters=stacks or None,
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
+            **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")),
             rank=None if None in ranks else max(ranks),
             fingerprint=None,
-            parametrization="offset",
-            modules_to_save=None,
             init_weights=True,
         )
         self.inject_adapter(self.model, adapter_name)
-        for layer in svf_layers(self.model).values():
-            if adapter_name not in layer.svf_offset:
-                continue
+        for layer in layers.values():
             mixed = layer.svf_offset[adapter_name].weight.data
-            mixed.fill_(total - 1 if combination_type == "sum" else 0)
-            for name, weight in zip(adapters, weights, strict=True):
-                if name in layer.svf_offset:
-                    mixed.add_(layer.named_offsets([name])[0][: len(mixed)].to(mixed), alpha=weight)
+            offsets = layer.named_offsets(adapters)[:, : len(mixed)].to(mixed)  # (adapters, k)
+            mixed.copy_(torch.tensor(weights, dtype=mixed.dtype, device=mixed.device) @ offsets)
 
     def _prepare_adapter_config(self, peft_config: SVFConfig, model_config: dict) -> SVFConfig:  # type: ignore[override]
         if peft_config.target_modules is None:
@@ -335,13 +415,20 @@ class SVFModel(BaseTuner):
         if isinstance(target, SVFLayer) and getattr(target, "parameter_name", None) == parameter_name:
             target.update_layer(adapter_name, config)
             return
-        if parameter_name is None and not adaptable(target):
+        if isinstance(target, BaseTunerLayer) and not isinstance(target, SVFLayer):
+            raise ValueError(
+                f"Target module {current_key} carries an adapter of another method ({', '.join(_adapters(target))}). "
+                "SVF rescales a weight, not what another method adds to it: merge that adapter first with "
+                "`model.merge_and_unload()`, or leave the module out of `target_modules`."
+            )
+        if parameter_name is None and adaptable(target):
+            refuse_unknown(target, current_key)
+        elif parameter_name is None:
             raise ValueError(
                 f"Target module {current_key} is not supported: it is a {type(target).__name__}, SVF adapts "
                 "`torch.nn.Linear`, transformers' `Conv1D` and linears quantised by a library that PEFT knows."
             )
-        mamba = getattr(self.model.config, "model_type", None) in MAMBA if hasattr(self.model, "config") else False
-        if isinstance(parent, nn.MultiheadAttention) or (mamba and target_name == "out_proj"):
+        if reads_weight(self.model, parent, target_name):
             raise ValueError(
                 f"Target module {current_key} cannot be adapted: {type(parent).__name__} reads its weight without "
                 "running it, so z would change nothing. Leave it out of `target_modules`."
@@ -384,13 +471,33 @@ class SVFModel(BaseTuner):
         names = kwargs.pop("adapter_names", None)
         if self._waiting:
             self.fetch_bases()
-        if names is None:
-            with nullcontext() if torch.compiler.is_compiling() else self._trusting():
-                yield
-            return
+        with ExitStack() as stack:
+            if not torch.compiler.is_compiling():
+                stack.enter_context(self._calling())
+            if names is not None:
+                self._check_names(names, args, kwargs)
+                layers = svf_layers(self.model)
+                unique = list(dict.fromkeys(names))
+                offsets = {name: layer.named_offsets(unique) for name, layer in layers.items()}
+                index = torch.tensor([unique.index(name) for name in names])
+                stack.enter_context(active_rows(layers, offsets, index, merge=True))
+                for name, module in self.named_modules():
+                    if isinstance(module, AuxiliaryTrainingWrapper):
+                        beams = kwargs.get("num_beams") or 1
+                        repeated = list(names) if "encoder" in name else [n for n in names for _ in range(beams)]
+                        hook = partial(_pass_names, names=repeated)
+                        stack.enter_context(_removing(module.register_forward_pre_hook(hook, with_kwargs=True)))
+            if any(rows.mixed for rows in self.execution.rows.values()):
+                for entry in _entries(self.model):
+                    note = partial(_note_batch, execution=self.execution)
+                    stack.enter_context(_removing(entry.register_forward_pre_hook(note, with_kwargs=True)))
+            yield
+
+    def _check_names(self, names: list[str], args: Any, kwargs: dict[str, Any]) -> None:
+        """Raise `ValueError` for `adapter_names` that can't be served."""
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = list(svf_layers(self.model).values())
+        layers = svf_layers(self.model).values()
         known = {BASE}.union(*(layer.svf_offset.keys() for layer in layers))
         if unknown := sorted(set(names) - known):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
@@ -398,44 +505,43 @@ class SVFModel(BaseTuner):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        inputs = [*args, *(value for name, value in kwargs.items() if "position" not in name)]  # these may be one row
-        batch = next((value for value in inputs if isinstance(value, Tensor)), None)
-        if batch is not None and len(names) != batch.shape[0]:
+        batch = _batch_of(args, kwargs)
+        if batch is not None and len(names) != batch[0]:
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, "
-                f"but got {len(names)} and {batch.shape[0]} respectively."
+                f"but got {len(names)} and {batch[0]} respectively."
             )
-        with ExitStack() as stack:
-            for layer in layers:
-                stack.enter_context(layer.rows(layer.named_offsets(list(names))))
-            for name, module in self.named_modules():
-                if isinstance(module, AuxiliaryTrainingWrapper):
-                    beams = kwargs.get("num_beams") or 1
-                    repeated = list(names) if "encoder" in name else [n for n in names for _ in range(beams)]
-                    hook = partial(_pass_names, names=repeated)
-                    stack.enter_context(_removing(module.register_forward_pre_hook(hook, with_kwargs=True)))
-            yield
 
     @contextmanager
-    def _trusting(self) -> Iterator[None]:
+    def _calling(self) -> Iterator[None]:
         """
-        Tell the layers what one call of the `PeftModel` knows for all of its forwards.
+        Let the layers use what one call of the `PeftModel` knows for all of its forwards.
 
         Without gradients it is generation or scoring, in training mode too (TRL's rollouts): one z for what follows.
         Merged weights are compared with their z all at once, on a GPU with one wait instead of one for each layer.
+
+        Raises:
+            `ValueError`: after the call, if a parent has read the weight of an adapted layer that it didn't run.
         """
-        layers, without = list(svf_layers(self.model).values()), not torch.is_grad_enabled()
-        kept = [layer for layer in layers if layer.svf_merged is not None and layer.svf_rows is None]
-        same = bool(kept) and _waits(kept[0].svf_merged.offset.device) and _unchanged(kept)  # type: ignore[union-attr]
-        for layer in layers:
-            layer.svf_generating = without
-        for layer in kept:
-            layer.svf_trusted = same
+        execution, before = self.execution, (self.execution.generating, self.execution.trusted, self.execution.call)
+        kept = [layer for layer in svf_layers(self.model).values() if layer.svf_merged is not None]
+        same = bool(kept) and not execution.rows and _waits(kept[0].svf_merged.offset.device) and _unchanged(kept)  # type: ignore[union-attr]
+        self._calls = self._calls + 1
+        execution.generating, execution.trusted, execution.call = not torch.is_grad_enabled(), same, self._calls
         try:
             yield
+            passed_by = [layer for layer in execution.read if layer._ran < execution.call and layer.moves]
         finally:
-            for layer in layers:
-                layer.svf_generating = layer.svf_trusted = False
+            execution.read.clear()
+            execution.generating, execution.trusted, execution.call = before
+            execution.batch = None
+        if passed_by:
+            names = [name for name, layer in svf_layers(self.model).items() if layer in passed_by]
+            raise ValueError(
+                f"The weight of {names[0]} was read, but the layer didn't run ({len(names)} such layers): the module "
+                "around it computes with the weight itself, so z changes nothing and gets no gradient. Leave it out "
+                "of `target_modules`."
+            )
 
     @classmethod
     def _get_adapter_state_dict(
@@ -446,24 +552,24 @@ class SVFModel(BaseTuner):
 
         PEFT saves the config next, so this is also where it gets the fingerprint of the base.
         """
-        key, prefix = f"svf_offset.{escape(adapter_name)}.weight", _prefix(model)
-        found, fingerprint, bases = {}, {}, {}
+        key, prefix = f"svf_offset.{adapter_name}.weight", _prefix(model)
+        tensors, fingerprint, size = {}, Recorded(), 0
         for name, layer in svf_layers(model).items():
-            if adapter_name in layer.svf_offset:
-                offset = state_dict.get(f"{prefix}{name}.{key}", layer.svf_offset[adapter_name].weight.detach())
-                found[f"{prefix}{name}.{key}"] = offset.full_tensor() if isinstance(offset, DTensor) else offset
-                if layer.svf_fingerprint is not None and layer.svf_basis is not None and layer.svf_values is not None:
-                    weight = layer.weight_name(name)
-                    fingerprint[weight] = layer.svf_fingerprint.to_json()
-                    bases[weight] = (layer.svf_basis, layer.svf_values)
-        config.record_fingerprint(fingerprint or config.fingerprint)
-        if config.save_basis:
-            config.record_bases(bases)
-        return found
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return super()._remove_adapter_name_from_key(key, escape(adapter_name))
+            if adapter_name not in layer.svf_offset:
+                continue
+            offset = state_dict.get(f"{prefix}{name}.{key}", layer.svf_offset[adapter_name].weight.detach())
+            tensors[f"{prefix}{name}.{key}"] = offset.full_tensor() if isinstance(offset, DTensor) else offset
+            if layer.svf_fingerprint is None or layer.svf_basis is None or layer.svf_values is None:
+                continue
+            fingerprint[layer.weight_name(name)] = layer.svf_fingerprint.to_json()
+            if config.save_basis:
+                basis = {"svf_basis": layer.svf_basis.contiguous(), "svf_values": layer.svf_values.contiguous()}
+                tensors |= {f"{prefix}{layer.weight_name(name)}.{kind}": tensor for kind, tensor in basis.items()}
+                size += sum(tensor.nbytes for tensor in basis.values())
+        config.fingerprint = fingerprint or config.fingerprint
+        if size:
+            logger.info(f"Adapter {adapter_name!r} is saved with its bases, {size / 1e6:.1f} MB.")
+        return tensors
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -476,7 +582,10 @@ class SVFModel(BaseTuner):
                 f"Adapter {adapter_name!r} has no fingerprint: whether it belongs to this base model is not checked."
             )
         try:
+            shipped = _pop_bases(state_dict)
             renamed = cls._checked_keys(model, config, adapter_name, state_dict)
+            if isinstance(tuner, SVFModel) and (shipped or tuner._waiting):
+                tuner._take_bases(adapter_name, config, shipped)
         except ValueError:
             if isinstance(tuner, SVFModel) and adapter_name in tuner._unfilled:  # one that trains keeps what it has
                 tuner.withdraw(adapter_name)
@@ -484,6 +593,7 @@ class SVFModel(BaseTuner):
         finally:
             if isinstance(tuner, SVFModel):
                 tuner._unfilled -= {adapter_name}
+                tuner._unchecked -= {adapter_name}
         return {renamed.get(key, key): value for key, value in state_dict.items()}
 
     @staticmethod
@@ -494,25 +604,104 @@ class SVFModel(BaseTuner):
         for name, layer in svf_layers(model).items():
             if adapter_name not in layer.svf_offset:
                 continue
-            expected = layer.svf_offset[adapter_name].weight.shape[0]
-            for prefix in ("base_model.model.", ""):
-                key = f"{prefix}{name}.svf_offset.weight"
-                if (offset := state_dict.get(key)) is None:
-                    continue
-                if offset.shape != (expected,):
-                    raise ValueError(
-                        f"Adapter {adapter_name!r} has a z-vector of shape {tuple(offset.shape)} for {name}, but the "
-                        f"basis there has {expected} directions. It was trained on {config.base_model_name_or_path!r} "
-                        f"with rank={getattr(config, 'rank', None)}; load the matching base."
-                    )
-                if not torch.isfinite(offset).all():
-                    bad = int((~torch.isfinite(offset)).sum())
-                    raise ValueError(
-                        f"Adapter {adapter_name!r} has {bad} of {expected} entries of its z-vector for {name} that "
-                        "are NaN or infinite: the file is damaged or its training diverged. Use an earlier checkpoint."
-                    )
-                renamed[key] = f"{_prefix(model)}{name}.svf_offset.{escape(adapter_name)}.weight"
+            for key in _keys_of(name, model):
+                if (offset := state_dict.get(key)) is not None:
+                    _check_offset(offset, layer.svf_offset[adapter_name].weight.shape[0], name, adapter_name, config)
+                    renamed[key] = f"{_prefix(model)}{name}.svf_offset.{adapter_name}.weight"
+                    break
+        trained = {  # modules of `modules_to_save` and rows of `trainable_token_indices`
+            f"{name}.{key}"
+            for name, module in model.named_modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+            for key in module.adapter_state_dict_load_map(adapter_name).values()
+        }
+        if extra := sorted(key for key in state_dict if key not in renamed and key not in trained):
+            raise ValueError(_extra_tensors(adapter_name, extra))
         return renamed
+
+
+def _extra_tensors(adapter_name: str, extra: list[str]) -> str:
+    more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
+    return (
+        f"Adapter {adapter_name!r} holds {extra[0]}{more}, which isn't a z-vector of a module it adapts: loading it "
+        "would overwrite the base model. An adapter brings z-vectors and what its config lists in `modules_to_save` "
+        "and `trainable_token_indices`; a resized embedding belongs into `modules_to_save`."
+    )
+
+
+def _token_modules(config: SVFConfig) -> list[str]:
+    tokens = config.trainable_token_indices
+    return list(tokens) if isinstance(tokens, dict) else ["embed_tokens"] if tokens else []
+
+
+def _from_file(config: SVFConfig) -> bool:
+    """Whether a config has the fingerprint of a saved adapter, which names the base that it belongs to."""
+    return bool(config.fingerprint) and not isinstance(config.fingerprint, Recorded)
+
+
+def _adopt_names(model: nn.Module, config: SVFConfig) -> None:
+    """
+    Rename the modules of a loaded config, if a backbone's adapter comes to the model with a head or the other way.
+
+    Their names differ by the prefix of the backbone; the weights are compared as always.
+    """
+    saved, prefix = config.fingerprint or {}, f"{getattr(model, 'base_model_prefix', '')}."
+    here = {name.replace(".base_layer", "") for name, _ in [*model.named_modules(), *model.named_parameters()]}
+    if prefix == "." or all(name in here for name in saved):
+        return
+    longer = {f"{prefix}{name}": entry for name, entry in saved.items()}
+    shorter = {name.removeprefix(prefix): entry for name, entry in saved.items()}
+    for renamed in (longer, shorter):
+        if all(name in here for name in renamed):
+            config.fingerprint = renamed
+            if isinstance(config.target_modules, (set, list)):
+                stacks = tuple(f".{name}" for name in config.target_parameters or ())
+                config.target_modules = {name for name in renamed if not (stacks and f".{name}".endswith(stacks))}  # type: ignore[assignment]
+            return
+
+
+def _keys_of(name: str, model: nn.Module) -> Iterator[str]:
+    """List the keys that a file may have for the offset of a layer: with or without PEFT's prefix or the backbone."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    backbone = f"{getattr(base, 'base_model_prefix', '')}."
+    for known in dict.fromkeys((name, f"{backbone}{name}", name.removeprefix(backbone))):
+        yield f"base_model.model.{known}.svf_offset.weight"
+        yield f"{known}.svf_offset.weight"
+
+
+def _check_offset(offset: Tensor, expected: int, name: str, adapter_name: str, config: SVFConfig) -> None:
+    """Raise `ValueError` for a z-vector of another length, of whole numbers, or without sense."""
+    if offset.shape != (expected,):
+        raise ValueError(
+            f"Adapter {adapter_name!r} has a z-vector of shape {tuple(offset.shape)} for {name}, but the basis there "
+            f"has {expected} directions. It was trained on {config.base_model_name_or_path!r} with "
+            f"rank={config.rank}; load the matching base."
+        )
+    if not offset.is_floating_point():
+        raise ValueError(
+            f"Adapter {adapter_name!r} has a z-vector of dtype {offset.dtype} for {name}: z-vectors are floating "
+            "point numbers, so the file is damaged or not an SVF adapter's."
+        )
+    if bad := int((~torch.isfinite(offset)).sum()):
+        raise ValueError(
+            f"Adapter {adapter_name!r} has {bad} of {expected} entries of its z-vector for {name} that are NaN or "
+            "infinite: the file is damaged or its training diverged. Use an earlier checkpoint."
+        )
+    if (largest := float(offset.abs().max())) > LARGEST:
+        raise ValueError(
+            f"Adapter {adapter_name!r} has a multiplier of {largest:.3g} for {name}, above {LARGEST:g}: the file is "
+            "damaged or its training diverged. Use an earlier checkpoint."
+        )
+
+
+def _pop_bases(state_dict: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Take the bases out of a file's tensors: per weight `svf_basis` and `svf_values`."""
+    shipped: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key in list(state_dict):
+        name, _, kind = key.rpartition(".")
+        if kind in ("svf_basis", "svf_values"):
+            shipped[name.removeprefix("base_model.model.")][kind] = state_dict.pop(key)
+    return shipped
 
 
 def _prefix(model: nn.Module) -> str:
@@ -528,6 +717,33 @@ def _room(layers: list[SVFLayer]) -> bool:
         needed[weight.device] += weight.numel() * weight.element_size()
     free = {"cuda": lambda device: torch.cuda.mem_get_info(device)[0], "cpu": lambda _: virtual_memory().available}
     return all(2 * count <= free[device.type](device) for device, count in needed.items() if device.type in free)
+
+
+def _batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int | None] | None:
+    """Rows and, if there are any, tokens of what a model is called with."""
+    texts = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+    inputs = [*(kwargs.get(name) for name in texts), *args]
+    inputs += [value for name, value in kwargs.items() if "position" not in name]  # these may be one row
+    batch = next((value for value in inputs if isinstance(value, Tensor) and value.dim()), None)
+    if batch is None:
+        return None
+    tokens = batch.shape[1] if batch.dim() == (3 if batch.is_floating_point() else 2) else None
+    return batch.shape[0], tokens
+
+
+def _note_batch(module: nn.Module, args: Any, kwargs: dict[str, Any], execution: Execution) -> None:
+    execution.batch = _batch_of(args, kwargs) or execution.batch
+
+
+def _entries(model: nn.Module) -> list[nn.Module]:
+    """The modules that a batch enters by: the model, and an encoder, which generation runs on its own."""
+    config: Any = getattr(model, "config", None)
+    return [model, model.get_encoder()] if getattr(config, "is_encoder_decoder", False) else [model]  # type: ignore[operator]
+
+
+def _adapters(layer: BaseTunerLayer) -> list[str]:
+    """The names of the adapters of a layer, of any method."""
+    return sorted({name for kind in layer.adapter_layer_names for name in getattr(layer, kind, {})})
 
 
 def _unchanged(layers: list[SVFLayer]) -> bool:

@@ -221,35 +221,25 @@ class Factored:
             Their product is the weight, up to rounding.
         bias (`torch.Tensor` of shape `(out,)`, *optional*): Added to the product.
         key (`tuple`): Identifies the weight.
-        offset (`torch.Tensor` of shape `(B, k)`, *optional*): The very tensor that `scale` was made of.
-        scale (`torch.Tensor`, *optional*): z in the shape that activations of `rows` rows and `dims` dimensions take.
+        known (`tuple`): Identifies the batch and the offsets that `scale` was made for.
+        scale (`torch.Tensor`, *optional*): z in the shape that activations of that batch take.
     """
 
     first: Tensor
     second: Tensor
     bias: Tensor | None
     key: tuple[Any, ...]
-    offset: Tensor | None = None
-    version: int = 0
+    known: tuple[Any, ...] = ()
     scale: Tensor | None = None
-    rows: int = 0
-    dims: int = 0
 
-    def remember(self, x: Tensor, offset: Tensor, scale: Tensor) -> None:
-        """Keep the z of the rows of `x`: decoding asks for it in every layer and for every token."""
-        if offset.is_inference():  # could be written to unseen
-            return
-        self.offset, self.version, self.scale = offset, offset._version, scale
-        self.rows, self.dims = x.shape[0], x.dim()
+    def remember(self, batch: tuple[Any, ...], offsets: Tensor, scale: Tensor) -> None:
+        """Keep the z of the rows of a batch: decoding needs it in every layer and for every token."""
+        if not offsets.is_inference():  # could be written to unseen
+            self.known, self.scale = (*batch, version_of(offsets)), scale
 
-    def knows(self, x: Tensor, offset: Tensor | None) -> bool:
-        """Whether `scale` is that of these offsets for activations like `x`."""
-        return (
-            offset is not None
-            and offset is self.offset
-            and offset._version == self.version
-            and (self.rows, self.dims) == (x.shape[0], x.dim())
-        )
+    def knows(self, batch: tuple[Any, ...], offsets: Tensor) -> bool:
+        """Whether `scale` is that of these offsets for such a batch."""
+        return self.known == (*batch, version_of(offsets))
 
 
 def split(weight: Tensor, bias: Tensor | None, side: str, Q: Tensor, key: tuple[Any, ...] = ()) -> Factored:

@@ -102,33 +102,25 @@ class ParamWrapper(nn.Module, SVFLayer):
         Q = self._basis()
         return rescale(weight, Q, offset.view(*Q.shape[:-2], Q.shape[-1]))
 
-    def mapped(self, adapter_name: str, parameter: Tensor) -> Tensor:
-        matrices = parameter.view(self.matrices, -1)  # each keeps its own nuclear norm
-        return super().mapped(adapter_name, matrices).flatten()
-
-    def _values_of(self, parameter: Tensor) -> Tensor | None:
-        if self.svf_values is None:
-            return None
-        return self.svf_values.view(self.matrices, -1)[:, : parameter.shape[-1]]
-
     def padded(self, offset: Tensor) -> Tensor:
         Q = self._basis()
-        k = Q.shape[-1]
-        own = offset.view(self.matrices, -1)
-        return offset if own.shape[1] == k else nn.functional.pad(own, (0, k - own.shape[1])).flatten()
+        parts = offset.view(*offset.shape[:-1], self.matrices, -1)
+        return nn.functional.pad(parts, (0, Q.shape[-1] - parts.shape[-1])).flatten(-2)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(*args, **kwargs)
-        offset = None if self.merged else self._active_offset()
-        if offset is None:
+        rows = self.rows
+        mixed = rows is not None and rows.mixed
+        offset = None if self.merged or mixed else self._offset_in_force(rows)
+        if offset is None and (not mixed or self.merged):
             return self.base_layer(*args, **kwargs)
         self._refuse_offload()
         with SWAPPING:
-            if offset.dim() == 2:
-                return self._by_rows(offset, args, kwargs)
+            if offset is None:
+                return self._by_rows(args, kwargs)
             with self._in_place(self._stack(offset)):
                 return self.base_layer(*args, **kwargs)
 
@@ -162,7 +154,7 @@ class ParamWrapper(nn.Module, SVFLayer):
         finally:
             parameters[self.parameter_name] = before
 
-    def _by_rows(self, offsets: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _by_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """
         Run the bare module once for each z of a mixed batch, on the tokens of its rows; the outermost wrapper does it.
 
@@ -170,29 +162,28 @@ class ParamWrapper(nn.Module, SVFLayer):
         """
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         lengths = {len(tensor) for tensor in tensors}
-        if len(tensors) < 2 or len(lengths) > 1 or (N := lengths.pop()) % len(offsets):
+        if len(tensors) < 2 or len(lengths) > 1:
             raise ValueError(
                 f"{type(self.get_base_layer()).__name__} does not take its tokens and their routing side by side, so "
                 "the rows of a batch cannot have z-vectors of their own here: give the batch one mixture, or leave "
                 f"{self.parameter_name!r} out of `target_parameters`."
             )
-        chain = [wrapper for wrapper in self._nested() if wrapper.svf_rows is not None]
-        joined = torch.cat([wrapper._active_offset() for wrapper in chain], dim=1)  # type: ignore[misc]  # (B, all)
-        unique, which = joined.unique(dim=0, return_inverse=True)
-        which = which.repeat_interleave(N // len(offsets))  # (N,)
+        (tokens,) = lengths
+        chain = {wrapper: rows for wrapper in self._nested() if (rows := wrapper.rows) is not None and rows.mixed}
+        spread = [rows.of(torch.Size([tokens]), self.execution) for rows in chain.values()]  # each (tokens, k)
+        unique, which = torch.cat(spread, dim=1).unique(dim=0, return_inverse=True)
         output: Tensor | None = None
         for index, row in enumerate(unique):
-            mine = (which == index).nonzero().squeeze(1)
-            part_args = [value[mine] if isinstance(value, Tensor) else value for value in args]
-            part_kwargs = {key: value[mine] if isinstance(value, Tensor) else value for key, value in kwargs.items()}
-            own = row.split([wrapper._active_offset().shape[1] for wrapper in chain])  # type: ignore[union-attr]
+            chosen = (which == index).nonzero().squeeze(1)
+            part_args = [value[chosen] if isinstance(value, Tensor) else value for value in args]
+            part_kwargs = {key: value[chosen] if isinstance(value, Tensor) else value for key, value in kwargs.items()}
             with ExitStack() as stack:
-                for wrapper, offset in zip(chain, own, strict=True):
+                for wrapper, offset in zip(chain, row.split([part.shape[1] for part in spread]), strict=True):
                     if offset.any():
                         stack.enter_context(wrapper._in_place(wrapper._rescale(wrapper.base_weight, offset)))
                 part = self.get_base_layer()(*part_args, **part_kwargs)
-            output = part.new_empty(N, *part.shape[1:]) if output is None else output
-            output[mine] = part
+            output = part.new_empty(tokens, *part.shape[1:]) if output is None else output
+            output[chosen] = part
         assert output is not None
         return output
 

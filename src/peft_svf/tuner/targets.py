@@ -9,6 +9,7 @@ from typing import Any
 
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, resolve_quantization_backend
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,16 @@ ARCHITECTURES: dict[str, list[str] | str] = {  # MLP weights -> model types
 }
 DEFAULT_TARGETS = {model_type: targets for types, targets in ARCHITECTURES.items() for model_type in types.split()}
 ATTENTION = ["q_proj", "v_proj"]
+# Kernels of these read weights of their projections; WavLM hands those of its attention to a fused function.
+READERS = {
+    **dict.fromkeys(["mamba", "falcon_mamba"], "dt_proj out_proj"),
+    **dict.fromkeys(["mamba2", "falcon_h1", "nemotron_h"], "out_proj"),
+    "jamba": "dt_proj",
+    "wavlm": "q_proj k_proj v_proj out_proj",
+}
+READING = re.compile(r"Mixer|Mamba|WavLMAttention")
+TIME_FIRST = {"fsmt", "led", "longformer", "mask2former", "maskformer", "oneformer", "xlnet"}  # (tokens, rows, ...)
+EXPERT = re.compile(r"experts?\.\d+(\.|$)|^\..*\.\d+\.")  # `experts.3.up_proj`; a number inside a block
 BLOCK = re.compile(r".+?\.\d+(?=\.)")  # up to the first number: a block's experts have numbers too
 
 
@@ -43,9 +54,28 @@ def block_of(name: str) -> str:
     return block[0] if block else name
 
 
+def of_one_expert(name: str) -> bool:
+    """Whether a module is one of numbered experts: it gets those tokens alone that its router sends it."""
+    return EXPERT.search(name) is not None or EXPERT.search(name.removeprefix(block_of(name))) is not None
+
+
 def adaptable(module: nn.Module) -> bool:
     """Whether a module is linear: `nn.Linear`, transformers' `Conv1D` or packed by a library that PEFT knows."""
     return isinstance(module, (nn.Linear, Conv1D)) or resolve_quantization_backend(module) is not None
+
+
+def batch_first(model: nn.Module) -> bool:
+    """Whether a model is known to keep activations as `(rows, tokens, ...)`, and flattened ones in that order."""
+    return isinstance(model, PreTrainedModel) and getattr(model.config, "model_type", None) not in TIME_FIRST
+
+
+def reads_weight(model: nn.Module, parent: nn.Module, name: str) -> bool:
+    """Whether a module is known to compute with the weight of its child itself, without running the child."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    names = READERS.get(model_type, "").split() if isinstance(model_type, str) else []
+    return isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) or (
+        name in names and READING.search(type(parent).__name__) is not None
+    )
 
 
 def default_targets(model: nn.Module, model_type: str | None) -> set[str] | str:

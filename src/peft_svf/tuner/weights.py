@@ -1,21 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Linear module -> the values of its base weight, wherever they are: packed, offloaded, sharded, stored.
+SVF layers -> the values of their base weights, wherever they are, and the bases of these.
 
-This is the one place that reads a base weight. It does not know layers, bases or adapters. Private names of PEFT were
-read in 0.21.2.
+This is the one place that reads a base weight: packed, offloaded, sharded, shared, or as its checkpoint stores it.
+What it cannot read it refuses by name. Private names of PEFT were read in 0.21.2, those of transformers in 5.23.0.
 """
 
-from collections.abc import Iterator
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import try_to_load_from_cache
+from peft.utils import resolve_quantization_backend
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
+
+from .basis import Basis
+from .cache import fetch
+from .fingerprint import Fingerprint
+
+Known = dict[str, tuple[Basis, Fingerprint]]
+PACKED = 0.7  # 4 bits lose about 0.1 of a weight's norm, 2 bits 0.5; another weight differs by 1.4
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def held_weight(base: nn.Module) -> Tensor:
-    """The tensor that a linear module keeps its weight in, whatever a quantisation calls it."""
+    """Return the tensor that a linear module keeps its weight in, whatever a quantisation calls it."""
     for name in ("weight", "qweight", "W_q"):
         if isinstance(tensor := getattr(base, name, None), Tensor):
             return tensor
@@ -36,15 +54,6 @@ def undo_cpu_packing(base: nn.Module) -> None:
         state.absmax, state.nested = scales, False
 
 
-def refuse_zero3(weight: Tensor) -> None:
-    """Raise `ValueError` for a weight that DeepSpeed's ZeRO-3 has partitioned: nobody has run SVF on those."""
-    if hasattr(weight, "ds_id"):
-        raise ValueError(
-            "SVF does not run on weights that DeepSpeed ZeRO-3 has partitioned. z-vectors are small: use DDP, ZeRO-1 "
-            "or ZeRO-2, or FSDP2 (`torch.distributed.fsdp.fully_shard`) where the base model does not fit."
-        )
-
-
 def offloaded(base: nn.Module) -> bool:
     """Whether accelerate keeps the weight of a module elsewhere and brings it only while the module runs."""
     return getattr(getattr(base, "_hf_hook", None), "offload", False) and held_weight(base).is_meta
@@ -62,3 +71,270 @@ def onloaded(base: nn.Module) -> Iterator[None]:
         yield
     finally:
         hook.post_forward(base, None)
+
+
+def absent(layer: Any) -> bool:
+    """Whether the base weight of an SVF layer has no values yet; one that accelerate offloads has, elsewhere."""
+    return layer.base_weight.is_meta and not offloaded(layer.get_base_layer())
+
+
+def refuse_zero3(weight: Tensor) -> None:
+    """Raise `ValueError` for a weight that DeepSpeed's ZeRO-3 has partitioned: nobody has run SVF on those."""
+    if hasattr(weight, "ds_id"):
+        raise ValueError(
+            "SVF does not run on weights that DeepSpeed ZeRO-3 has partitioned. z-vectors are small: use DDP, ZeRO-1 "
+            "or ZeRO-2, or FSDP2 (`torch.distributed.fsdp.fully_shard`) where the base model does not fit."
+        )
+
+
+def refuse_parallel(model: nn.Module) -> None:
+    """Raise `ValueError` for a model whose weights transformers' tensor parallelism has split over processes."""
+    if any((getattr(module, "_tp_size", None) or 1) > 1 for module in model.modules()):
+        raise ValueError(
+            "SVF does not run on weights that tensor parallelism (`tp_plan`) has split: singular directions belong to "
+            "the whole weight. Load the base without `tp_plan`; FSDP2, offload and quantised bases work."
+        )
+
+
+def refuse_unknown(module: nn.Module, name: str) -> None:
+    """
+    Raise `ValueError` for a linear module whose output isn't the product with the numbers in its `weight`.
+
+    Such modules scale or quantise their weight as they run (FP8, ternary), or compute it (parametrisations). Only
+    those that one of PEFT's quantisation backends knows are let through.
+    """
+    if resolve_quantization_backend(module) is not None:
+        return
+    plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    weight = module._parameters.get("weight")
+    if not plain or weight is None or weight.dtype not in FLOATS:
+        held = "a computed weight" if weight is None else str(weight.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"Target module {name} is not supported: it is a {type(module).__name__} ({held}), which doesn't multiply "
+            "by its `weight` alone, so SVF cannot read the weight that it applies. Load the base unquantised, or "
+            "quantised by bitsandbytes, HQQ or torchao, or leave the module out of `target_modules`."
+        )
+
+
+def note_shared(model: nn.Module, layers: Mapping[str, Any]) -> None:
+    """
+    Give each SVF layer the places that hold its base weight too.
+
+    Merging z into a weight that several modules share would rescale it for all of them, and unmerging one after the
+    other would not restore it: such layers refuse to merge.
+
+    Raises:
+        `ValueError`: if an adapted module itself also stands elsewhere, where it would run without z.
+    """
+    bases = {id(layer.get_base_layer()): name for name, layer in layers.items()}
+    wrapped = {id(layer) for layer in layers.values()}
+    for parent, module in model.named_modules():
+        for key, child in module._modules.items():
+            if id(child) in bases and id(module) not in wrapped:
+                raise ValueError(
+                    f"{f'{parent}.{key}' if parent else key} is the same module as {bases[id(child)]}, so z would act "
+                    "in one place and not in the other: give each place a module of its own before adding SVF."
+                )
+    places: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module._parameters.items():
+            places[id(parameter)].append(f"{name}.{key}".replace(".base_layer", ""))
+    for layer in layers.values():
+        layer.svf_shared = tuple(dict.fromkeys(places[id(layer.base_weight)]))
+
+
+def refuse_shared(layer: Any) -> None:
+    """Raise `ValueError` for a layer whose base weight stands in several places of the model."""
+    if len(layer.svf_shared) > 1:
+        raise ValueError(
+            f"{layer.svf_shared[0]} and {layer.svf_shared[1]} share one weight, which cannot be merged with the "
+            "z-vector of one of them. Leave the adapter unmerged, or give each module its own weight before adding it."
+        )
+
+
+def values_of(layer: Any, name: str) -> Tensor:
+    """
+    Read the base weight of an SVF layer as `(out, in)` or `(E, out, in)`: whole, dequantised, never a merged one.
+
+    Raises:
+        `ValueError`: if it is partitioned by ZeRO-3, or packed in a way that PEFT cannot unpack.
+    """
+    refuse_zero3(layer.base_weight)
+    backend = layer.quantization_backend
+    with onloaded(layer.get_base_layer()):
+        try:
+            values = layer.logical_weight()
+        except (TypeError, NotImplementedError) as error:
+            if backend is None:
+                raise
+            raise ValueError(
+                f"The weight of {name} is packed by {backend.backend_name}, which PEFT cannot unpack, so its singular "
+                "directions cannot be computed here. Load an expert that brings its basis along (made with "
+                "save_basis=True on the unpacked model), or quantise the base with bitsandbytes, HQQ or torchao."
+            ) from error
+    return values.full_tensor() if isinstance(values, DTensor) else values
+
+
+class Reader:
+    """
+    Reads the weights whose singular directions count: those in memory, or those that the checkpoint stores.
+
+    Args:
+        model (`torch.nn.Module`):
+            Base model.
+        layers (`Mapping[str, SVFLayer]`):
+            Its layers by the names that fingerprints give their weights.
+        source (`str`):
+            `basis_from` of [`SVFConfig`].
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, Any], source: str) -> None:
+        self.layers, self.source = layers, source
+        self.checkpoint = Checkpoint(model) if layers and source != "memory" else None
+
+    def __call__(self, name: str) -> Tensor:
+        """
+        Return a weight `(out, in)` or `(E, out, in)`.
+
+        Raises:
+            `ValueError`: if its values cannot be had.
+        """
+        layer = self.layers[name]
+        loaded = values_of(layer, name)
+        packed = layer.quantization_backend is not None
+        rounded = packed or layer.base_weight.dtype in (torch.bfloat16, torch.float16)
+        if self.checkpoint is None or not (rounded or self.source == "checkpoint"):
+            return loaded
+        transposed = isinstance(layer.get_base_layer(), Conv1D)
+        parameter = name if hasattr(layer, "parameter_name") else f"{name}.weight"
+        stored = self.checkpoint.weight(parameter, loaded.T if transposed else loaded, packed)
+        if stored is None and self.source == "checkpoint":
+            raise ValueError(
+                f"basis_from='checkpoint', but no safetensors file of {self.checkpoint.name or 'this model'!r} on "
+                f"this machine holds the weight of {name} as it is loaded. Use basis_from='memory', or "
+                "load the model from a local folder or the Hub cache."
+            )
+        if stored is None:
+            return loaded
+        return stored.T if transposed else stored
+
+
+def bases_of(model: nn.Module, layers: Mapping[str, Any], source: str) -> Known:
+    """
+    Fetch the bases of the weights of SVF layers, from the cache or by computing them; Args as in [`Reader`].
+
+    Raises:
+        `ValueError`: if the values of a weight cannot be had.
+    """
+    read = Reader(model, layers, source)
+    if not any(isinstance(layer.base_weight, DTensor) for layer in layers.values()):
+        return fetch(layers, read)
+    gathered: Known = {}  # all processes take part in gathering: none may hold the lock of the cache meanwhile
+    for name in layers:
+        whole = read(name)
+        gathered |= fetch([name], lambda _, whole=whole: whole)  # type: ignore[misc]
+    return gathered
+
+
+class Checkpoint:
+    """
+    The safetensors files that a model was loaded from, if they lie on this machine: its folder or the Hub cache.
+
+    A float32 checkpoint loaded in bfloat16 holds rounded weights, whose singular directions differ from the stored
+    ones by far more than an expert moves them.
+
+    Args:
+        model (`torch.nn.Module`):
+            Base model. `config._name_or_path` names its folder or repository.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+        self.prefix = getattr(model, "base_model_prefix", "")
+        self._files = self._find_files()
+
+    def weight(self, name: str, loaded: Tensor, packed: bool = False) -> Tensor | None:
+        """
+        Read the stored form of a loaded weight.
+
+        Args:
+            name (`str`):
+                Name of the parameter in the model, such as `"model.layers.0.mlp.up_proj.weight"`.
+            loaded (`torch.Tensor`):
+                The parameter. What the files hold counts only if it rounds to exactly these values.
+            packed (`bool`):
+                Whether they were quantised and dequantised: then a relative distance of `PACKED` is rounding, too.
+
+        Returns:
+            `torch.Tensor` like `loaded` in the dtype of the files, or `None` if no file holds this very weight.
+        """
+        stored = self._read(self._stored_name(name) or "")
+        if stored is None or stored.shape != loaded.shape:
+            stored = self._assemble(name, loaded)
+        if stored is None or not _rounds_to(stored, loaded.detach().cpu(), packed):
+            return None
+        return stored.to(loaded.device)
+
+    def _assemble(self, name: str, loaded: Tensor) -> Tensor | None:
+        """Put a weight together that transformers renames, turns or fuses while it loads the stored tensors."""
+        if not self._files or not hasattr(self.model, "config"):
+            return None
+        shape = loaded.shape
+        places = torch.arange(shape.numel()).view(shape)  # where each stored number goes
+        try:
+            parts = revert_weight_conversion(self.model, {name: places})
+        except Exception:  # a conversion that needs other tensors as well
+            return None
+        whole: Tensor | None = None
+        for part_name, part in parts.items():
+            stored = self._read(self._stored_name(part_name) or "")
+            if stored is None or stored.shape != part.shape:
+                return None
+            whole = torch.empty(shape, dtype=stored.dtype) if whole is None else whole
+            whole.view(-1)[part.reshape(-1)] = stored.reshape(-1)
+        return whole
+
+    def _stored_name(self, name: str) -> str | None:
+        candidates = (name, f"{self.prefix}.{name}", name.removeprefix(f"{self.prefix}."))
+        return next((candidate for candidate in candidates if candidate in self._files), None)
+
+    def _read(self, name: str) -> Tensor | None:
+        path = self._files.get(name)
+        if path is None:
+            return None
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name).clone()  # a copy: others may write to the file
+
+    def _find_files(self) -> dict[str, Path]:
+        """Map the names of the stored tensors to their files; empty if there are none."""
+        index = self._file("model.safetensors.index.json")
+        single = self._file("model.safetensors")
+        try:
+            if index is not None:
+                shards = json.loads(index.read_text())["weight_map"]
+                return {name: path for name, shard in shards.items() if (path := self._file(shard)) is not None}
+            if single is not None:
+                with safe_open(single, framework="pt") as file:
+                    return dict.fromkeys(file.keys(), single)
+        except (OSError, ValueError, KeyError, SafetensorError):
+            pass  # an unreadable checkpoint is as good as none: the weights in memory are the only source
+        return {}
+
+    def _file(self, name: str) -> Path | None:
+        if not self.name:
+            return None
+        local = Path(self.name) / name
+        if local.is_file():
+            return local
+        if Path(self.name).exists() or self.name.count("/") != 1:
+            return None
+        cached = try_to_load_from_cache(self.name, name)
+        return Path(cached) if isinstance(cached, str) else None
+
+
+def _rounds_to(stored: Tensor, loaded: Tensor, packed: bool) -> bool:
+    if not packed:
+        return torch.equal(stored.to(loaded.dtype), loaded)
+    wide = stored.float()
+    return bool((wide - loaded.float()).norm() <= PACKED * wide.norm())

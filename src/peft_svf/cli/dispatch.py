@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dispatch`: prompts -> which expert the first pass chooses for each. Also the first pass that `eval` measures."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options
+from .console import mixed, new_path, save_figure, short, show_table
+from .sources import load_experts, read_examples
+
+if TYPE_CHECKING:
+    from ..adaptation import FirstPass, Probe
+    from ..experts.expert import Mixture
+    from ..two_pass import Transformer2Model
+
+
+def dispatch(
+    experts: options.Experts,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What a user asks.")] = None,
+    file: Annotated[Path | None, options.option("More prompts: JSONL with `prompt` in each line.")] = None,
+    model: options.Model = None,
+    revision: options.Revision = None,
+    dtype: options.Dtype = "auto",
+    batch_size: options.BatchSize = 16,
+    plot: options.Plot = None,
+    strategy: options.Strategy = None,
+    classifier: options.Classifier = None,
+    probe: options.Probe = None,
+    calibration: options.Calibration = None,
+    fit: options.Fit = None,
+    threshold: options.Threshold = 0.0,
+    fallback: options.Fallback = "base",
+    soft: options.Soft = False,
+    read: options.Read = None,
+    temperature: options.Temperature = None,
+) -> None:
+    """
+    Show which expert would answer prompts, and how sure the first pass is.
+
+    With --plot: the probabilities, or if each line of --file has its `expert`, what was chosen for each kind.
+    """
+    if not prompts and not file:
+        raise typer.BadParameter("There are no prompts: name some, or a file of them by --file.")
+    choice = Choice(strategy, classifier, probe, calibration, fit, threshold, fallback, soft, read, temperature)
+    choice = choice.checked("prompt")
+    rows = read_examples(file) if file else []
+    asked = [*(prompts or []), *(row["prompt"] for row in rows)]
+    two_pass = load_experts(experts, model, revision, dtype, classifier)
+    mixtures = two_pass.first_pass(asked, first_pass=choice.first_pass(two_pass, batch_size), batch_size=batch_size)
+    texts = [p if isinstance(p, str) else " ".join(str(message["content"]) for message in p) for p in asked]
+    weighted = any(mixture.alpha not in ({}, {mixture.choice: 1.0}) for mixture in mixtures)
+    lines = [
+        [mixture.choice, f"{mixture.confidence:.2f}", *([mixed(mixture.alpha)] if weighted else []), short(text, 70)]
+        for mixture, text in zip(mixtures, texts, strict=True)
+    ]
+    show_table(["expert", "confidence", *(["weights"] if weighted else []), "prompt"], lines)
+    if plot:
+        kinds = [] if prompts else [row.get("expert") for row in rows]
+        _draw(plot, texts, mixtures, kinds, [*two_pass.library.names, "other"])
+
+
+def _draw(path: Path, texts: list[str], mixtures: "list[Mixture]", kinds: list[Any], names: list[str]) -> None:
+    from ..plots import draw_decisions, draw_probabilities
+
+    if not kinds or not all(isinstance(kind, str) for kind in kinds):
+        save_figure(path, [lambda axes: draw_probabilities(axes, texts, mixtures)], len(texts), len(names))
+        return
+    counts: dict[str, Counter[str]] = {kind: Counter() for kind in sorted(kinds)}
+    for kind, mixture in zip(kinds, mixtures, strict=True):
+        counts[kind][mixture.choice] += 1
+    save_figure(path, [lambda axes: draw_decisions(axes, counts, "first pass")], len(names), len(names))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The options of a first pass."""
+
+    strategy: str | None = None
+    classifier: str | None = None
+    probe: Path | None = None
+    calibration: Path | None = None
+    fit: Path | None = None
+    threshold: float = 0.0
+    fallback: str = "base"
+    soft: bool = False
+    read: str | None = None
+    temperature: float | None = None
+
+    @property
+    def options(self) -> list[str]:
+        """The options that were set, as they are written."""
+        return [f"--{name}" for name, value in asdict(self).items() if value != getattr(Choice, name)]
+
+    def checked(self, default: str | None = None) -> "Choice":
+        """Choose the strategy that the other options name, or the default; raise a usage error if they disagree."""
+        strategy = self.strategy or ("classifier" if self.classifier else "probe" if self.probe else default)
+        for option, source in {"classifier": self.classifier, "probe": self.probe}.items():
+            if source and strategy != option:
+                raise typer.BadParameter(f"--{option} goes with --strategy {option}, not with {strategy}.")
+        if strategy == "classifier" and not self.classifier:
+            raise typer.BadParameter("--strategy classifier needs a classifier: name it by --classifier.")
+        if strategy == "probe" and not (self.probe or self.fit):
+            raise typer.BadParameter("--strategy probe needs one: name it by --probe, or fit one by --fit.")
+        if self.fit and self.temperature is not None and strategy != "probe" and not self.calibration:
+            raise typer.BadParameter("--fit finds the temperature: leave --temperature out.")
+        if self.fit:
+            for option, folder in {"--probe": self.probe, "--calibration": self.calibration}.items():
+                new_path(folder, option) if folder else None
+        return replace(self, strategy=strategy)
+
+    def first_pass(self, model: "Transformer2Model", batch_size: int) -> "FirstPass":
+        """Make the first pass; with `fit` what it needs is fitted, saved if it has a place, and reported."""
+        from ..adaptation import FirstPass, Probe, fit_calibration, fit_probe, fit_temperature
+
+        settings: dict[str, Any] = {name: getattr(self, name) for name in ("threshold", "fallback", "soft", "read")}
+        settings |= {"strategy": self.strategy, "temperature": self.temperature or 1.0}
+        if not self.fit:
+            folders = {"probe": self.probe, "calibration": self.calibration}
+            settings |= {name: Probe.load(folder) for name, folder in folders.items() if folder}
+            return FirstPass(**settings)
+        rows = read_examples(self.fit, "expert")
+        prompts, kinds = [row["prompt"] for row in rows], [row["expert"] for row in rows]
+        if self.strategy == "probe":
+            probe = fit_probe(model.library, model.tokenizer, prompts, kinds, batch_size)
+            _save(probe, self.probe, "probe", len(rows))
+            return FirstPass(**settings, probe=probe)
+        first_pass = FirstPass(**settings)
+        if self.calibration:
+            calibration = fit_calibration(model.library, model.tokenizer, prompts, kinds, first_pass, batch_size)
+            _save(calibration, self.calibration, "calibration", len(rows))
+            return replace(first_pass, calibration=calibration)
+        temperature = fit_temperature(model.library, model.tokenizer, prompts, kinds, first_pass, batch_size)
+        print(f"temperature fitted to {len(rows)} prompts: {temperature:.3f}")
+        return replace(first_pass, temperature=temperature)
+
+
+def _save(fitted: "Probe", folder: Path | None, what: str, count: int) -> None:
+    if folder:
+        fitted.save(folder)
+        print(f"Wrote {folder}: a {what} fitted to {count} prompts")

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of `peft-svf train`: a file gives an expert with a card, a stopped run goes on, settings are checked."""
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import seeing
+import torch
+from command_line import YAML, run, write_rows
+from safetensors.torch import load_file
+from tiny_model import tiny_model, tiny_tokenizer
+
+from peft_svf import Expert
+from peft_svf.cli.sources import find_task
+from peft_svf.cli.train import table_of
+from peft_svf.cli.train_config import read_settings
+from peft_svf.evaluation import evaluate
+from peft_svf.tasks import Task
+
+ROOT = Path(__file__).resolve().parents[2]
+EVOLUTION = "algorithm: evolution\npopulation: 4\nsigma: 0.2\n"
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a tiny base, rows, and settings of both algorithms."""
+    folder = tmp_path_factory.mktemp("train")
+    tiny_model().save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    text = YAML.format(base=folder / "base", rows=write_rows(folder / "rows.jsonl"), out=folder / "expert")
+    (folder / "reinforce.yaml").write_text(text)
+    (folder / "evolution.yaml").write_text(text.replace("size: 16", "size: 4") + EVOLUTION)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expert(home):
+    from peft_svf.cli import main
+
+    assert main(["factor", str(home / "base")]) == 0  # all runs read the same bases from the cache
+    assert main(["train", str(home / "reinforce.yaml")]) == 0
+    return home / "expert"
+
+
+def test_ten_lines_and_a_file_of_rows_give_an_expert_with_a_card(home, expert):
+    assert len((home / "reinforce.yaml").read_text().splitlines()) == 10
+    trained = Expert.load(expert)
+    assert trained.description == "the larger of two numbers"
+    assert max(float(d.abs().max()) for d in trained.offsets.values()) > 0.01
+    result = json.loads((expert / "result.json").read_text())
+    assert result["command"].startswith("peft-svf train ") and result["command"] in (expert / "README.md").read_text()
+    rows = find_task(str(home / "rows.jsonl")).rows("test")
+    assert result["base"]["accuracy"] == evaluate(tiny_model(), tiny_tokenizer(), rows).accuracy
+    assert result["settings"]["learning_rate"] == 0.02 and result["settings"]["max_steps"] == 4
+
+
+def interrupt(monkeypatch, times):
+    """Send Ctrl-C from inside the first step."""
+    left, reward = list(range(times)), Task.reward
+
+    def interrupted(self, completions, **columns):
+        while left:
+            left.pop()
+            signal.raise_signal(signal.SIGINT)
+        return reward(self, completions, **columns)
+
+    interrupted.__name__ = "reward"
+    monkeypatch.setattr(Task, "reward", interrupted)
+
+
+def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one(home, expert, tmp_path, capsys, monkeypatch):
+    train = ["train", home / "reinforce.yaml", "--output_dir", tmp_path / "out"]
+    interrupt(monkeypatch, times=1)
+    before = signal.getsignal(signal.SIGINT)
+    code, out, _ = run(capsys, *train)
+    assert code == 130 and "Stopped after step 1 of 4" in out and out.rstrip().endswith("--resume")
+    assert signal.getsignal(signal.SIGINT) is before and not (tmp_path / "out" / "result.json").exists()
+    code, _, err = run(capsys, *train)
+    assert code == 1 and "holds another run already" in err
+    code, out, err = run(capsys, *train, "--resume")
+    assert code == 0 and re.search(r"^step +4  validation reward -?\d", out, re.MULTILINE), err
+    whole, resumed = (load_file(folder / WEIGHTS) for folder in (expert, tmp_path / "out"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_the_second_interrupt_ends_at_once(home, tmp_path, capsys, monkeypatch):
+    interrupt(monkeypatch, times=2)
+    over = ["--output_dir", tmp_path / "out", "--eval_strategy", "no"]
+    code, _, err = run(capsys, "train", home / "reinforce.yaml", *over)
+    assert code == 130 and err.splitlines()[-1] == "Interrupted."
+    assert not (tmp_path / "out" / "checkpoint-1").exists()
+
+
+@pytest.mark.parametrize("algorithm", ["reinforce", "evolution"])
+def test_a_dry_run_writes_nothing_and_shows_prompt_success_and_cost(algorithm, home, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PEFT_SVF_CACHE", str(tmp_path / "cache"))
+    over = ["--output_dir", tmp_path / "out", "--dry-run"]
+    code, out, err = run(capsys, "train", home / f"{algorithm}.yaml", *over)
+    assert code == 0 and list(tmp_path.iterdir()) == [], err
+    rows = find_task(str(home / "rows.jsonl")).rows("train", seed=42)[:16]
+    assert "Its prompt as the model reads it:\n" in out and rows[0]["prompt"][0]["content"] in out
+    share = evaluate(tiny_model(), tiny_tokenizer(), rows).accuracy
+    assert f"The base is right on {share:.0%} of the first 16 training rows." in out
+    product = "2 questions x 8 answers" if algorithm == "reinforce" else "4 questions x 4 answers"
+    (cost,) = re.findall(r"^Cost: .*$", out, re.MULTILINE)
+    assert f"4 steps x {product} = 64 sequences" in cost and "of 6 weights" in cost
+
+
+def test_evolution_and_written_answers_train(home, expert, tmp_path, capsys):
+    rows = [{"prompt": f"{i} + 1 =", "answer": i + 1} for i in range(60)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    over = ["--task", tmp_path / "sums.jsonl", "--output_dir", tmp_path / "out", "--max_steps", 1]
+    over += [
+        "--max_completion_length",
+        4,
+        "--test_rows",
+        3,
+        "--eval_strategy",
+        "no",
+        "--per_device_train_batch_size",
+        8,
+    ]
+    code, out, err = run(capsys, "train", home / "evolution.yaml", *over, "--dry-run")
+    assert code == 0 and "The base's answer to it:" in out, err
+    for algorithm in ("evolution", "reinforce"):
+        folder = ["--output_dir", tmp_path / algorithm]
+        code, _, err = run(capsys, "train", home / f"{algorithm}.yaml", *over, *folder)
+        assert code == 0, err
+        result = json.loads((tmp_path / algorithm / "result.json").read_text())
+        assert (result["form"], result["expert"]["n"]) == ("generate", 3)
+
+
+def test_an_expert_is_trained_on_images(home, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PEFT_SVF_DATA", str(tmp_path / "data"))
+    seeing.write_textvqa(tmp_path / "data")
+    seeing.model(name=str(tmp_path / "base")).save_pretrained(tmp_path / "base")
+    seeing.processor().save_pretrained(tmp_path / "base")
+    over = {"model_name_or_path": tmp_path / "base", "task": "textvqa", "output_dir": tmp_path / "out", "max_steps": 1}
+    over |= {"max_completion_length": 4, "eval_strategy": "no", "per_device_train_batch_size": 8}
+    arguments = [part for key, value in over.items() for part in (f"--{key}", value)]
+    code, _, err = run(capsys, "train", home / "reinforce.yaml", *arguments)
+    assert code == 0, err
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (result["task"], result["form"], result["expert"]["n"]) == ("textvqa", "generate", 4)
+    code, _, err = run(capsys, "train", home / "evolution.yaml", *arguments, "--dry-run")
+    assert code == 1 and "these rows have images" in err
+
+
+def test_the_example_settings_are_valid(home, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    base = ["--model_name_or_path", home / "base", "--output_dir", tmp_path / "out"]
+    code, out, err = run(capsys, "train", "examples/train.yaml", *base, "--dry-run")
+    assert code == 0 and "8 questions x 8 answers" in out, err
+
+
+@pytest.mark.parametrize("form", ["choice", "generate"])
+def test_a_row_that_the_model_cannot_hold_is_refused_before_training(form, home, tmp_path, capsys):
+    rows = [{"prompt": f"{i}?", "choices": ["1", "2"], "label": 0} for i in range(30)]
+    (tmp_path / "rows").mkdir()
+    for split in ("train", "validation", "test"):
+        rows[2]["prompt"] = f"{split}?" + "x" * 505 * (split == "test")  # the context has 512 tokens
+        texts = [json.dumps({**row, "prompt": f"{split} {row['prompt']}"}) for row in rows]
+        (tmp_path / "rows" / f"{split}.jsonl").write_text("\n".join(texts))
+    over = ["--task", tmp_path / "rows", "--form", form, "--output_dir", tmp_path / "out", "--dry-run"]
+    code, _, err = run(capsys, "train", home / "reinforce.yaml", *over)
+    assert code == 1 and re.search(r"test\.jsonl', line 3: its prompt .* 512. Shorten", err), err
+
+
+def test_a_field_of_two_types_is_refused_with_the_name_of_the_task():
+    task = find_task("arc_easy")
+    rows = [{"prompt": "1?", "level": 1}, {"prompt": "2?", "level": "hard"}]
+    with pytest.raises(ValueError, match="The train rows of task 'arc_easy' don't fit in a table"):
+        table_of(task, "train", rows)
+    part = [{"type": "text", "text": "1 or 2?"}]
+    rows = [{"prompt": [{"role": "user", "content": content}]} for content in ("Hello", part)]
+    first = table_of(task, "train", rows)[0]["prompt"][0]["content"][0]
+    assert (first["type"], first["text"]) == ("text", "Hello")
+
+
+# --- settings
+
+ALIASES = "a: &a [x, x, x, x, x, x, x, x, x]\nb: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a]\ntask: [*b, *b]\n"
+WRONG = {  # lines of a file -> part of the message
+    "- 1": "needs one `key: value` a line",
+    "a: [1": "isn't valid YAML",
+    ALIASES: "aliases (*name) aren't read",
+    "a: " + "[" * 5000: "isn't valid YAML",
+    "lr: 1e-3": "unknown key 'lr': did you mean 'learning_rate'?",
+    "batch_size: 3": "unknown key 'batch_size': did you mean 'per_device_train_batch_size'?",
+    "epochs: 3": "unknown key 'epochs': did you mean 'num_train_epochs'?",
+    "max_step: 3": "unknown key 'max_step': did you mean 'max_steps'?",
+    "population: 4": "'population' is a setting of the other algorithm",
+    "algorithm: walk": "'algorithm' is 'reinforce' or 'evolution', got 'walk'",
+    "algorithm: [evolution]": "'algorithm' is 'reinforce' or 'evolution'",
+    "learning_rate:": "'learning_rate' has no value",
+    "learning_rate: {a: 1}": "'learning_rate' is one value, not a dict",
+    "max_steps: [4]": "'max_steps' is one value, not a list",
+    "max_steps: 4.5": "invalid int value: '4.5'",
+    "max_steps: 2026-01-01": "invalid int value: '2026-01-01'",
+    "eval_steps: true": "invalid float value: 'True'",
+    "layers_to_transform: [a]": "invalid int value: 'a'",
+    "lr_scheduler_kwargs: {min_lr: 1e-5}": "'lr_scheduler_kwargs' contains '1e-5'",
+    "generation_kwargs: {a: [{b: '0.5'}]}": "'generation_kwargs' contains '0.5'",
+    "per_device_train_batch_size: 0": "`per_device_train_batch_size` must be 1 or more; got 0",
+}
+
+
+def settings(home, tmp_path, lines, name="reinforce.yaml"):
+    keys = {line.partition(":")[0] for line in lines.splitlines()}
+    others = [line for line in (home / name).read_text().splitlines() if line.partition(":")[0] not in keys]
+    (tmp_path / "train.yaml").write_text("\n".join(lines.splitlines() if lines == "- 1" else [*others, lines]))
+    return str(tmp_path / "train.yaml")
+
+
+@pytest.mark.parametrize("lines", WRONG, ids=[line[:30] for line in WRONG])
+def test_a_wrong_setting_is_refused_before_anything_is_loaded(lines, home, tmp_path):
+    with pytest.raises(ValueError) as error:
+        read_settings(settings(home, tmp_path, lines))
+    assert WRONG[lines] in str(error.value) and str(tmp_path / "train.yaml") in str(error.value)
+
+
+def test_files_that_block_or_fill_the_memory_are_refused(home, tmp_path):
+    os.mkfifo(tmp_path / "fifo.yaml")
+    with pytest.raises(ValueError, match="isn't a regular file"):
+        read_settings(str(tmp_path / "fifo.yaml"))
+    (tmp_path / "huge.yaml").write_bytes(b"#" * (2 << 20))
+    with pytest.raises(ValueError, match="more than 1,048,576 bytes"):
+        read_settings(str(tmp_path / "huge.yaml"))
+
+
+def test_a_wrong_override_is_a_usage_error_of_one_line(home, tmp_path, capsys):
+    for over, message in {"--max_steps": "expected one argument", "--sigmma=1": "did you mean 'sigma'?"}.items():
+        code, out, err = run(capsys, "train", home / "evolution.yaml", over)
+        assert code == 2 and not out and err.startswith("peft-svf train: error: ") and message in err
+        assert err.count("\n") == 1
+
+
+def test_values_take_the_types_of_their_fields(home, tmp_path):
+    lines = "rank: null\nreport_to: [none]\nlr_scheduler_kwargs: {a: 1}\nresume_from_checkpoint: true\n"
+    lines += "layers_to_transform: ['0', 1]\neval_strategy: no\nlearning_rate: 1e-3\nenv: {PEFT_SVF_TEST_ENV: 3}\n"
+    read = read_settings(settings(home, tmp_path, lines), ["--max_steps=7", "--rank", "5"])
+    assert (read.svf.rank, read.svf.layers_to_transform) == (5, [0, 1])
+    training = read.training
+    assert (training.lr_scheduler_kwargs, training.report_to, training.max_steps) == ({"a": 1}, [], 7)
+    assert (training.resume_from_checkpoint, training.eval_strategy, training.learning_rate) == ("True", "no", 1e-3)
+    assert os.environ.pop("PEFT_SVF_TEST_ENV") == "3"
+    assert read_settings(str(home / "evolution.yaml")).training.population == 4
+
+
+def test_secrets_stay_out_of_the_settings_of_a_result(home, tmp_path):
+    lines = "model_init_kwargs: {token: top, dtype: float32, a: [{api_key: top, b: 1}]}\nhub_token: top\n"
+    read = read_settings(settings(home, tmp_path, lines + "description: see https://me:pass@host/x\n"))
+    assert read.given["model_init_kwargs"] == {"dtype": "float32", "a": [{"b": 1}]} and "hub_token" not in read.given
+    assert read.given["description"] == "see https://...@host/x"
+    assert read.training.model_init_kwargs["token"] == "top" and read.training.hub_token == "top"

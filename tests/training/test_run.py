@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What both trainers refuse or report before hours are lost: rewards, rows, adapters, steps that teach nothing."""
+
+import logging
+import math
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tiny_model import tiny_model
+from trainers import CHOICE_ROWS, QUIET, TEXT_ROWS, TOKENIZER, chat, soft_model, trained_z, uneven
+from trainers import trainer_of as reinforce
+
+from peft_svf import SVFConfig
+from peft_svf.training.evolution import EvolutionConfig, EvolutionTrainer
+from peft_svf.training.reinforce import ReinforceConfig
+
+
+def evolution(folder, rows, reward, *, model=None, **settings):
+    args = EvolutionConfig(
+        str(folder), population=4, max_completion_length=5, per_device_train_batch_size=4,
+        **{**QUIET, "save_strategy": "no", "max_steps": 1, **settings},
+    )  # fmt: skip
+    model, config = (soft_model(), SVFConfig()) if model is None else (model, None)
+    return EvolutionTrainer(model, reward, args, rows, processing_class=TOKENIZER, peft_config=config)
+
+
+TRAINERS = {
+    "reinforce": lambda *args, **kwargs: reinforce(*args, **{"num_generations": 3, **kwargs}),
+    "evolution": evolution,
+}
+
+
+def returning(value):
+    def graded(completions, **_):
+        return value(len(completions)) if callable(value) else value
+
+    return graded
+
+
+BAD_REWARDS = {
+    "a scalar": (1.0, "'graded' returned 1.0 for"),
+    "nothing": (None, "'graded' returned None for"),
+    "too few": (lambda n: [0.0] * (n - 1), "'graded' returned .* rewards for"),
+    "infinite": (lambda n: [math.inf] * n, "'graded' returned inf for"),
+    "too large": (lambda n: [1e38] * n, "'graded' returned 1e.38 for .*below 1e.15"),
+    "text": (lambda n: ["good"] * n, "'graded' returned 'good' for .*isn't a number"),
+}
+
+
+@pytest.mark.parametrize("trainer_of", TRAINERS.values(), ids=TRAINERS)
+@pytest.mark.parametrize("value, message", BAD_REWARDS.values(), ids=BAD_REWARDS)
+def test_a_reward_that_is_no_number_is_refused_before_the_first_step(value, message, trainer_of, tmp_path):
+    trainer = trainer_of(tmp_path, TEXT_ROWS, returning(value))
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("trainer_of", TRAINERS.values(), ids=TRAINERS)
+def test_async_rewards_tensors_and_missing_rewards_work(trainer_of, tmp_path):
+    async def later(completions, **kwargs):
+        return [None if k % 3 == 0 else reward for k, reward in enumerate(uneven(completions))]
+
+    def at_once(completions, **kwargs):
+        return torch.tensor([math.nan if k % 3 == 0 else r for k, r in enumerate(uneven(completions))])
+
+    moved = []
+    for reward in (later, at_once):
+        trainer = trainer_of(tmp_path, TEXT_ROWS, reward, seed=3)
+        trainer.train()
+        moved.append(trained_z(trainer))
+    assert torch.isfinite(moved[0]).all() and torch.equal(*moved)
+
+
+BAD_ROWS = {
+    "an empty prompt": ([*TEXT_ROWS, {"prompt": "", "answer": "x"}], "Row 4 of the data has an empty prompt"),
+    "a long prompt": (
+        [*TEXT_ROWS, {"prompt": "a " * 4000, "answer": "x"}],
+        "Row 4 .* but the model's context",
+    ),
+}
+
+
+@pytest.mark.parametrize("trainer_of", TRAINERS.values(), ids=TRAINERS)
+@pytest.mark.parametrize("rows, message", BAD_ROWS.values(), ids=BAD_ROWS)
+def test_a_row_that_the_model_cannot_read_is_refused_by_its_number(rows, message, trainer_of, tmp_path):
+    rows = [row if isinstance(row["prompt"], str) else {**row, "prompt": row["prompt"][0]["content"]} for row in rows]
+    with pytest.raises(ValueError, match=message):
+        trainer_of(tmp_path, rows, uneven)
+
+
+@pytest.mark.parametrize("trainer_of", TRAINERS.values(), ids=TRAINERS)
+def test_a_model_that_cannot_be_trained_as_asked_is_refused(trainer_of, tmp_path):
+    small = tiny_model()
+    small.resize_token_embeddings(len(TOKENIZER) - 3)
+    get_peft_model(tiny_model(), SVFConfig()).save_pretrained(tmp_path / "expert")
+    named = get_peft_model(tiny_model(), SVFConfig(), adapter_name="math")
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1}
+    for model, settings, message in (
+        (get_peft_model(small, SVFConfig()), {}, "the model's vocabulary is"),
+        (PeftModel.from_pretrained(tiny_model(), tmp_path / "expert"), {}, "is_trainable=True"),
+        (named, {**best, "save_steps": 1}, "an adapter called 'default' alone, and this one is 'math'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer_of(tmp_path, TEXT_ROWS, uneven, model=model, **settings)
+
+
+def test_a_plain_model_without_an_adapter_is_refused(tmp_path):
+    from datasets import Dataset
+
+    from peft_svf.training.reinforce import ReinforceTrainer
+
+    args = ReinforceConfig(str(tmp_path), num_generations=2, per_device_train_batch_size=2, **QUIET)
+    with pytest.raises(ValueError, match="pass peft_config=SVFConfig"):
+        ReinforceTrainer(tiny_model(), uneven, args, Dataset.from_list(TEXT_ROWS), processing_class=TOKENIZER)
+
+
+@pytest.mark.parametrize("trainer_of", TRAINERS.values(), ids=TRAINERS)
+def test_steps_that_teach_nothing_are_reported_once_and_end_the_run_if_asked(trainer_of, tmp_path, caplog):
+    equal = returning(lambda n: [1.0] * n)
+    with caplog.at_level(logging.WARNING, "peft_svf.training.run"):
+        trainer = trainer_of(tmp_path, TEXT_ROWS, equal, max_steps=4)
+        trainer.train()
+    assert trainer.state.global_step == 4
+    assert caplog.text.count("Step 1 teaches nothing") == 1 and caplog.text.count("teaches nothing") == 1
+    trainer = trainer_of(tmp_path, TEXT_ROWS, equal, max_steps=4, stop_after_dead_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2 and "2 steps in a row taught nothing" in caplog.text
+
+
+def test_answers_that_are_all_cut_off_and_masked_are_reported(tmp_path, caplog):
+    settings = {"num_generations": 3, "mask_truncated_completions": True, "max_completion_length": 1}
+    trainer = reinforce(tmp_path, TEXT_ROWS, uneven, **settings)
+    trainer.train()
+    assert "cut off at max_completion_length=1" in caplog.text and "mask_truncated_completions" in caplog.text
+
+
+def test_a_policy_that_has_only_one_answer_is_reported(tmp_path, caplog):
+    sure = [{**row, "choices": row["choices"][:2]} for row in CHOICE_ROWS]
+    trainer = reinforce(tmp_path, sure, uneven, num_generations=3, temperature=1e-4)
+    trainer.train()
+    assert "gives one answer to each prompt at temperature=0.0001" in caplog.text
+
+
+def test_the_settings_work_on_a_cpu_as_they_are(tmp_path):
+    assert not torch.cuda.is_available()
+    assert ReinforceConfig(str(tmp_path)).bf16 is False
+
+
+def test_a_line_of_the_log_can_be_read_and_trackers_get_everything(tmp_path, capsys):
+    trainer = reinforce(tmp_path, TEXT_ROWS, uneven, num_generations=3, beta=0.1)
+    trainer.train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "'step': '1/1'" in line]
+    assert len(lines) == 1 and len(lines[0]) < 200
+    assert all(f"'{name}'" in lines[0] for name in ("reward", "kl", "entropy", "length", "dead_groups", "|z-1|"))
+    assert "z/model.layers.0/mean_distance_from_1" in trainer.state.log_history[0]
+
+
+def test_answers_of_one_token_are_drawn_from_the_forward_that_is_differentiated(tmp_path):
+    few = [{"prompt": chat(text)} for text in ("say it", "why so")]
+    runs = {}
+    for shared in (True, False):
+        settings = {"num_generations": 6, "max_completion_length": 1, "max_grad_norm": 0.0, "temperature": 0.7}
+        trainer = reinforce(tmp_path, few, uneven, **settings)
+        if not shared:
+            trainer._can_share = lambda *_: False
+        tokens = []
+        embeddings = trainer.model.get_input_embeddings()
+        embeddings.register_forward_hook(lambda _, args, out, tokens=tokens: tokens.append(args[0].numel()))
+        trainer.train()
+        runs[shared] = (trainer.texts, trainer.gradients[0], sum(tokens))
+    assert runs[True][0] == runs[False][0]
+    torch.testing.assert_close(runs[True][1], runs[False][1], rtol=1e-3, atol=1e-6)
+    assert runs[True][2] < runs[False][2] / 4
