@@ -184,7 +184,8 @@ def _start(
     stack: contextlib.ExitStack, mode: str, arguments: list[str], pipes: Sequence[Any]
 ) -> subprocess.Popen[bytes]:
     """Start one side; when the stack closes, it is dead and reaped."""
-    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="svf-sandbox-", ignore_cleanup_errors=True))
+    folder = tempfile.mkdtemp(prefix="svf-sandbox-")
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)
     user = _free_id() if os.getuid() == 0 else None
     if user is not None:
         os.chown(folder, user, user)

@@ -288,8 +288,9 @@ class Judge:
     def _outgoing(self, value: Any) -> Any:
         if isinstance(value, Remote):
             return ["object", value._number]
-        if isinstance(value, (type, BuiltinFunctionType)) and getattr(builtins, value.__name__, None) is value:
-            return ["builtin", value.__name__]
+        name = getattr(value, "__name__", None)
+        if isinstance(value, (type, BuiltinFunctionType)) and vars(builtins).get(name) is value:
+            return ["builtin", name]
         raise TypeError(f"an assert passes {type(value).__name__}, which isn't a literal, to the program")
 
     def _incoming(self, tag: str, content: Any) -> Any:
