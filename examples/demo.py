@@ -24,7 +24,7 @@ from transformers import pipeline
 from peft_svf import Mixture, Transformer2Model
 from peft_svf.adaptation import Search
 from peft_svf.evaluation import Summary, evaluate, wilson
-from peft_svf.plots import draw_decisions, draw_spectrum, new_figure
+from peft_svf.plots import draw_decisions, draw_z, new_figure
 from peft_svf.tasks import get_task
 
 HERE = Path(__file__).resolve().parent
@@ -65,7 +65,7 @@ def main() -> None:
     figure, axes = new_figure(3)
     draw_decisions(axes[0], decisions["prompt"], "first pass: prompt")
     draw_decisions(axes[1], decisions["classifier"], "first pass: classifier expert")
-    draw_spectrum(axes[2], experts)
+    draw_z(axes[2], experts)
     figure.savefig(name.with_suffix(".png"))
     result = {
         "command": shlex.join(["python", *sys.argv]),

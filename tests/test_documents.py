@@ -21,6 +21,7 @@ import pico
 import pytest
 import seeing
 import torch
+from filelock import FileLock
 from peft import get_peft_model
 from tiny_model import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -40,15 +41,16 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EXPERTS = {"math": "a number to work out", "code": "a program to write", "dispatch": "naming the kind of a request"}
 
 
-def publish(repo_id: str, folder: str | Path, **_) -> None:
-    """Put a folder into the Hub's cache, as if it had been downloaded."""
-    home = Path(huggingface_hub.constants.HF_HUB_CACHE) / huggingface_hub.file_download.repo_folder_name(
-        repo_id=repo_id, repo_type="model"
-    )
-    revision = "0" * 40
-    (home / "refs").mkdir(parents=True, exist_ok=True)
-    (home / "refs" / "main").write_text(revision)
-    shutil.copytree(folder, home / "snapshots" / revision, dirs_exist_ok=True)
+def publish(repo_id: str, folder: str | Path, again: bool = True, **_) -> None:
+    """Put a folder into the Hub's cache, as if it had been downloaded; tests side by side share the cache."""
+    name = huggingface_hub.file_download.repo_folder_name(repo_id=repo_id, repo_type="model")
+    home, revision = Path(huggingface_hub.constants.HF_HUB_CACHE) / name, "0" * 40
+    home.mkdir(parents=True, exist_ok=True)
+    with FileLock(home / "lock"):
+        if again or not (home / "refs").exists():
+            shutil.copytree(folder, home / "snapshots" / revision, dirs_exist_ok=True)
+            (home / "refs").mkdir(exist_ok=True)
+            (home / "refs" / "main").write_text(revision)
 
 
 @pytest.fixture(scope="session")
@@ -60,16 +62,16 @@ def hub(tmp_path_factory):
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "smollm2")
     tiny_tokenizer().save_pretrained(folder / "smollm2")
-    publish(SMOLLM2, folder / "smollm2")
+    publish(SMOLLM2, folder / "smollm2", again=False)
     seeing.model().save_pretrained(folder / "smolvlm")
     seeing.processor().save_pretrained(folder / "smolvlm")
-    publish("HuggingFaceTB/SmolVLM-256M-Instruct", folder / "smolvlm")
+    publish("HuggingFaceTB/SmolVLM-256M-Instruct", folder / "smolvlm", again=False)
     for seed, (name, description) in enumerate(EXPERTS.items()):
         base = AutoModelForCausalLM.from_pretrained(SMOLLM2)
         model = get_peft_model(base, SVFConfig(task_type="CAUSAL_LM", description=description))
         pico.randomize(model, seed=seed, scale=0.1)
         model.save_pretrained(str(folder / name))
-        publish(f"me/{name}", folder / name)
+        publish(f"me/{name}", folder / name, again=False)
     return folder
 
 

@@ -12,13 +12,12 @@ from torch.utils.data import Dataset
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
-    LogitsProcessorList,
     TextIteratorStreamer,
     pipeline,
 )
 from transformers.pipelines.pt_utils import KeyDataset
 
-from peft_svf import Mixture, Transformer2Model, Transformer2Pipeline, two_pass
+from peft_svf import Mixture, Transformer2Model, Transformer2Pipeline
 from peft_svf.adaptation import FirstPass
 
 TEXTS = ["What is 3 + 4?", "def", "Tell me a story."]
@@ -75,21 +74,6 @@ def stock_math(folders):
 # --- outputs
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("inputs", INPUTS)
-def test_other_gives_what_text_generation_gives_on_the_base(inputs, options, pipe, stock):
-    settings = GREEDY | OPTIONS[options]
-    assert pipe(INPUTS[inputs], expert="other", **settings) == stock(INPUTS[inputs], **settings)
-
-
-@pytest.mark.parametrize("inputs", INPUTS)
-def test_an_expert_gives_what_text_generation_gives_on_it(inputs, pipe, stock, stock_math):
-    expected = stock_math(INPUTS[inputs], **GREEDY)
-    assert pipe(INPUTS[inputs], expert="math", **GREEDY) == expected
-    assert pipe(INPUTS[inputs], mixture={"math": 1.0}, batch_size=3, **GREEDY) == expected
-    assert expected != stock(INPUTS[inputs], **GREEDY)
-
-
 def shape(output):
     """The nesting and the keys of an output, without its texts."""
     if isinstance(output, list):
@@ -131,17 +115,6 @@ def test_a_list_gives_each_prompt_its_own_choice(chosen, inputs, batch_size, pip
     assert pipe(inputs, batch_size=batch_size, **chosen, **GREEDY) == expected
 
 
-def test_beams_and_returned_sequences_stay_with_their_prompt(pipe):
-    settings = GREEDY | {"num_beams": 3, "num_return_sequences": 2}
-    each = ["math", "other", "code"]
-    expected = [pipe(text, expert=name, **settings) for text, name in zip(TEXTS, each, strict=True)]
-    found = pipe(TEXTS, expert=each, batch_size=3, return_dispatch=True, **settings)
-    assert [[record["generated_text"] for record in row] for row in found] == [
-        [record["generated_text"] for record in row] for row in expected
-    ]
-    assert [[record["dispatch"]["choice"] for record in row] for row in found] == [[name] * 2 for name in each]
-
-
 def more_options(tokenizer):
     """What else a call of text-generation may say."""
     return {
@@ -162,15 +135,22 @@ def more_options(tokenizer):
     }
 
 
-@pytest.mark.parametrize("options", more_options(None))
-@pytest.mark.parametrize("inputs", ["texts", "chats"])
-def test_whatever_a_call_says_an_expert_answers_as_text_generation_on_it(inputs, options, pipe, stock, stock_math):
+CALLS = [(inputs, options) for inputs in INPUTS for options in OPTIONS]
+CALLS += [(inputs, options) for inputs in ("texts", "chats") for options in more_options(None)]
+
+
+@pytest.mark.parametrize("inputs, options", CALLS)
+def test_an_expert_answers_as_text_generation_on_its_weights_and_other_on_the_base(
+    inputs, options, pipe, stock, stock_math
+):
+    answers = []
     for name, own in (("other", stock), ("math", stock_math)):
-        settings = more_options(own.tokenizer)[options]
-        assert pipe(INPUTS[inputs], expert=name, **settings) == own(INPUTS[inputs], **settings)
-    found = pipe(INPUTS[inputs], return_dispatch=True, **settings)
-    for (record,), mixture in zip(found, pipe.model.first_pass(INPUTS[inputs]), strict=True):
-        assert record["dispatch"]["choice"] == mixture.choice
+        settings = GREEDY | OPTIONS[options] if options in OPTIONS else more_options(own.tokenizer)[options]
+        if name == "math" and options == "scores":
+            continue  # the same within rounding: test_two_pass compares logits
+        answers.append(own(INPUTS[inputs], **settings))
+        assert pipe(INPUTS[inputs], expert=name, **settings) == answers[-1]
+    assert len(answers) == 1 or answers[0] != answers[1]
 
 
 @pytest.mark.parametrize(
@@ -227,23 +207,6 @@ def test_return_dispatch_adds_the_decision_and_nothing_else(inputs, batch_size, 
         assert 0 <= decision["confidence"] <= 1
 
 
-def test_an_explicit_choice_is_certain(pipe):
-    for chosen, choice, alpha in [
-        ({"expert": "math"}, "math", {"math": 1.0}),
-        ({"expert": "other"}, "other", {}),
-        ({"mixture": {"code": 0.6, "math": 0.3}}, "code", {"code": 0.6, "math": 0.3}),
-        ({"mixture": {"code": 0.2}}, "other", {"code": 0.2}),
-    ]:
-        (output,) = pipe(TEXTS[0], return_dispatch=True, **chosen, **GREEDY)
-        probabilities = dict.fromkeys(NAMES, 0.0) | {choice: 1.0}
-        assert output["dispatch"] == {
-            "choice": choice,
-            "confidence": 1.0,
-            "probabilities": probabilities,
-            "alpha": alpha,
-        }
-
-
 def test_the_decision_beside_tensors(pipe):
     (output,) = pipe(TEXTS[0], return_tensors=True, return_dispatch=True, **GREEDY)
     assert sorted(output) == ["dispatch", "generated_token_ids"]
@@ -261,22 +224,6 @@ def test_a_streamed_answer_is_the_second_pass_alone(pipe):
         text = "".join(streamer)
         thread.join()
         assert text == expected
-
-
-def test_two_threads_with_different_experts_never_mix(pipe):
-    expected = {name: pipe(TEXTS, expert=name, **GREEDY) for name in NAMES}
-    found = {name: [] for name in NAMES}
-
-    def work(name):
-        for _ in range(2):
-            found[name].append(pipe(TEXTS, expert=name, batch_size=3, **GREEDY))
-
-    threads = [threading.Thread(target=work, args=(name,)) for name in NAMES]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == {name: [expected[name]] * 2 for name in NAMES}
 
 
 def test_streams_of_several_threads_never_mix(pipe):
@@ -557,21 +504,6 @@ class Breaks(LogitsProcessor):
         if self.calls == 3:
             raise RuntimeError("in the middle")
         return scores
-
-
-def test_between_calls_the_weights_are_the_bases_to_the_bit(pipe, monkeypatch):
-    model = pipe.model.library.model
-    before, pristine = state(model), dict(base().named_parameters())
-    pipe(TEXTS, batch_size=3, **GREEDY)
-    with pytest.raises(RuntimeError, match="in the middle"):
-        pipe(TEXTS, expert="math", logits_processor=LogitsProcessorList([Breaks()]), **GREEDY)
-    monkeypatch.setattr(two_pass, "dispatch", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        pipe(TEXTS, **GREEDY)
-    assert_same(model, before)
-    for name, parameter in model.get_base_model().named_parameters():
-        if "svf_offset" not in name:
-            assert torch.equal(parameter, pristine[name.replace(".base_layer", "")])
 
 
 def test_experts_saved_as_the_refusal_says_make_the_pipeline_again(pipe, tmp_path):

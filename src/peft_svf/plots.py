@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_LABELS = 150  # of rows; where there are more, not each has one
-MOST_NUMBERED = 30  # rows that are read cell by cell
-PARTS = ("share right", "log-likelihood")  # of a score on examples
+MOST_ROWS = 150  # the tallest panel; with more rows, only some are labelled
+MOST_NUMBERED = 30  # rows whose cells show their numbers
+PARTS = ("accuracy", "log-likelihood")  # the parts of a search's score
 
 
-def size_of(rows: int = 0, names: int = 0) -> dict[str, float]:
-    """The size in inches of a panel in which the labels of so many rows and columns do not run into each other."""
-    return {"height": max(3.8, 1.6 + 0.2 * min(rows, MOST_LABELS)), "width": max(4.6, 2.6 + 0.45 * names)}
+def size_of(rows: int = 0, columns: int = 0) -> dict[str, float]:
+    """Return the size in inches of a panel with room for the labels of so many rows and columns."""
+    return {"height": max(3.8, 1.6 + 0.2 * min(rows, MOST_ROWS)), "width": max(4.8, 2.6 + 0.45 * columns)}
 
 
-def new_figure(columns: int, height: float = 3.8, width: float = 4.6) -> "tuple[Figure, list[Axes]]":
+def new_figure(columns: int, height: float = 3.8, width: float = 4.8) -> "tuple[Figure, list[Axes]]":
     """
     Make a figure of panels side by side, without touching the user's backend or open figures.
 
@@ -44,44 +44,17 @@ def new_figure(columns: int, height: float = 3.8, width: float = 4.6) -> "tuple[
     return figure, list(axes)
 
 
-def draw_decisions(axes: "Axes", counts: Mapping[str, Mapping[str, int]], title: str) -> None:
-    """
-    Draw which expert the first pass chose for each kind of question: shares by row, counts as text.
-
-    Args:
-        axes (`matplotlib.axes.Axes`):
-            Panel to draw in.
-        counts (`Mapping[str, Mapping[str, int]]`):
-            Per kind of question the number of prompts by choice.
-        title (`str`):
-            Title of the panel.
-    """
-    kinds, choices = list(counts), sorted({choice for row in counts.values() for choice in row})
-    table = torch.tensor([[float(counts[kind].get(choice, 0)) for choice in choices] for kind in kinds])
-    shares = table / table.sum(1, keepdim=True).clamp(min=1)
-    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for i in range(len(kinds)):
-        for j in range(len(choices)):
-            colour = "white" if shares[i, j] > 0.5 else "black"
-            axes.text(j, i, f"{int(table[i, j])}", ha="center", va="center", color=colour)
-    axes.set_xticks(range(len(choices)), choices, rotation=30, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(kinds)), kinds)
-    axes.set(xlabel="chosen expert", ylabel="kind of question", title=title)
-
-
 def spectrum(expert: Expert, bins: int) -> Tensor | None:
     """
     Measure how far z is from 1 along the spectrum, averaged over the weights of an expert.
 
     Args:
-        expert ([`Expert`]):
-            The z-vectors.
-        bins (`int`):
-            Parts that each spectrum is cut into, so that weights of different size can be averaged.
+        expert ([`Expert`]): The z-vectors.
+        bins (`int`): Parts of equal length that each spectrum is cut into, because weights differ in size.
 
     Returns:
-        `torch.Tensor` of shape `(bins,)`: mean abs(z - 1), largest singular values first; `None` where every z-vector
-        is shorter than `bins`.
+        `torch.Tensor` of shape `(bins,)`: mean abs(z - 1), largest singular values first; `None` if every z-vector is
+        shorter than `bins`.
     """
     parts = [
         torch.stack([chunk.abs().mean() for chunk in torch.tensor_split(offset, bins)])
@@ -96,19 +69,18 @@ def distances(expert: Expert) -> tuple[list[str], list[str], Tensor]:
     Measure how far z is from 1 in each layer and kind of weight.
 
     Args:
-        expert ([`Expert`]):
-            The z-vectors.
+        expert ([`Expert`]): The z-vectors.
 
     Returns:
         Labels of the layers, kinds of weight (`"mlp.up_proj"`), and mean abs(z - 1) as a `torch.Tensor` of shape
-        `(layers, kinds)`: over all weights of that kind in that layer, NaN where there is none.
+        `(layers, kinds)`: over all weights of that kind in that layer, NaN if it has none.
     """
     cells: dict[tuple[str, int], dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for module, offset in expert.offsets.items():
         block = block_of(module)
         stack, _, number = block.rpartition(".")
         inside = module.removeprefix(f"{block}.").split(".")
-        kind = ".".join(part for part in inside if not part.isdigit())  # numbers here are those of a layer's experts
+        kind = ".".join(part for part in inside if not part.isdigit())  # the experts of a layer count as one kind
         cells[("", -1) if block == module else (stack, int(number))][kind].append(offset)
     layers = sorted(cells)
     kinds = list(dict.fromkeys(kind for row in cells.values() for kind in row))
@@ -122,38 +94,41 @@ def distances(expert: Expert) -> tuple[list[str], list[str], Tensor]:
 
 
 def draw_distances(axes: "Axes", expert: Expert) -> None:
-    """Draw mean abs(z - 1) of each layer and kind of weight of an expert, with a scale beside it."""
+    """Draw mean abs(z - 1) of each layer and kind of weight of an expert; colours span the values that occur."""
     layers, kinds, table = distances(expert)
-    image = axes.imshow(table.numpy(), cmap="Blues", vmin=0, aspect="auto", interpolation="nearest")
-    every = math.ceil(len(layers) / 16)  # labels that do not run into each other
-    axes.set_yticks(range(0, len(layers), every), layers[::every])
-    axes.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right", rotation_mode="anchor")
-    axes.set(ylabel="layer", title=f"{expert.name}: mean |z − 1|")
-    axes.figure.colorbar(image, ax=axes)
+    _draw_table(axes, table, layers, kinds, "mean |z − 1|", None)
+    axes.set(ylabel="layer", title=f"{expert.name}: distance from the base")
+
+
+def draw_z(axes: "Axes", experts: Sequence[Expert]) -> None:
+    """Draw how the multipliers z of each expert are distributed around the base model's 1."""
+    z = {expert.name: 1 + torch.cat(list(expert.offsets.values())) for expert in experts}
+    reach = max(1e-3, *(float((values - 1).abs().max()) for values in z.values()))
+    for name, values in z.items():
+        label = f"{name} (mean |z − 1| {float((values - 1).abs().mean()):.3g})"
+        axes.hist(values.numpy(), bins=81, range=(1 - reach, 1 + reach), histtype="step", density=True, label=label)
+    axes.axvline(1, color="black", linewidth=0.8, linestyle=":", label="base (z = 1)")
+    axes.set(xlabel="multiplier z", ylabel="density", title="z-vectors")
+    axes.margins(y=0.3)  # room for the legend
+    axes.legend(loc="upper left", fontsize="small")
 
 
 def draw_layers(axes: "Axes", layers: Mapping[str, Mapping[str, float]], title: str) -> None:
     """
-    Draw the weight of each expert in each block of a model, with a scale beside it.
+    Draw the weight of each expert in each block of a model.
 
     Args:
-        axes (`matplotlib.axes.Axes`):
-            Panel to draw in.
-        layers (`Mapping[str, Mapping[str, float]]`):
-            By block the weights by name, as a search per layer leaves them in `provenance["layers"]`.
-        title (`str`):
-            Title of the panel.
+        axes (`matplotlib.axes.Axes`): Panel to draw in.
+        layers (`Mapping[str, Mapping[str, float]]`): Weights by name for each block, as in `provenance["layers"]`.
+        title (`str`): Title of the panel.
     """
     names, alone = list(next(iter(layers.values()))), len({block.rpartition(".")[0] for block in layers}) == 1
     weights = torch.tensor([[row[name] for name in names] for row in layers.values()])  # (blocks, experts)
-    low, high = min(0.0, float(weights.min())), max(1.0, float(weights.max()))
-    image = axes.imshow(weights.numpy(), cmap="Blues", vmin=low, vmax=high, aspect="auto", interpolation="nearest")
-    every = math.ceil(len(layers) / 16)  # labels that do not run into each other
     labels = [block.rpartition(".")[2] if alone else block for block in layers]
-    axes.set_yticks(range(0, len(labels), every), labels[::every])
-    axes.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
+    _draw_table(
+        axes, weights, labels, names, "weight α", min(0.0, float(weights.min())), max(1.0, float(weights.max()))
+    )
     axes.set(ylabel="layer", title=title)
-    axes.figure.colorbar(image, ax=axes, label="weight α")
 
 
 def draw_search(axes: "Axes", mixture: Mixture) -> None:
@@ -166,74 +141,87 @@ def draw_search(axes: "Axes", mixture: Mixture) -> None:
     history = mixture.provenance.get("history")
     if not history:
         raise ValueError(f"This mixture was found by {mixture.strategy!r}: only a few-shot search has a course.")
-    # a score is a tuple, of which later parts decide ties: the first part that tells members apart is drawn
+    # the later parts of a score decide ties: draw the first part that differs between members
     courses = {key: list(zip(*(entry[key] for entry in history), strict=True)) for key in ("best", "mean_score")}
     parts = range(len(courses["best"]))
     part = next((i for i in parts if len({*courses["best"][i], *courses["mean_score"][i]}) > 1), 0)
     for key, label in (("best", "best so far"), ("mean_score", "mean of the population")):
         axes.plot(range(1, len(history) + 1), courses[key][part], marker="o", markersize=3, label=label)
     axes.locator_params(axis="x", integer=True, min_n_ticks=1)
-    axes.set(xlabel="iteration", ylabel=f"{PARTS[part]} of the examples", title="few-shot search")
+    axes.set(xlabel="iteration", ylabel=f"{PARTS[part]} on the examples", title="few-shot search")
     axes.legend()
 
 
 def draw_alpha(axes: "Axes", mixture: Mixture, names: Sequence[str] = ()) -> None:
     """Draw the weights of a mixture as bars, 0 for other `names`; what is left of 1 is the base's (`"other"`)."""
     shares = {**dict.fromkeys(names, 0.0), **mixture.alpha, OTHER: 1 - sum(mixture.alpha.values())}
-    axes.barh(list(shares), list(shares.values()))
+    bars = axes.barh(list(shares), list(shares.values()), color=[*["C0"] * (len(shares) - 1), "lightgrey"])
+    axes.bar_label(bars, fmt="%.2f", padding=3)
     axes.axvline(0, color="black", linewidth=0.8)
+    axes.margins(x=0.18)  # room for the numbers
+    axes.invert_yaxis()  # the first expert on top
     axes.set(xlabel="weight α", title=f"mixture ({mixture.strategy})")
 
 
 def draw_probabilities(axes: "Axes", prompts: Sequence[str], mixtures: Sequence[Mixture]) -> None:
     """
-    Draw the probability that the first pass gave each expert, one row per prompt; the chosen one is in bold.
-
-    Above 30 prompts there is a scale instead of numbers.
+    Draw the probability of each expert for each prompt, the chosen one in bold; a colour scale beyond 30 prompts.
 
     Args:
-        axes (`matplotlib.axes.Axes`):
-            Panel to draw in, as large as [`size_of`] says.
-        prompts (`Sequence[str]`):
-            Labels of the rows.
-        mixtures (`Sequence[Mixture]`):
-            One per prompt, as `dispatch` returns them.
+        axes (`matplotlib.axes.Axes`): Panel to draw in, of the size that [`size_of`] returns.
+        prompts (`Sequence[str]`): Labels of the rows.
+        mixtures (`Sequence[Mixture]`): One per prompt, as `dispatch` returns them.
     """
     names = list(dict.fromkeys(name for mixture in mixtures for name in mixture.record()["probabilities"]))
     table = torch.tensor([[m.record()["probabilities"].get(name, 0.0) for name in names] for m in mixtures])
-    image = axes.imshow(table.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    if len(mixtures) > MOST_NUMBERED:
-        axes.figure.colorbar(image, ax=axes, label="probability")
-    for i, mixture in enumerate(mixtures if len(mixtures) <= MOST_NUMBERED else ()):
-        for j, name in enumerate(names):
-            weight = "bold" if name == mixture.choice else "normal"
-            colour = "white" if table[i, j] > 0.5 else "black"
-            axes.text(j, i, f"{table[i, j]:.2f}", ha="center", va="center", color=colour, weight=weight)
-    axes.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
-    every = math.ceil(len(prompts) / MOST_LABELS)
-    lines = [" ".join(text.split()) for text in prompts[::every]]
-    shown = [line if len(line) <= 30 else line[:29] + "…" for line in lines]
-    axes.set_yticks(range(0, len(prompts), every), shown, parse_math=False)  # a "$" is a dollar
-    axes.set(xlabel="expert", title="first pass: probabilities")
+    lines = [" ".join(text.split()) for text in prompts]
+    labels = [line if len(line) <= 30 else line[:29] + "…" for line in lines]
+    _draw_table(axes, table, labels, names, "probability", 0, 1, MOST_ROWS)
+    if len(mixtures) <= MOST_NUMBERED:
+        texts = [[f"{x:.2f}" for x in row] for row in table.tolist()]
+        _write(axes, table, texts, [names.index(mixture.choice) for mixture in mixtures])
+    axes.set(xlabel="expert", ylabel="prompt", title="first pass: probabilities")
 
 
-def draw_spectrum(axes: "Axes", experts: Sequence[Expert], bins: int = 24) -> None:
+def draw_decisions(axes: "Axes", counts: Mapping[str, Mapping[str, int]], title: str) -> None:
     """
-    Draw how far z is from 1 along the spectrum: mean abs(z - 1) by rank of the singular value, largest first.
+    Draw which expert the first pass chose for each kind of question: shares by row as colour, counts as text.
 
     Args:
-        axes (`matplotlib.axes.Axes`):
-            Panel to draw in.
-        experts (`Sequence[Expert]`):
-            One line each, averaged over all their weights; none for z-vectors shorter than `bins`.
-        bins (`int`):
-            As in [`spectrum`].
+        axes (`matplotlib.axes.Axes`): Panel to draw in.
+        counts (`Mapping[str, Mapping[str, int]]`): Number of prompts by choice, for each kind of question.
+        title (`str`): Title of the panel.
     """
-    for expert in experts:
-        if (line := spectrum(expert, bins)) is not None:
-            places = (torch.arange(bins) + 0.5) / bins
-            axes.plot(places.numpy(), line.numpy(), label=expert.name)
-    axes.set(xlabel="rank of the singular value / number of them", ylabel="mean |z − 1|", title="z-vectors")
-    axes.set_ylim(bottom=0)
-    if axes.lines:
-        axes.legend()
+    kinds, choices = list(counts), sorted({choice for row in counts.values() for choice in row})
+    table = torch.tensor([[float(counts[kind].get(choice, 0)) for choice in choices] for kind in kinds])
+    shares = table / table.sum(1, keepdim=True).clamp(min=1)
+    _draw_table(axes, shares, kinds, choices, "share of the kind", 0, 1)
+    _write(axes, shares, [[f"{count:.0f}" for count in row] for row in table.tolist()])
+    axes.set(xlabel="chosen expert", ylabel="kind of question", title=title)
+
+
+def _draw_table(
+    axes: "Axes",
+    table: Tensor,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    what: str,
+    low: float | None = 0,
+    high: float | None = None,
+    most: int = 16,
+) -> None:
+    """Draw a table `(rows, columns)` as colours with a scale, at most `most` rows labelled."""
+    image = axes.imshow(table.numpy(), cmap="Blues", vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+    every = math.ceil(len(rows) / most)
+    axes.set_yticks(range(0, len(rows), every), rows[::every], parse_math=False)  # a "$" is a dollar
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
+    axes.figure.colorbar(image, ax=axes, label=what)
+
+
+def _write(axes: "Axes", table: Tensor, texts: Sequence[Sequence[str]], bold: Sequence[int] = ()) -> None:
+    """Write texts into the cells of a drawn table; `bold` has a column for each row."""
+    for i, row in enumerate(texts):
+        for j, text in enumerate(row):
+            weight = "bold" if list(bold[i : i + 1]) == [j] else "normal"
+            colour = "white" if table[i, j] > 0.5 else "black"
+            axes.text(j, i, text, ha="center", va="center", color=colour, weight=weight)

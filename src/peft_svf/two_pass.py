@@ -387,13 +387,13 @@ def load_model(name: str, **kwargs: Any) -> tuple[PreTrainedModel, Reader]:
 
 def base_of(experts: Sequence[Source] | Mapping[str, Source]) -> tuple[str, str | None]:
     """
-    The base model that experts name, and its revision where they name one.
+    Find the base model that experts name, and its revision if they name one.
 
     Raises:
         `ValueError`: if they name none, or several.
     """
-    experts = loaded(experts)
-    configs = [expert.config for expert in (experts.values() if isinstance(experts, Mapping) else experts)]
+    found = loaded(experts)
+    configs = [expert.config for expert in (found.values() if isinstance(found, dict) else found)]
     names = sorted({config["base_model_name_or_path"] for config in configs if config.get("base_model_name_or_path")})
     revisions = sorted({str(config["revision"]) for config in configs if config.get("revision")})
     if len(names) != 1 or len(revisions) > 1:

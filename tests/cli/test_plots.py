@@ -17,7 +17,7 @@ from peft_svf.plots import (
     draw_layers,
     draw_probabilities,
     draw_search,
-    draw_spectrum,
+    draw_z,
     new_figure,
     size_of,
     spectrum,
@@ -88,63 +88,6 @@ def test_distances_are_drawn_as_they_are(axes):
     assert labels(axes.yaxis) == layers and labels(axes.xaxis) == kinds
 
 
-@pytest.mark.parametrize("layers", [16, 17, 30, 31, 80])
-def test_labels_of_many_layers_do_not_run_into_each_other(axes, layers):
-    draw_distances(axes, expert(**{f"layers__{i}__up": 3 for i in range(layers)}))
-    axes.figure.draw_without_rendering()
-    ends = sorted(tuple(tick.get_window_extent().intervaly) for tick in axes.yaxis.get_ticklabels())
-    assert len(ends) > 8 and all(one[1] < other[0] for one, other in itertools.pairwise(ends))
-    assert {int(label) for label in labels(axes.yaxis)} <= set(range(layers))
-
-
-def test_a_line_of_the_spectrum_is_drawn_for_every_expert_that_is_long_enough(axes):
-    long, short = expert(a=30), expert(a=3)
-    draw_spectrum(axes, [long, short])
-    (line,) = axes.lines
-    assert line.get_ydata().tolist() == pytest.approx(spectrum(long, 24).tolist())
-
-
-def test_a_figure_without_a_line_has_no_legend(axes):
-    draw_spectrum(axes, [expert(a=3)])
-    assert axes.get_legend() is None
-
-
-def test_the_course_of_a_search_is_the_first_part_of_the_score_that_moves(axes):
-    history = [
-        {"best": [0.0, -3.0], "mean_score": [0.0, -4.0], "mean": [0.5]},
-        {"best": [0.0, -1.0], "mean_score": [0.0, -2.0], "mean": [0.7]},
-    ]
-    draw_search(axes, Mixture({"a": 0.7}, "few-shot", provenance={"history": history}))
-    assert [list(line.get_ydata()) for line in axes.lines] == [[-3.0, -1.0], [-4.0, -2.0]]
-    assert axes.get_ylabel() == "log-likelihood of the examples"
-    assert all(tick == int(tick) for tick in axes.get_xticks())
-
-
-def test_the_course_of_a_search_of_one_iteration_is_a_point(axes):
-    history = [{"best": [0.5, -3.0], "mean_score": [0.25, -4.0], "mean": [0.5]}]
-    draw_search(axes, Mixture({"a": 0.7}, "few-shot", provenance={"history": history}))
-    assert [line.get_marker() for line in axes.lines] == ["o", "o"]
-    assert axes.get_ylabel() == "share right of the examples"
-    assert all(tick == int(tick) for tick in axes.get_xticks())
-
-
-def test_a_mixture_that_was_not_searched_has_no_course(axes):
-    with pytest.raises(ValueError, match="'explicit'"):
-        draw_search(axes, Mixture({"a": 1.0}))
-
-
-def test_bars_are_the_weights_and_what_is_left_for_the_base(axes):
-    draw_alpha(axes, Mixture({"a": 0.75, "b": -0.25}))
-    assert labels(axes.yaxis) == ["a", "b", "other"]
-    assert [bar.get_width() for bar in axes.patches] == pytest.approx([0.75, -0.25, 0.5])
-
-
-def test_an_expert_without_weight_has_a_bar_of_0(axes):
-    draw_alpha(axes, Mixture({"b": 0.75}), ["a", "b", "c"])
-    assert labels(axes.yaxis) == ["a", "b", "c", "other"]
-    assert [bar.get_width() for bar in axes.patches] == pytest.approx([0.0, 0.75, 0.0, 0.25])
-
-
 def test_weights_per_layer_are_drawn_as_they_are(axes):
     layers = {"model.layers.0": {"a": -0.5, "b": 0.25}, "model.layers.1": {"a": 1.5, "b": 1.0}}
     draw_layers(axes, layers, "sums")
@@ -168,7 +111,7 @@ def test_the_chosen_expert_of_each_prompt_is_in_bold(axes):
 
 
 def apart(axes):
-    """Whether the labels of the rows do not run into each other."""
+    """Return whether the labels of the rows don't overlap."""
     axes.figure.savefig(io.BytesIO())
     boxes = [tick.get_window_extent() for tick in axes.get_yticklabels()]
     return len(boxes) > 2 and not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
@@ -208,3 +151,32 @@ def test_a_figure_is_made_without_the_users_backend():
     figure, axes = new_figure(3)
     assert len(axes) == 3 and figure.canvas.manager is None
     assert matplotlib.get_backend(auto_select=False) == before
+
+
+def test_z_is_drawn_around_the_base(axes):
+    draw_z(axes, [expert(a=300), Expert("b", {"a": torch.zeros(30)})])
+    mean = expert(a=300).offsets["a"].abs().mean()
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert f"e (mean |z − 1| {mean:.3g})" in texts and "b (mean |z − 1| 0)" in texts and "base (z = 1)" in texts
+    low, high = axes.get_xlim()
+    assert low < 1 < high
+
+
+@pytest.mark.parametrize("moving, label", [(0, "accuracy on"), (1, "log-likelihood on")])
+def test_the_course_of_a_search_is_the_first_part_of_the_score_that_differs(moving, label, axes):
+    history = [
+        {"best": [0.0, -3.0], "mean_score": [0.0 + 0.1 * (moving == 0), -4.0]},
+        {"best": [0.0, -1.0], "mean_score": [0.0, -2.0]},
+    ]
+    draw_search(axes, Mixture({"a": 0.7}, "few-shot", provenance={"history": history}))
+    expected = [[entry[key][moving] for entry in history] for key in ("best", "mean_score")]
+    assert [list(line.get_ydata()) for line in axes.lines] == expected and axes.get_ylabel().startswith(label)
+    assert all(tick == int(tick) for tick in axes.get_xticks()) and axes.get_legend()
+    with pytest.raises(ValueError, match="'explicit'"):
+        draw_search(axes, Mixture({"a": 1.0}))
+
+
+def test_bars_are_the_weights_and_what_is_left_for_the_base(axes):
+    draw_alpha(axes, Mixture({"a": 0.75, "b": -0.25}), ["a", "b", "c"])
+    assert labels(axes.yaxis) == ["a", "b", "c", "other"]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([0.75, -0.25, 0.0, 0.5])

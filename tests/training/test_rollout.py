@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of sharing: a prompt that is read once gives the completions and gradients of one that is read each time."""
 
+from contextlib import nullcontext
+
 import pico
 import pytest
 import torch
 from peft import get_peft_model
 from torch.nn.functional import cosine_similarity
+from trainers import QUIET, TOKENIZER, chat, same, soft_model, uneven
+from trainers import trainer_of as reinforce
 from trl.trainer.utils import add_fused_lm_head
 
 from peft_svf import SVFConfig
+from peft_svf.training.evolution import EvolutionConfig, EvolutionTrainer
 from peft_svf.training.rollout import (
     can_share,
     checkpoints_activations,
@@ -21,6 +26,7 @@ KINDS = ["llama", "qwen2", "gpt2", "opt", "gemma3_text", "phi3", "mixtral", "qwe
 BEGIN = [5, 9, 11, 4]
 PROMPTS = {
     "several samples": [[7, 8, 9], [3, 4], [12, 13, 14, 15, 16]] * 2 + [[3, 4]],
+    "of one length": [[7, 8, 9], [3, 4, 5]] * 2,
     "a common beginning": [BEGIN + rest for rest in ([7, 8, 9], [3], [12, 13, 14, 15, 16])],
     "both": [BEGIN + rest for rest in ([7, 8, 9], [3], [12, 13, 14, 15, 16], [3], [7, 8, 9])],
 }
@@ -135,3 +141,35 @@ def test_what_has_no_cache_to_repeat_is_not_shared():
 def test_different_prompts_with_nothing_in_common_are_not_shared():
     assert distinct_prompts(*padded([[3, 4], [5, 4], [6]])) is None
     assert distinct_prompts(*padded([[3, 4], [3, 4]])).distinct == [[3, 4]]
+
+
+@pytest.mark.parametrize("settings", [{}, {"beta": 0.2}, {"gradient_checkpointing": True}], ids=str)
+def test_a_step_of_the_trainer_is_the_one_that_reads_each_prompt_each_time(settings, tmp_path, monkeypatch):
+    rows = [{"prompt": chat(text)} for text in ("say it", "why so")]
+    steps = []
+    for shared in (True, False):
+        trainer = reinforce(tmp_path, rows, uneven, num_generations=6, max_grad_norm=0.0, **settings)
+        if not shared:
+            monkeypatch.setattr(trainer, "_can_share", lambda *_: False)
+            monkeypatch.setattr("peft_svf.training.reinforce.shared_prompts", lambda model: nullcontext())
+        tokens = counted(trainer.model)
+        trainer.train()
+        steps.append((trainer.texts, trainer.gradients[0], sum(tokens)))
+    (texts, gradient, read), (plain_texts, plain_gradient, plain_read) = steps
+    assert texts == plain_texts and read < plain_read
+    same(gradient, plain_gradient, 1e-5)
+
+
+def test_members_of_a_population_share_what_their_rows_begin_with(tmp_path, monkeypatch):
+    rows = [{"prompt": chat(text)} for text in ("say it", "say why so")]
+    args = EvolutionConfig(str(tmp_path), population=4, max_completion_length=4, save_strategy="no", **QUIET)
+    trainer = EvolutionTrainer(soft_model(), uneven, args, rows, processing_class=TOKENIZER, peft_config=SVFConfig())
+    size = sum(len(layer.svf_offset["default"].weight) for layer in pico.svf_layers(trainer.model).values())
+    members = 0.3 * torch.randn(4, size, generator=torch.Generator().manual_seed(0))
+    tokens = counted(trainer.model)
+    fitness = trainer._fitness(members, rows)
+    read = sum(tokens)
+    tokens.clear()
+    monkeypatch.setattr("peft_svf.training.evolution.shared_prompts", lambda *_: nullcontext())
+    assert torch.equal(fitness, trainer._fitness(members, rows))
+    assert len(fitness.unique()) > 1 and read < sum(tokens)

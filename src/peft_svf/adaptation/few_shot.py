@@ -63,9 +63,9 @@ def few_shot(
         search ([`Search`]): Method, range and budgets.
         task ([`Task`], *optional*): Scores completions; not used for choices.
         holdout (`"leave-one-out"` or `Iterable[Mapping]`):
-            `"leave-one-out"`: each example is answered by the candidate that is best on the others, and the mean score
-            is compared. It is free, but it flatters a search over many weights, whose candidates were drawn with all
-            examples in view. Or other examples of the same form; `[]` for no check. A single one can't be left out.
+            Each example is answered by the candidate that is best on the others, and the mean score is compared. It is
+            free, but it flatters a search over many weights, whose candidates were drawn with all examples in view. Or
+            other examples of the same form; `[]` for no check.
         name (`str`, *optional*):
             Name of the mixture in the library. `search.per_layer` needs it: the mixed z-vector becomes an expert of
             this name, and the mixture is that expert alone.
@@ -78,44 +78,32 @@ def few_shot(
         [`Mixture`] with settings, course and check of the search in `provenance`.
 
     Raises:
-        `ValueError`: for examples that [`rows.check`] refuses, of two forms or longer than the context, a taken name,
-            a population that is too small, or a state file of another search.
-        `ImportError`: for `"cma"` without its library.
+        `ValueError`: for malformed examples, of two forms or over the context; for another search's state file.
     """
     with library.lock:
         seen = _checked(library, tokenizer, examples, "Example")
         unseen = [] if holdout == LEAVE_ONE_OUT else _checked(library, tokenizer, holdout, "Held-out example", seen)
-        task = None if "choices" in seen[0] else task
+        choices = "choices" in seen[0]
+        task = None if choices else task
         if generation and task is None:
             raise TypeError(f"few_shot has no argument {next(iter(generation))!r}: these examples generate nothing.")
-        weights = _weights(library, search, name)
+        weights, facts = _weights(library, search, name), search.facts(choices)
+        kwargs: dict[str, Any] = {"task": task, "generation": generation, "batch_size": batch_size}
+        kwargs |= {"seed": search.seed, "temperature": search.temperature}
 
         def judge(rows: Sequence[Row], gradients: bool = False) -> Callable[[np.ndarray], Judged]:
-            judge = Judge(
-                library, tokenizer, weights, rows, task=task, generation=generation, batch_size=batch_size,
-                gradients=gradients, seed=search.seed, temperature=search.temperature,
-            )  # fmt: skip
-            return partial(evaluator, judge) if evaluator else judge
+            scores = Judge(library, tokenizer, weights, rows, gradients=gradients, **kwargs)
+            return partial(evaluator, scores) if evaluator else scores
 
-        facts = search.facts(choices="choices" in seen[0])
-        depends = {**facts, "task": task and task.name, "generation": repr(sorted(generation.items()))}
-        depends |= {"examples": _digest(seen), "experts": digest_of_experts(library)}
-        reserve = 3 * len(unseen) / len(seen)  # for the check
-        found = _searched(search, weights, judge(seen, search.method == "gradient"), depends, state, reserve)
+        depends = {**facts, **_inputs(library, seen, task, generation)}
+        first, reserve = judge(seen, search.method == "gradient"), 3 * len(unseen) / len(seen)
+        found = _searched(search, weights, first, depends, state, reserve)
         vector, score, held_out = found.best, found.score, {"examples": 0, "fell_back": None}
         if unseen or (holdout == LEAVE_ONE_OUT and len(seen) > 1):
             vector, score, held_out = check_choice(weights, found, judge(seen), judge(unseen) if unseen else None)
-        if task is not None or "choices" in seen[0]:
-            _log_ties(found)
-        provenance = {**({"name": name} if name else {}), **facts, "examples": len(seen), "held_out": held_out}
-        provenance |= {"score": list(score), "tokens": found.tokens, "stopped": found.stopped}
-        provenance |= {"iterations": len(found.history), "history": found.history}
-        if search.per_layer:
-            return _as_expert(library, weights, vector, str(name), provenance)
-        mixture = weights.mixture(vector, provenance)
-        if name:
-            library.add_mixture(name, mixture)
-        return mixture
+        course = _course(found, graded=choices or task is not None)
+        provenance = facts | course | {"examples": len(seen), "held_out": held_out, "score": list(score)}
+        return _kept(library, weights, vector, name, search.per_layer, provenance)
 
 
 def _checked(
@@ -241,6 +229,36 @@ def left_out(by_example: np.ndarray) -> Score:
     return tuple(float(x) for x in by_example[chosen, range(count)].mean(0))
 
 
+def _course(found: Found, graded: bool) -> dict[str, Any]:
+    """Return the cost and course of a search as JSON values; log if its examples told no candidates apart."""
+    shares = [(entry["best"][0], entry["mean_score"][0]) for entry in found.history]
+    if graded and all(math.isclose(best, mean, abs_tol=1e-9) for best, mean in shares):
+        logger.info(
+            f"All candidates answer the same share of the examples right ({shares[0][0]:.2f}), so the log-likelihood "
+            "alone decided. Harder or easier examples would be more informative."
+        )
+    course = {"tokens": found.tokens, "stopped": found.stopped}
+    return course | {"iterations": len(found.history), "history": found.history}
+
+
+def _kept(
+    library: ExpertLibrary,
+    weights: Weights,
+    vector: np.ndarray,
+    name: str | None,
+    per_layer: bool,
+    provenance: dict[str, Any],
+) -> Mixture:
+    """Turn a vector into a mixture, and add it to the library if it has a name."""
+    provenance = {**({"name": name} if name else {}), **provenance}
+    if per_layer:
+        return _as_expert(library, weights, vector, str(name), provenance)
+    mixture = weights.mixture(vector, provenance)
+    if name:
+        library.add_mixture(name, mixture)
+    return mixture
+
+
 def _as_expert(
     library: ExpertLibrary, weights: Weights, vector: np.ndarray, name: str, provenance: dict[str, Any]
 ) -> Mixture:
@@ -268,14 +286,14 @@ def _as_expert(
     return Mixture({name: 1.0}, "few-shot", 1.0, {}, provenance)
 
 
-def _log_ties(found: Found) -> None:
-    shares = [(entry["best"][0], entry["mean_score"][0]) for entry in found.history]
-    if all(math.isclose(best, mean, abs_tol=1e-9) for best, mean in shares):
-        logger.info(
-            f"All candidates answer the same share of the examples right ({shares[0][0]:.2f}), so the log-likelihood "
-            "alone decided. Harder or easier examples would be more informative."
-        )
-
-
-def _digest(rows: Sequence[Row]) -> str:
-    return hashlib.sha256(json.dumps([dict(row) for row in rows], sort_keys=True, default=repr).encode()).hexdigest()
+def _inputs(
+    library: ExpertLibrary, rows: Sequence[Row], task: Task | None, generation: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what the scores depend on besides the settings of the search, as JSON values."""
+    content = json.dumps([dict(row) for row in rows], sort_keys=True, default=repr).encode()
+    return {
+        "task": task and task.name,
+        "generation": repr(sorted(generation.items())),
+        "examples": hashlib.sha256(content).hexdigest(),
+        "experts": digest_of_experts(library),
+    }

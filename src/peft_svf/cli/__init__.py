@@ -21,7 +21,7 @@ from .dispatch import dispatch
 from .eval import evaluate
 from .factor import factor
 from .inspect import inspect
-from .train import KEYS, train
+from .train import HELP, train
 
 MANY = ("--experts", "--mixture", "--target-modules")  # options that take several values in a row
 UsageError: Any = typer.BadParameter.__mro__[1]  # typer exports only subclasses of it
@@ -65,7 +65,7 @@ def _verb(name: str, run: Callable[..., Any], **settings: Any) -> None:
     app.command(name, **settings)(work)
 
 
-_verb("train", train, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, epilog=KEYS)
+_verb("train", train, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, epilog=HELP)
 _verb("eval", evaluate)
 _verb("factor", factor)
 _verb("inspect", inspect)

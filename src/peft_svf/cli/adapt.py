@@ -2,9 +2,7 @@
 """`adapt`: a few solved examples -> the mixture of experts that answers them best."""
 
 import shlex
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +10,7 @@ import typer
 
 from . import options
 from .console import new_path, save_figure, shares, show_table
+from .options import option, search, weight
 from .sources import find_task, load_experts, read_examples
 
 if TYPE_CHECKING:
@@ -19,72 +18,33 @@ if TYPE_CHECKING:
 
     from ..experts.expert import Mixture
 
-SEARCH, WEIGHTS = "Search", "Weights"  # panels of the help
-
 
 def adapt(
     experts: options.Experts,
-    examples: Annotated[Path, typer.Option(help="JSONL: prompt and answer, or prompt, choices and label.")],
+    examples: Annotated[Path, option("JSONL: prompt and answer, or prompt, choices and label.")],
     model: options.Model = None,
     revision: options.Revision = None,
     dtype: options.Dtype = "auto",
-    task: Annotated[
-        str | None, typer.Option(help="Benchmark that scores written answers. Default: likelihoods.")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Length of written answers, with --task. Default: 256.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Default: mixture.json; with --per-layer a folder, default --name.")
-    ] = None,
+    task: Annotated[str | None, option("Benchmark that scores written answers. Default: likelihoods.")] = None,
+    max_new_tokens: Annotated[int | None, option("Length of written answers. Default: 256.", min=1)] = None,
+    out: Annotated[Path | None, option("Default: mixture.json; with --per-layer a folder, --name.")] = None,
     plot: options.Plot = None,
-    method: Annotated[
-        Literal["cem", "cma", "gradient"], typer.Option(rich_help_panel=SEARCH, help="How to search.")
-    ] = "cem",
-    population: Annotated[int, typer.Option(min=1, rich_help_panel=SEARCH, help="Candidates per iteration.")] = 32,
-    iterations: Annotated[int, typer.Option(min=1, rich_help_panel=SEARCH, help="Iterations at most.")] = 50,
-    elites: Annotated[
-        float,
-        typer.Option(min=0, max=1, rich_help_panel=SEARCH, help="Share that shapes the next population."),
-    ] = 0.2,
-    seed: Annotated[int, typer.Option(rich_help_panel=SEARCH, help="Of the draws.")] = 0,
+    method: Annotated[Literal["cem", "cma", "gradient"], search("How to search.")] = "cem",
+    population: Annotated[int, search("Candidates per iteration.", min=1)] = 32,
+    iterations: Annotated[int, search("Iterations at most.", min=1)] = 50,
+    elites: Annotated[float, search("Share that shapes the next population.", min=0, max=1)] = 0.2,
+    seed: Annotated[int, search("Of the draws.")] = 0,
     batch_size: options.BatchSize = 32,
-    holdout: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE",
-            rich_help_panel=SEARCH,
-            help="Checks the result: leave-one-out, none, or other examples.",
-        ),
-    ] = "leave-one-out",
-    temperature: Annotated[
-        float, typer.Option(rich_help_panel=SEARCH, help="Divides the log-likelihoods of choices.")
-    ] = 8.0,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, rich_help_panel=SEARCH, help="End the search before it reads more.")
-    ] = None,
-    max_seconds: Annotated[
-        float | None,
-        typer.Option(min=0, rich_help_panel=SEARCH, help="End the search before it takes longer."),
-    ] = None,
-    state: Annotated[
-        Path | None,
-        typer.Option(rich_help_panel=SEARCH, help="Scores so far: an interrupted search goes on from this file."),
-    ] = None,
-    low: Annotated[float, typer.Option(rich_help_panel=WEIGHTS, help="Least weight of an expert.")] = 0.0,
-    high: Annotated[float, typer.Option(rich_help_panel=WEIGHTS, help="Largest weight of an expert.")] = 1.0,
-    normalize: Annotated[
-        bool,
-        typer.Option("--normalize", rich_help_panel=WEIGHTS, help="Weights sum to 1; the base has no share."),
-    ] = False,
-    per_layer: Annotated[
-        bool,
-        typer.Option("--per-layer", rich_help_panel=WEIGHTS, help="One weight per expert and block: a new expert."),
-    ] = False,
-    name: Annotated[
-        str | None,
-        typer.Option(rich_help_panel=WEIGHTS, help="Of the mixture or expert. Default: its folder's name."),
-    ] = None,
+    holdout: Annotated[str, search("Checks the result: leave-one-out, none, or a file.")] = "leave-one-out",
+    temperature: Annotated[float, search("Divides the log-likelihoods of choices.")] = 8.0,
+    max_tokens: Annotated[int | None, search("End the search before it reads more.", min=1)] = None,
+    max_seconds: Annotated[float | None, search("End the search before it takes longer.", min=0)] = None,
+    state: Annotated[Path | None, search("File with which an interrupted search goes on.")] = None,
+    low: Annotated[float, weight("Least weight of an expert.")] = 0.0,
+    high: Annotated[float, weight("Largest weight of an expert.")] = 1.0,
+    normalize: Annotated[bool, weight("Weights sum to 1; the base has no share.", "--normalize")] = False,
+    per_layer: Annotated[bool, weight("One weight per expert and block: a new expert.", "--per-layer")] = False,
+    name: Annotated[str | None, weight("Of the mixture or expert. Default: its folder's name.")] = None,
 ) -> None:
     """
     Search the mixture of experts that answers a few solved examples best; save it.
@@ -100,38 +60,29 @@ def adapt(
     rows = read_examples(examples)
     if any(map(has_image, rows)):
         raise ValueError(f"In {examples} an example has an image: the search scores texts.")
-    if max_new_tokens is not None and (task is None or "choices" in rows[0]):
+    if max_new_tokens and (task is None or "choices" in rows[0]):
         raise typer.BadParameter("--max-new-tokens needs --task, and examples with an 'answer'.")
     _new_result(out, per_layer)
     two_pass = load_experts(experts, model, revision, dtype)
     name = name or (out.name if per_layer else None)
-    search = Search(method, population, iterations, elites, low, high, seed, max_tokens, max_seconds)
-    search = replace(search, per_layer=per_layer, normalize=normalize, temperature=temperature)
+    settings: Any = {"low": low, "high": high, "seed": seed, "max_tokens": max_tokens, "max_seconds": max_seconds}
+    settings |= {"per_layer": per_layer, "normalize": normalize, "temperature": temperature}
+    plan = Search(method, population, iterations, elites, **settings)
+    others: Any = {"holdout": _holdout(holdout), "name": name, "state": state, "batch_size": batch_size}
+    others |= {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
     try:
-        mixture = two_pass.adapt(
-            rows,
-            find_task(task) if task else None,
-            search,
-            holdout=_holdout(holdout),
-            name=name,
-            state=state,
-            batch_size=batch_size,
-            **({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}),
-        )
+        mixture = two_pass.adapt(rows, find_task(task) if task else None, plan, **others)
     except KeyboardInterrupt:
         how = f"goes on from {state}" if state else "starts again; with --state FILE it would go on"
         raise KeyboardInterrupt(f"Interrupted: the same command {how}.") from None
-    if per_layer:
-        two_pass.library.expert(str(name)).save(out)
-    else:
-        mixture.save(out)
-    _show(mixture, two_pass.library.names, per_layer, iterations)
+    (two_pass.library.expert(str(name)) if per_layer else mixture).save(out)
+    _show(mixture, two_pass.library.names, per_layer)
     again = [*(["--model", model] if model else []), "--experts", *([out] if per_layer else experts)]
     again += [] if per_layer else ["--mixture", out]
     print(f"On other questions it may be less. Measure:\n  peft-svf eval {shlex.join(map(str, again))} --task ...")
     print(f"Wrote {out}")
     if plot:
-        _draw(plot, mixture, two_pass.library.names, per_layer, str(name))
+        _draw(plot, mixture, two_pass.library.names, str(name) if per_layer else None)
 
 
 def _new_result(out: Path, per_layer: bool) -> None:
@@ -155,17 +106,15 @@ def _holdout(text: str) -> Any:
     return [] if text in ("none", "0") else read_examples(Path(text))
 
 
-def _show(mixture: "Mixture", names: Sequence[str], per_layer: bool, iterations: int) -> None:
+def _show(mixture: "Mixture", names: list[str], per_layer: bool) -> None:
+    """Print weights, scores, and what the check decided."""
     facts, check = mixture.provenance, mixture.provenance["held_out"]
+    weights = {**dict.fromkeys(names, 0.0), **shares(mixture.alpha)}
+    header, table = ["expert", "weight"], {name: [weight] for name, weight in weights.items()}
     if per_layer:
-        layers = facts["layers"]
-        show_table(
-            ["block", *next(iter(layers.values()))],
-            [[block, *(f"{weight:.3f}" for weight in row.values())] for block, row in layers.items()],
-        )
-    else:
-        weights = {**dict.fromkeys(names, 0.0), **shares(mixture.alpha)}
-        show_table(["expert", "weight"], [[name, f"{weight:.3f}"] for name, weight in weights.items()])
+        header = ["block", *next(iter(facts["layers"].values()))]
+        table = {block: list(row.values()) for block, row in facts["layers"].items()}
+    show_table(header, [[name, *(f"{weight:.3f}" for weight in row)] for name, row in table.items()])
     print(f"score on the {facts['examples']} examples of the search: {_score(facts['score'])}")
     if check["examples"]:
         scores = {"found": check["found"], **check["rivals"]}
@@ -174,20 +123,20 @@ def _show(mixture: "Mixture", names: Sequence[str], per_layer: bool, iterations:
     if check["fell_back"]:
         print(f"The mixture that was found is no better there: this is {check['fell_back']!r} alone.")
     if facts["stopped"]:
-        print(f"Ended by {facts['stopped']} after {len(facts['history'])} of {iterations} iterations.")
+        print(f"Ended by {facts['stopped']} after {len(facts['history'])} iterations.")
 
 
-def _score(entries: Sequence[float]) -> str:
+def _score(entries: list[float]) -> str:
     return " ".join(f"{entry:.3f}" for entry in entries)
 
 
-def _draw(path: Path, mixture: "Mixture", names: Sequence[str], per_layer: bool, name: str) -> None:
+def _draw(path: Path, mixture: "Mixture", names: list[str], expert: str | None) -> None:
     from ..plots import draw_alpha, draw_layers, draw_search
 
-    def draw_weights(axes: "Axes") -> None:
-        if per_layer:
-            draw_layers(axes, mixture.provenance["layers"], name)
+    def weights(axes: "Axes") -> None:
+        if expert:
+            draw_layers(axes, mixture.provenance["layers"], expert)
         else:
             draw_alpha(axes, mixture, names)
 
-    save_figure(path, [lambda axes: draw_search(axes, mixture), draw_weights], len(names) + 1, len(names) + 1)
+    save_figure(path, [lambda axes: draw_search(axes, mixture), weights], len(names) + 1, len(names) + 1)

@@ -2,7 +2,6 @@
 """`dispatch`: prompts -> which expert the first pass chooses for each. Also the first pass that `eval` measures."""
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,13 +14,14 @@ from .sources import load_experts, read_examples
 
 if TYPE_CHECKING:
     from ..adaptation import FirstPass, Probe
+    from ..experts.expert import Mixture
     from ..two_pass import Transformer2Model
 
 
 def dispatch(
     experts: options.Experts,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What a user asks.")] = None,
-    file: Annotated[Path | None, typer.Option(help="More prompts: JSONL with `prompt` in each line.")] = None,
+    file: Annotated[Path | None, options.option("More prompts: JSONL with `prompt` in each line.")] = None,
     model: options.Model = None,
     revision: options.Revision = None,
     dtype: options.Dtype = "auto",
@@ -29,8 +29,8 @@ def dispatch(
     plot: options.Plot = None,
     strategy: options.Strategy = None,
     classifier: options.Classifier = None,
-    probe: options.ProbeFolder = None,
-    calibration: options.CalibrationFolder = None,
+    probe: options.Probe = None,
+    calibration: options.Calibration = None,
     fit: options.Fit = None,
     threshold: options.Threshold = 0.0,
     fallback: options.Fallback = "base",
@@ -45,9 +45,8 @@ def dispatch(
     """
     if not prompts and not file:
         raise typer.BadParameter("There are no prompts: name some, or a file of them by --file.")
-    choice = Choice(
-        strategy, classifier, probe, calibration, fit, threshold, fallback, soft, read, temperature
-    ).checked("prompt")
+    choice = Choice(strategy, classifier, probe, calibration, fit, threshold, fallback, soft, read, temperature)
+    choice = choice.checked("prompt")
     rows = read_examples(file) if file else []
     asked = [*(prompts or []), *(row["prompt"] for row in rows)]
     two_pass = load_experts(experts, model, revision, dtype, classifier)
@@ -64,18 +63,16 @@ def dispatch(
         _draw(plot, texts, mixtures, kinds, [*two_pass.library.names, "other"])
 
 
-def _draw(
-    path: Path, texts: Sequence[str], mixtures: Sequence[Any], kinds: Sequence[Any], names: Sequence[str]
-) -> None:
+def _draw(path: Path, texts: list[str], mixtures: "list[Mixture]", kinds: list[Any], names: list[str]) -> None:
     from ..plots import draw_decisions, draw_probabilities
 
-    if kinds and all(isinstance(kind, str) for kind in kinds):
-        counts: dict[str, Counter[str]] = {kind: Counter() for kind in sorted(kinds)}
-        for kind, mixture in zip(kinds, mixtures, strict=True):
-            counts[kind][mixture.choice] += 1
-        save_figure(path, [lambda axes: draw_decisions(axes, counts, "first pass")], len(names), len(names))
-    else:
+    if not kinds or not all(isinstance(kind, str) for kind in kinds):
         save_figure(path, [lambda axes: draw_probabilities(axes, texts, mixtures)], len(texts), len(names))
+        return
+    counts: dict[str, Counter[str]] = {kind: Counter() for kind in sorted(kinds)}
+    for kind, mixture in zip(kinds, mixtures, strict=True):
+        counts[kind][mixture.choice] += 1
+    save_figure(path, [lambda axes: draw_decisions(axes, counts, "first pass")], len(names), len(names))
 
 
 @dataclass(frozen=True)

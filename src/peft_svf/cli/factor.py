@@ -18,7 +18,7 @@ def factor(
     revision: options.Revision = None,
     dtype: options.Dtype = "auto",
     target_modules: Annotated[
-        list[str] | None, typer.Option(metavar="NAME...", help="Names or all-linear. Default: the MLP weights.")
+        list[str] | None, options.option("Names or all-linear. Default: the MLP weights.", metavar="NAME...")
     ] = None,
 ) -> None:
     """

@@ -1,69 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options that several verbs share, as types of their parameters."""
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-FIRST_PASS = "First pass"  # a panel of the help
 
-Task = Annotated[str, typer.Option(help="Name of a benchmark, or a JSONL file or folder of your own.")]
+def option(help: str, *names: str, panel: str | None = None, **settings: Any) -> Any:
+    """Describe an option; its name is the parameter's, its type and default are the signature's."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
+
+
+first_pass = partial(option, panel="First pass")
+search = partial(option, panel="Search")
+weight = partial(option, panel="Weights")
+
+Task = Annotated[str, option("Name of a benchmark, or a JSONL file or folder of your own.")]
+Experts = Annotated[list[str], option("Folders or Hub repositories; NAME=EXPERT renames.", metavar="EXPERT...")]
+Model = Annotated[str | None, option("Base model: folder or Hub repository. Default: the experts' base.")]
+Revision = Annotated[str | None, option("Branch, tag or commit of the base model.")]
 Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16", "float64"],
-    typer.Option(help="Dtype of the base model; auto is the checkpoint's."),
+    Literal["auto", "float32", "bfloat16", "float16", "float64"], option("Of the model; auto is the checkpoint's.")
 ]
-Model = Annotated[str | None, typer.Option(help="Base model: folder or Hub repository. Default: the experts' base.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the base model.")]
-Experts = Annotated[
-    list[str],
-    typer.Option(metavar="EXPERT...", help="Folders or Hub repositories; NAME=EXPERT gives another name."),
-]
-Plot = Annotated[Path | None, typer.Option(metavar="PNG", help="Draw it, too. Needs peft-svf\\[demo].")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Rows per forward.")]
+BatchSize = Annotated[int, option("Rows per forward.", min=1)]
+Plot = Annotated[Path | None, option("Draw it, too. Needs peft-svf\\[demo].", metavar="PNG")]
 
 Strategy = Annotated[
-    Literal["prompt", "classifier", "probe"] | None,
-    typer.Option(rich_help_panel=FIRST_PASS, help="Default: what --classifier or --probe is for."),
+    Literal["prompt", "classifier", "probe"] | None, first_pass("Default: what --classifier or --probe is for.")
 ]
-Classifier = Annotated[
-    str | None,
-    typer.Option(metavar="EXPERT", rich_help_panel=FIRST_PASS, help="Expert trained to name the kind of a prompt."),
-]
-ProbeFolder = Annotated[
-    Path | None,
-    typer.Option(metavar="FOLDER", rich_help_panel=FIRST_PASS, help="Saved probe; with --fit, its place."),
-]
-CalibrationFolder = Annotated[
-    Path | None,
-    typer.Option(metavar="FOLDER", rich_help_panel=FIRST_PASS, help="Saved calibration; with --fit, its place."),
-]
+Classifier = Annotated[str | None, first_pass("Expert trained to name the kind of a prompt.", metavar="EXPERT")]
+Probe = Annotated[Path | None, first_pass("Saved probe; with --fit, its place.", metavar="FOLDER")]
+Calibration = Annotated[Path | None, first_pass("Saved calibration; with --fit, its place.", metavar="FOLDER")]
 Fit = Annotated[
     Path | None,
-    typer.Option(
-        metavar="JSONL",
-        rich_help_panel=FIRST_PASS,
-        help="Prompts with their `expert` (or other): fits the probe, the --calibration, or else a temperature.",
-    ),
+    first_pass("Prompts with their `expert` or other: fits probe, calibration or temperature.", metavar="JSONL"),
 ]
-Threshold = Annotated[
-    float, typer.Option(min=0, max=1, rich_help_panel=FIRST_PASS, help="Below this confidence --fallback decides.")
-]
-Fallback = Annotated[
-    Literal["base", "mix"],
-    typer.Option(rich_help_panel=FIRST_PASS, help="The base, or all experts by their probabilities."),
-]
-Soft = Annotated[
-    bool, typer.Option("--soft", rich_help_panel=FIRST_PASS, help="Always weight experts by their probabilities.")
-]
+Threshold = Annotated[float, first_pass("Below this confidence --fallback decides.", min=0, max=1)]
+Fallback = Annotated[Literal["base", "mix"], first_pass("The base, or all experts by their probabilities.")]
+Soft = Annotated[bool, first_pass("Always weight experts by their probabilities.", "--soft")]
 Read = Annotated[
     Literal["likelihood", "channel", "generate"] | None,
-    typer.Option(
-        rich_help_panel=FIRST_PASS,
-        help="Score the names, score the prompt for each kind, or let the model write a name. Default: channel for "
-        "prompt, likelihood for classifier.",
-    ),
+    first_pass("Score the names, score the prompt for each kind, or write a name. Default: the strategy's."),
 ]
-Temperature = Annotated[
-    float | None, typer.Option(rich_help_panel=FIRST_PASS, help="Divides the scores before the softmax. Default: 1.")
-]
+Temperature = Annotated[float | None, first_pass("Divides the scores before the softmax. Default: 1.")]

@@ -33,7 +33,7 @@ def load_model(
     *,
     images: bool = False,
     device: "torch.device | None" = None,
-    trust_remote_code: bool = False,
+    trust: bool = False,
 ) -> "tuple[PreTrainedModel, Reader]":
     """
     Load a base model and its reader onto a device, by default the accelerator if there is one.
@@ -50,7 +50,7 @@ def load_model(
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     try:
-        model, reader = load_model(name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+        model, reader = load_model(name, dtype=dtype, revision=revision, trust_remote_code=trust)
     except OSError as error:
         if os.path.isdir(name):
             raise

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 
 from .console import INTERRUPTED, command, interval, show_table, size
+from .options import option
 from .sources import find_task, load_model, weights_of
-from .train_config import ModelArguments, ScriptArguments, SVFArguments, read_settings, svf_config
+from .train_config import PARTS, Settings, read_settings, svf_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,20 +34,16 @@ Config: TypeAlias = "ReinforceConfig | EvolutionConfig"
 Trainer: TypeAlias = "ReinforceTrainer | EvolutionTrainer"
 Rows: TypeAlias = "Mapping[str, Sequence[Row]]"
 
-SAMPLE = 16  # rows that a dry run answers with the base
-KEYS = "\n".join(
+SAMPLE = 16  # rows that the base answers in a dry run
+KEYS = [f"- `{key.name}`: {key.metadata['help']}" for part in PARTS for key in fields(part)]
+HELP = "\n".join(
     [
         "Keys of CONFIG.yaml (`--key value` after the file overrides one; `env:` sets environment variables):\n",
-        *(
-            f"- `{key.name}`: {key.metadata['help']}"
-            for arguments in (ModelArguments, ScriptArguments, SVFArguments)
-            for key in fields(arguments)
-        ),
+        *KEYS,
         "- `output_dir`: Folder of the expert; its checkpoints are in it.",
-        "- `max_steps`, `learning_rate`, `seed`, `eval_strategy`, `eval_steps`, `save_steps`, "
-        "`load_best_model_at_end`, `early_stopping_patience`, `report_to` and all other fields of TRL's GRPOConfig "
-        "(`num_generations`, ...), or with `algorithm: evolution` of transformers' TrainingArguments (and "
-        "`population`, `sigma`, `shaping`).\n",
+        "- `max_steps`, `learning_rate`, `seed`, `eval_strategy`, `save_steps`, `load_best_model_at_end`, "
+        "`early_stopping_patience`, `report_to`, and the other fields of TRL's GRPOConfig (`num_generations`, ...); "
+        "with `algorithm: evolution` of transformers' TrainingArguments (and `population`, `sigma`, `shaping`).\n",
         "Several devices: `torchrun --nproc_per_node 2 -m peft_svf train CONFIG.yaml`.",
     ]
 )
@@ -56,10 +53,10 @@ def train(
     context: typer.Context,
     config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="Settings; `--key value` overrides one.")],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show data, prompt, cost and the base's success; train nothing.")
+        bool, option("Show data, prompt, cost and the base's success; train nothing.", "--dry-run")
     ] = False,
     resume: Annotated[
-        str | None, typer.Option(metavar="[CHECKPOINT]", help="Go on from a checkpoint. Default: output_dir's newest.")
+        str | None, option("Go on from a checkpoint. Default: output_dir's newest.", metavar="[CHECKPOINT]")
     ] = None,
 ) -> int:
     """
@@ -73,20 +70,16 @@ def train(
         settings = read_settings(config, context.args)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    script, source, args = settings.script, settings.model, settings.training
+    source, args = settings.model, settings.training
     checkpoint = _checkpoint(resume or args.resume_from_checkpoint, args, dry_run)
-    task = find_task(script.task)
-    rows = _rows(task, script, args)
+    task = find_task(settings.script.task)
+    rows = _rows(task, settings)
     images = any(map(has_image, rows["train"]))
-    if images and script.algorithm == "evolution":
+    if images and settings.script.algorithm == "evolution":
         raise ValueError("algorithm: evolution scores texts, and these rows have images: set algorithm: reinforce.")
+    trust = getattr(args, "trust_remote_code", False)  # a field of TRL's configs alone
     model, reader = load_model(
-        source.model_name_or_path,
-        source.model_revision,
-        source.dtype,
-        images=images,
-        device=args.device,
-        trust_remote_code=getattr(args, "trust_remote_code", False),  # a field of TRL's configs alone
+        source.model_name_or_path, source.model_revision, source.dtype, images=images, device=args.device, trust=trust
     )
     svf = svf_config(settings.svf, model, task.description)
     if args.process_index == 0:
@@ -97,16 +90,16 @@ def train(
         _show_sample(model, reader, task, rows["train"], args)
         _show_cost(model, reader, rows, args, svf)
         return 0
-    trainer = make_trainer(model, reader, task, rows, args, svf)
-    return _run(trainer, task, rows["test"], script, settings.given, checkpoint, context.obj)
+    return _run(
+        make_trainer(model, reader, task, rows, args, svf), task, rows["test"], settings, checkpoint, context.obj
+    )
 
 
 def _run(
     trainer: Trainer,
     task: "Task",
     test: "Sequence[Row]",
-    script: ScriptArguments,
-    given: Mapping[str, Any],
+    settings: Settings,
     checkpoint: str | None,
     argv: Sequence[str],
 ) -> int:
@@ -118,37 +111,34 @@ def _run(
             "peft-svf train tests and saves in one process, which FSDP doesn't allow: use DDP, or a script with "
             "ReinforceTrainer."
         )
-    args = trainer.args
-    loud = args.process_index == 0
+    args, state = trainer.args, trainer.state
     _show_progress(trainer)
     start = time.perf_counter()
     with _stopping(trainer) as stopped:
         trainer.train(resume_from_checkpoint=checkpoint)
     seconds, state = time.perf_counter() - start, trainer.state
-    if stopped and state.global_step < state.max_steps:
-        if loud:
-            again = command([*argv, *([] if "--resume" in argv else ["--resume"])])
-            print(f"Stopped after step {state.global_step} of {state.max_steps}, which is saved. Go on with: {again}")
-        return INTERRUPTED
-    if loud:
+    interrupted = stopped and state.global_step < state.max_steps
+    if interrupted and args.process_index == 0:
+        again = command([*argv, *([] if "--resume" in argv else ["--resume"])])
+        print(f"Stopped after step {state.global_step} of {state.max_steps}, which is saved. Go on with: {again}")
+    elif args.process_index == 0:
         print(f"Testing expert and base on {len(test)} rows that were never trained on ...", flush=True)
-        folder = Path(args.output_dir)
         result = write_expert(
             trainer,
             task,
             test,
-            folder,
+            args.output_dir,
             command=command(argv),
-            settings=given,
+            settings=settings.given,
             seconds=None if checkpoint else seconds,  # a resumed run knows only its last part
-            base_model=script.base_model,
-            license=script.license,
+            base_model=settings.script.base_model,
+            license=settings.script.license,
             batch_size=args.per_device_eval_batch_size,
             **({} if "choices" in test[0] else {"max_new_tokens": args.max_completion_length}),
         )
-        _show_result(result, folder)
+        _show_result(result, args.output_dir)
     trainer.accelerator.wait_for_everyone()
-    return 0
+    return INTERRUPTED if interrupted else 0
 
 
 def _checkpoint(wanted: str | None, config: Config, dry_run: bool) -> str | None:
@@ -171,8 +161,9 @@ def _checkpoint(wanted: str | None, config: Config, dry_run: bool) -> str | None
     return None
 
 
-def _rows(task: "Task", script: ScriptArguments, config: Config) -> "dict[str, list[dict[str, Any]]]":
+def _rows(task: "Task", settings: Settings) -> "dict[str, list[dict[str, Any]]]":
     """Make the rows of the splits that a run needs; its seed shuffles the training rows."""
+    script, config = settings.script, settings.training
     form = script.form or task.forms[0]
     limits = {"train": script.train_rows, "validation": script.eval_rows, "test": script.test_rows}
     if config.eval_strategy == "no":
@@ -188,28 +179,25 @@ def _rows(task: "Task", script: ScriptArguments, config: Config) -> "dict[str, l
 def _check_rows(model: "PreTrainedModel", reader: "Reader", task: "Task", rows: Rows, config: Config) -> None:
     """Raise a `ValueError` for rows that would end a run hours later: too few for a step, or too long."""
     from ..evaluation import context_of, row_lengths
-    from ..training.evolution import EvolutionConfig
 
-    if not isinstance(config, EvolutionConfig):
-        config.check_rows(len(rows["train"]))
+    if check := getattr(config, "check_rows", None):
+        check(len(rows["train"]))
     if (limit := context_of(model)) is None:
         return
     choices = "choices" in rows["train"][0]
+    named = [(task.place(split, row), row) for split, some in rows.items() for row in some]
+    lengths = row_lengths(reader, [row for _, row in named])
+    length, place = max(zip(lengths, (place for place, _ in named), strict=True))
     what = "its prompt and longest choice" if choices else "its prompt alone"
-    answer = 0 if choices else config.max_completion_length or 0
-    longest = (0, "")
-    for split, some in rows.items():
-        for row, length in zip(some, row_lengths(reader, some), strict=True):
-            if length + (not choices) > limit:  # at least one token to answer
-                raise ValueError(
-                    f"{task.place(split, row)}: {what} are {length} tokens, but the model's context is {limit}. "
-                    "Shorten or drop such rows."
-                )
-            longest = max(longest, (length + answer, task.place(split, row)))
-    if longest[0] > limit and config.process_index == 0:
+    if length + (not choices) > limit:  # at least one token to answer
+        raise ValueError(
+            f"{place}: {what} are {length} tokens, but the model's context is {limit}. Shorten or drop such rows."
+        )
+    total = length + (0 if choices else config.max_completion_length)
+    if total > limit and config.process_index == 0:
+        what = f"its prompt and max_completion_length={config.max_completion_length} are {total} tokens"
         print(
-            f"Warning: {longest[1]}: its prompt and max_completion_length={answer} are {longest[0]} tokens, and the "
-            f"model's context is {limit}. Lower max_completion_length.",
+            f"Warning: {place}: {what}, and the model's context is {limit}. Lower max_completion_length.",
             file=sys.stderr,
         )
 
@@ -245,28 +233,16 @@ def make_trainer(
     """Make the trainer that a config belongs to."""
     from ..rows import tokenizer_of
     from ..training.evolution import EvolutionConfig, EvolutionTrainer
-
-    if isinstance(config, EvolutionConfig):
-        return EvolutionTrainer(
-            model,
-            task.reward,
-            config,
-            rows["train"],
-            rows.get("validation"),
-            processing_class=tokenizer_of(reader),
-            peft_config=svf,
-        )
     from ..training.reinforce import ReinforceTrainer
 
-    return ReinforceTrainer(
-        model,
-        task.reward,
-        config,
-        table_of(task, "train", rows["train"]),
-        eval_dataset=table_of(task, "validation", rows["validation"]) if "validation" in rows else None,
-        processing_class=reader,
-        peft_config=svf,
-    )
+    train, validation = rows["train"], rows.get("validation")
+    settings: dict[str, Any] = {"peft_config": svf, "processing_class": reader}
+    if isinstance(config, EvolutionConfig):
+        settings["processing_class"] = tokenizer_of(reader)
+        return EvolutionTrainer(model, task.reward, config, train, validation, **settings)
+    validation = validation and table_of(task, "validation", validation)
+    table = table_of(task, "train", train)
+    return ReinforceTrainer(model, task.reward, config, table, eval_dataset=validation, **settings)
 
 
 def _show_progress(trainer: Trainer) -> None:
@@ -350,14 +326,10 @@ def _show_sample(
 def _show_cost(model: "PreTrainedModel", reader: "Reader", rows: Rows, config: Config, svf: "SVFConfig") -> None:
     """Print an estimate of a run on one line; token counts are estimated from 100 rows."""
     from ..evaluation import row_lengths
-    from ..training.evolution import EvolutionConfig
 
-    if isinstance(config, EvolutionConfig):
-        questions = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
-        answers = config.population
-    else:
-        answers = config.num_generations
-        questions = config.generation_batch_size // answers
+    answers = getattr(config, "population", None) or config.num_generations
+    questions = config.train_batch_size * config.gradient_accumulation_steps * config.world_size  # of evolution
+    questions = getattr(config, "generation_batch_size", questions * answers) // answers
     steps = config.max_steps
     if steps <= 0:
         steps = math.ceil(config.num_train_epochs * max(1, len(rows["train"]) // questions))
@@ -375,7 +347,7 @@ def _show_cost(model: "PreTrainedModel", reader: "Reader", rows: Rows, config: C
     )
 
 
-def _show_result(result: Mapping[str, Any], folder: Path) -> None:
+def _show_result(result: Mapping[str, Any], folder: str) -> None:
     """Print what training has gained, and where it is saved."""
     lines = [
         [name, f"{result[name]['accuracy']:.3f}", interval(result[name]["interval"])] for name in ("base", "expert")
@@ -392,4 +364,4 @@ def _show_result(result: Mapping[str, Any], folder: Path) -> None:
     if largest == 0:
         print("z has not moved: this is the base model. If reward_std in result.json is 0, all answers to a question")
         print("earned the same reward, which teaches nothing.")
-    print(f"Wrote {folder}: offsets, result.json, README.md. Next: peft-svf inspect {shlex.quote(str(folder))}")
+    print(f"Wrote {folder}: offsets, result.json, README.md. Next: peft-svf inspect {shlex.quote(folder)}")

@@ -67,6 +67,9 @@ class SVFArguments:
     description: str | None = _key("What the expert is good at, in a few words; the first pass reads it.")
 
 
+PARTS = (ModelArguments, ScriptArguments, SVFArguments)
+
+
 class Settings(NamedTuple):
     """All settings of a training run."""
 
@@ -108,7 +111,7 @@ def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
         algorithm = early.parse_known_args(list(overrides))[0].algorithm
         if algorithm not in algorithms:
             raise ValueError(f"'algorithm' is 'reinforce' or 'evolution', got {algorithm!r}")
-        classes = (ModelArguments, ScriptArguments, SVFArguments, algorithms[algorithm])
+        classes = (*PARTS, algorithms[algorithm])
         known = {name: str(hint) for one in classes for name, hint in get_type_hints(one).items()}
         for key in keys:
             if key not in known:

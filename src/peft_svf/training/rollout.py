@@ -71,7 +71,7 @@ def can_share(model: Any) -> bool:
 def checkpoints_activations(model: Any) -> bool:
     """Tell whether gradient checkpointing is on, which drops the cache."""
     inner = unwrapped(model)
-    return inner.training and inner.is_gradient_checkpointing
+    return inner.training and any(getattr(module, "gradient_checkpointing", False) for module in inner.modules())
 
 
 def _attends(cache: Any) -> bool:
@@ -102,11 +102,11 @@ def shared_prompts(model: Any, members: int = 1) -> Iterator[None]:
     @functools.wraps(forward)
     def reading_once(*args: Any, **kwargs: Any) -> Any:
         ids, mask, cache = kwargs.get("input_ids"), kwargs.get("attention_mask"), kwargs.get(name)
-        if cache is None or not _attends(cache) or cache.get_seq_length() or args or ids is None or mask is None:
+        begins = cache is not None and not cache.get_seq_length() and _attends(cache)
+        if args or ids is None or not begins or checkpoints_activations(inner):
             return forward(*args, **kwargs)
-        if ids.shape != mask.shape or ids.shape[1] < 2:
-            return forward(*args, **kwargs)
-        if checkpoints_activations(inner):
+        mask = torch.ones_like(ids) if mask is None else mask  # `generate` drops one that hides nothing
+        if ids.shape != mask.shape:
             return forward(**kwargs)
         extra = any(kwargs[key] is not None and kwargs[key] is not False for key in kwargs.keys() - TEXT_ONLY)
         first = ids.shape[0] // members
@@ -120,6 +120,7 @@ def shared_prompts(model: Any, members: int = 1) -> Iterator[None]:
             inner.forward = reading_once
         offsets = torch.arange(members, device=ids.device)[:, None] * len(prompts.distinct)
         rows = (offsets + prompts.places).flatten()
+        assert cache is not None
         cache.layers = repeated(read.cache, rows).layers
         return CausalLMOutputWithPast(logits=read.logits[rows][:, None], past_key_values=cache)
 

@@ -14,6 +14,7 @@ from .._registration import add_peft_type
 from .plans import PLANS, Plan
 
 add_peft_type()  # before the class below names it
+LARGEST_RANK = 1_000_000  # no weight has so many singular values
 
 
 @dataclass
@@ -43,9 +44,10 @@ class SVFConfig(PeftConfig):
         rank (`int`, *optional*):
             Move only the `rank` largest singular values of each weight and keep the others as they are.
         basis_dtype (`str`):
-            `"float32"`, or `"bfloat16"` for half the memory and faster products on a bfloat16 base (it rounds the
-            directions, and the gradients of the smallest 5 % of singular values are then a third off: case B10 of
-            benchmarks/speed.py). The first adapter of a model decides.
+            `"auto"` follows the base: `"bfloat16"` on a bfloat16 base, for half the memory and faster products, else
+            `"float32"` (also with `save_basis`). Rounding the directions loses about .2 % of a learned change; z = 1
+            stays the base model to the bit. The gradients of the smallest 5 % of singular values are then a third
+            off (case B8 of benchmarks/speed.py). The first adapter of a model decides.
         plan (`str`):
             How the layers compute. `"auto"` decides for each forward: on a merged copy of the weight in inference and
             in training steps of enough tokens, by two thin products beside the base layer else, through the two
@@ -77,7 +79,9 @@ class SVFConfig(PeftConfig):
     )
     init_weights: bool = field(default=True, metadata={"help": "True: start from z = 1, the base model."})
     rank: int | None = field(default=None, metadata={"help": "Move only the largest singular values."})
-    basis_dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "Dtype of the basis."})
+    basis_dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto", metadata={"help": "Dtype of the basis."}
+    )
     plan: Plan = field(default="auto", metadata={"help": "Execution plan: auto, merged, narrow or factored."})
     basis_from: Literal["auto", "checkpoint", "memory"] = field(
         default="auto", metadata={"help": "Whose singular directions: the stored weights' or the loaded ones'."}
@@ -103,12 +107,13 @@ class SVFConfig(PeftConfig):
                     )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
-        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):  # True is no rank
+        if self.rank is not None and not (type(self.rank) is int and 1 <= self.rank <= LARGEST_RANK):
             raise ValueError(
-                f"`rank` is the number of singular values to move, at least 1, or None for all; got {self.rank!r}."
+                f"`rank` is the number of singular values to move, 1 to {LARGEST_RANK:,}, or None for all; got "
+                f"{self.rank!r}."
             )
         for name, allowed in (
-            ("basis_dtype", ("float32", "bfloat16")),
+            ("basis_dtype", ("auto", "float32", "bfloat16")),
             ("basis_from", ("auto", "checkpoint", "memory")),
             ("plan", PLANS),
         ):
@@ -131,6 +136,8 @@ class SVFConfig(PeftConfig):
         Raises:
             `ValueError`: if the file sets a field that this version does not have: it would be ignored in silence.
         """
+        if kwargs.get("parametrization") == "offset":  # experts of the first versions name what is now the only one
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("parametrization", "limit")}
         known = {entry.name for entry in fields(cls)}
         unknown = sorted(name for name, value in kwargs.items() if name not in known and value not in (None, False))
         if unknown:

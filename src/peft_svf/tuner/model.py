@@ -93,7 +93,6 @@ class SVFModel(BaseTuner):
                 self._unfilled |= {adapter_name}
                 self._unchecked |= {adapter_name}
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            self._check_rank(adapter_name, config)
             if _from_file(config) and config.save_basis and self._defers:
                 self._waiting = True  # until `_remap_adapter_state_dict_for_load` has read the basis in the file
             else:
@@ -104,6 +103,7 @@ class SVFModel(BaseTuner):
             self._unfilled -= {adapter_name}
             self._unchecked -= {adapter_name}
             _remove(model, adapter_name)
+            self.peft_config.pop(adapter_name, None)
             for parameter, requires_grad in frozen:
                 parameter.requires_grad_(requires_grad)
             for layer, names in merged.items():
@@ -139,15 +139,6 @@ class SVFModel(BaseTuner):
 
         if hasattr(model, "_hf_peft_config_loaded"):
             vars(model)["_load_pretrained_model"] = load
-
-    def _check_rank(self, adapter_name: str, config: SVFConfig) -> None:
-        """Refuse a rank that is above the number of singular values of every weight of an adapter."""
-        layers = [layer for layer in svf_layers(self.model).values() if adapter_name in layer.svf_offset]
-        most = max((layer.directions for layer in layers), default=0)
-        if config.rank is not None and layers and config.rank > most:
-            raise ValueError(
-                f"`rank` is {config.rank}, but the targets have at most {most} singular values; None moves them all."
-            )
 
     def fetch_bases(self, known: Known | None = None) -> None:
         """
@@ -186,11 +177,9 @@ class SVFModel(BaseTuner):
                     "directions (an adapter with rank=None and save_basis=True)."
                 )
             layer.svf_fingerprint = fingerprint
-            wanted = basis.Q.dtype
-            if wanted == torch.float32:
-                wanted = getattr(torch, next(iter(self.peft_config.values())).basis_dtype)
             Q = basis.Q if needed == basis.Q.shape[-1] else basis.Q[..., :needed].clone()
-            layer.set_basis(Q.to(layer.base_layer_device(), wanted), basis.S[..., :needed])
+            dtype = self._basis_dtype(layer) if Q.dtype == torch.float32 else Q.dtype
+            layer.set_basis(Q.to(layer.base_layer_device(), dtype), basis.S[..., :needed])
         note_shared(self.model, svf_layers(self.model))
         self._follow(*(self._asked or (next(iter(self.peft_config.values())).plan, 1)))
 
@@ -291,6 +280,14 @@ class SVFModel(BaseTuner):
     def _source(self) -> str:
         """Where the values of weights come from: the first adapter of a model decides."""
         return next(iter(self.peft_config.values())).basis_from
+
+    def _basis_dtype(self, layer: SVFLayer) -> torch.dtype:
+        """Return the dtype of a float32 basis in memory: the first adapter of a model decides, see [`SVFConfig`]."""
+        config = next(iter(self.peft_config.values()))
+        if config.basis_dtype == "auto":
+            narrow = layer.base_weight.dtype == torch.bfloat16 and not config.save_basis
+            return torch.bfloat16 if narrow else torch.float32
+        return getattr(torch, config.basis_dtype)
 
     def set_plan(self, plan: Plan, forwards_per_step: int = 1) -> None:
         """
@@ -766,7 +763,8 @@ def _waits(device: torch.device) -> bool:
 
 def _remove(model: nn.Module, adapter_name: str) -> None:
     """Undo a half-made injection: drop the adapter's offsets, and layers that are left with none."""
-    for name, layer in reversed(svf_layers(model).items()):  # wrappers of parameters lie inside each other
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, SVFLayer)]
+    for name, layer in reversed(layers):  # wrappers of parameters lie inside each other
         if adapter_name in layer.svf_offset:
             del layer.svf_offset[adapter_name]
         if not len(layer.svf_offset):
