@@ -78,38 +78,31 @@ def few_shot(
         [`Mixture`] with settings, course and check of the search in `provenance`.
 
     Raises:
-        `ValueError`: for examples that [`rows.check`] refuses, of two forms or longer than the context, a taken name,
-            a population that is too small, or a state file of another search.
+        `ValueError`: for malformed examples, of two forms or over the context; for another search's state file.
     """
     with library.lock:
         seen = _checked(library, tokenizer, examples, "Example")
         unseen = [] if holdout == LEAVE_ONE_OUT else _checked(library, tokenizer, holdout, "Held-out example", seen)
-        task, checked = None if "choices" in seen[0] else task, holdout == LEAVE_ONE_OUT and len(seen) > 1
-        graded = task is not None or "choices" in seen[0]  # else the likelihood is all there is
+        choices = "choices" in seen[0]
+        task = None if choices else task
         if generation and task is None:
             raise TypeError(f"few_shot has no argument {next(iter(generation))!r}: these examples generate nothing.")
-        weights, facts = _weights(library, search, name), search.facts(choices="choices" in seen[0])
-        kwargs = {"task": task, "generation": generation, "batch_size": batch_size, "seed": search.seed}
+        weights, facts = _weights(library, search, name), search.facts(choices)
+        kwargs: dict[str, Any] = {"task": task, "generation": generation, "batch_size": batch_size}
+        kwargs |= {"seed": search.seed, "temperature": search.temperature}
 
         def judge(rows: Sequence[Row], gradients: bool = False) -> Callable[[np.ndarray], Judged]:
-            settings = {**kwargs, "gradients": gradients, "temperature": search.temperature}
-            scores = Judge(library, tokenizer, weights, rows, **settings)
+            scores = Judge(library, tokenizer, weights, rows, gradients=gradients, **kwargs)
             return partial(evaluator, scores) if evaluator else scores
 
-        depends = {**facts, "task": task and task.name, "generation": repr(sorted(generation.items()))}
-        depends |= {"examples": _digest(seen), "experts": digest_of_experts(library)}
+        depends = {**facts, **_inputs(library, seen, task, generation)}
         first, reserve = judge(seen, search.method == "gradient"), 3 * len(unseen) / len(seen)
         found = _searched(search, weights, first, depends, state, reserve)
         vector, score, held_out = found.best, found.score, {"examples": 0, "fell_back": None}
-        if unseen or checked:
+        if unseen or (holdout == LEAVE_ONE_OUT and len(seen) > 1):
             vector, score, held_out = check_choice(weights, found, judge(seen), judge(unseen) if unseen else None)
-        provenance = {
-            **facts,
-            **_course(found, graded),
-            "examples": len(seen),
-            "held_out": held_out,
-            "score": list(score),
-        }
+        course = _course(found, graded=choices or task is not None)
+        provenance = facts | course | {"examples": len(seen), "held_out": held_out, "score": list(score)}
         return _kept(library, weights, vector, name, search.per_layer, provenance)
 
 
@@ -293,5 +286,14 @@ def _as_expert(
     return Mixture({name: 1.0}, "few-shot", 1.0, {}, provenance)
 
 
-def _digest(rows: Sequence[Row]) -> str:
-    return hashlib.sha256(json.dumps([dict(row) for row in rows], sort_keys=True, default=repr).encode()).hexdigest()
+def _inputs(
+    library: ExpertLibrary, rows: Sequence[Row], task: Task | None, generation: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what the scores depend on besides the settings of the search, as JSON values."""
+    content = json.dumps([dict(row) for row in rows], sort_keys=True, default=repr).encode()
+    return {
+        "task": task and task.name,
+        "generation": repr(sorted(generation.items())),
+        "examples": hashlib.sha256(content).hexdigest(),
+        "experts": digest_of_experts(library),
+    }

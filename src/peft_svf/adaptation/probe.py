@@ -102,9 +102,9 @@ class Probe:
             from sklearn.preprocessing import StandardScaler
         except ImportError as error:
             raise ImportError(EXTRA) from error
-        # standardised once: a fold of two prompts has no spread to standardise by
-        scaler = StandardScaler().fit(features.detach().double().cpu().numpy())
-        X = scaler.transform(features.detach().double().cpu().numpy())  # (prompts, d)
+        raw = features.detach().double().cpu().numpy()  # (prompts, d)
+        scaler = StandardScaler().fit(raw)  # once: a fold of two prompts has no spread to standardise by
+        X = scaler.transform(raw)
         y = np.array([labels.index(kind) for kind in kinds])
         model = LogisticRegression(C=1.0, tol=1e-6, max_iter=10_000)
         folds = StratifiedKFold(min(FOLDS, *counts.values()))  # so every kind is in every fit

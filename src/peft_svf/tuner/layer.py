@@ -36,6 +36,7 @@ from .plans import (
     fold,
     merged_linear,
     split,
+    transforming,
     version_of,
 )
 from .targets import of_one_expert
@@ -612,6 +613,7 @@ class Linear(nn.Module, SVFLayer):
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled(x.device.type)
             or capturing(x)
+            or transforming()
         ):
             return None
         base: Any = self._modules["base_layer"]
@@ -631,7 +633,7 @@ class Linear(nn.Module, SVFLayer):
         return offset is not None and torch.equal(merged.offset, offset)
 
     def _plan(self, x: Tensor, offset: Tensor, rows: Rows | None) -> Plan:
-        if torch.compiler.is_compiling() or capturing(x) or not self._plain():
+        if torch.compiler.is_compiling() or capturing(x) or transforming() or not self._plain():
             refuse_zero3(self.base_weight)
             return "narrow"
         execution = self.execution

@@ -103,6 +103,7 @@ class SVFModel(BaseTuner):
             self._unfilled -= {adapter_name}
             self._unchecked -= {adapter_name}
             _remove(model, adapter_name)
+            self.peft_config.pop(adapter_name, None)
             for parameter, requires_grad in frozen:
                 parameter.requires_grad_(requires_grad)
             for layer, names in merged.items():
@@ -766,7 +767,8 @@ def _waits(device: torch.device) -> bool:
 
 def _remove(model: nn.Module, adapter_name: str) -> None:
     """Undo a half-made injection: drop the adapter's offsets, and layers that are left with none."""
-    for name, layer in reversed(svf_layers(model).items()):  # wrappers of parameters lie inside each other
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, SVFLayer)]
+    for name, layer in reversed(layers):  # wrappers of parameters lie inside each other
         if adapter_name in layer.svf_offset:
             del layer.svf_offset[adapter_name]
         if not len(layer.svf_offset):

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from weakref import WeakSet
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -126,6 +127,20 @@ class Merged:
     tail: Tensor | None = None
     thin: Tensor | None = field(default=None, repr=False)  # base @ Q[:, tail], or Q[:, tail].T @ base
     pending: "WeakSet[_Graph]" = field(default_factory=WeakSet, repr=False)
+
+
+def transforming() -> bool:
+    """Whether `torch.func` or forward-mode differentiation is at work, which custom backwards don't serve."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def refuse_second_derivative() -> None:
+    """Raise in a backward that is asked for a graph of its own."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "SVF's merged plan and its stacked experts have first derivatives alone: for `create_graph=True` call "
+            "`model.set_plan('narrow')` first, and leave stacked experts out or use `torch.func`."
+        )
 
 
 class _Graph:
@@ -293,8 +308,8 @@ class _MergedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        refuse_second_derivative()
         merged: Merged = ctx.merged
         merged.pending.discard(ctx.graph)
         if merged.weight._version != ctx.version:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .basis import rescale
 from .config import SVFConfig
 from .layer import SVFLayer, capturing
-from .plans import version_of
+from .plans import refuse_second_derivative, transforming, version_of
 from .weights import offloaded
 
 SWAPPING = threading.RLock()  # a module with a rescaled stack in it is one thread's
@@ -127,6 +127,9 @@ class ParamWrapper(nn.Module, SVFLayer):
     def _stack(self, offset: Tensor) -> Tensor:
         """The rescaled stack, in the dtype of the base's: with its gradient in training, else kept for the next."""
         weight = self.base_weight
+        if transforming():
+            self.svf_chosen = "narrow"
+            return self._rescale(weight, offset)
         if torch.is_grad_enabled() and (offset.requires_grad or weight.requires_grad):
             self.svf_chosen = "narrow"
             Q = self._basis()
@@ -225,8 +228,8 @@ class _Rescale(torch.autograd.Function):
         return rescale(weight, Q, offset)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, None, Tensor | None]:  # type: ignore[override]
+        refuse_second_derivative()
         weight, Q, offset = ctx.saved_tensors
         dW = rescale(G, Q, offset) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[2]:
