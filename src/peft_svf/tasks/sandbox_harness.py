@@ -288,7 +288,7 @@ class Judge:
     def _outgoing(self, value: Any) -> Any:
         if isinstance(value, Remote):
             return ["object", value._number]
-        name = getattr(value, "__name__", None)
+        name = getattr(value, "__name__", "")
         if isinstance(value, (type, BuiltinFunctionType)) and vars(builtins).get(name) is value:
             return ["builtin", name]
         raise TypeError(f"an assert passes {type(value).__name__}, which isn't a literal, to the program")

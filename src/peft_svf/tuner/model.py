@@ -120,7 +120,7 @@ class SVFModel(BaseTuner):
 
         It calls no hook of a tuner, only this method of the model (read in 5.23.0), which is guarded for one call.
         """
-        original = model._load_pretrained_model  # type: ignore[operator]
+        original: Any = model._load_pretrained_model
 
         def load(*args: Any, checkpoint_files: Any = None, state_dict: Any = None, **kwargs: Any) -> Any:
             vars(model).pop("_load_pretrained_model", None)
@@ -154,7 +154,9 @@ class SVFModel(BaseTuner):
         Raises:
             `ValueError`: if an adapter's fingerprint names another base, or needs more directions than are known.
         """
-        layers, known, self._waiting = {}, known or {}, False
+        layers: dict[str, tuple[Any, int]] = {}
+        known, self._waiting = known or {}, False
+        layer: Any
         for name, layer in svf_layers(self.model).items():
             matrices = getattr(layer, "matrices", 1)
             needed = max((offset.weight.shape[0] // matrices for offset in layer.svf_offset.values()), default=0)
@@ -226,7 +228,7 @@ class SVFModel(BaseTuner):
         those of the adapter (quantised, or in another dtype), it may be off by `MISFIT`; it then serves this adapter
         alone.
         """
-        layers = {layer.weight_name(name): layer for name, layer in svf_layers(self.model).items()}
+        layers: dict[str, Any] = {layer.weight_name(name): layer for name, layer in svf_layers(self.model).items()}
         read = Reader(self.model, layers, self._source)
         known: Known = {}
         for name, tensors in shipped.items():
@@ -234,7 +236,7 @@ class SVFModel(BaseTuner):
             if layer is None or entry is None or adapter_name not in layer.svf_offset or absent(layer):
                 continue
             Q, S, fingerprint = tensors.get("svf_basis"), tensors.get("svf_values"), Fingerprint.from_json(entry)
-            lead = (layer.matrices,) if getattr(layer, "matrices", 1) > 1 else ()
+            lead = tuple(layer.base_weight.shape[:-2]) if hasattr(layer, "parameter_name") else ()
             k = layer.svf_offset[adapter_name].weight.shape[0] // getattr(layer, "matrices", 1)
             if (
                 Q is None
@@ -555,6 +557,7 @@ class SVFModel(BaseTuner):
         """
         key, prefix = f"svf_offset.{adapter_name}.weight", _prefix(model)
         tensors, fingerprint, size = {}, Recorded(), 0
+        layer: Any
         for name, layer in svf_layers(model).items():
             if adapter_name not in layer.svf_offset:
                 continue
@@ -602,6 +605,7 @@ class SVFModel(BaseTuner):
         model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, str]:
         renamed = {}
+        layer: Any
         for name, layer in svf_layers(model).items():
             if adapter_name not in layer.svf_offset:
                 continue
