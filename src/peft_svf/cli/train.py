@@ -44,7 +44,7 @@ HELP = "\n".join(
         "- `max_steps`, `learning_rate`, `seed`, `eval_strategy`, `save_steps`, `load_best_model_at_end`, "
         "`early_stopping_patience`, `report_to`, and the other fields of TRL's GRPOConfig (`num_generations`, ...); "
         "with `algorithm: evolution` of transformers' TrainingArguments (and `population`, `sigma`, `shaping`).\n",
-        "Several devices: `torchrun --nproc_per_node 2 -m peft_svf train CONFIG.yaml`.",
+        "Several devices: `torchrun --nproc_per_node 2 -m peft_svf.cli train CONFIG.yaml`.",
     ]
 )
 
