@@ -31,7 +31,7 @@ WINGS = {
         ["cache", "config", "targets"],
         ["weights"],
         ["layer"],
-        ["stacked"],
+        ["stacked", "loading"],
         ["model"],
     ],
     "experts": [["expert"], ["library", "hub", "transfer"]],

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the library: each row has its mixture while the context is open, and nothing of it afterwards."""
 
+import asyncio
+import linecache
 import math
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import oracle
 import pico
@@ -12,8 +16,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from tiny_experts import GREEDY, SEEDS, alone, assert_same, base, ids, state, write
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from peft_svf import Expert, ExpertLibrary, Mixture, SVFConfig
+from peft_svf.experts import library as library_module
 from peft_svf.experts.expert import SavedOffsets
 from peft_svf.experts.library import explicit
 from peft_svf.tuner import layer as layer_module
@@ -295,6 +301,127 @@ def test_two_threads_with_different_experts_never_mix(library):
     for thread in threads:
         thread.join()
     assert found == [[expected[0]] * 4, [expected[1]] * 4]
+
+
+# --- who may do what, and interruptions
+
+
+def test_another_thread_cannot_close_a_context_and_its_owner_still_can(library):
+    expected = logits(base())
+    context = library.activate(Mixture({"math": 1.0}))
+    context.__enter__()
+    with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="opened by another thread"):
+        pool.submit(context.__exit__, None, None, None).result()
+    assert torch.equal(logits(library.model), one_mixture(library, {"math": 1.0}))
+    context.__exit__(None, None, None)
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(one_mixture, library, {}).result(timeout=60), expected)
+    assert torch.equal(logits(library.model), expected)
+
+
+def test_two_coroutines_of_one_thread_are_refused_instead_of_mixed(library):
+    expected = one_mixture(library, {"math": 1.0})
+
+    async def first(opened, refused):
+        with library.activate(Mixture({"math": 1.0})) as model:
+            opened.set()
+            await refused.wait()
+            return logits(model)
+
+    async def second(opened, refused):
+        await opened.wait()
+        with pytest.raises(RuntimeError, match="Another coroutine"):
+            one_mixture(library, {"code": 1.0})
+        refused.set()
+
+    async def both():
+        opened, refused = asyncio.Event(), asyncio.Event()
+        return (await asyncio.gather(first(opened, refused), second(opened, refused)))[0]
+
+    assert torch.equal(asyncio.run(both()), expected)
+    assert torch.equal(one_mixture(library, {}), logits(base()))
+
+
+SOURCES = {library_module.__file__}
+
+
+def interrupted_at(step, library):
+    """Raise KeyboardInterrupt at the step-th line of `activate` and of what it calls; whether it came to that."""
+    left = [step]
+
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename not in SOURCES:
+            return None
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+        # Python runs no signal handlers while it enters or leaves a block
+        if event == "line" and not line.startswith(("with ", "try:")):
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    try:
+        sys.settrace(trace)
+        with library.activate(Mixture({"math": 1.0})):
+            pass
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return left[0] <= 0
+
+
+def test_an_interruption_at_any_line_leaves_neither_rows_nor_lock(tmp_path):
+    folder = write(tmp_path, "math", seed=2, target_modules=["q_proj"], layers_to_transform=[0])
+    library = ExpertLibrary(base(), [folder])
+    one_mixture(library, {"math": 1.0})
+    expected, step = logits(base()), 1
+    with ThreadPoolExecutor(1) as pool:
+        while interrupted_at(step, library):
+            assert torch.equal(logits(library.model), expected), step
+            assert library._open == (), step
+            assert pool.submit(library.lock.acquire, timeout=5).result(), step
+            pool.submit(library.lock.release).result()
+            step += 1
+    assert step > 30
+
+
+# --- stacked weights
+
+PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def mixture_of_experts():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_local_experts": 3, "num_experts_per_tok": 2}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    vocabulary = base().config.vocab_size
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=vocabulary, initializer_range=0.2, **sizes, **heads))
+    model.config._name_or_path = model.name_or_path = "tiny-moe"
+    return model.eval()
+
+
+def test_stacked_experts_are_mixed(tmp_path):
+    settings = {"both": {"target_parameters": PARAMETERS}, "one": {"target_parameters": PARAMETERS[1:]}}
+    settings["linear"] = {"target_modules": ["q_proj"]}
+    paths = [
+        write(tmp_path, name, seed=i, of=mixture_of_experts(), scale=0.3, **config)
+        for i, (name, config) in enumerate(settings.items())
+    ]
+    library = ExpertLibrary(mixture_of_experts(), paths[::-1])  # the last parameter is wrapped first
+    for path in paths:
+        expected = logits(PeftModel.from_pretrained(mixture_of_experts(), str(path)).eval())
+        torch.testing.assert_close(one_mixture(library, {path.name: 1.0}), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(one_mixture(library, {}), logits(mixture_of_experts()))
+    both = 0.5 * library.expert("both") + 0.25 * library.expert("both")
+    both.save(tmp_path / "sum")
+    expected = logits(PeftModel.from_pretrained(mixture_of_experts(), str(tmp_path / "sum")).eval())
+    torch.testing.assert_close(one_mixture(library, {"both": 0.75}), expected, atol=1e-5, rtol=1e-5)
+    mixed = [{"both": 0.5, "one": 0.5}, {}, {"linear": 1.0, "one": -0.25}]
+    together = with_mixture(library, *mixed)
+    for row, (alpha, text) in enumerate(zip(mixed, TEXTS, strict=True)):
+        torch.testing.assert_close(together[row : row + 1], one_mixture(library, alpha, text), atol=1e-4, rtol=1e-4)
 
 
 # --- the classifier
@@ -639,11 +766,11 @@ def test_a_library_that_cannot_be_made_leaves_every_bit_as_it_was(at, adapters, 
     before, calls = state(model), []
     real = ExpertLibrary._check_sizes
 
-    def breaks(self, expert):
+    def breaks(self, expert, sizes):
         calls.append(expert.name)
         if len(calls) == at:
             raise RuntimeError("in the middle")
-        real(self, expert)
+        real(self, expert, sizes)
 
     monkeypatch.setattr(ExpertLibrary, "_check_sizes", breaks)
     other = write(tmp_path, "other weights", target_modules=["o_proj"])

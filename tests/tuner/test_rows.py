@@ -128,6 +128,7 @@ def test_parents_that_read_weights_are_refused_beforehand(parent):
         get_peft_model(nn.Sequential(parent), SVFConfig(target_modules=targets))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning")  # torch's own, in forward mode
 def test_derivatives_of_torch_func_are_those_of_the_narrow_plan():
     torch.manual_seed(0)
     model = get_peft_model(one_layer("linear", 7, 5).double(), SVFConfig(target_modules=["fc"], plan="merged"))

@@ -85,16 +85,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _click_form(argv) or ["--help"]
+    verb = next((part for part in arguments if not part.startswith("-")), "")
     try:
         return typer.main.get_command(app).main(arguments, "peft-svf", standalone_mode=False, obj=argv) or 0
     except UsageError as error:
-        context = error.ctx.command_path if error.ctx else "peft-svf"
-        print(f"{context}: error: {_line(error.format_message())}", file=sys.stderr)
+        ours = isinstance(error, typer.BadParameter) and error.param is None  # raised by a verb
+        message = error.message if ours else error.format_message()
+        context = error.ctx.command_path if error.ctx else f"peft-svf {verb}"
+        print(f"{context}: error: {_line(message)}", file=sys.stderr)
         return 2
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if "--debug" in arguments:
             raise
-        verb = next((part for part in arguments if not part.startswith("-")), "")
         print(f"peft-svf {verb}: error: {_line(error)}", file=sys.stderr)
         return 1
 

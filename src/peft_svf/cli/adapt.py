@@ -68,18 +68,10 @@ def adapt(
     settings: Any = {"low": low, "high": high, "seed": seed, "max_tokens": max_tokens, "max_seconds": max_seconds}
     settings |= {"per_layer": per_layer, "normalize": normalize, "temperature": temperature}
     plan = Search(method, population, iterations, elites, **settings)
-    generation = {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
+    others: Any = {"holdout": _holdout(holdout), "name": name, "state": state, "batch_size": batch_size}
+    others |= {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
     try:
-        mixture = two_pass.adapt(
-            rows,
-            find_task(task) if task else None,
-            plan,
-            holdout=_holdout(holdout),
-            name=name,
-            state=state,
-            batch_size=batch_size,
-            **generation,
-        )
+        mixture = two_pass.adapt(rows, find_task(task) if task else None, plan, **others)
     except KeyboardInterrupt:
         how = f"goes on from {state}" if state else "starts again; with --state FILE it would go on"
         raise KeyboardInterrupt(f"Interrupted: the same command {how}.") from None

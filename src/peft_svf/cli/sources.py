@@ -73,7 +73,7 @@ def load_experts(
     from ..experts.library import loaded
     from ..two_pass import Transformer2Model, base_of
 
-    sources = {}
+    sources: dict[str, str] = {}
     for entry in experts:
         name, equals, source = entry.partition("=")
         if not equals or os.path.exists(entry):
@@ -81,10 +81,10 @@ def load_experts(
         if name in sources:
             raise ValueError(f"Two experts are called {name!r}: give one another name by NAME=EXPERT.")
         sources[name] = source
-    sources = loaded(sources)  # so that each file is opened once
-    base, base_revision = (model, None) if model else base_of(sources)
-    loaded, reader = load_model(base, revision or base_revision, dtype, images=images)
-    return Transformer2Model(loaded, reader, sources, classifier)
+    named = loaded(sources)  # so that each file is opened once
+    base, base_revision = (model, None) if model else base_of(named)
+    base_model, reader = load_model(base, revision or base_revision, dtype, images=images)
+    return Transformer2Model(base_model, reader, named, classifier)
 
 
 def read_mixture(entries: Sequence[str]) -> "Mixture":
@@ -147,12 +147,8 @@ def weights_of(model: "PreTrainedModel", svf: "SVFConfig") -> list[tuple[str, in
 
     with torch.device("meta"):  # the shapes alone
         shell = type(model)(model.config)
-    layers = svf_layers(get_peft_model(shell, replace(svf)))
+    layers: dict[str, Any] = svf_layers(get_peft_model(shell, replace(svf)))
     return [
-        (
-            name,
-            *layer.get_base_layer().weight.shape,
-            len(layer.svf_offset["default"].weight),
-        )
+        (name, *layer.get_base_layer().weight.shape, len(layer.svf_offset["default"].weight))
         for name, layer in layers.items()
     ]

@@ -13,7 +13,7 @@ import re
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
@@ -38,6 +38,7 @@ PREFIX = "base_model.model."  # PEFT puts it in front of the base model's module
 OFFSET_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.svf_offset\.weight")
 DTYPES = {"F16", "BF16", "F32", "F64"}
 LARGEST = 1e4  # of abs(z - 1) and of mixture weights; trained z stay between 0 and 2, and float16 ends at 65504
+KNOWN = {entry.name for entry in fields(SVFConfig)}
 LIMIT = 16 << 30  # bytes of a weights file
 WAITS = (1, 2, 4)  # seconds before a download that broke is tried again
 TRANSIENT = (408, 429, 500, 502, 503, 504)  # HTTP status codes that pass
@@ -184,13 +185,10 @@ class Expert:
 
         Both appear together: an interruption or a full disk leaves the old ones.
         """
-        stacked = _stacked(self.offsets, self.config)
-        own = {"peft_type": "SVF", "target_modules": sorted(set(self.offsets) - set(stacked))} | self.config
+        linear = set(self.offsets) - stacked_in(self.offsets, self.config)
+        own = {"peft_type": "SVF", "target_modules": sorted(linear)} | self.config
         config = {key: sorted(value) if isinstance(value, set) else value for key, value in own.items()}
-        tensors = {
-            f"{PREFIX}{stacked.get(module, module)}.svf_offset.weight": offset.contiguous()
-            for module, offset in self.offsets.items()
-        }
+        tensors = {f"{PREFIX}{module}.svf_offset.weight": o.contiguous() for module, o in self.offsets.items()}
         metadata = {"format": "pt"} | ({"provenance": json.dumps(self.provenance)} if self.provenance else {})
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         files.write_together(folder, {SAFETENSORS_WEIGHTS_NAME: save(tensors, metadata), CONFIG_NAME: text})
@@ -330,7 +328,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds no SVF expert: {CONFIG_NAME} is missing or names another PEFT type.")
     if (rank := config.get("rank")) is not None and (type(rank) is not int or not 1 <= rank <= 1 << 24):
         raise ValueError(f"{CONFIG_NAME} has rank={rank!r}, which isn't a number of singular values.")
-    if unknown := sorted(set(config) - {entry.name for entry in fields(SVFConfig)}):
+    if unknown := sorted(key for key in set(config) - KNOWN if config[key] not in (None, False)):
         warnings.warn(
             f"{folder / CONFIG_NAME} has settings that this version of peft-svf doesn't know, first {unknown[0]!r}: "
             "they are ignored. A newer version may have written them.",
@@ -371,35 +369,26 @@ def _read_header(name: str, folder: Path, config: Mapping[str, Any]) -> tuple[Sa
                 f"its offset for {module} has shape {shapes[key]} and dtype {dtypes[key]}; it needs one axis of "
                 "floating point numbers."
             )
-    names = {path: weight for weight, path in _stacked(modules, config).items()}
-    keys = {names.get(module, module): key for module, key in modules.items()}
-    fingerprint = config.get("fingerprint") or keys
-    if odd := sorted(set(fingerprint if isinstance(fingerprint, Mapping) else ()) ^ set(keys)):
+    fingerprint = config.get("fingerprint") or modules
+    known = set(fingerprint if isinstance(fingerprint, Mapping) else ())
+    stacked = stacked_in(modules, config) - known
+    owners = sorted(name.replace(".base_layer", "") for name in stacked)
+    parameters = sorted(name for name in known - set(modules) if name.rpartition(".")[0] in owners)
+    agree = [name.rpartition(".")[0] for name in parameters] == owners
+    if odd := sorted(known.difference(parameters) ^ (set(modules) - stacked)) or ([] if agree else owners):
         raise ValueError(
             f"it is damaged: config and weights do not name the same modules, first {odd[0]}. Fetch it again."
         )
-    return SavedOffsets(name, folder, keys, {module: shapes[key][0] for module, key in keys.items()}), provenance
+    return SavedOffsets(name, folder, modules, {module: shapes[key][0] for module, key in modules.items()}), provenance
 
 
-def _stacked(names: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
+def stacked_in(names: Iterable[str], config: Mapping[str, Any]) -> set[str]:
     """
-    Map the stacked weights of an expert to the modules that hold their offsets in the file, from either of the two.
-
-    PEFT nests one wrapper per parameter of a module, the last by name outermost: with `down_proj` and `gate_up_proj`
-    the file has `experts.base_layer` and `experts`.
+    Return which offsets belong to stacked weights. PEFT nests one wrapper per parameter of a module, so the file names
+    them `experts`, `experts.base_layer`, ...; only the model has the parameters' order.
     """
-    paths = {}
-    by_module: dict[str, list[str]] = defaultdict(list)
-    for target in sorted(config.get("target_parameters") or ()):
-        owner, _, parameter = str(target).rpartition(".")
-        for name in names:
-            module = name.replace(".base_layer", "").removesuffix(f".{parameter}")
-            if f".{module}".endswith(f".{owner}") and parameter not in by_module[module]:
-                by_module[module].append(parameter)
-    for module, parameters in by_module.items():
-        for depth, parameter in enumerate(reversed(parameters)):
-            paths[f"{module}.{parameter}"] = module + depth * ".base_layer"
-    return paths
+    owners = tuple(f".{str(target).rpartition('.')[0]}" for target in config.get("target_parameters") or ())
+    return {name for name in names if f".{name.replace('.base_layer', '')}".endswith(owners)}
 
 
 def _combined(terms: Sequence[tuple[float, Expert]]) -> Expert:
@@ -418,18 +407,16 @@ def _combined(terms: Sequence[tuple[float, Expert]]) -> Expert:
     ranks = [expert.config.get("rank") for expert in experts]
     rank = None if None in ranks else max(ranks)
     offsets = _summed([(weight, expert.offsets) for weight, expert in terms])
-    parameters = {name for expert in experts for name in expert.config.get("target_parameters") or ()}
+    parameters = [sorted(expert.config.get("target_parameters") or ()) for expert in experts]
     widest = {module for expert in experts if expert.config.get("rank") == rank for module in expert.offsets}
-    if len(set(ranks)) > 1 and (parameters or set(offsets) != widest):
+    if parameters[0] != parameters[-1] or (len(set(ranks)) > 1 and (parameters[0] or set(offsets) != widest)):
         raise ValueError(
             f"{' and '.join(repr(expert.name) for expert in experts)} have ranks {ranks} and move different or "
             "stacked weights: mix them in an ExpertLibrary, where the base model gives the sizes."
         )
-    endings = tuple(f".{name}" for name in parameters)
     config = experts[0].config | {
         "rank": rank, "description": None, "fingerprint": {**prints[-1], **prints[0]} or None,
-        "target_modules": sorted(module for module in offsets if not module.endswith(endings)),
-        "target_parameters": sorted(parameters) or None,
+        "target_modules": sorted(set(offsets) - stacked_in(offsets, experts[0].config)),
         "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None,
     }  # fmt: skip
     name = " + ".join(name if weight == 1 else f"{weight:g} * {name}" for name, weight in shares.items())

@@ -297,10 +297,12 @@ class ExpertLibrary:
         if name not in self._experts:
             raise ValueError(no_expert(name, self.choices))
         if name not in self._loaded:
-            saved = self._experts[name].offsets
+            expert = self._experts[name]
+            names, saved = _weights_in(self.model, expert.config), expert.offsets
             loaded = {}
             with torch.inference_mode(False), torch.no_grad():  # what is kept serves later calls
-                for module, offset in (saved.read() if isinstance(saved, SavedOffsets) else saved).items():
+                for path, offset in (saved.read() if isinstance(saved, SavedOffsets) else saved).items():
+                    module = names.get(path, path)
                     basis = layers[module].svf_basis
                     if basis is None:
                         raise ValueError(
@@ -321,7 +323,8 @@ class ExpertLibrary:
 
     def _admit(self, expert: Expert) -> None:
         """Check an expert against the base model, give the model the layers it needs, and list it."""
-        sizes = expert.sizes
+        names = _weights_in(self.model, expert.config)
+        sizes = {names.get(module, module): size for module, size in expert.sizes.items()}
         if missing := sorted(set(expert.config.get("fingerprint") or sizes) - set(sizes)):
             raise ValueError(f"Expert {expert.name!r} has no z-vector for {missing[0]}, which its config targets.")
         if self.limit_bytes is not None and self.limit_bytes < 4 * sum(sizes.values()):
@@ -332,25 +335,25 @@ class ExpertLibrary:
         widths = {name: layer.size_of(Q.shape[-1]) for name, layer, Q in bases if Q is not None}
         if all(size <= widths.get(module, 0) for module, size in sizes.items()):
             self._check_fingerprint(expert)
-            self._check_sizes(expert)
+            self._check_sizes(expert, sizes)
         elif self._open:
             raise ValueError(
                 f"Expert {expert.name!r} moves weights that no expert here has moved yet: add it outside of "
                 "activate() and using()."
             )
         else:
-            host = self._add_host(expert)  # compares the fingerprints
+            host = self._add_host(expert, sizes, set(names.values()))  # compares the fingerprints
             try:
-                self._check_sizes(expert)
+                self._check_sizes(expert, sizes)
             except BaseException:
                 if len(self.model.peft_config) > 1:
                     self._drop_host(host)
                 raise
         self._experts[expert.name] = expert
 
-    def _check_sizes(self, expert: Expert) -> None:
+    def _check_sizes(self, expert: Expert, sizes: Mapping[str, int]) -> None:
         layers = self.layers()
-        for module, size in expert.sizes.items():
+        for module, size in sizes.items():
             layer = layers.get(module)
             expected = layer.size_of(expert.config.get("rank")) if layer is not None else 0
             if size != expected:
@@ -360,15 +363,13 @@ class ExpertLibrary:
                     f"there. It was trained on {expert.base_model!r}; load the matching base."
                 )
 
-    def _add_host(self, expert: Expert) -> str:
+    def _add_host(self, expert: Expert, sizes: Mapping[str, int], stacked: set[str]) -> str:
         """Put the layers of an expert into the model, as an adapter with z = 1 that is never active."""
-        endings = tuple(f".{name}" for name in expert.config.get("target_parameters") or ())
-        stacked = [module for module in expert.sizes if module.endswith(endings)]
         names = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"))
         values = {**expert.config, **names, "inference_mode": True, "init_weights": True}
         # exact names: a regular expression from a file is never run
-        values["target_modules"] = sorted(set(expert.sizes) - set(stacked)) or None
-        values["target_parameters"] = sorted(stacked) or None
+        values["target_modules"] = sorted(set(sizes) - stacked) or None
+        values["target_parameters"] = sorted(set(sizes) & stacked) or None
         host = SVFConfig.from_peft_type(**values)
         model = self.model
         first = not isinstance(model, PeftModel)
@@ -439,10 +440,7 @@ class _Owned(AbstractContextManager[PeftModel]):
 
 def _task() -> "asyncio.Task[Any] | None":
     """The coroutine that runs, as its event loop knows it."""
-    try:
-        return asyncio.current_task()
-    except RuntimeError:  # no event loop runs in this thread
-        return None
+    return None if asyncio._get_running_loop() is None else asyncio.current_task()
 
 
 def no_expert(name: str, names: Sequence[str]) -> str:
@@ -471,15 +469,32 @@ def _own(model: PreTrainedModel | PeftModel) -> list[Expert]:
             )
         if name.startswith(HOST):
             continue
+        paths = {weight: path for path, weight in _weights_in(model, config.to_dict()).items()}
         layers = {
             layer.weight_name(module): layer for module, layer in svf_layers(model).items() if name in layer.svf_offset
         }
-        offsets = {m: layer.svf_offset[name].weight.detach().float().cpu().clone() for m, layer in layers.items()}
+        offsets = {
+            paths.get(m, m): layer.svf_offset[name].weight.detach().float().cpu().clone()
+            for m, layer in layers.items()
+        }
         prints = {m: layer.svf_fingerprint.to_json() for m, layer in layers.items() if layer.svf_fingerprint}
         base = config.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", None)
         facts = {"fingerprint": prints or None, "base_model_name_or_path": base}
         experts.append(Expert(name, offsets, {**config.to_dict(), **facts}))
     return experts
+
+
+def _weights_in(model: torch.nn.Module, config: Mapping[str, Any]) -> dict[str, str]:
+    """Map the names of an expert's stacked offsets to the parameters: PEFT wraps them in order, the last outermost."""
+    targets = tuple(f".{target}" for target in config.get("target_parameters") or ())
+    names = {}
+    for path, module in (model.get_base_model() if isinstance(model, PeftModel) else model).named_modules():
+        if targets and not isinstance(module, BaseTunerLayer):
+            path = path.replace(".base_layer", "")
+            weights = [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
+            chosen = [weight for weight in weights if f".{weight}".endswith(targets)]
+            names |= {path + depth * ".base_layer": weight for depth, weight in enumerate(reversed(chosen))}
+    return names
 
 
 def _load(source: Source, name: str | None) -> Expert:

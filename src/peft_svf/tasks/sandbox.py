@@ -1,57 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
+r"""
 Run code that a model wrote: a text goes in, a verdict comes out.
 
-    run_python("print(6 * 7)")                                          ok=True, stdout="42\\n"
+    run_python("print(6 * 7)")                                          ok=True, stdout="42\n"
     run_python("def f(x): return x", asserts=["assert f(1) == 1"])      ok=True
     run_python("print('passed'); exit(0)", asserts=["assert f(1)"])     ok=False, reason "left by exit(0)"
 
-A run is a Python of its own (`-I -S`: no installed packages) in a session of its own. It starts in an empty temporary
-folder, its HOME; PATH, LANG, HOME and TMPDIR are its whole environment; processor time, memory of each process, file
-size, open files and processes are limited. Its process group is killed at the wall-clock limit and when it ends;
-output is cut. Where the kernel allows user namespaces, as most Linux systems do, it has no network interface, sees no
-process but its own, leaves none behind, and can write nowhere but in its folder. Where bubblewrap (`bwrap`) is
-installed and works, it sets these up and hides the user's files as well: what remains to be read is Python and the
-system's libraries. `SandboxResult.closed` says which of these held.
+The judge never shares an interpreter with the code it judges. The program runs in a Python of its own; the asserts run
+in a second one, which holds no model code and calls the program's functions over a pipe of plain literals (numbers,
+strings, bytes, containers, `None`). An object of the program's own classes can be passed back to it, but equals
+nothing. The verdict comes from the judge's own pipe, which the program doesn't have.
 
-The verdict doesn't rest on output or exit code: the run reports on a private pipe after the last assert, and a report
-counts only with a random token in it. Before the asserts the modules that they and the harness use are put back as
-they were, so a patched `len` or `math.isclose` doesn't judge.
+Both run with an environment of four variables, limits on processor time, address space, file size, open files and
+processes, and in the closest of three modes that works here; `SandboxResult.closed` says what it closes:
 
-What this does not protect against: code that hunts for the token in the harness's frames, that defines a name of its
-own which the asserts use (`len = ...`), that patches a class (`Fraction.__eq__`), or that returns an object equal to
-everything can pass asserts it should fail.
-The limit on memory is that of one process: as many children as are allowed can together take that many times as much.
-Without bubblewrap the code can read every file that the user can read. Where `closed` is empty it can also open
-connections, write where the user can write, read the environment of the user's other processes and end them, and leave
-a process behind in another session; a superuser's fork bomb then lasts until the wall-clock limit, as the kernel
-doesn't count a superuser's processes. The kernel itself is as open as to any program. It's a belt for what a model
-under training stumbles into, not a wall against an attacker: for that, run the training in a container or a virtual
-machine.
+- `bwrap` (bubblewrap): own process, network, IPC and mount namespaces (and user namespace, unless root starts it), no
+  capabilities, no new privileges, a read-only root that holds Python and the system's libraries alone, read-only
+  `/proc`, a minimal `/dev`, and a folder in memory of limited size. `ctypes` is hidden.
+- `unshare` (util-linux): the same by `unshare`, `mount`, `chroot` and `setpriv`.
+- neither: the limits alone.
+
+Nothing runs as root: a root user's programs get an unprivileged user id that no other process has.
+
+One watch counts the memory of all processes of a program: what they map, and the files in memory that they hold open.
+It looks 20 times a second, so a program can have more for 50 ms, up to the address space of each process.
+
+Not covered: System V segments that no process has attached (they end with the IPC namespace; `ctypes` is hidden, which
+leaves Python no way to make one); the kernel itself. Without namespaces the program can also open connections, read
+and write what its user can, and, unless root started it, signal and trace the user's other processes, the judge
+included, and leave a process behind in another session. It's a belt for what a model under training runs into, not a
+wall against an attacker: for that, train in a container or a virtual machine.
 """
 
-from __future__ import annotations
-
+import atexit
 import contextlib
 import functools
 import json
+import marshal
 import os
-import secrets
+import random
 import selectors
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
-_HARNESS = Path(__file__).with_name("sandbox_harness.py")
-FILE_MB, PROCESSES = 16, 32
-# What Python needs of the system beside its own folder; what a system lacks is passed over.
-_SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
+HARNESS = Path(__file__).with_name("sandbox_harness.py")
+FILE_MB, PROCESSES, FILES, INTERVAL = 16, 32, 64, 0.05
+MODES = ("bwrap", "unshare", "none")
+CLOSED = ("network", "processes", "files", "reading")
+IDS = range(61184, 65520)  # user ids that systemd also hands out for a time
+LIBRARIES = ("/usr/lib", "/usr/lib32", "/usr/lib64", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+TOOLS = os.pathsep.join((os.defpath, "/usr/sbin", "/sbin"))
+INSIDE = "/tmp"  # the folder in memory that a program sees
+# Builds a root of its own in new namespaces: $1 root, $2 bytes of the folder, then read-only places, `--`, a command.
+ROOT = """
+set -e
+root=$1 size=$2; shift 2
+mount -t tmpfs -o size=1m,mode=755 none "$root"
+while [ "$1" != -- ]; do
+    if [ -d "$1" ]; then mkdir -p "$root$1"; else mkdir -p "$root${1%/*}"; : > "$root$1"; fi
+    mount --bind "${1}" "$root$1"
+    case $1 in /dev/*) safe=ro,nosuid;; *) safe=ro,nosuid,nodev;; esac
+    mount -o "remount,bind,$safe" "$root$1"
+    shift
+done
+shift
+if [ "$1" != "" ]; then mount --bind /dev/null "$root$1"; fi
+mkdir "$root/proc" "$root/tmp"
+mount -t proc -o nosuid,nodev,noexec proc "$root/proc"
+mount -o remount,bind,ro,nosuid,nodev,noexec "$root/proc"
+mount -t tmpfs -o "size=$size,mode=777,nosuid,nodev,noexec" none "$root/tmp"
+mount -o remount,bind,ro "$root"
+shift
+exec "$@"
+"""
 
 
 @dataclass(frozen=True)
@@ -65,7 +97,7 @@ class SandboxResult:
         stderr (`str`): The same for errors.
         reason (`str`): Why it isn't ok; empty if it is.
         closed (`tuple[str, ...]`): What was closed off: "network", "processes" (those outside), "files" (writing
-            them), with bubblewrap also "reading" (the user's files); may be empty.
+            them), "reading" (the user's files); empty without namespaces.
     """
 
     ok: bool
@@ -89,12 +121,12 @@ def run_python(
         code (`str`):
             The program.
         asserts (sequence of `str`, *optional*):
-            Statements to run after it in its namespace; `ok` needs all of them. With them the code's `__name__` is
+            Statements to run after it, in the judge; `ok` needs all of them. With them the code's `__name__` is
             "solution", so a main block doesn't run.
         timeout (`float`, defaults to 5.0):
-            Wall-clock limit in seconds, the start of the process included.
+            Wall-clock limit in seconds, the start of the processes included.
         memory_mb (`int`, defaults to 512):
-            Address space of each process, in MiB.
+            Memory of all processes together, and address space of each, in MiB.
         output_kb (`int`, defaults to 64):
             A run that prints more than this, in KiB, is stopped.
 
@@ -103,159 +135,278 @@ def run_python(
 
     Raises:
         `NotImplementedError`: on a system without POSIX process groups.
+        `RuntimeError`: for root, if no Python can be run by another user.
     """
     if os.name != "posix":
         raise NotImplementedError(
             f"The sandbox needs POSIX processes and this system is '{os.name}'. Use the choice form of the task, "
             "which runs no code, or run in a Linux container."
         )
-    # a folder in memory takes its place where the kernel allows mounts; this one is removed in any case
-    with tempfile.TemporaryDirectory(prefix="svf-sandbox-", ignore_cleanup_errors=True) as folder:
-        token, wrapper = secrets.token_hex(16), _bubblewrap(folder)
-        job = {
-            "token": token,
-            "code": code,
-            "asserts": list(asserts),
-            "folder": folder,
-            "closed": ["network", "processes", "files", "reading"] if wrapper else [],
-            "cpu_s": int(timeout) + 1,
-            "memory_mb": memory_mb,
-            "file_mb": FILE_MB,
-            "processes": PROCESSES,
-        }
-        deadline = time.monotonic() + timeout
-        with _harness(folder, [*_real_time(), *wrapper]) as (process, pipes):
-            assert process.stdin  # a pipe
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(json.dumps(job).encode())
-                process.stdin.close()
-            said, stopped = _collect(process, pipes, deadline, output_kb * 1024)
-    reason = stopped.format(timeout=timeout, output_kb=output_kb)
-    return _verdict(said, token, reason, process.returncode, output_kb * 1024)
+    deadline, mode = time.monotonic() + timeout, _mode()
+    limits = _limits(timeout, memory_mb)
+    job = {"code": code, "asserts": list(asserts), "limits": limits, "seconds": int(timeout) + 2}
+    with contextlib.ExitStack() as stack:
+        requests, replies = _pipe(stack), _pipe(stack)
+        verdict, report = (stack.enter_context(end) for end in socket.socketpair())
+        _ask_judge(mode, [replies[0].fileno(), requests[1].fileno(), report.fileno()])
+        program = _start(stack, mode, ["program", repr(limits)], [requests[0], replies[1]])
+        for end in (*requests, *replies, report):
+            end.close()
+        _send(verdict, json.dumps(job).encode())
+        assert program.stdout and program.stderr
+        pipes = {"stdout": program.stdout, "stderr": program.stderr, "verdict": verdict}
+        texts, stopped = _collect(program.pid, pipes, deadline, output_kb * 1024, memory_mb)
+    out, err = (texts[name][: output_kb * 1024].decode("utf-8", "replace") for name in ("stdout", "stderr"))
+    reason = stopped.format(timeout=timeout, output_kb=output_kb, memory_mb=memory_mb)
+    if not reason and not texts["verdict"]:
+        reason = "ended before the verdict"
+    message: dict[str, Any] = {"ok": False, "reason": reason} if reason else json.loads(texts["verdict"])
+    return SandboxResult(message["ok"], out, err, message["reason"], () if mode == "none" else CLOSED)
 
 
-@contextlib.contextmanager
-def _harness(folder: str, wrapper: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], dict[str, int]]]:
-    """Start the harness, give what there is to read from; in the end it's dead and reaped, its pipes closed."""
-    read_end, write_end = os.pipe()
-    try:
-        process = subprocess.Popen(
-            [*wrapper, _python(), "-I", "-S", str(_HARNESS), str(write_end)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=folder,
-            env={"PATH": os.defpath, "LANG": "C.UTF-8", "HOME": folder, "TMPDIR": folder},
-            pass_fds=(write_end,),
-            start_new_session=True,
-        )
-    except BaseException:
-        os.close(read_end)
-        raise
-    finally:
-        os.close(write_end)
-    assert process.stdin and process.stdout and process.stderr  # all three are pipes
-    try:
-        yield process, {"stdout": process.stdout.fileno(), "stderr": process.stderr.fileno(), "report": read_end}
-    finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for pipe in (process.stdin, process.stdout, process.stderr):
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
-        os.close(read_end)
+def _limits(timeout: float, memory_mb: int) -> dict[str, int]:
+    return {
+        "RLIMIT_CPU": int(timeout) + 1,
+        "RLIMIT_AS": memory_mb << 20,
+        "RLIMIT_FSIZE": FILE_MB << 20,
+        "RLIMIT_NOFILE": FILES,
+        "RLIMIT_NPROC": PROCESSES,
+        "RLIMIT_CORE": 0,
+    }
 
 
-def _verdict(said: dict[str, bytes], token: str, stopped: str, exit_code: int, limit: int) -> SandboxResult:
-    """Read the reports that carry the token, and put the result together."""
-    reports = [line for line in map(_parse, said["report"].split(b"\n")) if line.get("token") == token]
-    closed = next((tuple(line["closed"]) for line in reports if "closed" in line), ())
-    verdict = next((line for line in reports if "ok" in line), None)
-    if stopped:
-        ok, reason = False, stopped
-    elif verdict is None:
-        ok, reason = False, f"ended before the verdict, exit code {exit_code}"
-    else:
-        ok, reason = verdict["ok"], verdict["reason"]
-    out, err = (said[name][:limit].decode("utf-8", "replace") for name in ("stdout", "stderr"))
-    return SandboxResult(ok, out, err, reason, closed)
+def _pipe(stack: contextlib.ExitStack) -> tuple[IO[bytes], IO[bytes]]:
+    source, target = os.pipe()
+    return stack.enter_context(os.fdopen(source, "rb", 0)), stack.enter_context(os.fdopen(target, "wb", 0))
 
 
-def _bubblewrap(folder: str) -> list[str]:
-    """Give the command that wraps a run in bubblewrap; nothing where it isn't installed or doesn't work."""
-    program = shutil.which("bwrap")
-    return _wrapper(program, folder) if program and _bubblewrap_works(program) else []
+def _start(
+    stack: contextlib.ExitStack, mode: str, arguments: list[str], pipes: Sequence[Any]
+) -> subprocess.Popen[bytes]:
+    """Start one side; when the stack closes, it is dead and reaped."""
+    folder = tempfile.mkdtemp(prefix="svf-sandbox-")
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    user = _free_id() if os.getuid() == 0 else None
+    if user is not None:
+        os.chown(folder, user, user)
+    home = folder if mode == "none" else INSIDE
+    program = arguments[0] == "program"
+    command = _command(mode, folder, user)
+    if not program:  # bubblewrap would end it with the thread that started it
+        command = [part for part in command if part != "--die-with-parent"]
+    other: dict[str, Any] = {}
+    if mode == "none" and user is not None:
+        other = {"user": user, "group": user, "extra_groups": ()}
+    process = subprocess.Popen(
+        [
+            *command,
+            "-c",
+            _source(os.path.realpath(sys.executable) in command),
+            *arguments,
+            *(str(pipe.fileno()) for pipe in pipes),
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if program else subprocess.DEVNULL,
+        stderr=subprocess.PIPE if program else subprocess.DEVNULL,
+        cwd=folder,
+        env={"PATH": TOOLS, "LANG": "C.UTF-8", "HOME": home, "TMPDIR": home},
+        pass_fds=[pipe.fileno() for pipe in pipes],
+        start_new_session=True,
+        **other,
+    )
+    for pipe in filter(None, (process.stdout, process.stderr)):
+        stack.enter_context(pipe)
+    stack.callback(_kill, process, user if mode == "none" else None)
+    return process
+
+
+LOCK = threading.Lock()
+JUDGES: dict[
+    tuple[int, str], tuple[socket.socket, contextlib.ExitStack]
+] = {}  # of each process and mode: it forks the judges, as a start is slow
+
+
+def _ask_judge(mode: str, descriptors: list[int]) -> None:
+    """Have a judge forked with these pipes."""
+    with LOCK:
+        for _ in range(2):
+            if (key := (os.getpid(), mode)) not in JUDGES:
+                control, other = socket.socketpair()
+                stack = contextlib.ExitStack()  # stays open: the process ends with the control socket
+                _start(stack, mode, ["judge"], [other])
+                other.close()
+                JUDGES[key] = control, stack
+            with contextlib.suppress(OSError):
+                socket.send_fds(JUDGES[key][0], [b"j"], descriptors)
+                return
+            for part in JUDGES.pop(key):  # it ended: start another
+                part.close()
+    raise RuntimeError("The sandbox's judge doesn't start.")
+
+
+@atexit.register
+def _end_judges() -> None:
+    for (process, _), parts in JUDGES.items():
+        for part in parts if process == os.getpid() else ():
+            part.close()
+
+
+def _send(target: socket.socket, data: bytes) -> None:
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        target.sendall(len(data).to_bytes(8, "big") + data)
+
+
+def _kill(process: subprocess.Popen[bytes], user: int | None) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    if user is not None:  # all processes of the id, whatever session they are in
+        kill = "import os; os.kill(-1, 9)"
+        with contextlib.suppress(OSError):
+            subprocess.run(
+                [_python(user), "-I", "-S", "-c", kill], user=user, group=user, extra_groups=(), check=False
+            )
+    process.wait()
 
 
 @functools.cache
-def _bubblewrap_works(program: str) -> bool:
-    with tempfile.TemporaryDirectory(prefix="svf-sandbox-") as folder:
-        return _starts_python(_wrapper(program, folder))
+def _source(same: bool) -> str:
+    """Return the harness as the argument of `-c`, compiled if the same Python runs it: its start counts."""
+    text = HARNESS.read_text(encoding="utf-8")
+    code = marshal.dumps(compile(text, "<sandbox>", "exec", optimize=2)).hex()
+    return f"import marshal; exec(marshal.loads(bytes.fromhex('{code}')))" if same else text
 
 
 @functools.cache
-def _real_time() -> list[str]:
-    """Give the command that lets the harness count a superuser's processes before thousands of them get a turn."""
-    command = ["chrt", "--rr", "1"]
-    return command if os.getuid() == 0 and _starts_python(command) else []
+def _mode() -> str:
+    """Return the closest mode that can start a Python here: kernels and containers may refuse namespaces."""
+    user = _free_id() if os.getuid() == 0 else None
+    for mode in MODES[:-1]:
+        with tempfile.TemporaryDirectory(prefix="svf-sandbox-") as folder, contextlib.suppress(OSError):
+            command = [*_command(mode, folder, user), "-c", "pass"]
+            environment = {"PATH": TOOLS}
+            if not subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, env=environment, timeout=10
+            ).returncode:
+                return mode
+    return "none"
 
 
-def _starts_python(wrapper: Sequence[str]) -> bool:
-    """Tell whether a command can start a Python here: kernels and containers may refuse it."""
-    command = [*wrapper, _python(), "-I", "-S", "-c", "pass"]
-    try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return done.returncode == 0
-
-
-def _wrapper(program: str, folder: str) -> list[str]:
-    readable = [
-        path for place in (*_SYSTEM, sys.base_prefix, str(_HARNESS)) for path in ("--ro-bind-try", place, place)
-    ]
+def _command(mode: str, folder: str, user: int | None) -> list[str]:
+    """Return the command that starts a Python in a mode, up to the arguments of the interpreter."""
+    python = [_python(None if mode != "none" else user), "-I", "-S", "-B"]
+    if mode == "none":
+        return ["setpriv", "--no-new-privs", *python] if shutil.which("setpriv", path=TOOLS) else python
+    drop = ["setpriv", "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all"]
+    if user is not None:
+        drop += [f"--reuid={user}", f"--regid={user}", "--clear-groups"]
+    tools = [] if mode == "bwrap" and user is None else [shutil.which("setpriv", path=TOOLS) or ""]
+    outside = [place for place in (python[0], *tools) if not Path(place).is_relative_to(sys.base_prefix)]
+    places = [place for place in (*LIBRARIES, sys.base_prefix, *outside) if os.path.exists(place)]
+    size, hidden = str(FILE_MB << 20), next(map(str, Path(os.__file__).parent.glob("lib-dynload/_ctypes.*")), "")
+    if mode == "unshare":
+        spaces = ["--pid", "--net", "--ipc", "--mount", "--uts", "--fork", "--kill-child"]
+        spaces += ["--user", "--map-root-user"] if user is None else []
+        devices = [device for device in DEVICES if os.path.exists(device)]
+        script = ["sh", "-c", ROOT, "sh", folder, size, *places, *devices, "--", hidden]
+        return ["unshare", *spaces, *script, "chroot", folder, *drop, *python]
+    # root needs no user namespace, and its programs really change their user id
+    own = ["--unshare-all", "--unshare-user", "--disable-userns", "--cap-drop", "ALL"]
+    if user is not None:
+        own = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
+        own += [part for name in ("SETUID", "SETGID", "SETPCAP") for part in ("--cap-add", f"CAP_{name}")]
+    # bubblewrap creates the parents of a place for its own user alone
+    parents = dict.fromkeys(str(parent) for place in places for parent in [*Path(place).parents][-2::-1])
+    binds = [part for parent in parents for part in ("--perms", "0755", "--dir", parent)]
+    binds += [part for place in places for part in ("--ro-bind", place, place)]
+    binds += ["--ro-bind", "/dev/null", hidden] if hidden else []
     # fmt: off
     return [
-        program, "--unshare-all", "--die-with-parent", "--new-session", *readable,
-        "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev",
-        "--size", str(FILE_MB * 2**20), "--tmpfs", folder, "--remount-ro", "/", "--chdir", folder, "--",
+        "bwrap", *own, "--die-with-parent", "--new-session", *binds,
+        "--proc", "/proc", "--remount-ro", "/proc", "--dev", "/dev", "--remount-ro", "/dev",
+        "--perms", "0777", "--size", size, "--tmpfs", INSIDE, "--remount-ro", "/", "--chdir", INSIDE, "--",
+        *(drop if user is not None else []), *python,
     ]
     # fmt: on
 
 
-def _python() -> str:
-    return os.path.realpath(sys.executable)  # the link in a virtual environment leads to a folder that stays outside
+def _python(user: int | None) -> str:
+    """Return a Python that a user id can start: the one below a virtual environment's link, or the system's."""
+    python = os.path.realpath(sys.executable)
+    if user is None or _starts(python, user):
+        return python
+    system = shutil.which("python3", path=TOOLS)
+    if system is None or not _starts(system, user):
+        raise RuntimeError(
+            f"The sandbox never runs programs as root, and no other user can start {python}. Install Python outside "
+            "of /root, install bubblewrap, or run as another user."
+        )
+    return system
+
+
+@functools.lru_cache
+def _starts(python: str, user: int) -> bool:
+    try:
+        return not subprocess.run(
+            [python, "-I", "-S", "-c", ""], user=user, group=user, cwd="/", check=False
+        ).returncode
+    except OSError:
+        return False
+
+
+def _free_id() -> int:
+    """Return a user id that no process has."""
+    taken = set()
+    for entry in os.scandir("/proc"):
+        with contextlib.suppress(OSError):
+            taken.add(entry.stat().st_uid)
+    start = random.randrange(len(IDS))
+    return next(id for id in (*IDS[start:], *IDS[:start]) if id not in taken)
 
 
 def _collect(
-    process: subprocess.Popen[bytes], pipes: dict[str, int], deadline: float, limit: int
+    program: int, pipes: dict[str, Any], deadline: float, limit: int, memory_mb: int
 ) -> tuple[dict[str, bytes], str]:
-    """Read the pipes until the process ends, the time is up or the output is too long; give the texts and why."""
-    said = dict.fromkeys(pipes, b"")
+    """Read the pipes until the judge is done or a limit is passed; return the texts and the reason to stop."""
+    texts, watched, ended = dict.fromkeys(pipes, b""), time.monotonic(), False
     with selectors.DefaultSelector() as selector:
-        for name, descriptor in pipes.items():
-            os.set_blocking(descriptor, False)
-            selector.register(descriptor, selectors.EVENT_READ, name)
+        for name, pipe in pipes.items():
+            os.set_blocking(pipe.fileno(), False)
+            selector.register(pipe.fileno(), selectors.EVENT_READ, name)
         while True:
-            ended = process.poll() is not None  # before reading: what it wrote is in the pipes by now
-            events = selector.select(0 if ended else min(0.05, max(0.0, deadline - time.monotonic())))
+            now = time.monotonic()
+            events = selector.select(0 if ended else min(INTERVAL, max(0.0, deadline - now)))
             for key, _ in events:
                 chunk = os.read(key.fd, 65536)
                 if not chunk:
                     selector.unregister(key.fd)
-                said[key.data] += chunk
-                if len(said[key.data]) > limit:
-                    return said, "printed more than {output_kb} KiB"
+                    ended = ended or key.data == "verdict"
+                texts[key.data] += chunk
+                if len(texts[key.data]) > limit:
+                    return texts, "printed more than {output_kb} KiB"
             if ended and not events:
-                return said, ""
-            if time.monotonic() >= deadline:
-                return said, "ran longer than {timeout} s"
+                return texts, ""
+            if now >= deadline:
+                return texts, "ran longer than {timeout} s"
+            if now - watched >= INTERVAL:
+                watched = now
+                if _memory(program) > memory_mb << 20:
+                    return texts, "used more than {memory_mb} MiB in all"
 
 
-def _parse(line: bytes) -> dict:
-    try:
-        parsed = json.loads(line)
-    except ValueError:
-        return {}
-    return parsed if isinstance(parsed, dict) else {}
+def _memory(root: int) -> int:
+    """Sum the memory of a process and its descendants: private pages, and the files in memory they hold open."""
+    total, files, waiting = 0, dict[int, int](), [root]
+    while waiting:
+        process = waiting.pop()
+        with contextlib.suppress(OSError, ValueError):
+            path = Path("/proc", str(process))
+            for task in (path / "task").iterdir():
+                waiting += map(int, (task / "children").read_text().split())
+            for line in (path / "status").read_text().splitlines():
+                if line.startswith(("RssAnon:", "RssShmem:", "VmSwap:")):
+                    total += int(line.split()[1]) << 10
+            for descriptor in (path / "fd").iterdir():
+                opened = descriptor.stat()
+                if opened.st_nlink == 0:  # memfd, or deleted
+                    files[opened.st_ino] = opened.st_blocks << 9
+    return total + sum(files.values())

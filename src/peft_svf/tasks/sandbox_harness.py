@@ -1,208 +1,388 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The far side of the sandbox: a script that gives its rights away, then runs the code it's handed.
+The far side of the sandbox: two scripts, one that runs a program and one that judges it.
 
-Started by `sandbox` as `python -I -S sandbox_harness.py REPORT_FD`, with the job as JSON on standard input. Three
-processes: this one leaves for new namespaces, unless bubblewrap has done so, and waits; a second is the first process
-of the new process namespace, so that all others die with it, and counts them; the third sets the limits and runs the
-code. A line of JSON on the report pipe counts only with the job's token in it. Standard library only, and nothing of
-`peft_svf`, which isn't on the script's path.
+`sandbox` starts both as `python -I -S -B -c SOURCE ROLE ...`, so that no file of theirs can be rewritten. They share
+no interpreter. The *program* loads the model's code as a module and serves requests on a pipe: read a name, call,
+read an attribute. The *judge* executes the asserts; a name that they take from the program becomes a plain value or a
+[`Remote`]. Only tagged literals cross the pipe, so the judge compares values and never runs a method of the program's
+objects. Standard library only.
 """
 
-from __future__ import annotations
-
-import ast
 import builtins
-import contextlib
-import ctypes
-import json
 import os
 import resource
-import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
 
-# <sched.h>, <sys/mount.h>, <sys/prctl.h>; the number of mount_setattr is the same on all architectures
-NEW_NAMESPACES = 0x10000000 | 0x40000000 | 0x20000000 | 0x00020000 | 0x08000000  # user, net, pid, mount, ipc
-MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x4000, 0x40000
-SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 0x1
-PR_SET_PDEATHSIG = 1
-GUARD_S = 0.02  # a fork bomb makes some hundred processes in that time
+# Each import costs a program's start some milliseconds: `json`, `types` and `typing` are left out.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+else:
+    Any = object
+ModuleType, BuiltinFunctionType = type(sys), type(len)
 
-
-def isolate(folder: str, megabytes: int) -> list[str]:
-    """
-    Leave for new namespaces, as far as the kernel lets this user.
-
-    Returns:
-        What is closed off from here on: "network" (no interface), "processes" (children die with the run, the
-        processes outside can't be read), "files" (all is read-only but `folder`, which lies in memory). Empty off
-        Linux or where user namespaces are forbidden.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    uid, gid = os.getuid(), os.getgid()
-    if not hasattr(libc, "unshare") or libc.unshare(NEW_NAMESPACES) != 0:
-        return []
-    closed = ["network", "processes"]
-    with contextlib.suppress(OSError):
-        for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-            with open(f"/proc/self/{name}", "w") as file:
-                file.write(text)
-    path = os.fsencode(folder)
-    room = f"size={megabytes}m,mode=700".encode()
-    if (
-        libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None) == 0
-        and libc.mount(b"tmpfs", path, b"tmpfs", MS_NOSUID | MS_NODEV, room) == 0
-        and _read_only(libc, b"/", AT_RECURSIVE, True)
-        and _read_only(libc, path, 0, False)
-    ):
-        closed.append("files")
-    os.chdir(folder)
-    return closed
+FRAME = 32 << 20  # bytes of one message, after which the other side counts as broken
+SMALL = 1 << 53  # integers beyond it travel in hexadecimal, which has no limit of digits
+PLAIN: Any = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+MAPPINGS = ("Counter", "OrderedDict")
+# Modules of the program that asserts may use by name; the judge imports its own copy.
+SHARED = {
+    *("math", "cmath", "datetime", "collections", "fractions", "decimal", "re", "itertools", "string", "copy"),
+    *("random", "heapq", "bisect", "statistics", "time", "typing", "sys"),
+}
 
 
-def limit(job: dict[str, Any]) -> None:
-    """Set the limits of this process and its children; one that the system lacks is passed over."""
-    megabyte = 2**20
-    for name, value in {
-        "RLIMIT_CPU": job["cpu_s"],
-        "RLIMIT_AS": job["memory_mb"] * megabyte,
-        "RLIMIT_FSIZE": job["file_mb"] * megabyte,
-        "RLIMIT_NOFILE": 64,
-        "RLIMIT_NPROC": job["processes"],
-        "RLIMIT_CORE": 0,
-    }.items():
-        with contextlib.suppress(AttributeError, ValueError, OSError):
-            resource.setrlimit(getattr(resource, name), (value, value))
+class ProgramError(Exception):
+    """The program raised, ended, or returned what isn't a literal."""
 
 
-def run(job: dict[str, Any], report: Callable[..., None]) -> None:
-    """Run the code, then the asserts in its namespace, and report how far it came."""
-    asserts = job["asserts"]
-    for name in imported(asserts):
-        with contextlib.suppress(Exception):
-            __import__(name)
-    modules = [module for module in list(sys.modules.values()) if isinstance(module, type(sys))]
-    before = [(vars(module), dict(vars(module))) for module in modules]
-    mine, ours, numbered = globals(), dict(globals()), list(enumerate(asserts, 1))
-    space: dict[str, Any] = {"__name__": "solution" if asserts else "__main__", "__builtins__": builtins}
-    space["exit"] = space["quit"] = sys.exit  # `-S` leaves out the module that defines them
-    try:
-        exec(compile(job["code"], "<code>", "exec"), space)
-    except SystemExit as error:
-        # with asserts to come an exit is no way to success
-        done = not asserts and error.code in (0, None)
-        return report(ok=done, reason="" if done else f"left by exit({error.code!r})")
-    except BaseException as error:
-        return report(ok=False, reason=_said(error))
-    for number, line in numbered:
-        mine.clear()  # the code may have put an `exec` of its own here, now or in what an assert calls
-        mine.update(ours)
-        for names, original in before:  # no function is called by its name until here: it could be a patched one
-            names.update(original)
-        sys.settrace(None)
-        sys.setprofile(None)
-        space["__builtins__"] = builtins
+class Channel:
+    """Messages over two pipes: the length in 8 bytes, then a literal, which the judge reads with `literal_eval`."""
+
+    def __init__(self, source: int, target: int, parse: Any = eval) -> None:
+        self.source, self.target, self.parse = source, target, parse
+
+    def send(self, message: Any) -> None:
+        data = repr(message).encode("utf-8", "surrogatepass")
+        data = len(data).to_bytes(8, "big") + data
+        while data:
+            data = data[os.write(self.target, data) :]
+
+    def receive(self) -> Any:
+        size = int.from_bytes(self._read(8), "big")
+        if size > FRAME:
+            raise ProgramError(f"a value has more than {FRAME >> 20} MiB")
         try:
-            exec(compile(line, f"<assert {number}>", "exec"), space)
+            return self.parse(self._read(size).decode("utf-8", "surrogatepass"))
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise ProgramError("the program wrote to the judge's pipe, or a value is nested too deeply") from None
+
+    def _read(self, size: int) -> bytes:
+        parts = []
+        while size:
+            part = os.read(self.source, min(size, 1 << 20))
+            if not part:
+                raise EOFError
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
+
+
+def encode(value: Any, other: Any) -> Any:
+    """Turn a value into a literal with tags; `other` encodes what isn't plain. Subclasses are read as their base."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        value = int(value)
+        return value if -SMALL < value < SMALL else ["int", hex(value)]
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, float):
+        return ["float", float.hex(value)]
+    for name, plain in PLAIN.items():
+        if isinstance(value, plain):
+            return [name, [encode(item, other) for item in value]]
+    kind: Any = type(value)
+    if isinstance(value, dict):
+        name = kind.__name__ if kind.__module__ == "collections" and kind.__name__ in MAPPINGS else "dict"
+        return [name, [[encode(key, other), encode(item, other)] for key, item in value.items()]]
+    if isinstance(value, (bytes, bytearray)):
+        return ["bytes" if isinstance(value, bytes) else "bytearray", bytes(value).hex()]
+    if isinstance(value, range):
+        return ["range", [value.start, value.stop, value.step]]
+    if isinstance(value, complex):
+        return ["complex", [value.real.hex(), value.imag.hex()]]
+    if (kind.__module__, kind.__name__) in (("fractions", "Fraction"), ("decimal", "Decimal")):
+        return [kind.__name__, str(value)]
+    if (kind.__module__, kind.__name__) == ("collections", "deque"):
+        return ["deque", [encode(item, other) for item in value]]
+    if isinstance(value, (type({}.keys()), type({}.items()))):
+        return encode(set(value), other)
+    if isinstance(value, type({}.values())):
+        return encode(list(value), other)
+    return other(value)
+
+
+def decode(message: Any, other: Any) -> Any:
+    """Turn such a literal back into a value; `other` decodes the other tags."""
+    if not isinstance(message, list):
+        return message
+    tag, content = message
+    if tag in PLAIN:
+        return PLAIN[tag](decode(item, other) for item in content)
+    if tag == "dict" or tag in MAPPINGS:
+        pairs = {decode(key, other): decode(item, other) for key, item in content}
+        return pairs if tag == "dict" else getattr(__import__("collections"), tag)(pairs)
+    if tag in ("bytes", "bytearray", "float"):
+        return getattr(builtins, tag).fromhex(content)
+    if tag == "range":
+        return range(*content)
+    if tag == "complex":
+        return complex(*map(float.fromhex, content))
+    if tag in ("Fraction", "Decimal"):
+        return getattr(__import__("fractions" if tag == "Fraction" else "decimal"), tag)(content)
+    if tag == "deque":
+        return __import__("collections").deque(decode(item, other) for item in content)
+    return int(content, 16) if tag == "int" else other(tag, content)
+
+
+class Program:
+    """Serves the names of a module and the objects that were handed out."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel, self.objects, self.numbers = channel, list[Any](), dict[int, int]()
+
+    def run(self) -> None:
+        job = self.channel.receive()
+        module = ModuleType("solution" if job["serve"] else "__main__")
+        sys.modules[module.__name__] = module  # before it runs, as pickling and dataclasses look it up
+        module.__dict__.update(exit=sys.exit, quit=sys.exit)  # `-S` leaves out the module that defines them
+        self.reply(lambda: exec(compile(job["code"], "<code>", "exec"), module.__dict__), ())
+        while True:
+            operation, target, arguments, keywords = self.channel.receive()
+            arguments, keywords = self.decoded(arguments), self.decoded(keywords)
+            if operation == "names":
+                names = {name: module.__dict__[name] for name in target if name in module.__dict__}
+                self.reply(lambda names=names: names, ())
+            else:
+                action = getattr(self, f"do_{operation}")
+                subject = self.objects[target]
+                self.reply(lambda a=action, s=subject, x=arguments, k=keywords: a(s, *x, **k), arguments)
+
+    def reply(self, action: Any, arguments: Any) -> None:
+        """Send the result of an action, and its arguments if it changed them: the judge has copies."""
+        before = self.encoded(arguments)
+        try:
+            message = {"value": self.encoded(action())}
+            if (after := self.encoded(arguments)) != before:
+                message["arguments"] = after
+        except SystemExit as error:
+            message = {"error": ["SystemExit", f"left by exit({error.code!r})"], "code": error.code in (0, None)}
         except BaseException as error:
-            return report(ok=False, reason=f"assert {number} of {len(asserts)}: {_said(error)}")
-    return report(ok=True, reason="")
+            import traceback
+
+            traceback.print_exc()
+            message = {"error": [type(error).__name__, _text(error)]}
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.channel.send(message)
+
+    def do_call(self, subject: Any, *arguments: Any, **keywords: Any) -> Any:
+        return subject(*arguments, **keywords)
+
+    def do_get(self, subject: Any, name: str) -> Any:
+        return getattr(subject, name)
+
+    def do_set(self, subject: Any, name: str, value: Any) -> None:
+        setattr(subject, name, value)
+
+    def do_iterate(self, subject: Any) -> Any:
+        return list(subject)
+
+    def encoded(self, value: Any) -> Any:
+        return encode(value, self._handle)
+
+    def decoded(self, message: Any) -> Any:
+        return decode(
+            message, lambda tag, content: getattr(builtins, content) if tag == "builtin" else self.objects[content]
+        )
+
+    def _handle(self, value: Any) -> Any:
+        if isinstance(value, ModuleType):
+            return ["module", value.__name__]
+        if id(value) not in self.numbers:
+            self.numbers[id(value)] = len(self.objects)
+            self.objects.append(value)
+        return ["object", self.numbers[id(value)]]
 
 
-def imported(statements: Sequence[str]) -> list[str]:
-    """Name the modules that statements import; a statement that can't be read imports none."""
-    names = []
-    for statement in statements:
-        with contextlib.suppress(SyntaxError, ValueError):
-            for node in ast.walk(ast.parse(statement)):
-                if isinstance(node, ast.Import):
-                    names += [alias.name for alias in node.names]
-                elif isinstance(node, ast.ImportFrom) and node.module:
-                    names.append(node.module)
-    return names
+class Remote:
+    """An object on the program's side. It can be called and passed back, but equals nothing and isn't true."""
+
+    def __init__(self, judge: "Judge", number: int) -> None:
+        object.__setattr__(self, "_judge", judge)
+        object.__setattr__(self, "_number", number)
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return self._judge.request("call", self._number, arguments, keywords)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._judge.request("get", self._number, (name,))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._judge.request("set", self._number, (name, value))
+
+    def __iter__(self) -> Any:
+        return iter(self._judge.request("iterate", self._number))
+
+    def __eq__(self, other: object) -> bool:
+        raise ProgramError("an object of the program's own class was compared")
+
+    __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__  # type: ignore[assignment]
+
+    def __bool__(self) -> bool:
+        raise ProgramError("an object of the program's own class isn't true or false")
+
+    __hash__ = object.__hash__
 
 
-def reap(worker: int, most: int, report: Callable[..., None]) -> int:
-    """
-    Wait for the worker, and for orphans, which the first process of a namespace inherits.
+class Judge:
+    """Executes asserts; what they take from the program is requested over the channel."""
 
-    With `most` they are counted in `/proc`, and when they are more, all are killed: the kernel's limit doesn't bind a
-    superuser.
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
 
-    Returns:
-        The worker's exit status.
-    """
-    while True:
-        pid, status = os.waitpid(-1, os.WNOHANG if most else 0)
-        if pid == worker:
-            return status
-        if pid == 0:
-            if sum(name.isdigit() for name in os.listdir("/proc")) > most:
-                report(ok=False, reason=f"started more than {most} processes")
-                os.kill(-1, signal.SIGKILL)
-            signal.sigtimedwait({signal.SIGCHLD}, GUARD_S)
+    def verdict(self, code: str, asserts: list[str]) -> tuple[bool, str]:
+        """Return whether the program ran to its end and all asserts passed, and the reason if not."""
+        self.channel.send({"code": code, "serve": bool(asserts)})
+        try:
+            message = self.channel.receive()
+            if "error" in message:
+                # with asserts to come an exit isn't a way to success
+                return not asserts and message.get("code") is True, _reason(*message["error"])
+            space = self.names(asserts)
+        except (EOFError, OSError, ProgramError, ValueError, KeyError, TypeError) as error:
+            return False, _reason(type(error).__name__, _text(error))
+        for number, statement in enumerate(asserts, 1):
+            try:
+                exec(compile(statement, f"<assert {number}>", "exec"), space)
+            except BaseException as error:
+                reason = _reason(type(error).__name__, _text(error))
+                return False, f"assert {number} of {len(asserts)}: {reason}"
+        return True, ""
+
+    def names(self, asserts: list[str]) -> dict[str, Any]:
+        """Return the asserts' namespace. A builtin is the program's only if the asserts use nothing else of it."""
+        import ast
+
+        trees = [ast.parse(statement) for statement in asserts]
+        used = {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        used = {name for name in used if not name.startswith("__")}
+        for wanted in (used - vars(builtins).keys(), used & vars(builtins).keys()):
+            space = self.request("names", sorted(wanted))
+            if not isinstance(space, dict) or not space.keys() <= wanted:
+                raise ProgramError("the program's names are damaged")
+            if any(isinstance(value, Remote) for value in space.values()):
+                break
+        return {"__name__": "asserts", **space}
+
+    def request(self, operation: str, target: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        encoded = encode(list(arguments), self._outgoing), encode(keywords or {}, self._outgoing)
+        try:
+            self.channel.send([operation, target, *encoded])
+            message = self.channel.receive()
+            if "error" in message:
+                raise _error(*message["error"])
+            if "arguments" in message:
+                for old, new in zip(arguments, decode(message["arguments"], self._incoming), strict=True):
+                    _replace(old, new)
+            return decode(message["value"], self._incoming)
+        except (EOFError, OSError) as error:
+            raise ProgramError("the program ended") from error
+        except RecursionError as error:
+            raise ProgramError("a value is nested too deeply") from error
+
+    def _outgoing(self, value: Any) -> Any:
+        if isinstance(value, Remote):
+            return ["object", value._number]
+        name = getattr(value, "__name__", "")
+        if isinstance(value, (type, BuiltinFunctionType)) and vars(builtins).get(name) is value:
+            return ["builtin", name]
+        raise TypeError(f"an assert passes {type(value).__name__}, which isn't a literal, to the program")
+
+    def _incoming(self, tag: str, content: Any) -> Any:
+        if tag == "module" and content in SHARED:
+            return __import__(content)
+        if tag == "object" and isinstance(content, int):
+            return Remote(self, content)
+        raise ProgramError(f"the program returned {tag} {content!r:.40}, which isn't a literal")
+
+
+def _replace(old: Any, new: Any) -> None:
+    """Change a mutable argument to what the program made of it."""
+    if isinstance(old, (list, bytearray)) and type(old) is type(new):
+        old[:] = new
+    elif isinstance(old, (dict, set)) and isinstance(new, (dict, set)):
+        old.clear()
+        old.update(new)
+    elif type(old).__name__ == "deque":
+        old.clear()
+        old.extend(new)
+
+
+def _error(name: str, text: str) -> Exception:
+    """Return the builtin error of that name, as asserts may expect it, but none that ends a loop or a process."""
+    kind: Any = vars(builtins).get(name)
+    ends = issubclass(kind, (StopIteration, StopAsyncIteration)) if isinstance(kind, type) else True
+    if ends or not issubclass(kind, Exception):
+        return ProgramError(f"{name}: {text}" if text else name)
+    error = ValueError(text) if issubclass(kind, UnicodeError) else kind(text)
+    return error if isinstance(error, Exception) else ProgramError(name)
+
+
+def _reason(name: str, text: str) -> str:
+    if name == "SystemExit":
+        return text
+    return {"EOFError": "the program ended before its verdict"}.get(name) or (f"{name}: {text}" if text else name)[
+        :300
+    ]
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)[:300]
+    except BaseException:
+        return ""
+
+
+def limit(limits: dict[str, int]) -> None:
+    """Set the limits of this process and its children; one that the system lacks is passed over."""
+    for name, value in limits.items():
+        try:
+            resource.setrlimit(getattr(resource, name), (value, value))
+        except (AttributeError, ValueError, OSError):
+            continue
+
+
+def serve_judges(control: int) -> None:
+    """Fork a judge for each job: the control socket brings its three pipes, of which the last brings the asserts."""
+    import json
+    import signal
+    import socket
+    from ast import literal_eval
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # reaps the judges
+    with socket.socket(fileno=control) as source:
+        while True:
+            _, descriptors, _, _ = socket.recv_fds(source, 1, 3)
+            if not descriptors:
+                os._exit(0)  # the other side is gone
+            if os.fork() == 0:
+                break
+            for descriptor in descriptors:
+                os.close(descriptor)
+    job = Channel(descriptors[2], descriptors[2], json.loads).receive()
+    limit(job["limits"])
+    signal.alarm(job["seconds"])  # an assert may loop
+    ok, reason = Judge(Channel(descriptors[0], descriptors[1], literal_eval)).verdict(job["code"], job["asserts"])
+    os.write(descriptors[2], json.dumps({"ok": ok, "reason": reason}).encode())
+    os._exit(0)
 
 
 def main() -> None:
-    """Read the job, isolate, fork twice, run."""
-    channel = int(sys.argv[1])
-    job = json.loads(sys.stdin.buffer.read())
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    token, write, dumps = job.pop("token"), os.write, json.dumps
-
-    def report(**said: Any) -> None:
-        write(channel, (dumps({"token": token, **said}) + "\n").encode())
-
-    closed = job["closed"] or isolate(job["folder"], job["file_mb"])
-    report(closed=closed)
-    _die_with_parent()
-    first = os.fork()
-    if first:
-        os._exit(_exit_code(os.waitpid(first, 0)[1]))
-    _die_with_parent()
-    # the old /proc lists processes of another namespace; where the kernel refuses a new one it stays, to no use
-    counted = bool(job["closed"]) or (closed and ctypes.CDLL(None).mount(b"proc", b"/proc", b"proc", 0, None) == 0)
-    if counted:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # to be waited for, not to be lost
-    worker = os.fork()
-    if worker:
-        os._exit(_exit_code(reap(worker, job["processes"] if counted else 0, report)))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-    with contextlib.suppress(AttributeError, OSError):
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))  # only the counting process goes first
-    _die_with_parent()
-    limit(job)
+    """Play the role that the arguments name: `judge SOCKET`, or `program LIMITS IN OUT`."""
+    role, *arguments = sys.argv[1:]
+    os.chdir(os.environ["TMPDIR"])
+    if role == "judge":
+        serve_judges(int(arguments[0]))
+    limit(eval(arguments[0]))
     try:
-        run(job, report)
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:
-        os._exit(0)  # no exit handlers of the code
-
-
-def _read_only(libc: Any, path: bytes, flags: int, on: bool) -> bool:
-    attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY if on else 0, 0 if on else MOUNT_ATTR_RDONLY, 0, 0)
-    return libc.syscall(SYS_MOUNT_SETATTR, AT_FDCWD, path, flags, attributes, ctypes.sizeof(attributes)) == 0
-
-
-def _die_with_parent() -> None:
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "prctl"):
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
-def _exit_code(status: int) -> int:
-    code = os.waitstatus_to_exitcode(status)
-    return code if code >= 0 else 128 - code
-
-
-def _said(error: BaseException) -> str:
-    try:
-        return f"{type(error).__name__}: {error}"[:300]
-    except BaseException:
-        return type(error).__name__
+        Program(Channel(int(arguments[1]), int(arguments[2]))).run()
+    except (EOFError, OSError):
+        os._exit(0)  # the judge is done
 
 
 if __name__ == "__main__":
