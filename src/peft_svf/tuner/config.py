@@ -2,7 +2,7 @@
 """What a user says about an SVF adapter: `SVFConfig` and all its validation. Nothing here sees a model."""
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,22 +128,10 @@ class SVFConfig(PeftConfig):
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """
-        Check the fields of a file.
-
-        Raises:
-            `ValueError`: if the file sets a field that this version does not have: it would be ignored in silence.
-        """
-        if kwargs.get("parametrization") == "offset":  # experts of the first versions name what is now the only one
+        """Drop the fields of old versions, whose only remaining form is the default; PEFT warns of unknown ones."""
+        if kwargs.get("parametrization") == "offset":
             kwargs = {name: value for name, value in kwargs.items() if name not in ("parametrization", "limit")}
-        known = {entry.name for entry in fields(cls)}
-        unknown = sorted(name for name, value in kwargs.items() if name not in known and value not in (None, False))
-        if unknown:
-            raise ValueError(
-                f"The adapter's config sets {unknown[0]!r}, which isn't a field of SVFConfig: it is misspelt, or was "
-                "written by a newer peft-svf or PEFT. Correct adapter_config.json, or update."
-            )
-        return {name: value for name, value in kwargs.items() if name in known}
+        return kwargs
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
