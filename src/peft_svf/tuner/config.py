@@ -6,14 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from .._registration import add_peft_type
 from .plans import PLANS, Plan
 
-add_peft_type()  # before the class below names it
 LARGEST_RANK = 1_000_000  # no weight has so many singular values
 
 
@@ -94,7 +92,7 @@ class SVFConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = add_peft_type()
+        self.peft_type = PeftType.SVF  # a member since `peft_svf` was imported
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as PEFT's tuners keep it
         if isinstance(self.exclude_modules, list):
