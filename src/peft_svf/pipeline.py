@@ -7,13 +7,10 @@ vision-language model; an option adds the decision of the first pass.
 """
 
 import inspect
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     GenerationConfig,
     GenerationMixin,
     ImageTextToTextPipeline,
@@ -183,7 +180,7 @@ class Transformer2Pipeline(_TwoPasses, TextGenerationPipeline):
         cls, model: str | None = None, *, experts: Sequence[Source] | Mapping[str, Source], **kwargs: Any
     ) -> "Transformer2Pipeline | Transformer2ImagePipeline":
         """Load base model, tokenizer and experts; arguments as in [`~two_pass.Transformer2Model.from_pretrained`]."""
-        return _Registered(Transformer2Model.from_pretrained(model, experts, **kwargs))
+        return make_pipeline(Transformer2Model.from_pretrained(model, experts, **kwargs))
 
 
 class Transformer2ImagePipeline(_TwoPasses, ImageTextToTextPipeline):
@@ -208,36 +205,17 @@ class Transformer2ImagePipeline(_TwoPasses, ImageTextToTextPipeline):
         return ImageTextToTextPipeline._forward(self, model_inputs, generate_kwargs=settings)
 
 
-# Transformers forces three things on us: a default model before our class sees the experts, one class for two
-# pipelines, and prompts as the only values that stay with their row through batching.
-
-
-class _NamedByExperts(os.PathLike):
-    """The base model of `pipeline("transformer2", experts=[...])`; not a string, so its name is looked up nowhere."""
-
-    def __fspath__(self) -> str:
-        return os.curdir  # Transformers looks for an existing path before the Hub.
-
-    def __repr__(self) -> str:
-        return "the base model that the experts name"
-
-
-class _Registered(Transformer2Pipeline):
-    """Makes one of the two pipelines, and loads the experts' base model; transformers calls this class."""
-
-    _load_tokenizer = None  # Unknown until the experts have named the model,
-    _load_processor = None  # and not every model has one.
-
-    def __new__(
-        cls, model: Any, tokenizer: Any = None, processor: Any = None, dtype: Any = None, **kwargs: Any
-    ) -> Any:
-        if isinstance(model, _NamedByExperts):
-            names = {"classifier", "first_pass", "limit_bytes"} & kwargs.keys()
-            settings = {name: kwargs.pop(name) for name in names}
-            model = Transformer2Model.from_pretrained(None, kwargs.pop("experts", ()), dtype=dtype, **settings)
-        if processor is not None or getattr(model, "processor", None) is not None:
-            return Transformer2ImagePipeline(model, processor=processor, **kwargs)
-        return Transformer2Pipeline(model, tokenizer, **kwargs)
+def make_pipeline(
+    model: Any = None, tokenizer: Any = None, processor: Any = None, dtype: Any = None, **kwargs: Any
+) -> "Transformer2Pipeline | Transformer2ImagePipeline":
+    """Make the pipeline that fits a model; without one, load the base model that the experts name."""
+    if model is None:
+        names = {"classifier", "first_pass", "limit_bytes"} & kwargs.keys()
+        settings = {name: kwargs.pop(name) for name in names}
+        model = Transformer2Model.from_pretrained(None, kwargs.pop("experts", ()), dtype=dtype, **settings)
+    if processor is not None or getattr(model, "processor", None) is not None:
+        return Transformer2ImagePipeline(model, processor=processor, **kwargs)
+    return Transformer2Pipeline(model, tokenizer, **kwargs)
 
 
 class _Text(str):
@@ -250,11 +228,3 @@ def _carrying(prompt: Any, mixture: Mixture) -> Any:
     item: Any = _Text(prompt) if isinstance(prompt, str) else Chat(prompt)
     item.mixture = mixture
     return item
-
-
-REGISTRATION = {
-    "pipeline_class": _Registered,
-    "pt_model": (AutoModelForImageTextToText, AutoModelForCausalLM),  # the first reads images too, if a model does
-    "default": {"model": (_NamedByExperts(), None)},
-    "type": "multimodal",
-}

@@ -393,7 +393,7 @@ TAMPERED = {
     "matrix": (lambda t: t.update({KEY: torch.zeros(24, 2)}), r"shape \(24, 2\).*has 24 directions"),
     "NaN": (lambda t: t[KEY].fill_(float("nan")), rf"24 of 24 entries of its z-vector for {MODULE} that are NaN"),
     "one infinity": (lambda t: t[KEY][3:4].fill_(float("inf")), r"1 of 24 entries.*Use an earlier checkpoint"),
-    "1e30": (lambda t: t[KEY][3:4].fill_(1e30), rf"multiplier of 1e\+30 for {MODULE}, above 10000"),
+    "1e30": (lambda t: t[KEY][3:4].fill_(1e30), rf"1 of 24 entries of its z-vector for {MODULE} .*beyond 1e\+30"),
     "int64": (lambda t: t.update({KEY: t[KEY].long()}), rf"dtype torch.int64 for {MODULE}"),
     "bool": (lambda t: t.update({KEY: t[KEY] > 0}), rf"dtype torch.bool for {MODULE}"),
     "an embedding": (
@@ -443,7 +443,7 @@ def test_a_tampered_file_leaves_a_head_that_would_be_saved_as_it_was(tmp_path):
     rewrite(tmp_path, lambda tensors: next(t for key, t in tensors.items() if "svf_offset" in key).fill_(float("nan")))
     base = build("bert", name="pico/bert")
     before = state_of(base)
-    with pytest.raises(ValueError, match="NaN or infinite"):
+    with pytest.raises(ValueError, match="NaN, infinite"):
         PeftModel.from_pretrained(base, tmp_path)
     assert state_of(base) == before
     assert torch.equal(logits(base), logits(build("bert")))

@@ -320,7 +320,7 @@ def test_an_expert_with_its_basis_is_the_same_on_every_dtype_of_the_base(dtype, 
 
 
 def test_the_size_of_a_saved_basis_is_logged_and_without_the_field_there_is_none(folder, tmp_path, caplog):
-    with caplog.at_level(logging.INFO, logger="peft_svf.tuner.model"):
+    with caplog.at_level(logging.INFO, logger="peft_svf.tuner.loading"):
         save_with_basis(folder, tmp_path, basis_dtype="float32")
     size = 6 * 4 * 64 * 65
     assert f"saved with its bases, {size / 1e6:.1f} MB" in caplog.text

@@ -2,18 +2,16 @@
 """What a user says about an SVF adapter: `SVFConfig` and all its validation. Nothing here sees a model."""
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from .._registration import add_peft_type
 from .plans import PLANS, Plan
 
-add_peft_type()  # before the class below names it
 LARGEST_RANK = 1_000_000  # no weight has so many singular values
 
 
@@ -94,7 +92,7 @@ class SVFConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = add_peft_type()
+        self.peft_type = PeftType.SVF  # a member since `peft_svf` was imported
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as PEFT's tuners keep it
         if isinstance(self.exclude_modules, list):
@@ -130,22 +128,10 @@ class SVFConfig(PeftConfig):
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """
-        Check the fields of a file.
-
-        Raises:
-            `ValueError`: if the file sets a field that this version does not have: it would be ignored in silence.
-        """
-        if kwargs.get("parametrization") == "offset":  # experts of the first versions name what is now the only one
+        """Drop the fields of old versions, whose only remaining form is the default; PEFT warns of unknown ones."""
+        if kwargs.get("parametrization") == "offset":
             kwargs = {name: value for name, value in kwargs.items() if name not in ("parametrization", "limit")}
-        known = {entry.name for entry in fields(cls)}
-        unknown = sorted(name for name, value in kwargs.items() if name not in known and value not in (None, False))
-        if unknown:
-            raise ValueError(
-                f"The adapter's config sets {unknown[0]!r}, which isn't a field of SVFConfig: it is misspelt, or was "
-                "written by a newer peft-svf or PEFT. Correct adapter_config.json, or update."
-            )
-        return {name: value for name, value in kwargs.items() if name in known}
+        return kwargs
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
