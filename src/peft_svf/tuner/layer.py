@@ -455,7 +455,7 @@ def capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _key(weight: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+def key_of(weight: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
     """Identifies a base weight and the dtype it is used in."""
     return weight.data_ptr(), version_of(weight), dtype, weight.device
 
@@ -556,7 +556,7 @@ class Linear(nn.Module, SVFLayer):
             return None
         base: Any = self._modules["base_layer"]
         weight = base._parameters.get("weight")
-        if weight is None or not _untouched(base) or kept.key != _key(weight, x.dtype):
+        if weight is None or not _untouched(base) or kept.key != key_of(weight, x.dtype):
             return None
         if not isinstance(kept, Merged):
             same = rows is not None and self.svf_chosen == "factored"
@@ -615,7 +615,7 @@ class Linear(nn.Module, SVFLayer):
     def _factored(self) -> Factored:
         """Return the two factors of the weight, and make them if they are missing or out of date."""
         weight = self.base_layer.weight
-        key, kept = _key(weight, weight.dtype), self.svf_factored
+        key, kept = key_of(weight, weight.dtype), self.svf_factored
         if kept is None or kept.key != key:
             kept = split(self.logical_weight(), self.base_layer.bias, self.side, self._basis(), key)
             self.svf_factored = kept
@@ -623,7 +623,7 @@ class Linear(nn.Module, SVFLayer):
 
     def _merged_for(self, offset: Tensor, dtype: torch.dtype) -> Merged | None:
         """Return the merged copy of the weight for an offset, and build it if it is missing or out of date."""
-        base, key = self.base_layer, _key(self.base_layer.weight, dtype)
+        base, key = self.base_layer, key_of(self.base_layer.weight, dtype)
         with BUILDING:
             old = self.svf_merged
             trusted = self.execution.trusted and self.rows is None
