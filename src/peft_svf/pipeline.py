@@ -7,13 +7,10 @@ vision-language model; an option adds the decision of the first pass.
 """
 
 import inspect
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     GenerationConfig,
     GenerationMixin,
     ImageTextToTextPipeline,
@@ -175,7 +172,7 @@ class Transformer2Pipeline(_TwoPasses, TextGenerationPipeline):
         cls, model: str | None = None, *, experts: Sequence[Source] | Mapping[str, Source], **kwargs: Any
     ) -> "Transformer2Pipeline | Transformer2ImagePipeline":
         """Load base model, tokenizer and experts; arguments as in [`~two_pass.Transformer2Model.from_pretrained`]."""
-        return _Registered(Transformer2Model.from_pretrained(model, experts, **kwargs))
+        return make_pipeline(Transformer2Model.from_pretrained(model, experts, **kwargs))
 
 
 class Transformer2ImagePipeline(_TwoPasses, ImageTextToTextPipeline):
@@ -213,36 +210,17 @@ class Transformer2ImagePipeline(_TwoPasses, ImageTextToTextPipeline):
         return ImageTextToTextPipeline._forward(self, model_inputs, generate_kwargs=settings)
 
 
-# What transformers forces on us: a default model before our class sees the experts, one class for two pipelines, and
-# prompts as the only values that stay with their row through batching.
-
-
-class _NamedByExperts(os.PathLike):
-    """The base model of `pipeline("transformer2", experts=[...])`; not a string, so its name is looked up nowhere."""
-
-    def __fspath__(self) -> str:
-        return os.curdir  # transformers asks only whether it exists, before it would ask the Hub
-
-    def __repr__(self) -> str:
-        return "the base model that the experts name"
-
-
-class _Registered(Transformer2Pipeline):
-    """The class that transformers calls: it makes one of the two pipelines, and loads the experts' base model."""
-
-    _load_tokenizer = None  # unknown until the experts have named the model
-    _load_processor = None  # not every model has one
-
-    def __new__(
-        cls, model: Any, tokenizer: Any = None, processor: Any = None, dtype: Any = None, **kwargs: Any
-    ) -> Any:
-        if isinstance(model, _NamedByExperts):
-            names = {"classifier", "first_pass", "limit_bytes"} & kwargs.keys()
-            settings = {name: kwargs.pop(name) for name in names}
-            model = Transformer2Model.from_pretrained(None, kwargs.pop("experts", ()), dtype=dtype, **settings)
-        if processor is not None or getattr(model, "processor", None) is not None:
-            return Transformer2ImagePipeline(model, processor=processor, **kwargs)
-        return Transformer2Pipeline(model, tokenizer, **kwargs)
+def make_pipeline(
+    model: Any = None, tokenizer: Any = None, processor: Any = None, dtype: Any = None, **kwargs: Any
+) -> "Transformer2Pipeline | Transformer2ImagePipeline":
+    """Make the pipeline that fits a model; without one, load the base model that the experts name."""
+    if model is None:
+        names = {"classifier", "first_pass", "limit_bytes"} & kwargs.keys()
+        settings = {name: kwargs.pop(name) for name in names}
+        model = Transformer2Model.from_pretrained(None, kwargs.pop("experts", ()), dtype=dtype, **settings)
+    if processor is not None or getattr(model, "processor", None) is not None:
+        return Transformer2ImagePipeline(model, processor=processor, **kwargs)
+    return Transformer2Pipeline(model, tokenizer, **kwargs)
 
 
 class _Text(str):
@@ -269,11 +247,3 @@ def _two_passes(model: Any, reader: Reader | None, *settings: Any) -> Transforme
             "when it is made."
         )
     return model
-
-
-REGISTRATION = {
-    "pipeline_class": _Registered,
-    "pt_model": (AutoModelForImageTextToText, AutoModelForCausalLM),  # the first reads images too, if a model does
-    "default": {"model": (_NamedByExperts(), None)},
-    "type": "multimodal",
-}

@@ -83,7 +83,7 @@ def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one(home, expert, t
     code, _, err = run(capsys, *train)
     assert code == 1 and "holds another run already" in err
     code, out, err = run(capsys, *train, "--resume")
-    assert code == 0 and re.search(r"^step +4  validation reward -?\d", out, re.MULTILINE), err
+    assert code == 0 and re.search(r"^step +4/4  validation reward -?\d", out, re.MULTILINE), err
     whole, resumed = (load_file(folder / WEIGHTS) for folder in (expert, tmp_path / "out"))
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
 

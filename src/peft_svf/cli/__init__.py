@@ -53,9 +53,9 @@ def _options(
 def _verb(name: str, run: Callable[..., Any], **settings: Any) -> None:
     @wraps(run)
     def work(*args: Any, **kwargs: Any) -> Any:
-        from .. import _load
+        from .._registration import register
 
-        _load()
+        register()
         try:
             return run(*args, **kwargs)
         except KeyboardInterrupt as stop:

@@ -7,10 +7,9 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -44,7 +43,7 @@ HELP = "\n".join(
         "- `max_steps`, `learning_rate`, `seed`, `eval_strategy`, `save_steps`, `load_best_model_at_end`, "
         "`early_stopping_patience`, `report_to`, and the other fields of TRL's GRPOConfig (`num_generations`, ...); "
         "with `algorithm: evolution` of transformers' TrainingArguments (and `population`, `sigma`, `shaping`).\n",
-        "Several devices: `torchrun --nproc_per_node 2 -m peft_svf train CONFIG.yaml`.",
+        "Several devices: `torchrun --nproc_per_node 2 -m peft_svf.cli train CONFIG.yaml`.",
     ]
 )
 
@@ -112,7 +111,6 @@ def _run(
             "ReinforceTrainer."
         )
     args, state = trainer.args, trainer.state
-    _show_progress(trainer)
     start = time.perf_counter()
     with _stopping(trainer) as stopped:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -243,32 +241,6 @@ def make_trainer(
     validation = validation and table_of(task, "validation", validation)
     table = table_of(task, "train", train)
     return ReinforceTrainer(model, task.reward, config, table, eval_dataset=validation, **settings)
-
-
-def _show_progress(trainer: Trainer) -> None:
-    """Print a short line instead of transformers' dict of thirty numbers, which loggers still get."""
-    from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-
-    labels = {"eval_reward": "validation reward", "reward": "reward", "reward_best": "best member"}
-    labels |= {"entropy": "entropy", "kl": "KL", "z/mean_distance_from_1": "mean |z-1|"}
-
-    def show(state: Any, logs: Mapping[str, Any], write: Callable[[str], None]) -> None:
-        parts = [f"{label} {logs[key]:.4g}" for key, label in labels.items() if key in logs]
-        if parts and state.is_world_process_zero:
-            write(f"step {state.global_step:>4}  " + "  ".join(parts))
-
-    class Bar(ProgressCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if self.training_bar is not None:
-                show(state, logs or {}, self.training_bar.write)
-
-    class Lines(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            show(state, logs or {}, partial(print, flush=True))  # a pipe shows each line at once
-
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(Lines() if trainer.args.disable_tqdm else Bar())
 
 
 @contextmanager

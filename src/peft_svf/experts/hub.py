@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -33,7 +32,6 @@ logger = logging.getLogger(__name__)
 CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("expert_card.md")
 TAGS = ["svf", "transformer-squared", "z-vector"]
-SECRET = re.compile(r"\bhf_\w+|(?<=://)[^/@\s]+(?=@)")
 OURS = ("[More Information Needed]", "arXiv 2501.06252")  # texts of PEFT's blank card and of this package's
 
 # PEFT task type -> (class that loads the base, the Hub's pipeline tag)
@@ -214,7 +212,7 @@ def expert_card(
         weights=len(offsets),
         rank=config.get("rank"),
         others=others,
-        training={key: _public(value) for key, value in (training or {}).items() if value is not None},
+        training={key: files.public(str(value)) for key, value in (training or {}).items() if value is not None},
         results=_table([_result_row(row) for row in results or ()]),
         z=_table(_z_rows(offsets)),
     )
@@ -300,12 +298,6 @@ def _cached_commit(base_model: str) -> str | None:
     """Find the commit of a base model's `main` in the local Hub cache: transformers 5.23 does not keep it."""
     cached = try_to_load_from_cache(base_model, "config.json")
     return Path(cached).parent.name if isinstance(cached, str) else None
-
-
-def _public(value: Any) -> str:
-    """Write a value without tokens, passwords in URLs and the folders of this machine."""
-    text = SECRET.sub("***", str(value))
-    return text.replace(f"{Path.cwd()}{os.sep}", "").replace(str(Path.home()), "~")
 
 
 def _digest(fingerprint: Mapping[str, Mapping[str, Any]] | None) -> str | None:

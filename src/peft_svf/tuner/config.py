@@ -6,14 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from .._registration import add_peft_type
 from .plans import PLANS, Plan
 
-add_peft_type()  # before the class below names it
 LARGEST_RANK = 1_000_000  # no weight has so many singular values
 
 
@@ -94,7 +92,7 @@ class SVFConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = add_peft_type()
+        self.peft_type = PeftType.SVF  # a member since `peft_svf` was imported
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as PEFT's tuners keep it
         if isinstance(self.exclude_modules, list):
@@ -174,7 +172,11 @@ class SVFConfig(PeftConfig):
                 "The adapter's config selects modules by a regular expression and has no fingerprint that lists them. "
                 "A file's expressions are not run: replace it by a list in adapter_config.json."
             )
+        self.select_listed()
+
+    def select_listed(self) -> None:
+        """Select the modules that the fingerprint lists, whatever selected them before."""
         stacks = tuple(f".{name}" for name in self.target_parameters or ())
-        names = {name for name in self.fingerprint if not (stacks and f".{name}".endswith(stacks))}
+        names = {name for name in self.fingerprint or () if not (stacks and f".{name}".endswith(stacks))}
         self.target_modules = names  # type: ignore[assignment]
         self.exclude_modules = self.layers_pattern = self.layers_to_transform = None
