@@ -172,7 +172,11 @@ class SVFConfig(PeftConfig):
                 "The adapter's config selects modules by a regular expression and has no fingerprint that lists them. "
                 "A file's expressions are not run: replace it by a list in adapter_config.json."
             )
+        self.select_listed()
+
+    def select_listed(self) -> None:
+        """Select the modules that the fingerprint lists, whatever selected them before."""
         stacks = tuple(f".{name}" for name in self.target_parameters or ())
-        names = {name for name in self.fingerprint if not (stacks and f".{name}".endswith(stacks))}
+        names = {name for name in self.fingerprint or () if not (stacks and f".{name}".endswith(stacks))}
         self.target_modules = names  # type: ignore[assignment]
         self.exclude_modules = self.layers_pattern = self.layers_to_transform = None

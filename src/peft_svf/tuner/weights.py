@@ -202,8 +202,10 @@ class Reader:
         layer = self.layers[name]
         loaded = values_of(layer, name)
         packed = layer.quantization_backend is not None
-        rounded = packed or layer.base_weight.dtype in (torch.bfloat16, torch.float16)
-        if self.checkpoint is None or not (rounded or self.source == "checkpoint"):
+        narrow = layer.base_weight.dtype in (torch.bfloat16, torch.float16)
+        if self.checkpoint is None:
+            return loaded
+        if self.source != "checkpoint" and not packed and not (narrow and self.checkpoint.rounds_to(loaded.dtype)):
             return loaded
         transposed = isinstance(layer.get_base_layer(), Conv1D)
         parameter = name if hasattr(layer, "parameter_name") else f"{name}.weight"
@@ -252,7 +254,7 @@ class Checkpoint:
         self.model = model
         self.name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
         self.prefix = getattr(model, "base_model_prefix", "")
-        self._files = self._find_files()
+        self._files, self._dtypes = self._read_headers()
 
     def weight(self, name: str, loaded: Tensor, packed: bool = False) -> Tensor | None:
         """
@@ -275,6 +277,10 @@ class Checkpoint:
         if stored is None or not _rounds_to(stored, loaded.detach().cpu(), packed):
             return None
         return stored.to(loaded.device)
+
+    def rounds_to(self, dtype: torch.dtype) -> bool:
+        """Whether the files hold matrices in other dtypes than this one: otherwise loading has rounded nothing."""
+        return bool(self._dtypes - {torch.bfloat16: {"BF16"}, torch.float16: {"F16"}}.get(dtype, set()))
 
     def _assemble(self, name: str, loaded: Tensor) -> Tensor | None:
         """Put a weight together that transformers renames, turns or fuses while it loads the stored tensors."""
@@ -306,20 +312,21 @@ class Checkpoint:
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(name).clone()  # a copy: others may write to the file
 
-    def _find_files(self) -> dict[str, Path]:
-        """Map the names of the stored tensors to their files; empty if there are none."""
-        index = self._file("model.safetensors.index.json")
-        single = self._file("model.safetensors")
+    def _read_headers(self) -> tuple[dict[str, Path], set[str]]:
+        """Map the names of the stored tensors to their files, and collect the dtypes of matrices."""
+        names, dtypes, paths = {}, set(), [self._file("model.safetensors")]
         try:
-            if index is not None:
-                shards = json.loads(index.read_text())["weight_map"]
-                return {name: path for name, shard in shards.items() if (path := self._file(shard)) is not None}
-            if single is not None:
-                with safe_open(single, framework="pt") as file:
-                    return dict.fromkeys(file.keys(), single)
+            if (index := self._file("model.safetensors.index.json")) is not None:
+                paths = [self._file(shard) for shard in set(json.loads(index.read_text())["weight_map"].values())]
+            for path in filter(None, paths):
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118
+                        names[name] = path
+                        if len(file.get_slice(name).get_shape()) > 1:
+                            dtypes.add(file.get_slice(name).get_dtype())
         except (OSError, ValueError, KeyError, SafetensorError):
-            pass  # an unreadable checkpoint is as good as none: the weights in memory are the only source
-        return {}
+            return {}, set()  # An unreadable checkpoint is as good as none.
+        return names, dtypes
 
     def _file(self, name: str) -> Path | None:
         if not self.name:
