@@ -182,8 +182,8 @@ def _check_rows(model: "PreTrainedModel", reader: "Reader", task: "Task", rows: 
             if length + answer > limit:
                 what = "its prompt alone is" if answer else "its prompt and longest choice are"
                 raise ValueError(
-                    f"{task.place(split, row)}: {what} {length} tokens, but the model's context is {limit}. Shorten or "
-                    "drop such rows."
+                    f"{task.place(split, row)}: {what} {length} tokens, but the model's context is {limit}. Shorten "
+                    "or drop such rows."
                 )
 
 
