@@ -5,7 +5,7 @@ import oracle
 import pytest
 import torch
 
-from peft_svf.tuner.basis import Basis, change, factorize, rescale, side_of
+from peft_svf.tuner.basis import Basis, change, deviation, factorize, rescale, side_of, tolerance
 from peft_svf.tuner.fingerprint import ACCEPT, REFUSE, SKETCH_SIZE, distance, sketch
 
 SHAPES = {"in": (11, 7), "out": (5, 13), "square": (9, 9)}
@@ -104,6 +104,17 @@ def test_a_weight_that_is_not_finite_is_refused(shape, value):
 def test_what_is_no_matrix_is_refused(wrong):
     with pytest.raises(ValueError, match=r"shape \(out, in\)"):
         factorize(torch.zeros(wrong))
+
+
+@pytest.mark.parametrize("stack", [(), (2,)], ids=["matrix", "stack"])
+def test_only_the_top_directions_of_a_weight_deviate_by_rounding(shape, stack):
+    weight = matrix((*stack, *shape))
+    basis = factorize(weight)
+    Q, S = basis.Q.float(), basis.S.float()
+    for k in (1, 4, len(Q.mT)):
+        assert deviation(weight, Q[..., :k], S[..., :k]) < tolerance(torch.float32)
+    for others in ([1], [0, 2], [0, 1, 2, 4], [-2, -1]):  # directions of this weight, but not its first
+        assert deviation(weight, Q[..., others], S[..., others]) > 1e-3
 
 
 # --- rescaling

@@ -26,17 +26,8 @@ GROUP = "peft_svf.tasks"
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        ArcEasy(),
-        ArcChallenge(),
-        Gsm8k(),
-        Svamp(),
-        Math(),
-        Mbpp(),
-        MbppPro(),
-        HumanEval(),
-        TextVqa(),
-        OkVqa(),
-        Dispatch(),
+        *(ArcEasy(), ArcChallenge(), Gsm8k(), Svamp(), Math()),
+        *(Mbpp(), MbppPro(), HumanEval(), TextVqa(), OkVqa(), Dispatch()),
     )
 }
 
@@ -49,14 +40,14 @@ def get_task(name: str) -> Task:
         `ValueError`: if no task has that name, with those that exist, or if an entry point gives something else.
     """
     if name not in TASKS:
-        found = list(entry_points(group=GROUP, name=name))
-        if not found:
+        points = list(entry_points(group=GROUP, name=name))
+        if not points:
             raise ValueError(f"There is no task '{name}'; there are {', '.join(task_names())}.")
-        task = found[0].load()
+        task = points[0].load()
         task = task() if isinstance(task, type) else task
         if not isinstance(task, Task) or task.name != name:
             raise ValueError(
-                f"The entry point '{name}' of the group '{GROUP}' gives {task!r} ({found[0].value}); expected a Task "
+                f"The entry point '{name}' of the group '{GROUP}' gives {task!r} ({points[0].value}); expected a Task "
                 f"or a subclass of it, with the name '{name}'."
             )
         register_task(task)
@@ -67,19 +58,15 @@ def register_task(task: Task) -> Task:
     """
     Make a task known by its name to [`get_task`], and so to evaluation, adaptation and the command line.
 
-    Args:
-        task ([`Task`]): A task of one's own; the same object may be registered again.
-
     Returns:
-        The task.
+        The task, which may be registered again.
 
     Raises:
         `ValueError`: if another task has that name.
     """
-    taken = TASKS.get(task.name, task)
+    taken = TASKS.setdefault(task.name, task)
     if taken is not task:
         raise ValueError(f"The name '{task.name}' is taken by {taken!r}. Give the task another `name`.")
-    TASKS[task.name] = task
     return task
 
 

@@ -31,13 +31,13 @@ Source: TextVQA (Singh et al. 2019, arXiv 1904.08920), images of OpenImages; OK-
 1906.00067), images of COCO. Licence: CC BY 4.0, both.
 """
 
-import functools
 import hashlib
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +69,10 @@ class Vqa(Task):
     def row(self, raw: Record) -> Record:
         """Ask for a short answer; the image part stands before the text."""
         text = f"{raw['question']}\nAnswer with a single word or phrase."
-        image = raw["image"]
-        return {
-            "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
-            "image": image() if callable(image) else image,
-            "answers": list(raw["answers"]),
-            "answer": Counter(map(normalised, raw["answers"])).most_common(1)[0][0],
-            "id": str(raw["id"]),
-            "task": self.name,
-        }
+        prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+        image, answers = raw["image"], list(raw["answers"])
+        answer = Counter(map(normalised, answers)).most_common(1)[0][0]
+        return self.ask(raw, prompt, image=image() if callable(image) else image, answers=answers, answer=answer)
 
     def score(self, completion: str, row: Mapping[str, Any]) -> float:
         """Grade with VQA accuracy."""
@@ -95,21 +90,21 @@ class Vqa(Task):
         """Cut the published training set: 1 in 10 images, by a hash, is validation with all its questions."""
         if split == "test":
             return records
-        wanted = split == "validation"
-        return [record for record in records if (_hash(record["image_id"]) % 10 == 0) == wanted]
+        hashes = [int(hashlib.sha256(str(record["image_id"]).encode()).hexdigest(), 16) for record in records]
+        return list(compress(records, ((value % 10 == 0) == (split == "validation") for value in hashes)))
 
     def _read_folder(self, split: str, folder: Path) -> tuple[str, list[Record]]:
         """Read the published JSON files, or rows of our own with the same fields and an `image` path."""
         file = self.files[split]
         paths = [folder / self.name / name for name in self.annotations[file]]
-        if not all(path.is_file() for path in paths):
+        if all(path.is_file() for path in paths):
+            records = self._published(*(json.loads(path.read_text("utf-8")) for path in paths))
+        else:
             try:
                 _, records = super()._read_folder(split, folder)
             except FileNotFoundError as error:
                 names = " and ".join(map(str, paths))
                 raise FileNotFoundError(f"{error} The published files would be {names}.") from None
-        else:
-            records = self._published(*(json.loads(path.read_text("utf-8")) for path in paths))
         for record in records:
             name = record.get("image") or self.image_path(file, record["image_id"])
             record["image"] = {"path": os.fspath(folder / self.name / name), "bytes": None}
@@ -126,7 +121,7 @@ class Vqa(Task):
         images = table.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
         records = [self.from_hub(dict(record)) for record in table.remove_columns("image")]
         for index, record in enumerate(records):
-            record["image"] = functools.partial(_stored, images, index)
+            record["image"] = lambda index=index: images[index]["image"]
         return records
 
 
@@ -177,18 +172,9 @@ class OkVqa(Vqa):
 
 
 def vqa_accuracy(answer: str, people: Iterable[str]) -> float:
-    """
-    Grade an answer by how many people gave it: `min(1, matches / 3)`, after [`normalised`].
-
-    Args:
-        answer (`str`): What a model wrote.
-        people (iterable of `str`): What people answered, usually ten.
-
-    Returns:
-        `float` from 0 to 1.
-    """
-    given = normalised(answer)
-    return min(1.0, sum(given == normalised(other) for other in people) / 3)
+    """Grade an answer by how many people gave it: `min(1, matches / 3)`, after [`normalised`]."""
+    answer = normalised(answer)
+    return min(1.0, sum(answer == normalised(other) for other in people) / 3)
 
 
 def normalised(answer: str) -> str:
@@ -206,11 +192,3 @@ def normalised(answer: str) -> str:
     text = re.sub(r"\.(?!\d)", "", text)
     text = _CONTRACTION.sub(lambda found: "".join(filter(None, found.groups())), text)
     return " ".join(_DIGITS.get(word, word) for word in text.split() if word not in _ARTICLES)
-
-
-def _stored(images: Any, index: int) -> dict[str, Any]:
-    return images[index]["image"]
-
-
-def _hash(image_id: Any) -> int:
-    return int(hashlib.sha256(str(image_id).encode()).hexdigest(), 16)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from .task import Record, Task, user_turn
+from .task import Record, Task
 
 Calculation = tuple[Fraction, str, Fraction]  # a, one of "+-*/", b
 
@@ -38,10 +38,6 @@ class WordProblem(Task):
         """Read the last calculation out of a record, and the results before it; `None` if it isn't `a op b`."""
         raise NotImplementedError
 
-    def question(self, raw: Record, choices: Sequence[str]) -> str:
-        """Return the bare problem."""
-        return raw["question"]
-
     def options(self, raw: Record, pool: Sequence[Record], rng: random.Random) -> tuple[str, list[str]] | None:
         """Return the calculation with the right result and three with others, made from the same numbers."""
         solution = self.solution(raw)
@@ -53,12 +49,8 @@ class WordProblem(Task):
 
     def row(self, raw: Record) -> Record:
         """Ask for a solution that ends with the number."""
-        return {
-            "prompt": user_turn(f"{raw['question']}\nThink step by step and end with: The answer is <number>."),
-            "answer": printed(self.answer(raw)),
-            "id": str(raw["id"]),
-            "task": self.name,
-        }
+        text = f"{raw['question']}\nThink step by step and end with: The answer is <number>."
+        return self.ask(raw, text, answer=printed(self.answer(raw)))
 
     def score(self, completion: str, row: Mapping[str, Any]) -> float:
         """Compare the number that the completion ends with, by value."""

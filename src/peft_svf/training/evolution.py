@@ -128,6 +128,7 @@ class EvolutionConfig(TrainingArguments):
             ("population", self.population > 0 and self.population % 2 == 0, "even, as members come in pairs"),
             ("sigma", self.sigma > 0, "above 0"),
             ("shaping", self.shaping in get_args(Shaping), f"one of {get_args(Shaping)}"),
+            ("metric_for_best_model", self.metric_for_best_model in (None, "reward", "eval_reward"), "'eval_reward'"),
             ("fp16", not self.fp16, "off, as it scales gradients; load the base in float16 instead"),
         ):
             if not fits:

@@ -124,29 +124,21 @@ class SVFModel(BaseTuner):
         """
         Compare the fingerprint of a saved adapter with the weights of this model.
 
-        Args:
-            adapter_name (`str`): What messages call the adapter.
-            config (`SVFConfig`): Its config; one without a fingerprint fits every model.
-
         Raises:
-            `ValueError`: if the adapter belongs to another base.
+            `ValueError`: if the adapter belongs to another base. A config without a fingerprint fits every base.
         """
         loading.check_fingerprint(self, adapter_name, config)
 
     def set_plan(self, plan: Plan, forwards_per_step: int = 1) -> None:
         """
-        Choose how the layers compute, see [`plans`], those of adapters to come too; what another plan has kept in
-        memory is given back.
+        Choose how all layers compute, now and later, see [`plans`]; what another plan has kept in memory is freed.
 
         Args:
             plan (`str`):
                 `"auto"`, `"merged"`, `"narrow"` or `"factored"`. Layers that cannot follow (a quantised base, a rank
                 below the full one, rows of a batch that differ) use the narrow plan.
             forwards_per_step (`int`):
-                Forwards of an optimizer step, where gradients are accumulated: `"auto"` counts their tokens.
-
-        Raises:
-            `ValueError`: for another name.
+                Forwards of an optimizer step, if gradients are accumulated: `"auto"` counts their tokens.
         """
         if plan not in PLANS:
             raise ValueError(f"`plan` must be one of {', '.join(PLANS)}; got {plan!r}.")
@@ -196,16 +188,10 @@ class SVFModel(BaseTuner):
         """
         Add an adapter that is a mixture of others: `z = 1 + Σ αᵢ (zᵢ - 1)`; what is left of 1 belongs to the base.
 
-        Args:
-            adapters (`list[str]`):
-                Names of the adapters.
-            weights (`list[float]`):
-                One weight α per adapter, any finite numbers.
-            adapter_name (`str`):
-                Name of the new adapter; an existing one is left as it is.
+        The weights α are any finite numbers, one per adapter. An adapter that has the new name already stays as it is.
 
         Raises:
-            `ValueError`: for an unknown adapter, a weight that is not finite, lengths that differ, or adapters that
+            `ValueError`: for an unknown adapter, a weight that isn't finite, lengths that differ, or adapters that
                 share a module of `modules_to_save`.
         """
         if adapter_name in self.peft_config:
@@ -262,8 +248,8 @@ class SVFModel(BaseTuner):
             return
         if isinstance(target, BaseTunerLayer) and not isinstance(target, SVFLayer):
             raise ValueError(
-                f"Target module {current_key} carries an adapter of another method ({', '.join(_adapters(target))}). "
-                "SVF rescales a weight, not what another method adds to it: merge that adapter first with "
+                f"Target module {current_key} carries an adapter of another method. SVF "
+                " rescales a weight, not what another method adds to it: merge that adapter first with "
                 "`model.merge_and_unload()`, or leave the module out of `target_modules`."
             )
         if parameter_name is None and adaptable(target):
@@ -331,11 +317,11 @@ class SVFModel(BaseTuner):
                         beams = kwargs.get("num_beams") or 1
                         repeated = list(names) if "encoder" in name else [n for n in names for _ in range(beams)]
                         hook = partial(_pass_names, names=repeated)
-                        stack.enter_context(_removing(module.register_forward_pre_hook(hook, with_kwargs=True)))
+                        stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
             if any(rows.mixed for rows in self.execution.rows.values()):
                 for entry in _entries(self.model):
                     note = partial(_note_batch, execution=self.execution)
-                    stack.enter_context(_removing(entry.register_forward_pre_hook(note, with_kwargs=True)))
+                    stack.enter_context(entry.register_forward_pre_hook(note, with_kwargs=True))
             yield
 
     def _check_names(self, names: list[str], args: Any, kwargs: dict[str, Any]) -> None:
@@ -435,11 +421,6 @@ def _entries(model: nn.Module) -> list[nn.Module]:
     return [model, model.get_encoder()] if getattr(config, "is_encoder_decoder", False) else [model]  # type: ignore[operator]
 
 
-def _adapters(layer: BaseTunerLayer) -> list[str]:
-    """The names of the adapters of a layer, of any method."""
-    return sorted({name for kind in layer.adapter_layer_names for name in getattr(layer, kind, {})})
-
-
 def _unchanged(layers: list[SVFLayer]) -> bool:
     """Whether all merged weights were built from the offsets in force, with one comparison."""
     pairs = [(layer.svf_merged.offset, layer._active_offset()) for layer in layers if layer.svf_merged is not None]
@@ -456,11 +437,3 @@ def _waits(device: torch.device) -> bool:
 
 def _pass_names(module: nn.Module, args: Any, kwargs: dict, names: list[str]) -> tuple[Any, dict]:
     return args, {**kwargs, "adapter_names": names}
-
-
-@contextmanager
-def _removing(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
