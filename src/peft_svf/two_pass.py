@@ -36,7 +36,7 @@ from .adaptation.first_pass import FirstPass, dispatch
 from .adaptation.search import Search
 from .evaluation import CACHES, Summary, context_of, wilson
 from .experts.expert import OTHER, Mixture
-from .experts.library import ExpertLibrary, Source, loaded, no_expert
+from .experts.library import ExpertLibrary, Source, loaded
 from .rows import Prompt, Reader, Row
 from .tasks import Task
 
@@ -116,7 +116,7 @@ class Transformer2Model:
             `ValueError`: without `model`, if the experts name none or several.
             `OSError`: if the base model can't be loaded.
         """
-        experts = loaded(experts)  # so that each file is opened once
+        experts = loaded(experts, lazy=limit_bytes is not None)  # so that each file is opened once
         if model is None:
             model, revision = base_of(experts)
             kwargs = {"revision": revision, **kwargs} if revision else kwargs
@@ -131,6 +131,7 @@ class Transformer2Model:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run a forward of the wrapped model; another thread's request is waited for, so its mixture isn't seen."""
         with self.library.lock:
+            self.library.refuse_other_coroutine()
             return self.library.model(*args, **kwargs)
 
     forward = __call__
@@ -193,8 +194,7 @@ class Transformer2Model:
         if isinstance(chosen, str):
             chosen = self.library.mixture(chosen)
         mixture = chosen if isinstance(chosen, Mixture) else Mixture(dict(chosen))
-        if unknown := sorted(set(mixture.alpha) - set(self.library.names)):
-            raise ValueError(no_expert(unknown[0], self.library.choices))
+        self.library.check_experts(mixture.alpha)
         return mixture
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:

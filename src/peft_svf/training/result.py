@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import files
 from ..evaluation import Summary, evaluate, paired_difference
-from ..experts.expert import OFFSET_KEY, read_tensors
 from ..experts.hub import CARD_NAME, expert_card
 from ..rows import Row
 from ..tasks import Task
@@ -120,7 +119,7 @@ def write_expert(
         "best_step": state.best_global_step if trainer.args.load_best_model_at_end else None,  # else the last
         "seconds": None if seconds is None else round(seconds),
         **{key: value.to_json() if isinstance(value, Summary) else value for key, value in found.items()},
-        "z": {"numbers": sum(t.numel() for key, t in read_tensors(folder).items() if OFFSET_KEY.fullmatch(key)), **z},
+        "z": {"numbers": sum(p.numel() for key, p in model.named_parameters() if ".svf_offset.default." in key), **z},
         "curve": [entry for entry in state.log_history if "eval_reward" in entry or "reward" in entry],
     }
     files.write(folder / RESULT_NAME, json.dumps(result, indent=1))
