@@ -146,7 +146,7 @@ def _read(key: str, weight: Tensor) -> Basis | None:
         apart = deviation(values, Q, S)
         if not apart <= tolerance(values.dtype):
             raise ValueError(f"its directions are not those of the weight (deviation {apart:.2g})")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:  # whatever is wrong with the entry, the weight is at hand to compute it again
         logger.warning(f"The entry {path} of the basis cache is damaged and is computed again: {error}.")
