@@ -77,7 +77,8 @@ def adapt(
         raise KeyboardInterrupt(f"Interrupted: the same command {how}.") from None
     (two_pass.library.expert(str(name)) if per_layer else mixture).save(out)
     _show(mixture, two_pass.library.names, per_layer)
-    again = [*(["--model", model] if model else []), "--experts", *([out] if per_layer else experts)]
+    again: list[Any] = ["--model", model] if model else []
+    again += [part for expert in ([out] if per_layer else experts) for part in ("--experts", expert)]
     again += [] if per_layer else ["--mixture", out]
     print(f"On other questions it may be less. Measure:\n  peft-svf eval {shlex.join(map(str, again))} --task ...")
     print(f"Wrote {out}")

@@ -16,7 +16,7 @@ from . import options
 from .console import command, interval, mixed, new_path, show_table
 from .dispatch import Choice
 from .options import option
-from .sources import find_task, load_experts, load_model, read_mixture
+from .sources import find_task, load_experts, load_model, read_mixture, rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +36,7 @@ def evaluate(
     revision: options.Revision = None,
     dtype: options.Dtype = "auto",
     mixture: Annotated[
-        list[str] | None, option("Saved mixture, or weights of experts.", metavar="FILE or NAME=WEIGHT...")
+        list[str] | None, option("Saved mixture, or an expert's weight, once per expert.", metavar="FILE|NAME=WEIGHT")
     ] = None,
     split: Annotated[Literal["train", "validation", "test"], option("Rows of the task.")] = "test",
     form: Annotated[Literal["choice", "generate"] | None, option("Choose, or write. Default: what fits.")] = None,
@@ -60,25 +60,18 @@ def evaluate(
     Measure the base, experts, a mixture or two-pass answering on a task.
 
     Without experts the base alone; with experts each of them and the base; with --mixture that mixture of them and the
-    base. A first pass (--strategy, --classifier or --probe) adds the answers of the experts it chooses row by row.
+    base. An option of the first pass adds the answers of the experts it chooses row by row.
     Prints accuracies with 95 % intervals and writes a result JSON.
     """
     choice = Choice(strategy, classifier, probe, calibration, fit, threshold, fallback, soft, read, temperature)
-    if not experts:
-        if named := [*(["--mixture"] if mixture else []), *choice.options]:
-            raise typer.BadParameter(f"{named[0]} needs the experts to choose from: --experts ...")
-        if model is None:
-            raise typer.BadParameter("There is nothing to measure: name --experts, or a base model by --model.")
-    choice = choice.checked()
-    if choice.strategy is None and choice.options:
-        raise typer.BadParameter(f"{choice.options[0]} belongs to a first pass: name one by --strategy.")
+    if not experts and (model is None or mixture or choice != Choice()):
+        raise typer.BadParameter("Name --experts; only a base model alone, by --model, is measured without.")
+    choice = choice.resolved()
     alpha = read_mixture(mixture) if mixture else None
     benchmark = find_task(task)
     chosen = form or benchmark.forms[0]
     out = new_path(out or Path(f"eval-{benchmark.name}-{datetime.now():%Y%m%d-%H%M%S}.json"))
-    rows = benchmark.rows(split, chosen, limit=limit)
-    if not rows:
-        raise ValueError(f"Task {benchmark.name!r} has no {split} rows in the {chosen} form.")
+    rows = rows_of(benchmark, split, chosen, limit)
     measure = Measure(benchmark, rows, batch_size, {"max_new_tokens": max_new_tokens} if chosen == "generate" else {})
     if experts:
         two_pass = load_experts(experts, model, revision, dtype, classifier, images=measure.images)
