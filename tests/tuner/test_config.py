@@ -21,9 +21,9 @@ def test_defaults_are_the_paper():
     assert config.fingerprint is None and config.description is None
 
 
-@pytest.mark.parametrize("rank", [0, -1, 2.5, "4", True, 10**9])
+@pytest.mark.parametrize("rank", [0, -1, 2.5, "4", True])
 def test_a_rank_that_is_no_count_is_refused(rank):
-    with pytest.raises(ValueError, match=r"`rank` is the number of singular values to move, 1 to .*got"):
+    with pytest.raises(ValueError, match=r"`rank` is the number of singular values to move, at least 1.*got"):
         SVFConfig(rank=rank)
 
 
