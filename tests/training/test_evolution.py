@@ -8,7 +8,6 @@ import pico
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
 from tiny_model import tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from trainers import (
@@ -270,34 +269,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(step, whole_run, tmp_path):
     again.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
     assert again.rows == whole.rows[step:]
     assert torch.equal(trained_z(again), trained_z(whole))
-
-
-def test_the_best_checkpoint_is_loaded_at_the_end_and_no_better_ones_stop_the_run(tmp_path):
-    values = iter([0.1, 0.9, 0.3, 0.2, 0.1])
-
-    def reward(completions, **_):
-        return [now[0]] * len(completions)
-
-    class Scripted(EvolutionTrainer):
-        def evaluate(self, *args, **kwargs):
-            now[0] = next(values)
-            return super().evaluate(*args, **kwargs)
-
-        def _fitness(self, members, rows):
-            return members.sum(1)  # all steps lead somewhere
-
-    now = [0.0]
-    saved = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "early_stopping_patience": 2}
-    trainer = trainer_of(
-        tmp_path, CHOICE_ROWS, reward, kind=Scripted, eval_rows=CHOICE_ROWS, max_steps=9, eval_strategy="steps",
-        eval_steps=1, **saved,
-    )  # fmt: skip
-    trainer.train()
-    assert (trainer.state.global_step, trainer.state.best_global_step) == (4, 2)
-    best = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
-    assert set(best) == {name for name in best if name.endswith(".svf_offset.weight")}
-    found = {name.replace(".default", ""): p for name, p in trainer.model.named_parameters() if p.requires_grad}
-    assert best.keys() == found.keys() and all(torch.equal(best[name], found[name]) for name in best)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -52,7 +52,7 @@ from peft_svf.training.reinforce import (
 
 def by_hand(rewards, estimator, n):
     """Each estimator as its definition reads, one completion at a time; `None` is a missing reward."""
-    found = []
+    advantages = []
     for i, reward in enumerate(rewards):
         group = range(i - i % n, i - i % n + n) if estimator in ("rloo", "group") else range(len(rewards))
         known = [rewards[j] for j in group if rewards[j] is not None]
@@ -60,17 +60,17 @@ def by_hand(rewards, estimator, n):
         mean = sum(known) / len(known) if known else 0.0
         square = sum((r - mean) ** 2 for r in known)
         if reward is None:
-            found.append(0.0)
+            advantages.append(0.0)
         elif estimator == "none":
-            found.append(reward)
+            advantages.append(reward)
         elif estimator in ("batch", "rloo"):
-            found.append(reward - sum(others) / len(others) if others else 0.0)
+            advantages.append(reward - sum(others) / len(others) if others else 0.0)
         elif estimator == "batch_norm":
-            found.append((reward - mean) / max(math.sqrt(square / len(known)), 1e-7))
+            advantages.append((reward - mean) / max(math.sqrt(square / len(known)), 1e-7))
         else:
             deviation = math.sqrt(square / (len(known) - 1)) if len(known) > 1 else 0.0
-            found.append((reward - mean) / (deviation + 1e-4))
-    return found
+            advantages.append((reward - mean) / (deviation + 1e-4))
+    return advantages
 
 
 ESTIMATORS = ["none", "batch", "batch_norm", "rloo", "group"]
@@ -625,14 +625,8 @@ def test_a_task_that_can_be_learned_is_learned(tmp_path):
 # --- generation
 
 
-@pytest.mark.parametrize("kind", [ReinforceTrainer, GRPOTrainer])
-def test_rollouts_run_on_merged_copies_and_leave_the_weights_alone(kind, tmp_path, monkeypatch):
-    config = ReinforceConfig if kind is ReinforceTrainer else GRPOConfig
-    args = config(output_dir=str(tmp_path), num_generations=3, save_strategy="no", **QUIET, **SHORT)
-    trainer = kind(
-        tiny_model(), uneven, args,
-        Dataset.from_list(TEXT_ROWS), processing_class=TOKENIZER, peft_config=SVFConfig(init_weights=False),
-    )  # fmt: skip
+def test_rollouts_run_on_merged_copies_and_leave_the_weights_alone(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path, TEXT_ROWS, uneven, num_generations=3)
     model = trainer.model
     before = {name: value.clone() for name, value in model.state_dict().items() if "svf_offset" not in name}
     plans, original = [], type(model).generate
@@ -650,15 +644,9 @@ def test_rollouts_run_on_merged_copies_and_leave_the_weights_alone(kind, tmp_pat
 
 
 def test_the_plan_counts_the_forwards_of_a_whole_step(tmp_path):
-    settings = {**SHORT, "gradient_accumulation_steps": 3}
-    trainer = ReinforceTrainer(
-        tiny_model(), uneven,
-        ReinforceConfig(output_dir=str(tmp_path), num_generations=3, save_strategy="no", **QUIET, **settings),
-        Dataset.from_list(TEXT_ROWS * 3), processing_class=TOKENIZER, peft_config=SVFConfig(plan="narrow"),
-    )  # fmt: skip
-    assert {(layer.execution.plan, layer.execution.forwards) for layer in pico.svf_layers(trainer.model).values()} == {
-        ("narrow", 3)
-    }
+    settings = {"svf": SVFConfig(plan="narrow"), "num_generations": 3, "gradient_accumulation_steps": 3}
+    layers = pico.svf_layers(trainer_of(tmp_path, 3 * TEXT_ROWS, uneven, **settings).model).values()
+    assert {(layer.execution.plan, layer.execution.forwards) for layer in layers} == {("narrow", 3)}
 
 
 # --- scripts and imports

@@ -125,18 +125,28 @@ def test_steps_that_teach_nothing_are_reported_once_and_end_the_run_if_asked(tra
     assert trainer.state.global_step == 2 and "2 steps in a row taught nothing" in caplog.text
 
 
-def test_answers_that_are_all_cut_off_and_masked_are_reported(tmp_path, caplog):
-    settings = {"num_generations": 3, "mask_truncated_completions": True, "max_completion_length": 1}
-    trainer = reinforce(tmp_path, TEXT_ROWS, uneven, **settings)
-    trainer.train()
-    assert "cut off at max_completion_length=1" in caplog.text and "mask_truncated_completions" in caplog.text
+DEAD = {
+    "All completions were cut off at max_completion_length=1, and mask_truncated_completions=True": (
+        TEXT_ROWS,
+        {"mask_truncated_completions": True, "max_completion_length": 1},
+    ),
+    "The policy gives one answer to each prompt at temperature=0.0001": (
+        [{**row, "choices": row["choices"][:2]} for row in CHOICE_ROWS],
+        {"temperature": 1e-4},
+    ),
+}
 
 
-def test_a_policy_that_has_only_one_answer_is_reported(tmp_path, caplog):
-    sure = [{**row, "choices": row["choices"][:2]} for row in CHOICE_ROWS]
-    trainer = reinforce(tmp_path, sure, uneven, num_generations=3, temperature=1e-4)
-    trainer.train()
-    assert "gives one answer to each prompt at temperature=0.0001" in caplog.text
+@pytest.mark.parametrize("reason", DEAD)
+def test_the_reason_of_a_dead_step_is_reported(reason, tmp_path, caplog):
+    rows, settings = DEAD[reason]
+    reinforce(tmp_path, rows, uneven, num_generations=3, **settings).train()
+    assert reason in caplog.text
+
+
+def test_a_penalty_keeps_a_step_with_equal_rewards_alive(tmp_path, caplog):
+    reinforce(tmp_path, TEXT_ROWS, returning(lambda n: [1.0] * n), num_generations=3, beta=0.1).train()
+    assert "teaches nothing" not in caplog.text
 
 
 def test_trained_parameters_without_a_gradient_are_reported(tmp_path, caplog):

@@ -133,17 +133,6 @@ def test_policy_and_reference_agree_before_the_first_step(kind, loss, given, tmp
         assert abs(other - loss) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["sft", "reward"])
-def test_trainers_without_a_reference_train_an_expert_that_is_passed_in(kind, tmp_path):
-    model, task = base_of(kind)
-    model = get_peft_model(model, SVFConfig(task_type=task, init_weights=False))
-    trainer = stock(kind, tmp_path, model)
-    start = trained_z(trainer).clone()
-    assert list(trainer.model.peft_config) == ["default"]
-    trainer.train()
-    assert not torch.equal(trained_z(trainer), start)
-
-
 # --- TRL's stream of weights to vLLM
 
 
@@ -191,16 +180,6 @@ def test_a_hundred_syncs_in_bfloat16_do_not_drift():
         for name, value in stream(model):
             assert torch.equal(value, first[name]), name
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-
-
-def test_the_stream_follows_z():
-    """An adapter that is never delivered looks like slow learning."""
-    model = get_peft_model(tiny_model(), SVFConfig(task_type="CAUSAL_LM", init_weights=False))
-    first = {name: value.clone() for name, value in stream(model)}
-    pico.randomize(model, seed=3)
-    second = {name: value.clone() for name, value in stream(model)}
-    for name in pico.svf_layers(model):
-        assert not torch.equal(first[f"{name}.weight"], second[f"{name}.weight"])
 
 
 def test_modules_that_are_saved_whole_are_sent_under_their_own_name():

@@ -161,7 +161,7 @@ class EvolutionTrainer(Run, Trainer):
             Everything else that `Trainer` takes.
 
     Raises:
-        `ValueError`: if something else than z is trainable, if adapters are merged or disabled, or under FSDP.
+        `ValueError`: if anything but z is trainable, if adapters are merged or disabled, or under FSDP.
     """
 
     def __init__(
@@ -208,12 +208,10 @@ class EvolutionTrainer(Run, Trainer):
         fitness = self._fitness(members, inputs)
         finite = fitness[fitness.isfinite()]  # a member that overflows is the worst
         fitness = torch.where(fitness.isfinite(), fitness, finite.min() if len(finite) else 0.0)
-        self.dead_reason = None
-        if not self.accelerator.gather(fitness.max() - fitness.min()).any():
-            self.dead_reason = (
-                f"All {len(fitness)} members earned {fitness[0]:.3g}, so no direction is better: raise sigma or "
-                "per_device_train_batch_size, or take rows that the model solves sometimes."
-            )
+        self.dead_reason = (
+            f"All {len(fitness)} members earned the same, {fitness[0]:.3g}, so no direction is better: raise sigma or "
+            "per_device_train_batch_size, or take rows that the model solves sometimes."
+        )
         above, below = shaped(fitness, self.args.shaping).chunk(2)
         gradient = self.accelerator.reduce(estimate(noise, above, below, self.args.sigma), reduction="mean")
         share = -gradient / self.current_gradient_accumulation_steps  # optimizers descend
@@ -240,16 +238,22 @@ class EvolutionTrainer(Run, Trainer):
             table = self._choice_rewards(part) if "choices" in part[0] else None
             for first in range(0, len(members), together):
                 some = members[first : first + together]
-                with self._as(some), self.compute_loss_context_manager():
-                    if table is not None:  # expected rewards over the choices
-                        logps = choice_logps(self.model, self.processing_class, part, len(some))
-                        rewards = (logps.softmax(-1).view(len(some), *table.shape) * table).sum(-1)
-                    else:
-                        rows_of_all = [*part] * len(some)
-                        texts = self._complete(rows_of_all, len(some))
-                        rewards = self._rewards(rows_of_all, texts).view(len(some), len(part))
+                rewards = self._completed(some, part) if table is None else self._expected(some, part, table)
                 totals[first : first + together] += rewards.sum(1)
         return totals / len(rows)
+
+    def _expected(self, members: Tensor, rows: Sequence[Row], table: Tensor) -> Tensor:
+        """Compute expected rewards `(members, rows)` over the choices, whose rewards are `(rows, choices)`."""
+        with self._as(members), self.compute_loss_context_manager():
+            logps = choice_logps(self.model, self.processing_class, rows, len(members))
+        return (logps.softmax(-1).view(len(members), *table.shape) * table).sum(-1)
+
+    def _completed(self, members: Tensor, rows: Sequence[Row]) -> Tensor:
+        """Compute the rewards `(members, rows)` of greedy completions."""
+        repeated = [*rows] * len(members)
+        with self._as(members), self.compute_loss_context_manager():
+            texts = self._complete(repeated, len(members))
+        return self._rewards(repeated, texts).view(len(members), len(rows))
 
     def _complete(self, rows: Sequence[Row], members: int = 1) -> list[str]:
         prompts, length = [row["prompt"] for row in rows], self.args.max_completion_length

@@ -114,12 +114,11 @@ class PromptFilter(TrainerCallback, ExportableState):
 @dataclass
 class ReinforceConfig(GRPOConfig):
     """
-    TRL's `GRPOConfig` with the settings that make it REINFORCE on z-vectors, and a few of its own.
+    TRL's `GRPOConfig` with the settings that make it REINFORCE on z-vectors, and a few more.
 
     A step is `per_device_train_batch_size * gradient_accumulation_steps` completions; each prompt has
-    `num_generations` of them. The defaults suit SVF: learning rate 2e-3, cosine schedule, no weight decay, gradient
-    clipping at 1e-3. Rate and clipping are those of the code of arXiv 2501.06252; under Adam the latter evens out
-    batches.
+    `num_generations` of them. Learning rate and clipping are those of the code of arXiv 2501.06252; under Adam,
+    clipping gives all batches the same weight.
 
     Args:
         advantage_estimator (`str`):
@@ -400,9 +399,9 @@ class ReinforceTrainer(Run, GRPOTrainer):
         weights = self.reward_weights.to(batch.rewards.device)
         rewards = (batch.rewards * weights).nansum(1)
         rewards[batch.rewards.isnan().all(1)] = torch.nan
+        if (self.num_generations_eval if mode == "eval" else self.num_generations) == 1:
+            self._metrics[mode].pop("frac_reward_zero_std", None)  # always 1 for a group of one
         if mode == "eval":
-            if self.num_generations_eval == 1:
-                self._metrics[mode].pop("frac_reward_zero_std", None)  # always 1 for a group of one
             return output
         if self.args.advantage_estimator != "group":
             advantages = advantages_of(rewards, self.args.advantage_estimator, self.num_generations)
@@ -411,11 +410,10 @@ class ReinforceTrainer(Run, GRPOTrainer):
             logged = self._logs["advantages"]
             for index, value in enumerate(advantages.tolist(), start=len(logged) - len(advantages)):
                 logged[index] = value
-        if self.num_generations == 1:
-            self._metrics[mode].pop("frac_reward_zero_std", None)
-        else:
-            equal = _equal(rewards.view(-1, self.num_generations))
-            for number, is_equal in zip(batch.numbers, equal.tolist(), strict=filtered):
+        if filtered:
+            groups = rewards.view(-1, self.num_generations)  # NaN, a missing reward, equals any
+            equal = groups.nan_to_num(nan=-torch.inf).amax(1) <= groups.nan_to_num(nan=torch.inf).amin(1)
+            for number, is_equal in zip(batch.numbers, equal.tolist(), strict=True):
                 self._filter.learn(number, is_equal)
         self.dead_reason = self._dead_reason(output, rewards)
         for name, value in z_statistics(self.model).items():
@@ -423,26 +421,26 @@ class ReinforceTrainer(Run, GRPOTrainer):
         return output
 
     def _dead_reason(self, output: Mapping[str, Any], rewards: Tensor) -> str | None:
-        """Explain why a rollout teaches nothing, with the way out; `None` if it teaches something."""
-        if self.mask_truncated_completions and not self.accelerator.gather(output["completion_mask"].sum()).sum():
+        """Explain why the completions of this process teach nothing, with the way out; `None` if they do."""
+        if self.mask_truncated_completions and not output["completion_mask"].any():
             return (
                 f"All completions were cut off at max_completion_length={self.args.max_completion_length}, and "
                 "mask_truncated_completions=True leaves nothing of them: raise max_completion_length, or set it to "
                 "False (answers of one token never end by themselves)."
             )
-        if not self.accelerator.gather(output["advantages"].abs().sum()).sum():
-            texts = {str(text) for text in list(self._logs["completion"])[-len(rewards) :]}
-            if len(texts) * self.num_generations <= len(rewards):
-                return (
-                    f"The policy gives one answer to each prompt at temperature={self.temperature:g}: raise the "
-                    "temperature, or start again with a lower learning_rate or with beta > 0, which keeps the entropy."
-                )
+        if output["advantages"].any():
+            return None
+        texts = {str(text) for text in list(self._logs["completion"])[-len(rewards) :]}
+        if len(texts) * self.num_generations <= len(rewards):
             return (
-                f"All rewards of a prompt are equal (mean {rewards.nanmean():.3g}), which leaves no advantage: take "
-                "prompts that the model solves sometimes, more num_generations, a higher temperature, or a reward "
-                "with more than two values."
+                f"The policy gives one answer to each prompt at temperature={self.temperature:g}: raise the "
+                "temperature, or start again with a lower learning_rate or with beta > 0, which keeps the entropy."
             )
-        return None
+        return (
+            f"All rewards of a prompt are equal (mean {rewards.nanmean():.3g}), which leaves no advantage: take "
+            "prompts that the model solves sometimes, more num_generations, a higher temperature, or a reward "
+            "with more than two values."
+        )
 
     @property
     def _filter(self) -> PromptFilter:
@@ -578,11 +576,6 @@ class ReinforceTrainer(Run, GRPOTrainer):
 def _key(row: Mapping[str, Any]) -> str:
     """Identify the question of a row; those with images differ by `id`."""
     return json.dumps([row.get("prompt"), row.get("choices"), row.get("id")], default=str)
-
-
-def _equal(groups: Tensor) -> Tensor:
-    """Compare the rewards of each group `(G, n)`: true if all are equal. NaN, a missing reward, equals any."""
-    return groups.nan_to_num(nan=-torch.inf).amax(1) <= groups.nan_to_num(nan=torch.inf).amin(1)
 
 
 def _grouped(parts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
