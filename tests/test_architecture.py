@@ -13,16 +13,16 @@ PACKAGE = ROOT / "src" / "peft_svf"
 
 # A wing (or a single module beside the wings) imports from rows above it, never from its own row.
 ROWS = [
-    ["_registration", "files"],
+    ["files"],
     ["rows"],
     ["tuner", "tasks"],
     ["evaluation", "experts"],
     ["training", "adaptation", "plots"],
     ["two_pass"],
     ["pipeline"],
+    ["_registration"],
     ["__init__"],
     ["cli"],
-    ["__main__"],
 ]
 # Inside a wing a module imports from rows above it as well.
 WINGS = {
@@ -31,7 +31,7 @@ WINGS = {
         ["cache", "config", "targets"],
         ["weights"],
         ["layer"],
-        ["stacked"],
+        ["stacked", "loading"],
         ["model"],
     ],
     "experts": [["expert"], ["library", "hub", "transfer"]],

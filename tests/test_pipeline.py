@@ -11,7 +11,6 @@ from tiny_model import tiny_tokenizer
 from torch.utils.data import Dataset
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     TextIteratorStreamer,
     pipeline,
 )
@@ -128,10 +127,6 @@ def more_options(tokenizer):
         "special tokens": GREEDY | {"skip_special_tokens": False, "add_special_tokens": True},
         "text": GREEDY | {"return_text": True, "clean_up_tokenization_spaces": True},
         "no workers": GREEDY | {"num_workers": 0, "batch_size": 2},
-        "static cache": GREEDY | {"cache_implementation": "static", "batch_size": 2},
-        "chunked prefill": GREEDY | {"prefill_chunk_size": 5},
-        "assistant": GREEDY | {"assistant_model": base(seed=7)},
-        "prompt lookup": GREEDY | {"prompt_lookup_num_tokens": 3},
     }
 
 
@@ -321,56 +316,49 @@ def test_a_choice_stays_with_its_prompt_through_worker_processes(pipe):
         assert pipe(prompts, num_workers=1, **settings) == pipe(prompts, **settings)
 
 
-def test_options_of_the_constructor_hold_until_a_call_says_otherwise(folders, pipe):
+def test_options_of_the_constructor_hold_until_a_call_replaces_them(folders, pipe):
+    def choices(records):
+        return [row[0]["dispatch"]["choice"] for row in records]
+
     fixed = make(folders, expert="math", return_dispatch=True, max_new_tokens=6, do_sample=False, batch_size=3)
-    found = fixed(TEXTS)
-    assert [record["generated_text"] for (record,) in found] == [
-        record["generated_text"] for (record,) in pipe(TEXTS, expert="math", **GREEDY)
-    ]
-    assert fixed(TEXTS[0], return_dispatch=False) == pipe(TEXTS[0], expert="math", **GREEDY)
-    assert fixed(TEXTS[0], expert="code")[0]["dispatch"]["choice"] == "code"
-    assert fixed(TEXTS[0], mixture={"code": 1.0})[0]["dispatch"]["choice"] == "code"
-    assert [row[0]["dispatch"]["choice"] for row in fixed(TEXTS, mixture=[{"code": 1.0}, {}, {"math": 1.0}])] == [
-        "code",
-        "other",
-        "math",
-    ]
+    assert fixed(TEXTS, return_dispatch=False) == pipe(TEXTS, expert="math", **GREEDY)
+    assert choices(fixed(TEXTS)) == ["math"] * 3 and choices(fixed(TEXTS, expert="code")) == ["code"] * 3
+    mixtures = [{"code": 1.0}, {}, {"math": 1.0}]
+    assert choices(fixed(TEXTS, mixture=mixtures)) == ["code", "other", "math"]
     strict = make(folders, first_pass=FirstPass("classifier", threshold=1.01))
-    assert strict(TEXTS[0], return_dispatch=True, **GREEDY)[0]["dispatch"]["choice"] == "other"
+    assert choices(strict(TEXTS, return_dispatch=True, **GREEDY)) == ["other"] * 3
     by_prompt = make(folders, first_pass="prompt")
-    found, expected = (p(TEXTS, first_pass="prompt", return_dispatch=True, **GREEDY) for p in (by_prompt, pipe))
-    assert found == expected
+    expected = pipe(TEXTS, first_pass="prompt", return_dispatch=True, **GREEDY)
+    assert by_prompt(TEXTS, return_dispatch=True, **GREEDY) == expected
 
 
 def test_every_kind_of_model_makes_the_same_pipeline(folders, pipe, tmp_path):
-    base().save_pretrained(tmp_path / "base")
-    tiny_tokenizer().save_pretrained(tmp_path / "base")
-    named = [
-        write(tmp_path, name, tiny_experts.SEEDS[name], base(name=str(tmp_path / "base"))) for name in ("math", "code")
-    ]
+    name = str(tmp_path / "base")
+    base().save_pretrained(name)
+    tiny_tokenizer().save_pretrained(name)
+    paths = [write(tmp_path, expert, tiny_experts.SEEDS[expert], base(name=name)) for expert in ("math", "code")]
+    by_name = dict(zip(["math", "code"], paths, strict=True))
     wrapped = Transformer2Model(base(), tiny_tokenizer(), [folders["math"], folders["code"]])
-    adapted = alone(folders["math"])
-    adapted.load_adapter(str(folders["code"]), adapter_name="code")
-    made = {
-        "folder": pipeline("transformer2", model=str(tmp_path / "base"), experts=named),
-        "no model": pipeline("transformer2", experts=named),
-        "no model, dict": pipeline(
-            "transformer2", experts=dict(zip(["math", "code"], named, strict=True)), device="cpu"
-        ),
-        "no model, from_pretrained": Transformer2Pipeline.from_pretrained(experts=named),
-        "device_map": pipeline("transformer2", model=str(tmp_path / "base"), experts=named, device_map="auto"),
-        "limit": pipeline("transformer2", experts=named, limit_bytes=4 * 6 * 24),
-        "dict": pipeline(
-            "transformer2", model=str(tmp_path / "base"), experts=dict(zip(["math", "code"], named, strict=True))
-        ),
+    for expert in ("math", "code"):  # as the refusal to save a pipeline advises
+        pipe.model.library.expert(expert).save(tmp_path / "again" / expert)
+    again = [tmp_path / "again" / expert for expert in ("math", "code")]
+    pipelines = {
+        "folder": pipeline("transformer2", model=name, experts=by_name),
+        "no model": pipeline("transformer2", experts=paths, device="cpu"),
+        "no model, from_pretrained": Transformer2Pipeline.from_pretrained(experts=paths),
+        "device_map": pipeline("transformer2", model=name, experts=paths, device_map="auto"),
+        "limit": pipeline("transformer2", experts=by_name, limit_bytes=4 * 6 * 24),
         "Transformer2Model": pipeline("transformer2", model=wrapped, tokenizer=wrapped.tokenizer),
         "its own tokenizer": Transformer2Pipeline(wrapped),
+        "saved experts": pipeline("transformer2", model=base(), tokenizer=tiny_tokenizer(), experts=again),
     }
-    expected = {name: pipe(TEXTS, expert=name, **GREEDY) for name in NAMES}
-    for way, found in made.items():
-        assert isinstance(found, Transformer2Pipeline) and found.task in ("transformer2", ""), way
-        assert {name: found(TEXTS, expert=name, **GREEDY) for name in NAMES} == expected, way
-    assert made["limit"].model.library.nbytes == 4 * 6 * 24
+    expected = {expert: pipe(TEXTS, expert=expert, **GREEDY) for expert in NAMES}
+    for way, made in pipelines.items():
+        assert isinstance(made, Transformer2Pipeline) and made.task in ("transformer2", ""), way
+        assert {expert: made(TEXTS, expert=expert, **GREEDY) for expert in NAMES} == expected, way
+    assert pipelines["limit"].model.library.nbytes == 4 * 6 * 24
+    adapted = alone(folders["math"])
+    adapted.load_adapter(str(folders["code"]), adapter_name="code")
     peft_model = pipeline("transformer2", model=adapted, tokenizer=tiny_tokenizer())
     assert peft_model.model.library.names == ["code", "default"]
     assert peft_model(TEXTS, expert="default", **GREEDY) == expected["math"]
@@ -407,11 +395,6 @@ def test_the_model_that_experts_name_is_loaded_as_they_say_it(folders, tmp_path,
         pipeline("transformer2", experts=[named, folders["math"]])
 
 
-def test_making_one_logs_no_error(folders, caplog):
-    make(folders)
-    assert [record for record in caplog.records if record.levelname in ("ERROR", "WARNING")] == []
-
-
 # --- what is refused
 
 
@@ -422,19 +405,12 @@ def test_making_one_logs_no_error(folders, caplog):
         (TEXTS, {"mixture": [{}, {}]}, "A list of mixtures has one for each prompt of a list, got 2 for 3"),
         (TEXTS[0], {"expert": ["math", "code"]}, "got 2 for 1"),
         (HISTORY, {"expert": ["math"] * 4}, "got 4 for 1"),
-        (TEXTS, {"expert": "maths"}, "no expert 'maths'; there are code, math, other"),
         (TEXTS, {"expert": ["math", "maths", "other"]}, "no expert 'maths'"),
-        (TEXTS, {"expert": "classifier: kinds"}, "no expert 'classifier: kinds'"),
-        (TEXTS, {"mixture": {"math": float("nan")}}, "'math' must be a finite number"),
-        (TEXTS, {"mixture": [{}, {"code": float("inf")}, {}]}, "'code' must be a finite number"),
         (TEXTS, {"expert": "math", "mixture": {"math": 1.0}}, "not both"),
         (TEXTS, {"expert": ["math"] * 3, "mixture": {"math": 1.0}}, "not both"),
         (TEXTS, {"expert": "math", "mixture": [{}] * 3}, "not both"),
-        (TEXTS, {"first_pass": "magic"}, "no strategy='magic'"),
         (TEXTS, {"past_key_values": ()}, "activations of other weights"),
-        (TEXTS, {"cache": ()}, "activations of other weights"),
         ("x" * 600, {}, "The prompt has 600 tokens, but the model's context is 512"),
-        ("x" * 600, {"expert": "math"}, "The prompt has 600 tokens, but the model's context is 512"),
     ],
 )
 def test_a_call_that_cannot_be_is_refused(inputs, chosen, message, pipe):
@@ -444,20 +420,6 @@ def test_a_call_that_cannot_be_is_refused(inputs, chosen, message, pipe):
     assert_same(pipe.model.library.model, before)
 
 
-def test_without_a_model_and_experts_the_line_to_write_is_named():
-    with pytest.raises(ValueError, match=r"name no base model. Write pipeline\(\"transformer2\", model=\"<base"):
-        pipeline("transformer2")
-
-
-def test_without_experts_there_is_no_pipeline():
-    model = base()
-    before = state(model)
-    for nothing in ({}, {"experts": []}):
-        with pytest.raises(ValueError, match="no experts"):
-            pipeline("transformer2", model=model, tokenizer=tiny_tokenizer(), **nothing)
-    assert_same(model, before)
-
-
 def test_what_a_transformer2_model_has_already_is_not_taken_twice(folders, pipe):
     several = {"experts": [folders["math"]], "classifier": folders["kinds"], "first_pass": "prompt", "limit_bytes": 1}
     for name, value in several.items():
@@ -465,16 +427,22 @@ def test_what_a_transformer2_model_has_already_is_not_taken_twice(folders, pipe)
             Transformer2Pipeline(pipe.model, **{name: value})
 
 
-def test_a_model_without_a_tokenizer_is_refused(folders):
+def test_a_pipeline_without_a_tokenizer_or_experts_is_refused(folders):
     with pytest.raises(ValueError, match="needs a tokenizer"):
         Transformer2Pipeline(base(), experts=[folders["math"]])
+    with pytest.raises(ValueError, match=r"name no base model. Write pipeline\(\"transformer2\", model=\"<base"):
+        pipeline("transformer2")
+    model = base()
+    before = state(model)
+    with pytest.raises(ValueError, match="no experts"):
+        pipeline("transformer2", model=model, tokenizer=tiny_tokenizer())
+    assert_same(model, before)
 
 
 def test_saving_a_pipeline_is_refused_and_writes_nothing(pipe, tmp_path):
-    with pytest.raises(ValueError, match="saved by its experts"):
-        pipe.save_pretrained(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="saved by its experts"):
-        pipe.push_to_hub("me/pipe")
+    for save in (pipe.save_pretrained, pipe.push_to_hub):
+        with pytest.raises(ValueError, match="saved by its experts"):
+            save(tmp_path / "pipe")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -501,31 +469,3 @@ def test_a_compiled_model_answers_alike_and_has_no_graph_per_expert(folders, pip
         assert compiled(TEXTS[0], expert=name, **GREEDY) == pipe(TEXTS[0], expert=name, **GREEDY)
         counts.append(len(graphs))
     assert counts[0] == counts[1] > 0
-
-
-# --- afterwards
-
-
-class Breaks(LogitsProcessor):
-    """Raises at its third token."""
-
-    calls = 0
-
-    def __call__(self, input_ids, scores):
-        self.calls += 1
-        if self.calls == 3:
-            raise RuntimeError("in the middle")
-        return scores
-
-
-def test_experts_saved_as_the_refusal_says_make_the_pipeline_again(pipe, tmp_path):
-    for name in pipe.model.library.names:
-        pipe.model.library.expert(name).save(tmp_path / name)
-    again = pipeline(
-        "transformer2",
-        model=base(),
-        tokenizer=tiny_tokenizer(),
-        experts=[tmp_path / name for name in pipe.model.library.names],
-    )
-    for name in NAMES:
-        assert again(TEXTS, expert=name, **GREEDY) == pipe(TEXTS, expert=name, **GREEDY)

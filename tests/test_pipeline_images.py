@@ -13,7 +13,7 @@ from PIL import Image
 from seeing import IMAGES, KINDS, LANGUAGE, PICTURE, asks
 from tiny_experts import write
 from tiny_model import CHAT
-from transformers import TextIteratorStreamer, pipeline
+from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from peft_svf import Transformer2Model, Transformer2Pipeline
@@ -133,17 +133,6 @@ def test_each_of_several_prompts_has_its_choice_however_they_are_given(made):
 def test_text_alone_is_answered_too(made):
     for given in ("abc", ["abc", "de"], [{"role": "user", "content": [{"type": "text", "text": "abc"}]}]):
         assert made.pipe(text=given, expert="math", **SHORT) == made.stock["math"](text=given, **SHORT)
-
-
-def test_a_streamed_answer_is_the_second_pass_alone(made):
-    (expected,) = words(made.pipe(text=asks(0, "def"), **SHORT))
-    streamer = TextIteratorStreamer(made.pipe.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
-    call = {"text": asks(0, "def"), "streamer": streamer, **SHORT}
-    thread = threading.Thread(target=made.pipe, kwargs=call)
-    thread.start()
-    text = "".join(streamer)
-    thread.join()
-    assert text == expected
 
 
 def test_threads_with_different_experts_and_images_never_mix(made):

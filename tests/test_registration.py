@@ -16,6 +16,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 import peft_svf
 from peft_svf import SVFConfig, SVFModel, _registration
+from peft_svf.experts import hub
 
 
 def test_the_type_is_a_whole_member_of_the_enum():
@@ -40,24 +41,21 @@ def test_other_types_are_as_they_were():
 
 def test_registering_again_changes_nothing():
     before = list(PeftType), dict(PEFT_TYPE_TO_CONFIG_MAPPING), PeftModel.push_to_hub
-    assert _registration.add_peft_type() is PeftType.SVF
-    _registration.register(config=SVFConfig, model=SVFModel)
+    _registration.register()
     assert (list(PeftType), dict(PEFT_TYPE_TO_CONFIG_MAPPING), PeftModel.push_to_hub) == before
 
 
 def test_a_type_of_that_name_from_another_package_is_refused_by_name(monkeypatch):
     monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, PeftType.SVF, LoraConfig)
     with pytest.raises(ImportError, match=r"The PEFT type SVF is taken by peft\.tuners\.lora\.config\.LoraConfig"):
-        _registration.add_peft_type()
+        _registration.register()
 
 
-@pytest.mark.parametrize(
-    "stranger, owner", [(LoraConfig, "peft.tuners.lora.config"), ("LazyPipeline", "transformers")]
-)
-def test_a_pipeline_of_that_name_from_another_package_is_refused_by_name(stranger, owner, monkeypatch):
+@pytest.mark.parametrize("stranger", [LoraConfig, "transformers.pipelines.LazyPipeline"])
+def test_a_pipeline_of_that_name_from_another_package_is_refused_by_name(stranger, monkeypatch):
     monkeypatch.setitem(PIPELINE_REGISTRY.supported_tasks, _registration.PIPELINE, {"impl": stranger})
-    with pytest.raises(ImportError, match=f"'transformer2' is taken by {owner}: import only one"):
-        _registration.register(config=SVFConfig, model=SVFModel, pipeline={"pipeline_class": object})
+    with pytest.raises(ImportError, match=f"'transformer2' is taken by {stranger}: import only one"):
+        _registration.register()
 
 
 @pytest.mark.parametrize("name", _registration.NEEDED)
@@ -72,19 +70,20 @@ def test_a_library_that_is_too_old_is_named_with_the_line_that_updates_it(name, 
     assert f'"{name}>={floor},' in (Path(__file__).parents[1] / "pyproject.toml").read_text()
 
 
-def test_the_libraries_of_this_environment_are_new_enough(monkeypatch):
-    _registration.check_versions()
-    monkeypatch.setattr(_registration, "requires", lambda name: None)  # a source tree that isn't installed
-    assert _registration.floors() == {}
+def test_a_source_tree_that_is_not_installed_has_no_floors(monkeypatch):
+    def missing(name):
+        raise _registration.PackageNotFoundError(name)
+
+    monkeypatch.setattr(_registration, "requires", missing)
     _registration.check_versions()
 
 
 def test_push_is_wrapped_once_and_takes_svf_adapters_only(monkeypatch):
     calls = []
     monkeypatch.setattr(PeftModel, "push_to_hub", lambda self, repo_id, **kw: calls.append(("peft", repo_id, kw)))
-    push = lambda model, repo_id, **kw: calls.append(("svf", repo_id, kw))  # noqa: E731
+    monkeypatch.setattr(hub, "push_to_hub", lambda model, repo_id, **kw: calls.append(("svf", repo_id, kw)))
     for _ in range(2):
-        _registration.register(config=SVFConfig, model=SVFModel, push=push)
+        _registration.register()
     get_peft_model(build(), SVFConfig()).push_to_hub("me/svf", private=True)
     get_peft_model(build(), LoraConfig(target_modules=["q_proj"])).push_to_hub("me/lora", private=True)
     assert calls == [("svf", "me/svf", {"private": True}), ("peft", "me/lora", {"private": True})]

@@ -224,13 +224,6 @@ def test_an_explicit_choice_is_certain_and_names_every_expert(model, no_first_pa
             assert mixture.record()["probabilities"] == mixture.probabilities == expected
 
 
-def test_a_mixture_that_was_found_keeps_how_it_was_found(model):
-    found = Mixture({"math": 0.4}, "few-shot", 1.0, {}, {"seed": 1})
-    (mixture,) = model.first_pass(["x"], mixture=found)
-    assert (mixture.alpha, mixture.strategy, mixture.provenance) == (found.alpha, "few-shot", {"seed": 1})
-    assert found.probabilities == {}
-
-
 @pytest.mark.parametrize("explicit", [False, True])
 def test_a_request_runs_its_first_pass_once_and_an_explicit_one_none(explicit, model, monkeypatch):
     passes, real = [], two_pass.dispatch

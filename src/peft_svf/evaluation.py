@@ -3,9 +3,9 @@
 Model and rows -> scored records and their summary.
 
 A row of the choice form has `prompt`, `choices` and `label`; the policy over its choices is the softmax of their
-summed token log-likelihoods as the assistant's answer. A row of the generated form has `prompt` and is
-judged by its task's check; it may have a picture in its column `image`, or several in `images`, which a processor
-reads. `choice_logps` is also what training differentiates and what the first pass scores labels with.
+summed token log-likelihoods as the assistant's answer. A row of the generated form has `prompt`, and its task scores
+the completion; it may have a picture in its column `image`, or several in `images`, which a processor reads. Training
+differentiates `choice_logps`, and the first pass scores labels with it.
 """
 
 import copy
@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice, takewhile
-from statistics import NormalDist
+from statistics import NormalDist, fmean, pstdev
 from typing import Any, NamedTuple
 
 import torch
@@ -58,12 +58,12 @@ class Summary:
     records: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     def to_json(self, records: bool = False) -> dict[str, Any]:
-        """The summary as JSON values, with one entry per row only if asked for."""
+        """Return the summary as JSON values, with or without its records."""
         return {key: value for key, value in asdict(self).items() if records or key != "records"}
 
 
 def wilson(right: float, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of `right` successes, or a sum of grades from 0 to 1, in `n` trials."""
+    """Return the 95 % Wilson score interval of `right` successes, or a sum of grades from 0 to 1, in `n` trials."""
     if n == 0:
         return 0.0, 1.0
     p, z2 = right / n, NINETY_FIVE**2
@@ -81,11 +81,10 @@ def paired_difference(one: Summary, other: Summary) -> tuple[float, tuple[float,
     """
     if [r["id"] for r in one.records] != [r["id"] for r in other.records] or not one.n:
         raise ValueError(f"Only summaries of the same rows compare: {one.task} ({one.n}), {other.task} ({other.n}).")
-    pairs = zip(one.records, other.records, strict=True)
-    gaps = torch.tensor([_grade(a) - _grade(b) for a, b in pairs], dtype=torch.float64)
-    mean, half = float(gaps.mean()), NINETY_FIVE * float(gaps.std(correction=0)) / math.sqrt(one.n)
-    half = max(half, min(1.0, 3 / one.n))  # rule of three: rows that are all alike leave that much open
-    return mean, (mean - half, mean + half)
+    gaps = [_grade(a) - _grade(b) for a, b in zip(one.records, other.records, strict=True)]
+    mean, half = fmean(gaps), NINETY_FIVE * pstdev(gaps) / math.sqrt(one.n)
+    half = max(half, 3 / one.n)  # rule of three: rows that are all alike leave that much open
+    return mean, (max(-1.0, mean - half), min(1.0, mean + half))
 
 
 def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row], members: int = 1) -> Tensor:
@@ -166,14 +165,14 @@ def _lengths(prompts: list[list[int]], options: list[list[list[int]]]) -> list[i
 
 
 def row_lengths(reader: Reader, rows: Sequence[Row]) -> list[int]:
-    """Count the tokens of each row: of its prompt, with its longest choice where it has choices. Images count none."""
+    """Count the tokens of each row: of its prompt and its longest choice, if it has choices. Images count none."""
     if rows and "choices" in rows[0]:
         return _lengths(*_encoded(reader, rows))
     return [len(ids) for ids in prompt_ids(reader, [row["prompt"] for row in rows])]
 
 
 def context_of(model: Any) -> int | None:
-    """The number of tokens that a model can see; `None` where its config sets no limit."""
+    """Return the number of tokens that a model can see; `None` if its config sets no limit."""
     return getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -272,48 +271,48 @@ def evaluate(
         rows (`Sequence[Mapping]`):
             Rows of one form, see the module docstring. A picture is a PIL image, the name of a file, or
             `{"path", "bytes"}` as `datasets` has it undecoded; it is opened with its batch. It belongs to an image
-            part of the prompt, or stands before the first user's text where the contents are strings, as in TRL.
+            part of the prompt, or precedes the first user's text if the contents are strings, as in TRL.
         batch_size (`int`):
             Rows per forward.
         task ([`Task`], *optional*):
-            Checks completions; default the task that each row names.
+            Scores completions; default the task that each row names.
         generation:
-            Arguments of `generate` for rows of the generated form; default `max_new_tokens=256`, no sampling.
+            As in [`complete`], for rows of the generated form.
 
     Returns:
         [`Summary`].
 
     Raises:
-        `ValueError`: without rows, and for what [`choice_logps`] or [`read_images`] refuses.
-        `FileNotFoundError`: if there is no such picture.
+        `ValueError`: without rows, and for what [`choice_logps`] or [`prompt_of`] refuses.
+        `FileNotFoundError`: if a picture's file is missing.
     """
     if not rows:
         raise ValueError("There are no rows to evaluate.")
     for number, row in enumerate(rows):
         check(row, f"Row {row.get('id', number)!r}")
-    start, records = time.perf_counter(), dict[int, dict[str, Any]]()
-    form = "choice" if "choices" in rows[0] else "generate"
-    training = model.training
+    start, form = time.perf_counter(), "choice" if "choices" in rows[0] else "generate"
+    by_place, training = dict[int, dict[str, Any]](), model.training
     model.eval()
     try:
+        # prompts alike in length share a batch: less padding
+        order = sorted(range(len(rows)), key=lambda i: len(str(rows[i]["prompt"])))
+        bar = tqdm(order, desc="Evaluating", leave=False, name="peft_svf.evaluation")
         with torch.no_grad():
-            # prompts alike in length share a batch: less padding
-            order = sorted(range(len(rows)), key=lambda i: len(str(rows[i]["prompt"])))
-            bar = tqdm(order, desc="Evaluating", leave=False, name="peft_svf.evaluation")
             for places in _batches(bar, batch_size):
                 batch = [rows[i] for i in places]
                 if form == "choice":
-                    found = score_choices(choice_logps(model, tokenizer, batch), batch)
+                    records = score_choices(choice_logps(model, tokenizer, batch), batch)
                 else:
-                    found = _generate(model, tokenizer, batch, task, generation)
-                records.update(zip(places, found, strict=True))
+                    texts = complete(model, tokenizer, [prompt_of(row) for row in batch], **generation)
+                    records = [_scored(text, row, task) for text, row in zip(texts, batch, strict=True)]
+                by_place.update(zip(places, records, strict=True))
     finally:
         model.train(training)
-    found = [records[i] for i in range(len(rows))]
-    right = sum(map(_grade, found))
+    records = [by_place[i] for i in range(len(rows))]
+    right = sum(map(_grade, records))
     name = task.name if task is not None else str(rows[0].get("task", "rows"))
     seconds = time.perf_counter() - start
-    return Summary(name, form, len(found), right / len(found), wilson(right, len(found)), seconds, found)
+    return Summary(name, form, len(rows), right / len(rows), wilson(right, len(rows)), seconds, records)
 
 
 def score_choices(logps: Tensor, rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -323,6 +322,11 @@ def score_choices(logps: Tensor, rows: Sequence[Row]) -> list[dict[str, Any]]:
         {"id": row.get("id"), "choice": k, "probability": p, "right": k == row["label"]}
         for row, k, p in zip(rows, choice.tolist(), confidence.tolist(), strict=True)
     ]
+
+
+def _scored(text: str, row: Row, task: Task | None) -> dict[str, Any]:
+    score = (task or get_task(row["task"])).score(text, row)
+    return {"id": row.get("id"), "completion": text, "right": score == 1, "score": score}
 
 
 def _grade(record: Mapping[str, Any]) -> float:
@@ -353,20 +357,13 @@ def complete(model: PreTrainedModel, reader: Reader, prompts: Sequence[Prompt], 
     if "pixel_values" in inputs:
         inputs = inputs.to(dtype=unwrapped(model).dtype)
     inputs = inputs.to(next(model.parameters()).device)
-    if "generation_config" not in generation:
-        generation = {"max_new_tokens": 256, "do_sample": False, **generation}
-    output = model.generate(**inputs, **{"pad_token_id": pad_id(reader), **generation})
+    config, pad = copy.copy(generation.pop("generation_config", None)), pad_id(reader)
+    if config is None:
+        generation = {"max_new_tokens": 256, "do_sample": False, "pad_token_id": pad, **generation}
+    elif config.pad_token_id is None:
+        config.pad_token_id = pad
+    output = model.generate(**inputs, generation_config=config, **generation)
     return tokenizer_of(reader).batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def _generate(
-    model: PreTrainedModel, reader: Reader, rows: Sequence[Row], task: Task | None, kwargs: dict
-) -> list[dict]:
-    found = []
-    for row, text in zip(rows, complete(model, reader, [prompt_of(row) for row in rows], **kwargs), strict=True):
-        score = (task or get_task(row["task"])).score(text, row)
-        found.append({"id": row.get("id"), "completion": text, "right": score == 1, "score": score})
-    return found
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
@@ -376,7 +373,7 @@ def unwrapped(model: Any) -> PreTrainedModel:
 
 
 def cache_name(model: Any) -> str:
-    """Which of [`CACHES`] a model takes and returns, by the signature of its forward: code from the Hub may lag."""
+    """Return which of [`CACHES`] a model takes and returns, by its forward's signature: code from the Hub may lag."""
     takes = inspect.signature(unwrapped(model).forward).parameters
     return next((name for name in CACHES if name in takes), CACHES[0])
 

@@ -7,13 +7,10 @@ vision-language model; an option adds the decision of the first pass.
 """
 
 import inspect
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     GenerationConfig,
     GenerationMixin,
     ImageTextToTextPipeline,
@@ -26,7 +23,6 @@ from transformers.utils.chat_template_utils import Chat, is_valid_message
 from .adaptation.first_pass import FirstPass
 from .experts.expert import Mixture
 from .experts.library import Source
-from .rows import Reader
 from .two_pass import Transformer2Model
 
 # Arguments of `generate` that image-text-to-text would hand to the processor, which ignores them.
@@ -36,9 +32,37 @@ GENERATE = {*inspect.signature(GenerationMixin.generate).parameters, *Generation
 
 
 class _TwoPasses:
-    """What the pipelines below share; comes before transformers' own class in their bases."""
+    """What the two pipelines share; it precedes transformers' class in their bases."""
 
     model: Transformer2Model
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        processor: ProcessorMixin | None = None,
+        experts: Sequence[Source] | Mapping[str, Source] = (),
+        classifier: Source | None = None,
+        first_pass: str | FirstPass | None = None,
+        limit_bytes: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        settings = (experts, classifier, first_pass, limit_bytes)
+        if not isinstance(model, Transformer2Model):
+            if (reader := processor or tokenizer) is None:
+                raise ValueError("The transformer2 pipeline needs a tokenizer: pass tokenizer=... or processor=...")
+            model = Transformer2Model(model, reader, *settings)
+        elif any(setting not in (None, ()) for setting in settings):
+            raise ValueError(
+                "This model is a Transformer2Model, which has its experts and the settings of the first pass: pass "
+                "them when it is made."
+            )
+        if isinstance(self, ImageTextToTextPipeline):  # Given both readers, transformers fails to pad a batch.
+            readers: dict[str, Any] = {"processor": processor or model.processor}
+        else:
+            readers = {"tokenizer": tokenizer or model.tokenizer}
+        super().__init__(model=model, **readers, **kwargs)  # type: ignore[call-arg]
 
     def check_model_type(self, supported_models: Any) -> None:
         """Accept any model: transformers' check has no PEFT models."""
@@ -61,7 +85,7 @@ class _TwoPasses:
         **kwargs: Any,
     ) -> tuple[dict, dict, dict]:
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)  # type: ignore[misc]
-        if expert is not None or mixture is not None:  # those of a call replace both of the constructor
+        if expert is not None or mixture is not None:  # Those of a call replace both of the constructor.
             forward |= {"expert": expert, "mixture": mixture}
         options = {"first_pass": first_pass, "return_dispatch": return_dispatch}
         return preprocess, forward | {k: v for k, v in options.items() if v is not None}, postprocess
@@ -74,15 +98,15 @@ class _TwoPasses:
                 if not isinstance(kwargs.get(name), (list, tuple)):
                     continue
                 chosen = kwargs.pop(name)
-                key = next((key for key in ("text_inputs", "text") if key in kwargs), "images")  # may be chats
-                if key == "images" and inputs:  # text comes last, after images
+                key = next((key for key in ("text_inputs", "text") if key in kwargs), "images")  # (may be chats)
+                if key == "images" and inputs:  # Text comes last, after images.
                     inputs = (*inputs[:-1], self._directed(inputs[-1], name, chosen))
                 else:
                     kwargs[key] = self._directed(kwargs.get(key), name, chosen)
             return super().__call__(*inputs, **kwargs)  # type: ignore[misc]
 
     def _directed(self, inputs: Any, name: str, chosen: Sequence[Any]) -> list[Any]:
-        """Attach one choice to each prompt, so that it stays with its row however the pipeline batches."""
+        """Attach one choice to each prompt, which keeps it with its row however the pipeline batches."""
         listed = isinstance(inputs, list) and not (inputs and is_valid_message(inputs[0]))
         if not listed or len(inputs) != len(chosen):
             count: Any = len(inputs) if listed else 1
@@ -92,15 +116,6 @@ class _TwoPasses:
         choice: dict[str, Any] = {name: chosen}
         mixtures = self.model.first_pass(inputs, **choice)
         return [_carrying(prompt, mixture) for prompt, mixture in zip(inputs, mixtures, strict=True)]
-
-    def _decide(self, prompts: Any, **options: Any) -> list[Mixture]:
-        """Find the mixtures of a batch: those that its prompts carry, else those of a first pass."""
-        prompts = prompts if isinstance(prompts, list) else [prompts]
-        carried = [getattr(prompt, "mixture", None) for prompt in prompts]
-        if None not in carried:
-            return carried  # type: ignore[return-value]
-        texts = [prompt.messages if isinstance(prompt, Chat) else str(prompt) for prompt in prompts]
-        return self.model.first_pass(texts, **options)
 
     def _forward(
         self,
@@ -113,7 +128,11 @@ class _TwoPasses:
     ) -> Any:
         with self.model.library.lock:
             prompts = model_inputs["prompt_text" if "prompt_text" in model_inputs else "text"]
-            mixtures = self._decide(prompts, expert=expert, mixture=mixture, first_pass=first_pass)
+            prompts = prompts if isinstance(prompts, list) else [prompts]
+            mixtures: list[Any] = [getattr(prompt, "mixture", None) for prompt in prompts]
+            if None in mixtures:  # These prompts carry no choice of their own.
+                texts = [prompt.messages if isinstance(prompt, Chat) else str(prompt) for prompt in prompts]
+                mixtures = self.model.first_pass(texts, first_pass, expert=expert, mixture=mixture)
             outputs = self._answer(model_inputs, mixtures, **kwargs)
         if return_dispatch:
             outputs["dispatch"] = [mixture.record() for mixture in mixtures]
@@ -156,56 +175,29 @@ class Transformer2Pipeline(_TwoPasses, TextGenerationPipeline):
         >>> pipe("What is 3 * 14?", return_dispatch=True)
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        *,
-        experts: Sequence[Source] | Mapping[str, Source] = (),
-        classifier: Source | None = None,
-        first_pass: str | FirstPass | None = None,
-        limit_bytes: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        model = _two_passes(model, tokenizer, experts, classifier, first_pass, limit_bytes)
-        super().__init__(model=model, tokenizer=tokenizer or model.tokenizer, **kwargs)
-
     @classmethod
     def from_pretrained(
         cls, model: str | None = None, *, experts: Sequence[Source] | Mapping[str, Source], **kwargs: Any
     ) -> "Transformer2Pipeline | Transformer2ImagePipeline":
         """Load base model, tokenizer and experts; arguments as in [`~two_pass.Transformer2Model.from_pretrained`]."""
-        return _Registered(Transformer2Model.from_pretrained(model, experts, **kwargs))
+        return make_pipeline(Transformer2Model.from_pretrained(model, experts, **kwargs))
 
 
 class Transformer2ImagePipeline(_TwoPasses, ImageTextToTextPipeline):
     """
-    The same for a vision-language model: transformers' image-text-to-text pipeline in two passes.
+    Two-pass generation of a vision-language model: transformers' image-text-to-text pipeline in two passes.
 
     The first pass reads the text of a request, not its images. Arguments as in [`Transformer2Pipeline`], with
-    `processor` in place of the tokenizer. A call takes image-text-to-text's, and those of `generate` with or without
-    `generate_kwargs`.
+    `processor` in place of the tokenizer; arguments of `generate` stand with or without `generate_kwargs`.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        *,
-        processor: ProcessorMixin | None = None,
-        experts: Sequence[Source] | Mapping[str, Source] = (),
-        classifier: Source | None = None,
-        first_pass: str | FirstPass | None = None,
-        limit_bytes: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        model = _two_passes(model, processor, experts, classifier, first_pass, limit_bytes)
-        super().__init__(model=model, processor=processor or model.processor, **kwargs)
-        self.tokenizer.padding_side = "left"  # a batch that generates
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.tokenizer.padding_side = "left"  # A batch that generates grows on the right.
 
     def _sanitize_parameters(self, *args: Any, **kwargs: Any) -> tuple[dict, dict, dict]:
-        if own := {name: kwargs.pop(name) for name in GENERATE & kwargs.keys()}:
-            kwargs["generate_kwargs"] = {**own, **(kwargs.get("generate_kwargs") or {})}
+        if generation := {name: kwargs.pop(name) for name in GENERATE & kwargs.keys()}:
+            kwargs["generate_kwargs"] = {**generation, **(kwargs.get("generate_kwargs") or {})}
         return super()._sanitize_parameters(*args, **kwargs)
 
     def _answer(self, model_inputs: Any, mixtures: list[Mixture], **kwargs: Any) -> Any:
@@ -213,36 +205,17 @@ class Transformer2ImagePipeline(_TwoPasses, ImageTextToTextPipeline):
         return ImageTextToTextPipeline._forward(self, model_inputs, generate_kwargs=settings)
 
 
-# What transformers forces on us: a default model before our class sees the experts, one class for two pipelines, and
-# prompts as the only values that stay with their row through batching.
-
-
-class _NamedByExperts(os.PathLike):
-    """The base model of `pipeline("transformer2", experts=[...])`; not a string, so its name is looked up nowhere."""
-
-    def __fspath__(self) -> str:
-        return os.curdir  # transformers asks only whether it exists, before it would ask the Hub
-
-    def __repr__(self) -> str:
-        return "the base model that the experts name"
-
-
-class _Registered(Transformer2Pipeline):
-    """The class that transformers calls: it makes one of the two pipelines, and loads the experts' base model."""
-
-    _load_tokenizer = None  # unknown until the experts have named the model
-    _load_processor = None  # not every model has one
-
-    def __new__(
-        cls, model: Any, tokenizer: Any = None, processor: Any = None, dtype: Any = None, **kwargs: Any
-    ) -> Any:
-        if isinstance(model, _NamedByExperts):
-            names = {"classifier", "first_pass", "limit_bytes"} & kwargs.keys()
-            settings = {name: kwargs.pop(name) for name in names}
-            model = Transformer2Model.from_pretrained(None, kwargs.pop("experts", ()), dtype=dtype, **settings)
-        if processor is not None or getattr(model, "processor", None) is not None:
-            return Transformer2ImagePipeline(model, processor=processor, **kwargs)
-        return Transformer2Pipeline(model, tokenizer, **kwargs)
+def make_pipeline(
+    model: Any = None, tokenizer: Any = None, processor: Any = None, dtype: Any = None, **kwargs: Any
+) -> "Transformer2Pipeline | Transformer2ImagePipeline":
+    """Make the pipeline that fits a model; without one, load the base model that the experts name."""
+    if model is None:
+        names = {"classifier", "first_pass", "limit_bytes"} & kwargs.keys()
+        settings = {name: kwargs.pop(name) for name in names}
+        model = Transformer2Model.from_pretrained(None, kwargs.pop("experts", ()), dtype=dtype, **settings)
+    if processor is not None or getattr(model, "processor", None) is not None:
+        return Transformer2ImagePipeline(model, processor=processor, **kwargs)
+    return Transformer2Pipeline(model, tokenizer, **kwargs)
 
 
 class _Text(str):
@@ -255,25 +228,3 @@ def _carrying(prompt: Any, mixture: Mixture) -> Any:
     item: Any = _Text(prompt) if isinstance(prompt, str) else Chat(prompt)
     item.mixture = mixture
     return item
-
-
-def _two_passes(model: Any, reader: Reader | None, *settings: Any) -> Transformer2Model:
-    """Wrap a model with `experts`, `classifier`, `first_pass` and `limit_bytes`; a wrapped one has its own."""
-    if not isinstance(model, Transformer2Model):
-        if reader is None:
-            raise ValueError("The transformer2 pipeline needs a tokenizer: pass tokenizer=... or processor=...")
-        return Transformer2Model(model, reader, *settings)
-    if any(setting not in (None, ()) for setting in settings):
-        raise ValueError(
-            "This model is a Transformer2Model, which has its experts and the settings of the first pass: pass them "
-            "when it is made."
-        )
-    return model
-
-
-REGISTRATION = {
-    "pipeline_class": _Registered,
-    "pt_model": (AutoModelForImageTextToText, AutoModelForCausalLM),  # the first reads images too, if a model does
-    "default": {"model": (_NamedByExperts(), None)},
-    "type": "multimodal",
-}

@@ -43,41 +43,15 @@ def check(row: Any, where: str, answered: bool = False) -> None:
 
 
 def _wrong_prompt(prompt: Any) -> str:
-    if not is_prompt(prompt):
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         return (
             f"'prompt' must be a text or a chat, that is a list of messages with 'role' and 'content' (a text, or "
             f"parts with 'type'), got {prompt!r:.80}"
         )
-    parts = [
-        part for message in ([{"content": prompt}] if isinstance(prompt, str) else prompt) for part in _parts(message)
-    ]
+    parts = [part for message in messages for part in _parts(message)]
     filled = any(part["type"] != "text" or str(part.get("text", "")).strip() for part in parts)
     return "" if filled else "'prompt' is empty: there is nothing an answer could follow"
-
-
-def _wrong_answer(row: Row, answered: bool) -> str:
-    choices, label, answer = (row.get(name) for name in ("choices", "label", "answer"))
-    if choices is None:
-        numeric = isinstance(answer, (int, float)) and not isinstance(answer, bool)
-        if answered and not numeric and not (isinstance(answer, str) and answer.strip()):
-            return f"expected 'answer', a text or a number, or 'choices' with 'label', got the answer {answer!r:.80}"
-        return ""
-    if not isinstance(choices, (list, tuple)) or not choices or not all(isinstance(c, str) and c for c in choices):
-        return f"'choices' must be a list of texts that aren't empty, got {choices!r:.80}"
-    if len(set(choices)) < len(choices):
-        twice = next(text for text in choices if choices.count(text) > 1)
-        return f"'choices' has {twice!r:.80} twice, so there is no single right one"
-    if answered and len(choices) < 2:
-        return f"'choices' must be two or more texts, got {choices!r:.80}"
-    is_index = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(choices)
-    if not is_index and (answered or label is not None):
-        return f"'label' must be an index from 0 to {len(choices) - 1}, got {label!r:.80}"
-    return ""
-
-
-def is_prompt(prompt: Any) -> bool:
-    """Return whether a value has the type of a prompt: a text, or a list of messages."""
-    return isinstance(prompt, str) or (isinstance(prompt, list) and bool(prompt) and all(map(_is_message, prompt)))
 
 
 def _is_message(message: Any) -> bool:
@@ -86,6 +60,25 @@ def _is_message(message: Any) -> bool:
     content = message["content"]
     parts = isinstance(content, list) and all(isinstance(part, Mapping) and "type" in part for part in content)
     return content is None or isinstance(content, str) or parts
+
+
+def _wrong_answer(row: Row, answered: bool) -> str:
+    choices, label, answer = (row.get(name) for name in ("choices", "label", "answer"))
+    if choices is None:
+        text = str(answer) if isinstance(answer, (str, int, float)) and not isinstance(answer, bool) else ""
+        if answered and not text.strip():
+            return f"expected 'answer', a text or a number, or 'choices' with 'label', got the answer {answer!r:.80}"
+        return ""
+    if not isinstance(choices, (list, tuple)) or not choices or not all(isinstance(c, str) and c for c in choices):
+        return f"'choices' must be a list of texts that aren't empty, got {choices!r:.80}"
+    if twice := [text for text in choices if choices.count(text) > 1]:
+        return f"'choices' has {twice[0]!r:.80} twice, so there is no single right one"
+    if answered and len(choices) < 2:
+        return f"'choices' must be two or more texts, got {choices!r:.80}"
+    is_index = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(choices)
+    if not is_index and (answered or label is not None):
+        return f"'label' must be an index from 0 to {len(choices) - 1}, got {label!r:.80}"
+    return ""
 
 
 def tokenizer_of(reader: Reader) -> PreTrainedTokenizerBase:
@@ -169,11 +162,11 @@ def _encode_images(reader: Reader, prompts: Sequence[Prompt]) -> Any:
             "A prompt has an image, which a tokenizer cannot read: pass the model's processor, "
             "AutoProcessor.from_pretrained(...), in its place."
         )
+    if any(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("A batch with images needs chats, lists of messages, for all of its prompts.")
     if reader.tokenizer.pad_token_id is None:
         reader = copy.deepcopy(reader)  # the caller's stays as it is
         reader.tokenizer.pad_token = reader.tokenizer.convert_ids_to_tokens(pad_id(reader))
-    if any(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError("A batch with images needs chats, lists of messages, for all of its prompts.")
     return reader.apply_chat_template(
         [in_parts({"prompt": prompt}) for prompt in prompts],
         add_generation_prompt=True,

@@ -41,31 +41,27 @@ from .rows import Prompt, Reader, Row
 from .tasks import Task
 
 logger = logging.getLogger(__name__)
-Chosen = str | Mixture | Mapping[str, float]  # a name is that of an expert or of a mixture in the library
-# Merging pays from this many new tokens: on SmolLM2-135M and one core it takes 0.43-0.56 s and saves 23 ms per token.
-MERGE_FROM = 32
+Chosen = str | Mixture | Mapping[str, float]  # A name is an expert's or a mixture's in the library.
+MERGE_FROM = 32  # new tokens; on SmolLM2-135M and one core a merge takes 0.43-0.56 s and saves 23 ms per token
 READER_KWARGS = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only", "force_download")
 
 
 class Transformer2Model:
     """
-    A model that first finds out which expert a prompt needs, and then answers with it.
+    Choose an expert for a prompt in a first pass, and answer with it in a second.
 
     Everything else is the wrapped `PeftModel`'s: `config`, `device`, `generation_config`, `to`.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`):
-            The base model, or one with SVF adapters.
+        model (`PreTrainedModel` or `PeftModel`): The base model, or one with SVF adapters.
         tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`):
             Its tokenizer, or the processor of a vision-language model. The first pass reads only text.
-        experts (`Sequence` or `Mapping[str, ...]`):
-            Folders, Hub repositories or [`Expert`]s; see [`ExpertLibrary`].
+        experts (`Sequence` or `Mapping[str, ...]`): Folders, Hub repositories or [`Expert`]s; see [`ExpertLibrary`].
         classifier (folder, repository or [`Expert`], *optional*):
             An expert trained to name the kind of a question, for the first pass.
         first_pass (`str` or [`FirstPass`], *optional*):
-            `"prompt"`, `"classifier"`, or a [`FirstPass`] with more settings; default the classifier if there is one.
-        limit_bytes (`int`, *optional*):
-            Memory for z-vectors; the least recently used experts make room.
+            `"prompt"`, `"classifier"`, or a [`FirstPass`]; default the classifier if there is one.
+        limit_bytes (`int`, *optional*): Memory for z-vectors; the least recently used experts make room.
 
     Raises:
         `ValueError`: for what [`ExpertLibrary`] refuses, a first pass without its classifier or probe, or a model
@@ -104,19 +100,17 @@ class Transformer2Model:
         **kwargs: Any,
     ) -> "Transformer2Model":
         """
-        Load the base model, its tokenizer (the processor of a vision-language model) and experts.
+        Load the base model, its tokenizer or processor, and experts; other arguments as in [`Transformer2Model`].
 
         Args:
             model (`str`, *optional*):
                 Folder or repository of the base model; default the one that the experts name, in their revision.
-            kwargs:
-                As in [`load_model`]. The others as in [`Transformer2Model`].
+            kwargs: As in [`load_model`].
 
         Raises:
             `ValueError`: without `model`, if the experts name none or several.
-            `OSError`: if the base model can't be loaded.
         """
-        experts = loaded(experts, lazy=limit_bytes is not None)  # so that each file is opened once
+        experts = loaded(experts, lazy=limit_bytes is not None)  # opens each file once
         if model is None:
             model, revision = base_of(experts)
             kwargs = {"revision": revision, **kwargs} if revision else kwargs
@@ -124,12 +118,12 @@ class Transformer2Model:
         return cls(base, reader, experts, classifier, first_pass, limit_bytes)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "library":  # not set yet, so the lookup below would never end
+        if name == "library":  # Before it is set, the lookup below would never end.
             raise AttributeError(name)
         return getattr(self.library.model, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a forward of the wrapped model; another thread's request is waited for, so its mixture isn't seen."""
+        """Run a forward of the wrapped model, after any other thread's request and its mixture."""
         with self.library.lock:
             self.library.refuse_other_coroutine()
             return self.library.model(*args, **kwargs)
@@ -146,22 +140,16 @@ class Transformer2Model:
         batch_size: int = 16,
     ) -> list[Mixture]:
         """
-        Find the mixture of each prompt; an explicit `expert` or `mixture` is used as it is.
+        Choose the mixture of each prompt; an explicit `expert` or `mixture` is used as it is.
 
         Args:
-            prompts (`Sequence[str | list[dict]]`):
-                Texts or chats.
-            first_pass (`str` or [`FirstPass`], *optional*):
-                Replaces the model's own.
+            prompts (`Sequence[str | list[dict]]`): Texts or chats.
+            first_pass (`str` or [`FirstPass`], *optional*): Replaces the model's own.
             expert (`str` or `Sequence[str]`, *optional*):
-                One name for all prompts, or a list with one for each; `"other"` is the base model.
+                One name for all prompts, or one per prompt; `"other"` is the base model.
             mixture ([`Mixture`], `dict[str, float]`, `str` or a sequence of them, *optional*):
                 The same with mixtures, or names of mixtures in the library.
-            batch_size (`int`):
-                Prompts per forward.
-
-        Returns:
-            `list[Mixture]`, one per prompt.
+            batch_size (`int`): Prompts per forward.
 
         Raises:
             `ValueError`: if both are given, a name is unknown, or there isn't one for each prompt.
@@ -169,7 +157,7 @@ class Transformer2Model:
         with self.library.lock:
             if expert is not None or mixture is not None:
                 return self._explicit(expert, mixture, len(prompts))
-            if mark := getattr(self.processor, "image_token", None):  # the first pass doesn't read images
+            if mark := getattr(self.processor, "image_token", None):  # The first pass reads no images.
                 prompts = [prompt.replace(mark, "") if isinstance(prompt, str) else prompt for prompt in prompts]
             chosen = self.default_first_pass if first_pass is None else _first_pass(first_pass)
             return dispatch(self.library, self.tokenizer, prompts, chosen, batch_size)
@@ -177,7 +165,7 @@ class Transformer2Model:
     def _explicit(
         self, expert: str | Sequence[str] | None, mixture: Chosen | Sequence[Chosen] | None, count: int
     ) -> list[Mixture]:
-        """Give each of `count` prompts the expert or mixture that was asked for."""
+        """Return the explicit mixture of each of `count` prompts."""
         if expert is not None and mixture is not None:
             raise ValueError("Give an expert or a mixture, not both.")
         chosen = mixture if expert is None else expert
@@ -219,25 +207,21 @@ class Transformer2Model:
         **kwargs: Any,
     ) -> Any:
         """
-        Run both passes: find a mixture for each row, then [`answer`][Transformer2Model.answer] with it.
+        Run both passes: choose a mixture for each row, then [`answer`][Transformer2Model.answer] with it.
 
         Args:
             inputs (`torch.Tensor` of shape `(batch, tokens)`, *optional*):
                 As in transformers' `generate`, which also takes it as `input_ids`.
-            prompts (`Sequence[str | list[dict]]`, *optional*):
-                What the first pass reads; default the token ids, decoded.
-            expert, mixture, first_pass:
-                As in [`Transformer2Model.first_pass`].
-            return_dispatch (`bool`):
-                Return the mixtures as well.
-            kwargs:
-                As in [`Transformer2Model.answer`].
+            prompts (`Sequence[str | list[dict]]`, *optional*): Read by the first pass; default the decoded token ids.
+            expert, mixture, first_pass: As in [`Transformer2Model.first_pass`].
+            return_dispatch (`bool`): Return the mixtures as well.
+            kwargs: As in [`Transformer2Model.answer`].
 
         Returns:
             What transformers' `generate` returns; with `return_dispatch` a tuple of that and a `list[Mixture]`.
 
         Raises:
-            `ValueError`: if there is nothing that a first pass could read, and as the two passes.
+            `ValueError`: if a first pass has nothing to read, and as the two passes.
         """
         ids = kwargs.get("input_ids") if inputs is None else inputs
         rows = ids if ids is not None else kwargs.get("inputs_embeds")
@@ -255,14 +239,9 @@ class Transformer2Model:
     @torch.no_grad()
     def answer(self, mixtures: Sequence[Mixture], inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """
-        Run the second pass: generate with one mixture per row. It runs on merged weights if the rows agree and many
-        tokens will follow.
+        Run the second pass: generate with one mixture per row, on merged weights if rows agree and many tokens follow.
 
-        Args:
-            mixtures (`Sequence[Mixture]`):
-                One per row.
-            inputs, kwargs:
-                As in transformers' `generate`, without a key/value cache.
+        `inputs` and `kwargs` are those of transformers' `generate`, without a key/value cache.
 
         Raises:
             `ValueError`: if there isn't a mixture for each row, a prompt fills the model's context, a cache is
@@ -278,8 +257,7 @@ class Transformer2Model:
         limit = context_of(self.library.model)
         if limit is not None and length >= limit:
             raise ValueError(
-                f"The prompt has {length} tokens, but the model's context is {limit}: shorten it to leave "
-                "room for an answer."
+                f"The prompt has {length} tokens, but the model's context is {limit}: leave room for an answer."
             )
         if kwargs.get("pixel_values") is not None:
             self._check_tower(mixtures)
@@ -290,19 +268,19 @@ class Transformer2Model:
             return model.generate(inputs, **kwargs)
 
     def _check_tower(self, mixtures: Sequence[Mixture]) -> None:
-        """Refuse different mixtures in a layer that reads images: prompts may have different numbers of patches."""
+        """Refuse mixtures that differ in a layer that reads images: its rows are patches, not prompts."""
         if all(mixture.alpha == mixtures[0].alpha for mixture in mixtures):
             return
         base = self.get_base_model()
         by_row = {*base.get_decoder().modules(), base.get_output_embeddings()}
-        if seeing := [name for name, layer in self.library.layers().items() if layer not in by_row]:
+        if tower := [name for name, layer in self.library.layers().items() if layer not in by_row]:
             raise ValueError(
-                f"Experts move {seeing[0]}, which reads the images of a batch regardless of its rows: give all rows "
+                f"Experts move {tower[0]}, which reads the images of a batch regardless of its rows: give all rows "
                 "one expert or mixture, or use batches of one (batch_size=1)."
             )
 
     def _new_tokens(self, length: int, kwargs: Mapping[str, Any]) -> int:
-        """Count the tokens that `generate` may add to prompts of this length."""
+        """Return the number of tokens that `generate` may add to prompts of this length."""
         for settings in (kwargs, vars(kwargs.get("generation_config") or self.generation_config)):
             if settings.get("max_new_tokens") is not None:
                 return settings["max_new_tokens"]
@@ -313,12 +291,7 @@ class Transformer2Model:
     def adapt(
         self, examples: Iterable[Row], task: Task | None = None, search: Search = SEARCH, **kwargs: Any
     ) -> Mixture:
-        """
-        Find a mixture for a kind of question from a few solved examples; arguments and errors as in [`few_shot`].
-
-        Returns:
-            [`Mixture`], to be passed as `mixture=`, also by its `name`, or saved.
-        """
+        """Find a mixture, to be used as `mixture=` or saved, from solved examples; arguments as in [`few_shot`]."""
         return few_shot(self.library, self.tokenizer, examples, search, task=task, **kwargs)
 
     @contextmanager
@@ -342,9 +315,7 @@ def answer_each(
     Evaluate each row under its own mixture; rows that share one are answered together.
 
     Args:
-        model ([`Transformer2Model`]): Base and experts.
-        rows (`Sequence[Mapping]`): Rows of a task.
-        mixtures (`Sequence[Mixture]`): One per row.
+        rows, mixtures (`Sequence`): Rows of a task, and one mixture per row.
         evaluate (`Callable`): Adapted model and rows -> their [`Summary`].
 
     Returns:
@@ -369,15 +340,7 @@ def load_model(name: str, **kwargs: Any) -> tuple[PreTrainedModel, Reader]:
     """
     Load a base model and its tokenizer, or the processor of a vision-language model.
 
-    Args:
-        name (`str`):
-            Folder or Hub repository.
-        kwargs:
-            For the model's `from_pretrained`: `dtype`, `device_map`, ...; `revision`, `token`, `trust_remote_code`,
-            `cache_dir`, `local_files_only` and `force_download` also for the tokenizer's.
-
-    Raises:
-        `OSError`: if there is no such model.
+    `kwargs` go to the model's `from_pretrained`; those that locate files, such as `revision` and `token`, to both.
     """
     shared = {key: kwargs[key] for key in READER_KWARGS if key in kwargs}
     sees = type(AutoConfig.from_pretrained(name, **shared)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -386,14 +349,9 @@ def load_model(name: str, **kwargs: Any) -> tuple[PreTrainedModel, Reader]:
 
 
 def base_of(experts: Sequence[Source] | Mapping[str, Source]) -> tuple[str, str | None]:
-    """
-    Find the base model that experts name, and its revision if they name one.
-
-    Raises:
-        `ValueError`: if they name none, or several.
-    """
-    found = loaded(experts)
-    configs = [expert.config for expert in (found.values() if isinstance(found, dict) else found)]
+    """Return the base model that experts name, with its revision if any; a `ValueError` for none or several."""
+    experts = loaded(experts)
+    configs = [expert.config for expert in (experts.values() if isinstance(experts, dict) else experts)]
     names = sorted({config["base_model_name_or_path"] for config in configs if config.get("base_model_name_or_path")})
     revisions = sorted({str(config["revision"]) for config in configs if config.get("revision")})
     if len(names) != 1 or len(revisions) > 1:
@@ -407,7 +365,7 @@ def base_of(experts: Sequence[Source] | Mapping[str, Source]) -> tuple[str, str 
             validate_repo_id(names[0])
         except HFValidationError:
             raise ValueError(
-                f"The experts were trained on {names[0]!r}, which is no folder and no Hub repository: say which model "
-                "that is, by model=... (on the command line --model). For those of examples/ see examples/smollm2.py."
+                f"The experts were trained on {names[0]!r}, which is neither a folder nor a Hub repository: pass the "
+                "base model as model=... (on the command line --model). examples/smollm2.py builds that of examples/."
             ) from None
     return names[0], revisions[0] if revisions else None

@@ -19,12 +19,12 @@ from peft_svf.adaptation.few_shot import few_shot
 from peft_svf.adaptation.judge import Judge
 from peft_svf.adaptation.search import Judged
 from peft_svf.evaluation import choice_logps, complete
-from peft_svf.experts.expert import SavedOffsets
 from peft_svf.tasks import Task
 
-CHOICES = [
-    {"prompt": f"{a} + {b} =", "choices": [str(a + b), str(a - b), "none"], "label": 0}
-    for a, b in [(4, 1), (7, 2), (9, 5)]
+CHOICES = [  # numbers of choices and forms of prompts differ
+    {"prompt": "4 + 1 =", "choices": ["5", "3", "none"], "label": 0},
+    {"prompt": "7 + 2 =", "choices": ["9", "5", "7", "6", "none"], "label": 0},
+    {"prompt": [{"role": "user", "content": "9 + 5 ="}], "choices": ["4", "14"], "label": 1},
 ]
 ANSWERS = [{"prompt": f"{a} + {b} =", "answer": str(a + b)} for a, b in [(4, 1), (7, 2), (9, 5)]]
 SMALL = {"population": 8, "iterations": 2, "elites": 0.4}
@@ -63,12 +63,12 @@ class Contains(Task):
 
 def choice_score(library, mixture, examples, temperature=8.0):
     """Share of right choices, then mean log-probability of the right one, one example at a time."""
+    scores = []
     with torch.no_grad(), library.activate(mixture) as model:
-        logps = torch.cat([choice_logps(model, tokenizer, [row]) for row in examples]).double()
-    logps = (logps / temperature).log_softmax(-1)
-    labels = torch.tensor([row["label"] for row in examples])
-    right = (logps.argmax(-1) == labels).double().mean()
-    return float(right), float(logps[torch.arange(len(labels)), labels].mean())
+        for row in examples:
+            logps = (choice_logps(model, tokenizer, [row])[0].double() / temperature).log_softmax(-1)
+            scores.append([float(logps.argmax() == row["label"]), float(logps[row["label"]])])
+    return tuple(np.mean(scores, axis=0).tolist())
 
 
 def answer_score(library, mixture, examples):
@@ -80,9 +80,8 @@ def answer_score(library, mixture, examples):
 def check_score(library, mixture, examples):
     with torch.no_grad(), library.activate(mixture) as model:
         texts = [complete(model, tokenizer, [row["prompt"]], max_new_tokens=3)[0] for row in examples]
-    return sum(Contains().score(text, None) for text in texts) / len(texts), answer_score(library, mixture, examples)[
-        1
-    ]
+    share = sum(Contains().score(text, None) for text in texts) / len(texts)
+    return share, answer_score(library, mixture, examples)[1]
 
 
 FORMS = {
@@ -105,20 +104,8 @@ def test_the_result_is_no_worse_than_the_base_and_each_expert(form, library):
         assert found.provenance["score"] >= [share, logp - 1e-4]
 
 
-@pytest.mark.parametrize("form", ["choices", "answers"])
-def test_scores_do_not_depend_on_how_candidates_share_forwards(form, library):
-    examples, settings, _ = FORMS[form]
-    once = {"iterations": 1}
-    found = [adapt(library, examples, batch_size=size, **once, **settings) for size in (1, 5, 64)]
-    for other in found[1:]:
-        assert other.provenance["score"] == pytest.approx(found[0].provenance["score"], abs=1e-4)
-        means = [m.provenance["history"][0]["mean_score"] for m in (found[0], other)]
-        assert means[0] == pytest.approx(means[1], abs=1e-4)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_the_same_seed_gives_the_same_mixture(form, library):
-    examples, settings, _ = FORMS[form]
+def test_the_same_seed_gives_the_same_mixture(library):
+    examples, settings, _ = FORMS["checked"]
     one, two, other = (adapt(library, examples, seed=s, **settings) for s in (3, 3, 4))
     assert one == two and one.provenance["history"] != other.provenance["history"]
 
@@ -133,48 +120,18 @@ def test_no_pad_token_is_needed(form, library):
     assert found == adapt(library, examples, **settings)
 
 
-def test_chats_are_examples_too(library):
-    chats = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in CHOICES]
-    found = adapt(library, chats)
-    assert found.provenance["score"] == pytest.approx(choice_score(library, found, chats), abs=1e-4)
-
-
-def test_choices_of_different_numbers_are_scored_alike(library):
-    mixed = [
-        CHOICES[0],
-        {**CHOICES[1], "choices": ["9", "8", "7", "6", "none"]},
-        {**CHOICES[2], "choices": ["a", "b"]},
-    ]
-    found = adapt(library, mixed)
-    scores = [choice_score(library, found, [row]) for row in mixed]
-    assert found.provenance["score"][0] == pytest.approx(sum(right for right, _ in scores) / 3)
-    assert found.provenance["score"][1] == pytest.approx(sum(logp for _, logp in scores) / 3, abs=1e-4)
-
-
 def test_a_task_judges_completions_but_not_choices(library):
     class Never(Contains):
         letters = ""
 
-    asked = adapt(library, ANSWERS, task=Never(), max_new_tokens=2)
-    assert asked.provenance["score"][0] == 0.0
-    without, beside = (adapt(library, CHOICES, task=task) for task in (None, Never()))
-    assert without == beside
-
-
-def test_normalized_weights_sum_to_one(library):
-    found = adapt(library, ANSWERS, normalize=True, seed=1)
-    assert found.alpha == {} or sum(found.alpha.values()) == pytest.approx(1)
-    free = adapt(library, ANSWERS, seed=1)
-    assert all(0 <= weight <= 1 for weight in free.alpha.values())
-    for alpha in ({}, {"math": 1.0}, {"code": 1.0}):
-        assert found.provenance["score"] >= [0.0, answer_score(library, Mixture(alpha), ANSWERS)[1] - 1e-4]
+    assert adapt(library, ANSWERS, task=Never(), max_new_tokens=2).provenance["score"][0] == 0.0
+    assert adapt(library, CHOICES, task=Never()) == adapt(library, CHOICES)
 
 
 def test_the_mixture_says_how_it_was_found(library, tmp_path):
     found = adapt(library, CHOICES, seed=5)
-    kept = {"population": 8, "iterations": 2, "elites": 0.4, "seed": 5, "normalize": False, "examples": 3}
-    assert {key: found.provenance[key] for key in kept} == kept
-    assert len(found.provenance["history"]) == 2 and json.dumps(found.provenance)
+    facts = {"population": 8, "iterations": 2, "elites": 0.4, "seed": 5, "normalize": False, "examples": 3}
+    assert {key: found.provenance[key] for key in facts} == facts and len(found.provenance["history"]) == 2
     found.save(tmp_path / "m.json")
     assert Mixture.load(tmp_path / "m.json") == found
 
@@ -201,23 +158,10 @@ def test_a_bad_example_is_refused_with_its_index_before_the_search(what, library
         adapt(library, good, holdout=(row for row in [*good, bad]))
 
 
-def test_a_generator_of_examples_is_its_examples(library):
-    listed = adapt(library, EIGHT, holdout=ANSWERS)
-    drawn = adapt(library, (row for row in EIGHT), holdout=(row for row in ANSWERS))
-    assert drawn == listed
-
-
-def test_no_examples_are_refused(library):
-    with pytest.raises(ValueError, match="needs examples"):
-        adapt(library, [])
-
-
 def test_arguments_that_would_change_nothing_are_refused(library):
-    for examples, task in ((ANSWERS, None), (CHOICES, None), (CHOICES, Contains())):
-        with pytest.raises(TypeError, match="max_new_tokens"):
-            adapt(library, examples, task=task, max_new_tokens=3)
-    with pytest.raises(TypeError, match="no argument 'population'"):
-        few_shot(library, tokenizer, CHOICES, population=8)
+    for examples, task in ((ANSWERS, None), (CHOICES, Contains())):
+        with pytest.raises(TypeError, match="no argument 'population'"):
+            few_shot(library, tokenizer, examples, task=task, population=8)
 
 
 def test_the_first_population_holds_the_base_each_expert_and_their_mean(library):
@@ -255,11 +199,8 @@ def test_every_search_finds_the_planted_mixture(method, planted, library):
     assert found.provenance["score"][1] >= answer_score(library, Mixture(PLANTED), planted)[1] - 1e-3
 
 
-@all_methods
-def test_an_interrupted_search_leaves_the_base_and_goes_on_as_if_nothing_had_been(
-    method, library, tmp_path, monkeypatch
-):
-    settings = {"method": method, "population": 6, "elites": 0.4, "iterations": 5}
+def test_an_interrupted_search_leaves_the_base_and_goes_on_as_if_nothing_had_been(library, tmp_path, monkeypatch):
+    settings = {"population": 6, "iterations": 5}
     whole = adapt(library, CHOICES, **settings)
     before, calls, score = state(library.model), [], judge.choice_logps
 
@@ -273,10 +214,10 @@ def test_an_interrupted_search_leaves_the_base_and_goes_on_as_if_nothing_had_bee
     with pytest.raises(KeyboardInterrupt):
         adapt(library, CHOICES, state=tmp_path / "search.json", **settings)
     assert_same(library.model, before)
-    done = len(json.loads((tmp_path / "search.json").read_text())["populations"])
-    assert done == 2
-    resumed = adapt(library, CHOICES, state=tmp_path / "search.json", **settings)
-    assert resumed == whole and len(calls) == 3 + (5 - done)  # base and experts are not scored again
+    assert len(json.loads((tmp_path / "search.json").read_text())["populations"]) == 2
+    examples = (row for row in CHOICES)  # read once
+    assert adapt(library, examples, state=tmp_path / "search.json", **settings) == whole
+    assert len(calls) == 3 + (5 - 2)  # base and experts are not scored again
 
 
 def test_a_state_file_of_other_examples_experts_or_settings_is_refused(library, folders, tmp_path):
@@ -435,7 +376,7 @@ def test_held_out_examples_are_not_searched_on(library, monkeypatch):
 
 
 @pytest.mark.parametrize("letters", ["", "".join(map(chr, range(32, 127)))], ids=["all fail", "all succeed"])
-def test_where_all_fail_or_all_succeed_the_log_likelihood_decides_and_the_log_says_so(letters, library, caplog):
+def test_if_all_fail_or_all_succeed_the_log_likelihood_decides_and_is_logged(letters, library, caplog):
     class Same(Contains):
         def score(self, completion, row):
             return float(bool(letters))
@@ -454,26 +395,15 @@ def test_one_expert_is_enough(method, folders, library):
     assert set(found.alpha) <= {"math"} and 0 <= found.alpha.get("math", 0.0) <= 1
 
 
-def test_experts_of_different_ranks_are_mixed(folders, tmp_path):
-    short = tiny_experts.write(tmp_path, "short", 7, rank=5)
-    mixed = ExpertLibrary(base(), [folders["math"], short])
-    found = adapt(mixed, ANSWERS)
+@pytest.mark.parametrize("settings", [{}, {"per_layer": True, "name": "both"}], ids=["whole", "per layer"])
+def test_experts_of_different_ranks_and_targets_are_mixed(settings, tmp_path):
+    short = tiny_experts.write(tmp_path, "short", 7, rank=5, target_modules=["q_proj"])
+    longer = tiny_experts.write(tmp_path, "longer", 8, rank=9, target_modules=["up_proj", "q_proj"])
+    mixed = ExpertLibrary(base(), [short, longer])
+    found = adapt(mixed, ANSWERS, **settings)
     assert found.provenance["score"] == pytest.approx(answer_score(mixed, found, ANSWERS), abs=1e-4)
-
-
-def test_weights_stay_in_their_range(library):
-    found = adapt(library, ANSWERS, low=-0.5, high=1.5, population=12, iterations=3)
-    assert all(-0.5 <= weight <= 1.5 for weight in found.alpha.values())
-    assert found.provenance["low"] == -0.5 and found.provenance["high"] == 1.5
-
-
-def test_a_budget_ends_the_search_and_the_mixture_says_so(library):
-    one = adapt(library, CHOICES, **{"iterations": 1})
-    found = adapt(library, CHOICES, max_tokens=3 * one.provenance["tokens"], **{"iterations": 9})
-    assert found.provenance["stopped"] == "max_tokens" and found.provenance["iterations"] == 3
-    assert found.provenance["tokens"] == 3 * one.provenance["tokens"] and one.provenance["stopped"] == ""
-    brief = adapt(library, CHOICES, max_seconds=0.0)
-    assert brief.provenance["stopped"] == "max_seconds" and brief.provenance["iterations"] == 1
+    if settings:
+        assert set(mixed.expert("both").sizes.values()) == {9}
 
 
 @pytest.mark.parametrize("settings", [{}, {"holdout": ANSWERS}, {"low": 0.1, "normalize": True}])
@@ -497,11 +427,19 @@ def test_what_the_check_scores_counts_and_is_kept_within_the_budget(settings, li
     assert found["stopped"] == "max_tokens" and found["iterations"] == 2 and found["tokens"] == one + first
 
 
-def test_a_name_that_cannot_be_is_refused_before_the_search(library, monkeypatch):
+@pytest.mark.parametrize(
+    "examples, name, message",
+    [
+        ([], "sums", "needs examples"),
+        (CHOICES, "other", "can be called 'other'"),
+        (CHOICES, "math", "called 'math'"),
+        (CHOICES, None, r"name=\.\.\."),
+    ],
+)
+def test_what_cannot_become_an_expert_is_refused_before_the_search(examples, name, message, library, monkeypatch):
     monkeypatch.setattr(few_shot_module, "maximise", lambda *_, **__: pytest.fail("it searched"))
-    for name, message in (("other", "can be called 'other'"), ("math", "called 'math'"), (None, r"name=\.\.\.")):
-        with pytest.raises(ValueError, match=message):
-            adapt(library, CHOICES, per_layer=True, name=name)
+    with pytest.raises(ValueError, match=message):
+        adapt(library, examples, per_layer=True, name=name)
 
 
 @pytest.mark.parametrize("per_layer", [False, True])
@@ -531,14 +469,6 @@ def test_a_search_keeps_the_limit_and_finds_what_it_finds_without(settings, fold
     assert found.provenance["score"] == pytest.approx(expected.provenance["score"], abs=1e-4)
 
 
-def test_a_search_reads_experts_into_the_library_alone(folders, monkeypatch):
-    own = ExpertLibrary(base(), [folders["math"], folders["code"]])
-    adapt(own, ANSWERS)
-    monkeypatch.setattr(SavedOffsets, "read", lambda self: pytest.fail("read again"))
-    monkeypatch.setattr(few_shot_module, "digest_of_experts", lambda library: {})
-    adapt(own, ANSWERS)
-
-
 @all_methods
 @pytest.mark.parametrize("normalize", [False, True])
 def test_weights_per_layer_become_an_expert_that_scores_as_found(method, normalize, folders, tmp_path):
@@ -560,33 +490,3 @@ def test_weights_per_layer_become_an_expert_that_scores_as_found(method, normali
     assert answer_score(elsewhere, found, ANSWERS) == pytest.approx(answer_score(own, found, ANSWERS), abs=1e-5)
     if normalize:
         assert all(sum(row.values()) == pytest.approx(1) or not any(row.values()) for row in layers.values())
-
-
-def test_weights_per_layer_of_experts_of_different_ranks_and_targets(folders, tmp_path):
-    short = tiny_experts.write(tmp_path, "short", 7, rank=5, target_modules=["q_proj"])
-    longer = tiny_experts.write(tmp_path, "longer", 8, rank=9, target_modules=["up_proj", "q_proj"])
-    own = ExpertLibrary(base(), [short, longer])
-    found = adapt(own, ANSWERS, per_layer=True, name="both")
-    assert found.provenance["score"] == pytest.approx(answer_score(own, found, ANSWERS), abs=1e-4)
-    assert set(own.expert("both").sizes.values()) == {9}
-
-
-def test_few_shot_leaves_the_model_as_it_was_also_after_an_exception(library):
-    class Breaks(Contains):
-        calls = 0
-
-        def score(self, completion, row):
-            Breaks.calls += 1
-            if Breaks.calls > 4:
-                raise RuntimeError("in the middle")
-            return 1.0
-
-    before = state(library.model)
-    adapt(library, CHOICES)
-    with pytest.raises(RuntimeError, match="in the middle"):
-        adapt(library, ANSWERS, task=Breaks(), max_new_tokens=2)
-    assert Breaks.calls == 5
-    assert_same(library.model, before)
-    with library.activate(Mixture()) as model:
-        ids = tiny_experts.ids("after")
-        assert torch.equal(model(**ids).logits, base()(**ids).logits)

@@ -6,7 +6,7 @@ import math
 import pytest
 import tiny_experts
 import torch
-from tiny_experts import alone, assert_same, base, state
+from tiny_experts import alone, base
 from tiny_model import tiny_tokenizer
 
 from peft_svf import ExpertLibrary
@@ -86,21 +86,19 @@ def test_a_decision_is_one_expert_or_none_with_probabilities_over_all(strategy, 
 
 @pytest.mark.parametrize("strategy", ["prompt", "classifier"])
 def test_dispatch_is_deterministic_and_draws_no_random_numbers(strategy, library):
-    random = torch.get_rng_state()
-    one = decide(library, PROMPTS, strategy=strategy)
+    random, settings = torch.get_rng_state(), FirstPass(strategy)
+    mixtures = dispatch(library, tokenizer, PROMPTS, settings)
     assert torch.equal(torch.get_rng_state(), random)
-    assert one == decide(library, PROMPTS, strategy=strategy)
+    assert mixtures == settings(library, tokenizer, PROMPTS) and settings(library, tokenizer, []) == []
 
 
 @pytest.mark.parametrize("strategy", ["prompt", "classifier"])
 def test_a_batch_is_decided_as_one_by_one(strategy, library):
     together = decide(library, PROMPTS, strategy=strategy)
-    for settings in ({"batch_size": 1}, {"batch_size": 3}):
-        apart = decide(library, PROMPTS, strategy=strategy, **settings)
+    singles = [decide(library, [prompt], strategy=strategy)[0] for prompt in PROMPTS]
+    for apart in (singles, decide(library, PROMPTS, 3, strategy=strategy)):
         torch.testing.assert_close(probabilities(apart), probabilities(together), atol=1e-4, rtol=0)
         assert [m.choice for m in apart] == [m.choice for m in together]
-    singles = [decide(library, [prompt], strategy=strategy)[0] for prompt in PROMPTS]
-    torch.testing.assert_close(probabilities(singles), probabilities(together), atol=1e-4, rtol=0)
 
 
 PROBE = Probe(("code", "math"), torch.zeros(2, 3), torch.zeros(2))
@@ -112,14 +110,13 @@ PROBE = Probe(("code", "math"), torch.zeros(2, 3), torch.zeros(2))
         ({"strategy": "magic"}, "no strategy='magic': choose one of 'prompt', 'classifier', 'probe'"),
         ({"read": "guess"}, "no read='guess': choose one of 'likelihood', 'channel', 'generate'"),
         ({"fallback": "last"}, "no fallback='last': choose one of 'base', 'mix'"),
-        ({"strategy": "probe"}, r"needs a probe: fit one with fit_probe\(...\)"),
-        ({"probe": PROBE}, "goes with strategy='probe', not with 'prompt'"),
+        ({"strategy": "probe"}, r"go together: fit one with fit_probe\(...\)"),
+        ({"probe": PROBE}, "go together"),
         ({"strategy": "probe", "probe": PROBE, "read": "generate"}, "a probe reads hidden states"),
-        ({"strategy": "probe", "probe": PROBE, "calibration": PROBE}, "A calibration weighs likelihoods"),
-        ({"read": "generate", "calibration": PROBE}, "A calibration weighs likelihoods"),
-        ({"threshold": -0.1}, "a confidence from 0 to 1, got -0.1"),
-        ({"threshold": math.nan}, "got nan"),
-        *[({"temperature": t}, "must be a positive number") for t in (0.0, -1.0, math.nan, math.inf, "hot")],
+        ({"strategy": "probe", "probe": PROBE, "calibration": PROBE}, "Likelihoods alone are calibrated"),
+        ({"read": "generate", "calibration": PROBE}, "Likelihoods alone are calibrated"),
+        *[({"threshold": t}, f"a threshold of 0 or more.*; got {t} and 1.0") for t in (-0.1, math.nan)],
+        *[({"temperature": t}, f"a positive temperature; got 0.0 and {t}") for t in (0.0, -1.0, math.nan, math.inf)],
     ],
 )
 def test_settings_that_do_not_work_together_are_refused_before_any_model_is_read(settings, message):
@@ -127,13 +124,21 @@ def test_settings_that_do_not_work_together_are_refused_before_any_model_is_read
         FirstPass(**settings)
 
 
-def test_a_first_pass_can_be_called(library):
-    classifier = FirstPass("classifier", soft=True)
-    assert classifier(library, tokenizer, PROMPTS, 2) == dispatch(library, tokenizer, PROMPTS, classifier, 2)
+REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system prompt') }}{% endif %}"
 
 
-def test_nothing_to_decide_is_no_decision(library):
-    assert decide(library, []) == []
+@pytest.mark.parametrize(
+    "template, prefix",
+    [
+        (None, "The user asks for sums.\n"),
+        (REFUSING + "<u>{{ messages[0].content }}</u>", "<u>The user asks for sums.\n"),
+        ("{% for m in messages[-1:] %}<u>{{ m.content }}{% endfor %}", "<u>The user asks for sums.\n"),  # drops it
+    ],
+)
+def test_a_kind_is_announced_by_its_description_in_any_template(template, prefix, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    assert first_pass.channel_prompt(tokenizer, "math", "sums") == prefix
+    assert first_pass.channel_prompt(tokenizer, "math", "") == prefix.replace("sums", "math")
 
 
 def test_names_are_read_by_the_likelihoods_of_the_base_model(library):
@@ -150,14 +155,6 @@ def test_the_prompt_strategy_reads_the_request_as_what_a_user_of_each_kind_says(
     shares = probabilities(decide(library, PROMPTS))
     torch.testing.assert_close(shares, logps.softmax(-1), atol=1e-3, rtol=0)
     assert decide(library, [PROMPTS[0], ""])[1].confidence == pytest.approx(0, abs=1e-6)
-
-
-def test_a_kind_is_announced_by_its_description_in_any_template(monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", None)
-    assert first_pass.channel_prompt(tokenizer, "math", "") == "The user asks for math.\n"
-    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system prompt') }}{% endif %}"
-    monkeypatch.setattr(tokenizer, "chat_template", refusing + "<u>{{ messages[0].content }}</u>")
-    assert first_pass.channel_prompt(tokenizer, "math", "sums") == "<u>The user asks for sums.\n"
 
 
 @pytest.mark.parametrize("read", ["likelihood", "channel"])
@@ -192,7 +189,7 @@ def test_a_calibration_of_other_names_or_readings_is_refused(library, folders):
     with pytest.raises(ValueError, match=r"fitted to .*'code'.*, but this first pass has .*.'math', 'other'."):
         fewer = ExpertLibrary(base(), [folders["math"]])
         decide(fewer, PROMPTS, read="likelihood", calibration=fitted)
-    with pytest.raises(ValueError, match="fitted to prompts, got none"):
+    with pytest.raises(ValueError, match="needs prompts with one kind each"):
         fit_calibration(library, tokenizer, [])
 
 
@@ -203,23 +200,6 @@ def test_the_classifier_strategy_reads_those_of_the_classifier(library, folders)
     torch.testing.assert_close(found, logps.softmax(-1), atol=1e-4, rtol=0)
     base_says = probabilities(decide(library, PROMPTS, read="likelihood"))
     assert not torch.allclose(found, base_says, atol=1e-2)
-
-
-def test_below_the_threshold_the_base_answers(library):
-    free = decide(library, PROMPTS, threshold=0.0)
-    confidences = sorted(m.confidence for m in free if m.alpha)
-    assert confidences, "the tiny model chooses no expert at all: choose other seeds"
-    never = decide(library, PROMPTS, threshold=1.01)
-    assert all(m.alpha == {} and m.choice == "other" for m in never)
-    assert [(m.confidence, m.probabilities) for m in never] == [(m.confidence, m.probabilities) for m in free]
-    just = decide(library, PROMPTS, threshold=confidences[-1])
-    assert [m.confidence for m in just if m.alpha] == confidences[-1:]
-
-
-def test_without_a_classifier_its_strategy_is_refused(folders):
-    plain = ExpertLibrary(base(), [folders["math"]])
-    with pytest.raises(ValueError, match="needs a classifier expert: pass classifier="):
-        decide(plain, PROMPTS, strategy="classifier")
 
 
 def test_of_a_chat_only_the_last_user_message_is_read(library):
@@ -243,17 +223,7 @@ def test_a_long_prompt_is_read_up_to_a_bound(library):
     assert decide(library, ["d" + start[1:]])[0] != found[0]
 
 
-def test_dispatch_leaves_the_model_as_it_was_also_after_an_exception(library, monkeypatch):
-    before = state(library.model)
-    for strategy in ("prompt", "classifier"):
-        decide(library, PROMPTS, strategy=strategy)
-    monkeypatch.setattr(first_pass, "choice_logps", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        decide(library, PROMPTS, strategy="classifier")
-    assert_same(library.model, before)
-
-
-# --- dispatch: calibration, temperature, fallbacks, the written form, the probe
+# --- calibration, temperature, fallbacks, the written form, the probe
 
 
 def test_a_temperature_divides_the_scores(library):
@@ -282,51 +252,35 @@ def test_a_fitted_temperature_makes_the_kinds_likelier(library):
 
 
 def test_a_soft_decision_weighs_the_experts_by_their_probabilities(library):
-    hard, soft = (decide(library, PROMPTS, soft=s) for s in (False, True))
-    for one, other in zip(hard, soft, strict=True):
-        assert (one.confidence, one.probabilities, one.choice) == (other.confidence, other.probabilities, other.choice)
-        assert other.alpha == {name: p for name, p in other.probabilities.items() if name != "other"}
-        assert other.record() == {
-            "choice": one.choice,
-            "confidence": one.confidence,
-            "probabilities": one.probabilities,
-            "alpha": other.alpha,
-        }
+    for hard, soft in zip(*(decide(library, PROMPTS, soft=soft) for soft in (False, True)), strict=True):
+        assert soft.alpha == {name: p for name, p in soft.probabilities.items() if name != "other"}
+        assert soft.record() == {**hard.record(), "alpha": soft.alpha}
 
 
-def test_below_the_threshold_the_fallback_decides(library):
+@pytest.mark.parametrize("fallback", ["base", "mix"])
+def test_below_the_threshold_the_fallback_decides(fallback, library):
     free = decide(library, PROMPTS)
-    limit = sorted(m.confidence for m in free)[2]
-    for fallback in ("base", "mix"):
-        found = decide(library, PROMPTS, threshold=limit, fallback=fallback)
-        for one, other in zip(free, found, strict=True):
-            mixed = {name: p for name, p in one.probabilities.items() if name != "other"}
-            instead = mixed if fallback == "mix" else {}
-            assert other.alpha == (one.alpha if one.confidence >= limit else instead)
-            assert (one.confidence, one.probabilities) == (other.confidence, other.probabilities)
-    soft = decide(library, PROMPTS, threshold=limit, soft=True)
-    assert [bool(m.alpha) for m in soft] == [m.confidence >= limit for m in free]
-
-
-def test_with_one_expert_it_is_that_one_or_the_base(folders):
-    single = ExpertLibrary(base(), [folders["math"]])
-    for mixture in decide(single, PROMPTS):
-        assert list(mixture.probabilities) == ["math", "other"] and mixture.alpha in ({}, {"math": 1.0})
-        assert mixture.confidence == pytest.approx(2 * max(mixture.probabilities.values()) - 1)
+    for limit in (sorted(m.confidence for m in free)[2], 1.01):
+        settings = {"threshold": limit, "fallback": fallback}
+        hard, soft = (decide(library, PROMPTS, soft=soft, **settings) for soft in (False, True))
+        for reference, mixture, mixed in zip(free, hard, soft, strict=True):
+            weights = {name: p for name, p in reference.probabilities.items() if name != "other"}
+            instead = weights if fallback == "mix" else {}
+            sure = reference.confidence >= limit
+            assert mixture.alpha == (reference.alpha if sure else instead)
+            assert mixed.alpha == (weights if sure else instead)
+            assert (mixture.confidence, mixture.probabilities) == (reference.confidence, reference.probabilities)
 
 
 @pytest.mark.parametrize(
     "text, kind",
     [
         (r"It is \boxed{math}.", "math"),
-        (r"\boxed{ Code }", "code"),
-        (r"\boxed{'other'} or \boxed{math}", "other"),
+        (r"\boxed{ 'Other' } or \boxed{math}", "other"),
         (r"$\boxed{\text{math}}$", "math"),
         (r"\boxed{maths}", None),
         (r"\boxed{math", None),
-        (r"\boxed{}", None),
         ("math", None),
-        ("", None),
     ],
 )
 def test_a_boxed_kind_is_read(text, kind):
@@ -345,31 +299,25 @@ def test_the_written_form_takes_what_the_model_writes_and_else_the_base(library,
         return torch.cat([input_ids, ids], dim=1)
 
     monkeypatch.setattr(type(library.model), "generate", generate)
-    found = decide(library, PROMPTS, read="generate", batch_size=3)
-    assert [m.alpha for m in found] == [{"math": 1.0}, {}, {"code": 1.0}, {}]
-    assert [m.confidence for m in found] == pytest.approx([1.0, 0.0, 1.0, 0.0])
-    assert found[0].probabilities == {"code": 0.0, "math": 1.0, "other": 0.0}
-    assert found[1].probabilities == pytest.approx(dict.fromkeys(NAMES, 1 / 3))
-    shown.clear()
-    soft = decide(library, PROMPTS, read="generate", batch_size=3, soft=True)
-    assert [m.alpha for m in soft] == [m.alpha for m in found]
-    shown.clear()
-    mixed = decide(library, PROMPTS, read="generate", batch_size=3, threshold=0.1, fallback="mix")
-    assert mixed[1].alpha == pytest.approx({"code": 1 / 3, "math": 1 / 3})
+    third = dict.fromkeys(NAMES, 1 / 3)
+    mix = {"threshold": 0.1, "fallback": "mix"}
+    for settings, unread in (({}, {}), ({"soft": True}, {}), (mix, {"code": 1 / 3, "math": 1 / 3})):
+        shown.clear()
+        mixtures = decide(library, PROMPTS, 3, read="generate", **settings)
+        assert [m.alpha for m in mixtures] == [{"math": 1.0}, unread, {"code": 1.0}, unread]
+        assert [m.confidence for m in mixtures] == pytest.approx([1.0, 0.0, 1.0, 0.0])
+        assert mixtures[0].probabilities == {"code": 0.0, "math": 1.0, "other": 0.0}
+        assert mixtures[1].probabilities == pytest.approx(third)
     for prompt, text in zip(PROMPTS, shown, strict=True):
         assert boxed_prompt(prompt, KINDS)[0]["content"] in text and "- code: about code" in text
 
 
 @pytest.mark.parametrize("strategy", ["prompt", "classifier"])
-def test_the_written_form_is_bounded_greedy_and_one_by_one_what_it_is_in_a_batch(strategy, library):
-    sampling = library.model.generation_config.do_sample
-    library.model.generation_config.do_sample = True  # of the second pass
-    try:
-        together = decide(library, PROMPTS, strategy=strategy, read="generate")
-        apart = [decide(library, [p], strategy=strategy, read="generate")[0] for p in PROMPTS]
-    finally:
-        library.model.generation_config.do_sample = sampling
-    assert together == apart and all(m.strategy == strategy for m in together)
+def test_the_written_form_is_greedy_and_one_by_one_what_it_is_in_a_batch(strategy, library, monkeypatch):
+    monkeypatch.setattr(library.model.generation_config, "do_sample", True)  # the second pass samples
+    together = decide(library, PROMPTS, strategy=strategy, read="generate")
+    assert together == [decide(library, [p], strategy=strategy, read="generate")[0] for p in PROMPTS]
+    assert all(m.strategy == strategy for m in together)
 
 
 def test_a_first_pass_over_the_context_is_refused(folders, tmp_path):
@@ -411,14 +359,10 @@ def test_a_probe_gives_no_chance_to_a_kind_it_does_not_know(library):
 def test_a_probe_that_does_not_fit_is_refused(library, folders):
     texts, kinds = zip(*KNOWN, strict=True)
     probe = fit_probe(library, tokenizer, texts, kinds)
-    with pytest.raises(ValueError, match="The probe names 'code', but the experts are math: fit it with these names"):
+    with pytest.raises(ValueError, match="The probe names 'code', but the experts are math: refit it"):
         decide(ExpertLibrary(base(), [folders["math"]]), PROMPTS, strategy="probe", probe=probe)
     with pytest.raises(ValueError, match="There is no expert 'poems'"):
         fit_probe(library, tokenizer, texts, ["poems"] * len(texts))
-    assert decide(library, [], strategy="probe", probe=probe) == []
-
-
-# --- a tokenizer without a pad token
 
 
 @pytest.mark.parametrize("way", ["channel", "likelihood", "generate", "probe"])
@@ -432,8 +376,3 @@ def test_no_pad_token_is_needed(way, library):
         first = FirstPass("probe", probe=probe) if probe else FirstPass(read=way)
         passes.append(dispatch(library, reader, PROMPTS, first))
     assert passes[0] == passes[1]
-
-
-def test_a_template_that_leaves_the_system_prompt_out_gets_it_from_the_user(monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages[-1:] %}<u>{{ m.content }}{% endfor %}")
-    assert first_pass.channel_prompt(tokenizer, "math", "sums") == "<u>The user asks for sums.\n"

@@ -91,11 +91,6 @@ def test_the_order_of_the_examples_does_not_matter(order, library):
         assert_scores(shuffled.scores, judge(library, examples, **settings)(MEMBERS).scores)
 
 
-def test_weights_per_block_that_are_alike_are_the_weights_of_all(library):
-    whole = judge(library, CHOICES)(MEMBERS).scores
-    assert_scores(judge(library, CHOICES, BLOCKS)(np.tile(MEMBERS, 2)).scores, whole, atol=1e-6)
-
-
 def test_weights_per_block_move_that_block_alone(library):
     vector = np.array([[0.7, 0.1, -0.2, 0.4]])  # code and math in block 0, then in block 1
     parts = {"model.layers.0": {"code": 0.7, "math": 0.1}, "model.layers.1": {"code": -0.2, "math": 0.4}}
@@ -210,12 +205,6 @@ def test_an_exception_leaves_the_model_as_it_was(error, library, monkeypatch):
     with library.activate(Mixture()) as model:
         ids = tiny_experts.ids("after")
         assert torch.equal(model(**ids).logits, base()(**ids).logits)
-
-
-def test_an_example_over_the_context_is_refused_with_numbers(library):
-    for examples in ([{**CHOICES[0], "prompt": "x" * 600}], [{**ANSWERS[0], "prompt": "x" * 600}]):
-        with pytest.raises(ValueError, match="tokens, but the model's context is 512"):
-            judge(library, examples)(MEMBERS)
 
 
 RAY = """

@@ -34,18 +34,6 @@ from peft_svf.training.run import last_checkpoint
 SAVED = {"save_strategy": "steps", "save_steps": 1}
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
-    rows = random_rows(24)
-    settings = {**RUN, **EVALUATED, "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
-    whole = trainer_of(tmp_path / "whole", rows, right_choice, **settings)
-    whole.train()
-    again = trainer_of(tmp_path / "again", rows, right_choice, **settings)
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert again.texts[-1] == whole.texts[-1]
-    assert again.state.global_step == whole.state.global_step == 4
-    assert torch.equal(trained_z(again), trained_z(whole))
-
-
 def test_checkpoints_hold_offsets_and_the_best_is_loaded_at_the_end(tmp_path):
     values = iter([0.1, 0.9, 0.3, 0.2])
 
@@ -80,7 +68,7 @@ def test_checkpoints_hold_offsets_and_the_best_is_loaded_at_the_end(tmp_path):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "more",
-    [{"beta": 0.1, "gradient_accumulation_steps": 2}, {"steps_per_generation": 2, "save_steps": 2}],
+    [{"beta": 0.1, "gradient_accumulation_steps": 2, **EVALUATED}, {"steps_per_generation": 2, "save_steps": 2}],
     ids=["accumulated", "old rollouts"],
 )
 def test_every_kind_of_run_resumes_exactly(more, form, tmp_path):

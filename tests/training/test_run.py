@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What both trainers refuse or report before hours are lost: rewards, rows, adapters, steps that teach nothing."""
 
-import logging
 import math
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tiny_model import tiny_model
 from trainers import CHOICE_ROWS, QUIET, TEXT_ROWS, TOKENIZER, chat, soft_model, trained_z, uneven
 from trainers import trainer_of as reinforce
+from transformers import TrainerCallback
 
 from peft_svf import SVFConfig
 from peft_svf.training.evolution import EvolutionConfig, EvolutionTrainer
-from peft_svf.training.reinforce import ReinforceConfig
+from peft_svf.training.reinforce import ReinforceConfig, ReinforceTrainer
 
 
 def evolution(folder, rows, reward, *, model=None, **settings):
@@ -44,7 +45,7 @@ BAD_REWARDS = {
     "too few": (lambda n: [0.0] * (n - 1), "'graded' returned .* rewards for"),
     "infinite": (lambda n: [math.inf] * n, "'graded' returned inf for"),
     "too large": (lambda n: [1e38] * n, "'graded' returned 1e.38 for .*below 1e.15"),
-    "text": (lambda n: ["good"] * n, "'graded' returned 'good' for .*isn't a number"),
+    "text": (lambda n: ["good"] * n, "'graded' returned 'good' for .*should be numbers"),
 }
 
 
@@ -74,7 +75,7 @@ def test_async_rewards_tensors_and_missing_rewards_work(trainer_of, tmp_path):
 
 
 BAD_ROWS = {
-    "an empty prompt": ([*TEXT_ROWS, {"prompt": "", "answer": "x"}], "Row 4 of the data has an empty prompt"),
+    "an empty prompt": ([*TEXT_ROWS, {"prompt": "", "answer": "x"}], "Row 4 of the data has a prompt of 0 tokens"),
     "a long prompt": (
         [*TEXT_ROWS, {"prompt": "a " * 4000, "answer": "x"}],
         "Row 4 .* but the model's context",
@@ -107,10 +108,6 @@ def test_a_model_that_cannot_be_trained_as_asked_is_refused(trainer_of, tmp_path
 
 
 def test_a_plain_model_without_an_adapter_is_refused(tmp_path):
-    from datasets import Dataset
-
-    from peft_svf.training.reinforce import ReinforceTrainer
-
     args = ReinforceConfig(str(tmp_path), num_generations=2, per_device_train_batch_size=2, **QUIET)
     with pytest.raises(ValueError, match="pass peft_config=SVFConfig"):
         ReinforceTrainer(tiny_model(), uneven, args, Dataset.from_list(TEXT_ROWS), processing_class=TOKENIZER)
@@ -119,9 +116,8 @@ def test_a_plain_model_without_an_adapter_is_refused(tmp_path):
 @pytest.mark.parametrize("trainer_of", TRAINERS.values(), ids=TRAINERS)
 def test_steps_that_teach_nothing_are_reported_once_and_end_the_run_if_asked(trainer_of, tmp_path, caplog):
     equal = returning(lambda n: [1.0] * n)
-    with caplog.at_level(logging.WARNING, "peft_svf.training.run"):
-        trainer = trainer_of(tmp_path, TEXT_ROWS, equal, max_steps=4)
-        trainer.train()
+    trainer = trainer_of(tmp_path, TEXT_ROWS, equal, max_steps=4)
+    trainer.train()
     assert trainer.state.global_step == 4
     assert caplog.text.count("Step 1 teaches nothing") == 1 and caplog.text.count("teaches nothing") == 1
     trainer = trainer_of(tmp_path, TEXT_ROWS, equal, max_steps=4, stop_after_dead_steps=2)
@@ -129,18 +125,42 @@ def test_steps_that_teach_nothing_are_reported_once_and_end_the_run_if_asked(tra
     assert trainer.state.global_step == 2 and "2 steps in a row taught nothing" in caplog.text
 
 
-def test_answers_that_are_all_cut_off_and_masked_are_reported(tmp_path, caplog):
-    settings = {"num_generations": 3, "mask_truncated_completions": True, "max_completion_length": 1}
-    trainer = reinforce(tmp_path, TEXT_ROWS, uneven, **settings)
-    trainer.train()
-    assert "cut off at max_completion_length=1" in caplog.text and "mask_truncated_completions" in caplog.text
+DEAD = {
+    "All completions were cut off at max_completion_length=1, and mask_truncated_completions=True": (
+        TEXT_ROWS,
+        {"mask_truncated_completions": True, "max_completion_length": 1},
+    ),
+    "The policy gives one answer to each prompt at temperature=0.0001": (
+        [{**row, "choices": row["choices"][:2]} for row in CHOICE_ROWS],
+        {"temperature": 1e-4},
+    ),
+}
 
 
-def test_a_policy_that_has_only_one_answer_is_reported(tmp_path, caplog):
-    sure = [{**row, "choices": row["choices"][:2]} for row in CHOICE_ROWS]
-    trainer = reinforce(tmp_path, sure, uneven, num_generations=3, temperature=1e-4)
+@pytest.mark.parametrize("reason", DEAD)
+def test_the_reason_of_a_dead_step_is_reported(reason, tmp_path, caplog):
+    rows, settings = DEAD[reason]
+    reinforce(tmp_path, rows, uneven, num_generations=3, **settings).train()
+    assert reason in caplog.text
+
+
+def test_a_penalty_keeps_a_step_with_equal_rewards_alive(tmp_path, caplog):
+    reinforce(tmp_path, TEXT_ROWS, returning(lambda n: [1.0] * n), num_generations=3, beta=0.1).train()
+    assert "teaches nothing" not in caplog.text
+
+
+def test_trained_parameters_without_a_gradient_are_reported(tmp_path, caplog):
+    trainer = reinforce(tmp_path, TEXT_ROWS, uneven, kind=ReinforceTrainer, num_generations=3)
+    trainer.callback_handler.callbacks.insert(0, NoGradient())
     trainer.train()
-    assert "gives one answer to each prompt at temperature=0.0001" in caplog.text
+    assert "Step 1 teaches nothing. No gradient reaches the trained parameters" in caplog.text
+
+
+class NoGradient(TrainerCallback):
+    """Clears the gradients, as if the adapted layers had not run."""
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        model.zero_grad()
 
 
 def test_the_settings_work_on_a_cpu_as_they_are(tmp_path):
@@ -151,10 +171,11 @@ def test_the_settings_work_on_a_cpu_as_they_are(tmp_path):
 def test_a_line_of_the_log_can_be_read_and_trackers_get_everything(tmp_path, capsys):
     trainer = reinforce(tmp_path, TEXT_ROWS, uneven, num_generations=3, beta=0.1)
     trainer.train()
-    lines = [line for line in capsys.readouterr().out.splitlines() if "'step': '1/1'" in line]
-    assert len(lines) == 1 and len(lines[0]) < 200
-    assert all(f"'{name}'" in lines[0] for name in ("reward", "kl", "entropy", "length", "dead_groups", "|z-1|"))
-    assert "z/model.layers.0/mean_distance_from_1" in trainer.state.log_history[0]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step    1/1  ")]
+    assert len(line) < 200
+    assert all(f"  {name} " in line for name in ("reward", "KL", "entropy", "length", "dead groups", "mean |z-1|"))
+    tracked = {"kl", "reward_std", "completions/clipped_ratio", "grad_norm", "z/model.layers.0/mean_distance_from_1"}
+    assert tracked <= trainer.state.log_history[0].keys()
 
 
 def test_answers_of_one_token_are_drawn_from_the_forward_that_is_differentiated(tmp_path):

@@ -6,6 +6,7 @@ Axes are multiples of 64: others bitsandbytes' 4-bit CPU kernels (0.50) refuse, 
 """
 
 import importlib.util
+import json
 import logging
 from types import SimpleNamespace
 
@@ -320,7 +321,7 @@ def test_an_expert_with_its_basis_is_the_same_on_every_dtype_of_the_base(dtype, 
 
 
 def test_the_size_of_a_saved_basis_is_logged_and_without_the_field_there_is_none(folder, tmp_path, caplog):
-    with caplog.at_level(logging.INFO, logger="peft_svf.tuner.model"):
+    with caplog.at_level(logging.INFO, logger="peft_svf.tuner.loading"):
         save_with_basis(folder, tmp_path, basis_dtype="float32")
     size = 6 * 4 * 64 * 65
     assert f"saved with its bases, {size / 1e6:.1f} MB" in caplog.text
@@ -348,6 +349,16 @@ def test_an_evil_basis_is_refused_on_its_own_base_and_changes_nothing(config, fo
     before = {name: layer.svf_basis for name, layer in svf_layers(model).items()}
     model.load_adapter(tmp_path, "evil")  # uses the basis that is there
     assert all(layer.svf_basis is before[name] for name, layer in svf_layers(model).items())
+
+
+def test_a_few_directions_that_are_not_the_top_ones_are_refused(folder, tmp_path):
+    save_with_basis(folder, tmp_path, basis_dtype="float32")
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rank": 4}))
+    rewrite(tmp_path, lambda tensors: tensors.update({k: t[..., -4:].contiguous() for k, t in tensors.items()}))
+    for base in (load(folder), rounded(folder)):
+        with pytest.raises(ValueError, match=r"brought along for model.layers.0.mlp.\w+ does not fit the weight here"):
+            PeftModel.from_pretrained(base, tmp_path)
 
 
 def test_a_basis_of_another_base_is_refused_and_leaves_no_trace(folder, tmp_path):

@@ -55,23 +55,19 @@ def few_shot(
     best expert in the check, the better of the two is returned, with a warning and `provenance["held_out"]`.
 
     Args:
-        library, tokenizer: As in [`dispatch`].
         examples (`Iterable[Mapping]`):
             All of one form. `{"prompt", "choices", "label"}`: scored by the share of right choices, ties by their
             log-probability. `{"prompt", "answer"}` with a `task`: by its score of a greedy completion, ties by the
             log-likelihood of the answer. Without a task: by the latter alone.
-        search ([`Search`]): Method, range and budgets.
         task ([`Task`], *optional*): Scores completions; not used for choices.
         holdout (`"leave-one-out"` or `Iterable[Mapping]`):
-            Each example is answered by the candidate that is best on the others, and the mean score is compared. It is
-            free, but it flatters a search over many weights, whose candidates were drawn with all examples in view. Or
-            other examples of the same form; `[]` for no check.
+            Each example is answered by the candidate that is best on the others: free, but the candidates were drawn
+            with all examples in view, which flatters a search over many weights. Or other examples; `[]` for no check.
         name (`str`, *optional*):
             Name of the mixture in the library. `search.per_layer` needs it: the mixed z-vector becomes an expert of
             this name, and the mixture is that expert alone.
         state (`str` or path, *optional*): File from which the same call goes on after an interruption.
         evaluator (`Callable`, *optional*): Scores populations, as [`RayEvaluator`] does; default this process.
-        batch_size (`int`): Rows per forward; one forward scores several candidates, each row under its own mixture.
         generation: Arguments of `generate` for completions.
 
     Returns:
@@ -83,8 +79,7 @@ def few_shot(
     with library.lock:
         seen = _checked(library, tokenizer, examples, "Example")
         unseen = [] if holdout == LEAVE_ONE_OUT else _checked(library, tokenizer, holdout, "Held-out example", seen)
-        choices = "choices" in seen[0]
-        task = None if choices else task
+        task = None if (choices := "choices" in seen[0]) else task
         if generation and task is None:
             raise TypeError(f"few_shot has no argument {next(iter(generation))!r}: these examples generate nothing.")
         weights, facts = _weights(library, search, name), search.facts(choices)
@@ -101,9 +96,14 @@ def few_shot(
         vector, score, held_out = found.best, found.score, {"examples": 0, "fell_back": None}
         if unseen or (holdout == LEAVE_ONE_OUT and len(seen) > 1):
             vector, score, held_out = check_choice(weights, found, judge(seen), judge(unseen) if unseen else None)
-        course = _course(found, graded=choices or task is not None)
-        provenance = facts | course | {"examples": len(seen), "held_out": held_out, "score": list(score)}
-        return _kept(library, weights, vector, name, search.per_layer, provenance)
+        provenance = ({"name": name} if name else {}) | facts | _course(found, graded=choices or task is not None)
+        provenance |= {"examples": len(seen), "held_out": held_out, "score": list(score)}
+        if search.per_layer:
+            return _as_expert(library, weights, vector, str(name), provenance)
+        mixture = weights.mixture(vector, provenance)
+        if name:
+            library.add_mixture(name, mixture)
+        return mixture
 
 
 def _checked(
@@ -118,11 +118,10 @@ def _checked(
     for i, row in enumerate(examples):
         check(row, f"{what} {i}", answered=True)
         rows.append({key: value for key, value in row.items() if value is not None})
+        if ("choices" in rows[i]) != ("choices" in (like or rows)[0]):
+            raise ValueError(f"{what} {i}: expected one form, 'choices' in all examples or in none; got {[*rows[i]]}.")
     if not rows and like is None:
         raise ValueError("Few-shot adaptation needs examples: 'prompt' with 'answer', or with 'choices' and 'label'.")
-    for i, row in enumerate(rows):
-        if ("choices" in row) != ("choices" in (like or rows)[0]):
-            raise ValueError(f"{what} {i}: expected one form, 'choices' in all examples or in none; got {list(row)}.")
     limit = context_of(library.model)
     for i, tokens in enumerate(row_lengths(tokenizer, [answer_row(row) for row in rows])):
         if limit is not None and tokens > limit:
@@ -131,15 +130,15 @@ def _checked(
 
 
 def _weights(library: ExpertLibrary, search: Search, name: str | None) -> Weights:
-    """Choose how vectors are read; a `ValueError` if the result can't have its name."""
+    """Return how vectors are read; a `ValueError` if the result can't have its name."""
     if search.per_layer and not name:
         raise ValueError("Weights per layer make an expert of the library: pass a name=... that no expert has.")
     if search.per_layer and any(library.expert(expert).config.get("target_parameters") for expert in library.names):
         raise ValueError("Weights per layer can't mix experts of stacked weights: search with per_layer=False.")
     if name:
         library.check_name(name)
-    blocks = tuple(dict.fromkeys(map(block_of, library.layers()))) if search.per_layer else ()
-    return Weights(tuple(library.names), blocks, search.normalize)
+    blocks = dict.fromkeys(map(block_of, library.layers())) if search.per_layer else ()
+    return Weights(tuple(library.names), tuple(blocks), search.normalize)
 
 
 def _searched(
@@ -153,7 +152,7 @@ def _searched(
     """Run the search from the mean, the base and each expert, with a progress bar."""
     corners = np.asarray(list(weights.corners().values()))
     starts = np.concatenate([np.full((1, weights.size), 1 / len(weights.names)), corners])
-    # the check scores the base and the experts itself if the range keeps them out of the search
+    # The check scores the base and the experts itself if the range keeps them out of the search.
     reserve += sum(map(any, corners != np.clip(corners, search.low, search.high)))
     with tqdm(total=search.iterations, desc="Searching mixture weights", name="peft_svf.adaptation") as bar:
 
@@ -176,10 +175,8 @@ def check_choice(
     Keep what a search found if it beats the base and the best single expert on examples that didn't choose it.
 
     Args:
-        weights, found ([`Weights`], [`Found`]):
-            How vectors are read, and the end of a search, to which the cost of the check is added.
-        judge (`Callable`):
-            Scores vectors on the examples of the search: those of the base and experts that it didn't score itself.
+        weights, found ([`Weights`], [`Found`]): The end of a search, to which the cost of the check is added.
+        judge (`Callable`): Scores vectors on the examples of the search; base and experts that it didn't score itself.
         unseen (`Callable`, *optional*):
             Scores them on other examples. Without it, each example is answered by the candidate that is best on the
             others.
@@ -210,8 +207,8 @@ def check_choice(
         held_out = {"examples": found.by_example.shape[1], "by": LEAVE_ONE_OUT}
     theirs = dict(zip(rivals, others, strict=True))
     held_out |= {"found": list(mine), "rivals": {rival: list(score) for rival, score in theirs.items()}}
-    best = max(theirs, key=lambda rival: theirs[rival])  # the base, of equal ones
-    # a rival that the search has found itself can't beat it
+    best = max(theirs, key=lambda rival: theirs[rival])  # (the base, of equals)
+    # A rival that the search has found itself can't beat it.
     beaten = any(score >= mine and corners[rival] != found.best.tolist() for rival, score in theirs.items())
     if not beaten or corners[best] == found.best.tolist():
         return found.best, found.score, {**held_out, "fell_back": None}
@@ -227,7 +224,7 @@ def left_out(by_example: np.ndarray) -> Score:
     """Score each example by the candidate best on the others; `by_example`: `(candidates, examples, entries)`."""
     count = by_example.shape[1]
     rest = [np.delete(by_example, i, 1).mean(1) for i in range(count)]
-    chosen = [max(range(len(by_example)), key=lambda row: tuple(means[row])) for means in rest]  # first of equal ones
+    chosen = [max(range(len(by_example)), key=lambda row: tuple(means[row])) for means in rest]  # (first of equals)
     return tuple(float(x) for x in by_example[chosen, range(count)].mean(0))
 
 
@@ -241,24 +238,6 @@ def _course(found: Found, graded: bool) -> dict[str, Any]:
         )
     course = {"tokens": found.tokens, "stopped": found.stopped}
     return course | {"iterations": len(found.history), "history": found.history}
-
-
-def _kept(
-    library: ExpertLibrary,
-    weights: Weights,
-    vector: np.ndarray,
-    name: str | None,
-    per_layer: bool,
-    provenance: dict[str, Any],
-) -> Mixture:
-    """Turn a vector into a mixture, and add it to the library if it has a name."""
-    provenance = {**({"name": name} if name else {}), **provenance}
-    if per_layer:
-        return _as_expert(library, weights, vector, str(name), provenance)
-    mixture = weights.mixture(vector, provenance)
-    if name:
-        library.add_mixture(name, mixture)
-    return mixture
 
 
 def _as_expert(

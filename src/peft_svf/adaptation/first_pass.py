@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The first pass that finds out which kind of request a prompt is: prompts -> a `Mixture` each (arXiv 2501.06252, 3.3).
+The first pass: prompts -> one `Mixture` per prompt (arXiv 2501.06252, section 3.3).
 
-The base model, a classifier expert, or a linear probe on hidden states decides. A temperature, a calibration or a
-probe can be fitted to a few prompts of known kind. The model is left as it was.
+The base model, a classifier expert, or a linear probe on hidden states decides which kind of request a prompt is. A
+temperature, a calibration or a probe can be fitted to a few prompts of known kind. The model is left as it was.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any
 
 import torch
@@ -30,42 +29,34 @@ STRATEGIES = ("prompt", "classifier", "probe")
 READINGS = ("likelihood", "channel", "generate")
 FALLBACKS = ("base", "mix")
 ANYTHING_ELSE = "anything else"  # describes "other" in the prompt
-QUESTION_TOKENS = 256  # of a request that are read, so that the first pass is bounded
+QUESTION_TOKENS = 256  # bounds the cost of a first pass: the rest of a request is not read
 PLACE = "<request>"  # stands for the request in a chat template
-LABEL_TOKENS = 48  # that `read="generate"` writes at most
+LABEL_TOKENS = 48  # bounds what `read="generate"` writes
 
 
 @dataclass(frozen=True)
 class FirstPass:
-    """
-    How the expert of a prompt is chosen. It is called as [`dispatch`]: `FirstPass("classifier")(library, ...)`.
+    r"""
+    Settings of a first pass. It can be called as [`dispatch`]: `FirstPass("classifier")(library, tokenizer, prompts)`.
 
     Args:
         strategy (`str`):
             `"prompt"` reads the base model, `"classifier"` the library's classifier expert, `"probe"` a linear probe.
         read (`str`, *optional*):
-            `"likelihood"` scores the names as answers to the request. `"channel"` goes the other way (noisy channel,
-            arXiv 2108.04106): it scores the request after "The user asks for ...", once for each kind; small models
-            are better at it, and it reads the request as often as there are kinds. `"generate"` is the paper's form:
-            the model writes `\\boxed{name}`, greedily and within 48 tokens; anything else becomes `"other"` with
-            confidence 0. Default: `"channel"` for `"prompt"`, and `"likelihood"`, its training task, for
-            `"classifier"`.
-        threshold (`float`):
-            Below this confidence, `fallback` decides; above 1 it always does.
-        temperature (`float`):
-            Divides the scores before the softmax, see [`fit_temperature`].
-        fallback (`str`):
-            `"base"`, or `"mix"`: all experts by their probabilities.
-        soft (`bool`):
-            Use the probabilities as weights in every decision; that of `"other"` is the base model's share.
-        calibration ([`Probe`], *optional*):
-            Small models have a favourite answer. [`fit_calibration`] takes it out.
-        probe ([`Probe`], *optional*):
-            For the strategy `"probe"`, see [`fit_probe`].
+            `"likelihood"` scores the names as answers to the request. `"channel"` (noisy channel, arXiv 2108.04106)
+            scores the request after "The user asks for ...", once per kind: slower, and better with small models.
+            `"generate"` is the paper's form: the model writes `\boxed{name}`, greedily and within 48 tokens; anything
+            else becomes `"other"` with confidence 0. Default: `"channel"` for `"prompt"`, and `"likelihood"`, its
+            training task, for `"classifier"`.
+        threshold (`float`): Below this confidence, `fallback` decides; above 1 it always does.
+        temperature (`float`): Divides the scores before the softmax, see [`fit_temperature`].
+        fallback (`str`): `"base"`, or `"mix"`: all experts by their probabilities.
+        soft (`bool`): Mix by the probabilities in every decision; that of `"other"` is the base model's share.
+        calibration ([`Probe`], *optional*): Removes a model's favourite answer, see [`fit_calibration`].
+        probe ([`Probe`], *optional*): Required by the strategy `"probe"`, see [`fit_probe`].
 
     Raises:
-        `ValueError`: for an unknown strategy, reading or fallback, options that don't go together, a negative
-            threshold, or a temperature that isn't positive.
+        `ValueError`: for unknown settings, or settings that would change nothing.
     """
 
     strategy: str = "prompt"
@@ -83,18 +74,17 @@ class FirstPass:
             if getattr(self, name) not in options:
                 listed = ", ".join(repr(option) for option in options if option)
                 raise ValueError(f"A first pass has no {name}={getattr(self, name)!r}: choose one of {listed}.")
-        if self.strategy == "probe" and self.probe is None:
-            raise ValueError("strategy='probe' needs a probe: fit one with fit_probe(...), or Probe.load(folder).")
-        if self.strategy != "probe" and self.probe is not None:
-            raise ValueError(f"A probe goes with strategy='probe', not with {self.strategy!r}.")
-        if self.calibration is not None and (self.strategy == "probe" or self.read == "generate"):
-            raise ValueError("A calibration weighs likelihoods, which a probe and read='generate' don't have.")
-        if self.strategy == "probe" and self.read is not None:
-            raise ValueError(f"read={self.read!r} goes with 'prompt' or 'classifier': a probe reads hidden states.")
-        if not (isinstance(self.threshold, Real) and self.threshold >= 0):
-            raise ValueError(f"The threshold is a confidence from 0 to 1, got {self.threshold!r}.")
-        if not (isinstance(self.temperature, Real) and 0 < self.temperature < math.inf):
-            raise ValueError(f"The temperature must be a positive number, got {self.temperature!r}.")
+        if (self.strategy == "probe") != (self.probe is not None):
+            raise ValueError(
+                "A probe and strategy='probe' go together: fit one with fit_probe(...), or Probe.load(folder)."
+            )
+        if (self.probe and self.read) or (self.calibration and (self.probe or self.read == "generate")):
+            raise ValueError("Likelihoods alone are calibrated, and a probe reads hidden states: drop the setting.")
+        if not (self.threshold >= 0 and 0 < self.temperature < math.inf):
+            raise ValueError(
+                f"A first pass needs a threshold of 0 or more and a positive temperature; got {self.threshold} and "
+                f"{self.temperature}."
+            )
 
     def __call__(
         self,
@@ -103,30 +93,29 @@ class FirstPass:
         prompts: Sequence[Prompt],
         batch_size: int = 16,
     ) -> list[Mixture]:
-        """Choose a mixture for each prompt, see [`dispatch`]."""
+        """Choose a mixture for each prompt, as [`dispatch`] does."""
         return dispatch(library, tokenizer, prompts, self, batch_size)
 
     @property
     def reading(self) -> str | None:
-        """The way of reading: `read`, or the strategy's default."""
+        """`read`, or the default of the strategy."""
         return self.read or {"prompt": "channel", "classifier": "likelihood"}.get(self.strategy)
 
     def check(self, library: ExpertLibrary) -> None:
-        """Raise a `ValueError` if the library has no classifier, or other experts than those fitted to."""
+        """Raise a `ValueError` if the library lacks a classifier, or its names aren't those of the fit."""
         names = [*library.names, OTHER]
         if self.strategy == "classifier" and library.classifier is None:
             raise ValueError("strategy='classifier' needs a classifier expert: pass classifier=... with the experts.")
-        if self.probe is not None and (unknown := sorted({*self.probe.labels} - {*names})):
+        if self.probe and (unknown := sorted({*self.probe.labels} - {*names})):
             raise ValueError(
-                f"The probe names {unknown[0]!r}, but the experts are {', '.join(library.names)}: fit it with these "
-                "names."
+                f"The probe names {unknown[0]!r}, but the experts are {', '.join(library.names)}: refit it."
             )
-        if self.calibration is not None:
-            fitted = {key: self.calibration.provenance.get(key) for key in ("names", "strategy", "read")}
-            if fitted != (expected := {"names": names, "strategy": self.strategy, "read": self.reading}):
+        if self.calibration:
+            expected = {"names": names, "strategy": self.strategy, "read": self.reading}
+            fitted = {key: self.calibration.provenance.get(key) for key in expected}
+            if fitted != expected:
                 raise ValueError(
-                    f"The calibration was fitted to {fitted}, but this first pass has {expected}: fit it with "
-                    "fit_calibration(...) for these."
+                    f"The calibration was fitted to {fitted}, but this first pass has {expected}: refit it."
                 )
 
 
@@ -144,16 +133,12 @@ def dispatch(
     Choose one expert, or the base model, for each prompt.
 
     Args:
-        library ([`ExpertLibrary`]):
-            The experts; the model reads their names and descriptions.
-        tokenizer (`PreTrainedTokenizerBase`):
-            The base model's tokenizer; it needs no pad token.
+        library ([`ExpertLibrary`]): The experts; the model reads their names and descriptions.
+        tokenizer (`PreTrainedTokenizerBase`): The base model's tokenizer, with or without a pad token.
         prompts (`Sequence[str | list[dict]]`):
             Texts or chats. The last user message of a chat is read, and at most 256 tokens of either.
-        first_pass ([`FirstPass`]):
-            How to choose.
-        batch_size (`int`):
-            Prompts per forward.
+        first_pass ([`FirstPass`]): Its settings.
+        batch_size (`int`): Prompts per forward.
 
     Returns:
         `list[Mixture]` with confidence and probabilities; one-hot or empty unless they are mixed. The same for the
@@ -181,30 +166,31 @@ def kind_scores(
     batch_size: int = 16,
 ) -> Tensor:
     """
-    Score each kind for each prompt; arguments as in [`dispatch`].
+    Score each kind for each prompt; arguments as in [`dispatch`], but `read="generate"` raises a `ValueError`.
 
     Returns:
-        `torch.Tensor` of shape `(prompts, experts + 1)`, the experts by name and `"other"` last. Its softmax are
-        probabilities; `-inf` for a kind that the probe or calibration wasn't fitted to.
-
-    Raises:
-        `ValueError`: as [`dispatch`], and for `read="generate"`, which has no scores.
+        `torch.Tensor` of shape `(prompts, experts + 1)`, the experts by name and `"other"` last: logits, `-inf` for a
+        kind that the probe or calibration wasn't fitted to.
     """
     with library.lock:
         first_pass.check(library)
         if first_pass.reading == "generate":
             raise ValueError("read='generate' writes a name and scores none: choose 'likelihood' or 'channel'.")
-        names = [*library.names, OTHER]
+        names, kinds = [*library.names, OTHER], _kinds(library)
         if not prompts:
             return torch.zeros(0, len(names))
-        if (probe := first_pass.probe) is not None:
-            states = features(library, tokenizer, prompts, probe.provenance["kinds_listed"], batch_size)
-            return _placed(probe, states, names)
-        questions = [_question(tokenizer, prompt) for prompt in prompts]
-        score = _likelihoods if first_pass.reading == "likelihood" else _channel
-        with torch.no_grad(), library.activate(_reader(library, first_pass)) as model:
-            logps = score(model, tokenizer, questions, _kinds(library), batch_size)
-        return logps if first_pass.calibration is None else _placed(first_pass.calibration, logps, names)
+        if fitted := first_pass.probe:
+            scores = features(library, tokenizer, prompts, fitted.provenance["kinds_listed"], batch_size)
+        else:
+            questions = [_question(tokenizer, prompt) for prompt in prompts]
+            score = _channel if first_pass.reading == "channel" else _likelihoods
+            with torch.no_grad(), library.activate(_reader(library, first_pass)) as model:
+                scores = score(model, tokenizer, questions, kinds, batch_size)
+        if not (fitted := fitted or first_pass.calibration):
+            return scores
+        placed = torch.full((len(prompts), len(names)), -math.inf)  # a fit may lack some of the kinds
+        placed[:, [names.index(label) for label in fitted.labels]] = fitted.scores(scores)
+        return placed
 
 
 def _likelihoods(
@@ -212,54 +198,42 @@ def _likelihoods(
 ) -> Tensor:
     """Compute the log-likelihood of each kind's name as the answer to each question, `(questions, kinds)`."""
     rows = [{"prompt": dispatch_prompt(question, kinds), "choices": list(kinds)} for question in questions]
-    parts = [choice_logps(model, tokenizer, rows[start : start + size]) for start in range(0, len(rows), size)]
-    return torch.cat(parts).cpu()
+    return torch.cat([choice_logps(model, tokenizer, rows[i : i + size]).cpu() for i in range(0, len(rows), size)])
 
 
 def _channel(
     model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], kinds: Mapping[str, str], size: int
 ) -> Tensor:
     """Compute the log-likelihood of each question after a system prompt for each kind, `(questions, kinds)`."""
-    # questions of similar length share a forward
+    # Sorting makes questions of similar length share a forward.
     distinct = sorted({question for question in questions if question}, key=lambda text: (len(text), text))
     prefixes = [channel_prompt(tokenizer, name, description) for name, description in kinds.items()]
     rows = [{"prompt": prefix, "choices": [question]} for question in distinct for prefix in prefixes]
-    parts = [choice_logps(model, tokenizer, rows[start : start + size]).cpu() for start in range(0, len(rows), size)]
-    # an empty request is equally likely for each kind
+    parts = [choice_logps(model, tokenizer, rows[i : i + size]).cpu() for i in range(0, len(rows), size)]
+    # An empty request is equally likely for each kind.
     logps = torch.cat([*parts, torch.zeros(len(kinds), 1)]).view(-1, len(kinds))
-    logps -= logps.mean(-1, keepdim=True)  # the length of the question, which would drown the kinds in a fit
+    logps -= logps.mean(-1, keepdim=True)  # The length of the question would drown the kinds in a fit.
     return logps[[distinct.index(question) if question else len(distinct) for question in questions]]
 
 
 def channel_prompt(tokenizer: PreTrainedTokenizerBase, name: str, description: str) -> str:
-    """
-    Write the text that a user's request of a kind follows: a system prompt with the kind's description, or its name.
-
-    A tokenizer without a chat template gets a line of text.
-    """
+    """Write what precedes a request of a kind: a system prompt with its description or name, or a line of text."""
     sentence = f"The user asks for {description or name}."
     if tokenizer.chat_template is None:
         return f"{sentence}\n"
     system, user = ({"role": role, "content": text} for role, text in (("system", sentence), ("user", PLACE)))
     try:
         text = chat_text(tokenizer, [system, user])
-    except TemplateError:  # Gemma's template refuses a system prompt
+    except TemplateError:  # Gemma's template refuses a system prompt.
         text = ""
-    if sentence not in text:  # and others leave it out
+    if sentence not in text:  # Others leave it out.
         text = chat_text(tokenizer, [{"role": "user", "content": f"{sentence}\n{PLACE}"}])
     writes_bos = tokenizer.bos_token is not None and tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
     return text.partition(PLACE)[0].removeprefix(tokenizer.bos_token if writes_bos else "")
 
 
-def _placed(probe: Probe, features: Tensor, names: Sequence[str]) -> Tensor:
-    """Give the scores of a probe as `(prompts, kinds)`; it may lack some of the kinds."""
-    placed = torch.full((len(features), len(names)), -math.inf)
-    placed[:, [names.index(label) for label in probe.labels]] = probe.scores(features)
-    return placed
-
-
 def _kinds(library: ExpertLibrary) -> dict[str, str]:
-    """The names to choose from, with their descriptions."""
+    """Return the names to choose from, with their descriptions."""
     return {**library.descriptions, OTHER: ANYTHING_ELSE}
 
 
@@ -275,10 +249,7 @@ def fit_temperature(
     Fit the temperature of a first pass to a few prompts of known kind, not those that it will be evaluated on.
 
     Args:
-        library, tokenizer, prompts, first_pass, batch_size:
-            As in [`dispatch`].
-        kinds (`Sequence[str]`):
-            The right expert of each prompt, or `"other"`.
+        kinds (`Sequence[str]`): The right expert of each prompt, or `"other"`. The rest is as in [`dispatch`].
 
     Returns:
         `float` between 0.01 and 100; above 1 if the first pass is surer than it is right.
@@ -309,26 +280,17 @@ def fit_calibration(
     regression on the log-likelihoods: a bias, and a scale for each pair of kinds.
 
     Args:
-        library, tokenizer, prompts, first_pass, batch_size:
-            As in [`dispatch`]; the calibration belongs to this strategy and reading.
         kinds (`Sequence[str]`, *optional*):
-            The right expert of each prompt, or `"other"`; two prompts or more of each.
+            The right expert of each prompt, or `"other"`; two prompts or more of each. The rest is as in [`dispatch`];
+            the calibration belongs to the strategy and reading of `first_pass`.
 
     Returns:
-        [`Probe`] on log-likelihoods, for `FirstPass(calibration=...)`.
-
-    Raises:
-        `ValueError`: without prompts, or for kinds that [`fit_probe`] refuses.
-        `ImportError`: for kinds, without scikit-learn.
+        [`Probe`] on log-likelihoods, for `FirstPass(calibration=...)`. Raises as [`fit_probe`].
     """
-    if not prompts:
-        raise ValueError("A calibration is fitted to prompts, got none.")
     with library.lock:
-        names = [*library.names, OTHER]
-        if kinds is not None:
-            _check_kinds(library, prompts, kinds)
+        names = _check_kinds(library, prompts, kinds)
         logps = kind_scores(library, tokenizer, prompts, replace(first_pass, calibration=None), batch_size)
-    facts = {"names": names, "strategy": first_pass.strategy, "read": first_pass.reading, **_base(library)}
+    facts = {"names": names, "strategy": first_pass.strategy, "read": first_pass.reading, "base_model": _base(library)}
     if kinds is not None:
         return Probe.fit(logps, kinds, **facts)
     prior = logps.double().softmax(-1).mean(0).log().float()
@@ -346,26 +308,21 @@ def fit_probe(
     Fit a linear probe on the base model's hidden states to a few prompts of known kind.
 
     Args:
-        library, tokenizer, prompts, batch_size:
-            As in [`dispatch`].
         kinds (`Sequence[str]`):
-            The right expert of each prompt, or `"other"`; two prompts or more of each.
+            The right expert of each prompt, or `"other"`; two prompts or more of each. The rest is as in [`dispatch`].
 
     Returns:
-        [`Probe`], for `FirstPass("probe", probe=...)`.
-
-    Raises:
-        `ValueError`, `ImportError`: as [`fit_temperature`] and [`Probe.fit`].
+        [`Probe`], for `FirstPass("probe", probe=...)`. Raises as [`fit_temperature`] and [`Probe.fit`].
     """
     with library.lock:
         _check_kinds(library, prompts, kinds)
         listed = _kinds(library)
         states = features(library, tokenizer, prompts, listed, batch_size)
-    return Probe.fit(states, kinds, kinds_listed=listed, **_base(library))
+    return Probe.fit(states, kinds, kinds_listed=listed, base_model=_base(library))
 
 
-def _base(library: ExpertLibrary) -> dict[str, str]:
-    return {"base_model": library.model.get_base_model().name_or_path}
+def _base(library: ExpertLibrary) -> str:
+    return library.model.get_base_model().name_or_path
 
 
 @torch.no_grad()
@@ -377,14 +334,9 @@ def features(
     batch_size: int = 16,
 ) -> Tensor:
     """
-    Read the features of a probe: the base model's hidden state in its middle layer, where it would name the kind.
+    Read the middle hidden state of the base model where it would name the kind: `(prompts, d)`, float32.
 
-    Args:
-        kinds (`Mapping[str, str]`):
-            Names and descriptions that the prompt lists, the same in fitting and use.
-
-    Returns:
-        `torch.Tensor` of shape `(prompts, d)`, float32.
+    `kinds` are the names and descriptions that the prompt lists, the same in fitting and use.
     """
     chats = [dispatch_prompt(_question(tokenizer, prompt), kinds) for prompt in prompts]
     _check_fit(library, tokenizer, chats)
@@ -418,16 +370,17 @@ def _decide(probabilities: dict[str, float], first_pass: FirstPass) -> Mixture:
     n, best = len(probabilities), max(probabilities.values())
     choice = OTHER if probabilities[OTHER] == best else max(probabilities, key=lambda name: probabilities[name])
     confidence = min(1.0, max(0.0, (best - 1 / n) / (1 - 1 / n)))
-    sure = confidence >= first_pass.threshold
-    if (first_pass.soft and confidence > 0) if sure else first_pass.fallback == "mix":  # equal ones aren't mixed
-        alpha = {name: p for name, p in probabilities.items() if name != OTHER}
+    alpha: dict[str, float] = {}
+    if confidence >= first_pass.threshold:
+        mixed = first_pass.soft and confidence > 0  # Equal probabilities decide nothing.
+        alpha = {} if mixed else {choice: 1.0}
     else:
-        alpha = {choice: 1.0} if sure and choice != OTHER else {}
-    return Mixture(alpha, first_pass.strategy, confidence, probabilities)
+        mixed = first_pass.fallback == "mix"
+    return Mixture(probabilities if mixed else alpha, first_pass.strategy, confidence, probabilities)
 
 
 def _reader(library: ExpertLibrary, first_pass: FirstPass) -> Mixture:
-    """The mixture that reads prompts in the first pass: the classifier expert, or the base model."""
+    """Return the mixture that reads prompts: the classifier expert, or the base model."""
     return Mixture({str(library.classifier): 1.0}) if first_pass.strategy == "classifier" else Mixture()
 
 
@@ -438,9 +391,9 @@ def _written(
     first_pass: FirstPass,
     size: int,
 ) -> list[list[float]]:
-    """Let the model write a kind for each prompt, and give it probability 1; without one, all kinds are equal."""
+    """Generate a kind for each prompt, which gets probability 1; if none is readable, all kinds are equal."""
     kinds, rows = _kinds(library), []
-    # not the model's own settings: the first pass neither samples nor searches with beams
+    # The model's own settings may sample or search with beams; the first pass does neither.
     greedy = GenerationConfig(max_new_tokens=LABEL_TOKENS, eos_token_id=tokenizer.eos_token_id)
     chats = [boxed_prompt(_question(tokenizer, prompt), kinds) for prompt in prompts]
     _check_fit(library, tokenizer, chats, LABEL_TOKENS)
@@ -469,14 +422,14 @@ def read_boxed(text: str, names: Sequence[str]) -> str | None:
     return next((name for name in names if name.casefold() == content.casefold()), None)
 
 
-def _check_kinds(library: ExpertLibrary, prompts: Sequence[Prompt], kinds: Sequence[str]) -> list[str]:
-    """Return the names to choose from; a `ValueError` if the kinds aren't one of them for each prompt."""
+def _check_kinds(library: ExpertLibrary, prompts: Sequence[Prompt], kinds: Sequence[str] | None) -> list[str]:
+    """Return the names to choose from; a `ValueError` without prompts, or unless each has one of these kinds."""
     names = [*library.names, OTHER]
-    if not prompts or len(prompts) != len(kinds):
+    if not prompts or (kinds is not None and len(prompts) != len(kinds)):
         raise ValueError(
-            f"Fitting needs prompts with one kind each; got {len(prompts)} prompts and {len(kinds)} kinds."
+            f"Fitting needs prompts with one kind each; got {len(prompts)} prompts and the kinds {kinds}."
         )
-    library.check_experts(set(kinds) - {OTHER})
+    library.check_experts({*(kinds or ())} - {OTHER})
     return names
 
 
@@ -484,10 +437,9 @@ def _question(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
     """Return the text to classify: the last user message, bounded; `""` if it has no token."""
     if not isinstance(prompt, str):
         users = [message for message in prompt if message.get("role") == "user"] or list(prompt)
-        content = users[-1].get("content") or ""
-        prompt = (
-            content if isinstance(content, str) else " ".join(part["text"] for part in content if part.get("text"))
-        )
+        prompt = users[-1].get("content") or ""
+        if not isinstance(prompt, str):
+            prompt = " ".join(part["text"] for part in prompt if part.get("text"))
     ids = tokenizer(prompt, add_special_tokens=False).input_ids
     if len(ids) > QUESTION_TOKENS:
         return tokenizer.decode(ids[:QUESTION_TOKENS], skip_special_tokens=True)

@@ -35,7 +35,7 @@ from .search import Judged
 @dataclass(frozen=True)
 class Weights:
     """
-    How a vector is read as mixture weights: one per expert, or one per expert and block of the model.
+    Reads a vector as mixture weights: one per expert, or one per expert and block of the model.
 
     Args:
         names (`tuple[str, ...]`): The experts.
@@ -65,7 +65,7 @@ class Weights:
         return self.blocks.index(block_of(module)) if self.blocks else 0
 
     def corners(self) -> dict[str, list[float]]:
-        """The base model, as `"other"`, and each expert, as vectors."""
+        """Return the base model, as `"other"`, and each expert as vectors."""
         one_hot = np.tile(np.eye(len(self.names)), max(1, len(self.blocks)))  # (experts, size)
         return {OTHER: [0.0] * self.size, **dict(zip(self.names, one_hot.tolist(), strict=True))}
 
@@ -89,24 +89,16 @@ class Judge:
     other for completions, but only 1.2 times for choices (SmolLM2-135M, two cores).
 
     Args:
-        library ([`ExpertLibrary`]), tokenizer (`PreTrainedTokenizerBase`):
-            The experts, and the base model's tokenizer.
-        weights ([`Weights`]):
-            How a vector is read.
-        examples (`Sequence[Mapping]`):
-            All of one form.
-        task ([`Task`], *optional*):
-            Scores completions.
-        generation (`Mapping`):
-            Arguments of `generate`.
-        batch_size (`int`):
-            Rows per forward or `generate`; a row is one member on one example.
+        library, tokenizer: The experts, and the base model's tokenizer.
+        weights ([`Weights`]): Reads the vectors.
+        examples (`Sequence[Mapping]`): All of one form.
+        task ([`Task`], *optional*): Scores completions.
+        generation (`Mapping`): Arguments of `generate`.
+        batch_size (`int`): Rows per forward or `generate`; a row is one member on one example.
         gradients (`bool`):
             Return the gradients of the log-likelihood too: `z` is linear in the weights, so one backward has them all.
-        seed (`int`):
-            For sampled completions.
-        temperature (`float`):
-            Divides the log-likelihoods of choices before they become probabilities.
+        seed (`int`): For sampled completions.
+        temperature (`float`): Divides the log-likelihoods of choices before they become probabilities.
 
     Attributes:
         settings (`dict`): All arguments but library and tokenizer, for the same judge in another process.
@@ -126,7 +118,7 @@ class Judge:
         self.task = None if self.choices else task
         self.generation, self.batch_size = dict(generation or {}), batch_size
         self.gradients, self.seed, self.temperature = gradients, seed, temperature
-        # examples of similar length share a batch
+        # Sorting makes examples of similar length share a batch.
         self.examples = sorted(examples, key=lambda example: len(str(example["prompt"])))
         self.rows = [answer_row(example) for example in self.examples]
         self._prompt_tokens = [self._count(prompt_text(tokenizer, row["prompt"])) for row in self.rows]
@@ -141,7 +133,7 @@ class Judge:
         if self.task is not None:
             right, more = self._completions(members, self.task)
             tokens += more
-        logp = np.where(np.isnan(logp), -np.inf, logp)  # z-vectors that overflow are worse than any other
+        logp = np.where(np.isnan(logp), -np.inf, logp)  # (an overflow is the worst)
         return Judged(np.stack([right, logp], -1), gradients, tokens, time.perf_counter() - begin)
 
     def _likelihoods(self, members: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -185,10 +177,9 @@ class Judge:
 
     def _batches(self, members: int) -> Iterator[list[tuple[int, int]]]:
         """Yield pairs of member and example; the pairs of one example are neighbours, since their lengths agree."""
-        if self.generation.get("do_sample"):  # rows draw in turn: one member at a time, each from the same seed
+        groups = [[(m, e) for e in range(len(self.rows)) for m in range(members)]]
+        if self.generation.get("do_sample"):  # Rows draw in turn, so each member has the batches to itself.
             groups = [[(m, e) for e in range(len(self.rows))] for m in range(members)]
-        else:
-            groups = [[(m, e) for e in range(len(self.rows)) for m in range(members)]]
         for pairs in groups:
             for start in range(0, len(pairs), self.batch_size):
                 yield pairs[start : start + self.batch_size]
@@ -199,14 +190,11 @@ class Judge:
         count = self.batch_size // together  # examples
         for first in range(0, members, together):
             for start in range(0, len(self.rows), count):
-                yield (
-                    list(range(first, min(first + together, members))),
-                    list(range(start, min(start + count, len(self.rows)))),
-                )
+                yield [*range(members)][first : first + together], [*range(len(self.rows))][start : start + count]
 
     @contextmanager
     def _rowwise(self, vectors: Tensor, places: Sequence[int]) -> Iterator[PeftModel]:
-        """Give part i of the rows of the next forwards the mixture of `vectors[places[i]]`; gradients flow to it."""
+        """Give row i, or part i of the rows, the mixture of `vectors[places[i]]`; gradients flow to it."""
         weights = self.weights.alpha(vectors)[list(places)]  # (rows, blocks or 1, experts)
         with self.library.activate(Mixture()) as model:
             offsets = self.library.mix(self.weights.names, lambda module: weights[:, self.weights.block(module)])
@@ -239,10 +227,8 @@ class RayEvaluator:
             Picklable; returns an object with a `library` and a `tokenizer`, such as `functools.partial(
             Transformer2Model.from_pretrained, "base", ["me/math", "me/code"])`. Its paths must exist on every machine,
             and its experts must be the caller's.
-        workers (`int`):
-            Number of workers.
-        options:
-            Of each Ray actor, such as `num_gpus=1`; by default each has one CPU, and torch as many threads.
+        workers (`int`): Number of workers.
+        options: Of each Ray actor, such as `num_gpus=1`; by default each has one CPU, and torch as many threads.
 
     Raises:
         `ImportError`: without Ray.
@@ -263,7 +249,7 @@ class RayEvaluator:
             raise ValueError("This RayEvaluator has no workers, or was closed: make another one.")
         recipe = self._ray.put((judge.settings, digest_of_experts(judge.library)))
         shares = [share for share in np.array_split(members, len(self._workers)) if len(share)]
-        # there may be fewer members than workers
+        # A population may have fewer members than there are workers.
         jobs = [worker.score.remote(recipe, share) for worker, share in zip(self._workers, shares, strict=False)]
         parts = self._ray.get(jobs)
         return Judged(
@@ -293,13 +279,13 @@ class _Worker:
         self._factory, self._model = factory, None
 
     def score(self, recipe: tuple[dict[str, Any], dict[str, str]], members: np.ndarray) -> Judged:
-        self._model = model = self._model or self._factory()  # not in __init__: its exceptions are raised as they are
+        self._model = model = self._model or self._factory()  # (errors of __init__ would be wrapped)
         settings, digests = recipe
         mine = digest_of_experts(model.library)
-        if odd := [name for name, digest in digests.items() if mine.get(name) != digest]:
+        if differing := [name for name, digest in digests.items() if mine.get(name) != digest]:
             raise ValueError(
-                f"The expert {odd[0]!r} of the search differs in a worker, which has {', '.join(mine)}: give its "
-                "factory the same experts under the same names."
+                f"The expert {differing[0]!r} of the search differs in a worker, which has {', '.join(mine)}: give "
+                "its factory the same experts under the same names."
             )
         return Judge(model.library, model.tokenizer, **settings)(np.array(members))  # Ray's arrays are read-only
 

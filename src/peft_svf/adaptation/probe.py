@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-A linear probe: hidden states of a prompt -> scores of the experts' names. The cheapest first pass, fitted in seconds.
+Features `(prompts, d)`, such as hidden states -> scores of the experts' names: the cheapest first pass.
 
-The input is features `(prompts, d)`. Fitting needs scikit-learn (extra `probe`), scoring only torch.
+Fitting needs scikit-learn (extra `probe`) and takes seconds; scoring needs torch alone.
 """
 
 import json
@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import files
 
 FILES = ("probe.safetensors", "probe.json")
-FOLDS = 5  # of the cross-validation that sets a probe's confidence
+FOLDS = 5  # The cross-validation sets a probe's confidence.
 EXTRA = 'Fitting a probe, a calibration or a temperature needs scikit-learn: pip install "peft-svf[probe]".'
 
 
@@ -46,77 +46,64 @@ class Probe:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        n = len(self.labels)
-        if len(set(self.labels)) != n or self.weight.dim() != 2 or len(self.weight) != n or self.bias.shape != (n,):
+        n, finite = len(self.labels), bool(self.weight.isfinite().all() and self.bias.isfinite().all())
+        shapes = self.weight.dim() == 2 and len(self.weight) == n and self.bias.shape == (n,)
+        if len({*self.labels}) != n or not shapes or not finite:
             raise ValueError(
-                f"A probe has one row of weights and one bias for each of its labels {list(self.labels)}; got shapes "
-                f"{tuple(self.weight.shape)} and {tuple(self.bias.shape)}."
+                f"A probe has finite weights (labels, d) and biases (labels,); got {tuple(self.weight.shape)} and "
+                f"{tuple(self.bias.shape)} for the labels {list(self.labels)}."
             )
-        if not (torch.isfinite(self.weight).all() and torch.isfinite(self.bias).all()):
-            raise ValueError("The weights of a probe must be finite.")
 
     def scores(self, features: Tensor) -> Tensor:
-        """
-        Score features `(prompts, d)`: `(prompts, kinds)`, whose softmax are probabilities.
-
-        Raises:
-            `ValueError`: if the features have another `d`.
-        """
-        if features.shape[-1] != self.weight.shape[1]:
+        """Score features `(prompts, d)` as logits `(prompts, kinds)`; a `ValueError` for another `d`."""
+        if features.shape[-1] != (d := self.weight.shape[1]):
             raise ValueError(
-                f"The probe was fitted to hidden states of {self.weight.shape[1]} numbers, but this model's have "
-                f"{features.shape[-1]}: fit it on this model."
+                f"The probe was fitted to {d} features, but this model has {features.shape[-1]}: refit it."
             )
         return features.float().cpu() @ self.weight.T + self.bias
 
     @classmethod
     def fit(cls, features: Tensor, kinds: Sequence[str], **provenance: Any) -> "Probe":
         """
-        Fit a logistic regression, with a ridge of `|w|² / 2` on standardised features; deterministic.
+        Fit a logistic regression with a ridge of `|w|² / 2` on standardised features; deterministic.
 
-        Its scores are divided by the [`temperature`] of the scores that each prompt has when its fold is left out: on
-        the prompts that it was fitted to, a probe is far too sure.
+        Its scores are divided by the [`temperature`] of held-out scores, each prompt's from the fit without its fold:
+        on the prompts of the fit, a probe is far too sure.
 
         Args:
-            features (`torch.Tensor` of shape `(prompts, d)`):
-                Hidden states.
-            kinds (`Sequence[str]`):
-                The kind of each; two or more kinds with two or more prompts each.
-            provenance:
-                JSON values to keep.
+            features (`torch.Tensor` of shape `(prompts, d)`): Hidden states or log-likelihoods.
+            kinds (`Sequence[str]`): Two or more kinds, each with two or more prompts.
+            provenance: JSON values to keep.
 
         Raises:
-            `ValueError`: for fewer than two kinds, or fewer than two prompts of one.
+            `ValueError`: for fewer kinds or prompts.
             `ImportError`: without scikit-learn.
         """
         labels = tuple(sorted(set(kinds)))
         counts = {label: list(kinds).count(label) for label in labels}
-        if len(features) != len(kinds) or len(labels) < 2 or min(counts.values()) < 2:
-            raise ValueError(
-                f"A probe is fitted to two or more kinds with two or more prompts each; got {counts} for "
-                f"{len(features)} prompts."
-            )
+        if len(labels) < 2 or min(counts.values()) < 2:
+            raise ValueError(f"A probe is fitted to two or more kinds with two or more prompts each; got {counts}.")
         try:
             from sklearn.linear_model import LogisticRegression
             from sklearn.model_selection import StratifiedKFold, cross_val_predict
             from sklearn.preprocessing import StandardScaler
         except ImportError as error:
             raise ImportError(EXTRA) from error
-        raw = features.detach().double().cpu().numpy()  # (prompts, d)
-        scaler = StandardScaler().fit(raw)  # once: a fold of two prompts has no spread to standardise by
-        X = scaler.transform(raw)
+        scaler = StandardScaler()
+        # All folds share one scale, since a fold of two prompts has no spread to standardise by.
+        X = scaler.fit_transform(features.detach().double().cpu().numpy())  # (prompts, d)
         y = np.array([labels.index(kind) for kind in kinds])
         model = LogisticRegression(C=1.0, tol=1e-6, max_iter=10_000)
-        folds = StratifiedKFold(min(FOLDS, *counts.values()))  # so every kind is in every fit
+        folds = StratifiedKFold(min(FOLDS, *counts.values()))  # Every kind is in every fit.
         left_out = cross_val_predict(model, X, y, cv=folds, method="decision_function").reshape(len(X), -1)
         model.fit(X, y)
-        # scikit-learn has one row for two kinds, whose sigmoid is the probability of the second
+        # For two kinds scikit-learn has one row, whose sigmoid is the probability of the second.
         rows = np.eye(len(labels)) if len(labels) > 2 else np.array([[-0.5], [0.5]])
         beta = 1 / temperature(torch.from_numpy(left_out @ rows.T), torch.from_numpy(y))
-        weight = beta * rows @ model.coef_ / scaler.scale_  # the standardisation becomes part of the weights
+        weight = beta * rows @ model.coef_ / scaler.scale_  # The standardisation becomes part of the weights.
         bias = beta * rows @ model.intercept_ - weight @ scaler.mean_
-        kept = {"prompts": len(kinds), **provenance}
-        return cls(labels, torch.from_numpy(weight).float(), torch.from_numpy(bias).float(), kept)
+        facts = {"prompts": len(kinds), **provenance}
+        return cls(labels, torch.from_numpy(weight).float(), torch.from_numpy(bias).float(), facts)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `probe.safetensors` and `probe.json`, both or neither."""
@@ -126,17 +113,9 @@ class Probe:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Probe":
-        """
-        Read a probe that [`Probe.save`] wrote.
-
-        Raises:
-            `FileNotFoundError`: if a file is missing.
-            `ValueError`: if one is damaged.
-        """
+        """Read a probe that [`Probe.save`] wrote; a `ValueError` if a file is damaged."""
         files.settle(folder)
         tensors, facts = (Path(folder) / name for name in FILES)
-        if missing := [path.name for path in (tensors, facts) if not path.exists()]:
-            raise FileNotFoundError(f"{str(folder)!r} holds no probe: {missing[0]} is missing.")
         try:
             content, loaded = files.read_json(facts), safetensors.torch.load(files.read_bytes(tensors))
             return cls(tuple(content["labels"]), loaded["weight"], loaded["bias"], content["provenance"])
@@ -146,19 +125,14 @@ class Probe:
 
 def temperature(scores: Tensor, labels: Tensor) -> float:
     """
-    Find the T that makes the labels likeliest under `softmax(scores / T)`.
+    Find the T between 0.01 and 100 that makes the labels likeliest under `softmax(scores / T)`.
 
     A share of `1 / (N + 2)` of each label is spread over all kinds (the rule of succession, as in Platt scaling):
-    a few prompts that are all scored right don't make it certain.
+    a few prompts that are all scored right don't make it certain. The likelihood is concave in `1 / T`.
 
     Args:
-        scores (`torch.Tensor` of shape `(N, kinds)`):
-            Log-likelihoods or other scores; `-inf` for a kind that isn't a choice.
-        labels (`torch.Tensor` of shape `(N,)`):
-            Place of the right kind.
-
-    Returns:
-        `float` between 0.01 and 100; the likelihood is concave in `1 / T`, so there is one maximum.
+        scores (`torch.Tensor` of shape `(N, kinds)`): Logits; `-inf` for a kind that isn't a choice.
+        labels (`torch.Tensor` of shape `(N,)`): Index of the right kind.
 
     Raises:
         `ImportError`: without scipy, which comes with scikit-learn.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,21 +34,15 @@ class Search:
         method (`str`):
             `"cem"`, the cross-entropy method; `"cma"`, CMA-ES (extra `search`); or `"gradient"`, Adam on the
             log-likelihood of the answers, which climbs from the mean, the base and each expert at once.
-        population, iterations (`int`):
-            Members of a population, and the number of populations. The gradient's members are its starting points.
-        elites (`float`):
-            Share of the population from which `"cem"` draws the next.
-        low, high (`float`):
-            Range of a weight.
-        seed (`int`):
-            The same seed finds the same mixture.
+        population, iterations (`int`): Members of a population (not of `"gradient"`), and number of populations.
+        elites (`float`): Share of the population from which `"cem"` draws the next.
+        low, high (`float`): Range of a weight.
+        seed (`int`): The same seed finds the same mixture.
         max_tokens (`int`, *optional*), max_seconds (`float`, *optional*):
             Budgets, earlier runs of an interrupted search included. The search ends before the population that would
             exceed one, but scores at least one.
-        per_layer (`bool`):
-            One weight per expert and block of the model instead of one per expert.
-        normalize (`bool`):
-            Divide the weights by their sum. By default the base model has what is left of 1.
+        per_layer (`bool`): One weight per expert and block of the model instead of one per expert.
+        normalize (`bool`): Divide the weights by their sum. By default the base model has what is left of 1.
         temperature (`float`):
             Divides the log-likelihoods of choices before they become probabilities. At 1, one sure mistake outweighs
             everything else that a few examples show.
@@ -73,24 +67,20 @@ class Search:
     def __post_init__(self) -> None:
         if self.method not in SEARCHERS:
             raise ValueError(f"There is no search {self.method!r}: choose one of {', '.join(map(repr, SEARCHERS))}.")
-        if self.iterations < 1 or self.population < 2 or not 1 <= self.kept <= self.population:
+        whole = self.iterations >= 1 and self.population >= 2 and 1 <= self.kept <= self.population
+        if not (whole and self.low < self.high and self.temperature > 0):
             raise ValueError(
-                f"A search needs at least 1 iteration, 2 members and 1 elite; got iterations={self.iterations}, "
-                f"population={self.population}, elites={self.elites} (so {self.kept})."
-            )
-        if not self.low < self.high or not self.temperature > 0:
-            raise ValueError(
-                f"A search needs low < high and a temperature above 0; got {self.low}, {self.high} and "
-                f"{self.temperature}."
+                "A search needs at least 1 iteration, 2 members and 1 elite, low < high and a temperature above 0; "
+                f"got {self}."
             )
 
     @property
     def kept(self) -> int:
-        """The number of elites."""
+        """Number of elites."""
         return max(1, int(self.elites * self.population)) if self.elites > 0 else 0
 
     def facts(self, choices: bool) -> dict[str, Any]:
-        """Return the settings that the scores depend on, as JSON values; the temperature is one for choices only."""
+        """Return the settings that the scores depend on, as JSON values; the temperature only matters for choices."""
         free = {"iterations", "max_tokens", "max_seconds"} | (set() if choices else {"temperature"})
         return {key: value for key, value in asdict(self).items() if key not in free}
 
@@ -112,34 +102,21 @@ class Judged(NamedTuple):
 
     @property
     def scores(self) -> list[Score]:
-        """The score of each member, the mean over the examples."""
+        """Score of each member, the mean over the examples."""
         means = np.nan_to_num(self.by_example, nan=-np.inf, posinf=np.inf, neginf=-np.inf).mean(1)
         return [tuple(row) for row in means.tolist()]
-
-
-class Searcher(Protocol):
-    """Draws populations `(members, size)` and learns from their scores; deterministic for a seed."""
-
-    mean: np.ndarray
-
-    def ask(self) -> np.ndarray: ...
-
-    def tell(self, members: np.ndarray, scores: Sequence[Score], gradients: np.ndarray | None = None) -> None: ...
 
 
 class CrossEntropy:
     """
     Draw a population around a mean, and the next around the mean of its elites; the best member is kept.
 
+    A searcher is deterministic for a seed: `ask` draws members `(n, size)` within the box, `tell` learns from their
+    scores, `mean (size,)` is the centre.
+
     Args:
         search ([`Search`]): Its settings.
         starts (`np.ndarray` of shape `(n, size)`): Members of the first population; the first of them is its mean.
-
-    Attributes:
-        mean, std (`np.ndarray` of shape `(size,)`): Where the next population is drawn.
-
-    Raises:
-        `ValueError`: if the starts don't fit into a population.
     """
 
     def __init__(self, search: Search, starts: np.ndarray) -> None:
@@ -155,14 +132,14 @@ class CrossEntropy:
         self._draws = np.random.default_rng(search.seed)
 
     def ask(self) -> np.ndarray:
-        """Draw the next population `(population, size)`: the starts or the best member, then random ones."""
+        """Draw the starts or the best member, then random ones."""
         members = self.mean + self.std * self._draws.standard_normal((self.search.population, len(self.mean)))
         fixed = self._starts if self._best is None else self._best[1][None]
         members[: len(fixed)] = fixed
         return np.clip(members, self.search.low, self.search.high)
 
     def tell(self, members: np.ndarray, scores: Sequence[Score], gradients: np.ndarray | None = None) -> None:
-        """Move to the elites of a population; gradients are ignored."""
+        """Move to the elites."""
         order = sorted(range(len(members)), key=lambda i: scores[i], reverse=True)
         if self._best is None or scores[order[0]] > self._best[0]:
             self._best = scores[order[0]], members[order[0]].copy()
@@ -175,12 +152,7 @@ class CovarianceAdaptation:
     """
     CMA-ES of the library `cma` (extra `search`), which learns from the order of the scores.
 
-    Args:
-        search, starts: As in [`CrossEntropy`]; the starts are scored beside the first population, not learnt from.
-
-    Raises:
-        `ImportError`: without the library.
-        `ValueError`: for vectors of one number.
+    The starts are scored beside the first population, and not learnt from.
     """
 
     def __init__(self, search: Search, starts: np.ndarray) -> None:
@@ -196,14 +168,14 @@ class CovarianceAdaptation:
         options = {
             "popsize": search.population,
             "bounds": [search.low, search.high],
-            "randn": lambda *shape: draws.standard_normal(shape),  # numpy's global state is left alone
-            "seed": np.nan,  # so cma doesn't seed it either
+            "randn": lambda *shape: draws.standard_normal(shape),  # Numpy's global state stays as it is,
+            "seed": np.nan,  # and cma doesn't seed it.
             "verbose": -9,
         }
         self._strategy = cma.CMAEvolutionStrategy(self.mean, (search.high - search.low) / 4, options)
 
     def ask(self) -> np.ndarray:
-        """Draw a population `(population, size)`; the first is followed by the starts."""
+        """Draw a population; the starts follow the first one."""
         return np.concatenate([np.stack(self._strategy.ask()), self._starts])
 
     def tell(self, members: np.ndarray, scores: Sequence[Score], gradients: np.ndarray | None = None) -> None:
@@ -216,12 +188,7 @@ class CovarianceAdaptation:
 
 
 class Ascent:
-    """
-    Gradient ascent by Adam on the last entry of the scores, from all starts at once, within the box.
-
-    Args:
-        search, starts: As in [`CrossEntropy`].
-    """
+    """Gradient ascent by Adam on the last entry of the scores, from all starts at once, within the box."""
 
     def __init__(self, search: Search, starts: np.ndarray) -> None:
         self.search, self._points = search, torch.tensor(starts, dtype=torch.float64).clamp(search.low, search.high)
@@ -229,7 +196,7 @@ class Ascent:
         self.mean = self.ask()[0]
 
     def ask(self) -> np.ndarray:
-        """Return where the climbs stand, `(starts, size)`."""
+        """Return the points reached, `(starts, size)`."""
         return self._points.numpy().copy()
 
     def tell(self, members: np.ndarray, scores: Sequence[Score], gradients: np.ndarray | None = None) -> None:
@@ -242,11 +209,8 @@ class Ascent:
         self.mean = self.ask()[max(range(len(scores)), key=lambda i: scores[i])]
 
 
-SEARCHERS: dict[str, Callable[[Search, np.ndarray], Searcher]] = {
-    "cem": CrossEntropy,
-    "cma": CovarianceAdaptation,
-    "gradient": Ascent,
-}
+Searcher = CrossEntropy | CovarianceAdaptation | Ascent
+SEARCHERS: dict[str, type[Searcher]] = {"cem": CrossEntropy, "cma": CovarianceAdaptation, "gradient": Ascent}
 
 
 @dataclass
@@ -255,11 +219,11 @@ class Found:
     The state of a search.
 
     Args:
-        best (`np.ndarray` of shape `(size,)`): The best member so far; the first of equal ones.
-        score (`tuple[float, ...]`): Its score.
-        history (`list[dict]`): Per population the best score so far, the mean score, and the centre of the next.
+        best (`np.ndarray` of shape `(size,)`): The best member so far, the first of equals.
         members (`np.ndarray` of shape `(n, size)`): All members so far.
         by_example (`np.ndarray` of shape `(n, examples, entries)`): Their scores.
+        score (`tuple[float, ...]`): The score of the best.
+        history (`list[dict]`): Per population the best score so far, the mean score, and the centre of the next.
         tokens (`int`), seconds (`float`): The cost so far, interrupted runs included.
         stopped (`str`): The budget that ended the search early, or `""`.
     """
@@ -288,19 +252,14 @@ def maximise(
     Search until the iterations or a budget are used up.
 
     Args:
-        search ([`Search`]), starts (`np.ndarray` of shape `(n, size)`):
-            As in [`CrossEntropy`].
-        judge (`Callable`):
-            Members `(n, size)` -> [`Judged`].
+        search, starts: As in [`CrossEntropy`].
+        judge (`Callable`): Members `(n, size)` -> [`Judged`].
         state (`str` or path, *optional*):
             File with the scores so far, replaced as a whole after each population. The searcher draws again what it
             drew before an interruption, and these scores are used in place of the judge's.
-        settings (`Mapping`, *optional*):
-            JSON values that the scores depend on; a state file with others is refused.
-        reserve (`float`):
-            Members of a population whose cost the budgets must also hold, for a check of the result.
-        on_iteration (`Callable`, *optional*):
-            Called after each population.
+        settings (`Mapping`, *optional*): JSON values that the scores depend on; a state file with others is refused.
+        reserve (`float`): Members of a population whose cost the budgets must also hold, for a check of the result.
+        on_iteration (`Callable`, *optional*): Called after each population.
 
     Raises:
         `ValueError`: if the state file is damaged or belongs to another search.
@@ -320,18 +279,18 @@ def maximise(
             if state is not None:
                 files.write(state, json.dumps({"settings": settings, "populations": past}, default=np.ndarray.tolist))
         if past[iteration]["digest"] != digest:
-            raise ValueError(_other_search(state, ["the numbers drawn"]))
-        _take_in(found, members, past[iteration], searcher)
+            raise _other_search(state, ["the numbers drawn"])
+        _record(found, members, past[iteration], searcher)
         if on_iteration is not None:
             on_iteration(found)
     return found
 
 
-def _take_in(found: Found, members: np.ndarray, entry: Mapping[str, Any], searcher: Searcher) -> None:
-    """Add the scores of a population to what was found, and let the searcher learn from them."""
+def _record(found: Found, members: np.ndarray, entry: Mapping[str, Any], searcher: Searcher) -> None:
+    """Add the scores of a population to the state of the search, and move the searcher."""
     by_example = np.asarray(entry["by_example"], float)
     scores = Judged(by_example).scores
-    top = max(range(len(scores)), key=lambda i: scores[i])  # the first of equal ones
+    top = max(range(len(scores)), key=lambda i: scores[i])  # (first of equals)
     if not found.score or scores[top] > found.score:
         found.best, found.score = members[top].copy(), scores[top]
     searcher.tell(members, scores, None if entry["gradients"] is None else np.asarray(entry["gradients"], float))
@@ -346,15 +305,15 @@ def _take_in(found: Found, members: np.ndarray, entry: Mapping[str, Any], search
 def _exceeded(search: Search, found: Found, last: Mapping[str, Any], reserve: float) -> str:
     """Name the budget that one more population like the last, and the reserve, would exceed; `""` if none."""
     more = 1 + reserve / len(last["by_example"])
-    if search.max_tokens is not None and found.tokens + more * last["tokens"] > search.max_tokens:
-        return "max_tokens"
-    if search.max_seconds is not None and found.seconds + more * last["seconds"] > search.max_seconds:
-        return "max_seconds"
+    for budget in ("tokens", "seconds"):
+        limit = getattr(search, f"max_{budget}")
+        if limit is not None and getattr(found, budget) + more * last[budget] > limit:
+            return f"max_{budget}"
     return ""
 
 
 def _read(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Read the populations of a state file; none if there is no file."""
+    """Read the populations of a state file; a missing file has none."""
     if not path.exists():
         return []
     try:
@@ -363,13 +322,13 @@ def _read(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
         past = [{key: entry[key] for key in keys} for entry in content["populations"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"The search state {path} can't be read ({error!r}): delete it to start over.") from error
-    if odd := [key for key in sorted({*saved, *settings}) if saved.get(key) != settings.get(key)]:
-        raise ValueError(_other_search(path, odd))
+    if differing := [key for key in sorted({*saved, *settings}) if saved.get(key) != settings.get(key)]:
+        raise _other_search(path, differing)
     return past
 
 
-def _other_search(path: Any, odd: Sequence[str]) -> str:
-    return (
-        f"The search state {path} belongs to another search ({', '.join(odd)} differ): delete it, or pass the "
+def _other_search(path: Any, differing: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"The search state {path} belongs to another search ({', '.join(differing)} differ): delete it, or pass the "
         "settings, examples and experts of that search."
     )

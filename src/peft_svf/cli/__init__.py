@@ -23,7 +23,6 @@ from .factor import factor
 from .inspect import inspect
 from .train import HELP, train
 
-MANY = ("--experts", "--mixture", "--target-modules")  # options that take several values in a row
 UsageError: Any = typer.BadParameter.__mro__[1]  # typer exports only subclasses of it
 
 app = typer.Typer(
@@ -53,9 +52,9 @@ def _options(
 def _verb(name: str, run: Callable[..., Any], **settings: Any) -> None:
     @wraps(run)
     def work(*args: Any, **kwargs: Any) -> Any:
-        from .. import _load
+        from .._registration import register
 
-        _load()
+        register()
         try:
             return run(*args, **kwargs)
         except KeyboardInterrupt as stop:
@@ -84,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         `int`: exit code; 0, 1 after an error, 2 if the command line itself is wrong, 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    arguments = _click_form(argv) or ["--help"]
+    arguments = argv or ["--help"]
     verb = next((part for part in arguments if not part.startswith("-")), "")
     try:
         return typer.main.get_command(app).main(arguments, "peft-svf", standalone_mode=False, obj=argv) or 0
@@ -92,38 +91,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         ours = isinstance(error, typer.BadParameter) and error.param is None  # raised by a verb
         message = error.message if ours else error.format_message()
         context = error.ctx.command_path if error.ctx else f"peft-svf {verb}"
-        print(f"{context}: error: {_line(message)}", file=sys.stderr)
-        return 2
+        return _fail(f"{context}: error: {message}", 2)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if "--debug" in arguments:
             raise
-        print(f"peft-svf {verb}: error: {_line(error)}", file=sys.stderr)
-        return 1
+        return _fail(f"peft-svf {verb}: error: {error or type(error).__name__}", 1)
 
 
-def _click_form(argv: Sequence[str]) -> list[str]:
-    """
-    Rewrite what click cannot read: `--experts a b` (to `--experts a --experts b`), `--resume` without a value, and
-    `--debug` after the verb.
-    """
-    arguments: list[str] = []
-    option, count = "", 0
-    for place, part in enumerate(argv):
-        if part == "--":
-            return [*arguments, *argv[place:]]
-        if part.startswith("--"):
-            option, count = part, 0
-        elif option in MANY:
-            arguments += [option] if count else []
-            count += 1
-        if part == "--debug" and "--debug" not in arguments:
-            arguments.insert(0, part)
-            continue
-        arguments.append(part)
-        if part == "--resume" and (argv[place + 1 : place + 2] or ["--"])[0].startswith("--"):
-            arguments.append("last")
-    return arguments
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _fail(message: str, code: int) -> int:
+    """Print a message on one line; return the exit code."""
+    print(" ".join(message.split()), file=sys.stderr)
+    return code

@@ -57,7 +57,7 @@ def short(text: str, width: int) -> str:
 
 
 def new_path(path: Path, option: str = "--out") -> Path:
-    """Raise a `FileExistsError` for a path that exists, before anything is computed: no run overwrites another's."""
+    """Refuse a path that exists, before anything is computed: no run overwrites another's."""
     if path.exists():
         raise FileExistsError(f"{path} exists already: name another place by {option}.")
     return path
@@ -78,13 +78,4 @@ def save_figure(path: Path, panels: "Sequence[Callable[[Axes], None]]", rows: in
 
 def command(arguments: Sequence[str]) -> str:
     """Write a command as a shell reads it, without secrets."""
-    parts, option = ["peft-svf"], ""
-    for part in arguments:
-        name, equals, value = part.partition("=")
-        if part.startswith("--") and equals:
-            part = f"{name}={'...' if files.SECRET_NAME.search(name) else files.without_secrets(value)}"
-        elif not part.startswith("--"):
-            part = "..." if files.SECRET_NAME.search(option) else files.without_secrets(part)
-        parts.append(part)
-        option = name if part.startswith("--") and not equals else ""
-    return shlex.join(parts)
+    return files.without_secrets(shlex.join(["peft-svf", *arguments]))

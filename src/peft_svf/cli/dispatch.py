@@ -2,7 +2,7 @@
 """`dispatch`: prompts -> which expert the first pass chooses for each. Also the first pass that `eval` measures."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,7 +46,7 @@ def dispatch(
     if not prompts and not file:
         raise typer.BadParameter("There are no prompts: name some, or a file of them by --file.")
     choice = Choice(strategy, classifier, probe, calibration, fit, threshold, fallback, soft, read, temperature)
-    choice = choice.checked("prompt")
+    choice = choice.resolved("prompt")
     rows = read_examples(file) if file else []
     asked = [*(prompts or []), *(row["prompt"] for row in rows)]
     two_pass = load_experts(experts, model, revision, dtype, classifier)
@@ -90,23 +90,16 @@ class Choice:
     read: str | None = None
     temperature: float | None = None
 
-    @property
-    def options(self) -> list[str]:
-        """The options that were set, as they are written."""
-        return [f"--{name}" for name, value in asdict(self).items() if value != getattr(Choice, name)]
-
-    def checked(self, default: str | None = None) -> "Choice":
-        """Choose the strategy that the other options name, or the default; raise a usage error if they disagree."""
+    def resolved(self, default: str | None = None) -> "Choice":
+        """Choose the strategy: the one set, the one that another option implies, or the default."""
         strategy = self.strategy or ("classifier" if self.classifier else "probe" if self.probe else default)
+        if self != Choice():
+            strategy = strategy or "prompt"
         for option, source in {"classifier": self.classifier, "probe": self.probe}.items():
             if source and strategy != option:
                 raise typer.BadParameter(f"--{option} goes with --strategy {option}, not with {strategy}.")
-        if strategy == "classifier" and not self.classifier:
-            raise typer.BadParameter("--strategy classifier needs a classifier: name it by --classifier.")
-        if strategy == "probe" and not (self.probe or self.fit):
-            raise typer.BadParameter("--strategy probe needs one: name it by --probe, or fit one by --fit.")
-        if self.fit and self.temperature is not None and strategy != "probe" and not self.calibration:
-            raise typer.BadParameter("--fit finds the temperature: leave --temperature out.")
+            if strategy == option and not source and not (self.fit and option == "probe"):
+                raise typer.BadParameter(f"--strategy {option} needs a {option}: name it by --{option}.")
         if self.fit:
             for option, folder in {"--probe": self.probe, "--calibration": self.calibration}.items():
                 new_path(folder, option) if folder else None
@@ -124,21 +117,21 @@ class Choice:
             return FirstPass(**settings)
         rows = read_examples(self.fit, "expert")
         prompts, kinds = [row["prompt"] for row in rows], [row["expert"] for row in rows]
+        data: Any = (model.library, model.tokenizer, prompts, kinds)
         if self.strategy == "probe":
-            probe = fit_probe(model.library, model.tokenizer, prompts, kinds, batch_size)
-            _save(probe, self.probe, "probe", len(rows))
-            return FirstPass(**settings, probe=probe)
+            settings["probe"] = _saved(fit_probe(*data, batch_size), self.probe)
+            return FirstPass(**settings)
         first_pass = FirstPass(**settings)
         if self.calibration:
-            calibration = fit_calibration(model.library, model.tokenizer, prompts, kinds, first_pass, batch_size)
-            _save(calibration, self.calibration, "calibration", len(rows))
-            return replace(first_pass, calibration=calibration)
-        temperature = fit_temperature(model.library, model.tokenizer, prompts, kinds, first_pass, batch_size)
+            fitted = _saved(fit_calibration(*data, first_pass, batch_size), self.calibration)
+            return replace(first_pass, calibration=fitted)
+        temperature = fit_temperature(*data, first_pass, batch_size)
         print(f"temperature fitted to {len(rows)} prompts: {temperature:.3f}")
         return replace(first_pass, temperature=temperature)
 
 
-def _save(fitted: "Probe", folder: Path | None, what: str, count: int) -> None:
+def _saved(fitted: "Probe", folder: Path | None) -> "Probe":
     if folder:
         fitted.save(folder)
-        print(f"Wrote {folder}: a {what} fitted to {count} prompts")
+        print(f"Wrote {folder}")
+    return fitted

@@ -18,7 +18,8 @@ def factor(
     revision: options.Revision = None,
     dtype: options.Dtype = "auto",
     target_modules: Annotated[
-        list[str] | None, options.option("Names or all-linear. Default: the MLP weights.", metavar="NAME...")
+        list[str] | None,
+        options.option("Name, once per kind, or all-linear. Default: the MLP weights.", metavar="NAME"),
     ] = None,
 ) -> None:
     """

@@ -18,7 +18,9 @@ search = partial(option, panel="Search")
 weight = partial(option, panel="Weights")
 
 Task = Annotated[str, option("Name of a benchmark, or a JSONL file or folder of your own.")]
-Experts = Annotated[list[str], option("Folders or Hub repositories; NAME=EXPERT renames.", metavar="EXPERT...")]
+Experts = Annotated[
+    list[str], option("Folder or Hub repository, once per expert; NAME=EXPERT renames.", metavar="EXPERT")
+]
 Model = Annotated[str | None, option("Base model: folder or Hub repository. Default: the experts' base.")]
 Revision = Annotated[str | None, option("Branch, tag or commit of the base model.")]
 Dtype = Annotated[
@@ -28,7 +30,8 @@ BatchSize = Annotated[int, option("Rows per forward.", min=1)]
 Plot = Annotated[Path | None, option("Draw it, too. Needs peft-svf\\[demo].", metavar="PNG")]
 
 Strategy = Annotated[
-    Literal["prompt", "classifier", "probe"] | None, first_pass("Default: what --classifier or --probe is for.")
+    Literal["prompt", "classifier", "probe"] | None,
+    first_pass("Default: what --classifier or --probe is for, else prompt."),
 ]
 Classifier = Annotated[str | None, first_pass("Expert trained to name the kind of a prompt.", metavar="EXPERT")]
 Probe = Annotated[Path | None, first_pass("Saved probe; with --fit, its place.", metavar="FOLDER")]

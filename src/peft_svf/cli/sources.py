@@ -26,6 +26,14 @@ def find_task(name: str) -> "Task":
     return jsonl_task(name) if own else get_task(name)
 
 
+def rows_of(task: "Task", split: str, form: str, limit: int | None, seed: int = 0) -> "list[dict[str, Any]]":
+    """Make the rows of a split; refuse a split without any."""
+    rows = task.rows(split, form, limit=limit, seed=seed)
+    if not rows:
+        raise ValueError(f"Task {task.name!r} has no {split} rows in the {form} form.")
+    return rows
+
+
 def load_model(
     name: str,
     revision: str | None = None,
@@ -35,13 +43,7 @@ def load_model(
     device: "torch.device | None" = None,
     trust: bool = False,
 ) -> "tuple[PreTrainedModel, Reader]":
-    """
-    Load a base model and its reader onto a device, by default the accelerator if there is one.
-
-    Raises:
-        `OSError`: if there is no such model.
-        `ValueError`: for `images`, if the model doesn't see.
-    """
+    """Load a base model and its reader, by default onto the accelerator; for `images`, the model has to see."""
     import torch
     from transformers import ProcessorMixin
 
@@ -49,12 +51,7 @@ def load_model(
 
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    try:
-        model, reader = load_model(name, dtype=dtype, revision=revision, trust_remote_code=trust)
-    except OSError as error:
-        if os.path.isdir(name):
-            raise
-        raise OSError(f"There is no folder {name!r}, and the Hub has no such model: {error}") from error
+    model, reader = load_model(name, dtype=dtype, revision=revision, trust_remote_code=trust)
     if images and not isinstance(reader, ProcessorMixin):
         raise ValueError(f"These rows have images, but {name} doesn't see: name a vision-language model.")
     return model.to(device), reader
@@ -106,17 +103,7 @@ def read_mixture(entries: Sequence[str]) -> "Mixture":
 
 
 def read_examples(path: Path, *texts: str) -> list[dict[str, Any]]:
-    """
-    Read rows, one JSON object a line; a prompt that is a text becomes a user's turn.
-
-    Args:
-        path (`Path`): The file.
-        texts (`str`): Fields that each row needs as a text, besides what [`rows.check`] needs.
-
-    Raises:
-        `OSError`: if the file can't be read.
-        `ValueError`: if it has no row, or a line isn't one; the message has its number.
-    """
+    """Read rows of JSON lines, each with the fields `texts`; a prompt that is a text becomes a user's turn."""
     from ..rows import check
     from ..tasks.task import read_lines, user_turn
 
@@ -137,7 +124,7 @@ def read_examples(path: Path, *texts: str) -> list[dict[str, Any]]:
 
 
 def weights_of(model: "PreTrainedModel", svf: "SVFConfig") -> list[tuple[str, int, int, int]]:
-    """Name the weights that a config targets, with their two sizes and numbers of multipliers; factors nothing."""
+    """List name, both sizes and number of multipliers of the weights that a config targets; factors nothing."""
     from dataclasses import replace
 
     import torch

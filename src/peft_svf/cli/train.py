@@ -7,10 +7,9 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -18,7 +17,7 @@ import typer
 
 from .console import INTERRUPTED, command, interval, show_table, size
 from .options import option
-from .sources import find_task, load_model, weights_of
+from .sources import find_task, load_model, rows_of, weights_of
 from .train_config import PARTS, Settings, read_settings, svf_config
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ HELP = "\n".join(
         "- `max_steps`, `learning_rate`, `seed`, `eval_strategy`, `save_steps`, `load_best_model_at_end`, "
         "`early_stopping_patience`, `report_to`, and the other fields of TRL's GRPOConfig (`num_generations`, ...); "
         "with `algorithm: evolution` of transformers' TrainingArguments (and `population`, `sigma`, `shaping`).\n",
-        "Several devices: `torchrun --nproc_per_node 2 -m peft_svf train CONFIG.yaml`.",
+        "Several devices: `torchrun --nproc_per_node 2 -m peft_svf.cli train CONFIG.yaml`.",
     ]
 )
 
@@ -55,9 +54,7 @@ def train(
     dry_run: Annotated[
         bool, option("Show data, prompt, cost and the base's success; train nothing.", "--dry-run")
     ] = False,
-    resume: Annotated[
-        str | None, option("Go on from a checkpoint. Default: output_dir's newest.", metavar="[CHECKPOINT]")
-    ] = None,
+    resume: Annotated[bool, option("Go on from output_dir's newest checkpoint.", "--resume")] = False,
 ) -> int:
     """
     Train an expert from a YAML file, test it, write its card.
@@ -71,7 +68,7 @@ def train(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     source, args = settings.model, settings.training
-    checkpoint = _checkpoint(resume or args.resume_from_checkpoint, args, dry_run)
+    checkpoint = _checkpoint("true" if resume else args.resume_from_checkpoint, args, dry_run)
     task = find_task(settings.script.task)
     rows = _rows(task, settings)
     images = any(map(has_image, rows["train"]))
@@ -107,13 +104,8 @@ def _run(
     from ..training.result import write_expert
 
     if trainer.is_fsdp_enabled:
-        raise ValueError(
-            "peft-svf train tests and saves in one process, which FSDP doesn't allow: use DDP, or a script with "
-            "ReinforceTrainer."
-        )
-    args, state = trainer.args, trainer.state
-    _show_progress(trainer)
-    start = time.perf_counter()
+        raise ValueError("peft-svf train tests in one process: with FSDP, use a script with ReinforceTrainer.")
+    args, start = trainer.args, time.perf_counter()
     with _stopping(trainer) as stopped:
         trainer.train(resume_from_checkpoint=checkpoint)
     seconds, state = time.perf_counter() - start, trainer.state
@@ -141,14 +133,14 @@ def _run(
     return INTERRUPTED if interrupted else 0
 
 
-def _checkpoint(wanted: str | None, config: Config, dry_run: bool) -> str | None:
+def _checkpoint(chosen: str | None, config: Config, dry_run: bool) -> str | None:
     """Find the checkpoint to go on from; refuse a folder that holds another run."""
     from ..training.result import RESULT_NAME
     from ..training.run import ended, last_checkpoint
 
     folder = Path(config.output_dir)
-    if wanted and wanted.lower() != "false":  # as a YAML file has it
-        checkpoint = last_checkpoint(folder) if wanted.lower() in ("last", "true") else Path(wanted)
+    if chosen and chosen.lower() != "false":  # as a YAML file has it
+        checkpoint = last_checkpoint(folder) if chosen.lower() == "true" else Path(chosen)
         finished = ended(checkpoint, config)  # also refuses what isn't a checkpoint
         if finished and (folder / RESULT_NAME).exists():
             raise ValueError(finished)
@@ -164,66 +156,44 @@ def _checkpoint(wanted: str | None, config: Config, dry_run: bool) -> str | None
 def _rows(task: "Task", settings: Settings) -> "dict[str, list[dict[str, Any]]]":
     """Make the rows of the splits that a run needs; its seed shuffles the training rows."""
     script, config = settings.script, settings.training
-    form = script.form or task.forms[0]
-    limits = {"train": script.train_rows, "validation": script.eval_rows, "test": script.test_rows}
-    if config.eval_strategy == "no":
-        del limits["validation"]
-    rows = {}
-    for split, limit in limits.items():
-        rows[split] = task.rows(split, form, limit=limit, seed=config.seed if split == "train" else 0)
-        if not rows[split]:
-            raise ValueError(f"Task {task.name!r} has no {split} rows in the {form} form.")
-    return rows
+    form, limits = script.form or task.forms[0], {"train": script.train_rows, "test": script.test_rows}
+    if config.eval_strategy != "no":
+        limits["validation"] = script.eval_rows
+    return {
+        split: rows_of(task, split, form, limit, config.seed if split == "train" else 0)
+        for split, limit in limits.items()
+    }
 
 
 def _check_rows(model: "PreTrainedModel", reader: "Reader", task: "Task", rows: Rows, config: Config) -> None:
-    """Raise a `ValueError` for rows that would end a run hours later: too few for a step, or too long."""
+    """Refuse rows that would end a run hours later: too few for a step, or too long, test rows among them."""
     from ..evaluation import context_of, row_lengths
 
     if check := getattr(config, "check_rows", None):
         check(len(rows["train"]))
     if (limit := context_of(model)) is None:
         return
-    choices = "choices" in rows["train"][0]
-    named = [(task.place(split, row), row) for split, some in rows.items() for row in some]
-    lengths = row_lengths(reader, [row for _, row in named])
-    length, place = max(zip(lengths, (place for place, _ in named), strict=True))
-    what = "its prompt and longest choice" if choices else "its prompt alone"
-    if length + (not choices) > limit:  # at least one token to answer
-        raise ValueError(
-            f"{place}: {what} are {length} tokens, but the model's context is {limit}. Shorten or drop such rows."
-        )
-    total = length + (0 if choices else config.max_completion_length)
-    if total > limit and config.process_index == 0:
-        what = f"its prompt and max_completion_length={config.max_completion_length} are {total} tokens"
-        print(
-            f"Warning: {place}: {what}, and the model's context is {limit}. Lower max_completion_length.",
-            file=sys.stderr,
-        )
+    answer = 0 if "choices" in rows["train"][0] else 1  # at least one token is written
+    for split, some in rows.items():
+        for row, length in zip(some, row_lengths(reader, some), strict=True):
+            if length + answer > limit:
+                what = "its prompt alone is" if answer else "its prompt and longest choice are"
+                raise ValueError(
+                    f"{task.place(split, row)}: {what} {length} tokens, but the model's context is {limit}. Shorten "
+                    "or drop such rows."
+                )
 
 
-def table_of(task: "Task", split: str, rows: "Sequence[Row]") -> Any:
-    """
-    Make a `datasets.Dataset` of a split's rows; if some chats have parts, all get them.
-
-    Raises:
-        `ValueError`: if a field has different types in different rows.
-    """
+def table_of(rows: "Sequence[Row]") -> Any:
+    """Make a `datasets.Dataset` of rows; if some chats have parts, all get them, as a column has one type."""
     from datasets import Dataset, Image
 
     from ..rows import in_parts
 
-    rows = list(map(dict, rows))
     chats = [row["prompt"] for row in rows if not isinstance(row["prompt"], str)]
-    if len({type(message.get("content")) for chat in chats for message in chat} - {type(None)}) > 1:
+    if any(isinstance(message.get("content"), list) for chat in chats for message in chat):
         rows = [{**row, "prompt": in_parts(row)} for row in rows]
-    try:
-        table = Dataset.from_list(rows)
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"The {split} rows of task {task.name!r} don't fit in a table, in which a field has one type in all rows: "
-            f"{error}."
-        ) from error
+    table = Dataset.from_list(list(map(dict, rows)))
     return table.cast_column("image", Image()) if "image" in table.column_names else table  # decoded on access
 
 
@@ -240,44 +210,13 @@ def make_trainer(
     if isinstance(config, EvolutionConfig):
         settings["processing_class"] = tokenizer_of(reader)
         return EvolutionTrainer(model, task.reward, config, train, validation, **settings)
-    validation = validation and table_of(task, "validation", validation)
-    table = table_of(task, "train", train)
-    return ReinforceTrainer(model, task.reward, config, table, eval_dataset=validation, **settings)
-
-
-def _show_progress(trainer: Trainer) -> None:
-    """Print a short line instead of transformers' dict of thirty numbers, which loggers still get."""
-    from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-
-    labels = {"eval_reward": "validation reward", "reward": "reward", "reward_best": "best member"}
-    labels |= {"entropy": "entropy", "kl": "KL", "z/mean_distance_from_1": "mean |z-1|"}
-
-    def show(state: Any, logs: Mapping[str, Any], write: Callable[[str], None]) -> None:
-        parts = [f"{label} {logs[key]:.4g}" for key, label in labels.items() if key in logs]
-        if parts and state.is_world_process_zero:
-            write(f"step {state.global_step:>4}  " + "  ".join(parts))
-
-    class Bar(ProgressCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if self.training_bar is not None:
-                show(state, logs or {}, self.training_bar.write)
-
-    class Lines(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            show(state, logs or {}, partial(print, flush=True))  # a pipe shows each line at once
-
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(Lines() if trainer.args.disable_tqdm else Bar())
+    validation = validation and table_of(validation)
+    return ReinforceTrainer(model, task.reward, config, table_of(train), eval_dataset=validation, **settings)
 
 
 @contextmanager
 def _stopping(trainer: Trainer) -> Iterator[list[int]]:
-    """
-    Let Ctrl-C finish the step and save a checkpoint; the second Ctrl-C ends at once.
-
-    Yields a list that holds the signal once it came. A checkpoint in the middle of a step couldn't be resumed exactly.
-    """
+    """Let Ctrl-C finish the step, because no checkpoint inside one resumes exactly; yields the signals received."""
     from transformers import TrainerCallback
 
     caught: list[int] = []
@@ -330,9 +269,8 @@ def _show_cost(model: "PreTrainedModel", reader: "Reader", rows: Rows, config: C
     answers = getattr(config, "population", None) or config.num_generations
     questions = config.train_batch_size * config.gradient_accumulation_steps * config.world_size  # of evolution
     questions = getattr(config, "generation_batch_size", questions * answers) // answers
-    steps = config.max_steps
-    if steps <= 0:
-        steps = math.ceil(config.num_train_epochs * max(1, len(rows["train"]) // questions))
+    epochs = math.ceil(config.num_train_epochs * max(1, len(rows["train"]) // questions))
+    steps = config.max_steps if config.max_steps > 0 else epochs
     some = rows["train"][:100]
     tokens = sum(row_lengths(reader, some)) / len(some)
     tokens += 0 if "choices" in some[0] else config.max_completion_length

@@ -10,6 +10,7 @@ The file follows TRL: one flat mapping for all classes, `env` for environment va
 import difflib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_type_hints
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from ..training.reinforce import ReinforceConfig
     from ..tuner.config import SVFConfig
 
-LIMIT = 1 << 20  # bytes of a settings file
 OTHER_NAMES = {"lr": "learning_rate", "batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs"}
 OTHER_NAMES |= {"model": "model_name_or_path", "steps": "max_steps", "dataset": "task", "out": "output_dir"}
 
@@ -139,13 +139,12 @@ def _read_yaml(path: str) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):  # a few lines of aliases can expand to gigabytes
-                raise yaml.YAMLError("aliases (*name) aren't read; write the value out")
-            return super().compose_node(parent, index)
+        """Reads 1e-5 as a number, which YAML 1.1 takes for a text."""
 
+    number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, "-+0123456789")
     try:
-        content = yaml.load(files.read_text(path, LIMIT), Loader)
+        content = yaml.load(files.read_text(path), Loader)
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no settings file '{path}'.") from None
     except (yaml.YAMLError, RecursionError) as error:
@@ -166,22 +165,9 @@ def _as_arguments(parser: Any, key: str, value: Any, hint: str) -> list[str]:
     if isinstance(value, list) and value and action.nargs == "+":
         return [f"--{key}", *map(str, value)]
     if value is None or isinstance(value, (list, dict)):
-        if text := _number_as_text(value):
-            raise ValueError(f"'{key}' contains {text!r}, which YAML reads as a text: write it as {float(text)!r}")
         action.default, action.required = value, False
         return []
     return [f"--{key}={'no' if value is False and 'bool' not in hint else value}"]  # YAML reads `no` as false
-
-
-def _number_as_text(value: Any) -> str | None:
-    """Find a text that is a number, such as 1e-5, at any depth."""
-    if isinstance(value, (list, dict)):
-        inner = map(_number_as_text, value.values() if isinstance(value, dict) else value)
-        return next(filter(None, inner), None)
-    try:
-        return value if isinstance(value, str) and float(value) is not None else None
-    except ValueError:
-        return None
 
 
 def _unknown(key: str, known: Mapping[str, str], others: set[str]) -> str:

@@ -344,7 +344,7 @@ def _combined(terms: Sequence[tuple[float, Expert]]) -> Expert:
     saved = [{module: Fingerprint.from_json(entry) for module, entry in entries.items()} for entries in prints]
     here = last.base_model or last.name
     check(saved[0], saved[1], absent=[], adapter=first.name, here=here, there=first.base_model)
-    ranks = [expert.config.get("rank") for expert in experts]
+    ranks: list[Any] = [expert.config.get("rank") for expert in experts]
     rank = None if None in ranks else max(ranks)
     offsets = _summed([(weight, expert.offsets) for weight, expert in terms])
     parameters = [set(expert.config.get("target_parameters") or ()) for expert in (first, last)]
@@ -380,7 +380,7 @@ def _padded(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_weight(name: str, weight: Any) -> None:
-    if not isinstance(weight, Real) or not abs(weight) <= LARGEST:  # NaN compares as false
+    if not isinstance(weight, Real) or not abs(float(weight)) <= LARGEST:  # NaN compares as false
         raise ValueError(
             f"The mixture weight of {name!r} must be a finite number, at most {LARGEST:g} in size; got {weight!r}."
         )

@@ -183,7 +183,7 @@ def expert_card(
         weights=len(offsets),
         rank=config.get("rank"),
         others=sum(tensor.numel() for tensor in others.values()),
-        training={key: value for key, value in files.public(training or {}).items() if value is not None},
+        training={key: files.public(str(value)) for key, value in (training or {}).items() if value is not None},
         results=_table([_result_row(row) for row in results]),
         z=_table(_z_rows(offsets)),
     )

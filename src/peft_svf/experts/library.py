@@ -441,9 +441,12 @@ def _own(model: PreTrainedModel | PeftModel) -> list[Expert]:
         paths = {weight: path for path, weight in _weights_in(model, config.to_dict()).items()}
         layers = {layer.weight_name(path): layer for path, layer in svf_layers(model).items()}
         layers = {module: layer for module, layer in layers.items() if name in layer.svf_offset}
-        values = {module: layer.svf_offset[name].weight.detach() for module, layer in layers.items()}
-        offsets = {paths.get(module, module): z.float().cpu().clone() for module, z in values.items()}
-        prints = {m: layer.svf_fingerprint.to_json() for m, layer in layers.items() if layer.svf_fingerprint}
+        holders: dict[str, Any] = {
+            paths.get(module, module): layer.svf_offset[name] for module, layer in layers.items()
+        }
+        offsets = {path: holder.weight.detach().float().cpu().clone() for path, holder in holders.items()}
+        known = {module: layer.svf_fingerprint for module, layer in layers.items()}
+        prints = {module: entry.to_json() for module, entry in known.items() if entry is not None}
         base = config.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", None)
         facts = {"fingerprint": prints or None, "base_model_name_or_path": base}
         experts.append(Expert(name, offsets, config.to_dict() | facts))
@@ -453,7 +456,7 @@ def _own(model: PreTrainedModel | PeftModel) -> list[Expert]:
 def _weights_in(model: torch.nn.Module, config: Mapping[str, Any]) -> dict[str, str]:
     """Map the names of an expert's stacked offsets to the parameters: PEFT wraps them in order, the last outermost."""
     targets = tuple(f".{target}" for target in config.get("target_parameters") or ())
-    names = {}
+    names: dict[str, str] = {}
     for path, module in (model.get_base_model() if isinstance(model, PeftModel) else model).named_modules():
         if targets and not isinstance(module, BaseTunerLayer):
             path = path.replace(".base_layer", "")

@@ -83,9 +83,17 @@ def transfer_expert(
             offsets[module], cosines[module] = _aligned(offset, old, new)
         else:
             offsets[module] = offset[torch.randperm(len(offset), generator=draws)] if mode == "shuffled" else offset
-    details = {"shuffled": {"seed": seed}, "aligned": {"matching": "assignment", "mean_abs_cosine": cosines}}
-    provenance = {"transfer": mode, "expert": expert.name, "from": expert.base_model, "to": _name(target)}
-    before = {"before": expert.provenance} if expert.provenance else {}
+    details: dict[str, dict[str, Any]] = {
+        "shuffled": {"seed": seed},
+        "aligned": {"matching": "assignment", "mean_abs_cosine": cosines},
+    }
+    provenance: dict[str, Any] = {
+        "transfer": mode,
+        "expert": expert.name,
+        "from": expert.base_model,
+        "to": _name(target),
+    }
+    provenance |= details.get(mode, {}) | ({"before": expert.provenance} if expert.provenance else {})
     # a config has one rank, so every vector that is shorter than its weight allows gets the length of the longest
     rank = max(map(len, offsets.values()))
     directions = {module: len(theirs[module][0].S) for module in offsets}
@@ -95,7 +103,7 @@ def transfer_expert(
         "fingerprint": {module: theirs[module][1].to_json() for module in offsets},
     }  # fmt: skip
     padded = {module: F.pad(offset, (0, sizes[module] - len(offset))) for module, offset in offsets.items()}
-    return Expert(name or expert.name, padded, config, provenance | details.get(mode, {}) | before)
+    return Expert(name or expert.name, padded, config, provenance)
 
 
 def match(similarity: Tensor) -> Tensor:

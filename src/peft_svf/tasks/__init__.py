@@ -2,8 +2,8 @@
 """
 Benchmarks by name: `get_task("arc_easy").rows("train")`; one's own from a JSONL: `jsonl_task("mine.jsonl")`.
 
-One benchmark a file, each opening with an example prompt, an answer and its reward; `task` holds what all share,
-`word_problem`, `program` and `vqa` what those of a kind share. Another package adds tasks by an entry point of the
+One benchmark a file, each opening with an example prompt, an answer and its reward; `task` is the base of all,
+`word_problem`, `program` and `vqa` are the bases of their kinds. Another package adds tasks by an entry point of the
 group `peft_svf.tasks`, whose name is the task's and whose object is a [`Task`] or a subclass of it.
 """
 
@@ -26,17 +26,8 @@ GROUP = "peft_svf.tasks"
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        ArcEasy(),
-        ArcChallenge(),
-        Gsm8k(),
-        Svamp(),
-        Math(),
-        Mbpp(),
-        MbppPro(),
-        HumanEval(),
-        TextVqa(),
-        OkVqa(),
-        Dispatch(),
+        *(ArcEasy(), ArcChallenge(), Gsm8k(), Svamp(), Math()),
+        *(Mbpp(), MbppPro(), HumanEval(), TextVqa(), OkVqa(), Dispatch()),
     )
 }
 
@@ -49,14 +40,14 @@ def get_task(name: str) -> Task:
         `ValueError`: if no task has that name, with those that exist, or if an entry point gives something else.
     """
     if name not in TASKS:
-        found = list(entry_points(group=GROUP, name=name))
-        if not found:
+        points = list(entry_points(group=GROUP, name=name))
+        if not points:
             raise ValueError(f"There is no task '{name}'; there are {', '.join(task_names())}.")
-        task = found[0].load()
+        task = points[0].load()
         task = task() if isinstance(task, type) else task
         if not isinstance(task, Task) or task.name != name:
             raise ValueError(
-                f"The entry point '{name}' of the group '{GROUP}' gives {task!r} ({found[0].value}); expected a Task "
+                f"The entry point '{name}' of the group '{GROUP}' gives {task!r} ({points[0].value}); expected a Task "
                 f"or a subclass of it, with the name '{name}'."
             )
         register_task(task)
@@ -67,24 +58,20 @@ def register_task(task: Task) -> Task:
     """
     Make a task known by its name to [`get_task`], and so to evaluation, adaptation and the command line.
 
-    Args:
-        task ([`Task`]): A task of one's own; the same object may be registered again.
-
     Returns:
-        The task.
+        The task, which may be registered again.
 
     Raises:
         `ValueError`: if another task has that name.
     """
-    taken = TASKS.get(task.name, task)
+    taken = TASKS.setdefault(task.name, task)
     if taken is not task:
         raise ValueError(f"The name '{task.name}' is taken by {taken!r}. Give the task another `name`.")
-    TASKS[task.name] = task
     return task
 
 
 def task_names() -> list[str]:
-    """List the names that [`get_task`] knows, those of entry points too, which it doesn't load for that."""
+    """List the names that [`get_task`] finds; the tasks of entry points aren't loaded for it."""
     return sorted({*TASKS, *(point.name for point in entry_points(group=GROUP))})
 
 

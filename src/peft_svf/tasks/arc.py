@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .task import SPLITS, HubSource, Record, Task, plain, user_turn
+from .task import SPLITS, HubSource, Record, Task, plain
 
 LETTERS = "ABCDE"
 _STATED = re.compile(  # "(a)" is a letter, "a plant" is not
@@ -31,10 +31,6 @@ class Arc(Task):
 
     kind = "reasoning"
 
-    def question(self, raw: Record, choices: Sequence[str]) -> str:
-        """Return the bare question: the options are scored as answers, so they need not be read."""
-        return raw["question"]
-
     def options(self, raw: Record, pool: Sequence[Record], rng: random.Random) -> tuple[str, list[str]] | None:
         """Return the record's own options; a record that prints one option twice has no single right text."""
         texts = raw["choices"]
@@ -47,13 +43,7 @@ class Arc(Task):
         """Ask for the letter at the end of a free answer."""
         listed = "\n".join(f"({letter}) {text}" for letter, text in zip(LETTERS, raw["choices"], strict=False))
         text = f"{raw['question']}\n{listed}\nEnd with: The answer is (X)."
-        return {
-            "prompt": user_turn(text),
-            "answer": LETTERS[raw["answer"]],
-            "options": list(raw["choices"]),
-            "id": str(raw["id"]),
-            "task": self.name,
-        }
+        return self.ask(raw, text, answer=LETTERS[raw["answer"]], options=list(raw["choices"]))
 
     def score(self, completion: str, row: Mapping[str, Any]) -> float:
         """Compare the last stated letter; without one a leading letter, or the option's text standing alone."""
@@ -71,13 +61,9 @@ class Arc(Task):
 
     def from_hub(self, record: Record) -> Record:
         """Turn the answer key, a letter or a digit, into an index and the options into a list of texts."""
-        options = record["choices"]
-        return {
-            "id": record["id"],
-            "question": record["question"],
-            "choices": list(options["text"]),
-            "answer": list(options["label"]).index(record["answerKey"]),
-        }
+        texts, labels = record["choices"]["text"], list(record["choices"]["label"])
+        answer = labels.index(record["answerKey"])
+        return {"id": record["id"], "question": record["question"], "choices": list(texts), "answer": answer}
 
 
 class ArcEasy(Arc):

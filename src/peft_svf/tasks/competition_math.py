@@ -11,7 +11,7 @@ MATH: competition problems whose answer is a formula.
 
 In the generated form formulas are compared by value with `math-verify` (extra `eval`), in the main thread, as it
 limits its time by a signal. In the choice form the wrong answers are those of other problems of the split in the same
-shape, digit for digit, drawn as often as they occur: length tells nothing, the most frequent answer little. Answers
+shape, digit for digit, drawn as often as they occur, so that length and frequency give little away. Answers
 whose shape occurs less than four times are in the generated form only.
 
 Splits: test is MATH-500 (Lightman et al. 2023, arXiv 2305.20050). The 4500 problems of the published test set outside
@@ -22,18 +22,17 @@ Source: MATH (Hendrycks et al. 2021, arXiv 2103.03874). Licence: MIT.
 
 import functools
 import hashlib
-import os
 import random
 import re
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .task import HubSource, Record, Task, user_turn
+from .task import Folder, HubSource, Record, Task
 
 LONGEST = 400  # characters of a formula that is compared; the longest published answer has 159
 SECONDS = 3  # for reading or comparing one formula
-# spellings that print alike: they must not tell two answers of one shape apart
+# spellings that print alike, which must not distinguish two answers of one shape
 _SPELLINGS = {r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\left": "", r"\right": "", r"\!": "", r"\,": "", " ": ""}
 
 
@@ -47,8 +46,8 @@ class Math(Task):
     files: Mapping[str, str] = {"train": "test", "validation": "test", "test": "math500"}
     hub = HubSource("nlile/hendrycks-MATH-benchmark", None, {"test": "train", "math500": "test"})
 
-    def load(self, split: str, folder: str | os.PathLike[str] | None = None) -> list[Record]:
-        """Load a split; the others need MATH-500 at hand, too, as their file holds its problems."""
+    def load(self, split: str, folder: Folder = None) -> list[Record]:
+        """Load a split; train and validation need MATH-500 at hand, too, as their file holds its problems."""
         if split in self.files:
             self._records("test", folder)
         return super().load(split, folder)
@@ -59,8 +58,8 @@ class Math(Task):
             return records
         # on the Hub the published train set lies in the same file
         records = [record for record in records if not str(record.get("unique_id", "")).startswith("train/")]
-        wanted = split == "validation"
-        return [record for record in records if (int(record["id"].rsplit("-", 1)[1], 16) % 10 == 0) == wanted]
+        validation = split == "validation"
+        return [record for record in records if (int(record["id"].rsplit("-", 1)[1], 16) % 10 == 0) == validation]
 
     def identify(self, record: Record, place: str) -> str:
         """Return a hash of the problem: the same in either file and on the Hub."""
@@ -80,12 +79,8 @@ class Math(Task):
 
     def row(self, raw: Record) -> Record:
         """Ask for a solution with the answer in a box."""
-        return {
-            "prompt": user_turn(f"{raw['problem']}\nThink step by step and put the answer into \\boxed{{}}."),
-            "answer": raw["answer"],
-            "id": str(raw["id"]),
-            "task": self.name,
-        }
+        text = f"{raw['problem']}\nThink step by step and put the answer into \\boxed{{}}."
+        return self.ask(raw, text, answer=raw["answer"])
 
     def score(self, completion: str, row: Mapping[str, Any]) -> float:
         """Compare the last boxed formula, without a box the last formula, by value; the bare answer is right, too."""
@@ -115,11 +110,7 @@ def boxed(text: str) -> list[str]:
 
 def same_value(text: str, solution: str) -> bool:
     """
-    Return whether two texts end in formulas of the same value.
-
-    Args:
-        text (`str`): What a model wrote.
-        solution (`str`): A text with the right formula, in a box or between dollar signs.
+    Return whether a completion and a solution, a formula in a box or between dollar signs, end in the same value.
 
     Raises:
         `ImportError`: if `math-verify` isn't installed.
@@ -137,8 +128,8 @@ def same_value(text: str, solution: str) -> bool:
             "Task 'math' checks generated answers in the main thread only: `math-verify` stops a formula that takes "
             f"more than {SECONDS} s by a signal. Score completions there, or use the choice form."
         )
-    wanted, found = (parse(given, parsing_timeout=SECONDS) for given in (solution, text))
-    return bool(wanted and found and verify(wanted, found, timeout_seconds=SECONDS))
+    right, answer = (parse(formula, parsing_timeout=SECONDS) for formula in (solution, text))
+    return bool(right and answer and verify(right, answer, timeout_seconds=SECONDS))
 
 
 @functools.lru_cache(maxsize=8192)

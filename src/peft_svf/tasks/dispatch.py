@@ -28,7 +28,7 @@ from .arc import ArcChallenge, ArcEasy
 from .gsm8k import Gsm8k
 from .mbpp import Mbpp
 from .svamp import Svamp
-from .task import DATA_VARIABLE, Chat, Record, Task, shuffled, user_turn
+from .task import DATA_VARIABLE, Chat, Folder, Record, Task, shuffled, user_turn
 
 KINDS: dict[str, str] = {
     "code": "a program to write",
@@ -50,7 +50,7 @@ def dispatch_prompt(question: str, descriptions: Mapping[str, str] | None = None
 
     Args:
         question (`str`):
-            What the user wants.
+            The user's request.
         descriptions (mapping `str -> str`, *optional*):
             The kinds to choose from, each with a few words on it, which may be empty. The default is [`KINDS`].
 
@@ -68,14 +68,7 @@ def everyday_requests(split: str, count: int) -> list[str]:
     Draw different requests that aren't code, maths or science, the same for every call.
 
     `everyday.json` has templates with slots, and fillers for the slots. No split shares any with another, so a
-    classifier cannot know a held-out request by heart.
-
-    Args:
-        split (`str`): "train", "validation" or "test".
-        count (`int`): Number of requests; each template is used about equally often.
-
-    Returns:
-        `list` of `str`, no two the same; fewer than `count` only if the templates allow no more.
+    classifier cannot know a held-out request by heart. There are fewer than `count` if the templates allow no more.
     """
     rng, source = random.Random(f"everyday:{split}"), everyday()[split]
     requests: dict[str, None] = {}
@@ -99,49 +92,31 @@ class Dispatch(Task):
     kind = "dispatch"
     description = "naming the kind of a question: code, math, reasoning or other"
 
-    def _records(self, split: str, folder: str | os.PathLike[str] | None) -> list[Record]:
+    def _records(self, split: str, folder: Folder) -> list[Record]:
         """Read a split from its file, or build it from the other tasks; see [`Task.load`] for where these lie."""
         place = folder or os.environ.get(DATA_VARIABLE)
         if place and any((Path(place) / self.name).glob(f"{split}.jsonl*")):
             return super()._records(split, folder)
-        wanted = PER_KIND[split]
         records: list[Record] = []
         for kind, sources in SOURCES.items():
             for source in sources:
-                records += self._sample(source, kind, split, folder, wanted // len(sources))
-        for number, text in enumerate(everyday_requests(split, wanted)):
+                for raw in shuffled(source.load(split, folder), self.name)[: PER_KIND[split] // len(sources)]:
+                    text = raw["text"] if kind == "code" else raw["question"]
+                    records.append({"id": f"dispatch-{source.name}-{raw['id']}", "question": text, "kind": kind})
+        for number, text in enumerate(everyday_requests(split, PER_KIND[split])):
             records.append({"id": f"dispatch-other-{split}-{number}", "question": text, "kind": "other"})
         return records
 
     def choice_row(self, raw: Record, pool: Sequence[Record] = (), seed: int = 0) -> Record:
         """Make a row of the choice form; the choices stand in one order, as each is right equally often."""
-        return {
-            "prompt": dispatch_prompt(raw["question"]),
-            "choices": list(KINDS),
-            "label": list(KINDS).index(raw["kind"]),
-            "id": str(raw["id"]),
-            "task": self.name,
-        }
+        label = list(KINDS).index(raw["kind"])
+        return self.ask(raw, dispatch_prompt(raw["question"]), choices=list(KINDS), label=label)
 
     def row(self, raw: Record) -> Record:
         """Make a row of the generated form, with the same prompt."""
-        prompt = dispatch_prompt(raw["question"])
-        return {"prompt": prompt, "answer": raw["kind"], "id": str(raw["id"]), "task": self.name}
+        return self.ask(raw, dispatch_prompt(raw["question"]), answer=raw["kind"])
 
     def score(self, completion: str, row: Mapping[str, Any]) -> float:
         """Compare the first kind that the completion names."""
         named = re.search(rf"\b({'|'.join(KINDS)})\b", completion.lower())
         return float(named is not None and named[1] == row["answer"])
-
-    def _sample(
-        self, source: Task, kind: str, split: str, folder: str | os.PathLike[str] | None, count: int
-    ) -> list[Record]:
-        raws = shuffled(source.load(split, folder), "dispatch")[:count]
-        return [
-            {
-                "id": f"dispatch-{source.name}-{raw['id']}",
-                "question": raw["text"] if kind == "code" else raw["question"],
-                "kind": kind,
-            }
-            for raw in raws
-        ]

@@ -45,11 +45,9 @@ class Gsm8k(WordProblem):
         annotations = re.findall(r"<<([^<>=]*)=([^<>=]*)>>", raw["answer"])
         if not annotations or numbers_in(annotations[-1][1]) != [self.answer(raw)]:
             return None
-        found = re.fullmatch(r"([\d.]+)([-+*/])([\d.]+)", annotations[-1][0].replace(" ", ""))
-        if found is None:
-            return None
+        parts = re.fullmatch(r"([\d.]+)([-+*/])([\d.]+)", annotations[-1][0].replace(" ", ""))
         steps = [value for _, result in annotations[:-1] for value in numbers_in(result)]
-        return steps, (Fraction(found[1]), found[2], Fraction(found[3]))
+        return (steps, (Fraction(parts[1]), parts[2], Fraction(parts[3]))) if parts else None
 
     def cut(self, split: str, records: list[Record]) -> list[Record]:
         """Deal the rows of the train file in turn to train and validation."""

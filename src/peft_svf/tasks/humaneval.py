@@ -28,7 +28,7 @@ from typing import Any
 
 from .program import ENTRY, HELPER, CodeTask, code_block
 from .sandbox import run_python
-from .task import HubSource, Record, user_turn
+from .task import HubSource, Record
 
 
 class HumanEval(CodeTask):
@@ -58,14 +58,8 @@ class HumanEval(CodeTask):
     def row(self, raw: Record) -> Record:
         """Ask for the whole function in a code block."""
         text = f"Complete the function. Answer with one Python code block.\n```python\n{raw['prompt'].strip()}\n```"
-        return {
-            "prompt": user_turn(text),
-            "answer": raw["prompt"] + raw["canonical_solution"],
-            "tests": [raw["test"], f"check({raw['entry_point']})"],
-            "start": raw["prompt"],
-            "id": str(raw["id"]),
-            "task": self.name,
-        }
+        answer, tests = raw["prompt"] + raw["canonical_solution"], [raw["test"], f"check({raw['entry_point']})"]
+        return self.ask(raw, text, answer=answer, tests=tests, start=raw["prompt"])
 
     def score(self, completion: str, row: Mapping[str, Any]) -> float:
         """Run prompt and code block together: a function in the block takes the place of the one in the prompt."""

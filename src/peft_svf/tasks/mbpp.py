@@ -22,7 +22,7 @@ Source: MBPP (Austin et al. 2021, arXiv 2108.07732). Licence: CC BY 4.0.
 from collections.abc import Sequence
 
 from .program import ENTRY, CodeTask, entry_of
-from .task import SPLITS, HubSource, Record, plain, user_turn
+from .task import SPLITS, HubSource, Record, plain
 
 
 class Mbpp(CodeTask):
@@ -51,12 +51,6 @@ class Mbpp(CodeTask):
 
     def row(self, raw: Record) -> Record:
         """Ask for a code block, with the asserts as examples: they fix the function's name and its arguments."""
-        asserts = "\n".join(raw["test_list"])
-        return {
-            "prompt": user_turn(f"{raw['text']}\nIt must pass:\n{asserts}\nAnswer with one Python code block."),
-            "answer": raw["code"].replace("\r\n", "\n"),
-            "tests": list(raw["test_list"]),
-            "setup": raw.get("test_setup_code") or "",
-            "id": str(raw["id"]),
-            "task": self.name,
-        }
+        tests, setup = list(raw["test_list"]), raw.get("test_setup_code") or ""
+        text = "\n".join([raw["text"], "It must pass:", *tests, "Answer with one Python code block."])
+        return self.ask(raw, text, answer=raw["code"].replace("\r\n", "\n"), tests=tests, setup=setup)

@@ -25,9 +25,10 @@ There is one split, test. Source: MBPP-Pro (Yu et al. 2024, arXiv 2412.21199). L
 import ast
 import re
 from collections.abc import Mapping, Sequence
+from itertools import compress
 
 from .program import ENTRY, HELPER, CodeTask, entry_of
-from .task import HubSource, Record, user_turn
+from .task import HubSource, Record
 
 FROM_MBPP_TEST = 231  # ids below are of MBPP's task_ids 2 to 510, those from here on of 511 and above
 TWINS = (57, 191)  # these two are worded like MBPP's task_ids 569, of validation, and 928, of train
@@ -44,15 +45,15 @@ class MbppPro(CodeTask):
     def cut(self, split: str, records: list[Record]) -> list[Record]:
         """Leave out the problems that are built on MBPP's validation and train splits."""
         numbers = [int(record["id"].rsplit("-", 1)[1]) for record in records]
-        seen = [number >= FROM_MBPP_TEST or number in TWINS for number in numbers]
-        return [record for record, was_seen in zip(records, seen, strict=True) if not was_seen]
+        unseen = [number < FROM_MBPP_TEST and number not in TWINS for number in numbers]
+        return list(compress(records, unseen))
 
     def identify(self, record: Record, place: str) -> str:
         """Return the published id, "mbpp_pro-12"."""
         return f"{self.name}-{record['id']}"
 
     def question(self, raw: Record, choices: Sequence[str]) -> str:
-        """Return the second problem's text, which stands in comments above its signature."""
+        """Return the second problem's text, the comments above its signature."""
         lines = [line.lstrip("# ") for line in raw["new_problem"].splitlines() if line.startswith("#")]
         text = " ".join(filter(None, lines))
         first, second = _names(raw)
@@ -72,13 +73,9 @@ class MbppPro(CodeTask):
             "Write both functions; the second is to call the first. Answer with one Python code block that has both."
             f"\n```python\n{problems}\n```"
         )
-        return {
-            "prompt": user_turn(text),
-            "answer": f"{raw['raw_problem']}{raw['raw_solution']}\n\n{raw['new_problem']}{raw['new_solution']}",
-            "tests": [ast.unparse(statement) for statement in ast.parse(raw["test_code"]).body],
-            "id": str(raw["id"]),
-            "task": self.name,
-        }
+        answer = f"{raw['raw_problem']}{raw['raw_solution']}\n\n{raw['new_problem']}{raw['new_solution']}"
+        tests = [ast.unparse(statement) for statement in ast.parse(raw["test_code"]).body]
+        return self.ask(raw, text, answer=answer, tests=tests)
 
 
 def _names(raw: Record) -> tuple[str | None, str | None]:

@@ -16,15 +16,28 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ..rows import Row, check
-from .task import FORMS, SPLITS, Record, Task, plain, read_lines, user_turn
+from .task import FORMS, SPLITS, Folder, Record, Task, plain, read_lines, user_turn
 from .word_problem import final_number
 
-TAKEN = {"completions", "prompts", "self"}  # of the arguments of `Task.reward`
+TAKEN = {"completions", "prompts", "self"}  # arguments of a reward function, so no fields
 SHARES = {"test": 20, "validation": 10}  # percent of a single file; the rest is train
+
+
+class Line(NamedTuple):
+    """A line of a file."""
+
+    record: Record
+    place: str  # file and number
+
+    @property
+    def item(self) -> str:
+        """The prompt, but for case and spaces."""
+        return plain("\n".join(str(message["content"]) for message in user_turn(self.record["prompt"])))
 
 
 def jsonl_task(
@@ -39,7 +52,7 @@ def jsonl_task(
 
     Args:
         source (`str` or path):
-            A `.jsonl` or `.jsonl.gz` file, or a folder with `train`, `validation` and `test` ones, of which some may
+            A `.jsonl` or `.jsonl.gz` file, or a folder with `train`, `validation` and `test` ones, and some may
             be missing. A line has `prompt` (a text or a chat) and either `answer` (a text or a number) or `choices`
             (two or more different texts) with `label` (the index of the right one); `id` is optional and occurs once
             in a file, and all other fields stay in the rows. All lines of a source are of one sort.
@@ -57,7 +70,7 @@ def jsonl_task(
         [`Task`], which [`register_task`] makes known by its name.
 
     Raises:
-        `FileNotFoundError`: if there is no such file, or none in the folder.
+        `FileNotFoundError`: if the file doesn't exist, or the folder has none.
         `ValueError`: if a line breaks these rules, with file, line and what was expected.
     """
     path = Path(source)
@@ -65,54 +78,46 @@ def jsonl_task(
     return _JsonlTask(path, name or stem, kind, description or f"rows of {path.name}", score or same_answer)
 
 
-class _Line(Record):
-    """A record with its file and line."""
-
-    place = ""
-
-
 class _JsonlTask(Task):
     """Rows of a file or a folder; records are the lines, each with an id."""
 
     def __init__(self, path: Path, name: str, kind: str, description: str, score: Callable[[str, Row], float]) -> None:
         self.name, self.kind, self.description, self._score = name, kind, description, score
-        self._records_of = _read_splits(path)
-        self.files = {split: split for split in SPLITS if split in self._records_of}
-        for split, records in self._records_of.items():
-            for index, record in enumerate(records):
-                id = record.get("id")
-                record["id"] = f"{name}-{split}-{index}" if id is None else str(id)
-        self._places = {(split, record["id"]): record.place for split in self.files for record in self._lines(split)}
-        sorts = {"choices" in record for split in self.files for record in self._lines(split)}
+        splits = _read_splits(path)
+        self._lines: dict[str, dict[str, Line]] = {}  # split -> id -> line
+        for split, lines in splits.items():
+            for index, line in enumerate(lines):
+                id = line.record.get("id")
+                line.record["id"] = f"{name}-{split}-{index}" if id is None else str(id)
+            self._lines[split] = {line.record["id"]: line for line in lines}
+        self.files = {split: split for split in splits}
+        sorts = {"choices" in line.record for lines in splits.values() for line in lines}
         if len(sorts) > 1:
             raise ValueError(f"'{path}' has lines with 'choices' and lines with 'answer'. Make two sources of them.")
         self.forms = FORMS if sorts == {True} else ("generate",)
 
-    def _lines(self, split: str) -> list[_Line]:
-        return self._records_of[split]
-
-    def _records(self, split: str, folder: str | os.PathLike[str] | None) -> list[Record]:
-        return [dict(record) for record in self._lines(split)]
+    def _records(self, split: str, folder: Folder) -> list[Record]:
+        return [dict(line.record) for line in self._lines[split].values()]
 
     def place(self, split: str, row: Row) -> str:
         """Return the file and line of a row."""
-        return self._places[split, row["id"]]
+        return self._lines[split][row["id"]].place
 
     def row(self, raw: Record) -> Record:
         """Return the line with its prompt as a chat and its right choice, if it has choices, as the answer."""
         extra = {field: value for field, value in raw.items() if field not in ("choices", "label")}
         answer = raw["choices"][raw["label"]] if "choices" in raw else raw["answer"]
-        return {**extra, "prompt": user_turn(raw["prompt"]), "answer": str(answer), "task": self.name}
+        return extra | self.ask(raw, raw["prompt"], answer=str(answer))
 
     def choice_row(self, raw: Record, pool: Sequence[Record] = (), seed: int = 0) -> Record | None:
         """Return the line with its choices in an order that the seed fixes."""
         order = list(range(len(raw["choices"])))
         random.Random(f"{self.name}:{raw['id']}:{seed}").shuffle(order)
-        choices, label = [raw["choices"][index] for index in order], order.index(raw["label"])
-        return {**raw, "prompt": user_turn(raw["prompt"]), "choices": choices, "label": label, "task": self.name}
+        choices = [raw["choices"][index] for index in order]
+        return raw | self.ask(raw, raw["prompt"], choices=choices, label=order.index(raw["label"]))
 
     def score(self, completion: str, row: Row) -> float:
-        """Grade by the given function, else by number or by text."""
+        """Grade by the function that [`jsonl_task`] got, else by number or by text."""
         return float(self._score(completion, row))
 
 
@@ -124,7 +129,7 @@ def same_answer(completion: str, row: Row) -> float:
     return float(plain(completion).rstrip(".") == plain(answer).rstrip("."))
 
 
-def _read_splits(path: Path) -> dict[str, list[_Line]]:
+def _read_splits(path: Path) -> dict[str, list[Line]]:
     if path.is_file():
         return _cut(path, _read(path))
     if not path.is_dir():
@@ -134,62 +139,54 @@ def _read_splits(path: Path) -> dict[str, list[_Line]]:
     splits = {split: _read(file) for split, file in files.items() if file is not None}
     if not splits:
         raise FileNotFoundError(f"'{path}' has none of train.jsonl, validation.jsonl, test.jsonl (or .jsonl.gz).")
-    _refuse_leaks(path, splits)
+    tested = {line.item for line in splits.get("test", ())}
+    for split in (name for name in splits if name != "test"):
+        if shared := [line for line in splits[split] if line.item in tested]:
+            raise ValueError(
+                f"'{path}': {len(shared)} prompts of {split} are also in test, such as "
+                f"{shared[0].record['prompt']!r:.80}. Take them out of one of the files."
+            )
     return splits
 
 
-def _read(path: Path) -> list[_Line]:
-    records: list[_Line] = []
-    lines: dict[str, int] = {}  # by id
+def _read(path: Path) -> list[Line]:
+    lines: list[Line] = []
+    numbers: dict[str, int] = {}  # by id
     for number, text in read_lines(path):
-        where = f"'{path}', line {number}"
+        place = f"'{path}', line {number}"
         try:
             record = json.loads(text, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON: {error}.") from None
-        check(record, where, answered=True)
+            raise ValueError(f"{place}: not JSON: {error}.") from None
+        check(record, place, answered=True)
         if taken := sorted(TAKEN & record.keys()):
-            raise ValueError(f"{where}: a field cannot be called {taken[0]!r}: rewards have an argument of this name.")
-        if record.get("id") is not None and (first := lines.setdefault(str(record["id"]), number)) != number:
-            raise ValueError(f"{where}: its id {str(record['id'])!r} is also that of line {first}: make them differ.")
-        records.append(_Line(record))
-        records[-1].place = where
-    if not records:
+            raise ValueError(f"{place}: a field cannot be called {taken[0]!r}: rewards have an argument of this name.")
+        id = record.get("id")
+        if id is not None and (first := numbers.setdefault(str(id), number)) != number:
+            raise ValueError(f"{place}: its id {str(id)!r} is also that of line {first}: make them differ.")
+        lines.append(Line(record, place))
+    if not lines:
         raise ValueError(f"'{path}' has no lines.")
-    return records
+    return lines
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} isn't a number")
 
 
-def _cut(path: Path, records: list[_Line]) -> dict[str, list[_Line]]:
+def _cut(path: Path, lines: list[Line]) -> dict[str, list[Line]]:
     """Deal the lines of one file by hashes of their prompts, so that equal prompts stay together."""
-    splits: dict[str, list[_Line]] = {split: [] for split in SPLITS}
-    held_out = SHARES["test"] + SHARES["validation"]
-    for record in records:
-        share = int(hashlib.sha256(_key(record).encode()).hexdigest(), 16) % 100
-        splits["test" if share < SHARES["test"] else "validation" if share < held_out else "train"].append(record)
-    if empty := [split for split, dealt in splits.items() if not dealt]:
+    splits: dict[str, list[Line]] = {split: [] for split in SPLITS}
+    for line in lines:
+        share = int(hashlib.sha256(line.item.encode()).hexdigest(), 16) % 100
+        test, held_out = SHARES["test"], SHARES["test"] + SHARES["validation"]
+        splits["test" if share < test else "validation" if share < held_out else "train"].append(line)
+    if empty := [split for split, part in splits.items() if not part]:
         raise ValueError(
-            f"'{path}' has {len(records)} lines, too few to cut: nothing falls to {' and '.join(empty)}. Add lines, "
+            f"'{path}' has {len(lines)} lines, too few to cut: nothing falls to {' and '.join(empty)}. Add lines, "
             "or make a folder of train.jsonl, validation.jsonl and test.jsonl."
         )
     return splits
-
-
-def _refuse_leaks(path: Path, splits: Mapping[str, list[_Line]]) -> None:
-    tested = {_key(record) for record in splits.get("test", ())}
-    for split in ("train", "validation"):
-        if shared := [record for record in splits.get(split, ()) if _key(record) in tested]:
-            raise ValueError(
-                f"'{path}': {len(shared)} prompts of {split} are also in test, such as {shared[0]['prompt']!r:.80}. "
-                "Take them out of one of the files."
-            )
-
-
-def _key(record: Record) -> str:
-    return plain("\n".join(str(message["content"]) for message in user_turn(record["prompt"])))
 
 
 def _is_number(text: str) -> bool:

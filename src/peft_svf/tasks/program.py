@@ -45,8 +45,9 @@ class CodeTask(Task):
             # itself settles ties, so that the order of the file plays no part
             return abs(len(code) - len(right)) + 10 * abs(code.count("\n") - right.count("\n")), code
 
-        below = sorted((code for code in others if len(code) <= len(right)), key=distance)[:8]
-        above = sorted((code for code in others if len(code) > len(right)), key=distance)[:8]
+        ranked = sorted(others, key=distance)
+        below = [code for code in ranked if len(code) <= len(right)][:8]
+        above = [code for code in ranked if len(code) > len(right)][:8]
         if len(below) + len(above) < 3:
             return None
         # the rank among the four lengths is drawn first, as no rank may be the better guess
@@ -55,22 +56,20 @@ class CodeTask(Task):
 
     def program(self, raw: Record) -> str | None:
         """Print a record's program in one style under neutral names; `None` if it's too long or isn't Python 3."""
-        found = self.source(raw)
-        if found is None:
-            return None
-        text = printed_program(found[0], tuple(found[1].items()))
-        return text if text is not None and len(text) <= self.max_characters else None
+        source = self.source(raw)
+        text = source and printed_program(source[0], tuple(source[1].items()))
+        return text if text and len(text) <= self.max_characters else None
 
     def score(self, completion: str, row: Mapping[str, Any]) -> float:
-        """Run the first code block, or the whole text where there is none, against the asserts in the sandbox."""
+        """Run the first code block, or the whole text if it has none, against the asserts in the sandbox."""
         asserts = [*filter(None, [row.get("setup")]), *row["tests"]]
         return float(run_python(code_block(completion), asserts).ok)
 
 
 def code_block(text: str) -> str:
     """Return the content of the first fenced block, or the whole text."""
-    found = _BLOCK.search(text)
-    return found.group(1) if found else text
+    block = _BLOCK.search(text)
+    return block[1] if block else text
 
 
 @functools.lru_cache(maxsize=4096)
@@ -83,16 +82,7 @@ def entry_of(code: str, tests: str) -> str | None:
 
 @functools.lru_cache(maxsize=4096)
 def printed_program(code: str, names: tuple[tuple[str, str], ...]) -> str | None:
-    """
-    Print a program in one style: no comment, no docstring, no annotation, and neutral names.
-
-    Args:
-        code (`str`): The program.
-        names (`tuple` of pairs): Names to replace, each with its replacement.
-
-    Returns:
-        `str`, or `None` if it isn't Python 3.
-    """
+    """Print a program without comments, docstrings and annotations, its names replaced; `None` if not Python 3."""
     tree = _parsed(code)
     if tree is None:
         return None

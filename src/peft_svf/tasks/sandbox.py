@@ -93,8 +93,7 @@ class SandboxResult:
 
     Attributes:
         ok (`bool`): The code ran to its end, and every assert passed.
-        stdout (`str`): What it printed, cut at the limit.
-        stderr (`str`): The same for errors.
+        stdout, stderr (`str`): Its output, cut at the limit.
         reason (`str`): Why it isn't ok; empty if it is.
         closed (`tuple[str, ...]`): What was closed off: "network", "processes" (those outside), "files" (writing
             them), "reading" (the user's files); empty without namespaces.
@@ -108,11 +107,7 @@ class SandboxResult:
 
 
 def run_python(
-    code: str,
-    asserts: Sequence[str] = (),
-    timeout: float = 5.0,
-    memory_mb: int = 512,
-    output_kb: int = 64,
+    code: str, asserts: Sequence[str] = (), timeout: float = 5.0, memory_mb: int = 512, output_kb: int = 64
 ) -> SandboxResult:
     """
     Run Python code in a process that can do little harm.
@@ -143,29 +138,7 @@ def run_python(
             "which runs no code, or run in a Linux container."
         )
     deadline, mode = time.monotonic() + timeout, _mode()
-    limits = _limits(timeout, memory_mb)
-    job = {"code": code, "asserts": list(asserts), "limits": limits, "seconds": int(timeout) + 2}
-    with contextlib.ExitStack() as stack:
-        requests, replies = _pipe(stack), _pipe(stack)
-        verdict, report = (stack.enter_context(end) for end in socket.socketpair())
-        _ask_judge(mode, [replies[0].fileno(), requests[1].fileno(), report.fileno()])
-        program = _start(stack, mode, ["program", repr(limits)], [requests[0], replies[1]])
-        for end in (*requests, *replies, report):
-            end.close()
-        _send(verdict, json.dumps(job).encode())
-        assert program.stdout and program.stderr
-        pipes = {"stdout": program.stdout, "stderr": program.stderr, "verdict": verdict}
-        texts, stopped = _collect(program.pid, pipes, deadline, output_kb * 1024, memory_mb)
-    out, err = (texts[name][: output_kb * 1024].decode("utf-8", "replace") for name in ("stdout", "stderr"))
-    reason = stopped.format(timeout=timeout, output_kb=output_kb, memory_mb=memory_mb)
-    if not reason and not texts["verdict"]:
-        reason = "ended before the verdict"
-    message: dict[str, Any] = {"ok": False, "reason": reason} if reason else json.loads(texts["verdict"])
-    return SandboxResult(message["ok"], out, err, message["reason"], () if mode == "none" else CLOSED)
-
-
-def _limits(timeout: float, memory_mb: int) -> dict[str, int]:
-    return {
+    limits = {
         "RLIMIT_CPU": int(timeout) + 1,
         "RLIMIT_AS": memory_mb << 20,
         "RLIMIT_FSIZE": FILE_MB << 20,
@@ -173,6 +146,25 @@ def _limits(timeout: float, memory_mb: int) -> dict[str, int]:
         "RLIMIT_NPROC": PROCESSES,
         "RLIMIT_CORE": 0,
     }
+    job = {"code": code, "asserts": list(asserts), "limits": limits, "seconds": int(timeout) + 2}
+    with contextlib.ExitStack() as stack:
+        requests, replies = _pipe(stack), _pipe(stack)
+        verdict, report = (stack.enter_context(end) for end in socket.socketpair())
+        _fork_judge(mode, [replies[0].fileno(), requests[1].fileno(), report.fileno()])
+        program = _start(stack, mode, ["program", repr(limits)], [requests[0], replies[1]])
+        for end in (*requests, *replies, report):
+            end.close()
+        data = json.dumps(job).encode()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            verdict.sendall(len(data).to_bytes(8, "big") + data)
+        pipes = {"stdout": program.stdout, "stderr": program.stderr, "verdict": verdict}
+        texts, reason = _collect(program.pid, pipes, deadline, output_kb << 10, memory_mb << 20)
+    out, err = (texts[name][: output_kb << 10].decode("utf-8", "replace") for name in ("stdout", "stderr"))
+    if not reason and not texts["verdict"]:
+        reason = "ended before the verdict"
+    reason = reason.format(timeout=timeout, output_kb=output_kb, memory_mb=memory_mb)
+    ok, reason = (False, reason) if reason else json.loads(texts["verdict"])
+    return SandboxResult(ok, out, err, reason, () if mode == "none" else CLOSED)
 
 
 def _pipe(stack: contextlib.ExitStack) -> tuple[IO[bytes], IO[bytes]]:
@@ -189,25 +181,22 @@ def _start(
     user = _free_id() if os.getuid() == 0 else None
     if user is not None:
         os.chown(folder, user, user)
-    home = folder if mode == "none" else INSIDE
-    program = arguments[0] == "program"
-    command = _command(mode, folder, user)
-    if not program:  # bubblewrap would end it with the thread that started it
-        command = [part for part in command if part != "--die-with-parent"]
+    home, output = INSIDE, subprocess.DEVNULL
     other: dict[str, Any] = {}
-    if mode == "none" and user is not None:
-        other = {"user": user, "group": user, "extra_groups": ()}
+    if mode == "none":
+        home = folder
+        other = {} if user is None else {"user": user, "group": user, "extra_groups": ()}
+    command = _command(mode, folder, user)
+    if arguments[0] == "program":
+        output = subprocess.PIPE
+    else:  # bubblewrap would end the judge with the thread that started it
+        command = [part for part in command if part != "--die-with-parent"]
+    command += ["-c", _source(os.path.realpath(sys.executable) in command), *arguments]
     process = subprocess.Popen(
-        [
-            *command,
-            "-c",
-            _source(os.path.realpath(sys.executable) in command),
-            *arguments,
-            *(str(pipe.fileno()) for pipe in pipes),
-        ],
+        [*command, *(str(pipe.fileno()) for pipe in pipes)],
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE if program else subprocess.DEVNULL,
-        stderr=subprocess.PIPE if program else subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
         cwd=folder,
         env={"PATH": TOOLS, "LANG": "C.UTF-8", "HOME": home, "TMPDIR": home},
         pass_fds=[pipe.fileno() for pipe in pipes],
@@ -221,16 +210,16 @@ def _start(
 
 
 LOCK = threading.Lock()
-JUDGES: dict[
-    tuple[int, str], tuple[socket.socket, contextlib.ExitStack]
-] = {}  # of each process and mode: it forks the judges, as a start is slow
+# By process and mode, the one that forks the judges, as a start is slow: its socket, and what ends it.
+JUDGES: dict[tuple[int, str], tuple[socket.socket, contextlib.ExitStack]] = {}
 
 
-def _ask_judge(mode: str, descriptors: list[int]) -> None:
+def _fork_judge(mode: str, descriptors: list[int]) -> None:
     """Have a judge forked with these pipes."""
+    key = os.getpid(), mode
     with LOCK:
         for _ in range(2):
-            if (key := (os.getpid(), mode)) not in JUDGES:
+            if key not in JUDGES:
                 control, other = socket.socketpair()
                 stack = contextlib.ExitStack()  # stays open: the process ends with the control socket
                 _start(stack, mode, ["judge"], [other])
@@ -239,32 +228,28 @@ def _ask_judge(mode: str, descriptors: list[int]) -> None:
             with contextlib.suppress(OSError):
                 socket.send_fds(JUDGES[key][0], [b"j"], descriptors)
                 return
-            for part in JUDGES.pop(key):  # it ended: start another
-                part.close()
+            _end_judge(key)  # it ended: start another
     raise RuntimeError("The sandbox's judge doesn't start.")
+
+
+def _end_judge(key: tuple[int, str]) -> None:
+    for part in JUDGES.pop(key):
+        part.close()
 
 
 @atexit.register
 def _end_judges() -> None:
-    for (process, _), parts in JUDGES.items():
-        for part in parts if process == os.getpid() else ():
-            part.close()
-
-
-def _send(target: socket.socket, data: bytes) -> None:
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        target.sendall(len(data).to_bytes(8, "big") + data)
+    for key in [key for key in JUDGES if key[0] == os.getpid()]:
+        _end_judge(key)
 
 
 def _kill(process: subprocess.Popen[bytes], user: int | None) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     if user is not None:  # all processes of the id, whatever session they are in
-        kill = "import os; os.kill(-1, 9)"
+        kill = [_python(user), "-I", "-S", "-c", "import os; os.kill(-1, 9)"]
         with contextlib.suppress(OSError):
-            subprocess.run(
-                [_python(user), "-I", "-S", "-c", kill], user=user, group=user, extra_groups=(), check=False
-            )
+            subprocess.run(kill, user=user, group=user, extra_groups=(), check=False)
     process.wait()
 
 
@@ -283,10 +268,10 @@ def _mode() -> str:
     for mode in MODES[:-1]:
         with tempfile.TemporaryDirectory(prefix="svf-sandbox-") as folder, contextlib.suppress(OSError):
             command = [*_command(mode, folder, user), "-c", "pass"]
-            environment = {"PATH": TOOLS}
-            if not subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, env=environment, timeout=10
-            ).returncode:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, env={"PATH": TOOLS}, timeout=10
+            )
+            if done.returncode == 0:
                 return mode
     return "none"
 
@@ -310,10 +295,10 @@ def _command(mode: str, folder: str, user: int | None) -> list[str]:
         script = ["sh", "-c", ROOT, "sh", folder, size, *places, *devices, "--", hidden]
         return ["unshare", *spaces, *script, "chroot", folder, *drop, *python]
     # root needs no user namespace, and its programs really change their user id
-    own = ["--unshare-all", "--unshare-user", "--disable-userns", "--cap-drop", "ALL"]
+    spaces = ["--unshare-all", "--unshare-user", "--disable-userns", "--cap-drop", "ALL"]
     if user is not None:
-        own = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
-        own += [part for name in ("SETUID", "SETGID", "SETPCAP") for part in ("--cap-add", f"CAP_{name}")]
+        spaces = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
+        spaces += [part for name in ("SETUID", "SETGID", "SETPCAP") for part in ("--cap-add", f"CAP_{name}")]
     # bubblewrap creates the parents of a place for its own user alone
     parents = dict.fromkeys(str(parent) for place in places for parent in [*Path(place).parents][-2::-1])
     binds = [part for parent in parents for part in ("--perms", "0755", "--dir", parent)]
@@ -321,7 +306,7 @@ def _command(mode: str, folder: str, user: int | None) -> list[str]:
     binds += ["--ro-bind", "/dev/null", hidden] if hidden else []
     # fmt: off
     return [
-        "bwrap", *own, "--die-with-parent", "--new-session", *binds,
+        "bwrap", *spaces, "--die-with-parent", "--new-session", *binds,
         "--proc", "/proc", "--remount-ro", "/proc", "--dev", "/dev", "--remount-ro", "/dev",
         "--perms", "0777", "--size", size, "--tmpfs", INSIDE, "--remount-ro", "/", "--chdir", INSIDE, "--",
         *(drop if user is not None else []), *python,
@@ -345,10 +330,9 @@ def _python(user: int | None) -> str:
 
 @functools.lru_cache
 def _starts(python: str, user: int) -> bool:
+    command = [python, "-I", "-S", "-c", ""]
     try:
-        return not subprocess.run(
-            [python, "-I", "-S", "-c", ""], user=user, group=user, cwd="/", check=False
-        ).returncode
+        return subprocess.run(command, user=user, group=user, cwd="/", check=False).returncode == 0
     except OSError:
         return False
 
@@ -364,7 +348,7 @@ def _free_id() -> int:
 
 
 def _collect(
-    program: int, pipes: dict[str, Any], deadline: float, limit: int, memory_mb: int
+    program: int, pipes: dict[str, Any], deadline: float, limit: int, memory: int
 ) -> tuple[dict[str, bytes], str]:
     """Read the pipes until the judge is done or a limit is passed; return the texts and the reason to stop."""
     texts, watched, ended = dict.fromkeys(pipes, b""), time.monotonic(), False
@@ -389,7 +373,7 @@ def _collect(
                 return texts, "ran longer than {timeout} s"
             if now - watched >= INTERVAL:
                 watched = now
-                if _memory(program) > memory_mb << 20:
+                if _memory(program) > memory:
                     return texts, "used more than {memory_mb} MiB in all"
 
 

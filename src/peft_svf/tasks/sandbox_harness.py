@@ -3,10 +3,10 @@
 The far side of the sandbox: two scripts, one that runs a program and one that judges it.
 
 `sandbox` starts both as `python -I -S -B -c SOURCE ROLE ...`, so that no file of theirs can be rewritten. They share
-no interpreter. The *program* loads the model's code as a module and serves requests on a pipe: read a name, call,
-read an attribute. The *judge* executes the asserts; a name that they take from the program becomes a plain value or a
-[`Remote`]. Only tagged literals cross the pipe, so the judge compares values and never runs a method of the program's
-objects. Standard library only.
+no interpreter. The *program* loads the model's code as a module and serves requests on a pipe: look up names, call,
+read or set an attribute, iterate. The *judge* executes the asserts; a name that they take from the program becomes a
+plain value or a [`Remote`]. Only tagged literals cross the pipe, so the judge compares values and never runs a method
+of the program's objects. Standard library only.
 """
 
 import builtins
@@ -24,8 +24,15 @@ ModuleType, BuiltinFunctionType = type(sys), type(len)
 
 FRAME = 32 << 20  # bytes of one message, after which the other side counts as broken
 SMALL = 1 << 53  # integers beyond it travel in hexadecimal, which has no limit of digits
-PLAIN: Any = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
-MAPPINGS = ("Counter", "OrderedDict")
+# Classes whose values cross the pipe, with their modules; a subclass is read as the first of these among its bases.
+PLAIN = {
+    **dict.fromkeys(("int", "float", "complex", "str", "bytes", "bytearray", "range"), "builtins"),
+    **dict.fromkeys(("list", "tuple", "set", "frozenset", "dict"), "builtins"),
+    **dict.fromkeys(("deque", "Counter", "OrderedDict"), "collections"),
+    **{"Fraction": "fractions", "Decimal": "decimal"},
+}
+VIEWS: Any = {"dict_keys": set, "dict_items": set, "dict_values": list}
+TEXTS, MAPPINGS = ("float", "complex", "Fraction", "Decimal"), ("dict", "Counter", "OrderedDict")
 # Modules of the program that asserts may use by name; the judge imports its own copy.
 SHARED = {
     *("math", "cmath", "datetime", "collections", "fractions", "decimal", "re", "itertools", "string", "copy"),
@@ -70,38 +77,31 @@ class Channel:
 
 
 def encode(value: Any, other: Any) -> Any:
-    """Turn a value into a literal with tags; `other` encodes what isn't plain. Subclasses are read as their base."""
+    """Turn a value into a literal with tags; `other` encodes what isn't plain."""
     if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, int):
-        value = int(value)
-        return value if -SMALL < value < SMALL else ["int", hex(value)]
-    if isinstance(value, str):
+    for kind in type(value).__mro__:
+        name = kind.__name__
+        if name in VIEWS and kind.__module__ == "builtins":
+            return encode(VIEWS[name](value), other)
+        if PLAIN.get(name) == kind.__module__:
+            break
+    else:
+        return other(value)
+    if name == "str":
         return str.__str__(value)
-    if isinstance(value, float):
-        return ["float", float.hex(value)]
-    for name, plain in PLAIN.items():
-        if isinstance(value, plain):
-            return [name, [encode(item, other) for item in value]]
-    kind: Any = type(value)
-    if isinstance(value, dict):
-        name = kind.__name__ if kind.__module__ == "collections" and kind.__name__ in MAPPINGS else "dict"
+    if name == "range":
+        return [name, [value.start, value.stop, value.step]]
+    value = kind(value)
+    if name == "int":
+        return value if -SMALL < value < SMALL else [name, hex(value)]
+    if name in TEXTS:
+        return [name, str(value)]
+    if name in ("bytes", "bytearray"):
+        return [name, value.hex()]
+    if name in MAPPINGS:
         return [name, [[encode(key, other), encode(item, other)] for key, item in value.items()]]
-    if isinstance(value, (bytes, bytearray)):
-        return ["bytes" if isinstance(value, bytes) else "bytearray", bytes(value).hex()]
-    if isinstance(value, range):
-        return ["range", [value.start, value.stop, value.step]]
-    if isinstance(value, complex):
-        return ["complex", [value.real.hex(), value.imag.hex()]]
-    if (kind.__module__, kind.__name__) in (("fractions", "Fraction"), ("decimal", "Decimal")):
-        return [kind.__name__, str(value)]
-    if (kind.__module__, kind.__name__) == ("collections", "deque"):
-        return ["deque", [encode(item, other) for item in value]]
-    if isinstance(value, (type({}.keys()), type({}.items()))):
-        return encode(set(value), other)
-    if isinstance(value, type({}.values())):
-        return encode(list(value), other)
-    return other(value)
+    return [name, [encode(item, other) for item in value]]
 
 
 def decode(message: Any, other: Any) -> Any:
@@ -109,22 +109,30 @@ def decode(message: Any, other: Any) -> Any:
     if not isinstance(message, list):
         return message
     tag, content = message
-    if tag in PLAIN:
-        return PLAIN[tag](decode(item, other) for item in content)
-    if tag == "dict" or tag in MAPPINGS:
-        pairs = {decode(key, other): decode(item, other) for key, item in content}
-        return pairs if tag == "dict" else getattr(__import__("collections"), tag)(pairs)
-    if tag in ("bytes", "bytearray", "float"):
-        return getattr(builtins, tag).fromhex(content)
+    if tag not in PLAIN:
+        return other(tag, content)
+    kind = getattr(__import__(PLAIN[tag]), tag)
     if tag == "range":
-        return range(*content)
-    if tag == "complex":
-        return complex(*map(float.fromhex, content))
-    if tag in ("Fraction", "Decimal"):
-        return getattr(__import__("fractions" if tag == "Fraction" else "decimal"), tag)(content)
-    if tag == "deque":
-        return __import__("collections").deque(decode(item, other) for item in content)
-    return int(content, 16) if tag == "int" else other(tag, content)
+        return kind(*content)
+    if tag == "int":
+        return int(content, 16)
+    if tag in TEXTS:
+        return kind(content)
+    if tag in ("bytes", "bytearray"):
+        return kind.fromhex(content)
+    if tag in MAPPINGS:
+        return kind({decode(key, other): decode(item, other) for key, item in content})
+    return kind(decode(item, other) for item in content)
+
+
+# What the judge may request of an object; of a module's names those that exist.
+OPERATIONS: Any = {
+    "names": lambda space, *names: {name: space[name] for name in names if name in space},
+    "call": lambda function, *arguments, **keywords: function(*arguments, **keywords),
+    "get": getattr,
+    "set": setattr,
+    "iterate": list,
+}
 
 
 class Program:
@@ -137,24 +145,20 @@ class Program:
         job = self.channel.receive()
         module = ModuleType("solution" if job["serve"] else "__main__")
         sys.modules[module.__name__] = module  # before it runs, as pickling and dataclasses look it up
-        module.__dict__.update(exit=sys.exit, quit=sys.exit)  # `-S` leaves out the module that defines them
-        self.reply(lambda: exec(compile(job["code"], "<code>", "exec"), module.__dict__), ())
+        space = module.__dict__
+        space.update(exit=sys.exit, quit=sys.exit)  # `-S` leaves out the module that defines them
+        self.objects.append(space)
+        self.reply(lambda code: exec(compile(code, "<code>", "exec"), space), job["code"])
         while True:
             operation, target, arguments, keywords = self.channel.receive()
             arguments, keywords = self.decoded(arguments), self.decoded(keywords)
-            if operation == "names":
-                names = {name: module.__dict__[name] for name in target if name in module.__dict__}
-                self.reply(lambda names=names: names, ())
-            else:
-                action = getattr(self, f"do_{operation}")
-                subject = self.objects[target]
-                self.reply(lambda a=action, s=subject, x=arguments, k=keywords: a(s, *x, **k), arguments)
+            self.reply(OPERATIONS[operation], self.objects[target], arguments, keywords)
 
-    def reply(self, action: Any, arguments: Any) -> None:
+    def reply(self, action: Any, subject: Any, arguments: Any = (), keywords: Any = None) -> None:
         """Send the result of an action, and its arguments if it changed them: the judge has copies."""
         before = self.encoded(arguments)
         try:
-            message = {"value": self.encoded(action())}
+            message = {"value": self.encoded(action(subject, *arguments, **(keywords or {})))}
             if (after := self.encoded(arguments)) != before:
                 message["arguments"] = after
         except SystemExit as error:
@@ -167,18 +171,6 @@ class Program:
         sys.stdout.flush()
         sys.stderr.flush()
         self.channel.send(message)
-
-    def do_call(self, subject: Any, *arguments: Any, **keywords: Any) -> Any:
-        return subject(*arguments, **keywords)
-
-    def do_get(self, subject: Any, name: str) -> Any:
-        return getattr(subject, name)
-
-    def do_set(self, subject: Any, name: str, value: Any) -> None:
-        setattr(subject, name, value)
-
-    def do_iterate(self, subject: Any) -> Any:
-        return list(subject)
 
     def encoded(self, value: Any) -> Any:
         return encode(value, self._handle)
@@ -241,10 +233,10 @@ class Judge:
         try:
             message = self.channel.receive()
             if "error" in message:
-                # with asserts to come an exit isn't a way to success
+                # if asserts follow, an exit isn't a way to success
                 return not asserts and message.get("code") is True, _reason(*message["error"])
             space = self.names(asserts)
-        except (EOFError, OSError, ProgramError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:
             return False, _reason(type(error).__name__, _text(error))
         for number, statement in enumerate(asserts, 1):
             try:
@@ -261,9 +253,9 @@ class Judge:
         trees = [ast.parse(statement) for statement in asserts]
         used = {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
         used = {name for name in used if not name.startswith("__")}
-        for wanted in (used - vars(builtins).keys(), used & vars(builtins).keys()):
-            space = self.request("names", sorted(wanted))
-            if not isinstance(space, dict) or not space.keys() <= wanted:
+        for names in (used - vars(builtins).keys(), used & vars(builtins).keys()):
+            space = self.request("names", 0, sorted(names))
+            if not isinstance(space, dict) or not space.keys() <= names:
                 raise ProgramError("the program's names are damaged")
             if any(isinstance(value, Remote) for value in space.values()):
                 break
@@ -303,14 +295,9 @@ class Judge:
 
 def _replace(old: Any, new: Any) -> None:
     """Change a mutable argument to what the program made of it."""
-    if isinstance(old, (list, bytearray)) and type(old) is type(new):
-        old[:] = new
-    elif isinstance(old, (dict, set)) and isinstance(new, (dict, set)):
+    if hasattr(type(old), "clear"):  # a look at the class: [`Remote`] would send the name to the program
         old.clear()
-        old.update(new)
-    elif type(old).__name__ == "deque":
-        old.clear()
-        old.extend(new)
+        (old.extend if hasattr(old, "extend") else old.update)(new)
 
 
 def _error(name: str, text: str) -> Exception:
@@ -326,9 +313,9 @@ def _error(name: str, text: str) -> Exception:
 def _reason(name: str, text: str) -> str:
     if name == "SystemExit":
         return text
-    return {"EOFError": "the program ended before its verdict"}.get(name) or (f"{name}: {text}" if text else name)[
-        :300
-    ]
+    if name == "EOFError":
+        return "the program ended before its verdict"
+    return (f"{name}: {text}" if text else name)[:300]
 
 
 def _text(error: BaseException) -> str:
@@ -348,7 +335,7 @@ def limit(limits: dict[str, int]) -> None:
 
 
 def serve_judges(control: int) -> None:
-    """Fork a judge for each job: the control socket brings its three pipes, of which the last brings the asserts."""
+    """Fork a judge for each job: the control socket brings its three pipes, and the last pipe brings the asserts."""
     import json
     import signal
     import socket
@@ -367,8 +354,8 @@ def serve_judges(control: int) -> None:
     job = Channel(descriptors[2], descriptors[2], json.loads).receive()
     limit(job["limits"])
     signal.alarm(job["seconds"])  # an assert may loop
-    ok, reason = Judge(Channel(descriptors[0], descriptors[1], literal_eval)).verdict(job["code"], job["asserts"])
-    os.write(descriptors[2], json.dumps({"ok": ok, "reason": reason}).encode())
+    verdict = Judge(Channel(descriptors[0], descriptors[1], literal_eval)).verdict(job["code"], job["asserts"])
+    os.write(descriptors[2], json.dumps(verdict).encode())
     os._exit(0)
 
 

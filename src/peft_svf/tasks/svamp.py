@@ -50,11 +50,9 @@ class Svamp(WordProblem):
         return Fraction(str(raw["answer"]))
 
     def solution(self, raw: Record) -> tuple[list[Fraction], Calculation] | None:
-        """Read the field `equation`, "( 78.0 - 15.0 )", where it has one operation."""
-        found = re.fullmatch(r"\( ([\d.]+) ([-+*/]) ([\d.]+) \)", raw.get("equation", "").strip())
-        if found is None:
-            return None
-        return [], (Fraction(found[1]), found[2], Fraction(found[3]))
+        """Read the field `equation`, "( 78.0 - 15.0 )", if it has one operation."""
+        parts = re.fullmatch(r"\( ([\d.]+) ([-+*/]) ([\d.]+) \)", raw.get("equation", "").strip())
+        return ([], (Fraction(parts[1]), parts[2], Fraction(parts[3]))) if parts else None
 
     def options(self, raw: Record, pool: Sequence[Record], rng: random.Random) -> tuple[str, list[str]] | None:
         """Leave out a part of the differences and quotients among problems of two numbers; see `KEPT`."""

@@ -6,7 +6,7 @@ Goes in: records of a benchmark, from `<folder>/<name>/<split>.jsonl.gz` or from
 forms, and a reward. The *generated form* asks for free text that `score` grades. In the *choice form* the action is
 one of the texts in `choices`, and the policy is the softmax of their summed token log-likelihoods as the assistant's
 answer to `prompt`. A record of the test split is never handed out for training or validation. A task knows no model
-and no tokenizer; `datasets` is imported only when the Hub is asked.
+and no tokenizer, and imports `datasets` only to read the Hub.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import os
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ FORMS = ("choice", "generate")
 
 Record = dict[str, Any]
 Chat = list[dict[str, Any]]
+Folder = str | os.PathLike[str] | None
 
 
 def user_turn(prompt: str | Chat) -> Chat:
@@ -35,7 +37,7 @@ def user_turn(prompt: str | Chat) -> Chat:
 
 
 class HubSource(NamedTuple):
-    """Where a benchmark lies on the Hub: `datasets.load_dataset(path, config, split=splits[file])`."""
+    """A benchmark's place on the Hub: `datasets.load_dataset(path, config, split=splits[file])`."""
 
     path: str
     config: str | None
@@ -46,16 +48,15 @@ class Task:
     """
     A benchmark: where its records lie, how a record becomes a row, which completion is right.
 
-    A benchmark is a subclass that sets the class attributes and writes `row`, `score`, `question` and `options`; the
-    others have defaults. A task keeps no state.
+    A benchmark is a subclass that sets the class attributes and writes `row` and `score`, for the choice form also
+    `options`; the rest has defaults. A task keeps no state.
 
     Attributes:
         name (`str`): Name of the task and of its folder.
         kind (`str`): What a dispatcher calls its questions: "reasoning", "math", "code"; "dispatch" for itself.
         description (`str`): One line for people.
-        files (mapping `str -> str`): The splits that there are, each with the file that it is cut from where no file
-            is named like the split.
-        forms (`tuple` of `str`): The forms that there are, of "choice" and "generate".
+        files (mapping `str -> str`): The splits, each with the file that it is cut from if no file has its own name.
+        forms (`tuple` of `str`): Its forms, of "choice" and "generate".
         hub ([`HubSource`], *optional*): Where the same records lie on the Hub.
         published_names (`bool`): Whether a file that is named like a split ("test") may be another split.
     """
@@ -71,7 +72,7 @@ class Task:
     def __repr__(self) -> str:
         return f"<Task {self.name!r}: {self.description}>"
 
-    # What a benchmark says of itself -----------------------------------------------------------------------------
+    # What a benchmark defines ------------------------------------------------------------------------------------
 
     def row(self, raw: Record) -> Record:
         """Make a row of the generated form: `prompt` (a chat), `answer`, `id`, `task` and what `score` needs."""
@@ -82,8 +83,8 @@ class Task:
         raise NotImplementedError
 
     def question(self, raw: Record, choices: Sequence[str]) -> str:
-        """Return the user's text of the choice form, in which the choices may be listed."""
-        raise NotImplementedError
+        """Return the user's text of the choice form. The default is the bare question, without the choices."""
+        return raw["question"]
 
     def options(self, raw: Record, pool: Sequence[Record], rng: random.Random) -> tuple[str, list[str]] | None:
         """Return the right choice and the wrong ones, or `None` to leave the record out of the choice form."""
@@ -94,11 +95,11 @@ class Task:
         return records
 
     def identify(self, record: Record, place: str) -> str:
-        """Return a record's id: its own, else its place, "arc_easy-test-12"."""
+        """Return a record's id, by default its field `id`, else its place, "arc_easy-test-12"."""
         return str(record.get("id", place))
 
     def place(self, split: str, row: Mapping[str, Any]) -> str:
-        """Say where a row of a split comes from, for a message about it."""
+        """Name the origin of a row for a message about it."""
         return f"Task '{self.name}', {split} row {row['id']!r}"
 
     def item(self, raw: Record) -> str:
@@ -109,9 +110,13 @@ class Task:
         """Rename the Hub's fields to those of the files. The default changes nothing."""
         return record
 
+    def ask(self, raw: Record, prompt: str | Chat, **columns: Any) -> Record:
+        """Make a row of a prompt, some columns, and the record's `id` and `task`."""
+        return {"prompt": user_turn(prompt), **columns, "id": str(raw["id"]), "task": self.name}
+
     # What all benchmarks do --------------------------------------------------------------------------------------
 
-    def load(self, split: str, folder: str | os.PathLike[str] | None = None) -> list[Record]:
+    def load(self, split: str, folder: Folder = None) -> list[Record]:
         """
         Load the records of a split.
 
@@ -127,14 +132,13 @@ class Task:
             `list` of `dict`, each with an `id`.
 
         Raises:
-            `ValueError`: if there is no such split.
+            `ValueError`: if the task has no such split.
             `FileNotFoundError`: if the folder has no file for it.
-            `ImportError`, `ConnectionError`: if the Hub is asked and `datasets` or the network is missing.
+            `ImportError`, `ConnectionError`: if the Hub is to be read and `datasets` or the network is missing.
         """
         if split not in self.files:
-            there = ", ".join(self.files)
             way_out = "" if "train" in self.files else " It only tests: train and choose checkpoints on another task."
-            raise ValueError(f"Task '{self.name}' has no split '{split}'; it has {there}.{way_out}")
+            raise ValueError(f"Task '{self.name}' has no split '{split}'; it has {', '.join(self.files)}.{way_out}")
         records = self._records(split, folder)
         if split == "test" or "test" not in self.files:
             return records
@@ -145,12 +149,7 @@ class Task:
         return [record for record in records if self.item(record) not in tested]
 
     def rows(
-        self,
-        split: str,
-        form: str = "choice",
-        limit: int | None = None,
-        seed: int = 0,
-        folder: str | os.PathLike[str] | None = None,
+        self, split: str, form: str = "choice", limit: int | None = None, seed: int = 0, folder: Folder = None
     ) -> list[Record]:
         """
         Make the rows of a split, in an order that the seed fixes.
@@ -173,14 +172,9 @@ class Task:
         if form not in self.forms:
             raise ValueError(f"Task '{self.name}' has no form '{form}'; it has {', '.join(self.forms)}.")
         raws = self.load(split, folder)
-        rows: list[Record] = []
-        for raw in shuffled(raws, f"{self.name}:{seed}"):
-            if limit is not None and len(rows) >= limit:
-                break
-            row = self.row(raw) if form == "generate" else self.choice_row(raw, raws, seed)
-            if row is not None:
-                rows.append(row)
-        return rows
+        ordered = shuffled(raws, f"{self.name}:{seed}")
+        rows = (self.row(raw) if form == "generate" else self.choice_row(raw, raws, seed) for raw in ordered)
+        return list(islice((row for row in rows if row is not None), limit))
 
     def choice_row(self, raw: Record, pool: Sequence[Record] = (), seed: int = 0) -> Record | None:
         """
@@ -190,7 +184,7 @@ class Task:
             raw (`dict`):
                 One record of [`Task.load`].
             pool (sequence of `dict`, *optional*):
-                The records of the same split, where distractors are other records' answers.
+                The records of the same split, if distractors are other records' answers.
             seed (`int`, defaults to 0):
                 Fixes distractors and order together with the record's id; its neighbours play no part in them.
 
@@ -205,89 +199,70 @@ class Task:
         right, wrong = options
         choices = [right, *wrong]
         rng.shuffle(choices)
-        prompt = user_turn(self.question(raw, choices))
-        return {
-            "prompt": prompt,
-            "choices": choices,
-            "label": choices.index(right),
-            "id": str(raw["id"]),
-            "task": self.name,
-        }
+        return self.ask(raw, self.question(raw, choices), choices=choices, label=choices.index(right))
 
     def reward(self, completions: Sequence[str | Chat], **columns: Any) -> list[float]:
         """
-        Score completions as TRL asks its reward functions to.
+        Score completions in the form of TRL's reward functions.
 
         Args:
             completions (sequence of `str` or of chats):
-                What the model answered, as text or as a list of messages.
+                The model's answers, as texts or as lists of messages.
             columns (sequences as long as `completions`):
                 The fields of the rows by name; other keyword arguments that TRL passes are ignored. A row with
                 `choices` and `label` is of the choice form.
 
         Returns:
-            `list` of `float`: 1.0 where the answer is right, else -1.0 (section 3.2 of arXiv 2501.06252); in between
-            where a task grades, `2 * score - 1`.
+            `list` of `float`: 1.0 for a right answer, else -1.0 (section 3.2 of arXiv 2501.06252); in between for a
+            task that grades, `2 * score - 1`.
         """
         lists = {name: c for name, c in columns.items() if isinstance(c, (list, tuple)) and len(c) == len(completions)}
         rewards = []
         for index, text in enumerate(map(_text, completions)):
             row = {name: column[index] for name, column in lists.items()}
-            if row.get("choices") is not None:
-                score = float(text == row["choices"][row["label"]])
-            else:
-                score = self.score(text, row)
+            choices = row.get("choices")
+            score = self.score(text, row) if choices is None else float(text == choices[row["label"]])
             rewards.append(2.0 * score - 1.0)
         return rewards
 
     # Where records come from -------------------------------------------------------------------------------------
 
-    def _records(self, split: str, folder: str | os.PathLike[str] | None) -> list[Record]:
+    def _records(self, split: str, folder: Folder) -> list[Record]:
         """Read a split as it is published; [`Task.load`] keeps the test split's items out of it."""
         folder = folder or os.environ.get(DATA_VARIABLE)
         file, records = self._read_folder(split, Path(folder)) if folder else self._read_hub(split)
         for index, record in enumerate(records):
             record["id"] = self.identify(record, f"{self.name}-{file}-{index}")
-        # a file of its own ("validation" where it's usually cut out of "train") holds the split and nothing else
+        # "validation.jsonl.gz" holds the split and nothing else, even if it's usually cut out of "train"
         return self.cut(split, records) if file == self.files[split] else records
 
     def _read_folder(self, split: str, folder: Path) -> tuple[str, list[Record]]:
-        looked = []
-        for file in [self.files[split]] if self.published_names else dict.fromkeys((split, self.files[split])):
-            for suffix in (".jsonl.gz", ".jsonl"):
-                path = folder / self.name / f"{file}{suffix}"
-                if path.is_file():
-                    return file, read_jsonl(path)
-                looked.append(str(path))
-        there = sorted(path.name for path in (folder / self.name).glob("*.jsonl*"))
+        files = [self.files[split]] if self.published_names else dict.fromkeys((split, self.files[split]))
+        paths = {folder / self.name / f"{file}{end}": file for file in files for end in (".jsonl.gz", ".jsonl")}
+        for path, file in paths.items():
+            if path.is_file():
+                return file, read_jsonl(path)
         raise FileNotFoundError(
-            f"Task '{self.name}' has no split '{split}' in '{folder}': looked for {', '.join(looked)}; "
-            f"there {'are ' + ', '.join(there) if there else 'is no such file'}. Pass folder=... or set "
-            f"{DATA_VARIABLE} to a folder that has it"
-            + (f", or unset {DATA_VARIABLE} to load it from the Hub." if self.hub else ".")
+            f"Task '{self.name}' has no split '{split}' in '{folder}': expected {' or '.join(map(str, paths))}. Pass "
+            f"folder=... or set {DATA_VARIABLE} to a folder that has it, or unset it to load the task from the Hub."
         )
 
     def _read_hub(self, split: str) -> tuple[str, list[Record]]:
-        file = self.files[split]
+        file, name = self.files[split], f"Task '{self.name}'"
         way_out = f"Pass folder=... or set {DATA_VARIABLE} to a folder with '{self.name}/{file}.jsonl.gz'."
-        if self.hub is None:
-            raise FileNotFoundError(f"Task '{self.name}' isn't on the Hub. {way_out}")
-        if file not in self.hub.splits:
-            there = ", ".join(self.hub.splits)
-            raise FileNotFoundError(f"Task '{self.name}' has only {there} on the Hub, not '{file}'. {way_out}")
+        if self.hub is None or file not in self.hub.splits:
+            published = ", ".join(self.hub.splits) if self.hub else "nothing"
+            raise FileNotFoundError(f"{name} has {published} on the Hub, not '{file}'. {way_out}")
         try:
             import datasets
+
+            table = datasets.load_dataset(self.hub.path, self.hub.config, split=self.hub.splits[file])
         except ImportError as error:
             raise ImportError(
-                f"Task '{self.name}' reads '{self.hub.path}' from the Hub with `datasets`, which isn't installed: "
-                f"`pip install 'peft-svf[eval]'`. {way_out}"
+                f"{name} reads '{self.hub.path}' from the Hub: `pip install 'peft-svf[eval]'`. {way_out}"
             ) from error
-        try:
-            table = datasets.load_dataset(self.hub.path, self.hub.config, split=self.hub.splits[file])
-        except Exception as error:  # datasets raises many kinds, and all end here for the user
-            raise ConnectionError(
-                f"Task '{self.name}' couldn't read '{self.hub.path}' from the Hub: {error} {way_out}"
-            ) from error
+        except Exception as error:  # `datasets` raises many kinds, and the way out is the same for all
+            raise ConnectionError(f"{name} couldn't read '{self.hub.path}' from the Hub: {error} {way_out}") from error
         return file, self._hub_records(table)
 
     def _hub_records(self, table: Any) -> list[Record]:
@@ -299,8 +274,8 @@ def format_reward(pattern: str) -> Callable[..., list[float]]:
     """
     Make a reward function for the form of an answer: 1 if the completion contains the pattern, else 0.
 
-    Give it a small weight beside the task's reward, `reward_weights=[1.0, 0.1]`, so that a right answer in the wrong
-    form stays better than a wrong one in the right form.
+    A small weight beside the task's reward, `reward_weights=[1.0, 0.1]`, keeps a right answer in the wrong form better
+    than a wrong one in the right form.
 
     Args:
         pattern (`str`):

@@ -7,7 +7,7 @@ TextVQA and OK-VQA: questions about photographs, each with ten answers of people
     answers                  "dakota" 8 times, "nous les gosses", "clos culombu"
     completion               "Dakota"      accuracy 1, reward 1.0; an answer of one person 1/3, -1/3; of nobody 0, -1.0
 
-There is no choice form. The `image` of a row is the undecoded form of `datasets.Image`, `{"path": ..., "bytes": ...}`,
+It has no choice form. The `image` of a row is the undecoded form of `datasets.Image`, `{"path": ..., "bytes": ...}`,
 so that no picture is opened before it is needed. The grade is VQA accuracy,
 
     accuracy = min(1, number of people who gave the answer / 3)
@@ -31,13 +31,13 @@ Source: TextVQA (Singh et al. 2019, arXiv 1904.08920), images of OpenImages; OK-
 1906.00067), images of COCO. Licence: CC BY 4.0, both.
 """
 
-import functools
 import hashlib
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -61,23 +61,15 @@ class Vqa(Task):
     forms = ("generate",)
     published_names = True  # the published validation set is the test split
     annotations: Mapping[str, tuple[str, ...]]  # file -> names of the published JSON files that hold it
-
-    def image_path(self, file: str, image_id: Any) -> str:
-        """Name an image as the published archives do, relative to the task's folder."""
-        raise NotImplementedError
+    images: str  # path of an image below the task's folder, as in the published archives
 
     def row(self, raw: Record) -> Record:
-        """Ask for a short answer; the image part stands before the text."""
+        """Ask for a short answer, with the image before the text."""
         text = f"{raw['question']}\nAnswer with a single word or phrase."
-        image = raw["image"]
-        return {
-            "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
-            "image": image() if callable(image) else image,
-            "answers": list(raw["answers"]),
-            "answer": Counter(map(normalised, raw["answers"])).most_common(1)[0][0],
-            "id": str(raw["id"]),
-            "task": self.name,
-        }
+        prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+        image, answers = raw["image"], list(raw["answers"])
+        answer = Counter(map(normalised, answers)).most_common(1)[0][0]
+        return self.ask(raw, prompt, image=image() if callable(image) else image, answers=answers, answer=answer)
 
     def score(self, completion: str, row: Mapping[str, Any]) -> float:
         """Grade with VQA accuracy."""
@@ -95,29 +87,29 @@ class Vqa(Task):
         """Cut the published training set: 1 in 10 images, by a hash, is validation with all its questions."""
         if split == "test":
             return records
-        wanted = split == "validation"
-        return [record for record in records if (_hash(record["image_id"]) % 10 == 0) == wanted]
+        hashes = [int(hashlib.sha256(str(record["image_id"]).encode()).hexdigest(), 16) for record in records]
+        return list(compress(records, ((value % 10 == 0) == (split == "validation") for value in hashes)))
 
     def _read_folder(self, split: str, folder: Path) -> tuple[str, list[Record]]:
         """Read the published JSON files, or rows of our own with the same fields and an `image` path."""
         file = self.files[split]
         paths = [folder / self.name / name for name in self.annotations[file]]
-        if not all(path.is_file() for path in paths):
+        if all(path.is_file() for path in paths):
+            records = self._published(*(json.loads(path.read_text("utf-8")) for path in paths))
+        else:
             try:
                 _, records = super()._read_folder(split, folder)
             except FileNotFoundError as error:
                 names = " and ".join(map(str, paths))
                 raise FileNotFoundError(f"{error} The published files would be {names}.") from None
-        else:
-            records = self._published(*(json.loads(path.read_text("utf-8")) for path in paths))
         for record in records:
-            name = record.get("image") or self.image_path(file, record["image_id"])
+            name = record.get("image") or self.images.format(file=file, id=record["image_id"])
             record["image"] = {"path": os.fspath(folder / self.name / name), "bytes": None}
         return file, records
 
     def _published(self, *contents: dict[str, Any]) -> list[Record]:
-        """Join the contents of the published JSON files into records."""
-        raise NotImplementedError
+        """Read the records out of the published JSON files, by default out of one file's `data`."""
+        return [dict(record) for record in contents[0]["data"]]
 
     def _hub_records(self, table: Any) -> list[Record]:
         """Leave the images in the table: one is read, still compressed, when its row is made."""
@@ -126,7 +118,7 @@ class Vqa(Task):
         images = table.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
         records = [self.from_hub(dict(record)) for record in table.remove_columns("image")]
         for index, record in enumerate(records):
-            record["image"] = functools.partial(_stored, images, index)
+            record["image"] = lambda index=index: images[index]["image"]
         return records
 
 
@@ -138,13 +130,7 @@ class TextVqa(Vqa):
     files: Mapping[str, str] = {"train": "train", "validation": "train", "test": "val"}
     hub = HubSource("lmms-lab/textvqa", None, {"train": "train", "val": "validation"})
     annotations: Mapping[str, tuple[str, ...]] = {file: (f"TextVQA_0.5.1_{file}.json",) for file in ("train", "val")}
-
-    def image_path(self, file: str, image_id: Any) -> str:
-        """Name the image: one archive holds those of both files."""
-        return f"train_images/{image_id}.jpg"
-
-    def _published(self, *contents: dict[str, Any]) -> list[Record]:
-        return [dict(record) for record in contents[0]["data"]]
+    images = "train_images/{id}.jpg"  # one archive holds the images of both files
 
 
 class OkVqa(Vqa):
@@ -158,10 +144,7 @@ class OkVqa(Vqa):
         file: (f"OpenEnded_mscoco_{file}_questions.json", f"mscoco_{file}_annotations.json")
         for file in ("train2014", "val2014")
     }
-
-    def image_path(self, file: str, image_id: Any) -> str:
-        """Name the image as COCO does: twelve digits, zeros in front."""
-        return f"{file}/COCO_{file}_{int(image_id):012d}.jpg"
+    images = "{file}/COCO_{file}_{id:0>12}.jpg"
 
     def from_hub(self, record: Record) -> Record:
         """Use the question's id for the image, which the Hub doesn't number."""
@@ -177,18 +160,9 @@ class OkVqa(Vqa):
 
 
 def vqa_accuracy(answer: str, people: Iterable[str]) -> float:
-    """
-    Grade an answer by how many people gave it: `min(1, matches / 3)`, after [`normalised`].
-
-    Args:
-        answer (`str`): What a model wrote.
-        people (iterable of `str`): What people answered, usually ten.
-
-    Returns:
-        `float` from 0 to 1.
-    """
-    given = normalised(answer)
-    return min(1.0, sum(given == normalised(other) for other in people) / 3)
+    """Grade an answer by how many people gave it: `min(1, matches / 3)`, after [`normalised`]."""
+    answer = normalised(answer)
+    return min(1.0, sum(answer == normalised(other) for other in people) / 3)
 
 
 def normalised(answer: str) -> str:
@@ -206,11 +180,3 @@ def normalised(answer: str) -> str:
     text = re.sub(r"\.(?!\d)", "", text)
     text = _CONTRACTION.sub(lambda found: "".join(filter(None, found.groups())), text)
     return " ".join(_DIGITS.get(word, word) for word in text.split() if word not in _ARTICLES)
-
-
-def _stored(images: Any, index: int) -> dict[str, Any]:
-    return images[index]["image"]
-
-
-def _hash(image_id: Any) -> int:
-    return int(hashlib.sha256(str(image_id).encode()).hexdigest(), 16)

@@ -5,17 +5,17 @@ Model, task rows and reward -> a trained z-vector expert, without a gradient: ev
 Each step draws directions, moves z by `sigma` along each and against it, scores the rows under all of these members,
 and lets an optimizer follow the estimate. z is small enough for it: arXiv 2507.04453 evolves singular values of
 adapters on quantised bases, arXiv 2509.24372 whole models. Only forward passes are made, many members in one batch,
-each row under its own z-vector, so rewards may be black boxes and bases quantised. Data, optimizer, schedule, logs,
-checkpoints and resuming are those of `transformers.Trainer`. TRL is not needed.
+so rewards may be black boxes and bases quantised. Data, optimizer, schedule, logs, checkpoints and resuming are those
+of `transformers.Trainer`; TRL isn't needed.
 """
 
 import asyncio
 import inspect
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -23,25 +23,25 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from ..evaluation import choice_logps, complete
+from ..rows import Row
 from ..tuner.config import SVFConfig
 from ..tuner.layer import SVFLayer, active_rows, svf_layers
 from .rollout import shared_prompts
-from .run import Run, check_prompts, check_run, checked_reward, z_statistics
+from .run import Run, check_counts, check_prompts, checked_reward, z_statistics
 
-Row = Mapping[str, Any]
 Reward = Callable[..., Sequence[float | None]]
 Shaping = Literal["rank", "z_score", "none"]
 
 
 def shaped(fitness: Tensor, shaping: Shaping) -> Tensor:
     """
-    Turn the fitness of a population into what the estimate weighs its members with.
+    Turn the fitness of a population into the weights of its members.
 
     Args:
         fitness (`torch.Tensor` of shape `(members,)`):
             Mean reward of each member.
         shaping (`str`):
-            `"rank"`: ranks, evenly from -0.5 to 0.5, equal ones sharing their mean: no outlier counts for more.
+            `"rank"`: ranks, evenly from -0.5 to 0.5, ties sharing their mean, so that outliers don't count for more.
             `"z_score"`: zero mean, unit deviation (arXiv 2509.24372). `"none"`: the fitness itself.
 
     Returns:
@@ -54,7 +54,7 @@ def shaped(fitness: Tensor, shaping: Shaping) -> Tensor:
         return centred / centred.square().mean().sqrt().clamp(min=1e-8)
     _, places, counts = fitness.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).to(fitness)
-    ranks = (last - (counts + 1) / 2)[places]  # from 0; the mean of the ranks that equal members take up
+    ranks = (last - (counts + 1) / 2)[places]  # from 0; ties have their mean rank
     return ranks / (len(fitness) - 1) - 0.5
 
 
@@ -63,8 +63,7 @@ def estimate(noise: Tensor, above: Tensor, below: Tensor, sigma: float) -> Tenso
     Estimate the gradient of the fitness from antithetic pairs.
 
     `1 / (2 P sigma) Σ (f(z + sigma e) - f(z - sigma e)) e` over `P` directions `e`. Its expectation over standard
-    normal `e` is the gradient of a linear fitness, and of any fitness smoothed by `sigma`. What is even in `e` cancels
-    in each pair.
+    normal `e` is the gradient of a linear fitness, and of any fitness smoothed by `sigma`. Even terms cancel.
 
     Args:
         noise (`torch.Tensor` of shape `(P, D)`):
@@ -72,7 +71,7 @@ def estimate(noise: Tensor, above: Tensor, below: Tensor, sigma: float) -> Tenso
         above, below (`torch.Tensor` of shape `(P,)`):
             Fitness of the members on their two sides.
         sigma (`float`):
-            Length of a step relative to `e`, in units of z.
+            Standard deviation of the members, in units of z.
 
     Returns:
         `torch.Tensor` of shape `(D,)`.
@@ -85,9 +84,9 @@ class EvolutionConfig(TrainingArguments):
     """
     `transformers.TrainingArguments` for evolution strategies on z-vectors.
 
-    A step scores `per_device_train_batch_size` rows under every member of the population; on several processes each
-    has rows and directions of its own and the estimates are averaged. The defaults are not tuned on a real
-    model: `sigma` moves a weight by about 5 % of its norm, as 0.001 does in arXiv 2509.24372 on whole weights.
+    A step scores `per_device_train_batch_size` rows under every member of the population; several processes draw
+    different rows and directions, and average their estimates. The defaults are not tuned on a real model: `sigma`
+    moves a weight by about 5 % of its norm, as 0.001 does in arXiv 2509.24372 on whole weights.
 
     Args:
         population (`int`):
@@ -114,27 +113,26 @@ class EvolutionConfig(TrainingArguments):
     remove_unused_columns: bool = False
     metric_for_best_model: str | None = "eval_reward"
     restore_callback_states_from_checkpoint: bool = True  # early stopping goes on counting
-    population: int = field(default=32, metadata={"help": "Members of a step, two for each direction."})
-    sigma: float = field(default=0.05, metadata={"help": "Standard deviation of the members' z."})
-    shaping: Shaping = field(default="rank", metadata={"help": "How fitness becomes weights."})
-    rows_per_forward: int = field(default=256, metadata={"help": "Rows times members in one forward."})
-    max_completion_length: int = field(default=256, metadata={"help": "Tokens of a completion."})
-    reward_weights: list[float] | None = field(default=None, metadata={"help": "One per reward function."})
-    early_stopping_patience: int | None = field(default=None, metadata={"help": "Evaluations without a better one."})
-    stop_after_dead_steps: int | None = field(default=None, metadata={"help": "Steps in a row that teach nothing."})
+    population: int = 32
+    sigma: float = 0.05
+    shaping: Shaping = "rank"
+    rows_per_forward: int = 256
+    max_completion_length: int = 256
+    reward_weights: list[float] | None = None
+    early_stopping_patience: int | None = None
+    stop_after_dead_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.population < 2 or self.population % 2:
-            raise ValueError(f"`population` must be an even number, as members come in pairs; got {self.population}.")
-        if not self.sigma > 0:
-            raise ValueError(f"`sigma` is how far members lie from the mean and must be above 0; got {self.sigma}.")
-        if self.shaping not in ("rank", "z_score", "none"):
-            raise ValueError(f"`shaping` must be 'rank', 'z_score' or 'none'; got {self.shaping!r}.")
-        if self.rows_per_forward < 1:
-            raise ValueError(f"`rows_per_forward` must be 1 or more; got {self.rows_per_forward}.")
-        if self.fp16:
-            raise ValueError("fp16=True scales gradients, and there are none here: load the base in float16 instead.")
-        check_run(self)
+        check_counts(self)
+        for name, fits, expected in (
+            ("population", self.population > 0 and self.population % 2 == 0, "even, as members come in pairs"),
+            ("sigma", self.sigma > 0, "above 0"),
+            ("shaping", self.shaping in get_args(Shaping), f"one of {get_args(Shaping)}"),
+            ("metric_for_best_model", self.metric_for_best_model in (None, "reward", "eval_reward"), "'eval_reward'"),
+            ("fp16", not self.fp16, "off, as it scales gradients; load the base in float16 instead"),
+        ):
+            if not fits:
+                raise ValueError(f"`{name}` must be {expected}; got {getattr(self, name)!r}.")
         super().__post_init__()
 
 
@@ -150,7 +148,7 @@ class EvolutionTrainer(Run, Trainer):
             The base with `peft_config`, or a model whose active adapter is to be trained.
         reward_funcs (`Callable` or `list`):
             `(completions, **columns) -> list[float]`, as for `ReinforceTrainer`, without its reward models. `None`
-            from one counts as 0.
+            counts as 0.
         args ([`EvolutionConfig`]):
             The settings.
         train_dataset, eval_dataset (sequence of rows, such as a list or a `datasets.Dataset`):
@@ -163,7 +161,7 @@ class EvolutionTrainer(Run, Trainer):
             Everything else that `Trainer` takes.
 
     Raises:
-        `ValueError`: if something else than z is trainable, if adapters are merged or disabled, or under FSDP.
+        `ValueError`: if anything but z is trainable, if adapters are merged or disabled, or under FSDP.
     """
 
     def __init__(
@@ -181,8 +179,6 @@ class EvolutionTrainer(Run, Trainer):
         functions = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
         self.reward_funcs = [checked_reward(function) for function in functions]
         self.reward_weights = args.reward_weights or [1.0] * len(self.reward_funcs)
-        if len(self.reward_weights) != len(self.reward_funcs):
-            raise ValueError(f"{len(self.reward_funcs)} reward functions need as many weights: {self.reward_weights}.")
         self.check_adapter(model, args, peft_config)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
@@ -198,15 +194,12 @@ class EvolutionTrainer(Run, Trainer):
             **kwargs,
         )
         if self.is_fsdp_enabled:
-            raise ValueError(
-                "EvolutionTrainer moves whole z-vectors and does not run under FSDP: use DDP; it keeps no activations "
-                "and takes bases packed in 4 or 8 bits."
-            )
+            raise ValueError("EvolutionTrainer moves whole z-vectors and doesn't run under FSDP: use DDP.")
         check_prompts(self.model, processing_class, train_dataset)
         self.watch()
 
     def training_step(self, model: Any, inputs: list[Row], num_items_in_batch: Any = None) -> Tensor:
-        """Leave the estimate of one batch of rows in the offsets' `.grad`; returns minus the mean fitness."""
+        """Add the estimate of one batch of rows to the offsets' `.grad`; return minus the mean fitness."""
         self.model.eval()  # no dropout: members differ by their z alone
         weights = [layer.svf_offset[name].weight for layer, name in self._layers.items()]
         z = torch.cat([weight.detach() for weight in weights])  # (D,)
@@ -215,32 +208,29 @@ class EvolutionTrainer(Run, Trainer):
         fitness = self._fitness(members, inputs)
         finite = fitness[fitness.isfinite()]  # a member that overflows is the worst
         fitness = torch.where(fitness.isfinite(), fitness, finite.min() if len(finite) else 0.0)
-        self.dead_reason = self._dead_reason(fitness)
+        self.dead_reason = (
+            f"All {len(fitness)} members earned the same, {fitness[0]:.3g}, so no direction is better: raise sigma or "
+            "per_device_train_batch_size, or take rows that the model solves sometimes."
+        )
         above, below = shaped(fitness, self.args.shaping).chunk(2)
         gradient = self.accelerator.reduce(estimate(noise, above, below, self.args.sigma), reduction="mean")
         share = -gradient / self.current_gradient_accumulation_steps  # optimizers descend
         for weight, part in zip(weights, share.split([len(weight) for weight in weights]), strict=True):
             weight.grad = part.clone() if weight.grad is None else weight.grad + part
-        self._note(fitness)
+        deviation = fitness.std(correction=0)
+        for name, value in {"reward": fitness.mean(), "reward_std": deviation, "reward_best": fitness.max()}.items():
+            self._logged[name].append(self.accelerator.gather(value).mean().item())
         return -self.accelerator.reduce(fitness.mean(), reduction="mean") / self.current_gradient_accumulation_steps
 
-    def _dead_reason(self, fitness: Tensor) -> str | None:
-        if self.accelerator.gather(fitness.max() - fitness.min()).any():
-            return None
-        return (
-            f"All {len(fitness)} members earned {fitness[0]:.3g}, so no direction is better: raise sigma or "
-            "per_device_train_batch_size, or take rows that the model solves sometimes."
-        )
-
     def _draw(self, z: Tensor) -> Tensor:
-        """Directions `(population / 2, D)`, other ones on each process, from the generator that checkpoints hold."""
+        """Draw directions `(population / 2, D)`; their seed differs by process, and checkpoints keep its generator."""
         seed = int(torch.randint(2**62, ())) + self.accelerator.process_index
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(self.args.population // 2, len(z), generator=generator).to(z.device)
 
     @torch.no_grad()
     def _fitness(self, members: Tensor, rows: Sequence[Row]) -> Tensor:
-        """Mean reward `(members,)` of the rows under each of the z-vectors `(members, D)`."""
+        """Average the rewards of the rows under each of the z-vectors `(members, D)`: `(members,)`."""
         together = max(1, self.args.rows_per_forward // len(rows))  # members in one forward
         totals = torch.zeros(len(members), device=members.device)
         for start in range(0, len(rows), self.args.rows_per_forward):
@@ -248,22 +238,22 @@ class EvolutionTrainer(Run, Trainer):
             table = self._choice_rewards(part) if "choices" in part[0] else None
             for first in range(0, len(members), together):
                 some = members[first : first + together]
-                rewards = self._expected(some, part, table) if table is not None else self._completed(some, part)
+                rewards = self._completed(some, part) if table is None else self._expected(some, part, table)
                 totals[first : first + together] += rewards.sum(1)
         return totals / len(rows)
 
     def _expected(self, members: Tensor, rows: Sequence[Row], table: Tensor) -> Tensor:
-        """Expected rewards `(members, rows)` over the choices, whose rewards are `(rows, choices)`."""
+        """Compute expected rewards `(members, rows)` over the choices, whose rewards are `(rows, choices)`."""
         with self._as(members), self.compute_loss_context_manager():
             logps = choice_logps(self.model, self.processing_class, rows, len(members))
         return (logps.softmax(-1).view(len(members), *table.shape) * table).sum(-1)
 
     def _completed(self, members: Tensor, rows: Sequence[Row]) -> Tensor:
-        """Rewards `(members, rows)` of greedy completions."""
-        everything = [*rows] * len(members)
+        """Compute the rewards `(members, rows)` of greedy completions."""
+        repeated = [*rows] * len(members)
         with self._as(members), self.compute_loss_context_manager():
-            texts = self._complete(everything, len(members))
-        return self._rewards(everything, texts).view(len(members), len(rows))
+            texts = self._complete(repeated, len(members))
+        return self._rewards(repeated, texts).view(len(members), len(rows))
 
     def _complete(self, rows: Sequence[Row], members: int = 1) -> list[str]:
         prompts, length = [row["prompt"] for row in rows], self.args.max_completion_length
@@ -272,7 +262,7 @@ class EvolutionTrainer(Run, Trainer):
 
     @contextmanager
     def _as(self, members: Tensor) -> Iterator[None]:
-        """Give the consecutive parts of the next batches the z-vectors `(members, D)` while the context is open."""
+        """Give consecutive parts of each batch the z-vectors `(members, D)` while the context is open."""
         sizes = [len(layer.svf_offset[name].weight) for layer, name in self._layers.items()]
         layers = {module: layer for module, layer in svf_layers(self.model).items() if layer in self._layers}
         offsets = {}
@@ -282,7 +272,7 @@ class EvolutionTrainer(Run, Trainer):
             yield
 
     def _rewards(self, rows: Sequence[Row], texts: Sequence[str]) -> Tensor:
-        """The weighted reward `(rows,)` of one text for each row."""
+        """Compute the weighted reward `(rows,)` of a text for each row."""
         chat = not isinstance(rows[0]["prompt"], str)
         completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else list(texts)
         keys = dict.fromkeys(key for row in rows for key in row if key not in ("prompt", "completion"))
@@ -291,13 +281,13 @@ class EvolutionTrainer(Run, Trainer):
         total = torch.zeros(len(rows), device=self.accelerator.device)
         for reward, weight in zip(self.reward_funcs, self.reward_weights, strict=True):
             rewards = reward(prompts=prompts, completions=completions, **columns)
-            if inspect.isawaitable(rewards):
-                rewards = asyncio.run(_awaited(rewards))
+            if inspect.iscoroutine(rewards):
+                rewards = asyncio.run(rewards)
             total += weight * torch.tensor([0.0 if r is None else r for r in rewards], device=total.device)
         return total
 
     def _choice_rewards(self, rows: Sequence[Row]) -> Tensor:
-        """The reward `(rows, choices)` of each choice; 0 where a row has fewer."""
+        """Compute the reward `(rows, choices)` of each choice; 0 beyond the choices of a row."""
         pairs = [(row, text) for row in rows for text in row["choices"]]
         rewards = self._rewards([row for row, _ in pairs], [text for _, text in pairs])
         parts = rewards.split([len(row["choices"]) for row in rows])
@@ -308,32 +298,25 @@ class EvolutionTrainer(Run, Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """
-        Measure the mean reward of the likeliest choices or greedy completions.
+        Measure the mean reward of the likeliest choices or greedy completions, over the rows of all processes.
 
         Args:
             eval_dataset (sequence of rows, *optional*):
                 Default the trainer's.
-            ignore_keys:
-                Part of `Trainer.evaluate`, unused.
-            metric_key_prefix (`str`):
-                In front of the metric's name.
+            ignore_keys, metric_key_prefix:
+                As in `Trainer.evaluate`; the first has no effect.
 
         Returns:
-            `{"eval_reward": float}`, over the rows of all processes.
-
-        Raises:
-            `ValueError`: if there are no rows.
+            `{"eval_reward": float}`.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if dataset is None or not len(dataset):
-            raise ValueError("There are no rows to evaluate: pass eval_dataset=...")
         size, processes = self.args.per_device_eval_batch_size, self.accelerator.num_processes
-        own = [dataset[i] for i in range(self.accelerator.process_index, len(dataset), processes)]
+        share = [dataset[i] for i in range(self.accelerator.process_index, len(dataset), processes)]
         self.model.eval()
-        total = torch.tensor([0.0, len(own)], device=self.accelerator.device)
+        total = torch.tensor([0.0, len(share)], device=self.accelerator.device)
         with self.unchanged_randomness(), self.compute_loss_context_manager():
-            for start in range(0, len(own), size):
-                rows = own[start : start + size]
+            for start in range(0, len(share), size):
+                rows = share[start : start + size]
                 if "choices" in rows[0]:
                     best = choice_logps(self.model, self.processing_class, rows).argmax(-1).tolist()
                     texts = [row["choices"][k] for row, k in zip(rows, best, strict=True)]
@@ -347,11 +330,6 @@ class EvolutionTrainer(Run, Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
         return metrics
 
-    def _note(self, fitness: Tensor) -> None:
-        deviation = fitness.std(correction=0)
-        for name, value in {"reward": fitness.mean(), "reward_std": deviation, "reward_best": fitness.max()}.items():
-            self._logged[name].append(self.accelerator.gather(value).mean().item())
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the population's rewards and the distance of z from 1 to what is logged while training."""
         if "loss" in logs:
@@ -361,34 +339,33 @@ class EvolutionTrainer(Run, Trainer):
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Nothing is counted: rows are no tensors yet."""
+        """Count nothing: rows aren't tensors yet."""
         return 0
 
 
-async def _awaited(rewards: Awaitable[Any]) -> Any:
-    return await rewards
-
-
 def _trained_layers(model: Any) -> dict[SVFLayer, str]:
-    """The layers whose z is trained, each with its adapter's name; nothing else is trainable."""
-    found: dict[SVFLayer, str] = {}
+    """Find the layers whose z is trained, and the adapter of each; refuse anything else that is trainable."""
+    layers: dict[SVFLayer, str] = {}
     for layer in svf_layers(model).values():
-        if layer.merged or layer.disable_adapters:
-            raise ValueError("The model's adapters are merged or disabled: unmerge and enable them before training.")
-        for name in layer.active_adapters:
-            if name in layer.svf_offset and layer.svf_offset[name].weight.requires_grad:
-                if layer in found:
-                    raise ValueError(f"Evolution trains one adapter, but {layer.active_adapters} are active: set one.")
-                found[layer] = name
-    trained = {id(layer.svf_offset[name].weight) for layer, name in found.items()}
+        active = [
+            n for n in layer.active_adapters if n in layer.svf_offset and layer.svf_offset[n].weight.requires_grad
+        ]
+        if layer.merged or layer.disable_adapters or len(active) > 1:
+            raise ValueError(
+                f"Evolution trains one adapter, neither merged nor disabled, but {layer.active_adapters} are active "
+                f"and {layer.merged_adapters} merged: unmerge and enable the model's adapters, and activate one."
+            )
+        if active:
+            layers[layer] = active[0]
+    trained = {id(layer.svf_offset[name].weight) for layer, name in layers.items()}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in trained]
-    if not found or others:
+    if not layers or others:
         raise ValueError(
-            f"Evolution trains z-vectors and nothing else; trainable here: {len(found)} z-vectors and {len(others)} "
+            f"Evolution trains z-vectors and nothing else; trainable here: {len(layers)} z-vectors and {len(others)} "
             f"other parameters{f', first {others[0]}' if others else ''}. Pass peft_config=SVFConfig(...) with a base "
             "model, or PeftModel.from_pretrained(..., is_trainable=True)."
         )
-    return found
+    return layers
 
 
 __all__ = ["EvolutionConfig", "EvolutionTrainer", "estimate", "shaped"]

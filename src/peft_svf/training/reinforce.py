@@ -2,7 +2,7 @@
 """
 Model, task rows and reward -> a trained z-vector expert, by REINFORCE (arXiv 2501.06252, section 3.2).
 
-A thin subclass of TRL's `GRPOTrainer`: data, generation, logging and checkpoints are TRL's. Ours are the estimators of
+A thin subclass of TRL's `GRPOTrainer`: data, generation, logging and checkpoints are TRL's. It adds the estimators of
 the advantage, both directions of the KL penalty, a filter of prompts that teach nothing, greedy evaluation, prompts
 that are read once for all of their samples, and rows of the choice form, whose action is one of the row's `choices`
 and whose policy is the softmax of their summed token log-likelihoods. Private names of TRL were read in 1.16.
@@ -15,7 +15,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from .rollout import (
     distinct_rows,
     shared_prompts,
 )
-from .run import Run, check_prompts, check_run, checked_reward, z_statistics
+from .run import Run, check_counts, check_prompts, checked_reward, z_statistics
 
 try:
     from accelerate.utils import gather_object
@@ -44,6 +44,7 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 Estimator = Literal["none", "batch", "batch_norm", "rloo", "group"]
+Direction = Literal["policy_ref", "ref_policy"]
 PAPER_BATCH = 256  # completions a step, of the paper and of its code
 
 
@@ -53,7 +54,7 @@ def advantages_of(rewards: Tensor, estimator: Estimator, num_generations: int = 
 
     Args:
         rewards (`torch.Tensor` of shape `(N,)`):
-            One reward per completion, completions of a prompt side by side; NaN where none could be given.
+            One reward per completion, completions of a prompt side by side; NaN if it is missing.
         estimator (`str`):
             `"none"`: the reward itself, the paper's choice. `"batch"`: reward minus the mean of all others, unbiased.
             `"batch_norm"`: z-score over the batch, the reference code's option. `"rloo"`: reward minus the mean of the
@@ -62,29 +63,27 @@ def advantages_of(rewards: Tensor, estimator: Estimator, num_generations: int = 
             Completions per prompt.
 
     Returns:
-        `torch.Tensor` of shape `(N,)`: 0 where the reward is NaN.
+        `torch.Tensor` of shape `(N,)`: 0 if the reward is NaN.
     """
     rows = rewards.view(1, -1) if estimator in ("none", "batch", "batch_norm") else rewards.view(-1, num_generations)
     valid = ~rows.isnan()
     count = valid.sum(1, keepdim=True)
-    mean = rows.nansum(1, keepdim=True) / count.clamp(min=1)
-    centred = rows - mean
+    centred = rows - rows.nansum(1, keepdim=True) / count.clamp(min=1)
+    squares = centred.nan_to_num(0).square().sum(1, keepdim=True)
     if estimator == "none":
         centred = rows
     elif estimator in ("batch", "rloo"):  # r - mean of the others = (r - mean) N / (N - 1)
         centred = centred * count / (count - 1).clamp(min=1)
+    elif estimator == "batch_norm":
+        centred = centred / (squares / count.clamp(min=1)).sqrt().clamp(min=1e-7)
     else:
-        variance = centred.nan_to_num(0).square().sum(1, keepdim=True)
-        if estimator == "batch_norm":
-            centred = centred / (variance / count.clamp(min=1)).sqrt().clamp(min=1e-7)
-        else:
-            centred = centred / ((variance / (count - 1).clamp(min=1)).sqrt() + 1e-4)
+        centred = centred / ((squares / (count - 1).clamp(min=1)).sqrt() + 1e-4)
     return centred.nan_to_num(0).flatten()
 
 
 class PromptFilter(TrainerCallback, ExportableState):
     """
-    Rests prompts whose completions all earned one reward, always or never solved: they teach nothing for now.
+    Rests prompts whose completions all earned the same reward, always or never solved: they teach nothing for now.
 
     A prompt rests for one visit after the first such group and for 3, 7, 15 and 31 after further ones in a row. A
     callback, because transformers keeps the state of callbacks in its checkpoints.
@@ -97,7 +96,7 @@ class PromptFilter(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"record": self.record}}
 
     def choose(self, rows: Sequence[int], total: int, seed: str) -> list[int]:
-        """Replace the resting ones among the rows by others of the `total`, as long as there are any."""
+        """Replace resting rows by others of the `total`, until none is left."""
         resting = {int(row) for row, (_, rest) in self.record.items() if rest}
         free = [row for row in range(total) if row not in resting and row not in rows]
         random.Random(seed).shuffle(free)
@@ -107,7 +106,7 @@ class PromptFilter(TrainerCallback, ExportableState):
         return chosen
 
     def learn(self, row: int, equal: bool) -> None:
-        """Note whether the completions of a row all earned one reward."""
+        """Note whether the completions of a row all earned the same reward."""
         streak = self.record.get(str(row), [0, 0])[0] + 1 if equal else 0
         self.record[str(row)] = [streak, min(2**streak, 32) - 1]
 
@@ -115,12 +114,11 @@ class PromptFilter(TrainerCallback, ExportableState):
 @dataclass
 class ReinforceConfig(GRPOConfig):
     """
-    TRL's `GRPOConfig` with the settings that make it REINFORCE on z-vectors, and a few of its own.
+    TRL's `GRPOConfig` with the settings that make it REINFORCE on z-vectors, and a few more.
 
     A step is `per_device_train_batch_size * gradient_accumulation_steps` completions; each prompt has
-    `num_generations` of them. The defaults suit SVF: learning rate 2e-3, cosine schedule, no weight decay, gradient
-    clipping at 1e-3. Rate and clipping are those of the code of arXiv 2501.06252; under Adam the latter evens out
-    batches.
+    `num_generations` of them. Learning rate and clipping are those of the code of arXiv 2501.06252; under Adam,
+    clipping gives all batches the same weight.
 
     Args:
         advantage_estimator (`str`):
@@ -128,23 +126,23 @@ class ReinforceConfig(GRPOConfig):
         reward_clip (`float`, *optional*):
             Rewards are clipped to `[-reward_clip, reward_clip]` first.
         kl_direction (`str`):
-            With `beta > 0` the penalty is `"policy_ref"`: KL(policy ‖ base), the paper's, or `"ref_policy"`:
-            KL(base ‖ policy), that of its code.
+            With `beta > 0` the penalty is `"policy_ref"`: KL(policy ‖ base), as in the paper, or `"ref_policy"`:
+            KL(base ‖ policy), as in its code. Sets `use_bias_correction_kl`.
         prompt_filter (`bool`):
-            Pass over prompts whose completions all earned the same reward, see [`PromptFilter`].
+            Skip prompts whose completions all earned the same reward, see [`PromptFilter`].
         greedy_rollouts (`bool`):
-            Roll out the likeliest completion instead of a sample, as the reference code does (biased; one completion
-            per prompt).
+            Roll out the likeliest completion instead of a sample, as the reference code does. That is biased, and
+            `num_generations` has to be 1.
         greedy_eval (`bool`):
             Evaluate on the likeliest completion or choice.
         early_stopping_patience (`int`, *optional*):
             Stop after so many evaluations without a better one.
         stop_after_dead_steps (`int`, *optional*):
-            Stop after so many steps in a row that taught nothing: equal rewards, or no gradient. The first one is
-            reported with the way out.
+            Stop after so many steps in a row that taught nothing: equal rewards, or no gradient. The first such step
+            is reported with the way out.
         gradient_checkpointing (`bool`):
-            Off by default, because prompts that are read once need their cache. Where memory is short and completions
-            are long it can be turned on: then each sample reads its prompt itself while gradients are taken.
+            Off by default, because prompts that are read once need their cache. If memory is short and completions
+            are long, turn it on: then each sample reads its prompt itself while gradients are taken.
     """
 
     loss_type: str = "luspo"
@@ -159,20 +157,37 @@ class ReinforceConfig(GRPOConfig):
     metric_for_best_model: str | None = "eval_reward"
     restore_callback_states_from_checkpoint: bool = True  # early stopping and the filter go on counting
     gradient_checkpointing: bool = False
-    advantage_estimator: Estimator = field(default="rloo", metadata={"help": "How rewards become advantages."})
-    reward_clip: float | None = field(default=None, metadata={"help": "Clip rewards to [-x, x]."})
-    kl_direction: Literal["policy_ref", "ref_policy"] = field(default="policy_ref", metadata={"help": "Which KL."})
-    prompt_filter: bool = field(default=False, metadata={"help": "Pass over prompts that teach nothing."})
-    greedy_rollouts: bool = field(default=False, metadata={"help": "Roll out the likeliest completion."})
-    greedy_eval: bool = field(default=True, metadata={"help": "Evaluate on the likeliest completion."})
-    early_stopping_patience: int | None = field(default=None, metadata={"help": "Evaluations without a better one."})
-    stop_after_dead_steps: int | None = field(default=None, metadata={"help": "Steps in a row that teach nothing."})
+    advantage_estimator: Estimator = "rloo"
+    reward_clip: float | None = None
+    kl_direction: Direction = "policy_ref"
+    prompt_filter: bool = False
+    greedy_rollouts: bool = False
+    greedy_eval: bool = True
+    early_stopping_patience: int | None = None
+    stop_after_dead_steps: int | None = None
 
     def __post_init__(self) -> None:
-        self._check()
+        check_counts(self)
+        single = self.num_generations == 1
+        allowed = {"advantage_estimator": get_args(Estimator), "kl_direction": get_args(Direction)}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"`{name}` must be one of {values}; got {getattr(self, name)!r}.")
+        if single and (self.prompt_filter or self.advantage_estimator in ("rloo", "group")):
+            raise ValueError(
+                f"num_generations is 1, but advantage_estimator={self.advantage_estimator!r} with prompt_filter="
+                f"{self.prompt_filter} compares the completions of a prompt: set 2 or more, or 'none' or 'batch' "
+                "without a filter."
+            )
+        best, measured = self.metric_for_best_model or "reward", ["reward", "reward_std", "entropy", "loss", "/mean"]
+        if not best.endswith((*measured, "kl") if self.beta else tuple(measured)):  # else the first evaluation fails
+            raise ValueError(f"metric_for_best_model={best!r} isn't measured by an evaluation: use 'eval_reward'.")
+        if self.greedy_rollouts and not single:
+            raise ValueError(f"greedy_rollouts draws {self.num_generations} equal completions: set num_generations=1.")
+        if self.beta and self.importance_sampling_level != "token":
+            raise ValueError("With beta > 0 only importance_sampling_level='token' penalises a KL divergence.")
         if self.bf16 is None:  # type: ignore[has-type]  # TRL's default asks a GPU for it, whatever the machine has
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
-        single = self.num_generations == 1
         self.use_bias_correction_kl = self.kl_direction == "policy_ref"
         if self.greedy_rollouts:
             greedy = {"temperature": 0.0} if self.use_vllm else {"do_sample": False}
@@ -181,50 +196,12 @@ class ReinforceConfig(GRPOConfig):
         if single:  # GRPO's checks want groups; one that is the whole batch passes them
             steps = self.steps_per_generation or self.gradient_accumulation_steps
             self.num_generations = self.generation_batch_size or self.per_device_train_batch_size * steps * _world()
-            if self.num_generations == 1:
-                raise ValueError(
-                    "A generation batch of 1 has no gradient to speak of: raise per_device_train_batch_size."
-                )
         super().__post_init__()
         if single:
             self.num_generations = 1
 
-    def _check(self) -> None:
-        """Refuse settings that mean nothing, before TRL sees them."""
-        check_run(self)
-        for name, fits, what in (
-            ("temperature", self.temperature > 0, "above 0"),
-            ("beta", self.beta >= 0, "0 or more"),
-            ("reward_clip", self.reward_clip is None or self.reward_clip > 0, "above 0"),
-        ):
-            if not fits:
-                raise ValueError(f"`{name}` must be {what}; got {getattr(self, name)}.")
-        single = self.num_generations == 1
-        if self.advantage_estimator not in ("none", "batch", "batch_norm", "rloo", "group"):
-            raise ValueError(f"`advantage_estimator` cannot be {self.advantage_estimator!r}.")
-        if single and self.advantage_estimator in ("rloo", "group"):
-            raise ValueError(
-                f"advantage_estimator={self.advantage_estimator!r} compares the completions of a prompt, but "
-                "num_generations is 1: use 'none' or 'batch', or 2 generations and more."
-            )
-        if self.multi_objective_aggregation != "sum_then_normalize" and self.advantage_estimator != "group":
-            raise ValueError(
-                f"multi_objective_aggregation={self.multi_objective_aggregation!r} normalises as GRPO does: it needs "
-                "advantage_estimator='group'."
-            )
-        if single and self.prompt_filter:
-            raise ValueError("prompt_filter compares the completions of a prompt: set num_generations to 2 or more.")
-        if self.greedy_rollouts and not single:
-            raise ValueError(f"greedy_rollouts gives {self.num_generations} equal completions: set num_generations=1.")
-        if self.kl_direction not in ("policy_ref", "ref_policy"):
-            raise ValueError(f"`kl_direction` must be 'policy_ref' or 'ref_policy', got {self.kl_direction!r}.")
-        if not self.use_bias_correction_kl and self.kl_direction == "policy_ref":
-            raise ValueError("use_bias_correction_kl follows kl_direction: set kl_direction='ref_policy'.")
-        if self.beta and self.importance_sampling_level != "token":
-            raise ValueError("With beta > 0 only importance_sampling_level='token' penalises a KL divergence.")
-
     def check_rows(self, count: int) -> None:
-        """Raise a `ValueError` if a step takes more different prompts than there are training rows."""
+        """Raise a `ValueError` if a step takes more prompts than there are training rows: it would never be made."""
         prompts = self.generation_batch_size // self.num_generations
         if count < prompts:
             raise ValueError(
@@ -235,7 +212,7 @@ class ReinforceConfig(GRPOConfig):
     @classmethod
     def paper(cls, **kwargs: Any) -> "ReinforceConfig":
         """
-        The text of arXiv 2501.06252 (section 3.2 and its appendix on training); `docs/paper_map.md` has the sources.
+        Follow the text of arXiv 2501.06252 (section 3.2, appendix on training); `docs/paper_map.md` has the sources.
 
         One sampled completion a prompt, 256 a step, the reward itself, KL to the base, AdamW at 2e-3 with cosine
         decay, the best checkpoint of a greedy validation, early stopping. The paper searches its coefficient;
@@ -248,17 +225,17 @@ class ReinforceConfig(GRPOConfig):
     @classmethod
     def reference(cls, **kwargs: Any) -> "ReinforceConfig":
         """
-        What the code of arXiv 2501.06252 does (`SakanaAI/self-adaptive-llms` at 03a41ae), where it differs from the
-        text: greedy rollouts of up to 512 tokens, no penalty, a constant learning rate, no early stopping.
+        Follow the code of arXiv 2501.06252 (`SakanaAI/self-adaptive-llms` at 03a41ae), which differs from the text:
+        greedy rollouts of up to 512 tokens, no penalty, a constant learning rate, no early stopping, 200 steps.
 
-        A penalty, where `beta` is set, has its direction, KL(base ‖ policy). Length is that of its runs, 200 steps.
+        If `beta` is set, the penalty has the direction of that code, KL(base ‖ policy).
         """
         code = {"kl_direction": "ref_policy", "greedy_rollouts": True, "max_completion_length": 512}
         return cls._preset(kwargs, lr_scheduler_type="constant", max_steps=200, **code)
 
     @classmethod
     def _preset(cls, kwargs: Mapping[str, Any], **settings: Any) -> "ReinforceConfig":
-        """What text and code agree on: a batch of 256 without a baseline, and the best of a greedy validation."""
+        """Set what text and code share: a batch of 256 without a baseline, and the best of a greedy validation."""
         settings |= {"num_generations": 1, "advantage_estimator": "none"}
         if kwargs.get("eval_strategy") != "no":
             settings |= {"eval_strategy": "steps", "eval_steps": 10, "save_steps": 10, "load_best_model_at_end": True}
@@ -268,27 +245,27 @@ class ReinforceConfig(GRPOConfig):
 
 
 def _world() -> int:
-    """The number of processes, as torchrun and `accelerate launch` announce it before anything is initialised."""
+    """Count the processes that torchrun or `accelerate launch` has announced; nothing is initialised yet."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclass
 class Batch:
     """
-    What the hooks of one rollout hand to each other.
+    The state that the hooks of one rollout share.
 
     Args:
         inputs (`list[dict]`): The row of each completion.
+        numbers (`list[int]`): With a prompt filter, the number of each prompt's row in the data, of all processes.
         rows (`list[dict]`): The distinct rows, in the choice form; a row's place stands for its prompt.
         rewards (`torch.Tensor` of shape `(N, functions)`): Of the completions of all processes.
-        numbers (`list[int]`): With a prompt filter, the number of each prompt's row in the data, of all processes.
         prompts ([`Prompts`]), read ([`Reading`]): With answers of one token, the reading that they were drawn from.
     """
 
     inputs: list[dict[str, Any]]
+    numbers: list[int] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     rewards: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
-    numbers: list[int] = field(default_factory=list)
     prompts: Prompts | None = None
     read: Reading | None = None
 
@@ -299,8 +276,8 @@ class ReinforceTrainer(Run, GRPOTrainer):
 
     In the choice form an action is a whole choice, whose text TRL never sees: the "prompt" of a row is one token, its
     place among the distinct rows of the batch, and the "completion" is one token, the number of the choice. TRL pads,
-    shuffles and splits these as it does with any tokens; where it computes log-probabilities they are turned back into
-    rows, and the policy over their choices answers. So nothing of TRL's loss has to be copied.
+    shuffles and splits these like any tokens; the hook that computes log-probabilities turns them back into rows and
+    scores their choices. So nothing of TRL's loss has to be copied.
 
     Args:
         model (`str` or `PreTrainedModel` or `PeftModel`):
@@ -316,7 +293,7 @@ class ReinforceTrainer(Run, GRPOTrainer):
 
     Raises:
         `ValueError`: if nothing would be trained, or all of a plain model; if the data have fewer rows than a step
-            takes prompts, or prompts that the model cannot read; if rows with `choices` are to be trained under FSDP.
+            takes prompts, or prompts that the model cannot read; for rows with `choices` under FSDP.
     """
 
     def __init__(
@@ -331,14 +308,9 @@ class ReinforceTrainer(Run, GRPOTrainer):
             args.pad_to_multiple_of = None  # its number takes one place
         self.check_adapter(model, args, kwargs.get("peft_config"))
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        with _without_luspo_remark():
-            super().__init__(
-                model=model,
-                reward_funcs=[checked_reward(function) for function in functions],
-                args=args,
-                train_dataset=train_dataset,
-                **kwargs,
-            )
+        rewards = [checked_reward(function) for function in functions]
+        with _without_luspo_advice():
+            super().__init__(model=model, reward_funcs=rewards, args=args, train_dataset=train_dataset, **kwargs)
         if self._choice_form and self.is_fsdp_enabled:
             raise ValueError(
                 "Rows with `choices` cannot be trained under FSDP: processes need different numbers of forwards for "
@@ -355,7 +327,9 @@ class ReinforceTrainer(Run, GRPOTrainer):
             tuner.set_plan(plan, forwards_per_step=args.gradient_accumulation_steps)
         self.watch()
         if args.prompt_filter:
-            self._number_rows()
+            data = self.train_dataset
+            data = data.select_columns([name for name in ("prompt", "choices", "id") if name in _columns(data)])
+            self._numbers = {_key(data[number]): number for number in range(len(data))}  # images stay unread
             self.add_callback(PromptFilter())
 
     @property
@@ -366,7 +340,7 @@ class ReinforceTrainer(Run, GRPOTrainer):
         """
         Evaluate as `GRPOTrainer` does, on greedy completions unless `greedy_eval=False`.
 
-        The state of the random generators is put back: training goes on as if there had been no evaluation.
+        The random generators are put back: training goes on as if it had not been interrupted.
         """
         with self.unchanged_randomness(), self._greedy() if self.args.greedy_eval else nullcontext():
             return super().evaluate(*args, **kwargs)
@@ -388,7 +362,7 @@ class ReinforceTrainer(Run, GRPOTrainer):
             setattr(holder, name, before)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's, after the shuffles that the run to be resumed has made: by itself it begins with the first again."""
+        """Repeat the shuffles of the epochs before a checkpoint; TRL's sampler begins with the first again."""
         sampler = super()._get_train_sampler(*args, **kwargs)
         for _ in range(self.epochs_done):
             next(iter(sampler), None)
@@ -402,7 +376,7 @@ class ReinforceTrainer(Run, GRPOTrainer):
         return rewards
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        """TRL's, but the samples of a prompt stay together where the step takes all micro-batches of a rollout."""
+        """Put the samples of a prompt into one micro-batch, if a step takes all micro-batches of a rollout."""
         before: Any = self._buffered_inputs  # type: ignore[has-type]
         inputs = super()._prepare_inputs(generation_batch)
         parts: Any = self._buffered_inputs  # type: ignore[has-type]
@@ -414,7 +388,7 @@ class ReinforceTrainer(Run, GRPOTrainer):
 
     @property
     def _on_policy(self) -> bool:
-        """Whether each rollout serves one optimizer step."""
+        """True if each rollout serves one optimizer step."""
         return self.num_iterations == 1 and self.args.gradient_accumulation_steps % self.args.steps_per_generation == 0
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -425,9 +399,9 @@ class ReinforceTrainer(Run, GRPOTrainer):
         weights = self.reward_weights.to(batch.rewards.device)
         rewards = (batch.rewards * weights).nansum(1)
         rewards[batch.rewards.isnan().all(1)] = torch.nan
+        if (self.num_generations_eval if mode == "eval" else self.num_generations) == 1:
+            self._metrics[mode].pop("frac_reward_zero_std", None)  # always 1 for a group of one
         if mode == "eval":
-            if self.num_generations_eval == 1:
-                self._metrics[mode].pop("frac_reward_zero_std", None)  # always 1 for a group of one
             return output
         if self.args.advantage_estimator != "group":
             advantages = advantages_of(rewards, self.args.advantage_estimator, self.num_generations)
@@ -436,45 +410,37 @@ class ReinforceTrainer(Run, GRPOTrainer):
             logged = self._logs["advantages"]
             for index, value in enumerate(advantages.tolist(), start=len(logged) - len(advantages)):
                 logged[index] = value
-        if self.num_generations == 1:
-            self._metrics[mode].pop("frac_reward_zero_std", None)
-        else:
-            equal = _equal(rewards.view(-1, self.num_generations))
-            for number, alike in zip(batch.numbers, equal.tolist(), strict=filtered):
-                self._filter.learn(number, alike)
+        if filtered:
+            groups = rewards.view(-1, self.num_generations)  # NaN, a missing reward, equals any
+            equal = groups.nan_to_num(nan=-torch.inf).amax(1) <= groups.nan_to_num(nan=torch.inf).amin(1)
+            for number, is_equal in zip(batch.numbers, equal.tolist(), strict=True):
+                self._filter.learn(number, is_equal)
         self.dead_reason = self._dead_reason(output, rewards)
         for name, value in z_statistics(self.model).items():
             self._metrics[mode][name].append(value)
         return output
 
     def _dead_reason(self, output: Mapping[str, Any], rewards: Tensor) -> str | None:
-        """Why a rollout teaches nothing, and the way out; `None` if it teaches something."""
-        if self.mask_truncated_completions and not self.accelerator.gather(output["completion_mask"].sum()).sum():
+        """Explain why the completions of this process teach nothing, with the way out; `None` if they do."""
+        if self.mask_truncated_completions and not output["completion_mask"].any():
             return (
                 f"All completions were cut off at max_completion_length={self.args.max_completion_length}, and "
                 "mask_truncated_completions=True leaves nothing of them: raise max_completion_length, or set it to "
                 "False (answers of one token never end by themselves)."
             )
-        if not self.accelerator.gather(output["advantages"].abs().sum()).sum():
-            texts = {str(text) for text in list(self._logs["completion"])[-len(rewards) :]}
-            if len(texts) * self.num_generations <= len(rewards):
-                return (
-                    f"The policy gives one answer to each prompt at temperature={self.temperature:g}: raise the "
-                    "temperature, or start again with a lower learning_rate or with beta > 0, which keeps the entropy."
-                )
+        if output["advantages"].any():
+            return None
+        texts = {str(text) for text in list(self._logs["completion"])[-len(rewards) :]}
+        if len(texts) * self.num_generations <= len(rewards):
             return (
-                f"All rewards of a prompt are equal (mean {rewards.nanmean():.3g}), which leaves no advantage: take "
-                "prompts that the model solves sometimes, more num_generations, a higher temperature, or a reward "
-                "with more than two values."
+                f"The policy gives one answer to each prompt at temperature={self.temperature:g}: raise the "
+                "temperature, or start again with a lower learning_rate or with beta > 0, which keeps the entropy."
             )
-        return None
-
-    def _number_rows(self) -> None:
-        if not isinstance(self.train_dataset, Sized):
-            raise ValueError("prompt_filter puts other rows in the place of some: it needs data with a length.")
-        data: Any = self.train_dataset
-        rows = data.select_columns([name for name in ("prompt", "choices", "id") if name in _columns(data)])
-        self._numbers = {_key(rows[number]): number for number in range(len(rows))}  # images stay unread
+        return (
+            f"All rewards of a prompt are equal (mean {rewards.nanmean():.3g}), which leaves no advantage: take "
+            "prompts that the model solves sometimes, more num_generations, a higher temperature, or a reward "
+            "with more than two values."
+        )
 
     @property
     def _filter(self) -> PromptFilter:
@@ -482,28 +448,26 @@ class ReinforceTrainer(Run, GRPOTrainer):
         return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, PromptFilter))
 
     def _filtered(self, inputs: list[dict[str, Any]]) -> Batch:
-        """Give groups of resting prompts other rows; all processes choose alike."""
+        """Replace the rows of resting prompts; all processes choose the same."""
         numbers = gather_object([self._numbers[_key(row)] for row in inputs])[:: self.num_generations]
-        seed = f"{self.args.seed}:{self.state.global_step}:{numbers}"  # nothing that a resumed run would not have
+        seed = f"{self.args.seed}:{self.state.global_step}:{numbers}"  # the same in a resumed run
         chosen = self._filter.choose(numbers, len(self.train_dataset), seed)
         changed = [old != new for old, new in zip(numbers, chosen, strict=True)]
         self._metrics["train"]["prompts/replaced"].append(sum(changed) / len(changed))
         start = self.accelerator.process_index * len(inputs)
         places = [(start + i) // self.num_generations for i in range(len(inputs))]
         rows = [self.train_dataset[chosen[k]] if changed[k] else row for k, row in zip(places, inputs, strict=True)]
-        return Batch(rows, numbers=chosen)
+        return Batch(rows, chosen)
 
     def _generate(self, prompts: list) -> Any:
         if not self._choice_form:
             return super()._generate(prompts)
         device, mode = self.accelerator.device, self._mode
         batch = self._batches[mode]
-        numbers: dict[str, int] = {}
-        which = []
-        for row in batch.inputs:
-            which.append(numbers.setdefault(_key(row), len(numbers)))
-            if len(batch.rows) < len(numbers):
-                batch.rows.append(row)
+        keys = [_key(row) for row in batch.inputs]
+        distinct = dict(zip(keys, batch.inputs, strict=True))
+        places = {key: place for place, key in enumerate(distinct)}
+        which, batch.rows = [places[key] for key in keys], list(distinct.values())
         with torch.no_grad():
             policy = self._policy(self.model, torch.arange(len(batch.rows)), mode)
         logps = policy[torch.tensor(which, device=device)]
@@ -525,7 +489,7 @@ class ReinforceTrainer(Run, GRPOTrainer):
             return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
 
     def _draws_one_token(self) -> bool:
-        """Whether one forward can be both sampled from and differentiated: one token, nothing but a temperature."""
+        """True if one forward can be both sampled from and differentiated: one token, nothing but a temperature."""
         config, off = self.generation_config, (None, 0, 1.0)
         shaped = {config.top_p, config.top_k, config.min_p, config.repetition_penalty}.difference(off)
         others = set(self.args.generation_kwargs or {}) - {"do_sample"}
@@ -561,7 +525,7 @@ class ReinforceTrainer(Run, GRPOTrainer):
         if self._choice_form:
             numbers, places = torch.unique(input_ids[:, 0], return_inverse=True)
             logps = self._policy(model, numbers, self._mode)[places]  # (B, K)
-            finite = logps.clamp(min=-1e4)  # absent choices: probability 0, and 0 * -1e4 = 0 where 0 * -inf is NaN
+            finite = logps.clamp(min=-1e4)  # absent choices have probability 0, and 0 * -inf would be NaN
             entropies = -(finite.exp() * finite).sum(-1, keepdim=True) if kwargs.get("compute_entropy") else None
             return logps.gather(1, input_ids[:, 1:2]), entropies, None
         if not self._can_share(model, kwargs):
@@ -584,7 +548,7 @@ class ReinforceTrainer(Run, GRPOTrainer):
         return torch.cat([part[0] for part in parts]), entropies, None
 
     def _kept_reading(self, prompts: Prompts) -> tuple[Prompts, Reading | None]:
-        """Exchange prompts, which TRL has shuffled, for those of the rollout that kept its graph, once."""
+        """Look prompts, which TRL has shuffled, up in the rollout that kept its graph; it is used once."""
         batch = self._batches["train"]
         kept, read, batch.prompts, batch.read = batch.prompts, batch.read, None, None
         if kept is None:
@@ -594,21 +558,15 @@ class ReinforceTrainer(Run, GRPOTrainer):
         return Prompts(kept.distinct, places[prompts.places]), read
 
     def _can_share(self, model: Any, kwargs: Mapping[str, Any]) -> bool:
-        """Whether the prompts of a batch can be read once: text alone, a cache, and as many forwards everywhere."""
-        others = {name for name, value in kwargs.items() if value is not None} - {
-            "compute_entropy",
-            "compute_aux_loss",
-        }
-        return not (
-            others
-            or kwargs.get("compute_aux_loss")
-            or self.is_fsdp_enabled
-            or self.is_deepspeed_enabled
-            or checkpoints_activations(model)
-        ) and can_share(model)
+        """True if prompts can be read once: text alone, a cache, and equally many forwards on all processes."""
+        others = any(
+            value is not None and value is not False for key, value in kwargs.items() if key != "compute_entropy"
+        )
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return not (others or sharded or checkpoints_activations(model)) and can_share(model)
 
     def _policy(self, model: Any, numbers: Tensor, mode: str) -> Tensor:
-        """Log-probabilities `(rows, choices)` of the policy at `temperature` over the choices of the numbered rows."""
+        """Compute log-probabilities `(rows, choices)` of the choices of the numbered rows, at `temperature`."""
         rows = [self._batches[mode].rows[number] for number in numbers.tolist()]
         with self.accelerator.autocast():
             logps = choice_logps(model, self.processing_class, rows)
@@ -616,17 +574,12 @@ class ReinforceTrainer(Run, GRPOTrainer):
 
 
 def _key(row: Mapping[str, Any]) -> str:
-    """What makes a row the same question: its prompt and its choices."""
-    return json.dumps([row.get("prompt"), row.get("choices"), row.get("id")], default=str)  # images differ by id
-
-
-def _equal(groups: Tensor) -> Tensor:
-    """Whether all rewards of each group `(G, n)` are equal; NaN, a missing one, counts for none."""
-    return groups.nan_to_num(nan=-torch.inf).amax(1) <= groups.nan_to_num(nan=torch.inf).amin(1)
+    """Identify the question of a row; those with images differ by `id`."""
+    return json.dumps([row.get("prompt"), row.get("choices"), row.get("id")], default=str)
 
 
 def _grouped(parts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Sort the rows of micro-batches so that equal prompts share one, which then reads them once."""
+    """Sort the rows of micro-batches so that equal prompts share a micro-batch, which then reads them once."""
     order = torch.unique(torch.cat([part["prompt_ids"] for part in parts]), dim=0, return_inverse=True)[1].argsort()
     whole = {
         key: torch.cat([part[key] for part in parts])[order].chunk(len(parts)) if value.dim() else None
@@ -639,34 +592,30 @@ def _grouped(parts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
 
 
 def _columns(dataset: Any) -> Sequence[str]:
-    """The columns of any dataset; a stream that does not know its own is asked for its first row."""
+    """List the columns of any dataset; those of a stream may be known from its first row alone."""
     if dataset is None:
         return ()
     return getattr(dataset, "column_names", None) or list(next(iter(dataset), {}))
 
 
 @contextmanager
-def _without_luspo_remark() -> Iterator[None]:
+def _without_luspo_advice() -> Iterator[None]:
     """
     Drop TRL's advice to pair luspo with sequence-level ratios while the context is open.
 
-    It speaks of clipping off policy. On policy the two have one gradient, and a KL penalty needs ratios per token.
+    It concerns clipping off policy. On policy the two have one gradient, and a KL penalty needs ratios per token.
     """
-
-    def other(record: logging.LogRecord) -> bool:
-        return "When using `'luspo'` loss, `importance_sampling_level`" not in record.getMessage()
-
-    source = logging.getLogger(GRPOTrainer.__module__)
-    source.addFilter(other)
+    source, advice = (
+        logging.getLogger(GRPOTrainer.__module__),
+        "When using `'luspo'` loss, `importance_sampling_level`",
+    )
+    without = logging.Filter()
+    without.filter = lambda record: advice not in record.getMessage()  # type: ignore[method-assign]
+    source.addFilter(without)
     try:
         yield
     finally:
-        source.removeFilter(other)
+        source.removeFilter(without)
 
 
-__all__ = [
-    "PromptFilter",
-    "ReinforceConfig",
-    "ReinforceTrainer",
-    "advantages_of",
-]
+__all__ = ["PromptFilter", "ReinforceConfig", "ReinforceTrainer", "advantages_of"]

@@ -2,9 +2,9 @@
 """
 Prompts that several samples share -> one reading of each, when samples are drawn and when they are differentiated.
 
-Several completions of one prompt need its keys and values once; few-shot examples and instructions that all prompts
-begin with are read once for all. Goes in: a causal model with a cache of keys and values, and padded prompts. Nothing
-here knows what a reward is.
+Several completions of one prompt need its keys and values once, and a beginning that all prompts share, such as
+few-shot examples, is read once for all. Goes in: a causal model with a cache of keys and values, and padded prompts.
+Nothing here knows what a reward is.
 """
 
 import functools
@@ -42,7 +42,7 @@ def distinct_rows(rows: Sequence[Sequence[int]]) -> Prompts | None:
     Find the distinct prompts among the tokens of rows.
 
     Returns:
-        [`Prompts`], or `None` if sharing would save nothing: no prompt is there twice and all begin differently.
+        [`Prompts`], or `None` if sharing would save nothing: no prompt is repeated and all begin differently.
     """
     numbers: dict[tuple[int, ...], int] = {}
     places = [numbers.setdefault(tuple(row), len(numbers)) for row in rows]
@@ -59,17 +59,13 @@ def distinct_prompts(ids: Tensor, mask: Tensor) -> Prompts | None:
 
 
 def can_share(model: Any) -> bool:
-    """
-    Tell whether a model keeps what it has read as keys and values, whose rows can be repeated.
-
-    State-space models and linear attention don't.
-    """
+    """Check that a model caches keys and values, whose rows can be repeated, unlike the state of Mamba."""
     config = unwrapped(model).config
     return not config.is_encoder_decoder and _attends(DynamicCache(config=config)) and cache_name(model) in CACHES[:2]
 
 
 def checkpoints_activations(model: Any) -> bool:
-    """Tell whether gradient checkpointing is on, which drops the cache."""
+    """Check whether gradient checkpointing is on, which drops the cache."""
     inner = unwrapped(model)
     return inner.training and any(getattr(module, "gradient_checkpointing", False) for module in inner.modules())
 
@@ -82,16 +78,16 @@ def _attends(cache: Any) -> bool:
 @contextmanager
 def shared_prompts(model: Any, members: int = 1) -> Iterator[None]:
     """
-    Have `model.generate` read each distinct prompt of its batch once while the context is open.
+    Let `model.generate` read each distinct prompt of its batch once while the context is open.
 
-    The first forward of a generation is answered from the shared reading: its cache is filled, and all later ones are
-    as they were. Batches that have more than text, and models without such a cache, are read as usual.
+    The first forward of a generation takes its cache and logits from the shared reading; later ones are unchanged.
+    Batches that have more than text, and models without such a cache, are read as usual.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
             Causal language model.
         members (`int`):
-            Adapters that the model has at once, as in [`choice_logps`]: the batch is as many copies of the rows.
+            Copies of the rows in the batch, each under another adapter, as in [`choice_logps`].
     """
     inner, name = unwrapped(model), cache_name(model)
     if not can_share(model):
@@ -151,9 +147,9 @@ def completion_logps(
         prompts ([`Prompts`]):
             Of the rows.
         completions, mask (`torch.Tensor` of shape `(B, C)`):
-            Tokens, and 0 at padding, which stands on the right.
+            Tokens, and 0 at padding on the right.
         temperature (`float`):
-            That of the fused head.
+            Of the fused head.
         read ([`Reading`], *optional*):
             Of the distinct prompts, if they have been read already.
 

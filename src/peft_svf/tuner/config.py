@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user says about an SVF adapter: `SVFConfig` and all its validation. Nothing here sees a model."""
+"""The settings of an SVF adapter: `SVFConfig` and all its validation. Nothing here sees a model."""
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from .._registration import add_peft_type
 from .plans import PLANS, Plan
-
-add_peft_type()  # before the class below names it
-LARGEST_RANK = 1_000_000  # no weight has so many singular values
 
 
 @dataclass
@@ -50,18 +46,18 @@ class SVFConfig(PeftConfig):
             off (case B8 of benchmarks/speed.py). The first adapter of a model decides.
         plan (`str`):
             How the layers compute. `"auto"` decides for each forward: on a merged copy of the weight in inference and
-            in training steps of enough tokens, by two thin products beside the base layer else, through the two
-            factors of the weight where the rows of a batch differ. `"merged"`, `"narrow"`, `"factored"` ask for one.
-            The first adapter of a model decides, `model.set_plan` changes it; it is not saved with an expert.
+            in training steps of enough tokens, by two thin products beside the base layer otherwise, through the two
+            factors of the weight if the rows of a batch differ. `"merged"`, `"narrow"`, `"factored"` request one.
+            The first adapter of a model decides, `model.set_plan` changes it; it isn't saved with an expert.
         basis_from (`str`):
-            `"memory"`: the basis of the weights as loaded. `"checkpoint"`: of the stored weights, an error where no
-            file holds them. `"auto"`: of the stored ones if loading has rounded them and the file is on this machine.
+            `"memory"`: the basis of the weights as loaded. `"checkpoint"`: of the stored weights, an error if no file
+            holds them. `"auto"`: of the stored ones if loading has rounded them and the file is on this machine.
         save_basis (`bool`):
             Save the basis with the offsets, `4 r k` bytes a weight: the expert then has the very same directions on
             the base in other dtypes and quantisations. `PeftModel.from_pretrained` and `load_adapter` of a
             `PeftModel` use it.
         description (`str`, *optional*):
-            What the expert is good at, in a few words. The first pass of Transformer² reads it.
+            What the expert is good at, in a few words; the first pass of Transformer² reads it.
         fingerprint (`dict`, *optional*):
             Written by the package: per module a hash of the base weight's values and a sketch of its basis. An adapter
             is refused on a base with other singular directions. Set it to `None` to start a new expert from a loaded
@@ -94,7 +90,7 @@ class SVFConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = add_peft_type()
+        self.peft_type = PeftType.SVF  # a member since `peft_svf` was imported
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as PEFT's tuners keep it
         if isinstance(self.exclude_modules, list):
@@ -107,10 +103,9 @@ class SVFConfig(PeftConfig):
                     )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
-        if self.rank is not None and not (type(self.rank) is int and 1 <= self.rank <= LARGEST_RANK):
+        if self.rank is not None and not (type(self.rank) is int and self.rank >= 1):
             raise ValueError(
-                f"`rank` is the number of singular values to move, 1 to {LARGEST_RANK:,}, or None for all; got "
-                f"{self.rank!r}."
+                f"`rank` is the number of singular values to move, at least 1, or None for all; got {self.rank!r}."
             )
         for name, allowed in (
             ("basis_dtype", ("auto", "float32", "bfloat16")),
@@ -125,49 +120,29 @@ class SVFConfig(PeftConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved: everything but `plan`, which is about a machine, not about an expert."""
+        """Return what is saved: everything but `plan`, which belongs to a machine and not to an expert."""
         return {key: value for key, value in super().to_dict().items() if key != "plan"}
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """
-        Check the fields of a file.
-
-        Raises:
-            `ValueError`: if the file sets a field that this version does not have: it would be ignored in silence.
-        """
-        if kwargs.get("parametrization") == "offset":  # experts of the first versions name what is now the only one
+        """Drop the fields of old versions, whose only remaining form is the default; PEFT warns of unknown ones."""
+        if kwargs.get("parametrization") == "offset":
             kwargs = {name: value for name, value in kwargs.items() if name not in ("parametrization", "limit")}
-        known = {entry.name for entry in fields(cls)}
-        unknown = sorted(name for name, value in kwargs.items() if name not in known and value not in (None, False))
-        if unknown:
-            raise ValueError(
-                f"The adapter's config sets {unknown[0]!r}, which isn't a field of SVFConfig: it is misspelt, or was "
-                "written by a newer peft-svf or PEFT. Correct adapter_config.json, or update."
-            )
-        return {name: value for name, value in kwargs.items() if name in known}
+        return kwargs
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """
-        Read a config as PEFT does. A damaged weights file beside it is refused here, before any model is touched.
-
-        A file's regular expressions are never run: the fingerprint lists the modules that they stand for.
+        Read a config as PEFT does. A file's regular expressions are never run: the fingerprint lists their modules.
 
         Raises:
-            `ValueError`: if the adapter's weights are truncated or no safetensors, or its modules are not listed.
+            `ValueError`: if it has regular expressions and no fingerprint.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         weights = Path(pretrained_model_name_or_path) / (subfolder or "") / SAFETENSORS_WEIGHTS_NAME
         if weights.is_file():
-            try:
-                with safe_open(weights, "pt"):
-                    pass
-            except (SafetensorError, ValueError) as error:
-                raise ValueError(
-                    f"The adapter's weights {weights} are damaged ({error}): the file is incomplete, or it isn't a "
-                    "safetensors file. Copy or download it again."
-                ) from error
+            with safe_open(weights, "pt"):  # refuses a damaged file before a model is touched
+                pass
         if isinstance(config, SVFConfig):
             config.list_modules()
         return config
@@ -186,7 +161,11 @@ class SVFConfig(PeftConfig):
                 "The adapter's config selects modules by a regular expression and has no fingerprint that lists them. "
                 "A file's expressions are not run: replace it by a list in adapter_config.json."
             )
+        self.select_listed()
+
+    def select_listed(self) -> None:
+        """Select the modules that the fingerprint lists, whatever selected them before."""
         stacks = tuple(f".{name}" for name in self.target_parameters or ())
-        names = {name for name in self.fingerprint if not (stacks and f".{name}".endswith(stacks))}
+        names = {name for name in self.fingerprint or () if not (stacks and f".{name}".endswith(stacks))}
         self.target_modules = names  # type: ignore[assignment]
         self.exclude_modules = self.layers_pattern = self.layers_to_transform = None

@@ -58,22 +58,13 @@ class Offset(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """
-    Offsets that stand in place of the adapters' in one layer.
+    """Offsets `(n, k)` that stand in place of the adapters' in one layer; an empty tensor is the base model."""
 
-    Args:
-        name (`str`): The layer's module name, for messages.
-        offsets (`torch.Tensor` of shape `(n, k)`): One per mixture; an empty tensor is the base model.
-        index (`torch.Tensor` of shape `(B,)`, *optional*): Batch row, or token of a packed batch -> its offset.
-        lasting (`bool`): The same offset serves many forwards.
-        any_base (`bool`): Some of the offsets are the base model.
-    """
-
-    name: str
+    name: str  # of the layer, for messages
     offsets: Tensor
-    index: Tensor | None = None
-    lasting: bool = False
-    any_base: bool = False
+    index: Tensor | None = None  # (B,): batch row, or token of a packed batch -> its offset
+    lasting: bool = False  # the same offset serves many forwards
+    any_base: bool = False  # some of several offsets are the base model
 
     @property
     def mixed(self) -> bool:
@@ -82,13 +73,10 @@ class Rows:
 
     def of(self, lead: torch.Size, execution: "Execution") -> Tensor:
         """
-        The offsets of activations of shape `(*lead, n)`, broadcastable to `(*lead, k)`.
+        Spread the offsets over activations of shape `(*lead, n)`: broadcastable to `(*lead, k)`.
 
         A batch may repeat each row side by side, as beams, returned sequences and the members of a population do.
         The number of its rows is read where the batch enters the model, never inferred inside it.
-
-        Raises:
-            `ValueError`: if the rows of the activations aren't known.
         """
         known = len(self.offsets) if self.index is None else len(self.index)
         rows, tokens = execution.batch or (known, None)
@@ -116,34 +104,19 @@ class Rows:
 
 @dataclass(eq=False)
 class Execution:
-    """
-    How the layers of a model compute: one object that all of them share.
+    """How the layers of a model compute: one object that all of them share."""
 
-    Args:
-        plan (`str`): The execution plan that was asked for; [`choose`] decides for each forward.
-        room (`bool`): There is memory for a second copy of the adapted weights.
-        forwards (`int`): Forwards of an optimizer step.
-        generating (`bool`): The same z serves many forwards, in training mode too.
-        trusted (`bool`): The offsets are known to be those that the merged weights were built from.
-        announced (`set`): Plans that the log has mentioned.
-        rows (`dict`): What stands in place of the adapters' offsets, by layer.
-        batch (`tuple[int, int | None]`, *optional*): Rows and tokens of the batch that runs.
-        batch_first (`bool`): The model is known to keep `(rows, tokens, ...)` in this order.
-        call (`int`): Number of the model's running call, 0 outside of one.
-        read (`set`): Layers whose weight was read from outside during the call.
-    """
-
-    plan: Plan = "auto"
-    room: bool = True
-    forwards: int = 1
-    generating: bool = False
-    trusted: bool = False
-    announced: set[Plan] = field(default_factory=set)
-    rows: "Mapping[SVFLayer, Rows]" = field(default_factory=dict)
-    batch: tuple[int, int | None] | None = None
-    batch_first: bool = False
-    call: int = 0
-    read: "set[SVFLayer]" = field(default_factory=set)
+    plan: Plan = "auto"  # as the user chose it; [`choose`] decides for each forward
+    room: bool = True  # there is memory for a second copy of the adapted weights
+    forwards: int = 1  # of an optimizer step
+    generating: bool = False  # the same z serves many forwards, in training mode too
+    trusted: bool = False  # the merged weights are known to be built from the offsets in force
+    announced: set[Plan] = field(default_factory=set)  # plans that the log has mentioned
+    rows: "Mapping[SVFLayer, Rows]" = field(default_factory=dict)  # what stands in place of the adapters' offsets
+    batch: tuple[int, int | None] | None = None  # rows and tokens of the batch that runs
+    batch_first: bool = False  # the model is known to keep `(rows, tokens, ...)` in this order
+    call: int = 0  # number of the model's running call, 0 outside of one
+    read: "set[SVFLayer]" = field(default_factory=set)  # layers whose weight was read from outside during the call
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model starts outside of any call."""
@@ -154,11 +127,7 @@ class Execution:
 
 
 def svf_layers(model: nn.Module) -> dict[str, "SVFLayer"]:
-    """
-    Find the SVF layers of a model, by the names of the base model's modules.
-
-    The names are without what PEFT, `torch.compile`, FSDP and DDP put in front.
-    """
+    """Find the SVF layers of a model, by module name without what PEFT, `torch.compile`, FSDP and DDP put in front."""
     layers = {}
     for name, module in model.named_modules():
         if isinstance(module, SVFLayer):
@@ -188,37 +157,24 @@ def active_rows(
     """
     rows: dict[SVFLayer, Rows] = {}
     for name, layer in layers.items():
-        given = offsets.get(name, torch.zeros(0))
-        given = given[None] if given.dim() == 1 and given.numel() else given
-        if given.numel() == 0:
-            given = torch.zeros(0, 0)
-        several = len(given) > 1
-        any_base = several and bool((given == 0).all(-1).any())
-        place = index.to(given.device) if several and index is not None else None
-        rows[layer] = Rows(name, given, place, merge, any_base)
-    with replaced_rows(rows):
-        yield
-
-
-@contextmanager
-def replaced_rows(rows: Mapping["SVFLayer", Rows]) -> Iterator[None]:
-    """Let layers use these rows while the context is open; one assignment takes all of them away again."""
-    shared = list({id(layer.execution): layer.execution for layer in rows}.values())
-    before = [execution.rows for execution in shared]
-
-    def reset() -> None:
-        for execution, outer in zip(shared, before, strict=True):
-            execution.rows = outer
-
+        offset = offsets.get(name)
+        if offset is None or not offset.numel():
+            offset = torch.zeros(0, 0)
+        offset = offset[None] if offset.dim() == 1 else offset
+        several = len(offset) > 1
+        any_base = several and bool((offset == 0).all(-1).any())
+        place = index.to(offset.device) if several and index is not None else None
+        rows[layer] = Rows(name, offset, place, merge, any_base)
+    execution = next((layer.execution for layer in layers.values()), Execution())
+    outer = execution.rows
     try:
         try:
-            for execution, outer in zip(shared, before, strict=True):
-                execution.rows = {**outer, **rows}
+            execution.rows = {**outer, **rows}
             yield
         finally:
-            reset()
+            execution.rows = outer
     finally:
-        reset()  # an interrupt may hit the first one
+        execution.rows = outer  # an interrupt may hit the first one
 
 
 class SVFLayer(BaseTunerLayer):
@@ -233,10 +189,6 @@ class SVFLayer(BaseTunerLayer):
             and no buffer: DDP would send it to every process before every forward, and `.to(dtype)` would round it.
         svf_values (`torch.Tensor` of shape `(k,)`, or `None`):
             Their singular values.
-        side (`str`):
-            Where the basis multiplies, see [`Basis`].
-        execution ([`Execution`]):
-            How the model's layers compute.
         svf_chosen (`str`, or `None`):
             The plan of the last forward.
     """
@@ -281,13 +233,7 @@ class SVFLayer(BaseTunerLayer):
         """The base layer's weight. A parent that reads it and then doesn't run the layer would ignore z."""
         if not torch.compiler.is_compiling() and self.execution.call:
             self.execution.read.add(self)
-        return self.held
-
-    @property
-    def held(self) -> Tensor:
-        """The base layer's weight, for the layer's own use."""
-        base = self.get_base_layer()
-        return base.qweight if hasattr(base, "qweight") else base.weight
+        return super().weight
 
     @property
     def directions(self) -> int:
@@ -403,15 +349,7 @@ class SVFLayer(BaseTunerLayer):
         """
         Write `U diag(S * z) V^T` into the base layer, from the pristine weight, which is kept.
 
-        Args:
-            safe_merge (`bool`):
-                Look for NaN and infinities first and leave the weight alone if there are any.
-            adapter_names (`list[str]`, *optional*):
-                Adapters to merge; default the active ones. Those merged before stay merged.
-
-        Raises:
-            `ValueError`: with `safe_merge`, if an adapter makes a weight that is not finite.
-            `TypeError`: if the weight is packed by a quantisation that cannot be undone, or sharded.
+        Adapters that are merged already stay merged. With `safe_merge` a result that isn't finite is refused.
         """
         if isinstance(self.base_weight, DTensor):
             raise TypeError("A sharded weight cannot be merged: save the adapter and merge it into the whole model.")
@@ -505,7 +443,7 @@ class SVFLayer(BaseTunerLayer):
                 return self._without_bias(x, y)
         if y.dtype not in (torch.bfloat16, torch.float16) or self.quantization_backend is not None:
             return y - self.bias
-        return F.linear(x, self.held.T if isinstance(self.get_base_layer(), Conv1D) else self.held)
+        return F.linear(x, self.base_weight.T if isinstance(base, Conv1D) else self.base_weight)
 
 
 def capturing(x: Tensor) -> bool:
@@ -517,7 +455,7 @@ def capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _key(weight: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+def key_of(weight: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
     """Identifies a base weight and the dtype it is used in."""
     return weight.data_ptr(), version_of(weight), dtype, weight.device
 
@@ -570,7 +508,7 @@ class Linear(nn.Module, SVFLayer):
             return self.base_layer(x, *args, **kwargs)
         autocast = torch.is_autocast_enabled(x.device.type)
         if not autocast and self.quantization_backend is None:
-            x = self._cast_input_dtype(x, self.held.dtype)
+            x = self._cast_input_dtype(x, self.base_weight.dtype)
         if self._basis().device != x.device and not x.is_meta:
             self._move_basis(x.device)  # accelerate's offload moves the weight only while the layer runs
         spread = rows.of(x.shape[:-1], self.execution) if mixed else offset  # type: ignore[union-attr]
@@ -618,7 +556,7 @@ class Linear(nn.Module, SVFLayer):
             return None
         base: Any = self._modules["base_layer"]
         weight = base._parameters.get("weight")
-        if weight is None or not _untouched(base) or kept.key != _key(weight, x.dtype):
+        if weight is None or not _untouched(base) or kept.key != key_of(weight, x.dtype):
             return None
         if not isinstance(kept, Merged):
             same = rows is not None and self.svf_chosen == "factored"
@@ -675,44 +613,28 @@ class Linear(nn.Module, SVFLayer):
         )
 
     def _factored(self) -> Factored:
-        """The two factors of the weight, made where they are not there."""
+        """Return the two factors of the weight, and make them if they are missing or out of date."""
         weight = self.base_layer.weight
-        key, kept = _key(weight, weight.dtype), self.svf_factored
+        key, kept = key_of(weight, weight.dtype), self.svf_factored
         if kept is None or kept.key != key:
             kept = split(self.logical_weight(), self.base_layer.bias, self.side, self._basis(), key)
             self.svf_factored = kept
         return kept
 
     def _merged_for(self, offset: Tensor, dtype: torch.dtype) -> Merged | None:
-        """The merged copy of the weight for an offset, built where it is not there."""
-        key = _key(self.base_layer.weight, dtype)
-
-        trusted = self.execution.trusted and self.rows is None
-
-        def built() -> Merged | None:
-            merged = self.svf_merged
-            same = merged is not None and merged.key == key and (trusted or self._holds(merged, offset))
-            return merged if same else None
-
-        if (merged := built()) is not None:
-            return merged
-        bias = self.base_layer.bias
-        assert self.svf_basis is not None and self.svf_values is not None
+        """Return the merged copy of the weight for an offset, and build it if it is missing or out of date."""
+        base, key = self.base_layer, key_of(self.base_layer.weight, dtype)
         with BUILDING:
-            if (merged := built()) is None:
-                # an interrupted build must not leave the old weight's name on what is half another's
-                old, self.svf_merged = self.svf_merged, None
-                merged = self.svf_merged = fold(
-                    self.logical_weight().to(dtype),
-                    bias if bias is None else bias.to(dtype),
-                    self.side,
-                    self.svf_basis,
-                    self.svf_values,
-                    offset.detach(),
-                    key,
-                    old,
-                )
-        return merged
+            old = self.svf_merged
+            trusted = self.execution.trusted and self.rows is None
+            if old is not None and old.key == key and (trusted or self._holds(old, offset)):
+                return old
+            assert self.svf_basis is not None and self.svf_values is not None
+            self.svf_merged = None  # an interrupted build must not leave the old key on a weight that is half new
+            bias = base.bias if base.bias is None else base.bias.to(dtype)
+            weight, offset = self.logical_weight().to(dtype), offset.detach()
+            self.svf_merged = fold(weight, bias, self.side, self.svf_basis, self.svf_values, offset, key, old)
+            return self.svf_merged
 
     def extra_repr(self) -> str:
         kept = self.directions if self.svf_basis is None else self.svf_basis.shape[-1]

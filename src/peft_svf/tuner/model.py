@@ -14,29 +14,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from psutil import virtual_memory
-from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from .basis import Basis, deviation, exact, tolerance
-from .cache import content_key
+from . import loading
 from .config import SVFConfig
-from .fingerprint import Fingerprint, Recorded, check
 from .layer import BASE, Execution, Linear, SVFLayer, active_rows, svf_layers
 from .plans import PLANS, Plan
 from .stacked import ParamWrapper
 from .targets import DEFAULT_TARGETS, adaptable, batch_first, default_targets, reads_weight
 from .weights import (
     Known,
-    Reader,
-    absent,
-    bases_of,
-    note_shared,
     onloaded,
     refuse_parallel,
     refuse_unknown,
@@ -44,8 +35,6 @@ from .weights import (
 )
 
 logger = logging.getLogger(__name__)
-MISFIT = 0.35  # SmolLM2's weights in 4 bits are below 0.2 and in 3 bits below 0.3; another layer's lie above 0.4
-LARGEST = 1e4  # of an offset; trained ones stay below 10
 
 
 class SVFModel(BaseTuner):
@@ -87,22 +76,22 @@ class SVFModel(BaseTuner):
             self._trainable_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         try:
             refuse_parallel(model)
-            if _from_file(config):
+            if loading.from_file(config):
                 config.list_modules()
-                _adopt_names(model, config)
+                loading.adopt_names(model, config)
                 self._unfilled |= {adapter_name}
                 self._unchecked |= {adapter_name}
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            if _from_file(config) and config.save_basis and self._defers:
+            if loading.from_file(config) and config.save_basis and self._defers:
                 self._waiting = True  # until `_remap_adapter_state_dict_for_load` has read the basis in the file
             else:
                 self.fetch_bases()
-            if _from_file(config) and not self._defers:
-                self._guard_loading(model, adapter_name, config)
+            if loading.from_file(config) and not self._defers:
+                loading.guard_loading(self, model, adapter_name, config)
         except BaseException:
             self._unfilled -= {adapter_name}
             self._unchecked -= {adapter_name}
-            _remove(model, adapter_name)
+            loading.remove(model, adapter_name)
             self.peft_config.pop(adapter_name, None)
             for parameter, requires_grad in frozen:
                 parameter.requires_grad_(requires_grad)
@@ -113,32 +102,6 @@ class SVFModel(BaseTuner):
                 # transformers' `add_adapter` sets it before it comes here
                 model._hf_peft_config_loaded = False  # type: ignore[assignment]
             raise
-
-    def _guard_loading(self, model: nn.Module, adapter_name: str, config: SVFConfig) -> None:
-        """
-        Check the keys of the file that transformers' `load_adapter` reads next: it would load any tensor of the base.
-
-        It calls no hook of a tuner, only this method of the model (read in 5.23.0), which is guarded for one call.
-        """
-        original: Any = model._load_pretrained_model
-
-        def load(*args: Any, checkpoint_files: Any = None, state_dict: Any = None, **kwargs: Any) -> Any:
-            vars(model).pop("_load_pretrained_model", None)
-            keys = set(state_dict or {})
-            for path in checkpoint_files or ():
-                with safe_open(path, "pt") as file:
-                    keys |= set(file.keys())
-            kept = [*(config.modules_to_save or ()), *_token_modules(config)]
-            own = {key for key in keys if key.rpartition(".svf_")[1] or any(f".{m}." in f".{key}" for m in kept)}
-            if extra := sorted(key for key in keys if key not in own or ".base_layer." in key):
-                _remove(model, adapter_name)
-                del self.peft_config[adapter_name]
-                model._hf_peft_config_loaded = bool(self.peft_config)  # type: ignore[assignment]
-                raise ValueError(_extra_tensors(adapter_name, extra))
-            return original(*args, checkpoint_files=checkpoint_files, state_dict=state_dict, **kwargs)
-
-        if hasattr(model, "_hf_peft_config_loaded"):
-            vars(model)["_load_pretrained_model"] = load
 
     def fetch_bases(self, known: Known | None = None) -> None:
         """
@@ -154,157 +117,28 @@ class SVFModel(BaseTuner):
         Raises:
             `ValueError`: if an adapter's fingerprint names another base, or needs more directions than are known.
         """
-        layers: dict[str, tuple[Any, int]] = {}
-        known, self._waiting = known or {}, False
-        layer: Any
-        for name, layer in svf_layers(self.model).items():
-            matrices = getattr(layer, "matrices", 1)
-            needed = max((offset.weight.shape[0] // matrices for offset in layer.svf_offset.values()), default=0)
-            have = 0 if layer.svf_basis is None else layer.svf_basis.shape[-1]
-            if have < needed and absent(layer):
-                self._waiting = True
-            elif have < needed:
-                layers[layer.weight_name(name)] = (layer, needed)
-        short = {n: layer for n, (layer, k) in layers.items() if n not in known or known[n][0].Q.shape[-1] < k}
-        known = known | bases_of(self.model, short, self._source)
-        for adapter_name in [] if self._waiting else sorted(self._unchecked):
-            self.check_fingerprint(adapter_name, self.peft_config[adapter_name], known)
-            self._unchecked -= {adapter_name}
-        for name, (layer, needed) in layers.items():
-            basis, fingerprint = known[name]
-            if layer.svf_fingerprint is not None and layer.svf_fingerprint.sha256 != fingerprint.sha256:
-                raise ValueError(
-                    f"An adapter has brought {layer.svf_basis.shape[-1]} directions of {name} along, and {needed} are "  # type: ignore[union-attr]
-                    "needed now: those of this base would be others. Load it on a base of its own, or ship all "
-                    "directions (an adapter with rank=None and save_basis=True)."
-                )
-            layer.svf_fingerprint = fingerprint
-            Q = basis.Q if needed == basis.Q.shape[-1] else basis.Q[..., :needed].clone()
-            dtype = self._basis_dtype(layer) if Q.dtype == torch.float32 else Q.dtype
-            layer.set_basis(Q.to(layer.base_layer_device(), dtype), basis.S[..., :needed])
-        note_shared(self.model, svf_layers(self.model))
+        loading.give_bases(self, known or {})
         self._follow(*(self._asked or (next(iter(self.peft_config.values())).plan, 1)))
 
-    def check_fingerprint(self, adapter_name: str, config: SVFConfig, known: Known | None = None) -> None:
+    def check_fingerprint(self, adapter_name: str, config: SVFConfig) -> None:
         """
         Compare the fingerprint of a saved adapter with the weights of this model.
 
-        Args:
-            adapter_name (`str`): What messages call the adapter.
-            config (`SVFConfig`): Its config; one without a fingerprint fits every model.
-            known (`dict`, *optional*): Bases by module name of layers that have none yet.
-
         Raises:
-            `ValueError`: if the adapter belongs to another base.
+            `ValueError`: if the adapter belongs to another base. A config without a fingerprint fits every base.
         """
-        saved = {name: Fingerprint.from_json(entry) for name, entry in (config.fingerprint or {}).items()}
-        layers = {layer.weight_name(name): layer for name, layer in svf_layers(self.model).items()}
-        own = {name: layer.svf_fingerprint for name, layer in layers.items() if layer.svf_fingerprint is not None}
-        own |= {name: fingerprint for name, (_, fingerprint) in (known or {}).items()}
-        for name in saved:
-            if name in self._brought and self._brought[name][0] != adapter_name and name not in (known or {}):
-                raise ValueError(
-                    f"The basis of {name} came with adapter {self._brought[name][0]!r} and cannot be compared with "
-                    f"the weight here, so adapter {adapter_name!r} is not given it: load each on a base of its own, "
-                    "or load both on the base they were trained on."
-                )
-        here = getattr(self.model, "name_or_path", "") or type(self.model).__name__
-        if getattr(self.model, "is_quantized", False):
-            here += " (quantised)"
-        check(
-            saved,
-            own,
-            absent=[name for name in saved if name not in layers],
-            adapter=adapter_name,
-            here=here,
-            there=config.base_model_name_or_path,
-        )
-
-    def _take_bases(self, adapter_name: str, config: SVFConfig, shipped: dict[str, dict[str, Tensor]]) -> None:
-        """
-        Verify the bases that a file has brought along, and give the layers theirs.
-
-        A basis counts if it fits the weight to rounding, as in the cache. If the weights here are rounded relative to
-        those of the adapter (quantised, or in another dtype), it may be off by `MISFIT`; it then serves this adapter
-        alone.
-        """
-        layers: dict[str, Any] = {layer.weight_name(name): layer for name, layer in svf_layers(self.model).items()}
-        read = Reader(self.model, layers, self._source)
-        known: Known = {}
-        for name, tensors in shipped.items():
-            layer, entry = layers.get(name), (config.fingerprint or {}).get(name)
-            if layer is None or entry is None or adapter_name not in layer.svf_offset or absent(layer):
-                continue
-            Q, S, fingerprint = tensors.get("svf_basis"), tensors.get("svf_values"), Fingerprint.from_json(entry)
-            lead = tuple(layer.base_weight.shape[:-2]) if hasattr(layer, "parameter_name") else ()
-            k = layer.svf_offset[adapter_name].weight.shape[0] // getattr(layer, "matrices", 1)
-            if (
-                Q is None
-                or S is None
-                or not Q.is_floating_point()
-                or Q.shape[:-1] != (*lead, layer.directions)
-                or S.shape != (*lead, Q.shape[-1])
-                or not k <= Q.shape[-1] <= layer.directions
-            ):
-                raise ValueError(
-                    f"Adapter {adapter_name!r} has brought along a basis of shape "
-                    f"{tuple(() if Q is None else Q.shape)} for {name}, which does not belong to a weight of "
-                    f"{layer.out_features} x {layer.in_features} and {k} directions: its files are of different "
-                    "experts. Fetch both again."
-                )
-            digest = content_key(Q) + content_key(S)
-            if name in self._brought and self._brought[name][1] == digest:
-                self._brought[name] = (adapter_name, digest)
-                continue
-            if layer.svf_basis is not None:  # a later adapter uses the basis that is there, or is refused
-                continue
-            if getattr(layer.quantization_backend, "supports_merge", True):
-                values = exact(read(name))
-                apart = deviation(values, Q.to(values.device), S.to(values.device))
-                if apart > tolerance(torch.float32) and content_key(values) == fingerprint.sha256:
-                    if apart <= 4 * torch.finfo(Q.dtype).eps:
-                        continue  # it was saved in fewer digits than the one that this weight gives
-                    apart = float("inf")
-                if not apart <= MISFIT:
-                    raise ValueError(
-                        f"Adapter {adapter_name!r} does not belong to this base model: the basis that it has brought "
-                        f"along for {name} does not fit the weight here (distance {apart:.2g}; 4 bits make 0.2, at "
-                        f"most {MISFIT:g} is accepted). Load {config.base_model_name_or_path!r}."
-                    )
-                if apart > tolerance(torch.float32):
-                    self._brought[name] = (adapter_name, digest)
-            else:
-                self._brought[name] = (adapter_name, digest)
-            known[name] = Basis(layer.side, Q, S), fingerprint
-        self.fetch_bases(known)
-
-    @property
-    def _source(self) -> str:
-        """Where the values of weights come from: the first adapter of a model decides."""
-        return next(iter(self.peft_config.values())).basis_from
-
-    def _basis_dtype(self, layer: SVFLayer) -> torch.dtype:
-        """Return the dtype of a float32 basis in memory: the first adapter of a model decides, see [`SVFConfig`]."""
-        config = next(iter(self.peft_config.values()))
-        if config.basis_dtype == "auto":
-            narrow = layer.base_weight.dtype == torch.bfloat16 and not config.save_basis
-            return torch.bfloat16 if narrow else torch.float32
-        return getattr(torch, config.basis_dtype)
+        loading.check_fingerprint(self, adapter_name, config)
 
     def set_plan(self, plan: Plan, forwards_per_step: int = 1) -> None:
         """
-        Choose how the layers compute, see [`plans`], those of adapters to come too; what another plan has kept in
-        memory is given back.
+        Choose how all layers compute, now and later, see [`plans`]; what another plan has kept in memory is freed.
 
         Args:
             plan (`str`):
                 `"auto"`, `"merged"`, `"narrow"` or `"factored"`. Layers that cannot follow (a quantised base, a rank
                 below the full one, rows of a batch that differ) use the narrow plan.
             forwards_per_step (`int`):
-                Forwards of an optimizer step, where gradients are accumulated: `"auto"` counts their tokens.
-
-        Raises:
-            `ValueError`: for another name.
+                Forwards of an optimizer step, if gradients are accumulated: `"auto"` counts their tokens.
         """
         if plan not in PLANS:
             raise ValueError(f"`plan` must be one of {', '.join(PLANS)}; got {plan!r}.")
@@ -354,16 +188,10 @@ class SVFModel(BaseTuner):
         """
         Add an adapter that is a mixture of others: `z = 1 + Σ αᵢ (zᵢ - 1)`; what is left of 1 belongs to the base.
 
-        Args:
-            adapters (`list[str]`):
-                Names of the adapters.
-            weights (`list[float]`):
-                One weight α per adapter, any finite numbers.
-            adapter_name (`str`):
-                Name of the new adapter; an existing one is left as it is.
+        The weights α are any finite numbers, one per adapter. An adapter that has the new name already stays as it is.
 
         Raises:
-            `ValueError`: for an unknown adapter, a weight that is not finite, lengths that differ, or adapters that
+            `ValueError`: for an unknown adapter, a weight that isn't finite, lengths that differ, or adapters that
                 share a module of `modules_to_save`.
         """
         if adapter_name in self.peft_config:
@@ -420,8 +248,8 @@ class SVFModel(BaseTuner):
             return
         if isinstance(target, BaseTunerLayer) and not isinstance(target, SVFLayer):
             raise ValueError(
-                f"Target module {current_key} carries an adapter of another method ({', '.join(_adapters(target))}). "
-                "SVF rescales a weight, not what another method adds to it: merge that adapter first with "
+                f"Target module {current_key} carries an adapter of another method. SVF "
+                " rescales a weight, not what another method adds to it: merge that adapter first with "
                 "`model.merge_and_unload()`, or leave the module out of `target_modules`."
             )
         if parameter_name is None and adaptable(target):
@@ -489,11 +317,11 @@ class SVFModel(BaseTuner):
                         beams = kwargs.get("num_beams") or 1
                         repeated = list(names) if "encoder" in name else [n for n in names for _ in range(beams)]
                         hook = partial(_pass_names, names=repeated)
-                        stack.enter_context(_removing(module.register_forward_pre_hook(hook, with_kwargs=True)))
+                        stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
             if any(rows.mixed for rows in self.execution.rows.values()):
                 for entry in _entries(self.model):
                     note = partial(_note_batch, execution=self.execution)
-                    stack.enter_context(_removing(entry.register_forward_pre_hook(note, with_kwargs=True)))
+                    stack.enter_context(entry.register_forward_pre_hook(note, with_kwargs=True))
             yield
 
     def _check_names(self, names: list[str], args: Any, kwargs: dict[str, Any]) -> None:
@@ -550,168 +378,15 @@ class SVFModel(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
     ) -> dict[str, Tensor]:
-        """
-        Select the offsets of one adapter by visiting the layers: no adapter's name can be mistaken for a module's.
-
-        PEFT saves the config next, so this is also where it gets the fingerprint of the base.
-        """
-        key, prefix = f"svf_offset.{adapter_name}.weight", _prefix(model)
-        tensors, fingerprint, size = {}, Recorded(), 0
-        layer: Any
-        for name, layer in svf_layers(model).items():
-            if adapter_name not in layer.svf_offset:
-                continue
-            offset = state_dict.get(f"{prefix}{name}.{key}", layer.svf_offset[adapter_name].weight.detach())
-            tensors[f"{prefix}{name}.{key}"] = offset.full_tensor() if isinstance(offset, DTensor) else offset
-            if layer.svf_fingerprint is None or layer.svf_basis is None or layer.svf_values is None:
-                continue
-            fingerprint[layer.weight_name(name)] = layer.svf_fingerprint.to_json()
-            if config.save_basis:
-                basis = {"svf_basis": layer.svf_basis.contiguous(), "svf_values": layer.svf_values.contiguous()}
-                tensors |= {f"{prefix}{layer.weight_name(name)}.{kind}": tensor for kind, tensor in basis.items()}
-                size += sum(tensor.nbytes for tensor in basis.values())
-        config.fingerprint = fingerprint or config.fingerprint
-        if size:
-            logger.info(f"Adapter {adapter_name!r} is saved with its bases, {size / 1e6:.1f} MB.")
-        return tensors
+        """Select what is saved of one adapter; PEFT saves the config next, so it gets the fingerprint here."""
+        return loading.tensors_to_save(model, config, adapter_name, state_dict)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Map the keys of a file to those of the model and refuse vectors that do not fit or are not finite."""
-        tuner = getattr(model, "base_model", None)
-        if not config.fingerprint:
-            logger.warning(
-                f"Adapter {adapter_name!r} has no fingerprint: whether it belongs to this base model is not checked."
-            )
-        try:
-            shipped = _pop_bases(state_dict)
-            renamed = cls._checked_keys(model, config, adapter_name, state_dict)
-            if isinstance(tuner, SVFModel) and (shipped or tuner._waiting):
-                tuner._take_bases(adapter_name, config, shipped)
-        except ValueError:
-            if isinstance(tuner, SVFModel) and adapter_name in tuner._unfilled:  # one that trains keeps what it has
-                tuner.withdraw(adapter_name)
-            raise
-        finally:
-            if isinstance(tuner, SVFModel):
-                tuner._unfilled -= {adapter_name}
-                tuner._unchecked -= {adapter_name}
-        return {renamed.get(key, key): value for key, value in state_dict.items()}
-
-    @staticmethod
-    def _checked_keys(
-        model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, str]:
-        renamed = {}
-        layer: Any
-        for name, layer in svf_layers(model).items():
-            if adapter_name not in layer.svf_offset:
-                continue
-            for key in _keys_of(name, model):
-                if (offset := state_dict.get(key)) is not None:
-                    _check_offset(offset, layer.svf_offset[adapter_name].weight.shape[0], name, adapter_name, config)
-                    renamed[key] = f"{_prefix(model)}{name}.svf_offset.{adapter_name}.weight"
-                    break
-        trained = {  # modules of `modules_to_save` and rows of `trainable_token_indices`
-            f"{name}.{key}"
-            for name, module in model.named_modules()
-            if isinstance(module, AuxiliaryTrainingWrapper)
-            for key in module.adapter_state_dict_load_map(adapter_name).values()
-        }
-        if extra := sorted(key for key in state_dict if key not in renamed and key not in trained):
-            raise ValueError(_extra_tensors(adapter_name, extra))
-        return renamed
-
-
-def _extra_tensors(adapter_name: str, extra: list[str]) -> str:
-    more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
-    return (
-        f"Adapter {adapter_name!r} holds {extra[0]}{more}, which isn't a z-vector of a module it adapts: loading it "
-        "would overwrite the base model. An adapter brings z-vectors and what its config lists in `modules_to_save` "
-        "and `trainable_token_indices`; a resized embedding belongs into `modules_to_save`."
-    )
-
-
-def _token_modules(config: SVFConfig) -> list[str]:
-    tokens = config.trainable_token_indices
-    return list(tokens) if isinstance(tokens, dict) else ["embed_tokens"] if tokens else []
-
-
-def _from_file(config: SVFConfig) -> bool:
-    """Whether a config has the fingerprint of a saved adapter, which names the base that it belongs to."""
-    return bool(config.fingerprint) and not isinstance(config.fingerprint, Recorded)
-
-
-def _adopt_names(model: nn.Module, config: SVFConfig) -> None:
-    """
-    Rename the modules of a loaded config, if a backbone's adapter comes to the model with a head or the other way.
-
-    Their names differ by the prefix of the backbone; the weights are compared as always.
-    """
-    saved, prefix = config.fingerprint or {}, f"{getattr(model, 'base_model_prefix', '')}."
-    here = {name.replace(".base_layer", "") for name, _ in [*model.named_modules(), *model.named_parameters()]}
-    if prefix == "." or all(name in here for name in saved):
-        return
-    longer = {f"{prefix}{name}": entry for name, entry in saved.items()}
-    shorter = {name.removeprefix(prefix): entry for name, entry in saved.items()}
-    for renamed in (longer, shorter):
-        if all(name in here for name in renamed):
-            config.fingerprint = renamed
-            if isinstance(config.target_modules, (set, list)):
-                stacks = tuple(f".{name}" for name in config.target_parameters or ())
-                config.target_modules = {name for name in renamed if not (stacks and f".{name}".endswith(stacks))}  # type: ignore[assignment]
-            return
-
-
-def _keys_of(name: str, model: nn.Module) -> Iterator[str]:
-    """List the keys that a file may have for the offset of a layer: with or without PEFT's prefix or the backbone."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    backbone = f"{getattr(base, 'base_model_prefix', '')}."
-    for known in dict.fromkeys((name, f"{backbone}{name}", name.removeprefix(backbone))):
-        yield f"base_model.model.{known}.svf_offset.weight"
-        yield f"{known}.svf_offset.weight"
-
-
-def _check_offset(offset: Tensor, expected: int, name: str, adapter_name: str, config: SVFConfig) -> None:
-    """Raise `ValueError` for a z-vector of another length, of whole numbers, or without sense."""
-    if offset.shape != (expected,):
-        raise ValueError(
-            f"Adapter {adapter_name!r} has a z-vector of shape {tuple(offset.shape)} for {name}, but the basis there "
-            f"has {expected} directions. It was trained on {config.base_model_name_or_path!r} with "
-            f"rank={config.rank}; load the matching base."
-        )
-    if not offset.is_floating_point():
-        raise ValueError(
-            f"Adapter {adapter_name!r} has a z-vector of dtype {offset.dtype} for {name}: z-vectors are floating "
-            "point numbers, so the file is damaged or not an SVF adapter's."
-        )
-    if bad := int((~torch.isfinite(offset)).sum()):
-        raise ValueError(
-            f"Adapter {adapter_name!r} has {bad} of {expected} entries of its z-vector for {name} that are NaN or "
-            "infinite: the file is damaged or its training diverged. Use an earlier checkpoint."
-        )
-    if (largest := float(offset.abs().max())) > LARGEST:
-        raise ValueError(
-            f"Adapter {adapter_name!r} has a multiplier of {largest:.3g} for {name}, above {LARGEST:g}: the file is "
-            "damaged or its training diverged. Use an earlier checkpoint."
-        )
-
-
-def _pop_bases(state_dict: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Take the bases out of a file's tensors: per weight `svf_basis` and `svf_values`."""
-    shipped: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key in list(state_dict):
-        name, _, kind = key.rpartition(".")
-        if kind in ("svf_basis", "svf_values"):
-            shipped[name.removeprefix("base_model.model.")][kind] = state_dict.pop(key)
-    return shipped
-
-
-def _prefix(model: nn.Module) -> str:
-    """What PEFT puts in front of the base model's module names in the state dict of a model."""
-    return "base_model.model." if isinstance(model, PeftModel) else ""
+        return loading.tensors_to_load(model, config, adapter_name, state_dict)
 
 
 def _room(layers: list[SVFLayer]) -> bool:
@@ -746,11 +421,6 @@ def _entries(model: nn.Module) -> list[nn.Module]:
     return [model, model.get_encoder()] if getattr(config, "is_encoder_decoder", False) else [model]  # type: ignore[operator]
 
 
-def _adapters(layer: BaseTunerLayer) -> list[str]:
-    """The names of the adapters of a layer, of any method."""
-    return sorted({name for kind in layer.adapter_layer_names for name in getattr(layer, kind, {})})
-
-
 def _unchanged(layers: list[SVFLayer]) -> bool:
     """Whether all merged weights were built from the offsets in force, with one comparison."""
     pairs = [(layer.svf_merged.offset, layer._active_offset()) for layer in layers if layer.svf_merged is not None]
@@ -765,24 +435,5 @@ def _waits(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def _remove(model: nn.Module, adapter_name: str) -> None:
-    """Undo a half-made injection: drop the adapter's offsets, and layers that are left with none."""
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, SVFLayer)]
-    for name, layer in reversed(layers):  # wrappers of parameters lie inside each other
-        if adapter_name in layer.svf_offset:
-            del layer.svf_offset[adapter_name]
-        if not len(layer.svf_offset):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.base_layer)
-
-
 def _pass_names(module: nn.Module, args: Any, kwargs: dict, names: list[str]) -> tuple[Any, dict]:
     return args, {**kwargs, "adapter_names": names}
-
-
-@contextmanager
-def _removing(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -28,41 +28,25 @@ from torch import Tensor
 Plan = Literal["auto", "merged", "narrow", "factored"]
 PLANS = ("auto", "merged", "narrow", "factored")
 
-TAIL = (
-    0.1  # of the median singular value: below it the gradient of z drowns in the rounding of g W (10-40 % in bfloat16)
-)
+TAIL = 0.1  # of the median S: below it the gradient of z drowns in the rounding of g W (10-40 % in bfloat16)
 TRANSPOSED_IS_SLOW = 2048  # directions from which a CPU takes 2.4 times as long for a transposed factor (at 4096)
 SMALL_Z = {torch.bfloat16: 0.25, torch.float16: 0.25, torch.float32: 1e-3, torch.float64: 1e-6}
 
 
 @dataclass(frozen=True)
 class Load:
-    """
-    What a plan is chosen by, for one forward of one layer.
+    """What a plan is chosen by, for one forward of one layer."""
 
-    Args:
-        tokens (`int`): Rows of the activation, times the forwards of an optimizer step.
-        long (`int`): `max(out, in)`.
-        r (`int`): `min(out, in)`.
-        k (`int`): Directions that z moves.
-        training (`bool`): A backward pass through z is to be expected, and another z after it.
-        rows (`bool`): The rows of the batch have their own z.
-        base_rows (`bool`): Some of these rows are the base model.
-        lasting (`bool`): The same z serves many forwards, as it does in generation.
-        room (`bool`): Memory for a second weight.
-        precise (`bool`): The basis is as precise as the weight; what is lost of `Q Q^T = I` the factored plan loses.
-    """
-
-    tokens: int
-    long: int
-    r: int
-    k: int
-    training: bool = False
-    rows: bool = False
-    base_rows: bool = False
-    lasting: bool = True
-    room: bool = True
-    precise: bool = True
+    tokens: int  # rows of the activation, times the forwards of an optimizer step
+    long: int  # max(out, in)
+    r: int  # min(out, in)
+    k: int  # directions that z moves
+    training: bool = False  # a backward pass through z is to be expected, and another z after it
+    rows: bool = False  # the rows of the batch have their own z
+    base_rows: bool = False  # some of these rows are the base model
+    lasting: bool = True  # the same z serves many forwards, as it does in generation
+    room: bool = True  # there is memory for a second weight
+    precise: bool = True  # the basis is as precise as the weight: what is lost of `Q Q^T = I` the factored plan loses
 
 
 def break_even(long: int, r: int, k: int) -> float:
@@ -80,9 +64,9 @@ def break_even(long: int, r: int, k: int) -> float:
 
 def choose(plan: Plan, load: Load) -> Plan:
     """
-    Choose the plan for one forward: what the user asked for where it can be had, else the cheapest.
+    Choose the plan for one forward: the user's if it can serve this load, else the cheapest.
 
-    The choice depends on this forward alone, so that a run that is repeated or resumed makes the same ones.
+    The choice depends on this forward alone, so that a repeated or resumed run chooses the same.
     """
     whole = load.k == load.r and load.precise
     if load.rows:
@@ -101,31 +85,18 @@ def choose(plan: Plan, load: Load) -> Plan:
 
 @dataclass
 class Merged:
-    """
-    A weight with its z folded in, and what the gradient of z needs beside it.
+    """A weight with its z folded in, and what the gradient of z needs beside it."""
 
-    Args:
-        weight (`torch.Tensor` of shape `(out, in)`): `W'`, a view of `stored`.
-        base (`torch.Tensor` of shape `(out, in)`): `W`.
-        bias (`torch.Tensor` of shape `(out,)`, *optional*): Added to the product.
-        side (`str`): Where the basis multiplies.
-        Q (`torch.Tensor` of shape `(r, k)`): The basis.
-        offset (`torch.Tensor` of shape `(k,)`): The values that `weight` was built from.
-        key (`tuple`): Identifies the base weight that it was built from.
-        tail (`torch.Tensor`, *optional*): Directions whose gradient is taken by the exact thin product.
-        pending (`WeakSet`): Graphs whose backward has not come yet: until it has, `weight` must not change. A graph
-            that is dropped, as those of checkpointing are, drops out.
-    """
-
-    weight: Tensor
-    base: Tensor
-    bias: Tensor | None
+    weight: Tensor  # W' (out, in)
+    base: Tensor  # W (out, in)
+    bias: Tensor | None  # (out,)
     side: str
-    Q: Tensor
-    offset: Tensor
-    key: tuple[Any, ...]
-    tail: Tensor | None = None
+    Q: Tensor  # (r, k)
+    offset: Tensor  # (k,): the values that `weight` was built from
+    key: tuple[Any, ...]  # identifies the base weight that it was built from
+    tail: Tensor | None = None  # directions whose gradient is taken by the exact thin product
     thin: Tensor | None = field(default=None, repr=False)  # base @ Q[:, tail], or Q[:, tail].T @ base
+    # Until the backward of these graphs `weight` must not change; a graph that is dropped, as by checkpointing, goes.
     pending: "WeakSet[_Graph]" = field(default_factory=WeakSet, repr=False)
 
 
@@ -163,31 +134,23 @@ def fold(
     old: Merged | None = None,
 ) -> Merged | None:
     """
-    Build `W'` for one z, into the memory of an old one where nothing needs that any more.
+    Build `W'` for one z, into the memory of an old one if nothing needs that any more.
 
     The change is computed in the dtype of the weight, accumulated in float32, and added before the one rounding: on
     SmolLM2's MLP weights in bfloat16 as far from float64 as rounding alone. `d = 0` gives the weight to the bit.
 
     Args:
         weight (`torch.Tensor` of shape `(out, in)`):
-            Base weight in the dtype of the product, possibly a transposed view.
-        bias (`torch.Tensor` of shape `(out,)`, *optional*):
-            Its bias, in that dtype.
-        side (`str`):
-            Where the basis multiplies.
-        Q (`torch.Tensor` of shape `(r, k)`):
-            The basis.
+            Base weight in the dtype of the product, possibly a transposed view; `bias (out,)` has that dtype too.
         S (`torch.Tensor` of shape `(k,)`):
             Singular values, for the tail.
         offset (`torch.Tensor` of shape `(k,)`):
             `z - 1`.
-        key (`tuple`):
-            Identifies the weight; kept.
         old ([`Merged`], *optional*):
             What was built before for the same weight.
 
     Returns:
-        [`Merged`], or `None` where so many z are near 0 that the narrow plan serves better.
+        [`Merged`], or `None` if so many z are near 0 that the narrow plan serves better.
     """
     with torch.inference_mode(False), torch.no_grad():  # what is kept serves training, too
         small = (1 + offset).abs() < SMALL_Z[weight.dtype]
@@ -228,24 +191,14 @@ def factor(weight: Tensor, side: str, Q: Tensor) -> Tensor:
 
 @dataclass
 class Factored:
-    """
-    A weight as two factors, and the z that it was last applied with.
+    """A weight as two factors, and the z that it was last applied with."""
 
-    Args:
-        first (`torch.Tensor` of shape `(r, in)`), second (`torch.Tensor` of shape `(out, r)`):
-            Their product is the weight, up to rounding.
-        bias (`torch.Tensor` of shape `(out,)`, *optional*): Added to the product.
-        key (`tuple`): Identifies the weight.
-        known (`tuple`): Identifies the batch and the offsets that `scale` was made for.
-        scale (`torch.Tensor`, *optional*): z in the shape that activations of that batch take.
-    """
-
-    first: Tensor
-    second: Tensor
-    bias: Tensor | None
-    key: tuple[Any, ...]
-    known: tuple[Any, ...] = ()
-    scale: Tensor | None = None
+    first: Tensor  # (r, in)
+    second: Tensor  # (out, r): `second @ first` is the weight up to rounding
+    bias: Tensor | None  # (out,)
+    key: tuple[Any, ...]  # identifies the weight
+    known: tuple[Any, ...] = ()  # identifies the batch and the offsets that `scale` was made for
+    scale: Tensor | None = None  # z in the shape that activations of that batch take
 
     def remember(self, batch: tuple[Any, ...], offsets: Tensor, scale: Tensor) -> None:
         """Keep the z of the rows of a batch: decoding needs it in every layer and for every token."""

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-SVF of a parameter that is no linear layer: the stacked weights `(E, out, in)` of fused mixture-of-experts modules.
+SVF of a parameter that isn't a linear layer: the stacked weights `(E, out, in)` of fused mixture-of-experts modules.
 
 What a module does with its stack (routing, grouped products) is its own business: it is run as it is, with a rescaled
 stack in the parameter's place. One z-vector holds the multipliers of all its matrices, one after the other. Private
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from .basis import rescale
 from .config import SVFConfig
-from .layer import SVFLayer, capturing
-from .plans import refuse_second_derivative, transforming, version_of
+from .layer import SVFLayer, capturing, key_of
+from .plans import Merged, refuse_second_derivative, transforming
 from .weights import offloaded
 
-SWAPPING = threading.RLock()  # a module with a rescaled stack in it is one thread's
+SWAPPING = threading.RLock()  # While a module holds a rescaled stack, one thread runs it.
 
 
 class ParamWrapper(nn.Module, SVFLayer):
@@ -50,7 +50,6 @@ class ParamWrapper(nn.Module, SVFLayer):
         self.matrices = shape[0] if len(shape) == 3 else 1
         SVFLayer.__init__(self, base_layer, (shape[-1], shape[-2]), **kwargs)
         self.svf_basis = self.svf_values = None
-        self._rescaled: tuple[Any, ...] | None = None  # (key, offset, stack) of the last inference
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -73,28 +72,21 @@ class ParamWrapper(nn.Module, SVFLayer):
     def set_base_weight(self, weight: Tensor) -> None:
         self.base_weight.data = weight
 
-    def set_basis(self, Q: Tensor | None, values: Tensor | None) -> None:
-        super().set_basis(Q, values)
-        self._rescaled = None
-
     def _apply(self, fn: Any, recurse: bool = True) -> "ParamWrapper":
         super()._apply(fn, recurse)
         self._move_basis(self.base_layer_device())
-        self._rescaled = None
+        self.svf_merged = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.lean_state() | {"_rescaled": None}
-
-    def svf_bytes(self) -> dict[str, int]:
-        return super().svf_bytes() | {"merged": 0 if self._rescaled is None else self._rescaled[-1].nbytes}
+        return self.lean_state()
 
     def _refuse_offload(self) -> None:
-        """Raise where the module's hook would put the base stack back in the place of the rescaled one."""
+        """Raise `ValueError` if the module's hook would put the base stack back in the place of the rescaled one."""
         if offloaded(self.get_base_layer()):
             raise ValueError(
-                f"{self.parameter_name!r} of {type(self.get_base_layer()).__name__} is offloaded by accelerate, where "
-                "SVF cannot rescale stacked weights: give the model more room (`max_memory`), or adapt "
+                f"{self.parameter_name!r} of {type(self.get_base_layer()).__name__} is offloaded by accelerate, so "
+                "SVF cannot rescale its stacked weights: give the model more room (`max_memory`), or adapt "
                 "`target_modules`, which may be offloaded."
             )
 
@@ -125,7 +117,7 @@ class ParamWrapper(nn.Module, SVFLayer):
                 return self.base_layer(*args, **kwargs)
 
     def _stack(self, offset: Tensor) -> Tensor:
-        """The rescaled stack, in the dtype of the base's: with its gradient in training, else kept for the next."""
+        """Return the rescaled stack, in the dtype of the base's: with its gradient in training, else kept."""
         weight = self.base_weight
         if transforming():
             self.svf_chosen = "narrow"
@@ -134,17 +126,19 @@ class ParamWrapper(nn.Module, SVFLayer):
             self.svf_chosen = "narrow"
             Q = self._basis()
             return _Rescale.apply(weight, Q, offset.view(*Q.shape[:-2], Q.shape[-1]))
-        # FSDP shows a whole stack only while the module runs
+        # FSDP shows a whole stack only while the module runs, so none is kept.
         if not self._known or weight is not self._known[0] or capturing(weight):
             self.svf_chosen = "narrow"
             with torch.no_grad():
                 return self._rescale(weight.data, offset.detach())
         self.svf_chosen = "merged"
-        key, kept = (weight.data_ptr(), version_of(weight), weight.dtype, weight.device), self._rescaled
-        if kept is None or kept[0] != key or not torch.equal(kept[1], offset):
+        key, kept = key_of(weight, weight.dtype), self.svf_merged
+        if kept is None or kept.key != key or not torch.equal(kept.offset, offset):
             with torch.inference_mode(False), torch.no_grad():
-                kept = self._rescaled = (key, offset.detach().clone(), self._rescale(weight.data, offset.detach()))
-        return kept[-1]
+                offset = offset.detach().clone()
+                stack = self._rescale(weight.data, offset)
+                kept = self.svf_merged = Merged(stack, weight.data, None, self.side, self._basis(), offset, key)
+        return kept.weight
 
     @contextmanager
     def _in_place(self, stack: Tensor) -> Iterator[None]:
@@ -196,10 +190,6 @@ class ParamWrapper(nn.Module, SVFLayer):
         while isinstance(wrapper, ParamWrapper):
             yield wrapper
             wrapper = wrapper.base_layer
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        super().merge(safe_merge, adapter_names)
-        self._rescaled = None
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -82,15 +82,9 @@ def default_targets(model: nn.Module, model_type: str | None) -> set[str] | str:
     """
     Name the modules that SVF adapts unless told otherwise: the MLP weights, the paper's choice.
 
-    Where these are no linear modules (fused experts) it is attention q and v; where the table has no such
-    architecture, what LoRA adapts there. Both are logged. In a model that also sees or hears it is the language side
-    alone: a vision tower has to be asked for.
-
-    Args:
-        model (`torch.nn.Module`):
-            The base model.
-        model_type (`str`, *optional*):
-            `model.config.model_type`.
+    If these aren't linear modules (fused experts) it is attention q and v; if the table lacks the architecture, what
+    LoRA adapts there. Both are logged. In a model that also sees or hears it is the language side alone; name the
+    modules of a vision tower to adapt it.
 
     Raises:
         `ValueError`: if nobody knows the architecture.
@@ -112,12 +106,11 @@ def default_targets(model: nn.Module, model_type: str | None) -> set[str] | str:
             )
         logger.info(f"SVF's table of MLP weights has no {model_type!r}: it targets what LoRA does there, {targets}.")
         return targets if isinstance(targets, str) else set(targets)
-    adapted = ".base_layer"  # of an adapter that is there already
-    names = [name.removesuffix(adapted) for name, module in model.named_modules() if adaptable(module)]
+    names = [name.removesuffix(".base_layer") for name, module in model.named_modules() if adaptable(module)]
     if isinstance(targets, str):  # spelled out as endings, so that `layers_to_transform` applies to it as well
         return {match[1] for name in names if (match := re.fullmatch(targets, name))}
     if not any(_ends(name, set(targets)) for name in names):
-        logger.info(f"The MLP weights of {model_type!r} are no linear modules: SVF targets attention q and v.")
+        logger.info(f"The MLP weights of {model_type!r} aren't linear modules: SVF targets attention q and v.")
         targets = ATTENTION
     return set(targets)
 

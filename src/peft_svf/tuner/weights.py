@@ -29,6 +29,7 @@ from .fingerprint import Fingerprint
 
 Known = dict[str, tuple[Basis, Fingerprint]]
 PACKED = 0.7  # 4 bits lose about 0.1 of a weight's norm, 2 bits 0.5; another weight differs by 1.4
+NARROW = {torch.bfloat16: "BF16", torch.float16: "F16"}  # as safetensors calls them
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -61,16 +62,15 @@ def offloaded(base: nn.Module) -> bool:
 
 @contextmanager
 def onloaded(base: nn.Module) -> Iterator[None]:
-    """Have the weight of a module that accelerate offloads in memory while the context is open, to read it."""
-    if not offloaded(base):
-        yield
-        return
-    hook: Any = base._hf_hook
-    hook.pre_forward(base)
+    """Bring the weight of a module that accelerate offloads into memory while the context is open."""
+    hook: Any = base._hf_hook if offloaded(base) else None
+    if hook is not None:
+        hook.pre_forward(base)
     try:
         yield
     finally:
-        hook.post_forward(base, None)
+        if hook is not None:
+            hook.post_forward(base, None)
 
 
 def absent(layer: Any) -> bool:
@@ -83,7 +83,7 @@ def refuse_zero3(weight: Tensor) -> None:
     if hasattr(weight, "ds_id"):
         raise ValueError(
             "SVF does not run on weights that DeepSpeed ZeRO-3 has partitioned. z-vectors are small: use DDP, ZeRO-1 "
-            "or ZeRO-2, or FSDP2 (`torch.distributed.fsdp.fully_shard`) where the base model does not fit."
+            "or ZeRO-2, or FSDP2 (`torch.distributed.fsdp.fully_shard`) if the base model does not fit."
         )
 
 
@@ -100,14 +100,12 @@ def refuse_unknown(module: nn.Module, name: str) -> None:
     """
     Raise `ValueError` for a linear module whose output isn't the product with the numbers in its `weight`.
 
-    Such modules scale or quantise their weight as they run (FP8, ternary), or compute it (parametrisations). Only
-    those that one of PEFT's quantisation backends knows are let through.
+    Such modules scale or quantise their weight as they run (FP8, ternary), or compute it (parametrisations). PEFT's
+    quantisation backends can read some of them.
     """
-    if resolve_quantization_backend(module) is not None:
-        return
     plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
     weight = module._parameters.get("weight")
-    if not plain or weight is None or weight.dtype not in FLOATS:
+    if resolve_quantization_backend(module) is None and not (plain and weight is not None and weight.dtype in FLOATS):
         held = "a computed weight" if weight is None else str(weight.dtype).removeprefix("torch.")
         raise ValueError(
             f"Target module {name} is not supported: it is a {type(module).__name__} ({held}), which doesn't multiply "
@@ -180,12 +178,8 @@ class Reader:
     Reads the weights whose singular directions count: those in memory, or those that the checkpoint stores.
 
     Args:
-        model (`torch.nn.Module`):
-            Base model.
-        layers (`Mapping[str, SVFLayer]`):
-            Its layers by the names that fingerprints give their weights.
-        source (`str`):
-            `basis_from` of [`SVFConfig`].
+        layers (`Mapping[str, SVFLayer]`): The layers of a base by the names that fingerprints give their weights.
+        source (`str`): `basis_from` of [`SVFConfig`].
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, Any], source: str) -> None:
@@ -193,43 +187,31 @@ class Reader:
         self.checkpoint = Checkpoint(model) if layers and source != "memory" else None
 
     def __call__(self, name: str) -> Tensor:
-        """
-        Return a weight `(out, in)` or `(E, out, in)`.
-
-        Raises:
-            `ValueError`: if its values cannot be had.
-        """
-        layer = self.layers[name]
-        loaded = values_of(layer, name)
-        packed = layer.quantization_backend is not None
-        rounded = packed or layer.base_weight.dtype in (torch.bfloat16, torch.float16)
-        if self.checkpoint is None or not (rounded or self.source == "checkpoint"):
+        """Return a weight `(out, in)` or `(E, out, in)`; raise `ValueError` if its values cannot be had."""
+        layer, checkpoint, required = self.layers[name], self.checkpoint, self.source == "checkpoint"
+        loaded, packed = values_of(layer, name), layer.quantization_backend is not None
+        if checkpoint is None or not (required or packed or checkpoint.rounds_to(loaded.dtype)):
             return loaded
         transposed = isinstance(layer.get_base_layer(), Conv1D)
         parameter = name if hasattr(layer, "parameter_name") else f"{name}.weight"
-        stored = self.checkpoint.weight(parameter, loaded.T if transposed else loaded, packed)
-        if stored is None and self.source == "checkpoint":
+        stored = checkpoint.weight(parameter, loaded.T if transposed else loaded, packed)
+        if stored is not None:
+            return stored.T if transposed else stored
+        if required:
             raise ValueError(
-                f"basis_from='checkpoint', but no safetensors file of {self.checkpoint.name or 'this model'!r} on "
-                f"this machine holds the weight of {name} as it is loaded. Use basis_from='memory', or "
-                "load the model from a local folder or the Hub cache."
+                f"basis_from='checkpoint', but no safetensors file of {checkpoint.name or 'this model'!r} on this "
+                f"machine holds the weight of {name} as it is loaded. Use basis_from='memory', or load the model from "
+                "a local folder or the Hub cache."
             )
-        if stored is None:
-            return loaded
-        return stored.T if transposed else stored
+        return loaded
 
 
 def bases_of(model: nn.Module, layers: Mapping[str, Any], source: str) -> Known:
-    """
-    Fetch the bases of the weights of SVF layers, from the cache or by computing them; Args as in [`Reader`].
-
-    Raises:
-        `ValueError`: if the values of a weight cannot be had.
-    """
+    """Fetch the bases of the weights of SVF layers, from the cache or by computing them; arguments of [`Reader`]."""
     read = Reader(model, layers, source)
     if not any(isinstance(layer.base_weight, DTensor) for layer in layers.values()):
         return fetch(layers, read)
-    gathered: Known = {}  # all processes take part in gathering: none may hold the lock of the cache meanwhile
+    gathered: Known = {}  # All processes take part in gathering, so none may hold the lock of the cache meanwhile.
     for name in layers:
         whole = read(name)
         gathered |= fetch([name], lambda _, whole=whole: whole)  # type: ignore[misc]
@@ -238,21 +220,21 @@ def bases_of(model: nn.Module, layers: Mapping[str, Any], source: str) -> Known:
 
 class Checkpoint:
     """
-    The safetensors files that a model was loaded from, if they lie on this machine: its folder or the Hub cache.
+    The safetensors files that a model was loaded from, if they are on this machine: its folder or the Hub cache.
 
     A float32 checkpoint loaded in bfloat16 holds rounded weights, whose singular directions differ from the stored
-    ones by far more than an expert moves them.
-
-    Args:
-        model (`torch.nn.Module`):
-            Base model. `config._name_or_path` names its folder or repository.
+    ones by far more than an expert moves them. `config._name_or_path` of the model names its folder or repository.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-        self.prefix = getattr(model, "base_model_prefix", "")
-        self._files = self._find_files()
+        self.prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        self._files, self._dtypes = self._read_headers()
+
+    def rounds_to(self, dtype: torch.dtype) -> bool:
+        """Whether a load in a 16-bit dtype may have rounded: the files hold matrices in other dtypes."""
+        return dtype in NARROW and bool(self._dtypes - {NARROW[dtype]})
 
     def weight(self, name: str, loaded: Tensor, packed: bool = False) -> Tensor | None:
         """
@@ -269,72 +251,67 @@ class Checkpoint:
         Returns:
             `torch.Tensor` like `loaded` in the dtype of the files, or `None` if no file holds this very weight.
         """
-        stored = self._read(self._stored_name(name) or "")
+        stored = self._read(name)
         if stored is None or stored.shape != loaded.shape:
-            stored = self._assemble(name, loaded)
-        if stored is None or not _rounds_to(stored, loaded.detach().cpu(), packed):
+            stored = self._assemble(name, loaded.shape)
+        if stored is None:
             return None
-        return stored.to(loaded.device)
+        stored = stored.to(loaded.device)
+        if packed:
+            wide = stored.float()
+            same = bool((wide - loaded.float()).norm() <= PACKED * wide.norm())
+        else:
+            same = torch.equal(stored.to(loaded.dtype), loaded.detach())
+        return stored if same else None
 
-    def _assemble(self, name: str, loaded: Tensor) -> Tensor | None:
+    def _assemble(self, name: str, shape: torch.Size) -> Tensor | None:
         """Put a weight together that transformers renames, turns or fuses while it loads the stored tensors."""
         if not self._files or not hasattr(self.model, "config"):
             return None
-        shape = loaded.shape
         places = torch.arange(shape.numel()).view(shape)  # where each stored number goes
         try:
             parts = revert_weight_conversion(self.model, {name: places})
-        except Exception:  # a conversion that needs other tensors as well
+        except Exception:  # This conversion needs other tensors as well.
             return None
         whole: Tensor | None = None
         for part_name, part in parts.items():
-            stored = self._read(self._stored_name(part_name) or "")
+            stored = self._read(part_name)
             if stored is None or stored.shape != part.shape:
                 return None
             whole = torch.empty(shape, dtype=stored.dtype) if whole is None else whole
             whole.view(-1)[part.reshape(-1)] = stored.reshape(-1)
         return whole
 
-    def _stored_name(self, name: str) -> str | None:
-        candidates = (name, f"{self.prefix}.{name}", name.removeprefix(f"{self.prefix}."))
-        return next((candidate for candidate in candidates if candidate in self._files), None)
-
     def _read(self, name: str) -> Tensor | None:
-        path = self._files.get(name)
-        if path is None:
-            return None
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name).clone()  # a copy: others may write to the file
+        """Read a tensor that the files hold under its name with or without the prefix of the backbone."""
+        for stored_name in (name, f"{self.prefix}{name}", name.removeprefix(self.prefix)):
+            if stored_name in self._files:
+                with safe_open(self._files[stored_name], framework="pt") as file:
+                    return file.get_tensor(stored_name).clone()  # a copy, because others may write to the file
+        return None
 
-    def _find_files(self) -> dict[str, Path]:
-        """Map the names of the stored tensors to their files; empty if there are none."""
-        index = self._file("model.safetensors.index.json")
-        single = self._file("model.safetensors")
+    def _read_headers(self) -> tuple[dict[str, Path], set[str]]:
+        """Map the names of the stored tensors to their files, and collect the dtypes of matrices."""
+        names, dtypes, paths = {}, set(), [self._file("model.safetensors")]
         try:
-            if index is not None:
-                shards = json.loads(index.read_text())["weight_map"]
-                return {name: path for name, shard in shards.items() if (path := self._file(shard)) is not None}
-            if single is not None:
-                with safe_open(single, framework="pt") as file:
-                    return dict.fromkeys(file.keys(), single)
+            if (index := self._file("model.safetensors.index.json")) is not None:
+                paths = [self._file(shard) for shard in set(json.loads(index.read_text())["weight_map"].values())]
+            for path in filter(None, paths):
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118
+                        names[name] = path
+                        if len(file.get_slice(name).get_shape()) > 1:
+                            dtypes.add(file.get_slice(name).get_dtype())
         except (OSError, ValueError, KeyError, SafetensorError):
-            pass  # an unreadable checkpoint is as good as none: the weights in memory are the only source
-        return {}
+            return {}, set()  # An unreadable checkpoint is as good as none.
+        return names, dtypes
 
     def _file(self, name: str) -> Path | None:
         if not self.name:
             return None
-        local = Path(self.name) / name
-        if local.is_file():
+        if (local := Path(self.name) / name).is_file():
             return local
         if Path(self.name).exists() or self.name.count("/") != 1:
             return None
         cached = try_to_load_from_cache(self.name, name)
         return Path(cached) if isinstance(cached, str) else None
-
-
-def _rounds_to(stored: Tensor, loaded: Tensor, packed: bool) -> bool:
-    if not packed:
-        return torch.equal(stored.to(loaded.dtype), loaded)
-    wide = stored.float()
-    return bool((wide - loaded.float()).norm() <= PACKED * wide.norm())

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+A saved adapter's file <-> the SVF layers of a model: which tensors are written, which are let in, whose bases count.
+
+`tuner` is an `SVFModel`, `model` what PEFT or transformers pass: the base or the `PeftModel`. Private names of
+transformers were read in 5.23.0.
+"""
+
+import logging
+from collections import defaultdict
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils import AuxiliaryTrainingWrapper
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .basis import Basis, deviation, exact, tolerance
+from .cache import content_key
+from .config import SVFConfig
+from .fingerprint import Fingerprint, Recorded, check
+from .layer import SVFLayer, svf_layers
+from .weights import Known, Reader, absent, bases_of, note_shared
+
+logger = logging.getLogger(__name__)
+MISFIT = 0.35  # SmolLM2's weights in 4 bits are below 0.2 and in 3 bits below 0.3; another layer's lie above 0.4
+LARGEST = 1e30  # An offset beyond it overflows in float32; trained ones stay below 10.
+MISSING = torch.empty(0)
+
+
+def from_file(config: SVFConfig) -> bool:
+    """Whether a config has the fingerprint of a saved adapter, which names the base that it belongs to."""
+    return bool(config.fingerprint) and not isinstance(config.fingerprint, Recorded)
+
+
+def adopt_names(model: nn.Module, config: SVFConfig) -> None:
+    """
+    Rename the modules of a loaded config, if a backbone's adapter comes to the model with a head or the other way.
+
+    Their names differ by the prefix of the backbone; the weights are compared as always.
+    """
+    saved, prefix = config.fingerprint or {}, f"{getattr(model, 'base_model_prefix', '')}."
+    names = {name.replace(".base_layer", "") for name, _ in [*model.named_modules(), *model.named_parameters()]}
+    if prefix == "." or saved.keys() <= names:
+        return
+    longer = {f"{prefix}{name}": entry for name, entry in saved.items()}
+    shorter = {name.removeprefix(prefix): entry for name, entry in saved.items()}
+    for renamed in (longer, shorter):
+        if renamed.keys() <= names:
+            config.fingerprint = renamed
+            config.select_listed()
+
+
+def guard_loading(tuner: Any, model: Any, adapter_name: str, config: SVFConfig) -> None:
+    """
+    Check the keys of the file that transformers' `load_adapter` reads next: it would load any tensor of the base.
+
+    It calls no hook of a tuner, only this method of the model, which is guarded for one call.
+    """
+    if not hasattr(model, "_hf_peft_config_loaded"):
+        return
+    original, tokens = model._load_pretrained_model, config.trainable_token_indices
+    token_modules = tokens if isinstance(tokens, dict) else ["embed_tokens"] if tokens else []
+    saved_whole = tuple(f".{name}." for name in (*(config.modules_to_save or ()), *token_modules))
+
+    def load(*args: Any, checkpoint_files: Any = None, state_dict: Any = None, **kwargs: Any) -> Any:
+        del vars(model)["_load_pretrained_model"]
+        keys = set(state_dict or {})
+        for path in checkpoint_files or ():
+            with safe_open(path, "pt") as file:
+                keys |= set(file.keys())
+        allowed = {key for key in keys if ".svf_" in key or any(part in f".{key}" for part in saved_whole)}
+        if extra := sorted(key for key in keys if key not in allowed or ".base_layer." in key):
+            remove(model, adapter_name)
+            del tuner.peft_config[adapter_name]
+            model._hf_peft_config_loaded = bool(tuner.peft_config)
+            raise ValueError(_extra_tensors(adapter_name, extra))
+        return original(*args, checkpoint_files=checkpoint_files, state_dict=state_dict, **kwargs)
+
+    vars(model)["_load_pretrained_model"] = load
+
+
+def give_bases(tuner: Any, known: Known) -> None:
+    """Give every SVF layer its basis: one of `known`, one of the cache, or a new one; see `SVFModel.fetch_bases`."""
+    config = next(iter(tuner.peft_config.values()))  # The first adapter of a model decides for all.
+    layers: dict[str, tuple[Any, int]] = {}
+    waiting = False
+    layer: Any
+    for name, layer in svf_layers(tuner.model).items():
+        matrices = getattr(layer, "matrices", 1)
+        needed = max((offset.weight.shape[0] // matrices for offset in layer.svf_offset.values()), default=0)
+        if needed > (0 if layer.svf_basis is None else layer.svf_basis.shape[-1]):
+            if absent(layer):
+                waiting = True
+            else:
+                layers[layer.weight_name(name)] = layer, needed
+    short = {n: layer for n, (layer, k) in layers.items() if n not in known or known[n][0].Q.shape[-1] < k}
+    known = known | bases_of(tuner.model, short, config.basis_from)
+    for adapter_name in [] if waiting else sorted(tuner._unchecked & tuner.peft_config.keys()):
+        check_fingerprint(tuner, adapter_name, tuner.peft_config[adapter_name], known)
+        tuner._unchecked -= {adapter_name}
+    for name, (layer, needed) in layers.items():
+        basis, fingerprint = known[name]
+        if layer.svf_fingerprint is not None and layer.svf_fingerprint.sha256 != fingerprint.sha256:
+            raise ValueError(
+                f"An adapter has brought {layer.svf_basis.shape[-1]} directions of {name} along, and {needed} are "
+                "needed now: those of this base would be others. Load it on a base of its own, or ship all "
+                "directions (an adapter with rank=None and save_basis=True)."
+            )
+        layer.svf_fingerprint = fingerprint
+        Q = basis.Q if needed == basis.Q.shape[-1] else basis.Q[..., :needed].clone()
+        follows = layer.base_weight.dtype == torch.bfloat16 and not config.save_basis
+        if Q.dtype == torch.float32 and {"auto": follows, "bfloat16": True, "float32": False}[config.basis_dtype]:
+            Q = Q.bfloat16()
+        layer.set_basis(Q.to(layer.base_layer_device()), basis.S[..., :needed])
+    tuner._waiting = waiting
+    note_shared(tuner.model, svf_layers(tuner.model))
+
+
+def check_fingerprint(tuner: Any, adapter_name: str, config: SVFConfig, known: Known | None = None) -> None:
+    """
+    Compare the fingerprint of a saved adapter with the weights of a model.
+
+    Args:
+        known (`dict`, *optional*): Bases by module name of layers that have none yet.
+
+    Raises:
+        `ValueError`: if the adapter belongs to another base.
+    """
+    known = known or {}
+    saved = {name: Fingerprint.from_json(entry) for name, entry in (config.fingerprint or {}).items()}
+    layers = {layer.weight_name(name): layer for name, layer in svf_layers(tuner.model).items()}
+    present = {name: layer.svf_fingerprint for name, layer in layers.items() if layer.svf_fingerprint is not None}
+    for name in saved:
+        if name in tuner._brought and tuner._brought[name][0] != adapter_name and name not in known:
+            raise ValueError(
+                f"The basis of {name} came with adapter {tuner._brought[name][0]!r} and cannot be compared with "
+                f"the weight here, so adapter {adapter_name!r} is not given it: load each on a base of its own, "
+                "or load both on the base they were trained on."
+            )
+    here = getattr(tuner.model, "name_or_path", "") or type(tuner.model).__name__
+    check(
+        saved,
+        present | {name: fingerprint for name, (_, fingerprint) in known.items()},
+        absent=[name for name in saved if name not in layers],
+        adapter=adapter_name,
+        here=here + (" (quantised)" if getattr(tuner.model, "is_quantized", False) else ""),
+        there=config.base_model_name_or_path,
+    )
+
+
+def verified_bases(tuner: Any, adapter_name: str, config: SVFConfig, shipped: dict[str, dict[str, Tensor]]) -> Known:
+    """
+    Verify the bases that a file has brought along, and return those that layers still need.
+
+    A basis counts if it fits the weight to rounding, as in the cache. If the weights here are rounded relative to
+    those of the adapter (quantised, or in another dtype), it may be off by `MISFIT`; it then serves this adapter
+    alone.
+    """
+    layers: dict[str, Any] = {layer.weight_name(name): layer for name, layer in svf_layers(tuner.model).items()}
+    read = Reader(tuner.model, layers, next(iter(tuner.peft_config.values())).basis_from)
+    known: Known = {}
+    for name, tensors in shipped.items():
+        layer, entry = layers.get(name), (config.fingerprint or {}).get(name)
+        if layer is None or entry is None or adapter_name not in layer.svf_offset or absent(layer):
+            continue
+        Q, S = (tensors.get(kind, MISSING) for kind in ("svf_basis", "svf_values"))
+        lead = tuple(layer.base_weight.shape[:-2]) if hasattr(layer, "parameter_name") else ()
+        k = layer.svf_offset[adapter_name].weight.shape[0] // getattr(layer, "matrices", 1)
+        shapes = (*lead, layer.directions), (*lead, *Q.shape[-1:])
+        if (Q.shape[:-1], S.shape) != shapes or not (k <= Q.shape[-1] <= layer.directions and Q.is_floating_point()):
+            raise ValueError(
+                f"Adapter {adapter_name!r} has brought along a basis of shape {tuple(Q.shape)} for {name}, which does "
+                f"not belong to a weight of {layer.out_features} x {layer.in_features} and {k} directions: its files "
+                "are of different experts. Fetch both again."
+            )
+        digest = content_key(Q) + content_key(S)
+        if name in tuner._brought and tuner._brought[name][1] == digest:
+            tuner._brought[name] = adapter_name, digest
+            continue
+        if layer.svf_basis is not None:  # A later adapter uses the basis that is there, or is refused.
+            continue
+        fingerprint, apart = Fingerprint.from_json(entry), float("inf")
+        if getattr(layer.quantization_backend, "supports_merge", True):
+            values = exact(read(name))
+            apart = deviation(values, Q.to(values.device), S.to(values.device))
+            if apart > tolerance(torch.float32) and content_key(values) == fingerprint.sha256:
+                if apart <= 4 * torch.finfo(Q.dtype).eps:
+                    continue  # It was saved in fewer digits than the one that this weight gives.
+                apart = float("inf")
+            if not apart <= MISFIT:
+                raise ValueError(
+                    f"Adapter {adapter_name!r} does not belong to this base model: the basis that it has brought "
+                    f"along for {name} does not fit the weight here (distance {apart:.2g}; 4 bits make 0.2, at "
+                    f"most {MISFIT:g} is accepted). Load {config.base_model_name_or_path!r}."
+                )
+        if apart > tolerance(torch.float32):
+            tuner._brought[name] = adapter_name, digest
+        known[name] = Basis(layer.side, Q, S), fingerprint
+    return known
+
+
+def tensors_to_save(
+    model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """
+    Select the offsets of one adapter by visiting the layers: no adapter's name can be mistaken for a module's.
+
+    PEFT saves the config next, so it gets the fingerprint of the base here.
+    """
+    key, prefix = f"svf_offset.{adapter_name}.weight", _prefix(model)
+    tensors, fingerprint, size = {}, Recorded(), 0
+    layer: Any
+    for name, layer in svf_layers(model).items():
+        if adapter_name not in layer.svf_offset:
+            continue
+        offset = state_dict.get(f"{prefix}{name}.{key}", layer.svf_offset[adapter_name].weight.detach())
+        tensors[f"{prefix}{name}.{key}"] = offset.full_tensor() if isinstance(offset, DTensor) else offset
+        if layer.svf_fingerprint is None or layer.svf_basis is None or layer.svf_values is None:
+            continue
+        fingerprint[layer.weight_name(name)] = layer.svf_fingerprint.to_json()
+        if config.save_basis:
+            for kind in ("svf_basis", "svf_values"):
+                tensor = getattr(layer, kind).contiguous()
+                tensors[f"{prefix}{layer.weight_name(name)}.{kind}"] = tensor
+                size += tensor.nbytes
+    config.fingerprint = fingerprint or config.fingerprint
+    if size:
+        logger.info(f"Adapter {adapter_name!r} is saved with its bases, {size / 1e6:.1f} MB.")
+    return tensors
+
+
+def tensors_to_load(
+    model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Map the keys of a file to those of the model, give its layers the bases that it ships; refuse all else."""
+    tuner: Any = model.base_model if isinstance(model, PeftModel) else None
+    if not config.fingerprint:
+        logger.warning(
+            f"Adapter {adapter_name!r} has no fingerprint: whether it belongs to this base model is not checked."
+        )
+    try:
+        shipped: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for key in [key for key in state_dict if key.endswith((".svf_basis", ".svf_values"))]:
+            name, _, kind = key.removeprefix("base_model.model.").rpartition(".")
+            shipped[name][kind] = state_dict.pop(key)
+        renamed = _checked_keys(model, config, adapter_name, state_dict)
+        if tuner is not None and (shipped or tuner._waiting):
+            tuner.fetch_bases(verified_bases(tuner, adapter_name, config, shipped))
+    except ValueError:
+        if tuner is not None and adapter_name in tuner._unfilled:  # An adapter that trains keeps what it has.
+            tuner._unchecked -= {adapter_name}
+            tuner.withdraw(adapter_name)
+        raise
+    finally:
+        if tuner is not None:
+            tuner._unfilled -= {adapter_name}
+    return {renamed.get(key, key): value for key, value in state_dict.items()}
+
+
+def _checked_keys(
+    model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, Tensor]
+) -> dict[str, str]:
+    """Map the keys of offsets, with or without PEFT's prefix or the backbone's, to the model's; refuse others."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    backbone = f"{getattr(base, 'base_model_prefix', '')}."
+    renamed = {}
+    layer: Any
+    for name, layer in svf_layers(model).items():
+        names = (name, f"{backbone}{name}", name.removeprefix(backbone)) if adapter_name in layer.svf_offset else ()
+        keys = (f"{prefix}{other}.svf_offset.weight" for other in names for prefix in ("base_model.model.", ""))
+        if key := next((key for key in keys if key in state_dict), None):
+            _check_offset(state_dict[key], len(layer.svf_offset[adapter_name].weight), name, adapter_name, config)
+            renamed[key] = f"{_prefix(model)}{name}.svf_offset.{adapter_name}.weight"
+    trained = {  # modules of `modules_to_save` and rows of `trainable_token_indices`
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for key in module.adapter_state_dict_load_map(adapter_name).values()
+    }
+    if extra := sorted(state_dict.keys() - renamed.keys() - trained):
+        raise ValueError(_extra_tensors(adapter_name, extra))
+    return renamed
+
+
+def _check_offset(offset: Tensor, expected: int, name: str, adapter_name: str, config: SVFConfig) -> None:
+    """Raise `ValueError` for a z-vector of another length, of whole numbers, or with entries that aren't finite."""
+    if offset.shape != (expected,) or not offset.is_floating_point():
+        raise ValueError(
+            f"Adapter {adapter_name!r} has a z-vector of shape {tuple(offset.shape)} for {name} ({offset.dtype}), but "
+            f"the basis there has {expected} directions, whose multipliers are floating point numbers. It was trained "
+            f"on {config.base_model_name_or_path!r} with rank={config.rank}; load the matching base."
+        )
+    if bad := int((~(offset.abs() < LARGEST)).sum()):  # NaN compares as false.
+        raise ValueError(
+            f"Adapter {adapter_name!r} has {bad} of {expected} entries of its z-vector for {name} that are NaN, "
+            f"infinite or beyond {LARGEST:g}: the file is damaged or its training diverged. Use an earlier checkpoint."
+        )
+
+
+def _extra_tensors(adapter_name: str, extra: list[str]) -> str:
+    more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
+    return (
+        f"Adapter {adapter_name!r} holds {extra[0]}{more}, which isn't a z-vector of a module it adapts: loading it "
+        "would overwrite the base model. An adapter brings z-vectors and what its config lists in `modules_to_save` "
+        "and `trainable_token_indices`; a resized embedding belongs into `modules_to_save`."
+    )
+
+
+def _prefix(model: nn.Module) -> str:
+    """Return what PEFT puts in front of the base model's module names in the state dict of a model."""
+    return "base_model.model." if isinstance(model, PeftModel) else ""
+
+
+def remove(model: nn.Module, adapter_name: str) -> None:
+    """Undo a half-made injection: drop the adapter's offsets, and layers that are left with none."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, SVFLayer)]
+    for name, layer in reversed(layers):  # wrappers of parameters lie inside each other
+        if adapter_name in layer.svf_offset:
+            del layer.svf_offset[adapter_name]
+        if not len(layer.svf_offset):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.base_layer)
