@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft import get_peft_model
 from tiny_model import tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from peft_svf import SVFConfig
 from peft_svf.evaluation import (
@@ -75,59 +75,41 @@ def plain_logps(model, row, end=()):
     return torch.stack([plain_logp(model, prompt_ids(row), [*ids_of(text), *end]) for text in row["choices"]])
 
 
-def tolerance(dtype=torch.float32):
-    return {"rtol": 1e-5, "atol": 2e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.2}
+def close(scores, expected, dtype=torch.float32):
+    tolerance = {"rtol": 1e-5, "atol": 2e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.2}
+    torch.testing.assert_close(scores.double(), expected.double(), **tolerance)
 
 
-def close(found, expected, dtype=torch.float32):
-    torch.testing.assert_close(found.double(), expected.double(), **tolerance(dtype))
+def assert_plain(model, rows, dtype=torch.float32):
+    """Compare a batch with plain forwards, and return its scores."""
+    with torch.no_grad():
+        scores = choice_logps(model, TOKENIZER, rows)
+        for row, logps in zip(rows, scores, strict=True):
+            close(logps[: len(row["choices"])], plain_logps(model, row), dtype)
+    return scores
 
 
 # --- the log-likelihoods
 
-
-@pytest.mark.parametrize("kind", pico.CAUSAL)
-def test_choices_score_as_in_plain_forwards(kind):
-    model = build(kind)
-    with torch.no_grad():
-        found = choice_logps(model, TOKENIZER, ROWS)
-        for row, logps in zip(ROWS, found, strict=True):
-            close(logps[: len(row["choices"])], plain_logps(model, row))
-
-
-def test_choices_score_as_in_plain_forwards_where_the_prompt_exceeds_the_sliding_window():
-    model = build("gemma3_text", sliding_window=8)
-    with torch.no_grad():
-        found = choice_logps(model, TOKENIZER, ROWS)
-        for row, logps in zip(ROWS, found, strict=True):
-            close(logps[: len(row["choices"])], plain_logps(model, row))
+CASES = {
+    **{kind: (kind, {}, ROWS) for kind in pico.CAUSAL},
+    "bfloat16": ("llama", {"dtype": torch.bfloat16}, ROWS),
+    "a prompt longer than the sliding window": ("gemma3_text", {"sliding_window": 8}, ROWS),
+    "a long prompt beside a long choice": (
+        "gpt2",
+        {},
+        [{"prompt": "a" * 60, "choices": ["bc", "f"]}, {"prompt": "ab", "choices": ["c" * 40, "d"]}],
+    ),
+}
 
 
-def test_choices_score_as_in_plain_forwards_in_bfloat16():
-    model = build(dtype=torch.bfloat16)
-    with torch.no_grad():
-        found = choice_logps(model, TOKENIZER, ROWS)
-        for row, logps in zip(ROWS, found, strict=True):
-            close(logps[: len(row["choices"])], plain_logps(model, row), torch.bfloat16)
-    assert found.dtype == torch.float32
-
-
-def test_absent_choices_are_impossible_and_only_they():
-    with torch.no_grad():
-        found = choice_logps(build(), TOKENIZER, ROWS)
-    absent = torch.tensor([[k >= len(row["choices"]) for k in range(4)] for row in ROWS])
-    assert found.shape == (4, 4)
-    assert torch.equal(found == -math.inf, absent)
-    assert torch.equal(found.softmax(-1)[absent], torch.zeros(int(absent.sum())))
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_batch_scores_as_its_rows_one_by_one(kind):
-    model = build(kind)
-    with torch.no_grad():
-        batch = choice_logps(model, TOKENIZER, ROWS)
-        for row, logps in zip(ROWS, batch, strict=True):
-            close(logps[: len(row["choices"])], choice_logps(model, TOKENIZER, [row])[0])
+@pytest.mark.parametrize("case", CASES)
+def test_choices_score_as_in_plain_forwards(case):
+    kind, settings, rows = CASES[case]
+    scores = assert_plain(build(kind, **settings), rows, settings.get("dtype", torch.float32))
+    most = max(len(row["choices"]) for row in rows)
+    absent = torch.tensor([[k >= len(row["choices"]) for k in range(most)] for row in rows])
+    assert scores.dtype == torch.float32 and torch.equal(scores == -math.inf, absent)
 
 
 @pytest.mark.parametrize("choices", [["4", "48"], ["48", "4", "5"]])
@@ -145,8 +127,7 @@ def test_gradients_are_those_of_the_plain_forwards():
     offsets = [p for p in model.parameters() if p.requires_grad]
     draws = torch.Generator().manual_seed(1)
     total = plain_total = torch.tensor(0.0)
-    found = choice_logps(model, TOKENIZER, ROWS)
-    for row, logps in zip(ROWS, found, strict=True):
+    for row, logps in zip(ROWS, choice_logps(model, TOKENIZER, ROWS), strict=True):
         weights = torch.randn(len(row["choices"]), generator=draws)
         total = total + (weights * logps[: len(row["choices"])]).sum()
         plain_total = plain_total + (weights * plain_logps(model, row)).sum()
@@ -187,19 +168,9 @@ def test_what_prompts_begin_with_is_read_once_and_changes_nothing(kind):
 def test_a_prompt_may_fill_the_context_and_not_exceed_it():
     model = build("gpt2")  # learned positions, 64 of them
     fits = {"id": "fits", "prompt": "a" * 60, "choices": ["bcde", "f"]}
-    with torch.no_grad():
-        close(choice_logps(model, TOKENIZER, [fits])[0], plain_logps(model, fits))
+    assert_plain(model, [fits])
     with pytest.raises(ValueError, match=r"65 tokens, but the model's context is 64"):
         choice_logps(model, TOKENIZER, [{**fits, "choices": ["bcdef", "f"]}])
-
-
-def test_a_long_prompt_and_another_rows_long_choice_share_a_batch():
-    model = build("gpt2")
-    rows = [{"prompt": "a" * 60, "choices": ["bc", "f"]}, {"prompt": "ab", "choices": ["c" * 40, "d"]}]
-    with torch.no_grad():
-        found = choice_logps(model, TOKENIZER, rows)
-        for row, logps in zip(rows, found, strict=True):
-            close(logps, plain_logps(model, row))
 
 
 BROKEN = {
@@ -285,13 +256,7 @@ def test_a_chat_without_a_template_is_its_lines():
 def numbered(n):
     """Rows whose prompts' lengths are in no order."""
     return [
-        {
-            "id": i,
-            "prompt": "q" * (1 + (7 * i) % 11),
-            "choices": [f"a{i}", f"b{i}", "c"],
-            "label": i % 3,
-            "task": "t",
-        }
+        {"id": i, "prompt": "q" * (1 + 7 * i % 11), "choices": [f"a{i}", f"b{i}", "c"], "label": i % 3, "task": "t"}
         for i in range(n)
     ]
 
@@ -313,24 +278,15 @@ def test_records_stand_in_the_order_of_the_rows():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_evaluate_leaves_the_mode_as_it_was(training):
-    model = tiny_model().train(training)
+def test_evaluate_leaves_the_mode_as_it_was_and_builds_no_graph(training):
+    model = get_peft_model(tiny_model(), SVFConfig(init_weights=False)).train(training)
     evaluate(model, TOKENIZER, numbered(3))
+    assert model.training is training and all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(ValueError, match="has an image"):
+        evaluate(model, TOKENIZER, [{**numbered(1)[0], "image": "a.png"}])
     assert model.training is training
-    with pytest.raises(ValueError, match="must be a list of texts"):
-        evaluate(model, TOKENIZER, [{"id": 0, "prompt": "q", "choices": [], "label": 0}])
-    assert model.training is training
-
-
-def test_evaluate_builds_no_graph():
-    model = get_peft_model(tiny_model(), SVFConfig(init_weights=False))
-    evaluate(model, TOKENIZER, numbered(3))
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_no_rows_are_refused():
     with pytest.raises(ValueError, match="no rows to evaluate"):
-        evaluate(tiny_model(), TOKENIZER, [])
+        evaluate(model, TOKENIZER, [])
 
 
 def greedy(model, row, new_tokens):
@@ -362,6 +318,8 @@ def test_prompts_of_different_lengths_are_completed_as_one_by_one_with_or_withou
     prompts = [chat("q" * 9), "a plain text", chat("2+2")]
     expected = [greedy(model, {"prompt": prompt}, 6) for prompt in prompts]
     assert complete(model, reader, prompts, max_new_tokens=6) == expected
+    settings = GenerationConfig(max_new_tokens=6, eos_token_id=END)  # without a pad token: a copy of it gets one
+    assert complete(model, reader, prompts, generation_config=settings) == expected and settings.pad_token_id is None
     assert reader.pad_token_id == (0 if padding == "pad" else None)
     with pytest.raises(ValueError, match="Prompt 1 of the batch is empty"):
         complete(model, reader, ["a", ""])
@@ -389,14 +347,11 @@ def test_likeliest_choice_is_scored():
         (15, 148, 0.0624, 0.1605),
         (0, 20, 0.0, 0.1611),
         (1, 29, 0.0061, 0.1718),
+        (0, 0, 0.0, 1.0),
     ],
 )
 def test_wilson_interval_has_its_published_values(right, n, low, high):
     assert wilson(right, n) == pytest.approx((low, high), abs=6e-5)
-
-
-def test_without_trials_any_accuracy_is_possible():
-    assert wilson(0, 0) == (0.0, 1.0)
 
 
 def summary_of(right, ids=None):
@@ -408,13 +363,10 @@ def test_paired_difference_by_hand():
     one, other = summary_of([1, 1, 0, 1, 0, 1, 1, 0]), summary_of([1, 0, 0, 0, 1, 0, 1, 0])
     gaps = [0, 1, 0, 1, -1, 1, 0, 0]
     mean = sum(gaps) / 8
-    deviation = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / 8)
-    half = 1.959964 * deviation / math.sqrt(8)
-    found, (low, high) = paired_difference(one, other)
-    assert found == pytest.approx(mean)
-    assert (low, high) == pytest.approx((mean - half, mean + half), abs=1e-6)
-    assert paired_difference(other, one)[0] == -found
-    assert paired_difference(one, one)[0] == 0.0
+    half = 1.959964 * math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / 8) / math.sqrt(8)
+    gain, interval = paired_difference(one, other)
+    assert (gain, *interval) == pytest.approx((mean, mean - half, mean + half), abs=1e-6)
+    assert paired_difference(other, one)[0] == -gain
 
 
 def test_where_answers_are_graded_their_grades_are_compared():
@@ -442,8 +394,9 @@ def test_a_summary_is_json_with_and_without_its_records():
     assert summary.to_json()["interval"] == (0.0, 1.0)
 
 
-@pytest.mark.parametrize("n", [1, 10, 1000])
-def test_equal_rows_leave_an_interval_open(n):
-    one = summary_of([1] * n)
-    gain, (low, high) = paired_difference(one, one)
-    assert gain == 0 and low == -high and high == min(1.0, 3 / n)
+@pytest.mark.parametrize("n", [1, 2, 10, 1000])
+def test_rows_that_are_all_alike_leave_an_interval_open_that_ends_at_one(n):
+    right, wrong, half = summary_of([1] * n), summary_of([0] * n), min(1.0, 3 / n)
+    assert paired_difference(right, right) == (0.0, (-half, half))
+    assert paired_difference(right, wrong) == (1.0, (max(-1.0, 1 - 3 / n), 1.0))
+    assert paired_difference(wrong, right) == (-1.0, (-1.0, min(1.0, -1 + 3 / n)))

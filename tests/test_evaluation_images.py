@@ -6,7 +6,6 @@ import io
 import pytest
 import seeing
 import torch
-from PIL import Image
 from seeing import IMAGES, KINDS, PICTURE
 from test_evaluation import close, plain_logp
 from tiny_model import tiny_model, tiny_tokenizer
@@ -55,11 +54,16 @@ def test_rows_with_images_are_answered_as_one_by_one(kind, batch_size):
     model, processor = seeing.model(kind), seeing.processor(kind)
     processor.tokenizer.padding_side = "right"  # as many come: batches that generate are padded left all the same
     expected = [answer(model, processor, kind, QUESTIONS[i], [IMAGES[image]]) for i, image in enumerate((0, 1, 0))]
-    summary = evaluate(model, processor, rows(), batch_size=batch_size, **SHORT)
+    before = repr(given := rows())
+    summary = evaluate(model, processor, given, batch_size=batch_size, **SHORT)
+    assert repr(given) == before  # still PIL images
     assert completions(summary) == expected and len(set(expected)) == 3
     assert (summary.task, summary.form, summary.n) == ("textvqa", "generate", 3)
     assert [record["id"] for record in summary.records] == ["textvqa-0", "textvqa-1", "textvqa-2"]
     assert completions(evaluate(model, processor, rows((1, 0, 1)), **SHORT)) != expected  # it sees the images
+    processor.tokenizer.pad_token = None
+    assert completions(evaluate(model, processor, rows(), batch_size=batch_size, **SHORT)) == expected
+    assert processor.tokenizer.pad_token is None
 
 
 def stored(image):
@@ -92,15 +96,6 @@ def test_a_picture_is_the_same_in_every_form_it_may_have(kind, tmp_path):
     for form, given in forms.items():
         assert completions(evaluate(model, processor, [given], **SHORT)) == [expected], form
     assert answer(model, processor, kind, QUESTIONS[0], [IMAGES[1]]) != expected
-
-
-@every_kind
-def test_a_processor_without_a_pad_token_completes_a_batch(kind):
-    model, processor = seeing.model(kind), seeing.processor(kind)
-    expected = completions(evaluate(model, processor, rows(), **SHORT))
-    processor.tokenizer.pad_token = None
-    assert completions(evaluate(model, processor, rows(), **SHORT)) == expected
-    assert processor.tokenizer.pad_token is None
 
 
 @every_kind
@@ -150,12 +145,9 @@ def test_a_template_that_reads_parts_alone_loses_no_text(kind):
 @every_kind
 def test_choices_score_as_in_plain_forwards_for_a_model_that_sees(kind):
     model, processor = seeing.model(kind), seeing.processor(kind)
+    chat = [{"role": "user", "content": "what falls down?"}]
     given = [
-        {
-            "id": "a",
-            "prompt": [{"role": "user", "content": "what falls down?"}],
-            "choices": ["rain", "a stone"],
-        },
+        {"id": "a", "prompt": chat, "choices": ["rain", "a stone"]},
         {"id": "b", "prompt": "2+2=", "choices": ["4", "22", "five"]},
     ]
     ids = [processor.tokenizer("<u>what falls down?<end><a>").input_ids, processor.tokenizer("2+2=").input_ids]
@@ -214,21 +206,11 @@ def test_a_row_that_cannot_be_seen_is_refused_by_name(given, message):
 
 
 def test_images_need_a_processor():
-    for reader in (seeing.processor().tokenizer, tiny_tokenizer()):
-        with pytest.raises(ValueError, match=r"has an image, which a tokenizer cannot.*AutoProcessor"):
-            evaluate(tiny_model(), reader, image_rows(), **SHORT)
+    with pytest.raises(ValueError, match=r"has an image, which a tokenizer cannot.*AutoProcessor"):
+        evaluate(tiny_model(), tiny_tokenizer(), image_rows(), **SHORT)
 
 
 def test_a_missing_file_is_named(tmp_path):
     path = str(tmp_path / "gone.png")
-    with pytest.raises(
-        FileNotFoundError, match=r"'textvqa-0' names the image '.*gone.png', and there is no such file"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"'textvqa-0' names the image '.*gone.png', and there is no such"):
         evaluate(seeing.model(), seeing.processor(), [row(0, {"path": path, "bytes": None})], **SHORT)
-
-
-def test_what_was_given_is_not_changed():
-    given = rows()
-    before = repr(given)
-    evaluate(seeing.model(), seeing.processor(), given, **SHORT)
-    assert repr(given) == before and isinstance(given[0]["image"], Image.Image)

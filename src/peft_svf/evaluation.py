@@ -271,7 +271,7 @@ def evaluate(
         rows (`Sequence[Mapping]`):
             Rows of one form, see the module docstring. A picture is a PIL image, the name of a file, or
             `{"path", "bytes"}` as `datasets` has it undecoded; it is opened with its batch. It belongs to an image
-            part of the prompt, or stands before the first user's text if the contents are strings, as in TRL.
+            part of the prompt, or precedes the first user's text if the contents are strings, as in TRL.
         batch_size (`int`):
             Rows per forward.
         task ([`Task`], *optional*):
@@ -284,7 +284,7 @@ def evaluate(
 
     Raises:
         `ValueError`: without rows, and for what [`choice_logps`] or [`prompt_of`] refuses.
-        `FileNotFoundError`: if there is no such picture.
+        `FileNotFoundError`: if a picture's file is missing.
     """
     if not rows:
         raise ValueError("There are no rows to evaluate.")

@@ -48,7 +48,7 @@ CHANCE = 0.25  # 4 choices; of ARC's few rows with 3 or 5 the guessers below gai
 ARC = {
     "id": "a1",
     "question": "What do bees make?",
-    "choices": ["honey", "milk", "a long wooden chair", "glass"],
+    "choices": ["honey", "milk", "a long chair", "wax"],
     "answer": 0,
 }
 SVAMP = {
@@ -67,7 +67,6 @@ MBPP = {
     "text": "Write a function to double a number.",
     "code": "def double_it(n):\r\n\treturn n * 2",
     "test_list": ["assert double_it(2) == 4", "assert double_it(-1) == -2"],
-    "test_setup_code": "",
 }
 HUMANEVAL = {
     "task_id": "HumanEval/900",
@@ -86,13 +85,7 @@ MBPP_PRO = {
     "new_solution": "    return [double_it(n) for n in numbers]\n",
     "test_code": "assert double_all([1, 2]) == [2, 4]\nassert double_all([]) == []",
 }
-MATH = {
-    "problem": "What is half of one?",
-    "level": "Level 1",
-    "type": "Algebra",
-    "solution": "It is $\\boxed{\\frac{1}{2}}$.",
-    "answer": "\\frac{1}{2}",
-}
+MATH = {"problem": "What is half of one?", "answer": r"\frac{1}{2}"}
 VQA = {
     "question": "What brand is this?",
     "image_id": "0004c9478eeda995",
@@ -121,25 +114,25 @@ def test_every_task_is_found_by_its_name():
     assert all(isinstance(task, Task) and task.description for task in TASKS.values())
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"no task 'arc'.*arc_challenge, arc_easy, dispatch"):
-        get_task("arc")
-
-
-def test_an_unknown_split_or_form_is_refused():
-    with pytest.raises(ValueError, match=r"no split 'dev'.*train, validation, test"):
-        get_task("svamp").load("dev", DATA)
-    with pytest.raises(ValueError, match=r"no form 'free'.*choice, generate"):
-        get_task("svamp").rows("test", form="free", folder=DATA)
+@pytest.mark.parametrize(
+    ("name", "split", "form", "message"),
+    [
+        ("svamp", "dev", "choice", r"no split 'dev'; it has train, validation, test"),
+        ("svamp", "test", "free", r"no form 'free'; it has choice, generate"),
+        ("textvqa", "test", "choice", r"no form 'choice'; it has generate"),
+        ("humaneval", "train", "choice", r"'humaneval' has no split 'train'; it has test\. It only tests"),
+        ("mbpp_pro", "validation", "choice", r"'mbpp_pro' has no split 'validation'; it has test\. It only tests"),
+    ],
+)
+def test_a_split_or_form_that_a_task_lacks_is_refused(name, split, form, message):
+    with pytest.raises(ValueError, match=message):
+        get_task(name).rows(split, form, folder=DATA)
 
 
 def test_a_missing_file_is_named_with_the_way_out(tmp_path):
     write(tmp_path, "arc_easy", "test", [ARC])
-    with pytest.raises(FileNotFoundError) as caught:
+    with pytest.raises(FileNotFoundError, match=r"arc_easy/train\.jsonl\.gz or .*set PEFT_SVF_DATA to a folder"):
         get_task("arc_easy").load("train", tmp_path)
-    message = str(caught.value)
-    assert str(tmp_path / "arc_easy" / "train.jsonl.gz") in message
-    assert "set PEFT_SVF_DATA to a folder" in message
 
 
 def test_the_argument_goes_before_the_environment(tmp_path, monkeypatch):
@@ -150,46 +143,38 @@ def test_the_argument_goes_before_the_environment(tmp_path, monkeypatch):
     assert get_task("arc_easy").load("test", tmp_path / "two")[0]["id"] == "a2"
 
 
-def test_without_a_folder_the_hub_is_asked_for_the_same_fields(monkeypatch):
+@pytest.fixture
+def hub(monkeypatch):
+    """Put a function in the place of `datasets.load_dataset`, with no folder of data."""
     datasets = pytest.importorskip("datasets")
-    published = {
-        "allenai/ai2_arc": {
-            "id": "a1",
-            "question": ARC["question"],
-            "choices": {"text": ARC["choices"], "label": ["1", "2", "3", "4"]},
-            "answerKey": "1",
-        },
-        "ChilleD/SVAMP": {
-            "ID": "s1",
-            "Body": "Ann had 78 red pens and 15 caps. She lost 9 pens.",
-            "Question": "How many pens are left?",
-            "Equation": "( 78.0 - 9.0 )",
-            "Answer": "69.0",
-        },
-    }
-    asked = []
-
-    def load_dataset(path, config, split):
-        asked.append((path, config, split))
-        return [published[path]]
-
     monkeypatch.delenv("PEFT_SVF_DATA", raising=False)
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return lambda function: monkeypatch.setattr(datasets, "load_dataset", function)
+
+
+def test_without_a_folder_the_hub_has_the_same_fields(hub):
+    question = {"id": "a1", "question": ARC["question"], "answerKey": "1"}
+    body = {"Body": "Ann had 78 red pens and 15 caps. She lost 9 pens.", "Question": "How many pens are left?"}
+    published = {
+        ("allenai/ai2_arc", "ARC-Easy", "test"): {
+            **question,
+            "choices": {"text": ARC["choices"], "label": ["1", "2", "3", "4"]},
+        },
+        ("ChilleD/SVAMP", None, "train+test"): {"ID": "s1", **body, "Equation": "( 78.0 - 9.0 )", "Answer": "69.0"},
+    }
+    hub(lambda path, config, split: [published[path, config, split]] if (path, config, split) in published else [])
     assert get_task("arc_easy").load("test") == [ARC]
     assert get_task("svamp").load("train") == [SVAMP]
-    assert set(asked) == {("allenai/ai2_arc", "ARC-Easy", "test"), ("ChilleD/SVAMP", None, "train+test")}
 
 
-def test_a_hub_that_fails_is_reported_with_the_way_out(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-
+def test_a_hub_that_fails_is_reported_with_the_way_out(hub):
     def load_dataset(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.delenv("PEFT_SVF_DATA", raising=False)
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub(load_dataset)
     with pytest.raises(ConnectionError, match=r"openai/gsm8k.*no network.*PEFT_SVF_DATA.*gsm8k/test"):
         get_task("gsm8k").load("test")
+    with pytest.raises(FileNotFoundError, match=r"'okvqa' has val2014 on the Hub, not 'train2014'"):
+        get_task("okvqa").load("train")
 
 
 # Splits -------------------------------------------------------------------------------------------------------------
@@ -235,21 +220,19 @@ def test_everyday_requests_share_neither_template_nor_filler_between_splits():
 
 
 def test_dispatch_draws_each_kind_equally_often_from_the_same_split(tmp_path):
+    sources = [
+        *(("arc_easy", ARC, "question", 300), ("arc_challenge", ARC, "question", 300), ("mbpp", MBPP, "text", 400)),
+        *(("svamp", SVAMP, "question", 300), ("gsm8k", GSM8K, "question", 600)),
+    ]
     for split in SPLITS:
-
-        def asked(name, raw, field, count, split=split):
-            return [{**raw, "id": f"{name}-{split}-{i}", field: f"{raw[field]} ({split} {i})"} for i in range(count)]
-
-        write(tmp_path, "arc_easy", split, asked("ae", ARC, "question", 300))
-        write(tmp_path, "arc_challenge", split, asked("ac", ARC, "question", 300))
-        mbpp = [{**record, "task_id": f"{split}-{i}"} for i, record in enumerate(asked("m", MBPP, "text", 400))]
-        write(tmp_path, "mbpp", split, mbpp)
-        write(tmp_path, "svamp", split, asked("s", SVAMP, "question", 300))
-        write(tmp_path, "gsm8k", split, asked("g", GSM8K, "question", 600))
-    for split, count in (("train", 1440), ("validation", 352), ("test", 1200)):
+        for name, raw, field, count in sources:
+            marks = [f"{split}-{i}" for i in range(count)]
+            records = [{**raw, "id": f"{name}-{m}-", "task_id": f"{m}-", field: f"{raw[field]} ({m})"} for m in marks]
+            write(tmp_path, name, split, records)
+    for split, count in (("train", 360), ("validation", 88), ("test", 300)):
         records = get_task("dispatch").load(split, tmp_path)
         kinds = collections.Counter(record["kind"] for record in records)
-        assert kinds == dict.fromkeys(("code", "math", "reasoning", "other"), count // 4)
+        assert kinds == dict.fromkeys(("code", "math", "reasoning", "other"), count)
         assert all(f"-{split}-" in record["id"] for record in records)
 
 
@@ -326,13 +309,9 @@ def test_the_right_calculation_gives_the_answer_and_no_other_does(name, choice_r
 
 def test_programs_hide_their_name_and_keep_their_meaning(choice_rows):
     assert all(re.search(r"\bdef solve\(", choice) for row in choice_rows["mbpp"] for choice in row["choices"])
-    row = get_task("mbpp").choice_row(
-        {**MBPP, "id": "mbpp-7"},
-        [
-            {**MBPP, "text": text, "code": f"def double_it(n):\n    return n {code}"}
-            for text, code in [("halve it", "/ 2"), ("drop one off", "- 1"), ("square everything", "** 2")]
-        ],
-    )
+    others = {"halve it": "/ 2", "drop one off": "- 1", "square everything": "** 2"}
+    pool = [{**MBPP, "text": text, "code": f"def double_it(n): return n {code}"} for text, code in others.items()]
+    row = get_task("mbpp").choice_row({**MBPP, "id": "mbpp-7"}, pool)
     assert row["choices"][row["label"]] == "def solve(n):\n    return n * 2"
 
 
@@ -416,13 +395,6 @@ def test_no_problem_of_the_programming_test_sets_is_trained_on():
     assert len(questions) > 100 and not questions & texts
 
 
-@pytest.mark.parametrize("name", ["humaneval", "mbpp_pro"])
-@pytest.mark.parametrize("split", ["train", "validation"])
-def test_test_only_tasks_say_so(name, split, tmp_path):
-    with pytest.raises(ValueError, match=rf"'{name}' has no split '{split}'; it has test\. It only tests"):
-        get_task(name).rows(split, folder=tmp_path)
-
-
 def test_math_trains_outside_math_500_and_refuses_to_without_it(tmp_path):
     records = [{**MATH, "problem": f"What is half of {number}?"} for number in range(100)]
     write(tmp_path, "math", "test", records)
@@ -435,14 +407,12 @@ def test_math_trains_outside_math_500_and_refuses_to_without_it(tmp_path):
     assert len(loaded["train"]) + len(loaded["validation"]) == 80 and loaded["validation"]
 
 
-def test_the_train_set_of_math_on_the_hub_is_not_used(monkeypatch):
-    datasets = pytest.importorskip("datasets")
+def test_the_train_set_of_math_on_the_hub_is_not_used(hub):
     test = [{**MATH, "problem": f"P{number}", "unique_id": f"test/algebra/{number}.json"} for number in range(30)]
     train = [{**MATH, "problem": f"Q{number}", "unique_id": f"train/algebra/{number}.json"} for number in range(30)]
     held_out = [{**MATH, "problem": "P0", "unique_id": "test/algebra/0.json"}]
     published = {"train": test + train, "test": held_out}
-    monkeypatch.delenv("PEFT_SVF_DATA", raising=False)
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, config, split: published[split])
+    hub(lambda path, config, split: published[split])
     found = {r["problem"] for split in ("train", "validation") for r in get_task("math").load(split)}
     assert found == {f"P{number}" for number in range(1, 30)}
 
@@ -464,27 +434,25 @@ def test_the_dispatch_prompt_takes_other_kinds():
 
 # The generated form and the reward ----------------------------------------------------------------------------------
 
+DOUBLE = "def double_it(n): return n"
 CHECKED = [
     ("arc_easy", ARC, "Bees make honey. The answer is (A).", "The answer is (B)."),
     ("arc_easy", ARC, "A", "D) glass"),
     ("arc_easy", ARC, "Honey.", "Milk."),
     ("arc_easy", ARC, "At first I said the answer is B, but the answer is **A**.", "A bee makes many things."),
     ("arc_challenge", ARC, "(A) honey", ""),
+    ("arc_easy", ARC, "The answer is (a).", "The answer is a plant cell."),  # the article is no letter
+    ("arc_easy", ARC, "Answer: **A**", "The best choice a student has is (B)."),
     ("svamp", SVAMP, "78 - 9 = 69. The answer is 69.", "78 - 15 = 63"),
     ("svamp", SVAMP, "69.0", "no idea"),
     ("gsm8k", GSM8K, "6*12 = 72, 72 - 30 = 42\n#### 42", "72"),
     ("gsm8k", GSM8K, "The answer is $42.00, of 72 eggs.", "The answer is 4.2"),
-    (
-        "mbpp",
-        MBPP,
-        "Sure:\n```python\ndef double_it(n):\n    return n + n\n```\nDone.",
-        "```\ndef double_it(n): return n\n```",
-    ),
+    ("mbpp", MBPP, f"Sure:\n```python\n{DOUBLE} + n\n```\nDone.", f"```\n{DOUBLE}\n```"),
     ("mbpp", MBPP, "def double_it(n): return 2 * n", "print('passed'); exit(0)"),
     (
         "humaneval",
         HUMANEVAL,
-        "```python\ndef all_more(a):\n    return [x + 1 for x in a]\n```",
+        "```python\ndef all_more(a): return [x + 1 for x in a]\n```",
         "def all_more(a): return a",
     ),
     ("humaneval", HUMANEVAL, "    return [one(n) for n in numbers]", "    return numbers"),
@@ -558,20 +526,13 @@ def test_in_the_choice_form_only_the_right_choice_to_the_letter_is_right(name, c
     assert TASKS[name].reward(row["choices"], **columns) == expected
 
 
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("1,234,567", 1234567),
-        ("It costs $3.50.", 3.5),
-        ("So x = -7", -7),
-        ("from 3 to 5-2", 2),
-        ("The answer is: **12**, not 13", 12),
-        ("#### 8\nThanks 9", 8),
-        (".5", 0.5),
-        ("about 40% of it", 40),
-        ("none", None),
-    ],
-)
+NUMBERS = [
+    *(("1,234,567", 1234567), ("It costs $3.50.", 3.5), ("So x = -7", -7), ("from 3 to 5-2", 2), (".5", 0.5)),
+    *(("The answer is: **12**, not 13", 12), ("#### 8\nThanks 9", 8), ("about 40% of it", 40), ("none", None)),
+]
+
+
+@pytest.mark.parametrize(("text", "number"), NUMBERS)
 def test_the_final_number_is_read_as_people_write_it(text, number):
     assert final_number(text) == number
 
@@ -641,29 +602,19 @@ def test_boxes_are_read_to_their_matching_brace(text, contents):
 
 @pytest.mark.parametrize(("matches", "accuracy"), [(0, 0.0), (1, 1 / 3), (2, 2 / 3), (3, 1.0), (10, 1.0)])
 def test_vqa_accuracy_is_a_third_per_person_up_to_one(matches, accuracy):
-    assert vqa_accuracy("Yes", ["yes"] * matches + ["no"] * (10 - matches)) == pytest.approx(accuracy)
-    row = {"answers": ["yes"] * matches + ["no"] * (10 - matches)}
-    columns = {"answers": [row["answers"]]}
-    assert get_task("okvqa").reward(["yes"], **columns) == pytest.approx([2 * accuracy - 1])
-    assert get_task("okvqa").score("yes", row) == accuracy
+    people = ["yes"] * matches + ["no"] * (10 - matches)
+    assert vqa_accuracy("Yes", people) == get_task("okvqa").score("yes", {"answers": people}) == accuracy
+    assert get_task("okvqa").reward(["yes"], answers=[people]) == pytest.approx([2 * accuracy - 1])
 
 
-@pytest.mark.parametrize(
-    ("answer", "form"),
-    [
-        ("The  Two dogs.", "2 dogs"),
-        ("none", "0"),
-        ("1,000", "1000"),
-        ("$3.50", "$3.50"),
-        ("U.S.A.", "usa"),
-        ("stop-sign", "stop sign"),
-        ("yes, sir!", "yes sir"),
-        ("don't", normalised("dont")),
-        ("it's", normalised("its")),
-        ("women's", "women's"),
-        ("a\nball", "ball"),
-    ],
-)
+NORMALISED = [
+    *(("The  Two dogs.", "2 dogs"), ("none", "0"), ("1,000", "1000"), ("$3.50", "$3.50"), ("U.S.A.", "usa")),
+    *(("stop-sign", "stop sign"), ("yes, sir!", "yes sir"), ("don't", "dont"), ("it's", "its"), ("a\nball", "ball")),
+    ("women's", "women's"),
+]
+
+
+@pytest.mark.parametrize(("answer", "form"), NORMALISED)
 def test_answers_are_normalised_as_the_vqa_evaluation_does(answer, form):
     assert normalised(answer) == form
 
@@ -679,12 +630,10 @@ def textvqa_folder(folder):
     images = [f"{number:016x}" for number in range(40)]
     for file, ids in (("train", images[:30]), ("val", images[30:])):
         data = [
-            {**VQA, "image_id": image, "question_id": f"{image}-{k}", "question": f"What is {k}?"}
+            {"image_id": image, "question_id": f"{image}-{k}", "question": f"What is {k}?", "answers": VQA["answers"]}
             for image in ids
             for k in (0, 1)
         ]
-        for record in data:
-            del record["image"]
         write_text(folder, "textvqa", f"TextVQA_0.5.1_{file}.json", json.dumps({"dataset_type": file, "data": data}))
     return images
 
@@ -725,11 +674,6 @@ def test_missing_annotations_are_named(tmp_path):
         get_task("okvqa").load("test", tmp_path)
 
 
-def test_questions_about_images_have_no_choice_form(tmp_path):
-    with pytest.raises(ValueError, match="has no form 'choice'; it has generate"):
-        get_task("textvqa").rows("test", folder=tmp_path)
-
-
 def test_an_image_is_decoded_only_when_a_row_of_the_data_set_is_asked_for(tmp_path):
     datasets = pytest.importorskip("datasets")
     textvqa_folder(tmp_path)
@@ -742,31 +686,16 @@ def test_an_image_is_decoded_only_when_a_row_of_the_data_set_is_asked_for(tmp_pa
     assert [table[number]["image"].size for number in range(3)] == [(2, 3), (3, 4), (4, 5)]
 
 
-def test_from_the_hub_only_the_images_of_the_asked_rows_are_read(monkeypatch):
+def test_from_the_hub_only_the_images_of_the_rows_are_read(hub):
     datasets = pytest.importorskip("datasets")
-    records = [
-        {
-            **VQA,
-            "question_id": number,
-            "image_id": str(number),
-            "image": {"bytes": picture((number + 1, 5)), "path": None},
-        }
-        for number in range(8)
-    ]
+    images = [{"bytes": picture((number + 1, 5)), "path": None} for number in range(8)]
+    records = [{**VQA, "question_id": n, "image_id": str(n), "image": image} for n, image in enumerate(images)]
     table = datasets.Dataset.from_list(records).cast_column("image", datasets.Image())
-    monkeypatch.delenv("PEFT_SVF_DATA", raising=False)
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, config, split: table)
-    loaded = get_task("textvqa").load("test")
-    assert all(callable(record["image"]) for record in loaded)
+    hub(lambda path, config, split: table)
+    assert all(callable(record["image"]) for record in get_task("textvqa").load("test"))
     rows = get_task("textvqa").rows("test", "generate", limit=2)
     shown = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     assert [row["image"].size for row in shown] == [(int(row["id"].split("-")[1]) + 1, 5) for row in rows]
-
-
-def test_a_file_that_the_hub_lacks_is_named(monkeypatch):
-    monkeypatch.delenv("PEFT_SVF_DATA", raising=False)
-    with pytest.raises(FileNotFoundError, match=r"'okvqa' has val2014 on the Hub, not 'train2014'"):
-        get_task("okvqa").load("train")
 
 
 # Tasks of one's own -------------------------------------------------------------------------------------------------
@@ -829,30 +758,23 @@ def test_a_folder_of_jsonl_files_keeps_its_splits_and_refuses_a_prompt_of_the_te
         jsonl_task(tmp_path, name="sums")
 
 
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ("{", "not JSON"),
-        ([1], "expected an object"),
-        ({"answer": "a"}, "'prompt' must be"),
-        ({"prompt": "a"}, "expected 'answer'"),
-        ({"prompt": "a", "answer": ""}, "expected 'answer'"),
-        ({"prompt": "a", "choices": ["x"], "label": 0}, "two or more"),
-        ({"prompt": "a", "choices": ["x", "x"], "label": 0}, "twice"),
-        ({"prompt": "a", "choices": ["x", "y"], "label": 2}, "index from 0 to 1, got 2"),
-        ({"prompt": "a", "choices": ["x", "y"], "label": "y"}, "index from 0 to 1, got 'y'"),
-        ({"prompt": "a", "answer": "b", "id": "7"}, "its id '7' is also that of line 1"),
-        ({"prompt": [{"role": "user", "content": 3}], "answer": "a"}, "'prompt' must be"),
-        ({"prompt": [{"role": "user", "content": ["text"]}], "answer": "a"}, "'prompt' must be"),
-        ('{"prompt": "a", "answer": NaN}', "not JSON: NaN isn't a number"),
-        ('{"prompt": "a", "answer": "b", "level": Infinity}', "not JSON: Infinity isn't a number"),
-        ({"prompt": "a", "answer": "b", "completions": 1}, "cannot be called 'completions'"),
-        ({"prompt": "a", "answer": "b", "self": 1}, "cannot be called 'self'"),
-    ],
-)
-def test_a_wrong_line_is_named(tmp_path, line, said):
+WRONG_LINES = [
+    ("{", "not JSON"),
+    ([1], "expected an object"),
+    ({"prompt": "a"}, "expected 'answer'"),  # the other rules of `rows.check` have their test
+    ({"prompt": "a", "choices": ["x"], "label": 0}, "two or more"),
+    ({"prompt": "a", "answer": "b", "id": "7"}, "its id '7' is also that of line 1"),
+    ('{"prompt": "a", "answer": NaN}', "not JSON: NaN isn't a number"),
+    ('{"prompt": "a", "answer": "b", "level": Infinity}', "not JSON: Infinity isn't a number"),
+    ({"prompt": "a", "answer": "b", "completions": 1}, "cannot be called 'completions'"),
+    ({"prompt": "a", "answer": "b", "self": 1}, "cannot be called 'self'"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), WRONG_LINES)
+def test_a_wrong_line_is_named(tmp_path, line, message):
     path = lines(tmp_path / "mine.jsonl", [{**SUMS[0], "id": 7}, "", line])
-    with pytest.raises(ValueError, match=rf"mine\.jsonl', line 3: .*{said}"):
+    with pytest.raises(ValueError, match=rf"mine\.jsonl', line 3: .*{message}"):
         jsonl_task(path)
 
 
@@ -877,24 +799,15 @@ def test_lines_may_differ_where_no_table_is_made_of_them(tmp_path):
     assert {str(row.get("level")) for row in jsonl_task(folder).rows("test", "generate")} == {"hard", "True", "0"}
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
-    path = lines(tmp_path / "quiz.jsonl", QUIZ)
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert sum(len(jsonl_task(path).rows(split)) for split in SPLITS) == 60
-
-
 def test_a_row_knows_its_file_and_line(tmp_path):
-    path = lines(tmp_path / "quiz.jsonl", QUIZ)
+    path = lines(tmp_path / "quiz.jsonl", [{**record, "id": None} for record in QUIZ])  # no id, like a missing one
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte order mark
     task = jsonl_task(path)
-    for split in SPLITS:
-        for row in task.rows(split):
-            number = next(n for n, record in enumerate(QUIZ, 1) if record["prompt"] == row["prompt"][0]["content"])
-            assert task.place(split, row) == f"'{path}', line {number}"
-
-
-def test_a_line_whose_id_is_null_has_none(tmp_path):
-    task = jsonl_task(lines(tmp_path / "quiz.jsonl", [{**record, "id": None} for record in QUIZ]))
-    assert len({row["id"] for split in SPLITS for row in task.rows(split)}) == 60
+    rows = {row["id"]: (split, row) for split in SPLITS for row in task.rows(split)}
+    assert len(rows) == 60
+    for split, row in rows.values():
+        number = next(n for n, record in enumerate(QUIZ, 1) if record["prompt"] == row["prompt"][0]["content"])
+        assert task.place(split, row) == f"'{path}', line {number}"
 
 
 def test_a_source_of_two_sorts_too_few_or_no_lines_is_refused(tmp_path):
@@ -948,17 +861,3 @@ def test_every_task_file_opens_with_an_example():
         module = sys.modules[type(TASKS[name]).__module__]
         text = ast.get_docstring(ast.parse((folder / Path(module.__file__).name).read_text()))
         assert all(word in text.lower() for word in ("prompt (", "reward", "source", "licence")), name
-
-
-@pytest.mark.parametrize(
-    "completion, right",
-    [
-        ("The answer is a plant cell.", False),
-        ("The best choice a student has is (B).", False),
-        ("The answer is (a).", True),
-        ("Answer: **A**", True),
-    ],
-)
-def test_the_article_is_no_letter(completion, right):
-    row = {"answer": "A", "options": ["bees", "a plant cell"], "id": "1", "task": "arc_easy"}
-    assert get_task("arc_easy").score(completion, row) == right

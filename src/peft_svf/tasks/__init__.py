@@ -2,8 +2,8 @@
 """
 Benchmarks by name: `get_task("arc_easy").rows("train")`; one's own from a JSONL: `jsonl_task("mine.jsonl")`.
 
-One benchmark a file, each opening with an example prompt, an answer and its reward; `task` holds what all share,
-`word_problem`, `program` and `vqa` what those of a kind share. Another package adds tasks by an entry point of the
+One benchmark a file, each opening with an example prompt, an answer and its reward; `task` is the base of all,
+`word_problem`, `program` and `vqa` are the bases of their kinds. Another package adds tasks by an entry point of the
 group `peft_svf.tasks`, whose name is the task's and whose object is a [`Task`] or a subclass of it.
 """
 
@@ -71,7 +71,7 @@ def register_task(task: Task) -> Task:
 
 
 def task_names() -> list[str]:
-    """List the names that [`get_task`] knows, those of entry points too, which it doesn't load for that."""
+    """List the names that [`get_task`] finds; the tasks of entry points aren't loaded for it."""
     return sorted({*TASKS, *(point.name for point in entry_points(group=GROUP))})
 
 

@@ -11,7 +11,7 @@ MATH: competition problems whose answer is a formula.
 
 In the generated form formulas are compared by value with `math-verify` (extra `eval`), in the main thread, as it
 limits its time by a signal. In the choice form the wrong answers are those of other problems of the split in the same
-shape, digit for digit, drawn as often as they occur: length tells nothing, the most frequent answer little. Answers
+shape, digit for digit, drawn as often as they occur, so that length and frequency give little away. Answers
 whose shape occurs less than four times are in the generated form only.
 
 Splits: test is MATH-500 (Lightman et al. 2023, arXiv 2305.20050). The 4500 problems of the published test set outside
@@ -32,7 +32,7 @@ from .task import Folder, HubSource, Record, Task
 
 LONGEST = 400  # characters of a formula that is compared; the longest published answer has 159
 SECONDS = 3  # for reading or comparing one formula
-# spellings that print alike: they must not tell two answers of one shape apart
+# spellings that print alike, which must not distinguish two answers of one shape
 _SPELLINGS = {r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\left": "", r"\right": "", r"\!": "", r"\,": "", " ": ""}
 
 
@@ -47,7 +47,7 @@ class Math(Task):
     hub = HubSource("nlile/hendrycks-MATH-benchmark", None, {"test": "train", "math500": "test"})
 
     def load(self, split: str, folder: Folder = None) -> list[Record]:
-        """Load a split; the others need MATH-500 at hand, too, as their file holds its problems."""
+        """Load a split; train and validation need MATH-500 at hand, too, as their file holds its problems."""
         if split in self.files:
             self._records("test", folder)
         return super().load(split, folder)

@@ -53,7 +53,7 @@ class MbppPro(CodeTask):
         return f"{self.name}-{record['id']}"
 
     def question(self, raw: Record, choices: Sequence[str]) -> str:
-        """Return the second problem's text, which stands in comments above its signature."""
+        """Return the second problem's text, the comments above its signature."""
         lines = [line.lstrip("# ") for line in raw["new_problem"].splitlines() if line.startswith("#")]
         text = " ".join(filter(None, lines))
         first, second = _names(raw)

@@ -24,7 +24,7 @@ from ..rows import Row, check
 from .task import FORMS, SPLITS, Folder, Record, Task, plain, read_lines, user_turn
 from .word_problem import final_number
 
-TAKEN = {"completions", "prompts", "self"}  # of the arguments of `Task.reward`
+TAKEN = {"completions", "prompts", "self"}  # arguments of a reward function, so no fields
 SHARES = {"test": 20, "validation": 10}  # percent of a single file; the rest is train
 
 
@@ -52,7 +52,7 @@ def jsonl_task(
 
     Args:
         source (`str` or path):
-            A `.jsonl` or `.jsonl.gz` file, or a folder with `train`, `validation` and `test` ones, of which some may
+            A `.jsonl` or `.jsonl.gz` file, or a folder with `train`, `validation` and `test` ones, and some may
             be missing. A line has `prompt` (a text or a chat) and either `answer` (a text or a number) or `choices`
             (two or more different texts) with `label` (the index of the right one); `id` is optional and occurs once
             in a file, and all other fields stay in the rows. All lines of a source are of one sort.
@@ -70,7 +70,7 @@ def jsonl_task(
         [`Task`], which [`register_task`] makes known by its name.
 
     Raises:
-        `FileNotFoundError`: if there is no such file, or none in the folder.
+        `FileNotFoundError`: if the file doesn't exist, or the folder has none.
         `ValueError`: if a line breaks these rules, with file, line and what was expected.
     """
     path = Path(source)

@@ -154,7 +154,9 @@ def run_python(
         program = _start(stack, mode, ["program", repr(limits)], [requests[0], replies[1]])
         for end in (*requests, *replies, report):
             end.close()
-        _send(verdict, json.dumps(job).encode())
+        data = json.dumps(job).encode()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            verdict.sendall(len(data).to_bytes(8, "big") + data)
         pipes = {"stdout": program.stdout, "stderr": program.stderr, "verdict": verdict}
         texts, reason = _collect(program.pid, pipes, deadline, output_kb << 10, memory_mb << 20)
     out, err = (texts[name][: output_kb << 10].decode("utf-8", "replace") for name in ("stdout", "stderr"))
@@ -239,11 +241,6 @@ def _end_judge(key: tuple[int, str]) -> None:
 def _end_judges() -> None:
     for key in [key for key in JUDGES if key[0] == os.getpid()]:
         _end_judge(key)
-
-
-def _send(target: socket.socket, data: bytes) -> None:
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        target.sendall(len(data).to_bytes(8, "big") + data)
 
 
 def _kill(process: subprocess.Popen[bytes], user: int | None) -> None:

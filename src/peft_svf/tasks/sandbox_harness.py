@@ -233,7 +233,7 @@ class Judge:
         try:
             message = self.channel.receive()
             if "error" in message:
-                # with asserts to come an exit isn't a way to success
+                # if asserts follow, an exit isn't a way to success
                 return not asserts and message.get("code") is True, _reason(*message["error"])
             space = self.names(asserts)
         except Exception as error:
@@ -335,7 +335,7 @@ def limit(limits: dict[str, int]) -> None:
 
 
 def serve_judges(control: int) -> None:
-    """Fork a judge for each job: the control socket brings its three pipes, of which the last brings the asserts."""
+    """Fork a judge for each job: the control socket brings its three pipes, and the last pipe brings the asserts."""
     import json
     import signal
     import socket

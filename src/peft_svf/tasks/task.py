@@ -37,7 +37,7 @@ def user_turn(prompt: str | Chat) -> Chat:
 
 
 class HubSource(NamedTuple):
-    """Where a benchmark lies on the Hub: `datasets.load_dataset(path, config, split=splits[file])`."""
+    """A benchmark's place on the Hub: `datasets.load_dataset(path, config, split=splits[file])`."""
 
     path: str
     config: str | None
@@ -274,8 +274,8 @@ def format_reward(pattern: str) -> Callable[..., list[float]]:
     """
     Make a reward function for the form of an answer: 1 if the completion contains the pattern, else 0.
 
-    Give it a small weight beside the task's reward, `reward_weights=[1.0, 0.1]`, so that a right answer in the wrong
-    form stays better than a wrong one in the right form.
+    A small weight beside the task's reward, `reward_weights=[1.0, 0.1]`, keeps a right answer in the wrong form better
+    than a wrong one in the right form.
 
     Args:
         pattern (`str`):

@@ -7,7 +7,7 @@ TextVQA and OK-VQA: questions about photographs, each with ten answers of people
     answers                  "dakota" 8 times, "nous les gosses", "clos culombu"
     completion               "Dakota"      accuracy 1, reward 1.0; an answer of one person 1/3, -1/3; of nobody 0, -1.0
 
-There is no choice form. The `image` of a row is the undecoded form of `datasets.Image`, `{"path": ..., "bytes": ...}`,
+It has no choice form. The `image` of a row is the undecoded form of `datasets.Image`, `{"path": ..., "bytes": ...}`,
 so that no picture is opened before it is needed. The grade is VQA accuracy,
 
     accuracy = min(1, number of people who gave the answer / 3)
@@ -61,13 +61,10 @@ class Vqa(Task):
     forms = ("generate",)
     published_names = True  # the published validation set is the test split
     annotations: Mapping[str, tuple[str, ...]]  # file -> names of the published JSON files that hold it
-
-    def image_path(self, file: str, image_id: Any) -> str:
-        """Name an image as the published archives do, relative to the task's folder."""
-        raise NotImplementedError
+    images: str  # path of an image below the task's folder, as in the published archives
 
     def row(self, raw: Record) -> Record:
-        """Ask for a short answer; the image part stands before the text."""
+        """Ask for a short answer, with the image before the text."""
         text = f"{raw['question']}\nAnswer with a single word or phrase."
         prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
         image, answers = raw["image"], list(raw["answers"])
@@ -106,13 +103,13 @@ class Vqa(Task):
                 names = " and ".join(map(str, paths))
                 raise FileNotFoundError(f"{error} The published files would be {names}.") from None
         for record in records:
-            name = record.get("image") or self.image_path(file, record["image_id"])
+            name = record.get("image") or self.images.format(file=file, id=record["image_id"])
             record["image"] = {"path": os.fspath(folder / self.name / name), "bytes": None}
         return file, records
 
     def _published(self, *contents: dict[str, Any]) -> list[Record]:
-        """Join the contents of the published JSON files into records."""
-        raise NotImplementedError
+        """Read the records out of the published JSON files, by default out of one file's `data`."""
+        return [dict(record) for record in contents[0]["data"]]
 
     def _hub_records(self, table: Any) -> list[Record]:
         """Leave the images in the table: one is read, still compressed, when its row is made."""
@@ -133,13 +130,7 @@ class TextVqa(Vqa):
     files: Mapping[str, str] = {"train": "train", "validation": "train", "test": "val"}
     hub = HubSource("lmms-lab/textvqa", None, {"train": "train", "val": "validation"})
     annotations: Mapping[str, tuple[str, ...]] = {file: (f"TextVQA_0.5.1_{file}.json",) for file in ("train", "val")}
-
-    def image_path(self, file: str, image_id: Any) -> str:
-        """Name the image: one archive holds those of both files."""
-        return f"train_images/{image_id}.jpg"
-
-    def _published(self, *contents: dict[str, Any]) -> list[Record]:
-        return [dict(record) for record in contents[0]["data"]]
+    images = "train_images/{id}.jpg"  # one archive holds the images of both files
 
 
 class OkVqa(Vqa):
@@ -153,10 +144,7 @@ class OkVqa(Vqa):
         file: (f"OpenEnded_mscoco_{file}_questions.json", f"mscoco_{file}_annotations.json")
         for file in ("train2014", "val2014")
     }
-
-    def image_path(self, file: str, image_id: Any) -> str:
-        """Name the image as COCO does: twelve digits, zeros in front."""
-        return f"{file}/COCO_{file}_{int(image_id):012d}.jpg"
+    images = "{file}/COCO_{file}_{id:0>12}.jpg"
 
     def from_hub(self, record: Record) -> Record:
         """Use the question's id for the image, which the Hub doesn't number."""

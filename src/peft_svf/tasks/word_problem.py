@@ -44,7 +44,7 @@ class WordProblem(Task):
         if solution is None:
             return None
         steps, right = solution
-        made = calculations(right, _numbers_said(raw["question"]), steps, rng)
+        made = calculations(right, _numbers_and_words(raw["question"]), steps, rng)
         return made if made and final_number(made[0]) == self.answer(raw) else None
 
     def row(self, raw: Record) -> Record:
@@ -75,20 +75,19 @@ def printed(number: Fraction) -> str:
 
 
 def calculations(
-    right: Calculation, said: Sequence[Fraction], steps: Sequence[Fraction], rng: random.Random
+    right: Calculation, numbers: Sequence[Fraction], steps: Sequence[Fraction], rng: random.Random
 ) -> tuple[str, list[str]] | None:
     """
     Make three wrong calculations that look like the right one.
 
-    The four are two operations on two pairs of numbers where a third number is at hand, so that neither the operation
-    nor the pair that stands there most often is right; else they are the four operations on the one pair. A number of
-    the problem is exchanged for another of the problem, a result for another result: "what the problem doesn't say" is
-    no hint. The larger number comes first in all, and quotients are rounded down, as only the right one is sure to
-    come out even.
+    The four are two operations on two pairs of numbers if a third number is at hand, so that neither the most frequent
+    operation nor the most frequent pair is right; else they are the four operations on the one pair. A number of the
+    problem is exchanged for another of the problem, a result for another result: "not in the problem" is no hint. The
+    larger number comes first in all, and quotients are rounded down, as only the right one is sure to come out even.
 
     Args:
         right (`(a, operation, b)`): The calculation that solves the problem; `operation` is one of `+ - * /`.
-        said (sequence of `Fraction`): The numbers of the problem.
+        numbers (sequence of `Fraction`): The numbers of the problem.
         steps (sequence of `Fraction`): The results of the steps before the calculation.
         rng (`random.Random`): Draws the other operation and the other pair.
 
@@ -98,13 +97,11 @@ def calculations(
     """
     a, operation, b = right
     pair = (max(a, b), min(a, b))
-    if operation in "-/" and pair != (a, b):
-        return None
-    if operation == "/" and (b == 0 or a % b):
+    if (operation in "-/" and pair != (a, b)) or (operation == "/" and (b == 0 or a % b)):
         return None
     exchanges = []
     for kept, replaced in (pair, pair[::-1]):
-        others = said if replaced in said else [step for step in steps if step not in said]
+        others = numbers if replaced in numbers else [step for step in steps if step not in numbers]
         exchanges += [(kept, n) for n in dict.fromkeys(others) if n > 1 and n.denominator == 1 and n not in pair]
     if exchanges:
         kept, third = rng.choice(exchanges)
@@ -123,7 +120,7 @@ def calculations(
     return texts[0], texts[1:]
 
 
-def _numbers_said(text: str) -> list[Fraction]:
+def _numbers_and_words(text: str) -> list[Fraction]:
     words = [Fraction(_VALUES[word]) for word in re.findall(r"[a-z]+", text.lower()) if word in _VALUES]
     return numbers_in(text) + words
 
