@@ -94,16 +94,19 @@ def transfer_expert(
         "to": _name(target),
     }
     provenance |= details.get(mode, {}) | ({"before": expert.provenance} if expert.provenance else {})
-    # a config has one rank, so every vector that is shorter than its weight allows gets the length of the longest
-    rank = max(map(len, offsets.values()))
-    directions = {module: len(theirs[module][0].S) for module in offsets}
-    sizes = {module: min(rank, r) for module, r in directions.items()}
-    config = expert.config | {
-        "base_model_name_or_path": _name(target), "revision": None, "rank": rank if sizes != directions else None,
-        "fingerprint": {module: theirs[module][1].to_json() for module in offsets},
-    }  # fmt: skip
-    padded = {module: F.pad(offset, (0, sizes[module] - len(offset))) for module, offset in offsets.items()}
+    padded, config = _fitted(offsets, theirs)
+    config = expert.config | config | {"base_model_name_or_path": _name(target), "revision": None}
     return Expert(name or expert.name, padded, config, provenance)
+
+
+def _fitted(offsets: Mapping[str, Tensor], bases: Bases) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Pad shorter offsets to the longest, as far as their weights allow, because a config has one rank."""
+    rank = max(map(len, offsets.values()))
+    directions = {module: len(bases[module][0].S) for module in offsets}
+    sizes = {module: min(rank, r) for module, r in directions.items()}
+    padded = {module: F.pad(offset, (0, sizes[module] - len(offset))) for module, offset in offsets.items()}
+    fingerprint = {module: bases[module][1].to_json() for module in offsets}
+    return padded, {"rank": rank if sizes != directions else None, "fingerprint": fingerprint}
 
 
 def match(similarity: Tensor) -> Tensor:
