@@ -117,7 +117,7 @@ class Choice:
             return FirstPass(**settings)
         rows = read_examples(self.fit, "expert")
         prompts, kinds = [row["prompt"] for row in rows], [row["expert"] for row in rows]
-        data: Any = (model.library, model.tokenizer, prompts, kinds)
+        data = (model.library, model.tokenizer, prompts, kinds)
         if self.strategy == "probe":
             settings["probe"] = _saved(fit_probe(*data, batch_size), self.probe)
             return FirstPass(**settings)
