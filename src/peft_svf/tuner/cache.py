@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 PROCEDURE = "svf-basis v1"
 AT_ONCE = 8  # matrices that an accelerator factorises together
 THREADS = min(8, os.cpu_count() or 1)  # hash and verify weights; both release the GIL
-HEADER = 1 << 16  # bytes that an entry may hold beside its numbers
+HEADER = 1 << 16  # bytes; an entry may have so many beyond its numbers
 
 
 def cache_dir() -> Path:
@@ -116,7 +116,7 @@ def _lock() -> Iterator[None]:
     path = cache_dir() / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        path.unlink()  # a link or a pipe that somebody has put there
+        path.unlink()  # It is a link or a pipe, which would be followed or block.
     with FileLock(path, mode=0o666):
         yield
 
@@ -148,7 +148,7 @@ def _read(key: str, weight: Tensor) -> Basis | None:
             raise ValueError(f"its directions are not those of the weight (deviation {apart:.2g})")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except Exception as error:  # whatever is wrong with the entry, the weight is at hand to compute it again
+    except Exception as error:  # Whatever is wrong with the entry, the weight is at hand to compute it again.
         logger.warning(f"The entry {path} of the basis cache is damaged and is computed again: {error}.")
         with suppress(OSError):
             path.unlink()
