@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.pipelines.pt_utils import KeyDataset
 
-from peft_svf import Mixture, Transformer2Model, Transformer2Pipeline
+from peft_svf import Mixture, Transformer2Model, Transformer2Pipeline, files
 from peft_svf.adaptation import FirstPass
 
 TEXTS = ["What is 3 + 4?", "def", "Tell me a story."]
@@ -362,6 +362,18 @@ def test_every_kind_of_model_makes_the_same_pipeline(folders, pipe, tmp_path):
     peft_model = pipeline("transformer2", model=adapted, tokenizer=tiny_tokenizer())
     assert peft_model.model.library.names == ["code", "default"]
     assert peft_model(TEXTS, expert="default", **GREEDY) == expected["math"]
+
+
+def test_each_file_of_an_expert_is_opened_once(folders, tmp_path, monkeypatch):
+    base().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    names = ("math", "code")
+    named = [write(tmp_path, name, i, base(name=str(tmp_path / "base"))) for i, name in enumerate(names)]
+    opened, read = [], files.read_bytes
+    monkeypatch.setattr(files, "read_bytes", lambda path, *limit: opened.append(path) or read(path, *limit))
+    pipeline("transformer2", experts=named)(TEXTS, expert=["math", "code", "math"], **GREEDY)
+    both = ("adapter_config.json", "adapter_model.safetensors")
+    assert sorted(p for p in opened if p.name in both) == sorted(folder / file for folder in named for file in both)
 
 
 def test_the_model_that_experts_name_is_loaded_as_they_say_it(folders, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the model with two passes: what it answers is what the chosen experts answer, and nothing of it stays."""
 
+import asyncio
 import logging
 import math
 import threading
@@ -14,7 +15,6 @@ from transformers import DynamicCache, GenerationConfig, LlamaModel, LogitsProce
 
 from peft_svf import Expert, ExpertLibrary, Mixture, Transformer2Model, two_pass
 from peft_svf.adaptation import FirstPass, Search, first_pass
-from peft_svf.experts.expert import SavedOffsets
 from peft_svf.pipeline import Transformer2Pipeline
 from peft_svf.tuner import layer as layer_module
 from peft_svf.tuner.layer import Linear, SVFLayer
@@ -118,6 +118,18 @@ def test_without_anything_to_read_the_second_pass_begins_at_the_first_token(fold
     assert model.generate(expert="other", **GREEDY).tolist() == expected
     with pytest.raises(ValueError, match="nothing to read"):
         model.generate(**GREEDY)
+
+
+def test_a_forward_of_another_coroutine_is_refused_instead_of_mixed(model):
+    async def forward():
+        return model(**inputs())
+
+    async def beside_a_mixture():
+        with model.using("math"):
+            await asyncio.create_task(forward())
+
+    with pytest.raises(RuntimeError, match="Another coroutine"):
+        asyncio.run(beside_a_mixture())
 
 
 def test_the_rows_of_inputs_and_of_embeddings_each_have_their_expert(model, no_first_pass):
@@ -494,7 +506,7 @@ def breaking(real, at):
 STEPS = {
     "first pass": (first_pass, "choice_logps", 1),
     "decision": (first_pass, "Mixture", 2),
-    "reading an expert": (SavedOffsets, "read", 1),
+    "reading an expert": (ExpertLibrary, "_offsets", 1),
     "activation": (layer_module, "Rows", 5),
     "first layer": (Linear, "forward", 1),
     "second pass, prefill": (Linear, "forward", 20),

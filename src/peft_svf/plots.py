@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Experts and decisions -> figures. Needs matplotlib (`pip install 'peft-svf[demo]'`); loads no model.
-"""
+"""Experts and decisions -> figures. Needs matplotlib (`pip install 'peft-svf[demo]'`); loads no model."""
 
 import math
 from collections import defaultdict
@@ -29,12 +27,7 @@ def size_of(rows: int = 0, columns: int = 0) -> dict[str, float]:
 
 
 def new_figure(columns: int, height: float = 3.8, width: float = 4.8) -> "tuple[Figure, list[Axes]]":
-    """
-    Make a figure of panels side by side, without touching the user's backend or open figures.
-
-    Raises:
-        `ImportError`: if matplotlib is missing; the message names the extra.
-    """
+    """Make a figure of panels side by side, without touching the user's backend or open figures."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -46,15 +39,11 @@ def new_figure(columns: int, height: float = 3.8, width: float = 4.8) -> "tuple[
 
 def spectrum(expert: Expert, bins: int) -> Tensor | None:
     """
-    Measure how far z is from 1 along the spectrum, averaged over the weights of an expert.
-
-    Args:
-        expert ([`Expert`]): The z-vectors.
-        bins (`int`): Parts of equal length that each spectrum is cut into, because weights differ in size.
+    Measure mean abs(z - 1) along the spectrum, averaged over the weights of an expert.
 
     Returns:
-        `torch.Tensor` of shape `(bins,)`: mean abs(z - 1), largest singular values first; `None` if every z-vector is
-        shorter than `bins`.
+        `torch.Tensor` of shape `(bins,)`, largest singular values first: each spectrum is cut into parts of equal
+        length, because weights differ in size. `None` if every z-vector is shorter than `bins`.
     """
     parts = [
         torch.stack([chunk.abs().mean() for chunk in torch.tensor_split(offset, bins)])
@@ -66,14 +55,11 @@ def spectrum(expert: Expert, bins: int) -> Tensor | None:
 
 def distances(expert: Expert) -> tuple[list[str], list[str], Tensor]:
     """
-    Measure how far z is from 1 in each layer and kind of weight.
-
-    Args:
-        expert ([`Expert`]): The z-vectors.
+    Measure mean abs(z - 1) in each layer and kind of weight.
 
     Returns:
-        Labels of the layers, kinds of weight (`"mlp.up_proj"`), and mean abs(z - 1) as a `torch.Tensor` of shape
-        `(layers, kinds)`: over all weights of that kind in that layer, NaN if it has none.
+        Labels of the layers, kinds of weight (`"mlp.up_proj"`), and a `torch.Tensor` of shape `(layers, kinds)`, NaN
+        if a layer has no weight of that kind.
     """
     cells: dict[tuple[str, int], dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for module, offset in expert.offsets.items():
@@ -114,34 +100,19 @@ def draw_z(axes: "Axes", experts: Sequence[Expert]) -> None:
 
 
 def draw_layers(axes: "Axes", layers: Mapping[str, Mapping[str, float]], title: str) -> None:
-    """
-    Draw the weight of each expert in each block of a model.
-
-    Args:
-        axes (`matplotlib.axes.Axes`): Panel to draw in.
-        layers (`Mapping[str, Mapping[str, float]]`): Weights by name for each block, as in `provenance["layers"]`.
-        title (`str`): Title of the panel.
-    """
+    """Draw the weight of each expert in each block of a model, as in `provenance["layers"]` of a mixture."""
     names, alone = list(next(iter(layers.values()))), len({block.rpartition(".")[0] for block in layers}) == 1
     weights = torch.tensor([[row[name] for name in names] for row in layers.values()])  # (blocks, experts)
     labels = [block.rpartition(".")[2] if alone else block for block in layers]
-    _draw_table(
-        axes, weights, labels, names, "weight α", min(0.0, float(weights.min())), max(1.0, float(weights.max()))
-    )
+    low, high = min(0.0, float(weights.min())), max(1.0, float(weights.max()))
+    _draw_table(axes, weights, labels, names, "weight α", low, high)
     axes.set(ylabel="layer", title=title)
 
 
 def draw_search(axes: "Axes", mixture: Mixture) -> None:
-    """
-    Draw the course of a few-shot search: the best score so far and the population's mean score by iteration.
-
-    Raises:
-        `ValueError`: if the mixture has no history of a search.
-    """
-    history = mixture.provenance.get("history")
-    if not history:
-        raise ValueError(f"This mixture was found by {mixture.strategy!r}: only a few-shot search has a course.")
-    # the later parts of a score decide ties: draw the first part that differs between members
+    """Draw the course of a few-shot search: the best score so far and the population's mean score by iteration."""
+    history = mixture.provenance["history"]
+    # The later parts of a score decide ties, so the first part that differs between members is drawn.
     courses = {key: list(zip(*(entry[key] for entry in history), strict=True)) for key in ("best", "mean_score")}
     parts = range(len(courses["best"]))
     part = next((i for i in parts if len({*courses["best"][i], *courses["mean_score"][i]}) > 1), 0)
@@ -167,13 +138,11 @@ def draw_probabilities(axes: "Axes", prompts: Sequence[str], mixtures: Sequence[
     """
     Draw the probability of each expert for each prompt, the chosen one in bold; a colour scale beyond 30 prompts.
 
-    Args:
-        axes (`matplotlib.axes.Axes`): Panel to draw in, of the size that [`size_of`] returns.
-        prompts (`Sequence[str]`): Labels of the rows.
-        mixtures (`Sequence[Mixture]`): One per prompt, as `dispatch` returns them.
+    The panel needs the size that [`size_of`] returns; `mixtures` are those that `dispatch` returns for the prompts.
     """
-    names = list(dict.fromkeys(name for mixture in mixtures for name in mixture.record()["probabilities"]))
-    table = torch.tensor([[m.record()["probabilities"].get(name, 0.0) for name in names] for m in mixtures])
+    rows = [mixture.record()["probabilities"] for mixture in mixtures]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = torch.tensor([[row.get(name, 0.0) for name in names] for row in rows])
     lines = [" ".join(text.split()) for text in prompts]
     labels = [line if len(line) <= 30 else line[:29] + "…" for line in lines]
     _draw_table(axes, table, labels, names, "probability", 0, 1, MOST_ROWS)
@@ -187,10 +156,7 @@ def draw_decisions(axes: "Axes", counts: Mapping[str, Mapping[str, int]], title:
     """
     Draw which expert the first pass chose for each kind of question: shares by row as colour, counts as text.
 
-    Args:
-        axes (`matplotlib.axes.Axes`): Panel to draw in.
-        counts (`Mapping[str, Mapping[str, int]]`): Number of prompts by choice, for each kind of question.
-        title (`str`): Title of the panel.
+    `counts` has the number of prompts by choice, for each kind.
     """
     kinds, choices = list(counts), sorted({choice for row in counts.values() for choice in row})
     table = torch.tensor([[float(counts[kind].get(choice, 0)) for choice in choices] for kind in kinds])

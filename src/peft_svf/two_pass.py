@@ -36,7 +36,7 @@ from .adaptation.first_pass import FirstPass, dispatch
 from .adaptation.search import Search
 from .evaluation import CACHES, Summary, context_of, wilson
 from .experts.expert import OTHER, Mixture
-from .experts.library import ExpertLibrary, Source, loaded, no_expert
+from .experts.library import ExpertLibrary, Source, loaded
 from .rows import Prompt, Reader, Row
 from .tasks import Task
 
@@ -110,7 +110,7 @@ class Transformer2Model:
         Raises:
             `ValueError`: without `model`, if the experts name none or several.
         """
-        experts = loaded(experts)  # opens each file once
+        experts = loaded(experts, lazy=limit_bytes is not None)  # opens each file once
         if model is None:
             model, revision = base_of(experts)
             kwargs = {"revision": revision, **kwargs} if revision else kwargs
@@ -125,6 +125,7 @@ class Transformer2Model:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run a forward of the wrapped model, after any other thread's request and its mixture."""
         with self.library.lock:
+            self.library.refuse_other_coroutine()
             return self.library.model(*args, **kwargs)
 
     forward = __call__
@@ -181,8 +182,7 @@ class Transformer2Model:
         if isinstance(chosen, str):
             chosen = self.library.mixture(chosen)
         mixture = chosen if isinstance(chosen, Mixture) else Mixture(dict(chosen))
-        if unknown := sorted(set(mixture.alpha) - set(self.library.names)):
-            raise ValueError(no_expert(unknown[0], self.library.choices))
+        self.library.check_experts(mixture.alpha)
         return mixture
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:

@@ -172,8 +172,6 @@ def test_the_course_of_a_search_is_the_first_part_of_the_score_that_differs(movi
     expected = [[entry[key][moving] for entry in history] for key in ("best", "mean_score")]
     assert [list(line.get_ydata()) for line in axes.lines] == expected and axes.get_ylabel().startswith(label)
     assert all(tick == int(tick) for tick in axes.get_xticks()) and axes.get_legend()
-    with pytest.raises(ValueError, match="'explicit'"):
-        draw_search(axes, Mixture({"a": 1.0}))
 
 
 def test_bars_are_the_weights_and_what_is_left_for_the_base(axes):

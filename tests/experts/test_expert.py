@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -103,22 +104,23 @@ DAMAGES = {
     "empty file": (lambda f: (f / WEIGHTS).write_bytes(b""), "is damaged"),
     "no safetensors": (lambda f: (f / WEIGHTS).write_bytes(b"<html>not found</html>" * 9), "is damaged"),
     "no tensors": (lambda f: save_file({}, f / WEIGHTS), "holds no offsets"),
-    "config no JSON": (lambda f: (f / CONFIG).write_text("{"), "is damaged"),
-    "config no text": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe\x00"), "is damaged"),
+    "config no JSON": (lambda f: (f / CONFIG).write_text("{"), "isn't valid JSON"),
+    "config no text": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe\x00"), "isn't UTF-8"),
     "config a list": (lambda f: (f / CONFIG).write_text("[]"), "holds no SVF expert"),
+    "a setting of a newer version": (lambda f: edit_config(f, twist=3), "'twist', which isn't a field of SVFConfig"),
     "another type": (lambda f: edit_config(f, peft_type="LORA"), "another PEFT type"),
     "NaN": (lambda f: edit_weights(f, with_one(lambda t: t * math.nan)), "z is not finite"),
     "infinity": (lambda f: edit_weights(f, with_one(lambda t: t / 0)), "z is not finite"),
     "beyond all reason": (lambda f: edit_weights(f, with_one(lambda t: t + 1e30)), "beyond 10000"),
-    "whole numbers": (lambda f: edit_weights(f, with_one(lambda t: t.long())), "dtype I64"),
-    "true and false": (lambda f: edit_weights(f, with_one(lambda t: t > 0)), "dtype BOOL"),
-    "a rank of text": (lambda f: edit_config(f, rank="7"), "rank='7'"),
-    "a huge rank": (lambda f: edit_config(f, rank=10**12), "isn't a number of singular values"),
+    "whole numbers": (lambda f: edit_weights(f, with_one(lambda t: t.long())), "dtype torch.int64"),
+    "true and false": (lambda f: edit_weights(f, with_one(lambda t: t > 0)), "dtype torch.bool"),
+    "a rank of text": (lambda f: edit_config(f, rank="7"), "rank"),
+    "a huge rank": (lambda f: edit_config(f, rank=10**12), "is the number of singular values"),
     "config nested deeply": (lambda f: (f / CONFIG).write_text("[" * 10**5), "nested too deeply"),
     "a matrix": (lambda f: edit_weights(f, with_one(lambda t: t.view(2, -1))), "one axis"),
     "weights lack a module": (lambda f: edit_weights(f, without_one), f"first {UP}"),
     "config lacks a module": (fingerprint_without_a_module, f"first {UP}"),
-    "fingerprint a number": (lambda f: edit_config(f, fingerprint=5), "same modules"),
+    "fingerprint a number": (lambda f: edit_config(f, fingerprint=5), "must be a dict by module name"),
     "another tensor": (lambda f: edit_weights(f, lambda t: t | {"lm_head.weight": torch.ones(2)}), "more than z-vec"),
 }
 
@@ -134,27 +136,23 @@ def test_damaged_files_are_refused_with_expert_and_folder(damage, tmp_path):
 
 
 @pytest.mark.parametrize("file", [WEIGHTS, CONFIG])
-def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(file, tmp_path):
+def test_a_missing_file_is_named_and_a_pipe_is_not_waited_for(file, tmp_path):
     folder = write(tmp_path, "math", target_modules=["up_proj"])
     (folder / file).unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(str(folder / file))):
+        Expert.load(folder)
     os.mkfifo(folder / file)
-    with pytest.raises(FileNotFoundError, match=file):
+    with pytest.raises(ValueError, match=rf"{file} isn't a regular file"):
         Expert.load(folder)
 
 
-def test_settings_of_a_newer_version_are_named(tmp_path):
-    folder = write(tmp_path, "math", target_modules=["up_proj"])
-    edit_config(folder, twist=3)
-    with pytest.warns(UserWarning, match="first 'twist'"):
-        Expert.load(folder)
-
-
-def test_a_lazy_expert_has_its_sizes_and_reads_its_values_once(folders, loaded, monkeypatch):
+def test_files_are_opened_once_and_those_of_a_lazy_expert_again_for_its_values(folders, loaded, monkeypatch):
+    reads, read = [], files.read_bytes
+    monkeypatch.setattr(files, "read_bytes", lambda path, *limit: reads.append(path.name) or read(path, *limit))
+    assert Expert.load(folders["math"]) == loaded["math"] and reads == [CONFIG, WEIGHTS]
     expert = Expert.load(folders["math"], lazy=True)
-    reads, read = [], module.read_tensors
-    monkeypatch.setattr(module, "read_tensors", lambda folder: reads.append(folder) or read(folder))
-    assert expert.sizes == loaded["math"].sizes and set(expert.offsets) == set(expert.sizes) and not reads
-    assert expert == loaded["math"] and expert.z.keys() == loaded["math"].z.keys() and len(reads) == 1
+    assert expert.sizes == loaded["math"].sizes and set(expert.offsets) == set(expert.sizes) and len(reads) == 4
+    assert expert == loaded["math"] and expert.z.keys() == loaded["math"].z.keys() and reads[4:] == [WEIGHTS]
 
 
 @pytest.mark.parametrize("breaks", [1, 2])
@@ -215,25 +213,13 @@ def test_a_repository_that_is_missing_is_not_tried_again(monkeypatch):
     assert calls == ["me/nothing"]
 
 
-def test_an_adapter_of_another_kind_is_refused(tmp_path):
+def test_adapters_that_are_more_than_z_are_refused(tmp_path):
     get_peft_model(tiny_experts.base(), LoraConfig(target_modules=["up_proj"])).save_pretrained(str(tmp_path / "lora"))
     with pytest.raises(ValueError, match=r"'lora'.*another PEFT type"):
         Expert.load(tmp_path / "lora")
-
-
-def test_an_adapter_that_trains_more_than_z_is_refused(tmp_path):
     folder = write(tmp_path, "head", target_modules=["up_proj"], modules_to_save=["lm_head"])
     with pytest.raises(ValueError, match=r"'head'.*more than z-vectors.*PeftModel.from_pretrained"):
         Expert.load(folder)
-
-
-@pytest.mark.parametrize("file", [WEIGHTS, CONFIG])
-def test_a_missing_file_is_named(file, tmp_path):
-    folder = write(tmp_path, "math", target_modules=["up_proj"])
-    (folder / file).unlink()
-    with pytest.raises(FileNotFoundError, match=file) as error:
-        Expert.load(folder)
-    assert str(folder) in str(error.value)
 
 
 @pytest.mark.parametrize("source", ["nowhere", "./no/where", "/no/where", "~/where", "a/b/c"])
@@ -302,6 +288,7 @@ def test_a_one_hot_mixture_is_that_expert_to_the_bit(loaded):
     mixed = Mixture({"math": 1.0}).offsets(loaded)
     assert set(mixed) == set(loaded["math"].offsets)
     assert all(torch.equal(mixed[name], offset) for name, offset in loaded["math"].offsets.items())
+    assert all(mixed[name] is not offset for name, offset in loaded["math"].offsets.items())
 
 
 @pytest.mark.parametrize("alpha", [{}, {"math": 0.0}, {"math": 0, "code": 0.0}, {"other": 1.0}])
@@ -310,20 +297,11 @@ def test_a_mixture_without_weights_is_the_base(alpha, loaded):
     assert mixture.alpha == {} and mixture.choice == "other" and mixture.offsets(loaded) == {}
 
 
-@pytest.mark.parametrize("alpha", [{"math": 0.7, "code": 0.3}, {"math": 1.5, "code": -0.75, "kinds": 0.25}])
-def test_weights_that_sum_to_one_give_the_sum_of_the_paper(alpha, loaded):
+@pytest.mark.parametrize("alpha", [{"math": 0.7, "code": 0.3}, {"math": 1.5, "code": -0.75, "kinds": 0.1}])
+def test_a_mixture_is_the_papers_sum_and_the_base_has_what_is_left(alpha, loaded):
     for name, offset in Mixture(alpha).offsets(loaded).items():
-        expected = sum(weight * loaded[expert].z[name].double() for expert, weight in alpha.items())
-        torch.testing.assert_close(1 + offset.double(), expected, atol=1e-6, rtol=0)
-
-
-def test_what_is_left_of_one_belongs_to_the_base(loaded):
-    alpha = {"math": 0.5, "code": 0.2}
-    for name, offset in Mixture(alpha).offsets(loaded).items():
-        paper = (
-            sum(weight * loaded[expert].z[name].double() for expert, weight in {**alpha}.items()) + 0.3
-        )  # base: z=1
-        torch.testing.assert_close(1 + offset.double(), paper, atol=1e-6, rtol=0)
+        paper = sum(weight * loaded[expert].z[name].double() for expert, weight in alpha.items())
+        torch.testing.assert_close(1 + offset.double(), paper + 1 - sum(alpha.values()), atol=1e-6, rtol=0)
 
 
 def test_other_among_the_weights_is_the_base(loaded):
@@ -339,14 +317,6 @@ def test_experts_of_different_ranks_and_modules_mix():
         assert mixed["a"].tolist() == [2.5, 5.0, 8.0] and mixed["b"].tolist() == [1.5]
 
 
-def test_mixing_leaves_the_experts_alone(loaded):
-    before = {name: offset.clone() for name, offset in loaded["math"].offsets.items()}
-    mixed = Mixture({"math": 1.0}).offsets(loaded)
-    for offset in mixed.values():
-        offset.add_(1)
-    assert all(torch.equal(before[name], offset) for name, offset in loaded["math"].offsets.items())
-
-
 @pytest.mark.parametrize("weight", [math.nan, math.inf, -1e300, "1", None, torch.tensor(1.0), 1j], ids=repr)
 def test_weights_that_are_no_finite_numbers_are_refused(weight):
     with pytest.raises(ValueError, match="'math' must be a finite number"):
@@ -357,11 +327,6 @@ def test_weights_of_numpy_are_numbers(tmp_path):
     mixture = Mixture({"math": np.float32(0.5), "code": np.float64(0.25), "kinds": np.int64(1)})
     assert mixture.alpha == {"math": 0.5, "code": 0.25, "kinds": 1.0}
     mixture.save(tmp_path / "m.json")
-
-
-def test_an_unknown_expert_is_refused_with_those_that_exist(loaded):
-    with pytest.raises(ValueError, match=r"'maths'.*code, kinds, math and 'other'"):
-        Mixture({"math": 0.5, "maths": 0.5}).offsets(loaded)
 
 
 @pytest.mark.parametrize(
@@ -405,16 +370,11 @@ def test_a_mixture_that_cannot_be_written_leaves_the_file_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "5", '{"weights": {}}', '{"alpha": [1]}', '{"alpha": {"math": NaN}}', '{"alpha": "math"}']
+    "text",
+    ["", "{", "[]", "5", "{}", '{"weights": {}}', '{"alpha": [1]}', '{"alpha": {"math": NaN}}', '{"alpha": "math"}'],
 )
 def test_a_file_without_a_mixture_is_named(text, tmp_path):
     path = tmp_path / "mixture.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"mixture\.json holds no mixture"):
         Mixture.load(path)
-
-
-def test_a_file_without_weights_is_no_mixture(tmp_path):
-    (tmp_path / "m.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds no mixture: 'alpha'"):
-        Mixture.load(tmp_path / "m.json")

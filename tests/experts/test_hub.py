@@ -212,12 +212,11 @@ def test_base_model_argument_goes_into_the_uploaded_config_only(hub, client, tmp
     assert str(tmp_path) not in str(card_of(hub, "me/named"))
 
 
-@pytest.mark.parametrize("name", ["second", "math-v1.5"])
-def test_named_adapter_lands_at_the_top(hub, client, name):
-    offsets, active = client(push_second_of_two, f"me/named-{name}", name)
+def test_named_adapter_lands_at_the_top(hub, client):
+    offsets, active = client(push_second_of_two, "me/second", "second")
     assert active == ["default"]
-    assert hub.files(f"me/named-{name}") == THREE_FILES
-    stored = load(hub.read(f"me/named-{name}", "adapter_model.safetensors"))
+    assert hub.files("me/second") == THREE_FILES
+    stored = load(hub.read("me/second", "adapter_model.safetensors"))
     assert stored["base_model.model.model.layers.1.mlp.down_proj.svf_offset.weight"].tolist() == offsets
 
 
@@ -280,18 +279,13 @@ def test_z_statistics_are_those_of_the_stored_offsets(saved_expert):
     assert "| all | 6 | 30 | 0.4167 | 0.5000 | 0.5000 to 1.2500 |" in text
 
 
-def test_card_without_a_hub_id_of_the_base_is_refused(saved_expert):
-    with pytest.raises(ValueError, match="does not know the name of its base model"):
-        expert_card(saved_expert)
-
-
 def test_card_of_another_adapter_type_is_refused(tmp_path):
     get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds no SVF expert"):
         expert_card(tmp_path, base_model="me/base")
 
 
-@pytest.mark.parametrize("base_model", ["./weights", "a/b/c", "~/weights"])
+@pytest.mark.parametrize("base_model", [None, "./weights", "a/b/c"])
 def test_base_model_argument_must_be_a_hub_id(saved_expert, base_model):
     with pytest.raises(ValueError, match=re.escape(repr(base_model))):
         expert_card(saved_expert, base_model=base_model)
@@ -299,7 +293,7 @@ def test_base_model_argument_must_be_a_hub_id(saved_expert, base_model):
 
 def test_unknown_adapter_and_several_active_ones_are_refused_by_name():
     model = moved_expert(tiny_llama())
-    with pytest.raises(ValueError, match=r"no adapter 'code'.*\['default'\]"):
+    with pytest.raises(ValueError, match=r"no SVF adapter 'code'.*\['default'\]"):
         push_expert(model, "me/code", adapter_name="code")
     model.add_adapter("math", SVFConfig(task_type="CAUSAL_LM"))
     model.base_model.set_adapter(["default", "math"])

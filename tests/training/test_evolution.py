@@ -96,7 +96,7 @@ def test_a_z_score_has_mean_zero_and_unit_deviation():
 
 def alone(trainer, member):
     """The trainer's model with one member written into its offsets, for plain forwards."""
-    weights = [layer.svf_offset[name].weight for layer, name in trainer._layers.items()]
+    weights = trainer._weights()
     for weight, part in zip(weights, member.split([len(weight) for weight in weights]), strict=True):
         weight.data.copy_(part)
     return trainer.model
@@ -104,7 +104,7 @@ def alone(trainer, member):
 
 def by_hand(trainer, members, rows, reward):
     """Each member's mean reward, one row and one member at a time."""
-    start = flat(layer.svf_offset[name].weight for layer, name in trainer._layers.items()).clone()
+    start = flat(trainer._weights()).clone()
     found = []
     for member in members:
         model, rewards = alone(trainer, member), []

@@ -21,42 +21,30 @@ def test_defaults_are_the_paper():
     assert config.fingerprint is None and config.description is None
 
 
-@pytest.mark.parametrize("rank", [0, -1, 2.5, "4", True])
-def test_a_rank_that_is_no_count_is_refused(rank):
-    with pytest.raises(ValueError, match=r"`rank` is the number of singular values to move, at least 1.*got"):
-        SVFConfig(rank=rank)
+REFUSED = {
+    "rank zero": ({"rank": 0}, r"`rank` is the number of singular values to move, at least 1.*got 0"),
+    "rank as text": ({"rank": "4"}, "got '4'"),
+    "rank as bool": ({"rank": True}, "got True"),
+    "dtype": ({"basis_dtype": "float16"}, "`basis_dtype` must be one of auto, float32, bfloat16; got 'float16'"),
+    "source": ({"basis_from": None}, "`basis_from` must be one of auto, checkpoint, memory; got None"),
+    "plan": ({"plan": "fast"}, "`plan` must be one of .*; got 'fast'"),
+    "regex and layers": (
+        {"target_modules": ".*up_proj", "layers_to_transform": [0]},
+        "`layers_to_transform` cannot be used when `target_modules` is a str",
+    ),
+    "pattern without layers": (
+        {"target_modules": ["up_proj"], "layers_pattern": "layers"},
+        "`layers_to_transform` must also be specified",
+    ),
+    "fingerprint": ({"fingerprint": ["abc"]}, "`fingerprint` must be a dict"),
+}
 
 
-@pytest.mark.parametrize("field", ["basis_dtype", "basis_from"])
-@pytest.mark.parametrize("value", ["float16", None, ""])
-def test_a_value_outside_the_list_is_refused_with_the_list(field, value):
-    with pytest.raises(ValueError, match=f"`{field}` must be one of .*, .*got"):
-        SVFConfig(**{field: value})
-
-
-@pytest.mark.parametrize("field, value", [("layers_to_transform", [0]), ("layers_pattern", "layers")])
-def test_layers_cannot_be_picked_beside_a_regex(field, value):
-    with pytest.raises(ValueError, match=f"`{field}` cannot be used when `target_modules` is a str"):
-        SVFConfig(target_modules=".*up_proj", **{field: value})
-
-
-def test_a_pattern_needs_layers():
-    with pytest.raises(ValueError, match="`layers_to_transform` must also be specified"):
-        SVFConfig(target_modules=["up_proj"], layers_pattern="layers")
-    assert (
-        SVFConfig(target_modules=["up_proj"], layers_pattern="layers", layers_to_transform=0).layers_to_transform == 0
-    )
-
-
-@pytest.mark.parametrize("fingerprint", ["abc", ["abc"], 3])
-def test_a_fingerprint_of_another_kind_is_refused(fingerprint):
-    with pytest.raises(ValueError, match="`fingerprint` must be a dict"):
-        SVFConfig(fingerprint=fingerprint)
-
-
-def test_an_unknown_field_is_refused():
-    with pytest.raises(TypeError, match="unexpected keyword argument"):
-        SVFConfig(r=8)
+@pytest.mark.parametrize("case", REFUSED)
+def test_settings_that_contradict_themselves_are_refused(case):
+    fields, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        SVFConfig(**fields)
 
 
 def test_save_then_load_is_the_same_config(tmp_path):
@@ -80,14 +68,8 @@ def test_save_then_load_is_the_same_config(tmp_path):
         loaded = cls.from_pretrained(tmp_path)
         assert type(loaded) is SVFConfig
         assert loaded.to_dict() == config.to_dict()
-
-
-def test_the_file_can_be_read_by_a_person(tmp_path):
-    SVFConfig(target_modules=["b", "a"], fingerprint=FINGERPRINT).save_pretrained(tmp_path)
     entry = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert entry["peft_type"] == "SVF"
-    assert sorted(entry["target_modules"]) == ["a", "b"]
-    assert entry["fingerprint"] == FINGERPRINT
+    assert (entry["peft_type"], entry["fingerprint"]) == ("SVF", FINGERPRINT)
     assert not [key for key in entry if key.startswith("_")]
 
 

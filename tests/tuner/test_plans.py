@@ -159,17 +159,22 @@ def test_a_second_backward_after_a_change_of_z_is_refused_not_wrong():
         loss.backward()
 
 
-def test_graphs_that_are_dropped_hold_no_merged_weight():
-    """Checkpointing runs each forward twice and drops the first graph."""
+@pytest.mark.parametrize("checkpointed", [False, True])  # which runs each forward twice and drops the first graph
+def test_merged_weights_are_rebuilt_in_place(checkpointed):
     adapter, layer, _ = adapted("merged", (11, 7))
     addresses = set()
-    for step in range(3):
+    for step in range(4):
         by_data(layer, torch.full((7,), 1 + 0.1 * step))
-        torch.utils.checkpoint.checkpoint(adapter, torch.randn(6, 7), use_reentrant=False).sum().backward()
+        x = torch.randn(6, 7)
+        y = torch.utils.checkpoint.checkpoint(adapter, x, use_reentrant=False) if checkpointed else adapter(x)
+        y.sum().backward()
         gc.collect()
         assert not layer.svf_merged.pending
         addresses.add(layer.svf_merged.weight.data_ptr())
     assert len(addresses) == 1
+    layer.base_layer.weight.data = torch.randn(11, 7)
+    by_data(layer, torch.ones(7))
+    assert torch.equal(adapter(x), layer.base_layer(x))  # a changed base weight is seen
 
 
 def test_threads_that_find_another_z_agree(monkeypatch):
@@ -199,29 +204,11 @@ def test_threads_that_find_another_z_agree(monkeypatch):
         close(y, oracle.output(matrix_of(plain.fc), plain.fc.bias, z, x), FP32)
 
 
-def test_merged_weights_are_rebuilt_in_place():
-    adapter, layer, _ = adapted("merged", (11, 7))
-    addresses = set()
-    for step in range(4):
-        by_data(layer, torch.full((7,), 1 + 0.1 * step))
-        adapter(torch.randn(6, 7)).sum().backward()
-        addresses.add(layer.svf_merged.weight.data_ptr())
-    assert len(addresses) == 1
-
-
-def test_a_changed_base_weight_is_seen():
-    adapter, layer, _ = adapted("merged", (11, 7))
-    by_data(layer, torch.full((7,), 1.0))
-    x = torch.randn(6, 7)
-    adapter(x)
-    layer.base_layer.weight.data = torch.randn(11, 7)
-    assert torch.equal(adapter(x), layer.base_layer(x))
-
-
 @usual_dtypes
-def test_a_large_bias_does_not_hide_the_gradient_of_z(dtype):
+@pytest.mark.parametrize("plan", ["merged", "narrow"])
+def test_a_large_bias_does_not_hide_the_gradient_of_z(plan, dtype):
     """Qwen2.5's k_proj has a bias 20 times its signal."""
-    adapter, layer, plain = adapted("merged", (12, 40), dtype=dtype)
+    adapter, layer, plain = adapted(plan, (12, 40), dtype=dtype, basis_dtype="float32")
     for base in (layer.base_layer, plain.fc):
         base.bias.data.fill_(20 * float(base.weight.detach().std()) * 40**0.5)
     x, g = torch.randn(64, 40).to(dtype), torch.randn(64, 12).to(dtype)
@@ -267,31 +254,15 @@ def test_autocast_gives_its_dtype_and_float32_gradients(dtype):
     assert x.grad.dtype == layer.svf_offset["default"].weight.grad.dtype == FP32
 
 
-@pytest.mark.parametrize("plan", ["auto", *PLANS])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])
-def test_rows_of_a_batch_are_served_their_own_z_whatever_the_plan(architecture, plan):
-    adapter = get_peft_model(build(architecture), SVFConfig(plan=plan)).eval()
-    adapter.add_adapter("other", SVFConfig(plan=plan))
-    randomize(adapter, "default", seed=1)
-    randomize(adapter, "other", seed=2)
-    ids = inputs(adapter)
-    batch = len(next(iter(ids.values())))
-    names = ["default", "other", "__base__"] * batch
-    mixed = logits(adapter, adapter_names=names[:batch])
-    for row, name in enumerate(names[:batch]):
-        if name == "__base__":
-            with adapter.disable_adapter():
-                assert torch.equal(mixed[row], logits(adapter)[row])
-        else:
-            adapter.set_adapter(name)
-            torch.testing.assert_close(mixed[row], logits(adapter)[row], rtol=1e-4, atol=1e-4)
-
-
-def test_rows_without_the_base_go_through_the_factors_and_with_it_through_the_base():
+def test_rows_without_the_base_go_through_the_factors_and_others_through_the_base_weight():
     adapter, layer, plain = adapted("auto", (11, 7))
     adapter.eval()
     x = torch.randn(2, 3, 7)
     offsets = 0.3 * torch.randn(2, 7)
+    rounded, other, _ = adapted("auto", (11, 7), basis_dtype="bfloat16")  # would blur what doesn't change
+    with rows_of(other, offsets):
+        rounded.eval()(x)
+        assert other.svf_chosen == "narrow"
     with rows_of(layer, offsets):
         y = adapter(x)
         assert layer.svf_chosen == "factored"
@@ -340,18 +311,6 @@ def test_what_decoding_repeats_is_seen_to_change(shape):
     check(torch.randn(2, layer.in_features), merged.detach().expand(2, -1))
 
 
-def test_a_rounded_basis_does_not_blur_a_more_precise_model():
-    adapter, layer, plain = adapted("factored", (11, 7), basis_dtype="bfloat16")
-    adapter.eval()
-    offsets, x = 0.01 * torch.randn(2, 7), torch.randn(2, 3, 7)
-    with rows_of(layer, offsets):
-        y = adapter(x)
-    assert layer.svf_chosen == "narrow"
-    for row in range(2):
-        wanted = oracle.output(matrix_of(plain.fc), plain.fc.bias, 1 + offsets[row], x[row])
-        torch.testing.assert_close(y[row].double(), wanted, rtol=0, atol=2e-3 * float(wanted.abs().max()))
-
-
 @pytest.mark.parametrize("long, r, k", [(1536, 576, 576), (576, 576, 576), (4096, 1024, 64), (300, 200, 110)])
 def test_break_even_is_where_the_flops_of_both_plans_meet(long, r, k):
     tokens = break_even(long, r, k)
@@ -376,165 +335,12 @@ def test_auto_trains_small_steps_narrow_and_large_ones_merged_and_counts_accumul
     assert layer.svf_chosen == "merged"
 
 
-def test_auto_merges_in_evaluation_and_the_logits_do_not_depend_on_gradients():
-    adapter = get_peft_model(build("llama"), SVFConfig())
-    randomize(adapter)
-    adapter.eval()
-    with torch.no_grad():
-        expected = adapter(**inputs(adapter)).logits
-    assert {layer.svf_chosen for layer in svf_layers(adapter).values()} == {"merged"}
-    assert torch.equal(adapter(**inputs(adapter)).logits, expected)
-
-
-def test_a_hook_on_the_base_layer_still_runs():
-    adapter, layer, _ = adapted("merged", (11, 7))
-    seen = []
-    layer.base_layer.register_forward_hook(lambda *_: seen.append(1))
-    adapter(torch.randn(2, 7))
-    assert seen and layer.svf_chosen == "narrow"
-
-
-def test_whatever_hangs_on_the_base_layer_still_runs():
-    def replace_forward(base, seen):
-        real = base.forward
-        base.forward = lambda x: (seen.append(1), real(x))[1]
-
-    def hook_backward(base, seen):
-        base.register_full_backward_hook(lambda *_: seen.append(1))
-
-    for hang in (replace_forward, hook_backward):
-        adapter, layer, _ = adapted("merged", (11, 7))
-        seen = []
-        adapter.eval()
-        with torch.no_grad():
-            adapter(torch.randn(2, 7))
-        hang(layer.base_layer, seen)
-        adapter.train()(torch.randn(2, 7, requires_grad=True)).sum().backward()
-        assert seen and layer.svf_chosen == "narrow"
-
-
-def test_a_base_bias_that_trains_keeps_its_gradient():
-    adapter, layer, _ = adapted("merged", (11, 7))
-    layer.base_layer.bias.requires_grad_(True)
-    adapter(torch.randn(5, 7)).sum().backward()
-    assert torch.equal(layer.base_layer.bias.grad, torch.full((11,), 5.0))
-
-
-def test_a_base_weight_that_trains_keeps_its_gradient():
-    adapter, layer, _ = adapted("merged", (11, 7))
-    layer.base_layer.weight.requires_grad_(True)
-    adapter(torch.randn(2, 7)).sum().backward()
-    assert layer.base_layer.weight.grad is not None and layer.svf_chosen == "narrow"
-
-
-def test_memory_is_counted_to_the_byte_and_given_back():
-    adapter = get_peft_model(build("llama"), SVFConfig(plan="merged")).eval()
-    logits(adapter)
-    memory = adapter.svf_memory()
-    layers = svf_layers(adapter)
-    assert set(memory) == {*(name.removeprefix("base_model.model.") for name in layers), "total"}
-    for layer in layers.values():
-        r, size = layer.directions, layer.base_layer.weight.nbytes
-        assert layer.svf_bytes() == {
-            "basis": 4 * r * r + layer.svf_values.nbytes,
-            "merged": size,
-            "pristine": 0,
-            "factored": 0,
-            "offsets": 4 * r,
-        }
-    total = {kind: sum(layer.svf_bytes()[kind] for layer in layers.values()) for kind in memory["total"]}
-    assert memory["total"] == total
-    adapter.set_plan("narrow")
-    assert adapter.svf_memory()["total"]["merged"] == 0
-    assert "plan='narrow'" in repr(adapter)
-
-
-def test_merging_gives_back_the_merged_copy_and_counts_the_pristine_weight():
-    adapter = get_peft_model(build("llama"), SVFConfig(plan="merged")).eval()
-    logits(adapter)
-    size = adapter.svf_memory()["total"]["merged"]
-    adapter.merge_adapter()
-    logits(adapter)
-    assert size and adapter.svf_memory()["total"] | {"basis": 0, "offsets": 0} == {
-        "basis": 0,
-        "merged": 0,
-        "pristine": size,
-        "factored": 0,
-        "offsets": 0,
-    }
-    adapter.unmerge_adapter()
-    assert adapter.svf_memory()["total"]["pristine"] == 0
-
-
-def test_copies_and_files_of_a_model_hold_nothing_that_is_kept_for_speed():
-    adapter = get_peft_model(build("llama"), SVFConfig(plan="merged")).eval()
-    randomize(adapter)
-    expected = logits(adapter)
-    twin = copy.deepcopy(adapter)
-    assert all(layer.svf_merged is not None for layer in svf_layers(adapter).values())
-    assert all(layer.svf_merged is None for layer in svf_layers(twin).values())
-    assert torch.equal(logits(twin), expected)
-
-
-@pytest.mark.parametrize("plan", ["auto", *PLANS])
-def test_inference_mode_leaves_nothing_that_training_or_another_z_cannot_use(plan):
-    adapter = get_peft_model(build("llama"), SVFConfig(plan=plan)).eval()
-    adapter.add_adapter("other", SVFConfig())
-    randomize(adapter, "default", 1)
-    randomize(adapter, "other", 2)
-    ids = inputs(adapter)
-    names = ["default", "other"] * len(ids["input_ids"])
-    names = names[: len(ids["input_ids"])]
-    expected = logits(adapter), logits(adapter, adapter_names=names)
-    with torch.inference_mode():
-        torch.testing.assert_close(adapter(**ids).logits, expected[0])
-        torch.testing.assert_close(adapter(**ids, adapter_names=names).logits, expected[1])
-    adapter.set_adapter("other")
-    logits(adapter)
-    adapter.set_adapter("default")
-    with torch.inference_mode():
-        adapter(**ids)
-    adapter.train()
-    loss = adapter(**ids).logits.square().mean()
-    loss.backward()
-    torch.testing.assert_close(adapter.eval()(**ids).logits, expected[0])
-    with torch.inference_mode():
-        whole = get_peft_model(build("llama"), SVFConfig(plan=plan)).eval()
-        assert whole(**ids).logits.shape == expected[0].shape
-
-
-def test_a_plan_that_was_asked_for_outlives_another_adapter():
-    adapter = get_peft_model(build("llama"), SVFConfig())
-    adapter.set_plan("narrow", forwards_per_step=4)
-    adapter.add_adapter("other", SVFConfig())
-    assert {(layer.execution.plan, layer.execution.forwards) for layer in svf_layers(adapter).values()} == {
-        ("narrow", 4)
-    }
-
-
 @pytest.mark.parametrize("basis_dtype, copies", [("float32", 0), ("bfloat16", 1)])
 def test_the_basis_counts_once_where_it_is_one_of_the_factors(basis_dtype, copies):
     _, layer, _ = adapted("factored", (11, 7), basis_dtype=basis_dtype)
     layer.svf_basis = layer.svf_basis.to(getattr(torch, basis_dtype))
     layer._factored()
     assert layer.svf_bytes()["factored"] == 4 * (11 * 7 + copies * 7 * 7)
-
-
-def test_the_choice_is_logged_once_and_shown(caplog):
-    adapter = get_peft_model(build("llama"), SVFConfig()).eval()
-    with caplog.at_level("INFO", logger="peft_svf.tuner.layer"):
-        logits(adapter)
-        logits(adapter)
-    assert len([record for record in caplog.records if "'merged' of 'auto'" in record.message]) == 1
-    assert "plan='auto (merged)'" in repr(adapter)
-
-
-def test_an_unknown_plan_is_refused():
-    with pytest.raises(ValueError, match="`plan` must be one of auto, merged, narrow, factored; got 'fast'"):
-        SVFConfig(plan="fast")
-    adapter = get_peft_model(build("llama"), SVFConfig())
-    with pytest.raises(ValueError, match="`plan` must be one of"):
-        adapter.set_plan("fast")
 
 
 def test_without_memory_auto_is_narrow(monkeypatch, caplog):
@@ -583,9 +389,104 @@ def test_a_graph_that_is_captured_compares_no_values_and_reads_z_where_it_lies(m
             assert layer.svf_chosen == "narrow"
 
 
-def test_no_svf_tensor_is_a_buffer():
-    """DDP sends every buffer to every process before every forward; bases would be most of the traffic."""
-    adapter = get_peft_model(build("llama"), SVFConfig(plan="merged"))
-    before = {name for name, _ in build("llama").named_buffers()}
+def hook_forward(base, calls):
+    base.register_forward_hook(lambda *_: calls.append(1))
+
+
+def replace_forward(base, calls):
+    real = base.forward
+    base.forward = lambda x: (calls.append(1), real(x))[1]
+
+
+def hook_backward(base, calls):
+    base.register_full_backward_hook(lambda *_: calls.append(1))
+
+
+@pytest.mark.parametrize("hang", [hook_forward, replace_forward, hook_backward])
+def test_whatever_hangs_on_the_base_layer_still_runs(hang):
+    adapter, layer, _ = adapted("merged", (11, 7))
+    calls = []
+    with torch.no_grad():
+        adapter.eval()(torch.randn(2, 7))
+    hang(layer.base_layer, calls)
+    adapter.train()(torch.randn(2, 7, requires_grad=True)).sum().backward()
+    assert calls and layer.svf_chosen == "narrow"
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_base_parameter_that_trains_keeps_its_gradient(name):
+    adapter, layer, _ = adapted("merged", (11, 7))
+    parameter = getattr(layer.base_layer, name).requires_grad_(True)
+    x = torch.randn(5, 7)
+    adapter(x).sum().backward()
+    torch.testing.assert_close(parameter.grad, x.sum(0).expand(11, 7) if name == "weight" else torch.full((11,), 5.0))
+
+
+def test_memory_is_counted_to_the_byte_and_given_back():
+    adapter = get_peft_model(build("llama"), SVFConfig(plan="merged")).eval()
+    layers = svf_layers(adapter)
+    weights = {name: layer.base_layer.weight.nbytes for name, layer in layers.items()}
+    bases = {n: 4 * layer.directions**2 + layer.svf_values.nbytes for n, layer in layers.items()}
+    offsets = {n: 4 * layer.directions for n, layer in layers.items()}
+
+    def expected(**kept):
+        kinds = {"basis": bases, "merged": {}, "pristine": {}, "factored": {}, "offsets": offsets} | kept
+        memory = {name: {kind: sizes.get(name, 0) for kind, sizes in kinds.items()} for name in layers}
+        return memory | {"total": {kind: sum(sizes.values()) for kind, sizes in kinds.items()}}
+
     logits(adapter)
-    assert {name.removeprefix("base_model.model.") for name, _ in adapter.named_buffers()} == before
+    assert adapter.svf_memory() == expected(merged=weights)
+    adapter.merge_adapter()
+    logits(adapter)
+    assert adapter.svf_memory() == expected(pristine=weights)
+    adapter.unmerge_adapter()
+    logits(adapter)
+    adapter.set_plan("narrow")
+    assert adapter.svf_memory() == expected() and "plan='narrow'" in repr(adapter)
+
+
+def test_auto_merges_in_evaluation_logs_it_once_and_copies_and_buffers_keep_nothing_of_it(caplog):
+    """DDP sends every buffer to every process before every forward; bases would be most of the traffic."""
+    adapter = get_peft_model(build("llama"), SVFConfig()).eval()
+    randomize(adapter)
+    with caplog.at_level("INFO", logger="peft_svf.tuner.layer"):
+        expected = logits(adapter)
+        assert torch.equal(adapter(**inputs(adapter)).logits, expected)  # gradients don't change the plan
+    assert len([record for record in caplog.records if "'merged' of 'auto'" in record.message]) == 1
+    assert "plan='auto (merged)'" in repr(adapter)
+    twin = copy.deepcopy(adapter)
+    assert all(layer.svf_merged is not None for layer in svf_layers(adapter).values())
+    assert all(layer.svf_merged is None for layer in svf_layers(twin).values())
+    assert torch.equal(logits(twin), expected)
+    buffers = {name for name, _ in build("llama").named_buffers()}
+    assert {name.removeprefix("base_model.model.") for name, _ in adapter.named_buffers()} == buffers
+    assert not [name for name in adapter.state_dict() if "basis" in name]
+
+
+@pytest.mark.parametrize("plan", ["auto", *PLANS])
+def test_inference_mode_leaves_nothing_that_training_or_another_z_cannot_use(plan):
+    adapter = get_peft_model(build("llama"), SVFConfig(plan=plan)).eval()
+    adapter.add_adapter("other", SVFConfig())
+    randomize(adapter, "default", 1)
+    randomize(adapter, "other", 2)
+    ids, names = inputs(adapter), ["default", "other", "default"]
+    expected = logits(adapter), logits(adapter, adapter_names=names)
+    with torch.inference_mode():
+        torch.testing.assert_close(adapter(**ids).logits, expected[0])
+        torch.testing.assert_close(adapter(**ids, adapter_names=names).logits, expected[1])
+    for name in ("other", "default"):
+        adapter.set_adapter(name)
+        with torch.inference_mode(name == "default"):
+            logits(adapter)
+    adapter.train()(**ids).logits.square().mean().backward()
+    torch.testing.assert_close(adapter.eval()(**ids).logits, expected[0])
+
+
+def test_a_chosen_plan_outlives_another_adapter_and_an_unknown_one_is_refused():
+    adapter = get_peft_model(build("llama"), SVFConfig())
+    adapter.set_plan("narrow", forwards_per_step=4)
+    adapter.add_adapter("other", SVFConfig())
+    executions = {(layer.execution.plan, layer.execution.forwards) for layer in svf_layers(adapter).values()}
+    assert executions == {("narrow", 4)}
+    with pytest.raises(ValueError, match="`plan` must be one of auto, merged, narrow, factored; got 'fast'"):
+        adapter.set_plan("fast")

@@ -10,10 +10,11 @@ from torch import nn
 from peft_svf import SVFConfig
 from peft_svf.tuner import layer as layer_module
 from peft_svf.tuner.layer import active_rows
+from peft_svf.tuner.plans import PLANS
 
 
-def adapt(kind):
-    model = get_peft_model(build(kind), SVFConfig()).eval()
+def adapt(kind, plan="auto"):
+    model = get_peft_model(build(kind), SVFConfig(plan=plan)).eval()
     randomize(model)
     return model
 
@@ -52,8 +53,9 @@ def test_activations_whose_rows_are_not_known_are_refused_by_name(case):
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])  # OPT flattens rows and tokens
 @pytest.mark.parametrize("tokens", [1, 3, 4])  # as many tokens as rows too
-def test_a_batch_with_an_index_equals_its_rows_one_by_one(kind, tokens):
-    model = adapt(kind)
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_batch_with_an_index_equals_its_rows_one_by_one(plan, kind, tokens):
+    model = adapt(kind, plan)
     layers = svf_layers(model)
     offsets = {name: 0.5 * torch.randn(2, layer.directions) for name, layer in layers.items()}
     index, ids = torch.tensor([1, 0, 1]), torch.randint(5, 40, (3, tokens))

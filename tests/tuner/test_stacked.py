@@ -13,7 +13,6 @@ from peft import PeftModel, get_peft_model
 from pico import VOCABULARY, inputs, logits, svf_layers
 
 from peft_svf import SVFConfig
-from peft_svf.tuner import cache as basis_cache
 
 COMMON = dict(  # noqa: C408
     vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -78,8 +77,9 @@ def close(found, wanted, tolerance=2e-5):
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_z_of_ones_is_the_base_model_to_the_bit(kind, dtype, training):
     plain = build(kind, dtype).train(training)
-    model = adapt(kind, dtype).train(training)
-    assert len(svf_layers(model)) == 4
+    config = SVFConfig(target_modules=["q_proj"], target_parameters=EXPERTS)
+    model = get_peft_model(build(kind, dtype), config).train(training)
+    assert len(svf_layers(model)) == 6
     ids = inputs(plain)
     assert torch.equal(model(**ids).logits, plain(**ids).logits)
     assert torch.equal(logits(model), logits(plain))
@@ -87,16 +87,27 @@ def test_z_of_ones_is_the_base_model_to_the_bit(kind, dtype, training):
 
 @all_kinds
 @pytest.mark.parametrize("rank", [None, 5])
-def test_every_matrix_of_the_stack_is_rescaled_by_its_part_of_the_vector(kind, rank):
-    model = adapt(kind, rank=rank).eval()
+def test_every_matrix_of_the_stack_is_rescaled_by_its_part_of_the_vector_and_restored_to_the_bit(kind, rank):
+    model, base = adapt(kind, rank=rank).eval(), build(kind)
+    model.add_adapter("whole", SVFConfig(target_parameters=EXPERTS))  # short vectors are padded matrix by matrix
+    layers = weight_names(model)
+    logits(model)
     z = randomize(model)
     wanted = logits(expected(kind, z))
     close(logits(model), wanted)
-    assert not torch.allclose(wanted, logits(build(kind)), atol=1e-3)
-    model.merge_adapter()
-    close(logits(model), wanted)
-    for name, layer in weight_names(model).items():
-        close(layer.base_weight, rescaled(build(kind).get_parameter(name).data, z[name]))
+    assert model.svf_memory()["total"]["merged"] == sum(layer.base_weight.nbytes for layer in layers.values())
+    assert not torch.allclose(wanted, logits(base), atol=1e-3)
+    for _ in range(5):
+        model.merge_adapter()
+        close(logits(model), wanted)
+        assert model.svf_memory()["total"]["merged"] == 0
+        for name, layer in layers.items():
+            close(layer.base_weight, rescaled(base.get_parameter(name).data, z[name]))
+        model.unmerge_adapter()
+        assert all(torch.equal(layer.base_weight, base.get_parameter(name)) for name, layer in layers.items())
+    bare = model.merge_and_unload()
+    assert not svf_layers(bare) and type(bare.model.layers[0].mlp.experts) is type(base.model.layers[0].mlp.experts)
+    close(logits(bare), wanted)
 
 
 @all_kinds
@@ -123,29 +134,6 @@ def test_the_gradient_is_the_oracles_and_no_base_weight_keeps_one(kind, checkpoi
         found = layer.svf_offset["default"].weight.grad.view(layer.matrices, -1)
         close(found, torch.stack(wanted), 1e-4)
     assert all(p.grad is None for n, p in model.named_parameters() if "svf_offset" not in n)
-
-
-@all_kinds
-@usual_dtypes
-def test_unmerge_restores_the_weights_to_the_bit(kind, dtype):
-    model = adapt(kind, dtype).eval()
-    randomize(model)
-    before = {name: layer.base_weight.clone() for name, layer in weight_names(model).items()}
-    for _ in range(5):
-        model.merge_adapter()
-        model.unmerge_adapter()
-    assert all(torch.equal(layer.base_weight, before[name]) for name, layer in weight_names(model).items())
-
-
-@all_kinds
-def test_merge_and_unload_gives_the_bare_model_with_the_rescaled_weights(kind):
-    model = adapt(kind).eval()
-    z = randomize(model)
-    bare = model.merge_and_unload()
-    assert not svf_layers(bare) and type(bare.model.layers[0].mlp.experts) is type(
-        build(kind).model.layers[0].mlp.experts
-    )
-    close(logits(bare), logits(expected(kind, z)))
 
 
 @all_kinds
@@ -182,41 +170,6 @@ def test_several_adapters_and_mixed_batches_equal_one_by_one(kind):
     model.add_weighted_adapter(["default"], [0.5], "weak")
     for layer in svf_layers(model).values():
         assert torch.equal(layer.svf_offset["weak"].weight, 0.5 * layer.svf_offset["default"].weight)
-
-
-def test_ranks_of_several_adapters_are_padded_matrix_by_matrix():
-    model = adapt("mixtral", rank=3).eval()
-    model.add_adapter("whole", SVFConfig(target_parameters=EXPERTS))
-    z = randomize(model)
-    close(logits(model), logits(expected("mixtral", z)))
-
-
-def test_a_change_of_z_through_data_is_seen():
-    model = adapt("mixtral").eval()
-    randomize(model, seed=1)
-    logits(model)
-    z = randomize(model, seed=2)
-    close(logits(model), logits(expected("mixtral", z)))
-
-
-def test_bases_come_from_the_cache_the_second_time(monkeypatch):
-    adapt("mixtral")
-    monkeypatch.setattr(basis_cache, "factorize", lambda weight: pytest.fail("decomposed again"))
-    adapt("mixtral")
-
-
-def test_linear_modules_and_parameters_go_together():
-    model = get_peft_model(build("mixtral"), SVFConfig(target_modules=["q_proj"], target_parameters=EXPERTS))
-    assert len(svf_layers(model)) == 6
-    assert torch.equal(logits(model.eval()), logits(build("mixtral")))
-
-
-def test_memory_counts_the_rescaled_stack():
-    model = adapt("mixtral").eval()
-    assert model.svf_memory()["total"]["merged"] == 0
-    logits(model)
-    stacks = sum(layer.base_weight.nbytes for layer in svf_layers(model).values())
-    assert model.svf_memory()["total"]["merged"] == stacks
 
 
 def test_an_exception_inside_the_experts_leaves_the_parameter_in_place(monkeypatch):

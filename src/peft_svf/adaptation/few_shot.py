@@ -133,6 +133,8 @@ def _weights(library: ExpertLibrary, search: Search, name: str | None) -> Weight
     """Return how vectors are read; a `ValueError` if the result can't have its name."""
     if search.per_layer and not name:
         raise ValueError("Weights per layer make an expert of the library: pass a name=... that no expert has.")
+    if search.per_layer and any(library.expert(expert).config.get("target_parameters") for expert in library.names):
+        raise ValueError("Weights per layer can't mix experts of stacked weights: search with per_layer=False.")
     if name:
         library.check_name(name)
     blocks = dict.fromkeys(map(block_of, library.layers())) if search.per_layer else ()

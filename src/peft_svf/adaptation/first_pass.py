@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..evaluation import choice_logps, complete, context_of
 from ..experts.expert import OTHER, Mixture
-from ..experts.library import ExpertLibrary, no_expert
+from ..experts.library import ExpertLibrary
 from ..rows import Prompt, chat_text, encode, prompt_ids
 from ..tasks import dispatch_prompt
 from ..tasks.competition_math import boxed
@@ -429,8 +429,7 @@ def _check_kinds(library: ExpertLibrary, prompts: Sequence[Prompt], kinds: Seque
         raise ValueError(
             f"Fitting needs prompts with one kind each; got {len(prompts)} prompts and the kinds {kinds}."
         )
-    if unknown := sorted({*(kinds or ())} - {*names}):
-        raise ValueError(no_expert(unknown[0], names))
+    library.check_experts({*(kinds or ())} - {OTHER})
     return names
 
 

@@ -2,7 +2,6 @@
 """`adapt`: a few solved examples -> the mixture of experts that answers them best."""
 
 import shlex
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -62,7 +61,7 @@ def adapt(
         raise ValueError(f"In {examples} an example has an image: the search scores texts.")
     if max_new_tokens and (task is None or "choices" in rows[0]):
         raise typer.BadParameter("--max-new-tokens needs --task, and examples with an 'answer'.")
-    _new_result(out, per_layer)
+    new_path(out)
     two_pass = load_experts(experts, model, revision, dtype)
     name = name or (out.name if per_layer else None)
     settings: Any = {"low": low, "high": high, "seed": seed, "max_tokens": max_tokens, "max_seconds": max_seconds}
@@ -84,20 +83,6 @@ def adapt(
     print(f"Wrote {out}")
     if plot:
         _draw(plot, mixture, two_pass.library.names, str(name) if per_layer else None)
-
-
-def _new_result(out: Path, per_layer: bool) -> None:
-    """Refuse a path that exists; if it is the result of a search, the message shows how to measure it."""
-    from ..experts.expert import Expert, Mixture
-
-    provenance: dict[str, Any] = {}
-    if out.exists():  # else an expert would be looked for on the Hub
-        with suppress(OSError, ValueError):
-            provenance = (Expert.load(out) if per_layer else Mixture.load(out)).provenance
-    if "history" in provenance:
-        use = f"peft-svf eval {'--experts' if per_layer else '--mixture'} {out} ..."
-        raise FileExistsError(f"{out} is the result of a search that has ended: `{use}` measures it.")
-    new_path(out)
 
 
 def _holdout(text: str) -> Any:

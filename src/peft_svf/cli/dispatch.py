@@ -117,21 +117,21 @@ class Choice:
             return FirstPass(**settings)
         rows = read_examples(self.fit, "expert")
         prompts, kinds = [row["prompt"] for row in rows], [row["expert"] for row in rows]
+        data = (model.library, model.tokenizer, prompts, kinds)
         if self.strategy == "probe":
-            probe = fit_probe(model.library, model.tokenizer, prompts, kinds, batch_size)
-            _save(probe, self.probe, "probe", len(rows))
-            return FirstPass(**settings, probe=probe)
+            settings["probe"] = _saved(fit_probe(*data, batch_size), self.probe)
+            return FirstPass(**settings)
         first_pass = FirstPass(**settings)
         if self.calibration:
-            calibration = fit_calibration(model.library, model.tokenizer, prompts, kinds, first_pass, batch_size)
-            _save(calibration, self.calibration, "calibration", len(rows))
-            return replace(first_pass, calibration=calibration)
-        temperature = fit_temperature(model.library, model.tokenizer, prompts, kinds, first_pass, batch_size)
+            fitted = _saved(fit_calibration(*data, first_pass, batch_size), self.calibration)
+            return replace(first_pass, calibration=fitted)
+        temperature = fit_temperature(*data, first_pass, batch_size)
         print(f"temperature fitted to {len(rows)} prompts: {temperature:.3f}")
         return replace(first_pass, temperature=temperature)
 
 
-def _save(fitted: "Probe", folder: Path | None, what: str, count: int) -> None:
+def _saved(fitted: "Probe", folder: Path | None) -> "Probe":
     if folder:
         fitted.save(folder)
-        print(f"Wrote {folder}: a {what} fitted to {count} prompts")
+        print(f"Wrote {folder}")
+    return fitted

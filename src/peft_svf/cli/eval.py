@@ -4,8 +4,8 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,12 +19,9 @@ from .options import option
 from .sources import find_task, load_experts, load_model, read_mixture, rows_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ..evaluation import Summary
     from ..experts.expert import Mixture
-    from ..rows import Reader, Row
-    from ..tasks import Task
+    from ..rows import Row
     from ..two_pass import Transformer2Model
 
 
@@ -63,6 +60,9 @@ def evaluate(
     base. An option of the first pass adds the answers of the experts it chooses row by row.
     Prints accuracies with 95 % intervals and writes a result JSON.
     """
+    from ..evaluation import evaluate as score
+    from ..rows import has_image
+
     choice = Choice(strategy, classifier, probe, calibration, fit, threshold, fallback, soft, read, temperature)
     if not experts and (model is None or mixture or choice != Choice()):
         raise typer.BadParameter("Name --experts; only a base model alone, by --model, is measured without.")
@@ -72,12 +72,17 @@ def evaluate(
     chosen = form or benchmark.forms[0]
     out = new_path(out or Path(f"eval-{benchmark.name}-{datetime.now():%Y%m%d-%H%M%S}.json"))
     rows = rows_of(benchmark, split, chosen, limit)
-    measure = Measure(benchmark, rows, batch_size, {"max_new_tokens": max_new_tokens} if chosen == "generate" else {})
+    generation = {"max_new_tokens": max_new_tokens} if chosen == "generate" else {}
+
+    def measure(model: Any, reader: Any, some: "Sequence[Row]" = rows) -> "Summary":
+        return score(model, reader, some, batch_size, benchmark, **generation)
+
+    images = any(map(has_image, rows))
     if experts:
-        two_pass = load_experts(experts, model, revision, dtype, classifier, images=measure.images)
-        name, (summaries, facts) = two_pass.name_or_path, measure.experts(two_pass, alpha, choice)
+        two_pass = load_experts(experts, model, revision, dtype, classifier, images=images)
+        name, (summaries, facts) = two_pass.name_or_path, _measure(two_pass, rows, measure, alpha, choice, batch_size)
     else:
-        base, reader = load_model(str(model), revision, dtype, images=measure.images)
+        base, reader = load_model(str(model), revision, dtype, images=images)
         name, summaries, facts = str(model), {"base": measure(base, reader)}, None
     print(f"{benchmark.name}, {split} split, {chosen} form, n = {len(rows)}; 95 % intervals, gains paired")
     result = {"command": command(context.obj), "base_model": name, "experts": experts, "form": chosen, "split": split}
@@ -110,57 +115,41 @@ def _report(out: Path, result: dict[str, Any], summaries: "Mapping[str, Summary]
     print(f"Wrote {out}")
 
 
-@dataclass(frozen=True)
-class Measure:
-    """Measures models on the rows of a task."""
+def _measure(
+    model: "Transformer2Model",
+    rows: "Sequence[Row]",
+    measure: "Callable[..., Summary]",
+    mixture: "Mixture | None",
+    choice: Choice,
+    batch_size: int,
+) -> "tuple[dict[str, Summary], dict[str, Any] | None]":
+    """Measure the base, the mixture or each expert, and with a strategy two passes, with its facts."""
+    from ..two_pass import answer_each
 
-    task: "Task"
-    rows: "Sequence[Row]"
-    batch_size: int
-    generation: dict[str, Any]
+    if taken := {*model.library.names} & {"base", "mixture", "two_pass"}:
+        raise ValueError(f"An expert can't be called {min(taken)!r}, a row of the result: rename by NAME=EXPERT.")
+    ways: dict[str, Any] = {"mixture": mixture} if mixture else {name: {name: 1.0} for name in model.library.names}
+    reader, facts, summaries = model.processor or model.tokenizer, None, {}
+    mixtures: list[Mixture] = []
+    if choice.strategy:
+        mixtures, facts = _first_pass(model, rows, choice, batch_size)
+    for way, weights in {**ways, "base": {}}.items():  # the base last, so that an unknown expert fails at once
+        with model.using(weights) as adapted:
+            summaries[way] = measure(adapted, reader)
+    if mixtures:
+        summaries["two_pass"] = answer_each(model, rows, mixtures, lambda m, some: measure(m, reader, some))
+    return {"base": summaries["base"], **summaries}, facts
 
-    @property
-    def images(self) -> bool:
-        """Whether some rows have images."""
-        from ..rows import has_image
 
-        return any(map(has_image, self.rows))
-
-    def __call__(self, model: "PreTrainedModel", reader: "Reader", rows: "Sequence[Row] | None" = None) -> "Summary":
-        """Measure a model on the rows, or on some of them."""
-        from ..evaluation import evaluate
-
-        return evaluate(model, reader, rows or self.rows, self.batch_size, self.task, **self.generation)
-
-    def experts(
-        self, model: "Transformer2Model", mixture: "Mixture | None", choice: Choice
-    ) -> "tuple[dict[str, Summary], dict[str, Any] | None]":
-        """Measure the base, the mixture or each expert, and with a strategy two passes, with its facts."""
-        from ..experts.expert import Mixture
-        from ..two_pass import answer_each
-
-        if taken := {*model.library.names} & {"base", "mixture", "two_pass"}:
-            raise ValueError(f"An expert can't be called {min(taken)!r}, a row of the result: rename by NAME=EXPERT.")
-        ways: dict[str, Any] = {"base": Mixture(), **({"mixture": mixture} if mixture else {})}
-        if mixture is None:
-            ways |= {name: {name: 1.0} for name in model.library.names}
-        else:
-            with model.using(mixture):
-                pass  # refuses an unknown expert before the base is measured
-        reader, facts, mixtures = model.processor or model.tokenizer, None, []
-        if choice.strategy:
-            first_pass, start = choice.first_pass(model, self.batch_size), time.perf_counter()
-            prompts = [row["prompt"] for row in self.rows]
-            mixtures = model.first_pass(prompts, first_pass=first_pass, batch_size=self.batch_size)
-            facts = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(choice).items()}
-            facts["temperature"] = first_pass.temperature
-            facts["chosen"] = dict(Counter(mixture.choice for mixture in mixtures).most_common())
-            facts["confidence"] = sum(mixture.confidence for mixture in mixtures) / len(mixtures)
-            facts["seconds"] = time.perf_counter() - start
-        summaries = {}
-        for way, chosen in ways.items():
-            with model.using(chosen) as adapted:
-                summaries[way] = self(adapted, reader)
-        if mixtures:
-            summaries["two_pass"] = answer_each(model, self.rows, mixtures, lambda m, rows: self(m, reader, rows))
-        return summaries, facts
+def _first_pass(
+    model: "Transformer2Model", rows: "Sequence[Row]", choice: Choice, batch_size: int
+) -> "tuple[list[Mixture], dict[str, Any]]":
+    """Choose a mixture for each row; return them with what the result file keeps."""
+    first_pass, start = choice.first_pass(model, batch_size), time.perf_counter()
+    mixtures = model.first_pass([row["prompt"] for row in rows], first_pass=first_pass, batch_size=batch_size)
+    facts = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(choice).items()}
+    facts["temperature"] = first_pass.temperature
+    facts["chosen"] = dict(Counter(mixture.choice for mixture in mixtures).most_common())
+    facts["confidence"] = sum(mixture.confidence for mixture in mixtures) / len(mixtures)
+    facts["seconds"] = time.perf_counter() - start
+    return mixtures, facts

@@ -104,10 +104,7 @@ def _run(
     from ..training.result import write_expert
 
     if trainer.is_fsdp_enabled:
-        raise ValueError(
-            "peft-svf train tests and saves in one process, which FSDP doesn't allow: use DDP, or a script with "
-            "ReinforceTrainer."
-        )
+        raise ValueError("peft-svf train tests in one process: with FSDP, use a script with ReinforceTrainer.")
     args, start = trainer.args, time.perf_counter()
     with _stopping(trainer) as stopped:
         trainer.train(resume_from_checkpoint=checkpoint)

@@ -25,13 +25,13 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
 from .. import files
-from .expert import OFFSET_KEY, check_values, read_config, read_tensors
+from .expert import read_config, read_offsets
 
 logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("expert_card.md")
-TAGS = ["svf", "transformer-squared", "z-vector"]
+TAGS = ("svf", "transformer-squared", "z-vector")
 OURS = ("[More Information Needed]", "arXiv 2501.06252")  # texts of PEFT's blank card and of this package's
 
 # PEFT task type -> (class that loads the base, the Hub's pipeline tag)
@@ -52,18 +52,18 @@ def push_expert(
     base_model: str | None = None,
     base_revision: str | None = None,
     card: ModelCard | str | None = None,
-    tags: Sequence[str] = (),
     commit_message: str | None = None,
+    commit_description: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    **options: Any,
+    **facts: Any,
 ) -> CommitInfo:
     """
     Upload one SVF adapter as an expert: `adapter_config.json`, `adapter_model.safetensors`, `README.md`, one commit.
 
-    Whatever is wrong on this side is refused before anything is written to the Hub. The model stays as it is.
+    What is wrong on this side is refused before anything is written to the Hub. The model stays as it is.
 
     Args:
         model (`PeftModel`):
@@ -76,15 +76,11 @@ def push_expert(
             Hub id and commit of the base model, if the adapter's config names none or a local folder. They are written
             into the uploaded config as well.
         card (`ModelCard` or `str`, *optional*):
-            The card to upload. Default: [`expert_card`]'s, unless the repository has a card of another hand, which
-            stays.
-        tags, commit_message, private, token, revision, create_pr:
+            Default: [`expert_card`]'s, unless the repository has a card that a person wrote, which stays.
+        commit_message, commit_description, private, token, revision, create_pr:
             As in `create_repo` and `upload_folder` of `huggingface_hub.HfApi`.
-        options:
-            `task`, `training`, `results`, `license` of [`expert_card`], and `commit_description` of `upload_folder`.
-
-    Returns:
-        `huggingface_hub.CommitInfo` of the one commit.
+        facts:
+            `task`, `training`, `results`, `license` and `tags` of [`expert_card`].
 
     Raises:
         `ValueError`: if the adapter is unknown or not SVF, no Hub id of the base model is known, or z is not finite.
@@ -93,49 +89,33 @@ def push_expert(
     base = model.get_base_model()
     configured = model.peft_config[name].base_model_name_or_path or getattr(base, "name_or_path", None)
     base_model = _base_id(configured, base_model)
-    description = options.pop("commit_description", None)
+    facts["tags"] = [*(getattr(base, "model_tags", None) or ()), *facts.get("tags", ())]
     with tempfile.TemporaryDirectory() as scratch:
         folder = _save(model, name, Path(scratch), base_model, base_revision)
-        tags = [*(getattr(base, "model_tags", None) or ()), *tags]
-        made = expert_card(folder, repo_id=repo_id, base_dtype=getattr(base, "dtype", None), tags=tags, **options)
+        made = expert_card(folder, repo_id=repo_id, base_dtype=getattr(base, "dtype", None), **facts)
         (folder / CARD_NAME).write_text(str(card or made), encoding="utf-8")
         api = HfApi(library_name="peft_svf", token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        stays = card is None and _has_other_card(api, repo_id, revision)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            ignore_patterns=[CARD_NAME] if stays else None,
+            ignore_patterns=[CARD_NAME] if card is None and _has_other_card(api, repo_id, revision) else None,
             commit_message=commit_message or "Upload SVF expert",
-            commit_description=description,
+            commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
         )
 
 
-def push_to_hub(
-    model: PeftModel, repo_id: str, *, max_shard_size: int | str | None = "50GB", **kwargs: Any
-) -> CommitInfo:
+def push_to_hub(model: PeftModel, repo_id: str, *, max_shard_size: Any = None, **kwargs: Any) -> CommitInfo:
     """
     Do what `model.push_to_hub(repo_id, ...)` does for an SVF adapter; `import peft_svf` puts it there.
 
-    Args:
-        model (`PeftModel`):
-            Model whose active adapter is SVF.
-        repo_id (`str`):
-            Repository to write to.
-        max_shard_size (`int` or `str`, *optional*):
-            Accepted as in transformers' `push_to_hub`, without effect: an expert is one file.
-        kwargs:
-            The others of transformers' `push_to_hub` and of [`push_expert`]; anything else is a `TypeError`.
-
-    Returns:
-        `huggingface_hub.CommitInfo`.
+    Takes the arguments of transformers' `push_to_hub` and of [`push_expert`]; `max_shard_size` has no effect, because
+    an expert is one file.
     """
-    if max_shard_size not in ("50GB", None):
-        logger.warning(f"max_shard_size={max_shard_size!r} changes nothing: an SVF expert is always a single file.")
     return push_expert(model, repo_id, **{key: value for key, value in kwargs.items() if value is not None})
 
 
@@ -156,38 +136,29 @@ def expert_card(
     Write the card of a saved expert, from its two files and what the caller knows of its training.
 
     Args:
-        folder (`str` or `os.PathLike`):
-            Folder with `adapter_config.json` and `adapter_model.safetensors`.
-        repo_id (`str`, *optional*):
-            Repository that the snippets load; default the name of the folder.
+        folder (`str` or path): Folder of the two files.
+        repo_id (`str`, *optional*): Repository that the snippets load; default the name of the folder.
         base_model, base_revision (`str`, *optional*):
             Hub id and commit of the base model, if not the config's or, for the commit, the local Hub cache's.
-        base_dtype (`torch.dtype` or `str`, *optional*):
-            Dtype in which the base was loaded.
-        task (`str`, *optional*):
-            What the expert was trained on; default the config's `description`.
-        training (`Mapping[str, Any]`, *optional*):
-            What repeats the run, in order: data, steps, seed, command, ...
+        base_dtype (`torch.dtype` or `str`, *optional*): Dtype in which the base was loaded.
+        task (`str`, *optional*): What the expert was trained on; default the config's `description`.
+        training (`Mapping[str, Any]`, *optional*): What repeats the run, in order: data, steps, seed, command, ...
         results (`Sequence[Mapping[str, Any]]`):
             One row per measurement: `task`, `value`, and if known `split`, `metric` (default "accuracy"), `base` (the
             base model's value), `interval` (two numbers, 95 %), `n`. Any other key becomes a column.
-        license (`str`, *optional*):
-            Identifier such as `"apache-2.0"`.
-        tags (`Sequence[str]`):
-            Tags besides the card's own.
-
-    Returns:
-        `huggingface_hub.ModelCard`.
+        license (`str`, *optional*): Identifier such as `"apache-2.0"`.
+        tags (`Sequence[str]`): Tags besides the card's own.
 
     Raises:
         `ValueError`: if the folder holds no SVF expert, z is not finite, or no Hub id of the base is known.
     """
     folder = Path(folder)
     config = read_config(folder)
-    offsets, others = _offsets(folder)
+    offsets, others, _ = read_offsets(folder)
     base_model = _base_id(config.get("base_model_name_or_path"), base_model)
     base_class, pipeline_tag = TASK_TYPES.get(_task_type(config), ("AutoModel", None))
     repo_id = repo_id or folder.resolve().name
+    hashes = {module: entry["sha256"] for module, entry in (config.get("fingerprint") or {}).items()}
     data = ModelCardData(
         base_model=base_model,
         base_model_relation="adapter",
@@ -196,7 +167,7 @@ def expert_card(
         license=license,
         tags=[*TAGS, f"base_model:adapter:{base_model}", *tags],
         model_name=repo_id.split("/")[-1],
-        eval_results=[_measured(row, pipeline_tag) for row in results or ()] or None,
+        eval_results=[_measured(row, pipeline_tag) for row in results] or None,
     )
     return ModelCard.from_template(
         data,
@@ -207,57 +178,53 @@ def expert_card(
         task=task or config.get("description"),
         revision=base_revision or config.get("revision") or _cached_commit(base_model),
         dtype=str(base_dtype).removeprefix("torch.") if base_dtype else None,
-        digest=_digest(config.get("fingerprint")),
-        numbers=f"{sum(d.numel() for d in offsets.values()):,}",
+        digest=hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest() if hashes else None,
+        numbers=f"{sum(map(len, offsets.values())):,}",
         weights=len(offsets),
         rank=config.get("rank"),
-        others=others,
+        others=sum(tensor.numel() for tensor in others.values()),
         training={key: files.public(str(value)) for key, value in (training or {}).items() if value is not None},
-        results=_table([_result_row(row) for row in results or ()]),
+        results=_table([_result_row(row) for row in results]),
         z=_table(_z_rows(offsets)),
     )
 
 
 def _chosen_adapter(model: PeftModel, name: str | None) -> str:
-    """Name the adapter to upload: the given one or the only active one; it must exist and be SVF."""
+    """Return the name of the adapter to upload, by default the only active one; it must exist and be SVF."""
     if name is None:
-        active = list(model.active_adapters)
-        if len(active) != 1:
-            raise ValueError(f"A repository holds one expert and {active} are active: pass adapter_name=...")
-        name = active[0]
-    if name not in model.peft_config:
-        raise ValueError(f"There is no adapter {name!r} in this model; it has {sorted(model.peft_config)}.")
-    if (kind := model.peft_config[name].peft_type) != "SVF":
-        raise ValueError(f"Adapter {name!r} is of PEFT type {kind.value}; only SVF adapters are pushed as experts.")
+        if len(model.active_adapters) != 1:
+            raise ValueError(
+                f"A repository holds one expert and {model.active_adapters} are active: pass adapter_name=..."
+            )
+        name = model.active_adapters[0]
+    if name not in model.peft_config or model.peft_config[name].peft_type != "SVF":
+        raise ValueError(f"There is no SVF adapter {name!r} in this model; its adapters are {[*model.peft_config]}.")
     return name
 
 
-def _base_id(configured: str | None, given: str | None) -> str:
+def _base_id(configured: str | None, chosen: str | None) -> str:
     """Return the Hub id of the base model, and refuse a path of this machine: it means nothing on a card."""
-    name = given or configured
-    way_out = 'Pass base_model="org/name", the Hub id under which others find the same weights.'
-    if not name:
-        raise ValueError(f"The adapter does not know the name of its base model. {way_out}")
+    name = chosen or configured or ""
     try:
         validate_repo_id(name)
-        is_id = given is not None or not os.path.exists(name)
+        if chosen or not os.path.exists(name):
+            return name
     except HFValidationError:
-        is_id = False
-    if not is_id:
-        raise ValueError(f"The base model is called {name!r}, a local path that means nothing on the Hub. {way_out}")
-    return name
+        pass
+    raise ValueError(
+        f"The name of the base model, {name or None!r}, means nothing on the Hub. "
+        'Pass base_model="org/name", the Hub id under which others find the same weights.'
+    )
 
 
 def _save(model: PeftModel, name: str, scratch: Path, base_model: str, base_revision: str | None) -> Path:
     """Save one adapter, name its base model in the saved config only, and return the folder that holds its files."""
-    folder = scratch if name == "default" else scratch / name  # where PEFT puts it
-    if not folder.resolve().is_relative_to(scratch.resolve()):
-        raise ValueError(f"Adapter name {name!r} is a path out of the folder that PEFT saves to: rename the adapter.")
     before = model.peft_config[name].base_model_name_or_path
     try:
         model.save_pretrained(str(scratch), selected_adapters=[name])
     finally:
         model.peft_config[name].base_model_name_or_path = before  # PEFT fills it in while saving
+    folder = scratch if name == "default" else scratch / name  # where PEFT puts it
     config = read_config(folder) | {"base_model_name_or_path": base_model}
     if base_revision is not None:
         config["revision"] = base_revision
@@ -277,17 +244,6 @@ def _has_other_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
     return stays
 
 
-def _offsets(folder: Path) -> tuple[dict[str, torch.Tensor], int]:
-    """Read the offsets of a saved adapter by module, and count its other trained numbers."""
-    tensors = read_tensors(folder)
-    modules = {key: match["module"] for key in tensors if (match := OFFSET_KEY.fullmatch(key))}
-    offsets = {module: tensors[key].float() for key, module in modules.items()}
-    if not offsets:
-        raise ValueError(f"{folder} holds no offsets, only {sorted(tensors)[:3]}.")
-    check_values(offsets)
-    return offsets, sum(tensor.numel() for key, tensor in tensors.items() if key not in modules)
-
-
 def _task_type(config: Mapping[str, Any]) -> str:
     """Return the PEFT task type; an adapter made without one has that of its base class."""
     base_class = (config.get("auto_mapping") or {}).get("base_model_class", "")
@@ -300,22 +256,11 @@ def _cached_commit(base_model: str) -> str | None:
     return Path(cached).parent.name if isinstance(cached, str) else None
 
 
-def _digest(fingerprint: Mapping[str, Mapping[str, Any]] | None) -> str | None:
-    """Hash the fingerprint's hashes, one per module, into one of the base as far as the expert moves it."""
-    hashes = {module: entry["sha256"] for module, entry in (fingerprint or {}).items()}
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest() if hashes else None
-
-
 def _measured(row: Mapping[str, Any], pipeline_tag: str | None) -> EvalResult:
     """Write a measurement as the Hub's model index has it."""
-    return EvalResult(
-        task_type=pipeline_tag or "other",
-        dataset_type=row["task"],
-        dataset_name=row["task"],
-        dataset_split=row.get("split"),
-        metric_type=row.get("metric", "accuracy"),
-        metric_value=row["value"],
-    )
+    names = {"dataset_type": row["task"], "dataset_name": row["task"], "dataset_split": row.get("split")}
+    metric = {"metric_type": row.get("metric", "accuracy"), "metric_value": row["value"]}
+    return EvalResult(task_type=pipeline_tag or "other", **names, **metric)
 
 
 def _result_row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -332,7 +277,7 @@ def _z_rows(offsets: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
     for module, offset in offsets.items():
         kinds[f"`{module.rsplit('.', 1)[-1]}`"].append(offset)
     rows = []
-    for kind, members in {**kinds, "all": list(offsets.values())}.items():
+    for kind, members in {**kinds, "all": [*offsets.values()]}.items():
         d = torch.cat(members)  # (numbers of this kind,)
         size = {"kind": kind, "weights": len(members), "numbers": d.numel()}
         distance = {"mean abs(z - 1)": f"{d.abs().mean():.4f}", "max abs(z - 1)": f"{d.abs().max():.4f}"}
@@ -342,8 +287,11 @@ def _z_rows(offsets: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Write rows as a Markdown table, without the columns that are empty in every row."""
-    keys = dict.fromkeys(key for row in rows for key, value in row.items() if value is not None)
-    order = [key for key in dict.fromkeys(key for row in rows for key in row) if key in keys]
+    order = [
+        key
+        for key in dict.fromkeys(key for row in rows for key in row)
+        if any(row.get(key) is not None for row in rows)
+    ]
     lines = [order, ["---"] * len(order), *([_cell(row.get(key)) for key in order] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else ""
 

@@ -2,18 +2,19 @@
 """
 Experts + base model -> one model in which every row of a batch may have its own mixture of them.
 
-The library keeps z-vectors, not adapters. Experts in folders are read when they are first needed; with a limit, the
-one used longest ago makes room. `activate` gives the rows of the next forwards their mixtures and takes them away
-again; the weights themselves are never touched. Nothing here knows how a mixture is chosen.
+The library keeps z-vectors, not adapters. With a memory limit, they are read when they are needed, and the expert used
+longest ago makes room. `activate` gives the rows of the next forwards their mixtures and takes them away again; the
+weights themselves are never touched. Nothing here knows how a mixture is chosen.
 """
 
 import asyncio
 import difflib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from itertools import count
 from os import PathLike
 from types import TracebackType
 from typing import Any
@@ -47,8 +48,7 @@ class ExpertLibrary:
             The base model, or one with SVF adapters, each of which becomes an expert under its name, with the values
             it has now. The library puts layers for the z-vectors into it.
         experts (`Sequence` or `Mapping[str, ...]`):
-            Folders, Hub repositories or [`Expert`]s, named by themselves or by the keys. Files are checked at once,
-            except for the values, which are read when they are first needed.
+            Folders, Hub repositories or [`Expert`]s, named by themselves or by the keys.
         classifier (folder, repository or [`Expert`], *optional*):
             An expert for the first pass only: it names the kind of a question. No mixture contains it.
         limit_bytes (`int`, *optional*):
@@ -57,9 +57,9 @@ class ExpertLibrary:
 
     Raises:
         `FileNotFoundError`: if a folder or file is missing.
-        `ValueError`: if there are no experts, two have one name, a name is `"other"`, one belongs to another base
-            model, its files are damaged, the model has adapters that cannot be mixed, or the limit is too small for
-            one expert. The model is then as it was.
+        `ValueError`: if there are no experts, two have one name, a name is `"other"`, an expert belongs to another
+            base model or is damaged, adapters of the model cannot be mixed, or the limit is too small for one expert.
+            The model is then as it was.
     """
 
     def __init__(
@@ -69,15 +69,14 @@ class ExpertLibrary:
         classifier: Source | None = None,
         limit_bytes: int | None = None,
     ) -> None:
-        experts = loaded(experts)
+        lazy = limit_bytes is not None
+        experts = loaded(experts, lazy)
         admitted = [*_own(model), *(experts.values() if isinstance(experts, Mapping) else experts)]
         if not admitted:
             raise ValueError("There are no experts: pass experts=[...], folders or Hub repositories of SVF adapters.")
-        for i, expert in enumerate(admitted):
-            _check_name(expert.name, [other.name for other in admitted[:i]])
         self.classifier: str | None = None
         if classifier is not None:
-            chosen = _load(classifier, None)
+            chosen = _load(classifier, None, lazy)
             self.classifier = CLASSIFIER + chosen.name
             admitted.append(replace(chosen, name=self.classifier))
         self.model: PeftModel = model  # type: ignore[assignment]
@@ -91,9 +90,13 @@ class ExpertLibrary:
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             for expert in admitted:
+                self.check_name(expert.name)
                 self._admit(expert)
         except BaseException:
-            self._withdraw(model)
+            if self.model is model:
+                self._drop_hosts(0)
+            else:
+                self.model.unload()
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
             raise
@@ -124,64 +127,72 @@ class ExpertLibrary:
         """The named mixtures, sorted."""
         return dict(sorted(self._mixtures.items()))
 
+    @property
+    def choices(self) -> list[str]:
+        """The names that a request may use: experts, `"other"`, and mixtures as such."""
+        return [*self.names, OTHER, *(f"the mixture {name}" for name in self.mixtures)]
+
     def mixture(self, name: str) -> Mixture:
         """Return the mixture of a name: a named one, else an expert alone; the base model for `"other"`."""
-        return self.mixtures.get(name, explicit(name))
+        return self._mixtures.get(name) or Mixture({name: 1.0})
 
     def expert(self, name: str) -> Expert:
-        """
-        Get an expert as a value, to be saved, plotted or transferred.
-
-        Raises:
-            `ValueError`: if there is none of that name.
-        """
-        if name not in self.names:
-            raise ValueError(no_expert(name, self.choices))
+        """Get an expert as a value, to be saved, plotted or transferred. Raises `ValueError` for an unknown name."""
+        self.check_experts([name])
         return self._experts[name]
 
+    def check_experts(self, names: Iterable[str]) -> None:
+        """Raise a `ValueError` if there is no expert of a name; it lists all names, or the closest of more than 20."""
+        if not (unknown := sorted(set(names) - set(self.names))):
+            return
+        known = f"there are {', '.join(self.choices)}"
+        if len(self.choices) > 20:
+            closest = difflib.get_close_matches(unknown[0], self.choices, n=5, cutoff=0.0)
+            known = f"of the {len(self.choices)} names the nearest are {', '.join(closest)}"
+        raise ValueError(f"There is no expert {unknown[0]!r}; {known}.")
+
     def check_name(self, name: str) -> None:
-        """Refuse a name that something here has, or that is the base model's, with a `ValueError`."""
-        _check_name(name, ())
+        """Raise a `ValueError` if a new expert or mixture can't have a name."""
+        if name == OTHER:
+            raise ValueError(f"No expert can be called {OTHER!r}: that name stands for the base model.")
         if name in self._experts or name in self._mixtures:
-            what = "An expert" if name in self._experts else "A mixture"
-            raise ValueError(f"{what} of this library is called {name!r}: give another name, or remove it first.")
+            raise ValueError(
+                f"{'An expert' if name in self._experts else 'A mixture'} of this library is called {name!r}: give "
+                "another name, as the key of a dict (on the command line NAME=EXPERT), or remove it first."
+            )
 
     def add(self, source: Source, name: str | None = None) -> str:
         """
-        Add an expert; waits for a request that runs.
+        Add an expert and return its name; waits for a request that runs.
 
         Args:
-            source (folder, repository or [`Expert`]):
-                The expert.
-            name (`str`, *optional*):
-                Its name; default the last part of its folder or repository.
-
-        Returns:
-            `str`: the name.
+            source (folder, repository or [`Expert`]): The expert.
+            name (`str`, *optional*): Default its own, or the last part of its folder or repository.
 
         Raises:
             `FileNotFoundError`, `ValueError`: as in the constructor. Library and model are then as they were.
         """
-        expert = _load(source, name)
+        expert = _load(source, name, self.limit_bytes is not None)
         with self.lock:
             self.check_name(expert.name)
-            self._admit(expert)
+            before = len(self._hosts)
+            try:
+                self._admit(expert)
+            except BaseException:
+                self._drop_hosts(before)
+                raise
         return expert.name
 
     def add_mixture(self, name: str, mixture: Mixture | str | PathLike[str]) -> None:
         """
         Add a mixture, or one from a file that [`Mixture.save`] wrote: requests may name it like an expert.
 
-        No first pass chooses it.
-
-        Raises:
-            `ValueError`: if the name is taken, an expert of the mixture is not here, or the file holds none.
+        No first pass chooses it. Raises `ValueError` if the name is taken or an expert of the mixture isn't here.
         """
         mixture = mixture if isinstance(mixture, Mixture) else Mixture.load(mixture)
         with self.lock:
             self.check_name(name)
-            if unknown := sorted(set(mixture.alpha) - set(self.names)):
-                raise ValueError(no_expert(unknown[0], self.choices))
+            self.check_experts(mixture.alpha)
             self._mixtures[name] = mixture
 
     def remove(self, name: str) -> None:
@@ -195,10 +206,9 @@ class ExpertLibrary:
             if name in self._mixtures:
                 del self._mixtures[name]
                 return
+            self.check_experts([name])
             if using := [key for key, mixture in self._mixtures.items() if name in mixture.alpha]:
                 raise ValueError(f"{name!r} is in the mixture {using[0]!r}: remove that first.")
-            if name not in self.names:
-                raise ValueError(no_expert(name, self.choices))
             if len(self.names) == 1:
                 raise ValueError(f"{name!r} is the last expert of this library: add another one first.")
             del self._experts[name]
@@ -260,11 +270,6 @@ class ExpertLibrary:
                 "before the other begins, or run requests in threads (asyncio.to_thread)."
             )
 
-    @property
-    def choices(self) -> list[str]:
-        """The names that a request may use: experts, `"other"`, and mixtures as such."""
-        return [*self.names, OTHER, *(f"the mixture {name}" for name in self.mixtures)]
-
     def mix(self, names: Sequence[str], alpha: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """
         Mix the offsets of each SVF layer; gradients flow to the weights.
@@ -275,9 +280,6 @@ class ExpertLibrary:
 
         Returns:
             Per layer `(B, k)`, float32, or float64 for such a model; empty if no expert reaches it.
-
-        Raises:
-            `ValueError`: if there is no expert of a name.
         """
         with self.lock:
             layers = self.layers()
@@ -294,8 +296,8 @@ class ExpertLibrary:
 
     def _offsets(self, name: str, layers: Mapping[str, SVFLayer]) -> dict[str, Tensor]:
         """Return an expert's offsets by layer, on the layers' devices: from memory, else read and kept."""
-        if name not in self._experts:
-            raise ValueError(no_expert(name, self.choices))
+        if name != self.classifier:
+            self.check_experts([name])
         if name not in self._loaded:
             expert = self._experts[name]
             names, saved = _weights_in(self.model, expert.config), expert.offsets
@@ -303,13 +305,8 @@ class ExpertLibrary:
             with torch.inference_mode(False), torch.no_grad():  # what is kept serves later calls
                 for path, offset in (saved.read() if isinstance(saved, SavedOffsets) else saved).items():
                     module = names.get(path, path)
-                    basis = layers[module].svf_basis
-                    if basis is None:
-                        raise ValueError(
-                            f"{module} has no basis: its weight was on the meta device when the library was made. "
-                            "Load the weights, then call `library.model.base_model.fetch_bases()`."
-                        )
-                    loaded[module] = offset.to(basis.device, torch.promote_types(torch.float32, basis.dtype))
+                    Q = layers[module]._basis()  # raises if the weight is still on the meta device
+                    loaded[module] = offset.to(Q.device, torch.promote_types(torch.float32, Q.dtype))
             size = sum(offset.nbytes for offset in loaded.values())
             while self._loaded and self.limit_bytes is not None and self.nbytes + size > self.limit_bytes:
                 self._loaded.popitem(last=False)
@@ -327,43 +324,33 @@ class ExpertLibrary:
         sizes = {names.get(module, module): size for module, size in expert.sizes.items()}
         if missing := sorted(set(expert.config.get("fingerprint") or sizes) - set(sizes)):
             raise ValueError(f"Expert {expert.name!r} has no z-vector for {missing[0]}, which its config targets.")
-        if self.limit_bytes is not None and self.limit_bytes < 4 * sum(sizes.values()):
-            raise ValueError(
-                f"limit_bytes={self.limit_bytes} is too small: one expert takes {4 * sum(sizes.values())} bytes."
-            )
+        if self.limit_bytes is not None and self.limit_bytes < (needed := 4 * sum(sizes.values())):
+            raise ValueError(f"limit_bytes={self.limit_bytes} is too small: one expert takes {needed} bytes.")
         bases = ((name, layer, layer.svf_basis) for name, layer in self.layers().items())
         widths = {name: layer.size_of(Q.shape[-1]) for name, layer, Q in bases if Q is not None}
         if all(size <= widths.get(module, 0) for module, size in sizes.items()):
             self._check_fingerprint(expert)
-            self._check_sizes(expert, sizes)
         elif self._open:
             raise ValueError(
                 f"Expert {expert.name!r} moves weights that no expert here has moved yet: add it outside of "
                 "activate() and using()."
             )
         else:
-            host = self._add_host(expert, sizes, set(names.values()))  # compares the fingerprints
-            try:
-                self._check_sizes(expert, sizes)
-            except BaseException:
-                if len(self.model.peft_config) > 1:
-                    self._drop_host(host)
-                raise
+            self._add_host(expert, sizes, set(names.values()))  # PEFT compares the fingerprints
+        self._check_sizes(expert, sizes)
         self._experts[expert.name] = expert
 
     def _check_sizes(self, expert: Expert, sizes: Mapping[str, int]) -> None:
         layers = self.layers()
         for module, size in sizes.items():
-            layer = layers.get(module)
-            expected = layer.size_of(expert.config.get("rank")) if layer is not None else 0
-            if size != expected:
-                here = "no such weight" if layer is None else f"{expected} directions"
+            directions = layers[module].size_of(expert.config.get("rank")) if module in layers else 0
+            if size != directions:
                 raise ValueError(
-                    f"Expert {expert.name!r} has a z-vector of length {size} for {module}, but this model has {here} "
-                    f"there. It was trained on {expert.base_model!r}; load the matching base."
+                    f"Expert {expert.name!r} has a z-vector of length {size} for {module}, but this model has "
+                    f"{directions} directions there. It was trained on {expert.base_model!r}; load the matching base."
                 )
 
-    def _add_host(self, expert: Expert, sizes: Mapping[str, int], stacked: set[str]) -> str:
+    def _add_host(self, expert: Expert, sizes: Mapping[str, int], stacked: set[str]) -> None:
         """Put the layers of an expert into the model, as an adapter with z = 1 that is never active."""
         names = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"))
         values = {**expert.config, **names, "inference_mode": True, "init_weights": True}
@@ -371,50 +358,40 @@ class ExpertLibrary:
         values["target_modules"] = sorted(set(sizes) - stacked) or None
         values["target_parameters"] = sorted(set(sizes) & stacked) or None
         host = SVFConfig.from_peft_type(**values)
-        model = self.model
-        first = not isinstance(model, PeftModel)
-        name = next(n for i in range(10**6) if (n := f"{HOST}{i}") not in ({} if first else model.peft_config))
+        taken = getattr(self.model, "peft_config", {})
+        name = next(name for i in count() if (name := f"{HOST}{i}") not in taken)
         before = set(self.layers())
-        if first:
+        if isinstance(self.model, PeftModel):
+            self.model.add_adapter(name, host)
+        else:
             # not get_peft_model: it writes this model's name over that of the expert's base
             kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(host.task_type, PeftModel)
-            self.model = kind(model, host, adapter_name=name)
-        else:
-            model.add_adapter(name, host)
+            self.model = kind(self.model, host, adapter_name=name)
         self._hosts.append(name)
         for module, layer in self.layers().items():
             if module not in before:
                 layer.set_adapter([])  # outside of `activate` it is the base layer and nothing else
                 layer.train(self.model.training)
-        return name
 
     def _check_fingerprint(self, expert: Expert) -> None:
-        own = {name: layer.svf_fingerprint for name, layer in self.layers().items()}
         saved = expert.config.get("fingerprint") or {}
         check(
-            {name: Fingerprint.from_json(fingerprint) for name, fingerprint in saved.items()},
-            {name: fingerprint for name, fingerprint in own.items() if fingerprint is not None},
+            {name: Fingerprint.from_json(entry) for name, entry in saved.items()},
+            {name: layer.svf_fingerprint for name, layer in self.layers().items() if layer.svf_fingerprint},
             absent=[],  # every module that it names has a layer here
             adapter=expert.name,
             here=getattr(self.model.get_base_model(), "name_or_path", "") or type(self.model).__name__,
             there=expert.base_model,
         )
 
-    def _withdraw(self, model: PreTrainedModel | PeftModel) -> None:
-        """Take the layers of a library that could not be made out of the model again."""
-        if model is not self.model:
-            self.model.unload()
-        elif isinstance(model, PeftModel):
-            for name in list(self._hosts):
-                self._drop_host(name)
-
-    def _drop_host(self, name: str) -> None:
-        self._hosts.remove(name)
-        self.model.delete_adapter(name)
-        for path, layer in self.layers().items():
-            if not len(layer.svf_offset):
-                parent, _, child = path.rpartition(".")
-                setattr(self.model.get_base_model().get_submodule(parent), child, layer.base_layer)
+    def _drop_hosts(self, first: int) -> None:
+        """Take the latest layers out of the model again, because their expert was refused."""
+        while len(self._hosts) > first:
+            self.model.delete_adapter(self._hosts.pop())
+            for path, layer in self.layers().items():
+                if not len(layer.svf_offset):
+                    parent, _, child = path.rpartition(".")
+                    setattr(self.model.get_base_model().get_submodule(parent), child, layer.base_layer)
 
 
 class _Owned(AbstractContextManager[PeftModel]):
@@ -443,14 +420,6 @@ def _task() -> "asyncio.Task[Any] | None":
     return None if asyncio._get_running_loop() is None else asyncio.current_task()
 
 
-def no_expert(name: str, names: Sequence[str]) -> str:
-    """Build the error for an unknown expert; it lists all names, or the five closest of more than 20."""
-    if len(names) <= 20:
-        return f"There is no expert {name!r}; there are {', '.join(names)}."
-    nearest = difflib.get_close_matches(name, names, n=5, cutoff=0.0)
-    return f"There is no expert {name!r}; of the {len(names)} names the nearest are {', '.join(nearest)}."
-
-
 def _own(model: PreTrainedModel | PeftModel) -> list[Expert]:
     """Return the adapters of a model as experts, with the values they have now; refuse those that are more than z."""
     if not isinstance(model, PeftModel):
@@ -470,24 +439,24 @@ def _own(model: PreTrainedModel | PeftModel) -> list[Expert]:
         if name.startswith(HOST):
             continue
         paths = {weight: path for path, weight in _weights_in(model, config.to_dict()).items()}
-        layers = {
-            layer.weight_name(module): layer for module, layer in svf_layers(model).items() if name in layer.svf_offset
+        layers = {layer.weight_name(path): layer for path, layer in svf_layers(model).items()}
+        layers = {module: layer for module, layer in layers.items() if name in layer.svf_offset}
+        holders: dict[str, Any] = {
+            paths.get(module, module): layer.svf_offset[name] for module, layer in layers.items()
         }
-        offsets = {
-            paths.get(m, m): layer.svf_offset[name].weight.detach().float().cpu().clone()
-            for m, layer in layers.items()
-        }
-        prints = {m: layer.svf_fingerprint.to_json() for m, layer in layers.items() if layer.svf_fingerprint}
+        offsets = {path: holder.weight.detach().float().cpu().clone() for path, holder in holders.items()}
+        known = {module: layer.svf_fingerprint for module, layer in layers.items()}
+        prints = {module: entry.to_json() for module, entry in known.items() if entry is not None}
         base = config.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", None)
         facts = {"fingerprint": prints or None, "base_model_name_or_path": base}
-        experts.append(Expert(name, offsets, {**config.to_dict(), **facts}))
+        experts.append(Expert(name, offsets, config.to_dict() | facts))
     return experts
 
 
 def _weights_in(model: torch.nn.Module, config: Mapping[str, Any]) -> dict[str, str]:
     """Map the names of an expert's stacked offsets to the parameters: PEFT wraps them in order, the last outermost."""
     targets = tuple(f".{target}" for target in config.get("target_parameters") or ())
-    names = {}
+    names: dict[str, str] = {}
     for path, module in (model.get_base_model() if isinstance(model, PeftModel) else model).named_modules():
         if targets and not isinstance(module, BaseTunerLayer):
             path = path.replace(".base_layer", "")
@@ -497,30 +466,16 @@ def _weights_in(model: torch.nn.Module, config: Mapping[str, Any]) -> dict[str, 
     return names
 
 
-def _load(source: Source, name: str | None) -> Expert:
+def _load(source: Source, name: str | None, lazy: bool) -> Expert:
     if isinstance(source, Expert):
         return replace(source, name=name or source.name)
-    return Expert.load(source, name, lazy=True)
+    return Expert.load(source, name, lazy=lazy)
 
 
-def loaded(sources: Sequence[Source] | Mapping[str, Source]) -> list[Expert] | dict[str, Expert]:
-    """Load experts, each once and without the values, for the library and whoever reads their configs before it."""
+def loaded(sources: Sequence[Source] | Mapping[str, Source], lazy: bool = False) -> list[Expert] | dict[str, Expert]:
+    """Load experts; `lazy` keeps no values in memory, as a library with a limit needs it."""
     if isinstance(sources, (str, PathLike)):
         raise ValueError(f"experts is a list or a dict of experts, got {str(sources)!r}.")
     if isinstance(sources, Mapping):
-        return {name: _load(source, name) for name, source in sources.items()}
-    return [_load(source, None) for source in sources]
-
-
-def _check_name(name: str, taken: Sequence[str] | Mapping[str, object]) -> None:
-    if name == OTHER:
-        raise ValueError(f"No expert can be called {OTHER!r}: that name stands for the base model.")
-    if name in taken:
-        raise ValueError(
-            f"Two experts are called {name!r}: give each a name, as a dict (on the command line NAME=EXPERT)."
-        )
-
-
-def explicit(name: str) -> Mixture:
-    """The mixture that is one expert, or the base model for `"other"`."""
-    return Mixture() if name == OTHER else Mixture({name: 1.0})
+        return {name: _load(source, name, lazy) for name, source in sources.items()}
+    return [_load(source, None, lazy) for source in sources]

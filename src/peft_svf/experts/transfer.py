@@ -51,75 +51,69 @@ def transfer_expert(
             same numbers in random order, its control. `"aligned"`: each number goes to the direction that points most
             nearly the same way, matched one to one so that the sum of `abs(Q_source.T @ Q_target)` on the narrow side
             of the weight is largest (needs scipy).
-        seed (`int`):
-            Seed of the shuffling.
-        name (`str`, *optional*):
-            Name of the result; default that of the expert.
+        seed (`int`): Seed of the shuffling.
+        name (`str`, *optional*): Name of the result; default that of the expert.
 
     Returns:
         [`Expert`] of the target, with its fingerprint, and in `provenance` the source, the mode, the seed, and for
         aligned per module the mean of `abs(cos)` over the matched directions that the expert moves.
 
     Raises:
-        `ValueError`: for another mode, a module that is missing, an expert of another source, or sizes that differ.
-        `TypeError`: for models that are not loaded.
-        `ImportError`: for `"aligned"` without scipy.
+        `ValueError`: for another mode, a module that is missing or stacked, a foreign source, or sizes that differ.
     """
     if mode not in MODES:
         raise ValueError(f"There is no mode {mode!r}: choose {', '.join(map(repr, MODES))}.")
-    for which, model in (("source", source), ("target", target)):
-        if not isinstance(model, (nn.Module, Mapping)):
-            raise TypeError(
-                f"The {which} is a model or its bases, got {model!r}: load it first, "
-                f"AutoModelForCausalLM.from_pretrained({model!r})."
-            )
+    if stacks := expert.config.get("target_parameters"):
+        raise ValueError(
+            f"Expert {expert.name!r} moves stacked weights, {', '.join(stacks)}: only z-vectors of linear layers can "
+            "be transferred."
+        )
     ours, theirs = _bases(source, expert, "source"), _bases(target, expert, "target")
     _check_source(expert, source, ours)
     draws = torch.Generator().manual_seed(seed)
     offsets, cosines = {}, {}
     for module, offset in sorted(expert.offsets.items()):
-        one, other = ours[module][0], theirs[module][0]
-        if len(one.S) != len(other.S) or (mode == "aligned" and one.side != other.side):
+        old, new = ours[module][0], theirs[module][0]
+        if len(old.S) != len(new.S) or (mode == "aligned" and old.side != new.side):
             raise ValueError(
-                f"{module} has {len(one.S)} singular values on side {one.side!r} in the source and {len(other.S)} on "
-                f"side {other.side!r} in the target: choose a target of the same shape."
+                f"{module} has {len(old.S)} singular values on side {old.side!r} in the source and {len(new.S)} on "
+                f"side {new.side!r} in the target: choose a target of the same shape."
             )
         if mode == "aligned":
-            offsets[module], cosines[module] = _aligned(offset, one, other)
+            offsets[module], cosines[module] = _aligned(offset, old, new)
         else:
             offsets[module] = offset[torch.randperm(len(offset), generator=draws)] if mode == "shuffled" else offset
-    # a config has one rank, so every vector that is shorter than its weight allows gets the length of the longest
-    rank = max(map(len, offsets.values()))
-    sizes = {module: min(rank, len(theirs[module][0].S)) for module in offsets}
-    offsets = {module: F.pad(offset, (0, sizes[module] - len(offset))) for module, offset in offsets.items()}
-    config = {
-        **expert.config,
-        "base_model_name_or_path": _name(target),
-        "revision": None,
-        "fingerprint": {module: theirs[module][1].to_json() for module in offsets},
-        "rank": rank if any(sizes[module] < len(theirs[module][0].S) for module in offsets) else None,
+    details: dict[str, dict[str, Any]] = {
+        "shuffled": {"seed": seed},
+        "aligned": {"matching": "assignment", "mean_abs_cosine": cosines},
     }
-    provenance: dict[str, Any] = {"transfer": mode, "expert": expert.name, "from": expert.base_model}
-    provenance["to"] = _name(target)
-    if mode == "shuffled":
-        provenance["seed"] = seed
-    if mode == "aligned":
-        provenance |= {"matching": "assignment", "mean_abs_cosine": cosines}
-    if expert.provenance:
-        provenance["before"] = expert.provenance
-    return Expert(name or expert.name, offsets, config, provenance)
+    provenance: dict[str, Any] = {
+        "transfer": mode,
+        "expert": expert.name,
+        "from": expert.base_model,
+        "to": _name(target),
+    }
+    provenance |= details.get(mode, {}) | ({"before": expert.provenance} if expert.provenance else {})
+    padded, config = _fitted(offsets, theirs)
+    config = expert.config | config | {"base_model_name_or_path": _name(target), "revision": None}
+    return Expert(name or expert.name, padded, config, provenance)
+
+
+def _fitted(offsets: Mapping[str, Tensor], bases: Bases) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Pad shorter offsets to the longest, as far as their weights allow, because a config has one rank."""
+    rank = max(map(len, offsets.values()))
+    directions = {module: len(bases[module][0].S) for module in offsets}
+    sizes = {module: min(rank, r) for module, r in directions.items()}
+    padded = {module: F.pad(offset, (0, sizes[module] - len(offset))) for module, offset in offsets.items()}
+    fingerprint = {module: bases[module][1].to_json() for module in offsets}
+    return padded, {"rank": rank if sizes != directions else None, "fingerprint": fingerprint}
 
 
 def match(similarity: Tensor) -> Tensor:
     """
     Match rows to columns one to one, so that the sum of their similarities is largest.
 
-    Args:
-        similarity (`torch.Tensor` of shape `(r, r)`):
-            The larger, the better the pair.
-
-    Returns:
-        `torch.Tensor` of shape `(r,)`: the column of each row.
+    `similarity (r, r)` -> the column of each row, `(r,)`.
     """
     try:
         from scipy.optimize import linear_sum_assignment

@@ -54,7 +54,7 @@ def shaped(fitness: Tensor, shaping: Shaping) -> Tensor:
         return centred / centred.square().mean().sqrt().clamp(min=1e-8)
     _, places, counts = fitness.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).to(fitness)
-    ranks = (last - (counts + 1) / 2)[places]  # from 0; ties have their mean rank
+    ranks = (last - (counts + 1) / 2)[places]  # counts from 0; ties have their mean rank
     return ranks / (len(fitness) - 1) - 0.5
 
 
@@ -201,7 +201,7 @@ class EvolutionTrainer(Run, Trainer):
     def training_step(self, model: Any, inputs: list[Row], num_items_in_batch: Any = None) -> Tensor:
         """Add the estimate of one batch of rows to the offsets' `.grad`; return minus the mean fitness."""
         self.model.eval()  # no dropout: members differ by their z alone
-        weights = [layer.svf_offset[name].weight for layer, name in self._layers.items()]
+        weights = self._weights()
         z = torch.cat([weight.detach() for weight in weights])  # (D,)
         noise = self._draw(z)  # (P, D)
         members = torch.cat([z + self.args.sigma * noise, z - self.args.sigma * noise])
@@ -221,6 +221,10 @@ class EvolutionTrainer(Run, Trainer):
         for name, value in {"reward": fitness.mean(), "reward_std": deviation, "reward_best": fitness.max()}.items():
             self._logged[name].append(self.accelerator.gather(value).mean().item())
         return -self.accelerator.reduce(fitness.mean(), reduction="mean") / self.current_gradient_accumulation_steps
+
+    def _weights(self) -> list[Any]:
+        """List the trained offsets `(k,)`, in the order of their layers."""
+        return [layer.svf_offset[name].weight for layer, name in self._layers.items()]
 
     def _draw(self, z: Tensor) -> Tensor:
         """Draw directions `(population / 2, D)`; their seed differs by process, and checkpoints keep its generator."""
@@ -263,7 +267,7 @@ class EvolutionTrainer(Run, Trainer):
     @contextmanager
     def _as(self, members: Tensor) -> Iterator[None]:
         """Give consecutive parts of each batch the z-vectors `(members, D)` while the context is open."""
-        sizes = [len(layer.svf_offset[name].weight) for layer, name in self._layers.items()]
+        sizes = [len(weight) for weight in self._weights()]
         layers = {module: layer for module, layer in svf_layers(self.model).items() if layer in self._layers}
         offsets = {}
         for (module, layer), parts in zip(layers.items(), members.split(sizes, dim=1), strict=True):

@@ -14,7 +14,6 @@ from typing import Any
 
 from .. import files
 from ..evaluation import evaluate, paired_difference
-from ..experts.expert import OFFSET_KEY, read_tensors
 from ..experts.hub import CARD_NAME, expert_card
 from ..rows import Row
 from ..tasks import Task
@@ -34,8 +33,7 @@ def write_expert(
     seconds: float | None = None,
     base_model: str | None = None,
     license: str | None = None,
-    batch_size: int = 16,
-    **generation: Any,
+    **options: Any,
 ) -> dict[str, Any]:
     """
     Save what a trainer has learned as an expert, compare it with the base, and record how it was made.
@@ -48,28 +46,24 @@ def write_expert(
             After `train()`.
         test (`Sequence[Row]`):
             Rows of one form that chose nothing, neither weights nor checkpoint.
-        command (`str`):
-            Repeats the run.
-        settings (`Mapping`, *optional*):
-            Contents of the file that the command names, with values that JSON has.
+        command (`str`), settings (`Mapping`, *optional*):
+            What repeats the run, and the contents of the file that it names, with values that JSON has.
         seconds (`float`, *optional*):
             Wall clock of training.
-        base_model (`str`, *optional*):
-            Hub id of the base for the card; default what the model was loaded from. A base without any name gets no
-            card.
-        license (`str`, *optional*):
-            Of the expert, such as `"apache-2.0"`.
-        task, batch_size, generation:
+        base_model, license (`str`, *optional*):
+            Hub id of the base and license of the expert, for the card. By default the base is the one that was loaded;
+            if it has no name, no card is written.
+        task, options:
             As in [`evaluate`].
 
     Returns:
-        `dict`: what `result.json` holds.
+        `dict`: the contents of `result.json`.
     """
-    folder, model, reader, state = Path(folder), trainer.model, trainer.processing_class, trainer.state
+    folder, model, state = Path(folder), trainer.model, trainer.state
     model.save_pretrained(folder, save_embedding_layers=False)
-    expert = evaluate(model, reader, test, batch_size, task, **generation)
+    expert = evaluate(model, trainer.processing_class, test, task=task, **options)
     with model.disable_adapter():
-        base = evaluate(model, reader, test, batch_size, task, **generation)
+        base = evaluate(model, trainer.processing_class, test, task=task, **options)
     gain, interval = paired_difference(expert, base)
     z = {key.removeprefix("z/"): value for key, value in z_statistics(model).items() if key.count("/") == 1}
     name = model.peft_config["default"].base_model_name_or_path
@@ -89,7 +83,7 @@ def write_expert(
         "expert": expert.to_json(),
         "gain": gain,
         "gain_interval": interval,
-        "z": {"numbers": sum(t.numel() for key, t in read_tensors(folder).items() if OFFSET_KEY.fullmatch(key)), **z},
+        "z": {"numbers": sum(p.numel() for key, p in model.named_parameters() if ".svf_offset.default." in key), **z},
         "curve": [entry for entry in state.log_history if "eval_reward" in entry or "reward" in entry],
     }
     files.write(folder / RESULT_NAME, json.dumps(result, indent=1))

@@ -118,10 +118,10 @@ def z_statistics(model: nn.Module) -> dict[str, float]:
     blocks: dict[str, list[Tensor]] = defaultdict(list)
     for name, layer in svf_layers(model).items():
         for offset in layer.svf_offset.values():
-            if offset.weight.requires_grad:
-                trained = offset.weight.detach()
-                whole = trained.full_tensor() if isinstance(trained, DTensor) else trained  # sharded by FSDP2
-                blocks[block_of(name)].append(whole.abs().flatten())
+            weight: Any = offset.weight
+            if weight.requires_grad:
+                whole = weight.full_tensor() if isinstance(weight, DTensor) else weight  # FSDP2 shards it
+                blocks[block_of(name)].append(whole.detach().abs())
     if not blocks:
         return {}
     joined = [torch.cat(vectors) for vectors in blocks.values()]
@@ -298,7 +298,7 @@ class Run:
         return TrainOutput(trainer.state.global_step, 0.0, {})
 
     def check_adapter(self, model: Any, args: Any, peft_config: Any) -> None:
-        """Refuse a model of which nothing or everything would be trained, and a best checkpoint that stays unread."""
+        """Refuse a model that would be trained whole or not at all, or whose best checkpoint would stay unread."""
         if peft_config is not None:
             return
         if not isinstance(model, PeftModel):

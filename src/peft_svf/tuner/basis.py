@@ -2,7 +2,7 @@
 """
 Weight -> basis of its singular directions; basis and z-vector -> rescaled weight or activation.
 
-In go weight matrices, out come tensors. Nothing here knows of modules, files or adapters.
+Takes weight matrices and returns tensors. Nothing here knows modules, files or adapters.
 
 A weight `W (out, in)` with thin SVD `U diag(S) V^T`, `r = min(out, in)`, is rescaled by a z-vector to
 `U diag(S * z) V^T` (arXiv 2501.06252, section 3.1). With the *offset* `d = z - 1` and `Q` the orthogonal basis on the
@@ -11,7 +11,7 @@ narrow side of `W`, the same matrix is
     W (I + Q diag(d) Q^T)     side "in"  (out >= in, Q = V (in, in))
     (I + Q diag(d) Q^T) W     side "out" (out <  in, Q = U (out, out))
 
-so one square factor is all that has to be kept, the singular values themselves cancel, and `d = 0` adds an exact zero.
+so one square factor is kept, the singular values themselves cancel, and `d = 0` adds an exact zero.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ITERATIONS = 32  # of the power method; it overlooks only a direction within a few percent of the smallest in Q
+ITERATIONS = 32  # The power method then overlooks only a direction within a few percent of the smallest in Q.
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def factorize(weight: Tensor) -> Basis:
     """
     Compute the canonical basis of a weight ("svf-basis v1"): float64 Gram matrix, float64 `eigh`, descending order.
 
-    It agrees with a float64 SVD also where neighbouring singular values almost coincide, for about half its work; in
+    It agrees with a float64 SVD even if neighbouring singular values almost coincide, for about half its work; in
     float32, groups of such directions come out turned.
 
     Args:
@@ -87,7 +87,7 @@ def factorize(weight: Tensor) -> Basis:
 
 def change(x: Tensor, Q: Tensor, offset: Tensor) -> Tensor:
     """
-    What rescaling the components of `x` along the columns of `Q` adds to it: `((x @ Q) * offset) @ Q.T`.
+    Compute what rescaling the components of `x` along the columns of `Q` adds to it: `((x @ Q) * offset) @ Q.T`.
 
     Args:
         x (`torch.Tensor` of shape `(..., n)`):

@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 PROCEDURE = "svf-basis v1"
 AT_ONCE = 8  # matrices that an accelerator factorises together
 THREADS = min(8, os.cpu_count() or 1)  # hash and verify weights; both release the GIL
-HEADER = 1 << 16  # bytes that an entry may hold beside its numbers
+HEADER = 1 << 16  # bytes; an entry may have so many beyond its numbers
 
 
 def cache_dir() -> Path:
@@ -56,17 +56,14 @@ def fetch(names: Iterable[str], weight_of: Callable[[str], Tensor]) -> dict[str,
     Get the bases of weights from the cache; compute and add those that are missing there or do not fit their weight.
 
     Args:
-        names (`Iterable[str]`):
-            Names of the weights.
         weight_of (`Callable[[str], torch.Tensor]`):
-            Returns the weight `(out, in)`, or a stack `(E, out, in)`, of a name. It is called in this thread, one name
-            after the other and at most twice each, so it may read lazily.
+            Returns the weight `(out, in)`, or a stack `(E, out, in)`, of a name; called in this thread, so it may read
+            lazily.
 
     Returns:
         `dict[str, tuple[Basis, Fingerprint]]`: per name the basis, on the CPU in float32 (float64 for float64).
     """
-    names = list(names)
-    keys: dict[str, str] = {}
+    names, keys = list(names), dict[str, str]()
     bases: dict[str, tuple[Basis, Fingerprint]] = {}  # by key
     with ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(names), THREADS):  # a few at a time: upcast copies are large
@@ -75,8 +72,7 @@ def fetch(names: Iterable[str], weight_of: Callable[[str], Tensor]) -> dict[str,
                 keys[name] = key
                 if basis is not None:
                     bases[key] = basis, Fingerprint(key, sketch(basis.Q))
-    missing = {key: name for name, key in keys.items() if key not in bases}
-    if missing:
+    if missing := {key: name for name, key in keys.items() if key not in bases}:
         bases |= _compute(missing, weight_of)
     return {name: bases[keys[name]] for name in names}
 
@@ -91,10 +87,8 @@ def prune(keep_bytes: int = 0) -> int:
     """
     Delete the entries that were used longest ago until at most `keep_bytes` are left.
 
-    Deleting is always safe: a reader that has opened an entry still gets all of it, and any other computes it again.
-
-    Returns:
-        `int`: the bytes that were freed.
+    Returns the freed bytes. Deleting is always safe: a reader that has opened an entry still gets all of it, and any
+    other computes it again.
     """
     if not cache_dir().is_dir():
         return 0
@@ -122,7 +116,7 @@ def _lock() -> Iterator[None]:
     path = cache_dir() / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        path.unlink()  # a link or a pipe that somebody has put there
+        path.unlink()  # It is a link or a pipe, which would be followed or block.
     with FileLock(path, mode=0o666):
         yield
 
@@ -134,14 +128,13 @@ def _path(key: str) -> Path:
 def _look_up(weight: Tensor) -> tuple[str, Basis | None]:
     """Return the key of a weight and its basis, if the cache has one that fits."""
     values = exact(weight.detach()).cpu()
-    key = content_key(values)
-    return key, _read(key, values)
+    return (key := content_key(values)), _read(key, values)
 
 
 def _read(key: str, weight: Tensor) -> Basis | None:
     """Read an entry and verify it against its weight; return `None` if it is missing or does not fit."""
     path, values = _path(key), exact(weight.detach()).cpu()
-    side, lead, r = side_of(*values.shape[-2:]), values.shape[:-2], min(values.shape[-2:])
+    lead, r = values.shape[:-2], min(values.shape[-2:])
     try:
         if path.is_symlink():
             raise ValueError("it is a link")
@@ -153,41 +146,37 @@ def _read(key: str, weight: Tensor) -> Basis | None:
         apart = deviation(values, Q, S)
         if not apart <= tolerance(values.dtype):
             raise ValueError(f"its directions are not those of the weight (deviation {apart:.2g})")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except Exception as error:  # whatever is wrong with the entry, the weight is at hand to compute it again
+    except Exception as error:  # Whatever is wrong with the entry, the weight is at hand to compute it again.
         logger.warning(f"The entry {path} of the basis cache is damaged and is computed again: {error}.")
         with suppress(OSError):
             path.unlink()
         return None
     with suppress(OSError):  # a shared cache may be read-only
         os.utime(path, follow_symlinks=False)  # `prune` deletes what was used longest ago
-    return Basis(side, Q, S)
+    return Basis(side_of(*values.shape[-2:]), Q, S)
 
 
 def _compute(missing: dict[str, str], weight_of: Callable[[str], Tensor]) -> dict[str, tuple[Basis, Fingerprint]]:
     """Compute the bases of `missing` (key -> name of a weight), batched by shape on an accelerator, and write them."""
-    bases: dict[str, tuple[Basis, Fingerprint]] = {}
-    keep = True
+    bases: dict[str, Basis] = {}
+    todo, keep = dict(missing), True
     with tqdm(total=len(missing), desc="Computing SVF bases", unit="weight", name="peft_svf.basis") as bar:
-        todo = dict(missing)
         while todo:
-            batch = {key: weight_of(todo[key]) for key in [next(iter(todo))]}
-            weight = next(iter(batch.values()))
-            if weight.is_cuda and weight.dim() == 2:  # on a CPU one matrix at a time already uses all threads
-                for key in list(todo)[1:AT_ONCE]:
-                    if (other := weight_of(todo[key])).shape == weight.shape:
-                        batch[key] = other
+            key, *others = list(todo)[:AT_ONCE]
+            batch = {key: weight_of(todo[key])}
+            if batch[key].is_cuda and batch[key].dim() == 2:  # On a CPU one matrix at a time already uses all threads.
+                alike = {other: weight_of(todo[other]) for other in others}
+                batch |= {other: weight for other, weight in alike.items() if weight.shape == batch[key].shape}
             try:
-                if keep:
-                    with _lock():  # of two processes with one model one computes, the other reads
-                        bases |= _computed(batch, keep)
+                with _lock() if keep else nullcontext():  # Of two processes with one model one computes for both.
+                    bases |= _computed(batch, keep)
             except OSError as error:
+                keep = False
                 logger.warning(
                     f"The basis cache {cache_dir()} cannot be written ({error}); bases are computed again next time."
                 )
-                keep = False
-            if not keep:
                 bases |= _computed(batch, keep)
             for key in batch:
                 del todo[key]
@@ -195,30 +184,22 @@ def _compute(missing: dict[str, str], weight_of: Callable[[str], Tensor]) -> dic
     if keep:
         count, size = usage()
         logger.info(f"Basis cache {cache_dir()}: {count} entries, {size / 1e6:.0f} MB.")
-    return bases
-
-
-def _computed(batch: dict[str, Tensor], keep: bool) -> dict[str, tuple[Basis, Fingerprint]]:
-    """Compute the bases of weights of one shape, by key, unless another process has just written them."""
-    bases = {}
-    if keep:
-        bases = {key: basis for key, weight in batch.items() if (basis := _read(key, weight)) is not None}
-    todo = {key: weight for key, weight in batch.items() if key not in bases}
-    if todo:
-        computed = _factorize(torch.stack(list(todo.values())))
-        for (key, weight), Q, S in zip(todo.items(), computed.Q, computed.S, strict=True):
-            dtype = exact(weight[:0]).dtype
-            bases[key] = Basis(computed.side, Q.to("cpu", dtype).contiguous(), S.to("cpu", dtype).contiguous())
-            if keep:
-                content = save({"Q": bases[key].Q, "S": bases[key].S}, metadata={"procedure": PROCEDURE})
-                files.write(_path(key), content)
     return {key: (basis, Fingerprint(key, sketch(basis.Q))) for key, basis in bases.items()}
 
 
-def _factorize(weights: Tensor) -> Basis:
-    """Factorise `(N, out, in)`, or stacks `(1, E, out, in)`, a few matrices at a time: float64 copies are large."""
-    flat = weights.flatten(0, -3)
-    parts = [factorize(part) for part in flat.split(AT_ONCE if weights.is_cuda else 1)]
-    Q, S = torch.cat([part.Q for part in parts]), torch.cat([part.S for part in parts])
-    leading = weights.shape[:-2]
-    return Basis(parts[0].side, Q.unflatten(0, leading), S.unflatten(0, leading))
+def _computed(batch: dict[str, Tensor], keep: bool) -> dict[str, Basis]:
+    """Compute the bases of weights of one shape, by key, unless another process has just written them."""
+    bases = {key: basis for key, weight in batch.items() if keep and (basis := _read(key, weight)) is not None}
+    todo = {key: weight for key, weight in batch.items() if key not in bases}
+    if todo:
+        weights = torch.stack(list(todo.values()))  # (N, out, in), or one stack (1, E, out, in)
+        matrices = weights.flatten(0, -3).split(AT_ONCE if weights.is_cuda else 1)  # few, because they become float64
+        side, Q, S = zip(*((basis.side, basis.Q, basis.S) for basis in map(factorize, matrices)), strict=True)
+        dtype, lead = exact(weights[:0]).dtype, weights.shape[:-2]
+        whole = (torch.cat(parts).unflatten(0, lead).to("cpu", dtype).unbind() for parts in (Q, S))
+        for key, q, s in zip(todo, *whole, strict=True):
+            bases[key] = Basis(side[0], q.contiguous(), s.contiguous())
+            if keep:
+                content = save({"Q": bases[key].Q, "S": bases[key].S}, metadata={"procedure": PROCEDURE})
+                files.write(_path(key), content)
+    return bases

@@ -62,12 +62,8 @@ def sketch(Q: Tensor) -> Tensor:
     Summarise a whole basis in 32 numbers that no sign of a direction changes.
 
     With `p_i = (q_i . c)^2` for a fixed random `c`, the sketch is `R @ p` for a fixed random `R (32, r)`, scaled so
-    that distances between sketches estimate distances between the `p` (within about 12 %).
-
-    Args:
-        Q (`torch.Tensor` of shape `(r, r)` or `(E, r, r)`):
-            Basis. The sketches of a stack are added with random signs, so that the relative distance of two stacks is
-            that of their weights.
+    that distances between sketches estimate distances between the `p` (within about 12 %). The sketches of a stack
+    `(E, r, r)` are added with random signs, so that the relative distance of two stacks is that of their weights.
 
     Returns:
         `torch.Tensor` of shape `(32,)`, float64, on the CPU.
@@ -104,10 +100,8 @@ def check(
     Compare the weights that an adapter was trained on with those of the model it is loaded on.
 
     Args:
-        saved (`Mapping[str, Fingerprint]`):
-            Fingerprints of the adapter, by module.
-        own (`Mapping[str, Fingerprint]`):
-            Fingerprints of this model; modules that are missing here are not compared.
+        saved, own (`Mapping[str, Fingerprint]`):
+            Fingerprints of the adapter and of this model, by module; modules that `own` lacks are not compared.
         absent (`Sequence[str]`):
             Modules of the adapter that this model does not have.
         adapter, here, there (`str`):
@@ -115,7 +109,7 @@ def check(
             of many alike, so its adapters cause a warning instead of a refusal.
 
     Raises:
-        `ValueError`: if the adapter belongs to another base; the message names the module, the models and the way out.
+        `ValueError`: if the adapter belongs to another base.
     """
     if there == here:  # one name for two models, which the message gives once
         known, way_out = "another load of it", "Load the base it was trained on in the same class and dtype."
@@ -128,11 +122,10 @@ def check(
             f"none. {way_out}"
         )
     doubtful = []
-    for name, fingerprint in saved.items():
-        mine = own.get(name)
-        if mine is None or mine.sha256 == fingerprint.sha256:
+    for name in sorted(saved.keys() & own.keys()):
+        if own[name].sha256 == saved[name].sha256:
             continue
-        apart = distance(mine.sketch, fingerprint.sketch)
+        apart = distance(own[name].sketch, saved[name].sketch)
         if apart > REFUSE and there:
             raise ValueError(
                 f"Adapter {adapter!r} does not belong to this base model: the singular directions of {name} in "

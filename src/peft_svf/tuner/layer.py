@@ -202,6 +202,7 @@ class SVFLayer(BaseTunerLayer):
     out_features: int
     get_base_layer: Any
     _cast_input_dtype: Any  # methods of `BaseTunerLayer`, which has no types
+    svf_offset: Any  # an `nn.ModuleDict` of `Offset`, a type that mypy cannot write
     adapter_layer_names = ("svf_offset",)
     other_param_names = ()
 

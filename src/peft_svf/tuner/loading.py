@@ -153,7 +153,7 @@ def check_fingerprint(tuner: Any, adapter_name: str, config: SVFConfig, known: K
 
 def verified_bases(tuner: Any, adapter_name: str, config: SVFConfig, shipped: dict[str, dict[str, Tensor]]) -> Known:
     """
-    Verify the bases that a file has brought along, and return those that layers still need.
+    Verify the bases that a file ships, and return those that layers still need.
 
     A basis counts if it fits the weight to rounding, as in the cache. If the weights here are rounded relative to
     those of the adapter (quantised, or in another dtype), it may be off by `MISFIT`; it then serves this adapter
@@ -235,7 +235,7 @@ def tensors_to_save(
 def tensors_to_load(
     model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Map the keys of a file to those of the model, give its layers the bases that it ships; refuse all else."""
+    """Map the keys of a file to those of the model, and give its layers the bases that it ships; refuse the rest."""
     tuner: Any = model.base_model if isinstance(model, PeftModel) else None
     if not config.fingerprint:
         logger.warning(

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-SVF layers -> the values of their base weights, wherever they are, and the bases of these.
+SVF layers -> the values of their base weights, in whatever form they are kept, and their bases.
 
 This is the one place that reads a base weight: packed, offloaded, sharded, shared, or as its checkpoint stores it.
 What it cannot read it refuses by name. Private names of PEFT were read in 0.21.2, those of transformers in 5.23.0.
@@ -45,8 +45,8 @@ def undo_cpu_packing(base: nn.Module) -> None:
     """
     Undo what bitsandbytes (0.50) does to a 4-bit weight in its first forward of inference on a CPU with AVX512.
 
-    It packs the weight anew for a kernel through which no gradient flows, and whose layout PEFT cannot read. Saving
-    takes that back, but leaves the scales in the order of the kernel, or rounds them once more; they stay in bfloat16.
+    It packs the weight anew for a kernel that has no gradient and whose layout PEFT cannot read. Saving takes that
+    back, but leaves the scales in the order of the kernel, or rounds them once more; they stay in bfloat16.
     """
     state: Any = getattr(getattr(base, "weight", None), "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
@@ -74,7 +74,7 @@ def onloaded(base: nn.Module) -> Iterator[None]:
 
 
 def absent(layer: Any) -> bool:
-    """Whether the base weight of an SVF layer has no values yet; one that accelerate offloads has, elsewhere."""
+    """Whether the base weight of an SVF layer has no values yet; one that accelerate offloads has them elsewhere."""
     return layer.base_weight.is_meta and not offloaded(layer.get_base_layer())
 
 
@@ -116,13 +116,13 @@ def refuse_unknown(module: nn.Module, name: str) -> None:
 
 def note_shared(model: nn.Module, layers: Mapping[str, Any]) -> None:
     """
-    Give each SVF layer the places that hold its base weight too.
+    Note in each SVF layer the names under which its base weight appears in the model.
 
     Merging z into a weight that several modules share would rescale it for all of them, and unmerging one after the
     other would not restore it: such layers refuse to merge.
 
     Raises:
-        `ValueError`: if an adapted module itself also stands elsewhere, where it would run without z.
+        `ValueError`: if an adapted module has a second place in the model, where it would run without z.
     """
     bases = {id(layer.get_base_layer()): name for name, layer in layers.items()}
     wrapped = {id(layer) for layer in layers.values()}
@@ -142,7 +142,7 @@ def note_shared(model: nn.Module, layers: Mapping[str, Any]) -> None:
 
 
 def refuse_shared(layer: Any) -> None:
-    """Raise `ValueError` for a layer whose base weight stands in several places of the model."""
+    """Raise `ValueError` for a layer whose base weight several modules share."""
     if len(layer.svf_shared) > 1:
         raise ValueError(
             f"{layer.svf_shared[0]} and {layer.svf_shared[1]} share one weight, which cannot be merged with the "
@@ -268,7 +268,7 @@ class Checkpoint:
         """Put a weight together that transformers renames, turns or fuses while it loads the stored tensors."""
         if not self._files or not hasattr(self.model, "config"):
             return None
-        places = torch.arange(shape.numel()).view(shape)  # where each stored number goes
+        places = torch.arange(shape.numel()).view(shape)  # the index of each stored number
         try:
             parts = revert_weight_conversion(self.model, {name: places})
         except Exception:  # This conversion needs other tensors as well.
