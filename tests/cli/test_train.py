@@ -183,6 +183,7 @@ def test_chats_with_texts_and_parts_fit_in_one_table():
 WRONG = {  # lines of a file -> part of the message
     "- 1": "needs one `key: value` a line",
     "a: [1": "isn't valid YAML",
+    "a: &x [1]\nb: [*x, *x]": "uses YAML aliases",
     "a: " + "[" * 5000: "isn't valid YAML",
     "lr: 1e-3": "unknown key 'lr': did you mean 'learning_rate'?",
     "batch_size: 3": "unknown key 'batch_size': did you mean 'per_device_train_batch_size'?",
