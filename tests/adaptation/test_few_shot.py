@@ -389,9 +389,8 @@ def test_if_all_fail_or_all_succeed_the_log_likelihood_decides_and_is_logged(let
 
 
 @pytest.mark.parametrize("method", ["cem", "gradient"])
-def test_one_expert_is_enough(method, folders, library):
-    single = ExpertLibrary(base(), [folders["math"]])
-    found = adapt(single, ANSWERS, method=method)
+def test_one_expert_is_enough(method, folders):
+    found = adapt(ExpertLibrary(base(), [folders["math"]]), ANSWERS, method=method)
     assert set(found.alpha) <= {"math"} and 0 <= found.alpha.get("math", 0.0) <= 1
 
 
