@@ -254,7 +254,7 @@ def curves(done: Sequence[Any], settings: Mapping[str, Any], results: Mapping[st
     """Draw validation accuracy by optimizer step; chosen settings are strong, others faint."""
     from peft_svf.plots import new_figure
 
-    figure, (axes,) = new_figure(1, height=4.5)
+    figure, (axes,) = new_figure(1, height=6.0)
     kinds = list(dict.fromkeys(t.kind for t in done))
     for t in done:
         strong, i = t.setting == settings[t.kind], kinds.index(t.kind)
@@ -263,7 +263,7 @@ def curves(done: Sequence[Any], settings: Mapping[str, Any], results: Mapping[st
         name = label(t) if strong and label(t) not in axes.get_legend_handles_labels()[1] else None
         axes.plot(*zip(*points, strict=True), marker="o", ms=3, lw=1.2, label=name, **style)
     axes.set(xlabel="optimizer step", ylabel="validation accuracy")
-    figure.legend(fontsize=7, loc="outside lower center", ncols=3)
+    figure.legend(fontsize=6, loc="outside lower center", ncols=2)
     return save(figure, path, "Validation accuracy while training")
 
 
