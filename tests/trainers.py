@@ -161,5 +161,5 @@ def divided(folder, kind, rows_each):
 
 
 def environment(**variables):
-    path = os.pathsep.join(str(ROOT / folder) for folder in ("src", "examples", "tests"))
+    path = os.pathsep.join(str(ROOT / folder) for folder in ("src", "examples", "tests", "tests/training"))
     return {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "default", **variables}

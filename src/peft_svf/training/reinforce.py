@@ -157,6 +157,7 @@ class ReinforceConfig(GRPOConfig):
     metric_for_best_model: str | None = "eval_reward"
     restore_callback_states_from_checkpoint: bool = True  # early stopping and the filter go on counting
     gradient_checkpointing: bool = False
+    ddp_broadcast_buffers: bool | None = False  # processes need different numbers of forwards, which must not wait
     advantage_estimator: Estimator = "rloo"
     reward_clip: float | None = None
     kl_direction: Direction = "policy_ref"
