@@ -180,7 +180,8 @@ class ReinforceConfig(GRPOConfig):
                 f"{self.prompt_filter} compares the completions of a prompt: set 2 or more, or 'none' or 'batch' "
                 "without a filter."
             )
-        best, measured = self.metric_for_best_model or "reward", ["reward", "reward_std", "entropy", "loss", "/mean"]
+        best = self.metric_for_best_model or "reward"
+        measured = ["reward", "reward_std", "entropy", "loss", "/mean", "_length"]
         if not best.endswith((*measured, "kl") if self.beta else tuple(measured)):  # else the first evaluation fails
             raise ValueError(f"metric_for_best_model={best!r} isn't measured by an evaluation: use 'eval_reward'.")
         if self.greedy_rollouts and not single:
