@@ -255,7 +255,7 @@ class ExpertLibrary:
             try:
                 try:
                     self._open = (*before, _task())
-                    with active_rows(layers, offsets, merge=merge and len(alpha) == 1):
+                    with active_rows(layers, offsets, torch.arange(len(alpha)), merge and len(alpha) == 1):
                         yield self.model
                 finally:
                     self._open = before
