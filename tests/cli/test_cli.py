@@ -22,7 +22,7 @@ from peft_svf.cli.sources import find_task, read_mixture
 from peft_svf.evaluation import evaluate
 from peft_svf.tuner.cache import cache_dir, usage
 
-VERBS = ["train", "eval", "factor", "inspect", "adapt", "dispatch"]
+VERBS = ["train", "eval", "factor", "inspect", "adapt", "dispatch", "serve"]
 
 
 @pytest.fixture(scope="module")
