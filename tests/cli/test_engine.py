@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import tiny_experts
-import torch
 from tiny_model import tiny_tokenizer
 
 from peft_svf import Mixture, Transformer2Model

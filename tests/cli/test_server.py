@@ -2,7 +2,6 @@
 """Laws of the server: OpenAI's API, each request under its own mixture, and nothing else than what was asked."""
 
 import asyncio
-import json
 
 import pytest
 import tiny_experts

@@ -81,7 +81,8 @@ def serve(
     log.addHandler(logging.StreamHandler())
     log.setLevel(logging.INFO)
     try:
-        uvicorn.run(build(engine, rules, folder), host=host, port=port, log_level="warning", timeout_graceful_shutdown=30)
+        gate = build(engine, rules, folder)
+        uvicorn.run(gate, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30)
     finally:
         engine.stop()
 

@@ -15,7 +15,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import reduce
 from numbers import Real
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +256,17 @@ class Mixture:
     def offsets(self, experts: Mapping[str, Expert]) -> dict[str, Tensor]:
         """Mix the offsets of experts by weight of the base model, each `(k,)`."""
         return _summed([(weight, experts[name].offsets) for name, weight in self.alpha.items()])
+
+    def expert(self, experts: Mapping[str, Expert]) -> Expert:
+        """
+        Add experts up to one that answers like the mixture.
+
+        Raises:
+            `ValueError`: if it names none, or one that isn't among them, or as their sum.
+        """
+        if not self.alpha or set(self.alpha) - set(experts):
+            raise ValueError(f"The mixture has the weights {self.alpha}; there are {', '.join(experts)}.")
+        return reduce(add, [weight * experts[name] for name, weight in self.alpha.items()])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the mixture as JSON."""

@@ -223,7 +223,7 @@ class _Handler(BaseHandler):
         return (await asyncio.to_thread(engine.model.first_pass, [prompt], **given))[0]
 
     def _validate_request(self, body: dict[str, Any]) -> None:
-        known = getattr(self._valid_params_class, "__mutable_keys__", set()) - {"generation_config"}
+        known: set[str] = getattr(self._valid_params_class, "__mutable_keys__", set()) - {"generation_config"}
         if unknown := sorted(set(body) - known):
             raise ValueError(f"Unknown field {unknown[0]!r}.")
         for name in sorted(self._unused_fields & set(IGNORED)):
