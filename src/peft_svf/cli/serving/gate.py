@@ -164,8 +164,8 @@ class Gate:
         running = asyncio.ensure_future(self.app(scope, replay, answer))
         try:
             await asyncio.wait({running, left}, timeout=self.rules.seconds, return_when=asyncio.FIRST_COMPLETED)
-            if running.done():
-                return running.result()
+            if running.done() or answer.whole:  # a server tells of a connection that ends after an answer as well
+                return await running
             raise Refused(LEFT, "The client left.") if left.done() else Refused(504, "The answer took too long.")
         finally:
             if not running.done():
@@ -188,12 +188,13 @@ class _Answer:
     """Sends the messages of an answer, and knows how far it has come."""
 
     def __init__(self, send: Send) -> None:
-        self.send, self.status, self.streams = send, 0, False
+        self.send, self.status, self.streams, self.whole = send, 0, False, False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             self.streams = (b"content-type", b"text/event-stream") in [(n, v[:17]) for n, v in message["headers"]]
+        self.whole = message["type"] == "http.response.body" and not message.get("more_body")
         await self.send(message)
 
     async def refuse(self, error: Refused, wait: str | None) -> None:
