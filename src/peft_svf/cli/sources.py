@@ -58,12 +58,14 @@ def load_model(
 
 
 def named_sources(experts: Sequence[str]) -> dict[str, str]:
-    """Read experts that are written `SOURCE` or `NAME=SOURCE`."""
+    """Read experts that are written `SOURCE` or `NAME=SOURCE`, sources as in [`Expert.load`]."""
+    from ..experts.expert import name_of
+
     sources: dict[str, str] = {}
     for entry in experts:
         name, equals, source = entry.partition("=")
         if not equals or os.path.exists(entry):
-            name, source = os.path.basename(entry.rstrip("/")), entry
+            name, source = name_of(entry), entry
         if name in sources:
             raise ValueError(f"Two experts are called {name!r}: give one another name by NAME=EXPERT.")
         sources[name] = source
