@@ -34,7 +34,7 @@ WINGS = {
         ["stacked", "loading"],
         ["model"],
     ],
-    "experts": [["expert"], ["library", "hub", "transfer"]],
+    "experts": [["key"], ["expert"], ["library", "hub", "transfer"]],
     "training": [["rollout", "run"], ["reinforce", "evolution", "result"]],
     "adaptation": [["probe", "search"], ["judge", "first_pass"], ["few_shot"]],
 }

@@ -3,7 +3,8 @@
 
 from .expert import Expert, Mixture
 from .hub import push_expert
+from .key import RoutingKey, make_key
 from .library import ExpertLibrary
 from .transfer import transfer_expert
 
-__all__ = ["Expert", "ExpertLibrary", "Mixture", "push_expert", "transfer_expert"]
+__all__ = ["Expert", "ExpertLibrary", "Mixture", "RoutingKey", "make_key", "push_expert", "transfer_expert"]
