@@ -149,7 +149,7 @@ def test_an_expert_is_trained_on_images(home, tmp_path, capsys, monkeypatch):
     assert code == 0, err
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert (result["task"], result["form"], result["expert"]["n"]) == ("textvqa", "generate", 4)
-    assert Expert.load(tmp_path / "out").key.states.shape == (40, 24)
+    assert Expert.load(tmp_path / "out").key.states.shape == (35, 24)
     code, _, err = run(capsys, "train", home / "evolution.yaml", *arguments, "--dry-run")
     assert code == 1 and "these rows have images" in err
 
