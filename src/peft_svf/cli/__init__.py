@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Command line -> one verb: train, eval, factor, inspect, adapt, dispatch, key.
+Command line -> one verb: train, eval, factor, inspect, adapt, dispatch, key, export, import.
 
 Each verb is a module whose function's signature is its options, and this package is the one place that prints. Modules
 of the library are imported inside the verbs, so that help and shell completion don't wait for torch.
@@ -19,7 +19,9 @@ from .adapt import adapt
 from .console import INTERRUPTED
 from .dispatch import dispatch
 from .eval import evaluate
+from .export import export
 from .factor import factor
+from .import_ import import_
 from .inspect import inspect
 from .key import key
 from .train import HELP, train
@@ -72,6 +74,8 @@ _verb("inspect", inspect)
 _verb("adapt", adapt)
 _verb("dispatch", dispatch)
 _verb("key", key)
+_verb("export", export)
+_verb("import", import_)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,9 +32,7 @@ def evaluate(
     model: options.Model = None,
     revision: options.Revision = None,
     dtype: options.Dtype = "auto",
-    mixture: Annotated[
-        list[str] | None, option("Saved mixture, or an expert's weight, once per expert.", metavar="FILE|NAME=WEIGHT")
-    ] = None,
+    mixture: options.Mixture = None,
     split: Annotated[Literal["train", "validation", "test"], option("Rows of the task.")] = "test",
     form: Annotated[Literal["choice", "generate"] | None, option("Choose, or write. Default: what fits.")] = None,
     limit: Annotated[int | None, option("Rows at most. Default: all.", min=1)] = None,

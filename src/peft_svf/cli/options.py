@@ -26,6 +26,9 @@ Revision = Annotated[str | None, option("Branch, tag or commit of the base model
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16", "float64"], option("Of the model; auto is the checkpoint's.")
 ]
+Mixture = Annotated[
+    list[str] | None, option("Saved mixture, or an expert's weight, once per expert.", metavar="FILE|NAME=WEIGHT")
+]
 BatchSize = Annotated[int, option("Rows per forward.", min=1)]
 Plot = Annotated[Path | None, option("Draw it, too. Needs peft-svf\\[demo].", metavar="PNG")]
 

@@ -25,7 +25,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
 from .. import files
-from .expert import read_config, read_offsets
+from .expert import Expert, read_config, read_offsets
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ TASK_TYPES = {
 
 
 def push_expert(
-    model: PeftModel,
+    model: PeftModel | Expert,
     repo_id: str,
     *,
     adapter_name: str | None = None,
@@ -61,13 +61,13 @@ def push_expert(
     **facts: Any,
 ) -> CommitInfo:
     """
-    Upload one SVF adapter as an expert: `adapter_config.json`, `adapter_model.safetensors`, `README.md`, one commit.
+    Upload an expert or SVF adapter: `adapter_config.json`, `adapter_model.safetensors`, `README.md`, in one commit.
 
     What is wrong on this side is refused before anything is written to the Hub. The model stays as it is.
 
     Args:
-        model (`PeftModel`):
-            Model with the adapter.
+        model (`PeftModel` or [`Expert`]):
+            Model with the adapter, or an expert, which brings its routing key along.
         repo_id (`str`):
             Repository to write to, created if it does not exist.
         adapter_name (`str`, *optional*):
@@ -85,10 +85,10 @@ def push_expert(
     Raises:
         `ValueError`: if the adapter is unknown or not SVF, no Hub id of the base model is known, or z is not finite.
     """
-    name = _chosen_adapter(model, adapter_name)
-    base = model.get_base_model()
-    configured = model.peft_config[name].base_model_name_or_path or getattr(base, "name_or_path", None)
-    base_model = _base_id(configured, base_model)
+    base = model.get_base_model() if isinstance(model, PeftModel) else None
+    name = _chosen_adapter(model, adapter_name) if isinstance(model, PeftModel) else "default"
+    configured = model.peft_config[name].base_model_name_or_path if base is not None else model.base_model
+    base_model = _base_id(configured or getattr(base, "name_or_path", None), base_model)
     facts["tags"] = [*(getattr(base, "model_tags", None) or ()), *facts.get("tags", ())]
     with tempfile.TemporaryDirectory() as scratch:
         folder = _save(model, name, Path(scratch), base_model, base_revision)
@@ -217,13 +217,16 @@ def _base_id(configured: str | None, chosen: str | None) -> str:
     )
 
 
-def _save(model: PeftModel, name: str, scratch: Path, base_model: str, base_revision: str | None) -> Path:
-    """Save one adapter, name its base model in the saved config only, and return the folder that holds its files."""
-    before = model.peft_config[name].base_model_name_or_path
-    try:
-        model.save_pretrained(str(scratch), selected_adapters=[name])
-    finally:
-        model.peft_config[name].base_model_name_or_path = before  # PEFT fills it in while saving
+def _save(model: PeftModel | Expert, name: str, scratch: Path, base_model: str, base_revision: str | None) -> Path:
+    """Save an expert, name its base model in the saved config only, and return the folder that holds its files."""
+    if isinstance(model, Expert):
+        model.save(scratch)
+    else:
+        before = model.peft_config[name].base_model_name_or_path
+        try:
+            model.save_pretrained(str(scratch), selected_adapters=[name])
+        finally:
+            model.peft_config[name].base_model_name_or_path = before  # PEFT fills it in while saving
     folder = scratch if name == "default" else scratch / name  # where PEFT puts it
     config = read_config(folder) | {"base_model_name_or_path": base_model}
     if base_revision is not None:
