@@ -24,7 +24,7 @@ from peft_svf.evaluation import evaluate
 from peft_svf.experts import make_key
 from peft_svf.tuner.cache import cache_dir, usage
 
-VERBS = ["train", "eval", "factor", "inspect", "adapt", "dispatch", "key"]
+VERBS = ["train", "eval", "factor", "inspect", "adapt", "dispatch", "key", "serve"]
 
 
 @pytest.fixture(scope="module")

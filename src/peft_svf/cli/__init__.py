@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Command line -> one verb: train, eval, factor, inspect, adapt, dispatch, key, export, import.
+Command line -> one verb: train, eval, factor, inspect, adapt, dispatch, key, export, import, serve.
 
 Each verb is a module whose function's signature is its options, and this package is the one place that prints. Modules
 of the library are imported inside the verbs, so that help and shell completion don't wait for torch.
@@ -24,6 +24,7 @@ from .factor import factor
 from .import_ import import_
 from .inspect import inspect
 from .key import key
+from .serve import serve
 from .train import HELP, train
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # typer exports only subclasses of it
@@ -76,6 +77,7 @@ _verb("dispatch", dispatch)
 _verb("key", key)
 _verb("export", export)
 _verb("import", import_)
+_verb("serve", serve)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
