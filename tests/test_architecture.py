@@ -34,7 +34,7 @@ WINGS = {
         ["stacked", "loading"],
         ["model"],
     ],
-    "experts": [["expert"], ["base"], ["library", "hub", "transfer", "export", "convert"], ["gguf"]],
+    "experts": [["key"], ["expert"], ["base"], ["library", "hub", "transfer", "export", "convert"], ["gguf"]],
     "training": [["rollout", "run"], ["reinforce", "evolution", "result"]],
     "adaptation": [["probe", "search"], ["judge", "first_pass"], ["few_shot"]],
 }
