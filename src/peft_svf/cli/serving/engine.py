@@ -406,7 +406,7 @@ class Engine(BaseGenerateManager):
         """Put a request into the batch; each step calls `receive` with what it has written so far."""
         batch = self.batch
         assert batch is not None
-        processors = self.base._get_logits_processor(config)
+        processors = self.base._get_logits_processor(config, len(ids))
         if processors:  # what a request sets wrongly fails here, not in a step of all
             processors(torch.tensor([ids]), torch.zeros(1, self.base.config.get_text_config().vocab_size))
         generator = torch.Generator()
