@@ -16,6 +16,7 @@ def option(help: str, *names: str, panel: str | None = None, **settings: Any) ->
 first_pass = partial(option, panel="First pass")
 search = partial(option, panel="Search")
 weight = partial(option, panel="Weights")
+limit = partial(option, panel="Limits")
 
 Task = Annotated[str, option("Name of a benchmark, or a JSONL file or folder of your own.")]
 Experts = Annotated[

@@ -79,10 +79,12 @@ def push_expert(
     Raises:
         `ValueError`: if the adapter is unknown or not SVF, no Hub id of the base model is known, or z is not finite.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else None
-    name = _chosen_adapter(model, adapter_name) if isinstance(model, PeftModel) else "default"
-    configured = model.peft_config[name].base_model_name_or_path if base is not None else model.base_model
-    base_model = base_id(configured or getattr(base, "name_or_path", None), base_model)
+    if isinstance(model, Expert):
+        base, name, configured = None, "default", model.base_model
+    else:
+        base, name = model.get_base_model(), _chosen_adapter(model, adapter_name)
+        configured = model.peft_config[name].base_model_name_or_path or getattr(base, "name_or_path", None)
+    base_model = base_id(configured, base_model)
     facts = {name: facts_and_options.pop(name) for name in FACTS & facts_and_options.keys()}
     options = {"commit_message": "Upload SVF expert", **facts_and_options}
     facts["tags"] = [*(getattr(base, "model_tags", None) or ()), *facts.get("tags", ())]
