@@ -26,6 +26,12 @@ Revision = Annotated[str | None, option("Branch, tag or commit of the base model
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16", "float64"], option("Of the model; auto is the checkpoint's.")
 ]
+Form = Annotated[
+    Literal["choice", "generate", "letter", "calculation"] | None,
+    option("Choose, or write: a text, an option's letter, a calculation. Default: the task's first."),
+]
+System = Annotated[str | None, option("System prompt.")]
+Shots = Annotated[int, option("Solved training examples before each question.", min=0)]
 BatchSize = Annotated[int, option("Rows per forward.", min=1)]
 Plot = Annotated[Path | None, option("Draw it, too. Needs peft-svf\\[demo].", metavar="PNG")]
 
