@@ -11,6 +11,7 @@ from pico import build, matrix_of, one_layer, randomize, rows_of
 from torch import nn
 
 from peft_svf import SVFConfig
+from peft_svf.tuner import plans
 from peft_svf.tuner.layer import Linear, svf_layers
 from peft_svf.tuner.targets import block_of
 
@@ -79,9 +80,11 @@ def test_init_weights_false_draws_a_z_that_moves_the_output(side):
 
 
 @both_sides
-def test_a_bfloat16_basis_is_close_for_inputs_of_any_dtype_and_still_the_base_at_z_of_ones(side):
+@pytest.mark.parametrize("emulated", [False, True])
+def test_a_bfloat16_base_is_close_for_inputs_of_any_dtype_and_the_base_at_z_of_ones(side, emulated, monkeypatch):
+    monkeypatch.setattr(plans, "emulates", lambda dtype: emulated)
     model, layer, plain = adapted(side=side, dtype=BF16)
-    assert layer.svf_basis.dtype == BF16 and layer.svf_offset["default"].weight.dtype == FP32
+    assert layer.svf_basis.dtype == (FP32 if emulated else BF16) and layer.svf_offset["default"].weight.dtype == FP32
     x = tokens(layer, 3, 4)
     assert torch.equal(model(x.to(BF16)), plain(x.to(BF16)))
     z = set_z(layer, z_vector(layer.directions))

@@ -32,9 +32,7 @@ def evaluate(
     model: options.Model = None,
     revision: options.Revision = None,
     dtype: options.Dtype = "auto",
-    mixture: Annotated[
-        list[str] | None, option("Saved mixture, or an expert's weight, once per expert.", metavar="FILE|NAME=WEIGHT")
-    ] = None,
+    mixture: options.Mixture = None,
     split: Annotated[Literal["train", "validation", "test"], option("Rows of the task.")] = "test",
     form: options.Form = None,
     system: options.System = None,

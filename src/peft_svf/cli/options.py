@@ -16,6 +16,7 @@ def option(help: str, *names: str, panel: str | None = None, **settings: Any) ->
 first_pass = partial(option, panel="First pass")
 search = partial(option, panel="Search")
 weight = partial(option, panel="Weights")
+limit = partial(option, panel="Limits")
 
 Task = Annotated[str, option("Name of a benchmark, or a JSONL file or folder of your own.")]
 Experts = Annotated[
@@ -32,6 +33,9 @@ Form = Annotated[
 ]
 System = Annotated[str | None, option("System prompt.")]
 Shots = Annotated[int, option("Solved training examples before each question.", min=0)]
+Mixture = Annotated[
+    list[str] | None, option("Saved mixture, or an expert's weight, once per expert.", metavar="FILE|NAME=WEIGHT")
+]
 BatchSize = Annotated[int, option("Rows per forward.", min=1)]
 Plot = Annotated[Path | None, option("Draw it, too. Needs peft-svf\\[demo].", metavar="PNG")]
 

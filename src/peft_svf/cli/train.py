@@ -90,9 +90,9 @@ def train(
         _show_sample(model, reader, task, rows["train"], args)
         _show_cost(model, reader, rows, args, svf)
         return 0
-    return _run(
-        make_trainer(model, reader, task, rows, args, svf), task, rows["test"], settings, checkpoint, context.obj
-    )
+    trainer = make_trainer(model, reader, task, rows, args, svf)
+    trainer.routing = settings.script.routing
+    return _run(trainer, task, rows["test"], settings, checkpoint, context.obj)
 
 
 def _run(

@@ -46,6 +46,7 @@ class ScriptArguments:
     train_rows: int | None = _key("Training rows at most. Default: all.")
     eval_rows: int | None = _key("Validation rows at most. Default: all.")
     test_rows: int | None = _key("Held-out rows for the card at most. Default: all.")
+    routing: bool = _key("Store a routing key of the training prompts: hidden states, no text.", True)
     base_model: str | None = _key("Hub id of the base for the card, if the model is a folder.")
     license: str | None = _key("Licence of the expert, such as apache-2.0.")
 
