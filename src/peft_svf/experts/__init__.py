@@ -6,6 +6,7 @@ from .expert import Expert, Mixture
 from .export import export_lora, export_merged, merge_expert
 from .gguf import export_gguf
 from .hub import push_expert
+from .key import RoutingKey, make_key
 from .library import ExpertLibrary
 from .transfer import transfer_expert
 
@@ -13,10 +14,12 @@ __all__ = [
     "Expert",
     "ExpertLibrary",
     "Mixture",
+    "RoutingKey",
     "export_gguf",
     "export_lora",
     "export_merged",
     "import_reference",
+    "make_key",
     "merge_expert",
     "nearest_expert",
     "push_expert",

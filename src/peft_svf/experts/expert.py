@@ -38,6 +38,7 @@ from torch import Tensor
 from .. import files
 from ..tuner.config import SVFConfig
 from ..tuner.fingerprint import Fingerprint, check
+from .key import KEY_NAME, RoutingKey
 
 OTHER = "other"  # the base model, in decisions and as an explicit choice
 PREFIX = "base_model.model."  # PEFT puts it in front of the base model's module names
@@ -63,6 +64,7 @@ class Expert:
             weight has the vectors of its matrices, one after the other.
         config (`dict`): Its `adapter_config.json`, with base model and fingerprint.
         provenance (`dict`): How it was made if it wasn't trained, as JSON values.
+        key ([`RoutingKey`], *optional*): By which a library knows the requests that it is for.
 
     Raises:
         `ValueError`: if an offset has more than one axis, or an entry that isn't finite or exceeds 10,000.
@@ -72,6 +74,7 @@ class Expert:
     offsets: Mapping[str, Tensor]
     config: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    key: RoutingKey | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.offsets, SavedOffsets):
@@ -142,14 +145,14 @@ class Expert:
         token: str | bool | None = None,
     ) -> "Expert":
         """
-        Read an expert from a folder or a Hub repository; both files are opened once.
+        Read an expert from a folder or a Hub repository; its files are opened once.
 
         Args:
             source (`str` or path):
                 Folder, or repository such as `"me/expert"`, with a subfolder and a revision `"me/zoo::code@v2"`.
             name (`str`, *optional*): Default: the last part of `subfolder`, else of `source`.
             lazy (`bool`): Check everything now, but keep no values in memory: they are read again on first use.
-            subfolder, revision, token: As in `from_pretrained`. Both files come from one commit.
+            subfolder, revision, token: As in `from_pretrained`. All files come from one commit.
 
         Raises:
             `FileNotFoundError`: if a file is missing.
@@ -161,7 +164,8 @@ class Expert:
         if not folder.is_dir():
             if not SOURCE.fullmatch(place) or place.startswith("."):
                 raise FileNotFoundError(f"{str(source)!r} is neither a folder nor the id of a Hub repository.")
-            patterns = [f"{subfolder}/{f}" if subfolder else f for f in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
+            names = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, KEY_NAME)
+            patterns = [f"{subfolder}/{f}" if subfolder else f for f in names]
             folder = download(place, revision=revision, token=token, allow_patterns=patterns)
         folder = folder / subfolder if subfolder else folder
         name = name or name_of(subfolder or place)
@@ -175,21 +179,27 @@ class Expert:
                     "it with PeftModel.from_pretrained instead."
                 )
             _check_modules(offsets, config)
+            key = RoutingKey.load(folder)
         sizes = {module: len(offset) for module, offset in offsets.items()}
-        return cls(name, SavedOffsets(name, folder, sizes) if lazy else offsets, config, provenance)
+        return cls(name, SavedOffsets(name, folder, sizes) if lazy else offsets, config, provenance, key)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """
-        Write the expert as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
+        Write the expert as PEFT does, `adapter_config.json` and `adapter_model.safetensors`, with its key if any.
 
-        Both appear together: an interruption or a full disk leaves the old ones.
+        All appear together: an interruption or a full disk leaves the old ones.
         """
         targets = {} if self.config.get("target_parameters") else {"target_modules": sorted(self.offsets)}
         config = {"peft_type": "SVF"} | targets | self.config
         tensors = {f"{PREFIX}{module}.svf_offset.weight": o.contiguous() for module, o in self.offsets.items()}
         metadata = {"format": "pt"} | ({"provenance": json.dumps(self.provenance)} if self.provenance else {})
         text = json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n"  # PEFT keeps targets in sets
-        files.write_together(folder, {SAFETENSORS_WEIGHTS_NAME: save(tensors, metadata), CONFIG_NAME: text})
+        contents: dict[str, str | bytes] = {SAFETENSORS_WEIGHTS_NAME: save(tensors, metadata), CONFIG_NAME: text}
+        if self.key is None:
+            (Path(folder) / KEY_NAME).unlink(missing_ok=True)  # of an expert that was saved here before
+        else:
+            contents[KEY_NAME] = self.key.to_bytes()
+        files.write_together(folder, contents)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
         """Upload the expert with its card, in one commit; arguments as in [`push_expert`]."""
@@ -320,8 +330,7 @@ def read_offsets(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], di
     content = files.read_bytes(folder / SAFETENSORS_WEIGHTS_NAME, LIMIT)
     try:
         others = load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        provenance = json.loads(header.get("__metadata__", {}).get("provenance", "{}"))
+        provenance = json.loads(files.metadata_of(content).get("provenance", "{}"))
     except (SafetensorError, RecursionError, ValueError) as error:
         raise ValueError(f"{SAFETENSORS_WEIGHTS_NAME} is damaged ({error}): fetch it again.") from error
     keys = {match["module"]: key for key in sorted(others) if (match := OFFSET_KEY.fullmatch(key))}
