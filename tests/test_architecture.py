@@ -34,7 +34,13 @@ WINGS = {
         ["stacked", "loading"],
         ["model"],
     ],
-    "experts": [["expert"], ["library", "hub", "transfer"]],
+    "experts": [
+        ["key"],
+        ["expert"],
+        ["base"],
+        ["library", "hub", "transfer", "export", "convert"],
+        ["gguf", "bundle"],
+    ],
     "training": [["rollout", "run"], ["reinforce", "evolution", "result"]],
     "adaptation": [["probe", "search"], ["judge", "first_pass"], ["few_shot"]],
 }

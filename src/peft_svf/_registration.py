@@ -78,7 +78,8 @@ def register() -> None:
         register_peft_method(name=NAME.lower(), config_cls=SVFConfig, model_cls=SVFModel, prefix="svf_")
     taken = PIPELINE_REGISTRY.supported_tasks.get(PIPELINE)
     if taken is None:
-        autos = (AutoModelForImageTextToText, AutoModelForCausalLM)  # the first reads images too, if a model does
+        # The first keeps bundles away from the others, of which the first reads images too, if a model does.
+        autos = (_Bundle, AutoModelForImageTextToText, AutoModelForCausalLM)
         default = {"model": (_NamedByExperts(), None)}
         PIPELINE_REGISTRY.register_pipeline(PIPELINE, _TwoPasses, autos, default, "multimodal")
     elif taken["impl"] is not _TwoPasses:
@@ -97,6 +98,23 @@ class _NamedByExperts(os.PathLike):
         return "the base model that the experts name"
 
 
+class _Bundle:
+    """Stands in for a model among transformers' classes: keeps the place of a bundle until `_TwoPasses` is made."""
+
+    def __init__(self, folder: os.PathLike[str], settings: dict[str, Any]) -> None:
+        self.folder, self.settings = folder, settings
+
+    @classmethod
+    def from_pretrained(cls, name: str, **kwargs: Any) -> "_Bundle":
+        """Find a bundle; its revision and code aren't those that transformers has looked up for the base."""
+        from .experts.bundle import find_bundle
+
+        if (folder := find_bundle(name, token=kwargs.get("token"))) is None:
+            raise OSError(f"{name} is no bundle of experts.")
+        foreign = ("revision", "code_revision", "_from_pipeline")
+        return cls(folder, {key: value for key, value in kwargs.items() if key not in foreign})
+
+
 class _TwoPasses(Pipeline):
     """Stands in for the two pipelines until transformers makes one: their module is imported then."""
 
@@ -106,6 +124,10 @@ class _TwoPasses(Pipeline):
     def __new__(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
         from .pipeline import make_pipeline
 
+        if isinstance(model, _Bundle):
+            from .two_pass import Transformer2Model
+
+            model = Transformer2Model.from_pretrained(os.fspath(model.folder), **model.settings)
         return make_pipeline(None if isinstance(model, _NamedByExperts) else model, *args, **kwargs)
 
 

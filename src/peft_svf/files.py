@@ -150,6 +150,11 @@ def read_json(path: str | os.PathLike[str], limit: int = LIMIT) -> Any:
         raise ValueError(f"{path} isn't valid JSON ({error}): fetch it again.") from error
 
 
+def metadata_of(content: bytes) -> dict[str, Any]:
+    """Read the metadata of a safetensors file from its bytes; a `ValueError` if its header isn't JSON."""
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
+
+
 def without_secrets(value: Any) -> Any:
     """
     Drop entries whose name is a secret's, at any depth, and replace secrets inside texts by dots.

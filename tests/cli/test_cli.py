@@ -3,6 +3,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -18,11 +19,12 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from peft_svf import Expert, Mixture, Transformer2Model
 from peft_svf.cli import main
 from peft_svf.cli.console import command
-from peft_svf.cli.sources import find_task, read_mixture
+from peft_svf.cli.sources import find_task, read_examples, read_mixture
 from peft_svf.evaluation import evaluate
+from peft_svf.experts import make_key
 from peft_svf.tuner.cache import cache_dir, usage
 
-VERBS = ["train", "eval", "factor", "inspect", "adapt", "dispatch"]
+VERBS = ["train", "eval", "factor", "inspect", "adapt", "dispatch", "key", "serve"]
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +245,20 @@ def test_inspect_shows_the_distance_from_1_of_each_layer_and_kind(home, tmp_path
     moved = torch.cat(list(offsets.values())).abs()
     assert f"mean |z-1| {moved.mean():.4f}, largest {moved.max():.4f}" in out
     assert (tmp_path / "z.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- key
+
+
+def test_key_gives_an_expert_the_key_that_python_makes(home, tmp_path, capsys):
+    shutil.copytree(home / "math", tmp_path / "math")
+    settings = ["--limit", 4, "--seed", 1, "--pooling", "last"]
+    code, out, err = run(capsys, "key", tmp_path / "math", "--prompts", home / "kinds.jsonl", *settings)
+    assert code == 0 and "4 prompts, read by 1 blocks" in out, err
+    chats = [row["prompt"] for row in read_examples(home / "kinds.jsonl")]
+    base = AutoModelForCausalLM.from_pretrained(home / "base")
+    expected = make_key(base, tiny_tokenizer(), chats, limit=4, seed=1, pooling="last")
+    assert torch.equal(Expert.load(tmp_path / "math").key.states, expected.states)
 
 
 # --- dispatch

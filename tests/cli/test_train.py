@@ -52,6 +52,7 @@ def test_ten_lines_and_a_file_of_rows_give_an_expert_with_a_card(home, expert):
     trained = Expert.load(expert)
     assert trained.description == "the larger of two numbers"
     assert max(float(d.abs().max()) for d in trained.offsets.values()) > 0.01
+    assert trained.key.states.shape == (58, 24)  # all rows of the training split
     result = json.loads((expert / "result.json").read_text())
     assert result["command"].startswith("peft-svf train ") and result["command"] in (expert / "README.md").read_text()
     rows = find_task(str(home / "rows.jsonl")).rows("test")
@@ -128,11 +129,12 @@ def test_evolution_and_written_answers_train(home, expert, tmp_path, capsys):
     code, out, err = run(capsys, "train", home / "evolution.yaml", *over, "--dry-run")
     assert code == 0 and "The base's answer to it:" in out, err
     for algorithm in ("evolution", "reinforce"):
-        folder = ["--output_dir", tmp_path / algorithm]
+        folder = ["--output_dir", tmp_path / algorithm, "--routing", algorithm == "evolution"]
         code, _, err = run(capsys, "train", home / f"{algorithm}.yaml", *over, *folder)
         assert code == 0, err
         result = json.loads((tmp_path / algorithm / "result.json").read_text())
         assert (result["form"], result["expert"]["n"]) == ("generate", 3)
+        assert (Expert.load(tmp_path / algorithm).key is None) == (algorithm == "reinforce")
 
 
 def test_an_expert_is_trained_on_images(home, tmp_path, capsys, monkeypatch):
@@ -147,6 +149,7 @@ def test_an_expert_is_trained_on_images(home, tmp_path, capsys, monkeypatch):
     assert code == 0, err
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert (result["task"], result["form"], result["expert"]["n"]) == ("textvqa", "generate", 4)
+    assert Expert.load(tmp_path / "out").key.states.shape == (35, 24)
     code, _, err = run(capsys, "train", home / "evolution.yaml", *arguments, "--dry-run")
     assert code == 1 and "these rows have images" in err
 

@@ -7,12 +7,14 @@ import math
 import os
 import re
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pico
 import pytest
 import tiny_experts
 import torch
+from huggingface_hub import errors
 from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -72,6 +74,8 @@ def test_a_repository_is_fetched_as_two_files_of_one_revision(folders, monkeypat
     expert = Expert.load("me/zoo", subfolder="math", revision="v2", token="t")
     assert expert.name == "math" and set(expert.offsets)
     patterns = [f"math/{CONFIG}", f"math/{WEIGHTS}"]
+    short = dict(asked)
+    assert Expert.load("me/zoo::math@v2", token="t").name == "math" and asked == short
     assert asked == {"repo_id": "me/zoo", "revision": "v2", "token": "t", "allow_patterns": patterns}
 
 
@@ -198,17 +202,20 @@ def test_a_download_that_breaks_once_is_tried_again(error, folders, monkeypatch)
     assert Expert.load("me/math").name == "math"
 
 
-def test_a_repository_that_is_missing_is_not_tried_again(monkeypatch):
-    calls = []
+MISSING = {
+    "private or gated, run `hf auth login`": errors.RepositoryNotFoundError("", response=Mock()),
+    "no revision 'v9'": errors.RevisionNotFoundError("", response=Mock()),
+    "HF_HUB_OFFLINE is set": errors.LocalEntryNotFoundError(""),
+}
 
-    def snapshot(repo_id, **options):
-        calls.append(repo_id)
-        raise response(404)
 
+@pytest.mark.parametrize("message", MISSING)
+def test_a_repository_that_is_missing_is_not_tried_again_and_the_way_out_is_named(message, monkeypatch):
+    snapshot = Mock(side_effect=MISSING[message])
     monkeypatch.setattr(module, "snapshot_download", snapshot)
-    with pytest.raises(HfHubHTTPError):
-        Expert.load("me/nothing")
-    assert calls == ["me/nothing"]
+    with pytest.raises(FileNotFoundError, match=rf"me/nothing.*{message}"):
+        Expert.load("me/nothing@v9")
+    assert snapshot.call_count == 1
 
 
 def test_adapters_that_are_more_than_z_are_refused(tmp_path):

@@ -73,6 +73,7 @@ OBJECTS = {
 }
 # Each prints "through" if it gets through.
 TRY = "try:\n    {}\n    print('through')\nexcept BaseException as error:\n    print(repr(error))"
+FOR_EACH_JUDGE = "import os\nfor p in filter(str.isdigit, os.listdir('/proc')):\n    try:\n        if b'\\0judge\\0' in open(f'/proc/{{p}}/cmdline', 'rb').read(): {}; print('through')\n    except OSError: pass"
 EFFECTS = {
     "read a file of the user": "print('through') if open({secret!r}).read() else None",
     "write a file of the user": "open({writable!r}, 'w').write('lost'); print('through')",
@@ -85,6 +86,8 @@ EFFECTS = {
     "write /proc/sys": TRY.format("open('/proc/sys/kernel/hostname', 'w').write('x')"),
     "write /proc/sys/kernel/shmmax": TRY.format("open('/proc/sys/kernel/shmmax', 'w').write('1')"),
     "read the trainer's environment": TRY.format("assert 'sandbox-secret' in open('/proc/{pid}/environ').read()"),
+    "open the judge's memory": FOR_EACH_JUDGE.format("open(f'/proc/{p}/mem', 'rb')"),
+    "take the judge's sockets": FOR_EACH_JUDGE.format("os.listdir(f'/proc/{p}/fd')"),
     "signal the trainer": TRY.format("import os; os.kill({pid}, 0)"),
     "attach a System V segment": TRY.format("import ctypes; assert ctypes.CDLL(None).shmget(0, 1 << 20, 0o1666) >= 0"),
     "remount the root": TRY.format(

@@ -57,7 +57,8 @@ def close(found, expected, dtype):
 
 @all_plans
 @pytest.mark.parametrize("seed", range(24))
-def test_every_plan_is_the_paper_formula_with_its_gradients(plan, seed):
+def test_every_plan_is_the_paper_formula_with_its_gradients(plan, seed, monkeypatch):
+    monkeypatch.setattr(plans, "emulates", lambda dtype: seed % 2 == 0 and dtype in (BF16, FP16))  # on any CPU
     case, z, batch = draw(seed)
     adapter, layer, plain = adapted(plan, **case)
     layer.svf_offset["default"].weight.data.copy_(z - 1)

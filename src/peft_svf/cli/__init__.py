@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Command line -> one verb: train, eval, factor, inspect, adapt, dispatch.
+Command line -> one verb: train, eval, factor, inspect, adapt, dispatch, key, export, import, search, serve.
 
 Each verb is a module whose function's signature is its options, and this package is the one place that prints. Modules
 of the library are imported inside the verbs, so that help and shell completion don't wait for torch.
@@ -19,8 +19,13 @@ from .adapt import adapt
 from .console import INTERRUPTED
 from .dispatch import dispatch
 from .eval import evaluate
+from .export import export
 from .factor import factor
+from .import_ import import_
 from .inspect import inspect
+from .key import key
+from .search import search
+from .serve import serve
 from .train import HELP, train
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # typer exports only subclasses of it
@@ -70,6 +75,11 @@ _verb("factor", factor)
 _verb("inspect", inspect)
 _verb("adapt", adapt)
 _verb("dispatch", dispatch)
+_verb("key", key)
+_verb("export", export)
+_verb("import", import_)
+_verb("search", search)
+_verb("serve", serve)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,7 @@ def option(help: str, *names: str, panel: str | None = None, **settings: Any) ->
 first_pass = partial(option, panel="First pass")
 search = partial(option, panel="Search")
 weight = partial(option, panel="Weights")
+limit = partial(option, panel="Limits")
 
 Task = Annotated[str, option("Name of a benchmark, or a JSONL file or folder of your own.")]
 Experts = Annotated[
@@ -25,6 +26,15 @@ Model = Annotated[str | None, option("Base model: folder or Hub repository. Defa
 Revision = Annotated[str | None, option("Branch, tag or commit of the base model.")]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16", "float64"], option("Of the model; auto is the checkpoint's.")
+]
+Form = Annotated[
+    Literal["choice", "generate", "letter", "calculation"] | None,
+    option("Choose, or write: a text, an option's letter, a calculation. Default: the task's first."),
+]
+System = Annotated[str | None, option("System prompt.")]
+Shots = Annotated[int, option("Solved training examples before each question.", min=0)]
+Mixture = Annotated[
+    list[str] | None, option("Saved mixture, or an expert's weight, once per expert.", metavar="FILE|NAME=WEIGHT")
 ]
 BatchSize = Annotated[int, option("Rows per forward.", min=1)]
 Plot = Annotated[Path | None, option("Draw it, too. Needs peft-svf\\[demo].", metavar="PNG")]

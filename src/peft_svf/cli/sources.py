@@ -26,9 +26,9 @@ def find_task(name: str) -> "Task":
     return jsonl_task(name) if own else get_task(name)
 
 
-def rows_of(task: "Task", split: str, form: str, limit: int | None, seed: int = 0) -> "list[dict[str, Any]]":
+def rows_of(task: "Task", split: str, form: str, limit: int | None, **options: Any) -> "list[dict[str, Any]]":
     """Make the rows of a split; refuse a split without any."""
-    rows = task.rows(split, form, limit=limit, seed=seed)
+    rows = task.rows(split, form, limit, **options)
     if not rows:
         raise ValueError(f"Task {task.name!r} has no {split} rows in the {form} form.")
     return rows
@@ -57,6 +57,21 @@ def load_model(
     return model.to(device), reader
 
 
+def named_sources(experts: Sequence[str]) -> dict[str, str]:
+    """Read experts that are written `SOURCE` or `NAME=SOURCE`, sources as in [`Expert.load`]."""
+    from ..experts.expert import name_of
+
+    sources: dict[str, str] = {}
+    for entry in experts:
+        name, equals, source = entry.partition("=")
+        if not equals or os.path.exists(entry):
+            name, source = name_of(entry), entry
+        if name in sources:
+            raise ValueError(f"Two experts are called {name!r}: give one another name by NAME=EXPERT.")
+        sources[name] = source
+    return sources
+
+
 def load_experts(
     experts: Sequence[str],
     model: str | None,
@@ -66,19 +81,11 @@ def load_experts(
     *,
     images: bool = False,
 ) -> "Transformer2Model":
-    """Load experts, written `SOURCE` or `NAME=SOURCE`, and the base model that they name."""
+    """Load experts, written as in [`named_sources`], and the base model that they name."""
     from ..experts.library import loaded
     from ..two_pass import Transformer2Model, base_of
 
-    sources: dict[str, str] = {}
-    for entry in experts:
-        name, equals, source = entry.partition("=")
-        if not equals or os.path.exists(entry):
-            name, source = os.path.basename(entry.rstrip("/")), entry
-        if name in sources:
-            raise ValueError(f"Two experts are called {name!r}: give one another name by NAME=EXPERT.")
-        sources[name] = source
-    named = loaded(sources)  # so that each file is opened once
+    named = loaded(named_sources(experts))  # so that each file is opened once
     base, base_revision = (model, None) if model else base_of(named)
     base_model, reader = load_model(base, revision or base_revision, dtype, images=images)
     return Transformer2Model(base_model, reader, named, classifier)

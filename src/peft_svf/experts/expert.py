@@ -15,14 +15,21 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import reduce
 from numbers import Real
+from operator import add
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import CommitInfo, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -31,9 +38,11 @@ from torch import Tensor
 from .. import files
 from ..tuner.config import SVFConfig
 from ..tuner.fingerprint import Fingerprint, check
+from .key import KEY_NAME, RoutingKey
 
 OTHER = "other"  # the base model, in decisions and as an explicit choice
 PREFIX = "base_model.model."  # PEFT puts it in front of the base model's module names
+SOURCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:::(?P<subfolder>[^@]+))?(?:@(?P<revision>\S+))?")
 OFFSET_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.svf_offset\.weight")
 LARGEST = 1e4  # of abs(z - 1) and of mixture weights; trained z stay between 0 and 2, and float16 ends at 65504
 LIMIT = 16 << 30  # bytes of a weights file
@@ -55,6 +64,7 @@ class Expert:
             weight has the vectors of its matrices, one after the other.
         config (`dict`): Its `adapter_config.json`, with base model and fingerprint.
         provenance (`dict`): How it was made if it wasn't trained, as JSON values.
+        key ([`RoutingKey`], *optional*): By which a library knows the requests that it is for.
 
     Raises:
         `ValueError`: if an offset has more than one axis, or an entry that isn't finite or exceeds 10,000.
@@ -64,6 +74,7 @@ class Expert:
     offsets: Mapping[str, Tensor]
     config: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    key: RoutingKey | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.offsets, SavedOffsets):
@@ -134,27 +145,30 @@ class Expert:
         token: str | bool | None = None,
     ) -> "Expert":
         """
-        Read an expert from a folder or a Hub repository; both files are opened once.
+        Read an expert from a folder or a Hub repository; its files are opened once.
 
         Args:
-            source (`str` or path): Folder, or repository id such as `"me/expert"`.
+            source (`str` or path):
+                Folder, or repository such as `"me/expert"`, with a subfolder and a revision `"me/zoo::code@v2"`.
             name (`str`, *optional*): Default: the last part of `subfolder`, else of `source`.
             lazy (`bool`): Check everything now, but keep no values in memory: they are read again on first use.
-            subfolder, revision, token: As in `from_pretrained`. Both files come from one commit.
+            subfolder, revision, token: As in `from_pretrained`. All files come from one commit.
 
         Raises:
             `FileNotFoundError`: if a file is missing.
             `ValueError`: if the files hold no SVF expert, hold more than z-vectors, or are damaged.
         """
-        folder = Path(source)
+        place, inside, at = split_source(source)
+        subfolder, revision = subfolder or inside, revision or at
+        folder = Path(place)
         if not folder.is_dir():
-            if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+            if not SOURCE.fullmatch(place) or place.startswith("."):
                 raise FileNotFoundError(f"{str(source)!r} is neither a folder nor the id of a Hub repository.")
-            patterns = [f"{subfolder}/{f}" if subfolder else f for f in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
-            options = {"revision": revision, "token": token, "allow_patterns": patterns}
-            folder = _download(str(source), WAITS, **options)
+            names = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, KEY_NAME)
+            patterns = [f"{subfolder}/{f}" if subfolder else f for f in names]
+            folder = download(place, revision=revision, token=token, allow_patterns=patterns)
         folder = folder / subfolder if subfolder else folder
-        name = name or os.path.basename(os.path.abspath(subfolder or source))  # works for "." as well
+        name = name or name_of(subfolder or place)
         with _naming(name, folder):
             files.settle(folder)
             config = read_config(folder)
@@ -165,21 +179,33 @@ class Expert:
                     "it with PeftModel.from_pretrained instead."
                 )
             _check_modules(offsets, config)
+            key = RoutingKey.load(folder)
         sizes = {module: len(offset) for module, offset in offsets.items()}
-        return cls(name, SavedOffsets(name, folder, sizes) if lazy else offsets, config, provenance)
+        return cls(name, SavedOffsets(name, folder, sizes) if lazy else offsets, config, provenance, key)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """
-        Write the expert as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
+        Write the expert as PEFT does, `adapter_config.json` and `adapter_model.safetensors`, with its key if any.
 
-        Both appear together: an interruption or a full disk leaves the old ones.
+        All appear together: an interruption or a full disk leaves the old ones.
         """
         targets = {} if self.config.get("target_parameters") else {"target_modules": sorted(self.offsets)}
         config = {"peft_type": "SVF"} | targets | self.config
         tensors = {f"{PREFIX}{module}.svf_offset.weight": o.contiguous() for module, o in self.offsets.items()}
         metadata = {"format": "pt"} | ({"provenance": json.dumps(self.provenance)} if self.provenance else {})
         text = json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n"  # PEFT keeps targets in sets
-        files.write_together(folder, {SAFETENSORS_WEIGHTS_NAME: save(tensors, metadata), CONFIG_NAME: text})
+        contents: dict[str, str | bytes] = {SAFETENSORS_WEIGHTS_NAME: save(tensors, metadata), CONFIG_NAME: text}
+        if self.key is None:
+            (Path(folder) / KEY_NAME).unlink(missing_ok=True)  # of an expert that was saved here before
+        else:
+            contents[KEY_NAME] = self.key.to_bytes()
+        files.write_together(folder, contents)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
+        """Upload the expert with its card, in one commit; arguments as in [`push_expert`]."""
+        from . import push_expert
+
+        return push_expert(self, repo_id, **kwargs)
 
 
 class SavedOffsets(Mapping[str, Tensor]):
@@ -255,6 +281,17 @@ class Mixture:
         """Mix the offsets of experts by weight of the base model, each `(k,)`."""
         return _summed([(weight, experts[name].offsets) for name, weight in self.alpha.items()])
 
+    def expert(self, experts: Mapping[str, Expert]) -> Expert:
+        """
+        Add experts up to one that answers like the mixture.
+
+        Raises:
+            `ValueError`: if it names none, or one that isn't among them, or as their sum.
+        """
+        if not self.alpha or set(self.alpha) - set(experts):
+            raise ValueError(f"The mixture has the weights {self.alpha}; there are {', '.join(experts)}.")
+        return reduce(add, [weight * experts[name] for name, weight in self.alpha.items()])
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the mixture as JSON."""
         files.write(path, json.dumps(asdict(self), indent=1))
@@ -293,8 +330,7 @@ def read_offsets(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], di
     content = files.read_bytes(folder / SAFETENSORS_WEIGHTS_NAME, LIMIT)
     try:
         others = load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        provenance = json.loads(header.get("__metadata__", {}).get("provenance", "{}"))
+        provenance = json.loads(files.metadata_of(content).get("provenance", "{}"))
     except (SafetensorError, RecursionError, ValueError) as error:
         raise ValueError(f"{SAFETENSORS_WEIGHTS_NAME} is damaged ({error}): fetch it again.") from error
     keys = {match["module"]: key for key in sorted(others) if (match := OFFSET_KEY.fullmatch(key))}
@@ -386,15 +422,51 @@ def _check_weight(name: str, weight: Any) -> None:
         )
 
 
-def _download(repo_id: str, waits: Sequence[float], **options: Any) -> Path:
-    """Download files of a repository; a connection that breaks or a server that fails for a moment is tried again."""
+def split_source(source: str | os.PathLike[str]) -> tuple[str, str | None, str | None]:
+    """Split `org/zoo::code@v2` into repository, subfolder and revision; a folder stays whole."""
+    match = None if os.path.isdir(source) else SOURCE.fullmatch(str(source))
+    return (match["repo"], match["subfolder"], match["revision"]) if match else (str(source), None, None)
+
+
+def name_of(source: str | os.PathLike[str]) -> str:
+    """Name an expert after the last part of its folder, subfolder or repository."""
+    place, subfolder, _ = split_source(source)
+    return os.path.basename(os.path.abspath(subfolder or place))  # works for "." as well
+
+
+def download(repo_id: str, **options: Any) -> Path:
+    """
+    Download files of a repository, all from one commit; what fails for a moment is tried again.
+
+    Raises:
+        `FileNotFoundError`: if repository or revision don't exist, aren't open to this user, or can't be reached and
+            aren't in the cache; with the way out.
+    """
+    try:
+        return _downloaded(repo_id, WAITS, **options)
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{repo_id} on the Hub has no revision {options['revision']!r}.") from error
+    except RepositoryNotFoundError as error:  # also a gated one
+        raise FileNotFoundError(
+            f"The Hub shows no repository {repo_id!r}: check its name; if it is private or gated, run `hf auth login` "
+            "or pass token=..."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{repo_id!r} isn't in the cache, and the Hub can't be reached or HF_HUB_OFFLINE is set: run "
+            f"`hf download {repo_id}` once with a connection, or name a folder."
+        ) from error
+
+
+def _downloaded(repo_id: str, waits: Sequence[float], **options: Any) -> Path:
+    """Download files; a connection that breaks or a server that fails for a moment is tried again."""
     try:
         return Path(snapshot_download(repo_id, **options))
     except Exception as error:
         if not waits or not _passes(error):
             raise
     time.sleep(waits[0])
-    return _download(repo_id, waits[1:], **options)
+    return _downloaded(repo_id, waits[1:], **options)
 
 
 def _passes(error: BaseException | None) -> bool:

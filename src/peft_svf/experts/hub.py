@@ -25,13 +25,14 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
 from .. import files
-from .expert import read_config, read_offsets
+from .expert import Expert, read_config, read_offsets
 
 logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("expert_card.md")
 TAGS = ("svf", "transformer-squared", "z-vector")
+FACTS = {"task", "training", "results", "license", "tags"}
 OURS = ("[More Information Needed]", "arXiv 2501.06252")  # texts of PEFT's blank card and of this package's
 
 # PEFT task type -> (class that loads the base, the Hub's pipeline tag)
@@ -45,29 +46,23 @@ TASK_TYPES = {
 
 
 def push_expert(
-    model: PeftModel,
+    model: PeftModel | Expert,
     repo_id: str,
     *,
     adapter_name: str | None = None,
     base_model: str | None = None,
     base_revision: str | None = None,
     card: ModelCard | str | None = None,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    **facts: Any,
+    **facts_and_options: Any,
 ) -> CommitInfo:
     """
-    Upload one SVF adapter as an expert: `adapter_config.json`, `adapter_model.safetensors`, `README.md`, one commit.
+    Upload an expert or SVF adapter: `adapter_config.json`, `adapter_model.safetensors`, `README.md`, in one commit.
 
     What is wrong on this side is refused before anything is written to the Hub. The model stays as it is.
 
     Args:
-        model (`PeftModel`):
-            Model with the adapter.
+        model (`PeftModel` or [`Expert`]):
+            Model with the adapter, or an expert, which brings its routing key along.
         repo_id (`str`):
             Repository to write to, created if it does not exist.
         adapter_name (`str`, *optional*):
@@ -77,36 +72,55 @@ def push_expert(
             into the uploaded config as well.
         card (`ModelCard` or `str`, *optional*):
             Default: [`expert_card`]'s, unless the repository has a card that a person wrote, which stays.
-        commit_message, commit_description, private, token, revision, create_pr:
-            As in `create_repo` and `upload_folder` of `huggingface_hub.HfApi`.
-        facts:
-            `task`, `training`, `results`, `license` and `tags` of [`expert_card`].
+        facts_and_options:
+            `task`, `training`, `results`, `license` and `tags` of [`expert_card`]; `commit_message`,
+            `commit_description`, `private`, `token`, `revision` and `create_pr` as in `huggingface_hub.HfApi`.
 
     Raises:
         `ValueError`: if the adapter is unknown or not SVF, no Hub id of the base model is known, or z is not finite.
     """
-    name = _chosen_adapter(model, adapter_name)
-    base = model.get_base_model()
-    configured = model.peft_config[name].base_model_name_or_path or getattr(base, "name_or_path", None)
-    base_model = _base_id(configured, base_model)
+    if isinstance(model, Expert):
+        base, name, configured = None, "default", model.base_model
+    else:
+        base, name = model.get_base_model(), _chosen_adapter(model, adapter_name)
+        configured = model.peft_config[name].base_model_name_or_path or getattr(base, "name_or_path", None)
+    base_model = base_id(configured, base_model)
+    facts = {name: facts_and_options.pop(name) for name in FACTS & facts_and_options.keys()}
+    options = {"commit_message": "Upload SVF expert", **facts_and_options}
     facts["tags"] = [*(getattr(base, "model_tags", None) or ()), *facts.get("tags", ())]
     with tempfile.TemporaryDirectory() as scratch:
         folder = _save(model, name, Path(scratch), base_model, base_revision)
         made = expert_card(folder, repo_id=repo_id, base_dtype=getattr(base, "dtype", None), **facts)
         (folder / CARD_NAME).write_text(str(card or made), encoding="utf-8")
-        api = HfApi(library_name="peft_svf", token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            ignore_patterns=[CARD_NAME] if card is None and _has_other_card(api, repo_id, revision) else None,
-            commit_message=commit_message or "Upload SVF expert",
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-        )
+        return upload(folder, repo_id, keeps_card=card is None, **options)
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    keeps_card: bool = True,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+) -> CommitInfo:
+    """Upload a folder in one commit, into a repository that is made if need be; `keeps_card` for a person's card."""
+    api = HfApi(library_name="peft_svf", token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not create_pr and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        ignore_patterns=[CARD_NAME] if keeps_card and _has_other_card(api, repo_id, revision) else None,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        commit_description=commit_description,
+    )
 
 
 def push_to_hub(model: PeftModel, repo_id: str, *, max_shard_size: Any = None, **kwargs: Any) -> CommitInfo:
@@ -155,8 +169,8 @@ def expert_card(
     folder = Path(folder)
     config = read_config(folder)
     offsets, others, _ = read_offsets(folder)
-    base_model = _base_id(config.get("base_model_name_or_path"), base_model)
-    base_class, pipeline_tag = TASK_TYPES.get(_task_type(config), ("AutoModel", None))
+    base_model = base_id(config.get("base_model_name_or_path"), base_model)
+    base_class, pipeline_tag = TASK_TYPES.get(task_type(config), ("AutoModel", None))
     repo_id = repo_id or folder.resolve().name
     hashes = {module: entry["sha256"] for module, entry in (config.get("fingerprint") or {}).items()}
     data = ModelCardData(
@@ -184,8 +198,8 @@ def expert_card(
         rank=config.get("rank"),
         others=sum(tensor.numel() for tensor in others.values()),
         training={key: files.public(str(value)) for key, value in (training or {}).items() if value is not None},
-        results=_table([_result_row(row) for row in results]),
-        z=_table(_z_rows(offsets)),
+        results=table([_result_row(row) for row in results]),
+        z=table(_z_rows(offsets)),
     )
 
 
@@ -202,7 +216,7 @@ def _chosen_adapter(model: PeftModel, name: str | None) -> str:
     return name
 
 
-def _base_id(configured: str | None, chosen: str | None) -> str:
+def base_id(configured: str | None, chosen: str | None) -> str:
     """Return the Hub id of the base model, and refuse a path of this machine: it means nothing on a card."""
     name = chosen or configured or ""
     try:
@@ -217,13 +231,16 @@ def _base_id(configured: str | None, chosen: str | None) -> str:
     )
 
 
-def _save(model: PeftModel, name: str, scratch: Path, base_model: str, base_revision: str | None) -> Path:
-    """Save one adapter, name its base model in the saved config only, and return the folder that holds its files."""
-    before = model.peft_config[name].base_model_name_or_path
-    try:
-        model.save_pretrained(str(scratch), selected_adapters=[name])
-    finally:
-        model.peft_config[name].base_model_name_or_path = before  # PEFT fills it in while saving
+def _save(model: PeftModel | Expert, name: str, scratch: Path, base_model: str, base_revision: str | None) -> Path:
+    """Save an expert, name its base model in the saved config only, and return the folder that holds its files."""
+    if isinstance(model, Expert):
+        model.save(scratch)
+    else:
+        before = model.peft_config[name].base_model_name_or_path
+        try:
+            model.save_pretrained(str(scratch), selected_adapters=[name])
+        finally:
+            model.peft_config[name].base_model_name_or_path = before  # PEFT fills it in while saving
     folder = scratch if name == "default" else scratch / name  # where PEFT puts it
     config = read_config(folder) | {"base_model_name_or_path": base_model}
     if base_revision is not None:
@@ -244,7 +261,7 @@ def _has_other_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
     return stays
 
 
-def _task_type(config: Mapping[str, Any]) -> str:
+def task_type(config: Mapping[str, Any]) -> str:
     """Return the PEFT task type; an adapter made without one has that of its base class."""
     base_class = (config.get("auto_mapping") or {}).get("base_model_class", "")
     return config.get("task_type") or ("CAUSAL_LM" if base_class.endswith(("ForCausalLM", "LMHeadModel")) else "")
@@ -285,7 +302,7 @@ def _z_rows(offsets: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
     return rows
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Write rows as a Markdown table, without the columns that are empty in every row."""
     order = [
         key

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from ..tuner.config import SVFConfig
 from ..tuner.fingerprint import Fingerprint, check
 from ..tuner.layer import SVFLayer, active_rows, svf_layers
+from .base import weights_in
 from .expert import OTHER, Expert, Mixture, SavedOffsets
 
 Source = str | PathLike[str] | Expert
@@ -138,7 +139,8 @@ class ExpertLibrary:
 
     def expert(self, name: str) -> Expert:
         """Get an expert as a value, to be saved, plotted or transferred. Raises `ValueError` for an unknown name."""
-        self.check_experts([name])
+        if name != self.classifier:
+            self.check_experts([name])
         return self._experts[name]
 
     def check_experts(self, names: Iterable[str]) -> None:
@@ -255,7 +257,7 @@ class ExpertLibrary:
             try:
                 try:
                     self._open = (*before, _task())
-                    with active_rows(layers, offsets, merge=merge and len(alpha) == 1):
+                    with active_rows(layers, offsets, torch.arange(len(alpha)), merge and len(alpha) == 1):
                         yield self.model
                 finally:
                     self._open = before
@@ -300,7 +302,7 @@ class ExpertLibrary:
             self.check_experts([name])
         if name not in self._loaded:
             expert = self._experts[name]
-            names, saved = _weights_in(self.model, expert.config), expert.offsets
+            names, saved = weights_in(self.model, expert.config), expert.offsets
             loaded = {}
             with torch.inference_mode(False), torch.no_grad():  # what is kept serves later calls
                 for path, offset in (saved.read() if isinstance(saved, SavedOffsets) else saved).items():
@@ -320,7 +322,7 @@ class ExpertLibrary:
 
     def _admit(self, expert: Expert) -> None:
         """Check an expert against the base model, give the model the layers it needs, and list it."""
-        names = _weights_in(self.model, expert.config)
+        names = weights_in(self.model, expert.config)
         sizes = {names.get(module, module): size for module, size in expert.sizes.items()}
         if missing := sorted(set(expert.config.get("fingerprint") or sizes) - set(sizes)):
             raise ValueError(f"Expert {expert.name!r} has no z-vector for {missing[0]}, which its config targets.")
@@ -438,7 +440,7 @@ def _own(model: PreTrainedModel | PeftModel) -> list[Expert]:
             )
         if name.startswith(HOST):
             continue
-        paths = {weight: path for path, weight in _weights_in(model, config.to_dict()).items()}
+        paths = {weight: path for path, weight in weights_in(model, config.to_dict()).items()}
         layers = {layer.weight_name(path): layer for path, layer in svf_layers(model).items()}
         layers = {module: layer for module, layer in layers.items() if name in layer.svf_offset}
         holders: dict[str, Any] = {
@@ -451,19 +453,6 @@ def _own(model: PreTrainedModel | PeftModel) -> list[Expert]:
         facts = {"fingerprint": prints or None, "base_model_name_or_path": base}
         experts.append(Expert(name, offsets, config.to_dict() | facts))
     return experts
-
-
-def _weights_in(model: torch.nn.Module, config: Mapping[str, Any]) -> dict[str, str]:
-    """Map the names of an expert's stacked offsets to the parameters: PEFT wraps them in order, the last outermost."""
-    targets = tuple(f".{target}" for target in config.get("target_parameters") or ())
-    names: dict[str, str] = {}
-    for path, module in (model.get_base_model() if isinstance(model, PeftModel) else model).named_modules():
-        if targets and not isinstance(module, BaseTunerLayer):
-            path = path.replace(".base_layer", "")
-            weights = [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
-            chosen = [weight for weight in weights if f".{weight}".endswith(targets)]
-            names |= {path + depth * ".base_layer": weight for depth, weight in enumerate(reversed(chosen))}
-    return names
 
 
 def _load(source: Source, name: str | None, lazy: bool) -> Expert:

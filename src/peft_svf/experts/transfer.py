@@ -14,18 +14,14 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..tuner.basis import Basis
-from ..tuner.cache import fetch
 from ..tuner.fingerprint import Fingerprint, check
-from ..tuner.layer import SVFLayer
-from ..tuner.weights import Checkpoint
+from .base import BaseWeights
 from .expert import Expert
 
 Bases = Mapping[str, tuple[Basis, Fingerprint]]
 MODES = ("ordered", "shuffled", "aligned")
-NARROW = (torch.bfloat16, torch.float16)
 
 
 def transfer_expert(
@@ -151,30 +147,11 @@ def _check_source(expert: Expert, source: nn.Module | Bases, ours: Bases) -> Non
 
 
 def _bases(model: nn.Module | Bases, expert: Expert, which: str) -> Bases:
-    """Fetch the bases of the expert's weights as the tuner does: of stored weights if loading rounds."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    modules: Mapping[str, Any] = base if isinstance(base, Mapping) else dict(base.named_modules())
-    if missing := sorted(set(expert.offsets) - set(modules)):
+    """Fetch the bases of the expert's weights."""
+    weights = model if isinstance(model, Mapping) else BaseWeights(model)
+    if missing := sorted(name for name in expert.offsets if name not in weights):
         raise ValueError(
             f"The {which} has no {missing[0]}, which expert {expert.name!r} moves: experts transfer between models "
             "whose weights have the same names. Perhaps source and target should change places."
         )
-    if isinstance(base, Mapping):
-        return base
-    checkpoint = Checkpoint(base)
-
-    def weight_of(module: str) -> Tensor:
-        layer = modules[module]
-        inner = layer.get_base_layer() if isinstance(layer, SVFLayer) else layer
-        if not isinstance(inner, (nn.Linear, Conv1D)) or not inner.weight.is_floating_point():
-            raise ValueError(
-                f"{module} of the {which} is a {type(inner).__name__}: pass the base that is not quantised."
-            )
-        adapted = isinstance(layer, SVFLayer)
-        weight = layer.logical_weight() if adapted else inner.weight.detach()
-        weight = weight.T if adapted and isinstance(inner, Conv1D) else weight  # as it is stored
-        stored = checkpoint.weight(f"{module}.weight", weight) if weight.dtype in NARROW else None
-        weight = weight if stored is None else stored
-        return weight.T if isinstance(inner, Conv1D) else weight
-
-    return fetch(expert.offsets, weight_of)
+    return weights if isinstance(weights, Mapping) else weights.bases(expert.offsets)

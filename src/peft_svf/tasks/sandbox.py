@@ -7,29 +7,30 @@ Run code that a model wrote: a text goes in, a verdict comes out.
     run_python("print('passed'); exit(0)", asserts=["assert f(1)"])     ok=False, reason "left by exit(0)"
 
 The judge never shares an interpreter with the code it judges. The program runs in a Python of its own; the asserts run
-in a second one, which holds no model code and calls the program's functions over a pipe of plain literals (numbers,
+in a second one, which holds no model code and calls the program's functions over a socket of plain literals (numbers,
 strings, bytes, containers, `None`). An object of the program's own classes can be passed back to it, but equals
-nothing. The verdict comes from the judge's own pipe, which the program doesn't have.
+nothing. The verdict comes from the judge's own socket, which the program doesn't have.
 
 Both run with an environment of four variables, limits on processor time, address space, file size, open files and
-processes, and in the closest of three modes that works here; `SandboxResult.closed` says what it closes:
+processes, and in the closest of three modes that works here; `SandboxResult.closed` names what it closes:
 
 - `bwrap` (bubblewrap): own process, network, IPC and mount namespaces (and user namespace, unless root starts it), no
   capabilities, no new privileges, a read-only root that holds Python and the system's libraries alone, read-only
   `/proc`, a minimal `/dev`, and a folder in memory of limited size. `ctypes` is hidden.
 - `unshare` (util-linux): the same by `unshare`, `mount`, `chroot` and `setpriv`.
-- neither: the limits alone.
+- neither: the limits alone, and a judge that no other process can trace.
 
-Nothing runs as root: a root user's programs get an unprivileged user id that no other process has.
+No program runs as root: a root user's programs get an unprivileged user id that no other process has.
 
-One watch counts the memory of all processes of a program: what they map, and the files in memory that they hold open.
-It looks 20 times a second, so a program can have more for 50 ms, up to the address space of each process.
+The memory of all processes of a program counts together. A control group limits it if this user can make one, as root
+often can; else a watch sums 20 times a second what they map and the files in memory that they hold open, so a program
+can have more for 50 ms, up to the address space of each process.
 
-Not covered: System V segments that no process has attached (they end with the IPC namespace; `ctypes` is hidden, which
-leaves Python no way to make one); the kernel itself. Without namespaces the program can also open connections, read
-and write what its user can, and, unless root started it, signal and trace the user's other processes, the judge
-included, and leave a process behind in another session. It's a belt for what a model under training runs into, not a
-wall against an attacker: for that, train in a container or a virtual machine.
+Not covered: without a control group, System V segments that no process has attached (`ctypes` is hidden, which leaves
+Python no way to make one); the kernel itself. Without namespaces the program can also open connections, read and write
+what its user can, and, unless root started it, signal and trace the user's other processes, the trainer included, and
+leave a process behind in another session. It's a belt for what a model under training runs into, not a wall against an
+attacker: for that, train in a container or a virtual machine.
 """
 
 import atexit
@@ -48,13 +49,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 HARNESS = Path(__file__).with_name("sandbox_harness.py")
 FILE_MB, PROCESSES, FILES, INTERVAL = 16, 32, 64, 0.05
+PATIENCE = 4  # the wall-clock limit in processor time limits: a busy machine is no fault of a program
 MODES = ("bwrap", "unshare", "none")
 CLOSED = ("network", "processes", "files", "reading")
 IDS = range(61184, 65520)  # user ids that systemd also hands out for a time
@@ -119,7 +122,7 @@ def run_python(
             Statements to run after it, in the judge; `ok` needs all of them. With them the code's `__name__` is
             "solution", so a main block doesn't run.
         timeout (`float`, defaults to 5.0):
-            Wall-clock limit in seconds, the start of the processes included.
+            Processor time of all processes together, in seconds; the clock on the wall may pass four times that.
         memory_mb (`int`, defaults to 512):
             Memory of all processes together, and address space of each, in MiB.
         output_kb (`int`, defaults to 64):
@@ -137,7 +140,6 @@ def run_python(
             f"The sandbox needs POSIX processes and this system is '{os.name}'. Use the choice form of the task, "
             "which runs no code, or run in a Linux container."
         )
-    deadline, mode = time.monotonic() + timeout, _mode()
     limits = {
         "RLIMIT_CPU": int(timeout) + 1,
         "RLIMIT_AS": memory_mb << 20,
@@ -146,111 +148,109 @@ def run_python(
         "RLIMIT_NPROC": PROCESSES,
         "RLIMIT_CORE": 0,
     }
-    job = {"code": code, "asserts": list(asserts), "limits": limits, "seconds": int(timeout) + 2}
-    with contextlib.ExitStack() as stack:
-        requests, replies = _pipe(stack), _pipe(stack)
-        verdict, report = (stack.enter_context(end) for end in socket.socketpair())
-        _fork_judge(mode, [replies[0].fileno(), requests[1].fileno(), report.fileno()])
-        program = _start(stack, mode, ["program", repr(limits)], [requests[0], replies[1]])
-        for end in (*requests, *replies, report):
-            end.close()
+    job = {"code": code, "asserts": list(asserts), "limits": limits, "seconds": int(PATIENCE * timeout) + 2}
+    starter = _starter(os.getpid(), _mode())
+    with starter.program() as program, starter.judge(program) as verdict:
+        if program.memory is not None:
+            program.memory.write_text(str(memory_mb << 20))
         data = json.dumps(job).encode()
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             verdict.sendall(len(data).to_bytes(8, "big") + data)
-        pipes = {"stdout": program.stdout, "stderr": program.stderr, "verdict": verdict}
-        texts, reason = _collect(program.pid, pipes, deadline, output_kb << 10, memory_mb << 20)
+        texts, reason = _collect(program.process, verdict, timeout, output_kb << 10, memory_mb << 20)
     out, err = (texts[name][: output_kb << 10].decode("utf-8", "replace") for name in ("stdout", "stderr"))
     if not reason and not texts["verdict"]:
         reason = "ended before the verdict"
-    reason = reason.format(timeout=timeout, output_kb=output_kb, memory_mb=memory_mb)
     ok, reason = (False, reason) if reason else json.loads(texts["verdict"])
-    return SandboxResult(ok, out, err, reason, () if mode == "none" else CLOSED)
+    return SandboxResult(ok, out, err, reason, () if starter.mode == "none" else CLOSED)
 
 
-def _pipe(stack: contextlib.ExitStack) -> tuple[IO[bytes], IO[bytes]]:
-    source, target = os.pipe()
-    return stack.enter_context(os.fdopen(source, "rb", 0)), stack.enter_context(os.fdopen(target, "wb", 0))
+class _Side:
+    """A Python that waits for a program or forks judges, and the socket that leads to it; dead once it is left."""
+
+    def __init__(self, mode: str, role: str) -> None:
+        self.folder = tempfile.mkdtemp(prefix="svf-sandbox-")
+        self.user = _free_id() if os.getuid() == 0 else None
+        if self.user is not None:
+            os.chown(self.folder, self.user, self.user)
+        self.mode, home = mode, self.folder if mode == "none" else INSIDE
+        command = _command(mode, self.folder)
+        output = subprocess.PIPE if role == "program" else subprocess.DEVNULL
+        self.socket, end = socket.socketpair()
+        with end:
+            source = _source(os.path.realpath(sys.executable) in command)
+            self.process = subprocess.Popen(
+                [*command, "-c", source, role, str(self.user or ""), str(end.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=self.folder,
+                env={"PATH": TOOLS, "LANG": "C.UTF-8", "HOME": home, "TMPDIR": home},
+                pass_fds=[end.fileno()],
+                start_new_session=True,
+            )
+        self.memory = _memory_limit(self.process.pid)
+
+    def __enter__(self) -> "_Side":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        if self.mode == "none" and self.user is not None:  # all processes of the id, whatever session they are in
+            subprocess.run(["sh", "-c", "kill -9 -1"], user=self.user, group=self.user, extra_groups=(), check=False)
+        self.process.wait()
+        if self.memory is not None:
+            _end(self.memory.parent)
+        self.socket.close()
+        for pipe in filter(None, (self.process.stdout, self.process.stderr)):
+            pipe.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _start(
-    stack: contextlib.ExitStack, mode: str, arguments: list[str], pipes: Sequence[Any]
-) -> subprocess.Popen[bytes]:
-    """Start one side; when the stack closes, it is dead and reaped."""
-    folder = tempfile.mkdtemp(prefix="svf-sandbox-")
-    stack.callback(shutil.rmtree, folder, ignore_errors=True)
-    user = _free_id() if os.getuid() == 0 else None
-    if user is not None:
-        os.chown(folder, user, user)
-    home, output = INSIDE, subprocess.DEVNULL
-    other: dict[str, Any] = {}
-    if mode == "none":
-        home = folder
-        other = {} if user is None else {"user": user, "group": user, "extra_groups": ()}
-    command = _command(mode, folder, user)
-    if arguments[0] == "program":
-        output = subprocess.PIPE
-    else:  # bubblewrap would end the judge with the thread that started it
-        command = [part for part in command if part != "--die-with-parent"]
-    command += ["-c", _source(os.path.realpath(sys.executable) in command), *arguments]
-    process = subprocess.Popen(
-        [*command, *(str(pipe.fileno()) for pipe in pipes)],
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=output,
-        cwd=folder,
-        env={"PATH": TOOLS, "LANG": "C.UTF-8", "HOME": home, "TMPDIR": home},
-        pass_fds=[pipe.fileno() for pipe in pipes],
-        start_new_session=True,
-        **other,
-    )
-    for pipe in filter(None, (process.stdout, process.stderr)):
-        stack.enter_context(pipe)
-    stack.callback(_kill, process, user if mode == "none" else None)
-    return process
+class _Starter:
+    """
+    Starts programs and judges in one mode.
+
+    A start takes longer than most programs run, so each program's Python starts while the one before runs, and one
+    process forks all judges.
+    """
+
+    def __init__(self, owner: int, mode: str) -> None:
+        self.owner, self.mode, self.lock = owner, mode, threading.Lock()
+        self.thread = ThreadPoolExecutor(1)  # stays, as bubblewrap ends with the thread that started it
+        self.judges, self.spare = self.start("judge"), self.start("program")
+        atexit.register(self.close)
+
+    def start(self, role: str) -> "Future[_Side]":
+        return self.thread.submit(_Side, self.mode, role)
+
+    def program(self) -> _Side:
+        """Return a program's side that waits for its code."""
+        with self.lock:
+            spare, self.spare = self.spare, self.start("program")
+        return spare.result()
+
+    def judge(self, program: _Side) -> socket.socket:
+        """Have a judge forked for a program; return the socket that takes the job and brings the verdict."""
+        verdict, report = socket.socketpair()
+        with self.lock, report:
+            for _ in range(2):
+                with contextlib.suppress(OSError):
+                    descriptors = [program.socket.fileno(), report.fileno()]
+                    socket.send_fds(self.judges.result().socket, [b"j"], descriptors)
+                    program.socket.close()
+                    return verdict
+                self.judges.result().__exit__()  # it ended
+                self.judges = self.start("judge")
+        raise RuntimeError("The sandbox's judge doesn't start.")
+
+    def close(self) -> None:
+        if os.getpid() == self.owner:  # a fork has no part in them
+            for side in (self.judges, self.spare):
+                side.result().__exit__()
 
 
-LOCK = threading.Lock()
-# By process and mode, the one that forks the judges, as a start is slow: its socket, and what ends it.
-JUDGES: dict[tuple[int, str], tuple[socket.socket, contextlib.ExitStack]] = {}
-
-
-def _fork_judge(mode: str, descriptors: list[int]) -> None:
-    """Have a judge forked with these pipes."""
-    key = os.getpid(), mode
-    with LOCK:
-        for _ in range(2):
-            if key not in JUDGES:
-                control, other = socket.socketpair()
-                stack = contextlib.ExitStack()  # stays open: the process ends with the control socket
-                _start(stack, mode, ["judge"], [other])
-                other.close()
-                JUDGES[key] = control, stack
-            with contextlib.suppress(OSError):
-                socket.send_fds(JUDGES[key][0], [b"j"], descriptors)
-                return
-            _end_judge(key)  # it ended: start another
-    raise RuntimeError("The sandbox's judge doesn't start.")
-
-
-def _end_judge(key: tuple[int, str]) -> None:
-    for part in JUDGES.pop(key):
-        part.close()
-
-
-@atexit.register
-def _end_judges() -> None:
-    for key in [key for key in JUDGES if key[0] == os.getpid()]:
-        _end_judge(key)
-
-
-def _kill(process: subprocess.Popen[bytes], user: int | None) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    if user is not None:  # all processes of the id, whatever session they are in
-        kill = [_python(user), "-I", "-S", "-c", "import os; os.kill(-1, 9)"]
-        with contextlib.suppress(OSError):
-            subprocess.run(kill, user=user, group=user, extra_groups=(), check=False)
-    process.wait()
+_starter = functools.cache(_Starter)
 
 
 @functools.cache
@@ -264,10 +264,9 @@ def _source(same: bool) -> str:
 @functools.cache
 def _mode() -> str:
     """Return the closest mode that can start a Python here: kernels and containers may refuse namespaces."""
-    user = _free_id() if os.getuid() == 0 else None
     for mode in MODES[:-1]:
         with tempfile.TemporaryDirectory(prefix="svf-sandbox-") as folder, contextlib.suppress(OSError):
-            command = [*_command(mode, folder, user), "-c", "pass"]
+            command = [*_command(mode, folder), "-c", "pass"]
             done = subprocess.run(
                 command, stdin=subprocess.DEVNULL, capture_output=True, env={"PATH": TOOLS}, timeout=10
             )
@@ -276,29 +275,28 @@ def _mode() -> str:
     return "none"
 
 
-def _command(mode: str, folder: str, user: int | None) -> list[str]:
+def _command(mode: str, folder: str) -> list[str]:
     """Return the command that starts a Python in a mode, up to the arguments of the interpreter."""
-    python = [_python(None if mode != "none" else user), "-I", "-S", "-B"]
+    root, setpriv = os.getuid() == 0, shutil.which("setpriv", path=TOOLS)
+    python = [_python(readable=mode == "none" and root), "-I", "-S", "-B"]
     if mode == "none":
-        return ["setpriv", "--no-new-privs", *python] if shutil.which("setpriv", path=TOOLS) else python
-    drop = ["setpriv", "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all"]
-    if user is not None:
-        drop += [f"--reuid={user}", f"--regid={user}", "--clear-groups"]
-    tools = [] if mode == "bwrap" and user is None else [shutil.which("setpriv", path=TOOLS) or ""]
+        return ["setpriv", "--no-new-privs", *python] if setpriv else python
+    tools = [setpriv or ""] if mode == "unshare" else []
     outside = [place for place in (python[0], *tools) if not Path(place).is_relative_to(sys.base_prefix)]
     places = [place for place in (*LIBRARIES, sys.base_prefix, *outside) if os.path.exists(place)]
     size, hidden = str(FILE_MB << 20), next(map(str, Path(os.__file__).parent.glob("lib-dynload/_ctypes.*")), "")
     if mode == "unshare":
         spaces = ["--pid", "--net", "--ipc", "--mount", "--uts", "--fork", "--kill-child"]
-        spaces += ["--user", "--map-root-user"] if user is None else []
+        spaces += [] if root else ["--user", "--map-root-user"]
         devices = [device for device in DEVICES if os.path.exists(device)]
         script = ["sh", "-c", ROOT, "sh", folder, size, *places, *devices, "--", hidden]
+        drop = ["setpriv", "--no-new-privs"]
+        drop += [] if root else ["--inh-caps=-all", "--bounding-set=-all"]
         return ["unshare", *spaces, *script, "chroot", folder, *drop, *python]
-    # root needs no user namespace, and its programs really change their user id
-    spaces = ["--unshare-all", "--unshare-user", "--disable-userns", "--cap-drop", "ALL"]
-    if user is not None:
+    spaces = ["--unshare-all", "--unshare-user", "--disable-userns"]
+    if root:  # needs no user namespace; the harness changes the user id, which ends these capabilities
         spaces = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
-        spaces += [part for name in ("SETUID", "SETGID", "SETPCAP") for part in ("--cap-add", f"CAP_{name}")]
+        spaces += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     # bubblewrap creates the parents of a place for its own user alone
     parents = dict.fromkeys(str(parent) for place in places for parent in [*Path(place).parents][-2::-1])
     binds = [part for parent in parents for part in ("--perms", "0755", "--dir", parent)]
@@ -306,35 +304,23 @@ def _command(mode: str, folder: str, user: int | None) -> list[str]:
     binds += ["--ro-bind", "/dev/null", hidden] if hidden else []
     # fmt: off
     return [
-        "bwrap", *spaces, "--die-with-parent", "--new-session", *binds,
+        "bwrap", "--cap-drop", "ALL", *spaces, "--die-with-parent", "--new-session", *binds,
         "--proc", "/proc", "--remount-ro", "/proc", "--dev", "/dev", "--remount-ro", "/dev",
         "--perms", "0777", "--size", size, "--tmpfs", INSIDE, "--remount-ro", "/", "--chdir", INSIDE, "--",
-        *(drop if user is not None else []), *python,
+        *python,
     ]
     # fmt: on
 
 
-def _python(user: int | None) -> str:
-    """Return a Python that a user id can start: the one below a virtual environment's link, or the system's."""
-    python = os.path.realpath(sys.executable)
-    if user is None or _starts(python, user):
-        return python
-    system = shutil.which("python3", path=TOOLS)
-    if system is None or not _starts(system, user):
-        raise RuntimeError(
-            f"The sandbox never runs programs as root, and no other user can start {python}. Install Python outside "
-            "of /root, install bubblewrap, or run as another user."
-        )
-    return system
-
-
-@functools.lru_cache
-def _starts(python: str, user: int) -> bool:
-    command = [python, "-I", "-S", "-c", ""]
-    try:
-        return subprocess.run(command, user=user, group=user, cwd="/", check=False).returncode == 0
-    except OSError:
-        return False
+def _python(readable: bool) -> str:
+    """Return the Python below a virtual environment's link, or one of the system if all users have to reach it."""
+    for python in filter(None, (os.path.realpath(sys.executable), shutil.which("python3", path=TOOLS))):
+        if not readable or all(parent.stat().st_mode & 1 for parent in Path(python).resolve().parents):
+            return python
+    raise RuntimeError(
+        f"The sandbox never runs programs as root, and no other user can start {sys.executable}. Install Python "
+        "outside of /root, install bubblewrap, or run as another user."
+    )
 
 
 def _free_id() -> int:
@@ -348,44 +334,55 @@ def _free_id() -> int:
 
 
 def _collect(
-    program: int, pipes: dict[str, Any], deadline: float, limit: int, memory: int
+    program: subprocess.Popen[bytes], verdict: socket.socket, timeout: float, limit: int, memory: int
 ) -> tuple[dict[str, bytes], str]:
-    """Read the pipes until the judge is done or a limit is passed; return the texts and the reason to stop."""
-    texts, watched, ended = dict.fromkeys(pipes, b""), time.monotonic(), False
+    """Read what comes until the judge is done or a limit is passed; return the texts and the reason to stop."""
+    pipes: dict[str, Any] = {"stdout": program.stdout, "stderr": program.stderr, "verdict": verdict}
+    texts, ended, watched = dict.fromkeys(pipes, b""), False, time.monotonic()
+    deadline = watched + PATIENCE * timeout
     with selectors.DefaultSelector() as selector:
         for name, pipe in pipes.items():
             os.set_blocking(pipe.fileno(), False)
-            selector.register(pipe.fileno(), selectors.EVENT_READ, name)
+            selector.register(pipe, selectors.EVENT_READ, name)
         while True:
-            now = time.monotonic()
-            events = selector.select(0 if ended else min(INTERVAL, max(0.0, deadline - now)))
+            events = selector.select(0 if ended else INTERVAL)
             for key, _ in events:
-                chunk = os.read(key.fd, 65536)
+                try:
+                    chunk = os.read(key.fd, 65536)
+                except ConnectionResetError:  # a judge that ended before it read its job
+                    chunk = b""
                 if not chunk:
-                    selector.unregister(key.fd)
+                    selector.unregister(key.fileobj)
                     ended = ended or key.data == "verdict"
                 texts[key.data] += chunk
                 if len(texts[key.data]) > limit:
-                    return texts, "printed more than {output_kb} KiB"
+                    return texts, f"printed more than {limit >> 10} KiB"
             if ended and not events:
                 return texts, ""
+            now = time.monotonic()
             if now >= deadline:
-                return texts, "ran longer than {timeout} s"
+                return texts, f"ran longer than {PATIENCE * timeout} s"
             if now - watched >= INTERVAL:
                 watched = now
-                if _memory(program) > memory:
-                    return texts, "used more than {memory_mb} MiB in all"
+                seconds, used = _usage(program.pid)
+                if seconds > timeout:
+                    return texts, f"used more than {timeout} s of processor time"
+                if used > memory:
+                    return texts, f"used more than {memory >> 20} MiB in all"
 
 
-def _memory(root: int) -> int:
-    """Sum the memory of a process and its descendants: private pages, and the files in memory they hold open."""
-    total, files, waiting = 0, dict[int, int](), [root]
-    while waiting:
-        process = waiting.pop()
+def _usage(root: int) -> tuple[float, int]:
+    """
+    Sum what a process and its descendants use.
+
+    Returns:
+        `tuple[float, int]`: Processor time in seconds, ended children included; bytes of private pages and of files in
+        memory that they hold open.
+    """
+    ticks, total, files = 0, 0, dict[int, int]()
+    for path in _tree(root):
         with contextlib.suppress(OSError, ValueError):
-            path = Path("/proc", str(process))
-            for task in (path / "task").iterdir():
-                waiting += map(int, (task / "children").read_text().split())
+            ticks += sum(map(int, (path / "stat").read_text().rpartition(")")[2].split()[11:15]))
             for line in (path / "status").read_text().splitlines():
                 if line.startswith(("RssAnon:", "RssShmem:", "VmSwap:")):
                     total += int(line.split()[1]) << 10
@@ -393,4 +390,61 @@ def _memory(root: int) -> int:
                 opened = descriptor.stat()
                 if opened.st_nlink == 0:  # memfd, or deleted
                     files[opened.st_ino] = opened.st_blocks << 9
-    return total + sum(files.values())
+    return ticks / os.sysconf("SC_CLK_TCK"), total + sum(files.values())
+
+
+def _tree(root: int) -> Iterator[Path]:
+    """Return the folders in /proc of a process and its descendants, each before its children are looked up."""
+    waiting = [root]
+    while waiting:
+        path = Path("/proc", str(waiting.pop()))
+        yield path
+        with contextlib.suppress(OSError):
+            for task in (path / "task").iterdir():
+                waiting += map(int, (task / "children").read_text().split())
+
+
+def _memory_limit(process: int) -> Path | None:
+    """Move a process and its descendants into a control group; return the file that limits the group's memory."""
+    limit = _memory_groups()
+    if limit is None:
+        return None
+    group = limit.parent / f"svf-sandbox-{process}"
+    with contextlib.suppress(OSError):
+        group.mkdir()
+        for path in _tree(process):
+            with contextlib.suppress(OSError):  # it ended
+                (group / "cgroup.procs").write_text(path.name)
+        return group / limit.name
+    return None
+
+
+def _end(group: Path) -> None:
+    """Kill what is left in a control group, and remove it."""
+    for _ in range(50):
+        with contextlib.suppress(OSError):
+            for process in (group / "cgroup.procs").read_text().split():
+                os.kill(int(process), signal.SIGKILL)
+            group.rmdir()
+            return
+        time.sleep(0.002)
+
+
+@functools.cache
+def _memory_groups() -> Path | None:
+    """Return where this user can make control groups, joined with the name of their limit, if it can anywhere."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            number, controllers, place = line.split(":", 2)
+            limit = Path(f"/sys/fs/cgroup/memory{place}/memory.limit_in_bytes")
+            if number == "0":  # version 2: a group that holds processes can't limit groups of its own, a sibling can
+                limit = Path(f"/sys/fs/cgroup{place}").parent / "memory.max"
+            elif controllers != "memory":
+                continue
+            with contextlib.suppress(OSError):
+                group = Path(tempfile.mkdtemp(prefix="svf-sandbox-", dir=limit.parent))
+                limits = os.access(group / limit.name, os.W_OK)
+                group.rmdir()
+                if limits:
+                    return limit
+    return None

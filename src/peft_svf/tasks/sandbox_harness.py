@@ -5,16 +5,16 @@ The far side of the sandbox: two scripts, one that runs a program and one that j
 `sandbox` starts both as `python -I -S -B -c SOURCE ROLE ...`, so that no file of theirs can be rewritten. They share
 no interpreter. The *program* loads the model's code as a module and serves requests on a pipe: look up names, call,
 read or set an attribute, iterate. The *judge* executes the asserts; a name that they take from the program becomes a
-plain value or a [`Remote`]. Only tagged literals cross the pipe, so the judge compares values and never runs a method
-of the program's objects. Standard library only.
+plain value or a [`Remote`]. What crosses the pipe is an expression of literals, calls of a few constructors and
+handles, which the judge reads without running it: it compares values and never runs a method of the program's objects.
+Standard library only.
 """
 
 import builtins
 import os
-import resource
 import sys
 
-# Each import costs a program's start some milliseconds: `json`, `types` and `typing` are left out.
+# Each import costs a program's start some milliseconds, so `types` and `typing` are left out.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -23,7 +23,6 @@ else:
 ModuleType, BuiltinFunctionType = type(sys), type(len)
 
 FRAME = 32 << 20  # bytes of one message, after which the other side counts as broken
-SMALL = 1 << 53  # integers beyond it travel in hexadecimal, which has no limit of digits
 # Classes whose values cross the pipe, with their modules; a subclass is read as the first of these among its bases.
 PLAIN = {
     **dict.fromkeys(("int", "float", "complex", "str", "bytes", "bytearray", "range"), "builtins"),
@@ -44,85 +43,72 @@ class ProgramError(Exception):
     """The program raised, ended, or returned what isn't a literal."""
 
 
-class Channel:
-    """Messages over two pipes: the length in 8 bytes, then a literal, which the judge reads with `literal_eval`."""
-
-    def __init__(self, source: int, target: int, parse: Any = eval) -> None:
-        self.source, self.target, self.parse = source, target, parse
-
-    def send(self, message: Any) -> None:
-        data = repr(message).encode("utf-8", "surrogatepass")
-        data = len(data).to_bytes(8, "big") + data
-        while data:
-            data = data[os.write(self.target, data) :]
-
-    def receive(self) -> Any:
-        size = int.from_bytes(self._read(8), "big")
-        if size > FRAME:
-            raise ProgramError(f"a value has more than {FRAME >> 20} MiB")
-        try:
-            return self.parse(self._read(size).decode("utf-8", "surrogatepass"))
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            raise ProgramError("the program wrote to the judge's pipe, or a value is nested too deeply") from None
-
-    def _read(self, size: int) -> bytes:
-        parts = []
-        while size:
-            part = os.read(self.source, min(size, 1 << 20))
-            if not part:
-                raise EOFError
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
-
-
-def encode(value: Any, other: Any) -> Any:
-    """Turn a value into a literal with tags; `other` encodes what isn't plain."""
+def write(value: Any, handle: Any) -> str:
+    """Write a value as an expression; `handle` names what isn't plain."""
     if value is None or isinstance(value, bool):
-        return value
+        return repr(value)
     for kind in type(value).__mro__:
         name = kind.__name__
         if name in VIEWS and kind.__module__ == "builtins":
-            return encode(VIEWS[name](value), other)
+            return write(VIEWS[name](value), handle)
         if PLAIN.get(name) == kind.__module__:
             break
     else:
-        return other(value)
-    if name == "str":
-        return str.__str__(value)
-    if name == "range":
-        return [name, [value.start, value.stop, value.step]]
-    value = kind(value)
+        return handle(value)
     if name == "int":
-        return value if -SMALL < value < SMALL else [name, hex(value)]
+        return hex(value)  # has no limit of digits
+    if name == "str":
+        return repr(str.__str__(value))
+    if name == "range":
+        return f"range({value.start}, {value.stop}, {value.step})"
     if name in TEXTS:
-        return [name, str(value)]
+        return f"{name}({str(value)!r})"
     if name in ("bytes", "bytearray"):
-        return [name, value.hex()]
+        return f"{name}({bytes(value)!r})"
     if name in MAPPINGS:
-        return [name, [[encode(key, other), encode(item, other)] for key, item in value.items()]]
-    return [name, [encode(item, other) for item in value]]
+        pairs = ", ".join(f"[{write(key, handle)}, {write(item, handle)}]" for key, item in kind(value).items())
+        return f"{name}(dict([{pairs}]))"
+    return f"{'' if name == 'list' else name}([{', '.join(write(item, handle) for item in kind(value))}])"
 
 
-def decode(message: Any, other: Any) -> Any:
-    """Turn such a literal back into a value; `other` decodes the other tags."""
-    if not isinstance(message, list):
-        return message
-    tag, content = message
-    if tag not in PLAIN:
-        return other(tag, content)
-    kind = getattr(__import__(PLAIN[tag]), tag)
-    if tag == "range":
-        return kind(*content)
-    if tag == "int":
-        return int(content, 16)
-    if tag in TEXTS:
-        return kind(content)
-    if tag in ("bytes", "bytearray"):
-        return kind.fromhex(content)
-    if tag in MAPPINGS:
-        return kind({decode(key, other): decode(item, other) for key, item in content})
-    return kind(decode(item, other) for item in content)
+def read(text: str, handle: Any) -> Any:
+    """Read such an expression, and nothing else; `handle` resolves the names."""
+    import ast
+
+    def value(node: Any) -> Any:
+        if isinstance(node, ast.Constant):
+            return node.value
+        if isinstance(node, ast.UnaryOp):
+            return -value(node.operand)
+        if isinstance(node, ast.List):
+            return [value(item) for item in node.elts]
+        if isinstance(node, ast.Name):
+            return handle(node.id)
+        return getattr(__import__(PLAIN[node.func.id]), node.func.id)(*map(value, node.args))
+
+    return value(ast.parse(text, mode="eval").body)
+
+
+class Channel:
+    """Messages over a socket: the length in 8 bytes, then an expression."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.source, self.target = (os.fdopen(descriptor, mode, closefd=False) for mode in ("rb", "wb"))
+
+    def send(self, text: str) -> None:
+        data = text.encode()
+        self.target.write(len(data).to_bytes(8, "big") + data)
+        self.target.flush()
+
+    def receive(self) -> str:
+        head = self.source.read(8)
+        size = int.from_bytes(head, "big")
+        if size > FRAME:
+            raise ValueError(f"A message has more than {FRAME >> 20} MiB.")
+        data = self.source.read(size)
+        if len(head) < 8 or len(data) < size:
+            raise EOFError
+        return data.decode()
 
 
 # What the judge may request of an object; of a module's names those that exist.
@@ -142,51 +128,55 @@ class Program:
         self.channel, self.objects, self.numbers = channel, list[Any](), dict[int, int]()
 
     def run(self) -> None:
-        job = self.channel.receive()
-        module = ModuleType("solution" if job["serve"] else "__main__")
+        limits, code, serve = self.receive()
+        limit(limits)
+        module = ModuleType("solution" if serve else "__main__")
         sys.modules[module.__name__] = module  # before it runs, as pickling and dataclasses look it up
         space = module.__dict__
         space.update(exit=sys.exit, quit=sys.exit)  # `-S` leaves out the module that defines them
         self.objects.append(space)
-        self.reply(lambda code: exec(compile(code, "<code>", "exec"), space), job["code"])
+        self.reply(lambda code: exec(compile(code, "<code>", "exec"), space), code)
         while True:
-            operation, target, arguments, keywords = self.channel.receive()
-            arguments, keywords = self.decoded(arguments), self.decoded(keywords)
-            self.reply(OPERATIONS[operation], self.objects[target], arguments, keywords)
+            operation, subject, arguments, keywords = self.receive()
+            self.reply(OPERATIONS[operation], subject, arguments, keywords)
+
+    def receive(self) -> Any:
+        return eval(self.channel.receive(), {}, self)  # type: ignore[arg-type]
+
+    def __getitem__(self, name: str) -> Any:
+        """Resolve a name of an expression; `KeyError` leaves it to the builtins."""
+        if name.startswith("object_"):
+            return self.objects[int(name[7:])]
+        return getattr(__import__(PLAIN[name]), name)
 
     def reply(self, action: Any, subject: Any, arguments: Any = (), keywords: Any = None) -> None:
         """Send the result of an action, and its arguments if it changed them: the judge has copies."""
-        before = self.encoded(arguments)
+        before = write(arguments, self.handle)
         try:
-            message = {"value": self.encoded(action(subject, *arguments, **(keywords or {})))}
-            if (after := self.encoded(arguments)) != before:
-                message["arguments"] = after
+            message = {"value": action(subject, *arguments, **(keywords or {}))}
+            if write(arguments, self.handle) != before:
+                message["arguments"] = arguments
+            text = write(message, self.handle)
         except SystemExit as error:
-            message = {"error": ["SystemExit", f"left by exit({error.code!r})"], "code": error.code in (0, None)}
+            text = write(
+                {"error": ["SystemExit", f"left by exit({error.code!r})"], "ended": error.code in (0, None)}, repr
+            )
         except BaseException as error:
             import traceback
 
             traceback.print_exc()
-            message = {"error": [type(error).__name__, _text(error)]}
+            text = write({"error": [type(error).__name__, _text(error)]}, repr)
         sys.stdout.flush()
         sys.stderr.flush()
-        self.channel.send(message)
+        self.channel.send(text)
 
-    def encoded(self, value: Any) -> Any:
-        return encode(value, self._handle)
-
-    def decoded(self, message: Any) -> Any:
-        return decode(
-            message, lambda tag, content: getattr(builtins, content) if tag == "builtin" else self.objects[content]
-        )
-
-    def _handle(self, value: Any) -> Any:
-        if isinstance(value, ModuleType):
-            return ["module", value.__name__]
+    def handle(self, value: Any) -> str:
+        if isinstance(value, ModuleType) and value.__name__ in SHARED:
+            return f"module_{value.__name__}"
         if id(value) not in self.numbers:
             self.numbers[id(value)] = len(self.objects)
             self.objects.append(value)
-        return ["object", self.numbers[id(value)]]
+        return f"object_{self.numbers[id(value)]}"
 
 
 class Remote:
@@ -197,18 +187,18 @@ class Remote:
         object.__setattr__(self, "_number", number)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        return self._judge.request("call", self._number, arguments, keywords)
+        return self._judge.request("call", self, arguments, keywords)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return self._judge.request("get", self._number, (name,))
+        return self._judge.request("get", self, (name,))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._judge.request("set", self._number, (name, value))
+        self._judge.request("set", self, (name, value))
 
     def __iter__(self) -> Any:
-        return iter(self._judge.request("iterate", self._number))
+        return iter(self._judge.request("iterate", self))
 
     def __eq__(self, other: object) -> bool:
         raise ProgramError("an object of the program's own class was compared")
@@ -227,14 +217,13 @@ class Judge:
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
 
-    def verdict(self, code: str, asserts: list[str]) -> tuple[bool, str]:
+    def verdict(self, limits: dict[str, int], code: str, asserts: list[str]) -> tuple[bool, str]:
         """Return whether the program ran to its end and all asserts passed, and the reason if not."""
-        self.channel.send({"code": code, "serve": bool(asserts)})
         try:
-            message = self.channel.receive()
+            message = self.exchange([limits, code, bool(asserts)])
             if "error" in message:
                 # if asserts follow, an exit isn't a way to success
-                return not asserts and message.get("code") is True, _reason(*message["error"])
+                return not asserts and message.get("ended") is True, _reason(*message["error"])
             space = self.names(asserts)
         except Exception as error:
             return False, _reason(type(error).__name__, _text(error))
@@ -254,50 +243,47 @@ class Judge:
         used = {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
         used = {name for name in used if not name.startswith("__")}
         for names in (used - vars(builtins).keys(), used & vars(builtins).keys()):
-            space = self.request("names", 0, sorted(names))
+            space = self.request("names", Remote(self, 0), sorted(names))
             if not isinstance(space, dict) or not space.keys() <= names:
                 raise ProgramError("the program's names are damaged")
             if any(isinstance(value, Remote) for value in space.values()):
                 break
         return {"__name__": "asserts", **space}
 
-    def request(self, operation: str, target: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        encoded = encode(list(arguments), self._outgoing), encode(keywords or {}, self._outgoing)
-        try:
-            self.channel.send([operation, target, *encoded])
-            message = self.channel.receive()
-            if "error" in message:
-                raise _error(*message["error"])
-            if "arguments" in message:
-                for old, new in zip(arguments, decode(message["arguments"], self._incoming), strict=True):
-                    _replace(old, new)
-            return decode(message["value"], self._incoming)
-        except (EOFError, OSError) as error:
-            raise ProgramError("the program ended") from error
-        except RecursionError as error:
-            raise ProgramError("a value is nested too deeply") from error
+    def request(self, operation: str, subject: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        message = self.exchange([operation, subject, list(arguments), keywords or {}])
+        if "error" in message:
+            raise _error(*message["error"])
+        for old, new in zip(arguments, message.get("arguments", ()), strict=False):
+            if hasattr(type(old), "clear"):  # a look at the class: [`Remote`] would send the name to the program
+                old.clear()
+                (old.extend if hasattr(old, "extend") else old.update)(new)
+        return message["value"]
 
-    def _outgoing(self, value: Any) -> Any:
+    def exchange(self, message: Any) -> Any:
+        """Send a message to the program and return its answer, a mapping of plain values and [`Remote`]s."""
+        text = write(message, self.name)
+        try:
+            self.channel.send(text)
+            return read(self.channel.receive(), self.value)
+        except (EOFError, OSError):
+            raise EOFError from None
+        except Exception:
+            raise ProgramError(
+                "a value is too large or nested too deeply, or the program wrote to this pipe"
+            ) from None
+
+    def name(self, value: Any) -> str:
         if isinstance(value, Remote):
-            return ["object", value._number]
+            return f"object_{value._number}"
         name = getattr(value, "__name__", "")
         if isinstance(value, (type, BuiltinFunctionType)) and vars(builtins).get(name) is value:
-            return ["builtin", name]
+            return name
         raise TypeError(f"an assert passes {type(value).__name__}, which isn't a literal, to the program")
 
-    def _incoming(self, tag: str, content: Any) -> Any:
-        if tag == "module" and content in SHARED:
-            return __import__(content)
-        if tag == "object" and isinstance(content, int):
-            return Remote(self, content)
-        raise ProgramError(f"the program returned {tag} {content!r:.40}, which isn't a literal")
-
-
-def _replace(old: Any, new: Any) -> None:
-    """Change a mutable argument to what the program made of it."""
-    if hasattr(type(old), "clear"):  # a look at the class: [`Remote`] would send the name to the program
-        old.clear()
-        (old.extend if hasattr(old, "extend") else old.update)(new)
+    def value(self, name: str) -> Any:
+        kind, _, key = name.partition("_")
+        return __import__(key) if kind == "module" and key in SHARED else Remote(self, int(key))
 
 
 def _error(name: str, text: str) -> Exception:
@@ -327,6 +313,8 @@ def _text(error: BaseException) -> str:
 
 def limit(limits: dict[str, int]) -> None:
     """Set the limits of this process and its children; one that the system lacks is passed over."""
+    import resource
+
     for name, value in limits.items():
         try:
             resource.setrlimit(getattr(resource, name), (value, value))
@@ -335,39 +323,48 @@ def limit(limits: dict[str, int]) -> None:
 
 
 def serve_judges(control: int) -> None:
-    """Fork a judge for each job: the control socket brings its three pipes, and the last pipe brings the asserts."""
+    """Fork a judge for each job: the control socket brings its two: to the program, and back with the verdict."""
+    import ast  # noqa: F401 - before the fork, as each judge needs it
     import json
     import signal
     import socket
-    from ast import literal_eval
 
+    try:  # a program of the same user can neither trace this process nor open its memory or its pipes
+        import ctypes
+
+        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
+    except (ImportError, OSError, AttributeError):
+        pass  # `ctypes` is hidden in namespaces, which close that off already
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # reaps the judges
     with socket.socket(fileno=control) as source:
         while True:
-            _, descriptors, _, _ = socket.recv_fds(source, 1, 3)
+            _, descriptors, _, _ = socket.recv_fds(source, 1, 2)
             if not descriptors:
                 os._exit(0)  # the other side is gone
             if os.fork() == 0:
                 break
             for descriptor in descriptors:
                 os.close(descriptor)
-    job = Channel(descriptors[2], descriptors[2], json.loads).receive()
+    job = json.loads(Channel(descriptors[1]).receive())
     limit(job["limits"])
-    signal.alarm(job["seconds"])  # an assert may loop
-    verdict = Judge(Channel(descriptors[0], descriptors[1], literal_eval)).verdict(job["code"], job["asserts"])
-    os.write(descriptors[2], json.dumps(verdict).encode())
+    signal.alarm(job.pop("seconds"))  # an assert may wait
+    verdict = Judge(Channel(descriptors[0])).verdict(**job)
+    os.write(descriptors[1], json.dumps(verdict).encode())
     os._exit(0)
 
 
 def main() -> None:
-    """Play the role that the arguments name: `judge SOCKET`, or `program LIMITS IN OUT`."""
-    role, *arguments = sys.argv[1:]
+    """Play the role that the arguments name, as another user if they name one: `ROLE USER SOCKET`."""
+    role, user, descriptor = sys.argv[1:]
+    if user:
+        os.setgroups([])
+        os.setgid(int(user))
+        os.setuid(int(user))
     os.chdir(os.environ["TMPDIR"])
     if role == "judge":
-        serve_judges(int(arguments[0]))
-    limit(eval(arguments[0]))
+        serve_judges(int(descriptor))
     try:
-        Program(Channel(int(arguments[1]), int(arguments[2]))).run()
+        Program(Channel(int(descriptor))).run()
     except (EOFError, OSError):
         os._exit(0)  # the judge is done
 

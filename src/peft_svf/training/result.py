@@ -61,6 +61,7 @@ def write_expert(
     """
     folder, model, state = Path(folder), trainer.model, trainer.state
     model.save_pretrained(folder, save_embedding_layers=False)
+    trainer.save_key(folder)
     expert = evaluate(model, trainer.processing_class, test, task=task, **options)
     with model.disable_adapter():
         base = evaluate(model, trainer.processing_class, test, task=task, **options)

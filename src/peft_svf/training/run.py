@@ -13,6 +13,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from ..evaluation import context_of
-from ..files import read_json
+from ..experts.key import KEY_NAME, make_key
+from ..files import read_json, write
 from ..rows import has_image, prompt_ids, tokenizer_of
 from ..tuner.config import SVFConfig
 from ..tuner.fingerprint import Recorded
@@ -46,6 +48,7 @@ from ..tuner.targets import block_of
 logger = logging.getLogger(__name__)
 
 CHECKED_ROWS = 20_000  # rows of the data that are read before training
+KEY_ROWS = 256  # rows of the data from which a routing key is drawn
 HUGE = 1e15  # the square of a reward, and a sum of many, has to fit float32
 SHOWN = {
     "eval_reward": "validation reward",
@@ -251,6 +254,7 @@ class Run:
     accelerator: Any
     epochs_done = 0  # before the checkpoint that is resumed from
     dead_reason: str | None = None  # why the latest rollout teaches nothing
+    routing = True  # an expert is saved with a routing key
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
@@ -286,6 +290,27 @@ class Run:
             saved = SVFConfig.from_pretrained(str(checkpoint))
             self.model.base_model.check_fingerprint(name, saved)
             config.fingerprint = Recorded(saved.fingerprint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter as transformers does, and beside it, unless it is a checkpoint, a routing key."""
+        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        if not _internal_call:
+            self.save_key(output_dir or self.args.output_dir)
+
+    def save_key(self, folder: str | PathLike[str]) -> None:
+        """Write a routing key of some training prompts, if `routing` is on and one process has the whole model."""
+        trainer: Any = self
+        if not self.routing or not trainer.args.should_save:
+            return
+        try:
+            if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+                raise ValueError("the model is sharded")
+            prompts = [row["prompt"] for row in islice(trainer.train_dataset, KEY_ROWS)]
+            key = make_key(self.model, trainer.processing_class, prompts, seed=trainer.args.seed)
+        except (ValueError, KeyError) as error:
+            logger.warning(f"The expert gets no routing key ({error}); peft-svf key makes one later.")
+            return
+        write(Path(folder) / KEY_NAME, key.to_bytes())
 
     def _load_finished(self, checkpoint: Path) -> TrainOutput:
         """Load state and adapter of a run that has no steps left (private names of transformers 5.23.0)."""

@@ -41,9 +41,10 @@ class SVFConfig(PeftConfig):
             Move only the `rank` largest singular values of each weight and keep the others as they are.
         basis_dtype (`str`):
             `"auto"` follows the base: `"bfloat16"` on a bfloat16 base, for half the memory and faster products, else
-            `"float32"` (also with `save_basis`). Rounding the directions loses about .2 % of a learned change; z = 1
-            stays the base model to the bit. The gradients of the smallest 5 % of singular values are then a third
-            off (case B8 of benchmarks/speed.py). The first adapter of a model decides.
+            `"float32"` (also with `save_basis`, and on CPUs without instructions for bfloat16, where it is four times
+            as fast). Rounding the directions loses about .2 % of a learned change; z = 1 stays the base model to the
+            bit. The gradients of the smallest 5 % of singular values are then a third off (case B8 of
+            benchmarks/speed.py). The first adapter of a model decides.
         plan (`str`):
             How the layers compute. `"auto"` decides for each forward: on a merged copy of the weight in inference and
             in training steps of enough tokens, by two thin products beside the base layer otherwise, through the two

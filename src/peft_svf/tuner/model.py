@@ -6,6 +6,7 @@ Private names of PEFT were read in 0.21.2.
 """
 
 import logging
+import weakref
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from . import loading
 from .config import SVFConfig
-from .layer import BASE, Execution, Linear, SVFLayer, active_rows, svf_layers
+from .layer import BASE, TEXTS, Execution, Linear, SVFLayer, active_rows, batch_of, svf_layers
 from .plans import PLANS, Plan
 from .stacked import ParamWrapper
 from .targets import DEFAULT_TARGETS, adaptable, batch_first, default_targets, reads_weight
@@ -58,6 +59,7 @@ class SVFModel(BaseTuner):
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self.__dict__["execution"] = Execution()
         self._defers = not isinstance(peft_config, SVFConfig)  # transformers does not hand a file's tensors over
+        self._first = ExitStack()  # holds the first forward's context while it runs
         self._brought: dict[str, tuple[str, str]] = {}  # weight -> adapter and digest of a basis that only it may use
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
@@ -82,12 +84,21 @@ class SVFModel(BaseTuner):
                 self._unfilled |= {adapter_name}
                 self._unchecked |= {adapter_name}
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            layers = [layer for layer in svf_layers(model).values() if adapter_name in layer.svf_offset]
+            if config.rank is not None and config.rank > (most := max(layer.directions for layer in layers)):
+                logger.warning(
+                    f"rank={config.rank} is beyond the {most} singular values of any weight: all are moved."
+                )
+                config.rank = None
             if loading.from_file(config) and config.save_basis and self._defers:
                 self._waiting = True  # until `_remap_adapter_state_dict_for_load` has read the basis in the file
             else:
                 self.fetch_bases()
-            if loading.from_file(config) and not self._defers:
-                loading.guard_loading(self, model, adapter_name, config)
+            if not self._defers:  # transformers calls the model itself, so its first forward is watched
+                end = model.register_forward_hook(self._end_of_first, always_call=True)
+                self._watching = model.register_forward_pre_hook(self._begin_first), end
+                if loading.from_file(config):
+                    loading.guard_loading(self, model, adapter_name, config)
         except BaseException:
             self._unfilled -= {adapter_name}
             self._unchecked -= {adapter_name}
@@ -153,10 +164,18 @@ class SVFModel(BaseTuner):
         execution = self.execution
         execution.plan, execution.forwards, execution.room, execution.announced = plan, forwards_per_step, room, set()
         execution.batch_first = batch_first(self.model)
+        self._link()
         for layer in layers.values():
             layer.execution = execution
             layer.svf_merged = layer.svf_factored = None
             layer._known = (layer.base_weight,)
+
+    def _link(self) -> None:
+        self.execution.entries = tuple(weakref.ref(module) for module in _entries(self.model))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        self._link()
 
     def svf_memory(self) -> dict[str, dict[str, int]]:
         """
@@ -304,7 +323,8 @@ class SVFModel(BaseTuner):
             self.fetch_bases()
         with ExitStack() as stack:
             if not torch.compiler.is_compiling():
-                stack.enter_context(self._calling())
+                texts = {name: kwargs.get(name) for name in TEXTS}
+                stack.enter_context(self._calling(batch_of(args, texts)))
             if names is not None:
                 self._check_names(names, args, kwargs)
                 layers = svf_layers(self.model)
@@ -318,10 +338,6 @@ class SVFModel(BaseTuner):
                         repeated = list(names) if "encoder" in name else [n for n in names for _ in range(beams)]
                         hook = partial(_pass_names, names=repeated)
                         stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
-            if any(rows.mixed for rows in self.execution.rows.values()):
-                for entry in _entries(self.model):
-                    note = partial(_note_batch, execution=self.execution)
-                    stack.enter_context(entry.register_forward_pre_hook(note, with_kwargs=True))
             yield
 
     def _check_names(self, names: list[str], args: Any, kwargs: dict[str, Any]) -> None:
@@ -336,15 +352,23 @@ class SVFModel(BaseTuner):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        batch = _batch_of(args, kwargs)
+        batch = batch_of(args, kwargs)
         if batch is not None and len(names) != batch[0]:
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, "
                 f"but got {len(names)} and {batch[0]} respectively."
             )
 
+    def _begin_first(self, *_: Any) -> None:
+        self._first.enter_context(self._calling(None))
+
+    def _end_of_first(self, *_: Any) -> None:
+        for handle in self._watching:
+            handle.remove()
+        self._first.close()
+
     @contextmanager
-    def _calling(self) -> Iterator[None]:
+    def _calling(self, batch: tuple[int, int | None] | None) -> Iterator[None]:
         """
         Let the layers use what one call of the `PeftModel` knows for all of its forwards.
 
@@ -354,18 +378,19 @@ class SVFModel(BaseTuner):
         Raises:
             `ValueError`: after the call, if a parent has read the weight of an adapted layer that it didn't run.
         """
-        execution, before = self.execution, (self.execution.generating, self.execution.trusted, self.execution.call)
+        execution = self.execution
+        before = execution.generating, execution.trusted, execution.call, execution.called
         kept = [layer for layer in svf_layers(self.model).values() if layer.svf_merged is not None]
         same = bool(kept) and not execution.rows and _waits(kept[0].svf_merged.offset.device) and _unchanged(kept)  # type: ignore[union-attr]
         self._calls = self._calls + 1
         execution.generating, execution.trusted, execution.call = not torch.is_grad_enabled(), same, self._calls
+        execution.called = None if batch is None else batch[0]
         try:
             yield
             passed_by = [layer for layer in execution.read if layer._ran < execution.call and layer.moves]
         finally:
             execution.read.clear()
-            execution.generating, execution.trusted, execution.call = before
-            execution.batch = None
+            execution.generating, execution.trusted, execution.call, execution.called = before
         if passed_by:
             names = [name for name, layer in svf_layers(self.model).items() if layer in passed_by]
             raise ValueError(
@@ -397,22 +422,6 @@ def _room(layers: list[SVFLayer]) -> bool:
         needed[weight.device] += weight.numel() * weight.element_size()
     free = {"cuda": lambda device: torch.cuda.mem_get_info(device)[0], "cpu": lambda _: virtual_memory().available}
     return all(2 * count <= free[device.type](device) for device, count in needed.items() if device.type in free)
-
-
-def _batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int | None] | None:
-    """Rows and, if there are any, tokens of what a model is called with."""
-    texts = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
-    inputs = [*(kwargs.get(name) for name in texts), *args]
-    inputs += [value for name, value in kwargs.items() if "position" not in name]  # these may be one row
-    batch = next((value for value in inputs if isinstance(value, Tensor) and value.dim()), None)
-    if batch is None:
-        return None
-    tokens = batch.shape[1] if batch.dim() == (3 if batch.is_floating_point() else 2) else None
-    return batch.shape[0], tokens
-
-
-def _note_batch(module: nn.Module, args: Any, kwargs: dict[str, Any], execution: Execution) -> None:
-    execution.batch = _batch_of(args, kwargs) or execution.batch
 
 
 def _entries(model: nn.Module) -> list[nn.Module]:

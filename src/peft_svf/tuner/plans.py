@@ -16,6 +16,7 @@ one, for plain weights. z = 1 is the base model to the bit in the first two; in 
 `W Q Q^T` out, it is the base up to rounding.
 """
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from weakref import WeakSet
@@ -118,6 +119,19 @@ class _Graph:
     """Lives as long as the autograd graph of one forward."""
 
 
+@functools.cache
+def emulates(dtype: torch.dtype) -> bool:
+    """Whether this CPU has no instructions for products in a 16-bit dtype, which then take four times float32's."""
+    names = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16", "fp16")}
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11
+    return dtype in names and not any(capabilities.get(name) for name in names[dtype])
+
+
+def fast(tensor: Tensor) -> Tensor:
+    """Upcast a 16-bit factor on a CPU that would emulate its products."""
+    return tensor.float() if tensor.device.type == "cpu" and emulates(tensor.dtype) else tensor
+
+
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was written to, as far as it counts: those made in `torch.inference_mode` do not."""
     return 0 if tensor.is_inference() else tensor._version
@@ -136,8 +150,9 @@ def fold(
     """
     Build `W'` for one z, into the memory of an old one if nothing needs that any more.
 
-    The change is computed in the dtype of the weight, accumulated in float32, and added before the one rounding: on
-    SmolLM2's MLP weights in bfloat16 as far from float64 as rounding alone. `d = 0` gives the weight to the bit.
+    The change is computed in the dtype of the weight (see [`fast`]), accumulated in float32, and added before the one
+    rounding: on SmolLM2's MLP weights in bfloat16 as far from float64 as rounding alone. `d = 0` gives the weight to
+    the bit.
 
     Args:
         weight (`torch.Tensor` of shape `(out, in)`):
@@ -162,20 +177,18 @@ def fold(
         reuse = old is not None and not old.pending and old.weight.shape == weight.shape
         reuse = reuse and old.weight.dtype == weight.dtype and old.weight.device == weight.device  # type: ignore[union-attr]
         out = old.weight if reuse else torch.empty_like(weight)  # type: ignore[union-attr]  # keeps the strides
-        r, k = Q.shape
+        wide, Q_, (r, k) = fast(weight), fast(Q), Q.shape
         if 2 * k * max(weight.shape) < r * (k + max(weight.shape)):  # fewer flops than through the r x r matrix
-            Q_ = Q.to(weight.dtype)
-            scaled = (Q_ * offset).to(weight.dtype)
-            if side == "in":
-                torch.addmm(weight, weight @ Q_, scaled.mT, out=out)
-            else:
-                torch.addmm(weight, scaled, Q_.mT @ weight, out=out)
+            Q_ = Q_.to(wide.dtype)
+            scaled = (Q_ * offset).to(wide.dtype)
+            left, right = (wide @ Q_, scaled.mT) if side == "in" else (scaled, Q_.mT @ wide)
         else:
-            D = ((Q * offset).to(Q.dtype) @ Q.mT).to(weight.dtype)  # (r, r)
-            if side == "in":
-                torch.addmm(weight, weight, D, out=out)
-            else:
-                torch.addmm(weight, D, weight, out=out)
+            D = ((Q_ * offset).to(Q_.dtype) @ Q_.mT).to(wide.dtype)  # (r, r)
+            left, right = (wide, D) if side == "in" else (D, wide)
+        if wide is weight:
+            torch.addmm(weight, left, right, out=out)
+        else:
+            out.copy_(torch.addmm(wide, left, right))
         thin = None
         if tail is not None:
             # W q_i from unrounded q_i: else larger directions leak into it
@@ -184,7 +197,7 @@ def fold(
 
 
 def factor(weight: Tensor, side: str, Q: Tensor) -> Tensor:
-    """The other factor of a weight: `W Q (out, r)` on side "in", `Q^T W (r, in)` on side "out", in its dtype."""
+    """Multiply out the other factor: `W Q (out, r)` on side "in", `Q^T W (r, in)` on side "out", in W's dtype."""
     wide = weight.to(torch.promote_types(weight.dtype, Q.dtype))
     return (wide @ Q.to(wide.dtype) if side == "in" else Q.to(wide.dtype).mT @ wide).to(weight.dtype)
 
@@ -211,8 +224,9 @@ class Factored:
 
 
 def split(weight: Tensor, bias: Tensor | None, side: str, Q: Tensor, key: tuple[Any, ...] = ()) -> Factored:
-    """Split a weight `(out, in)` by its whole basis `(r, r)` into two factors, both in its dtype."""
+    """Split a weight `(out, in)` by its whole basis `(r, r)` into two factors, both in its dtype; see [`fast`]."""
     with torch.inference_mode(False), torch.no_grad():
+        weight, bias = fast(weight), bias if bias is None else fast(bias)
         B, Q = factor(weight, side, Q), Q.to(weight.dtype)
         first, second = (Q.mT, B) if side == "in" else (B, Q)
         if first.device.type == "cpu" and len(first) >= TRANSPOSED_IS_SLOW:
@@ -227,8 +241,8 @@ def factored_linear(x: Tensor, factored: Factored, scale: Tensor) -> Tensor:
     `scale` is z, broadcastable to `(..., r)`, in float32: near 1 half precision has too few digits for it. Gradients
     flow to it and to `x`.
     """
-    h = F.linear(x, factored.first)  # (..., r)
-    return F.linear((h * scale).to(h.dtype), factored.second, factored.bias)
+    h = F.linear(x.to(factored.first.dtype), factored.first)  # (..., r)
+    return F.linear((h * scale).to(h.dtype), factored.second, factored.bias).to(x.dtype)
 
 
 def merged_linear(x: Tensor, offset: Tensor, merged: Merged) -> Tensor:
@@ -273,7 +287,7 @@ class _MergedLinear(torch.autograd.Function):
         with torch.autocast(g.device.type, enabled=False):
             wanted = ctx.needs_input_grad
             need_dx = wanted[0] or (wanted[1] and merged.side == "in")
-            dx = g @ merged.weight if need_dx else None  # (..., in)
+            dx = (fast(g) @ fast(merged.weight)).to(g.dtype) if need_dx else None  # (..., in)
             dz = None
             if wanted[1]:
                 offset, saved = ctx.saved_tensors
@@ -323,6 +337,7 @@ def diagonal(a: Tensor, b: Tensor, Q: Tensor) -> Tensor:
         `torch.Tensor` of shape `(k,)` in float32, or float64.
     """
     (T, r), k = a.shape, Q.shape[1]
+    a, b = fast(a), fast(b)
     if 2 * T * r * r + 2 * r * r * k >= 4 * T * r * k:
         Q = Q.to(a.dtype)
         return _column_sums(a @ Q, b @ Q)
@@ -330,7 +345,7 @@ def diagonal(a: Tensor, b: Tensor, Q: Tensor) -> Tensor:
         a, b = a.float(), b.float()
     K = a.mT @ b  # (r, r), accumulated in float32
     wide = torch.promote_types(K.dtype, Q.dtype)
-    return _column_sums(K.mT.to(wide) @ Q.to(wide), Q)
+    return _column_sums(K.to(wide) @ Q.to(wide), Q)
 
 
 def _column_sums(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`export`: an expert or a mixture -> a merged checkpoint, a LoRA or a GGUF file for other engines."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from . import options
+from .console import new_path, show_table
+from .options import option
+from .sources import load_model, named_sources, read_mixture
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes in vLLM 0.29 to 0.32
+
+
+def export(
+    experts: Annotated[
+        list[str], typer.Argument(help="Folder or Hub repository; NAME=EXPERT renames.", metavar="EXPERT...")
+    ],
+    to: Annotated[Literal["merged", "lora", "gguf"], option("Checkpoint, LoRA, or file for llama.cpp.")],
+    out: Annotated[Path, option("New folder; for gguf a new file.")],
+    mixture: options.Mixture = None,
+    model: options.Model = None,
+    revision: options.Revision = None,
+    dtype: options.Dtype = "auto",
+    rank: Annotated[int | None, option("Directions of each weight. Default: all, exact.", panel="LoRA", min=1)] = None,
+    energy: Annotated[float | None, option("Or the share of the squared change to keep.", panel="LoRA")] = None,
+    force: Annotated[bool, option("Write a LoRA that leaves out over 5 %.", "--force", panel="LoRA")] = False,
+    type: Annotated[Literal["f16", "f32", "q8_0"], option("Of the weights.", panel="GGUF")] = "f16",
+) -> None:
+    """
+    Write an expert, or a mixture of several, in a form that vLLM, SGLang and llama.cpp serve.
+
+    The base is loaded once, on the CPU.
+    """
+    import torch
+
+    from ..experts.export import export_lora, export_merged
+    from ..experts.gguf import export_gguf
+    from ..experts.library import loaded
+    from ..two_pass import base_of
+
+    if rank is not None and energy is not None:
+        raise typer.BadParameter("--rank and --energy exclude each other.")
+    new_path(out)
+    named: Any = loaded(named_sources(experts))
+    if len(named) > 1 and not mixture:
+        raise typer.BadParameter("Several experts are exported as a mixture: give each a weight by --mixture.")
+    expert = read_mixture(mixture).expert(named) if mixture else next(iter(named.values()))
+    name, base_revision = (model, None) if model else base_of([expert])
+    base, reader = load_model(name, revision or base_revision, dtype, device=torch.device("cpu"))
+    if to == "lora":
+        report = export_lora(expert, base, out, energy if rank is None else rank, force)
+        lines = [[kind, str(of["rank"]), f"{of['error']:.2%}"] for kind, of in report.items()]
+        show_table(["kind", "rank", "left out"], lines)
+        largest = max(of["rank"] for of in report.values())
+        allowed = next((limit for limit in VLLM_RANKS if limit >= largest), None)
+        print(
+            f"vLLM: --enable-lora --max-lora-rank {allowed}" if allowed else "vLLM serves ranks up to 512: too large."
+        )
+    elif to == "merged":
+        export_merged(expert, base, out, reader)
+    else:
+        export_gguf(expert, base, out, reader, type)
+    print(f"Wrote {out}")

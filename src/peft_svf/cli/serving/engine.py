@@ -1,0 +1,461 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Requests, each with a mixture -> tokens, by transformers' continuous batching with a z-vector per request.
+
+Internals of transformers' serving and of its continuous batching are used here and in `app`, read in 5.23.0; a test
+lists them.
+"""
+
+import asyncio
+import copy
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
+from transformers.cli.serving.utils import (
+    BaseGenerateManager,
+    CBStreamer,
+    CBWorkerDeadError,
+    GenerateManager,
+    _StreamError,
+)
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessor,
+    ContinuousBatchingLogitsProcessorList,
+)
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+from transformers.generation.continuous_batching.requests import RequestStatus
+
+from ...evaluation import context_of
+from ...experts.expert import Mixture
+from ...rows import Prompt
+from ...tuner.layer import SVFLayer, active_rows
+from ...two_pass import Transformer2Model
+
+PAGE = 256  # tokens of a block of the cache, transformers' default
+KEPT = 256  # mixtures whose offsets are kept
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What the batch may hold; `cache_tokens` of keys and values are allocated at the start."""
+
+    cache_tokens: int = 16384
+    batch_tokens: int = 512
+    concurrent: int = 32
+    new_tokens: int = 1024
+
+
+@dataclass(eq=False)
+class Request:
+    """A request on its way, shared by gate, app and engine."""
+
+    mixture: Mixture = field(default_factory=Mixture)
+    offsets: dict[str, Tensor] = field(default_factory=dict)
+    model: str = ""
+    max_new_tokens: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    first: float | None = None  # time of the first token
+    cancel: Callable[[], None] = field(default=lambda: None)
+
+
+REQUEST: ContextVar[Request] = ContextVar("request")
+
+
+@dataclass(eq=False)
+class Job:
+    """What transformers keeps with a request of the batch, and hands back in each step."""
+
+    offsets: dict[str, Tensor]
+    processors: LogitsProcessorList
+    sample: bool
+    generator: torch.Generator
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Job":
+        return self  # transformers copies it when a request gives up its cache and starts again
+
+
+class _Sampler(ContinuousBatchingLogitsProcessor):
+    """Gives each request its own generation config: transformers knows one for the whole batch, here a greedy one."""
+
+    supported_kwargs = {"job": Job}
+    ignored_kwargs = ()
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: Sequence[Any]) -> Tensor:
+        self.states = [request.state for request in requests_with_new_token]
+        return torch.zeros(len(self.states), dtype=torch.int32)
+
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+        for row, state in enumerate(self.states):
+            job: Job = state.logit_processor_kwargs["job"]
+            if job.processors:
+                ids = torch.tensor([state.initial_tokens + state.generated_tokens], device=scores.device)
+                scores[row] = job.processors(ids, scores[row, None])[0]
+            if job.sample:  # the largest of scores with Gumbel noise is a draw from their softmax
+                noise = torch.empty(scores.shape[1]).exponential_(generator=job.generator)
+                scores[row] -= noise.log().to(scores.device)
+        return scores
+
+
+class _Batch(ContinuousBatchingManager):
+    """Runs each step of the batch under the mixtures of its requests."""
+
+    def __init__(self, model: Any, capacity: Capacity, step: Callable[[Any], Any]) -> None:
+        config = copy.deepcopy(model.generation_config)
+        config.do_sample = False
+        settings = ContinuousBatchingConfig(
+            page_size=PAGE,
+            num_blocks=-(-capacity.cache_tokens // PAGE),
+            max_batch_tokens=capacity.batch_tokens,
+            max_requests_per_batch=capacity.concurrent,
+            allow_block_sharing=False,  # keys and values of one mixture are wrong for another
+            use_async_batching=False,  # prepares the next batch while this one runs, with one table of mixtures
+            use_cuda_graph=False,  # would replay the mixtures of the step that was captured
+            auto_switch_to_flash=model.dtype != torch.float32,
+        )
+        super().__init__(model, config, settings)
+        self.step = step
+        self.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_Sampler()]))
+        self.logit_processor.tensors_required = 1
+        # Outputs that nobody waits for, because a client has left, would pile up.
+        self.output_router.output_queue = SimpleNamespace(put=lambda output: None)
+        self.batch_processor = self._create_batch_processor()  # here, so that a cache too large fails at once
+
+    def _generation_step(self) -> None:
+        with self.step(self.batch_processor.inputs_and_outputs.requests_in_batch):
+            super()._generation_step()
+
+    def forget(self, request_id: str) -> None:
+        """Cancel a request: its slot is free in the next step."""
+        self.cancel_request(request_id)
+        self.output_router.result_handlers.pop(request_id, None)
+
+
+class Stops(asyncio.Queue[Any]):
+    """Text up to the first stop string; text that may be the beginning of one waits for more."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        super().__init__()
+        self.stops, self.waits, self.stopped = stops, "", False
+
+    def put_nowait(self, item: Any) -> None:
+        if type(item) is str:  # reasoning is a subclass
+            text = "" if self.stopped else self.waits + item
+            text, self.stopped = cut(text, self.stops) if text else ("", self.stopped)
+            parts = (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+            keep = len(text) - (0 if self.stopped else max(parts, default=0))
+            item, self.waits = text[:keep], text[keep:]
+            if not item:
+                return
+        elif self.waits:
+            super().put_nowait(self.waits)
+            self.waits = ""
+        super().put_nowait(item)
+
+
+def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """Cut a text at its first stop string; return it, and whether there was one."""
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return (text[: min(places)], True) if places else (text, False)
+
+
+class Engine(BaseGenerateManager):
+    """
+    Generates for the handlers of transformers' server, which see it as their one generation manager.
+
+    Text models run in a continuous batch, models that see images one request at a time. Everything else that runs the
+    model or changes its experts (first passes, `add`, `remove`) happens between two steps of the batch.
+
+    Args:
+        model ([`Transformer2Model`]): Base model with experts.
+        capacity ([`Capacity`]): Limits of the batch.
+
+    Raises:
+        `ValueError`: if experts move weights that can't differ within a packed batch.
+    """
+
+    def __init__(self, model: Transformer2Model, capacity: Capacity = Capacity()) -> None:
+        self.model, self.capacity = model, capacity
+        self.context = context_of(model.library.model)
+        self._arrived: SimpleQueue[tuple[Prompt, asyncio.Future[Mixture]]] = SimpleQueue()
+        self._worker = ThreadPoolExecutor(1, "first-pass")
+        self._mixed: dict[frozenset[tuple[str, float]], dict[str, Tensor]] = {}
+        self._layers = model.library.layers()
+        self._table: tuple[dict[int, dict[str, Tensor]], dict[str, Tensor]] = ({}, {})  # of the last step
+        self._alone = GenerateManager()
+        self.batch: _Batch | None = None
+        if model.processor is None:
+            self._check_layers()
+            self.batch = _Batch(self.base, capacity, self._rows)
+            self.cache_bytes = self.batch.batch_processor.cache.cache_tensor.nbytes
+            self.batch.start()
+
+    @property
+    def base(self) -> Any:
+        """The base model, with the layers of the experts."""
+        return self.model.library.model.get_base_model()
+
+    def is_alive(self) -> bool:
+        """Whether requests can be answered; after a fatal error in a step the process has to be started again."""
+        return self.batch is None or self.batch.background_thread_status.fatal_error is None
+
+    def stop(self) -> None:
+        """End all requests and free the batch."""
+        self._worker.shutdown(cancel_futures=True)
+        if self.batch is not None and self.batch.is_running():
+            self.batch.stop(block=True, hard_stop=True)
+
+    # --- the experts
+
+    async def choose(self, prompt: Prompt) -> Mixture:
+        """Run the first pass for a prompt, together with what else has arrived."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Mixture] = loop.create_future()
+        self._arrived.put((prompt, future))
+        self._worker.submit(self._choose_all, loop)
+        return await future
+
+    def _choose_all(self, loop: asyncio.AbstractEventLoop) -> None:
+        arrived = []
+        while not self._arrived.empty():  # only this thread takes from it
+            arrived.append(self._arrived.get())
+        self._decide(arrived, loop)
+
+    def _decide(self, arrived: Sequence[tuple[Prompt, Any]], loop: asyncio.AbstractEventLoop) -> None:
+        """Settle the futures of prompts; one that fails fails alone."""
+        try:
+            outcomes: Sequence[Any] = self.first_pass([prompt for prompt, _ in arrived]) if arrived else []
+        except Exception as error:
+            if len(arrived) > 1:
+                for entry in arrived:
+                    self._decide([entry], loop)
+                return
+            outcomes = [error]
+        for (_, future), outcome in zip(arrived, outcomes, strict=True):
+            loop.call_soon_threadsafe(_settle, future, outcome)
+
+    def first_pass(self, prompts: Sequence[Prompt]) -> list[Mixture]:
+        """Choose the mixture of each prompt, between two steps of the batch."""
+        with self.between_steps():
+            return self.model.first_pass(prompts)
+
+    def offsets(self, mixture: Mixture) -> dict[str, Tensor]:
+        """Mix the offsets of each layer, `(1, k)`; a request keeps them, also if an expert is removed meanwhile."""
+        key = frozenset(mixture.alpha.items())
+        with self.model.library.lock:
+            if key not in self._mixed:
+                if len(self._mixed) >= KEPT:
+                    self._mixed.pop(next(iter(self._mixed)))
+                alpha = torch.tensor([list(mixture.alpha.values())])  # (1, experts)
+                self._mixed[key] = self.model.library.mix(list(mixture.alpha), lambda _: alpha)
+            return self._mixed[key]
+
+    def add(self, source: Any, name: str | None = None) -> str:
+        """Add an expert between two steps; return its name. Raises `ValueError` as the library does."""
+        with self.between_steps():
+            name = self.model.library.add(source, name)
+            try:
+                self._check_layers()
+            except ValueError:
+                self.model.library.remove(name)
+                raise
+            return name
+
+    def remove(self, name: str) -> None:
+        """Remove an expert; requests that run with it are answered. Raises `ValueError` as the library does."""
+        with self.between_steps():
+            self.model.library.remove(name)
+            self._mixed.clear()
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Have the model for this thread alone: the batch pauses, and keeps its requests."""
+        with self.batch.pause() if self.batch else nullcontext(), self.model.library.lock:
+            yield
+
+    def _check_layers(self) -> None:
+        """Run a packed batch of two mixtures, so that a layer that can't tell its tokens apart raises `ValueError`."""
+        self._layers = self.model.library.layers()
+        self._mixed.clear()
+        if self.model.processor is not None:
+            return
+        names = self.model.library.names
+        several = self.model.library.mix(names, lambda _: torch.tensor([[1e-3], [0.0]]).expand(2, len(names)))
+        ids = torch.zeros(1, 2, dtype=torch.long, device=self.base.device)
+        last = {"logits_to_keep": torch.ones(1, dtype=torch.long, device=ids.device)}
+        with torch.no_grad(), active_rows(self._layers, several, torch.tensor([0, 1])):
+            self.base(input_ids=ids, use_cache=False, **(last if self.base._supports_logits_to_keep() else {}))
+
+    @contextmanager
+    def _rows(self, packed: Sequence[Any]) -> Iterator[None]:
+        """Give the tokens of a step, request after request, the offsets of their requests."""
+        offsets = [entry.state.logit_processor_kwargs["job"].offsets for entry in packed]
+        different = {id(entry): entry for entry in offsets}
+        if list(different) != list(self._table[0]):
+            rows = [(name, [entry.get(name) for entry in different.values()]) for name in self._layers]
+            self._table = different, {name: _stack(self._layers[name], parts) for name, parts in rows}
+        places = torch.tensor([list(different).index(id(entry)) for entry in offsets])
+        index = places.repeat_interleave(torch.tensor([entry.query_length for entry in packed]))  # (tokens,)
+        with active_rows(self._layers, self._table[1], index):
+            yield
+
+    # --- the requests
+
+    def generate_streaming(
+        self,
+        model: Any,
+        processor: Any,
+        inputs: Any,
+        gen_config: GenerationConfig,
+        request_id: str,
+        response_parser: Any = None,
+    ) -> tuple[asyncio.Queue[Any], Any]:
+        """Start to generate for the [`Request`] of this context; text and errors arrive in the queue."""
+        request = REQUEST.get()
+        self._fit(inputs, gen_config, request)
+        queue = Stops(request.stop)
+        if self.batch is None:
+            answerer, inputs = self._answerer(request, inputs)
+            return self._alone.generate_streaming(
+                answerer, processor, inputs, gen_config, request_id, response_parser=response_parser
+            )
+        tokenizer = getattr(processor, "tokenizer", processor)._tokenizer
+        loop = asyncio.get_running_loop()
+        streamer = CBStreamer(self.batch, request_id, tokenizer, loop, queue, response_parser=response_parser)
+
+        def receive(output: Any) -> None:
+            try:
+                streamer.put(output)
+            except Exception as error:
+                output.error = output.error or str(error)
+            if output.error is not None:
+                queue.put_nowait(_StreamError(json.dumps(output.error)[1:-1]))  # transformers puts it into quotes
+            if not output.is_finished() and (queue.stopped or output.error is not None):
+                request.cancel()
+                output.status = RequestStatus.FINISHED
+            if output.is_finished():
+                streamer.end()
+
+        self._submit(inputs["input_ids"], gen_config, request_id, request, receive)
+        return queue, streamer
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: GenerationConfig, request_id: str
+    ) -> tuple[str, int, Any]:
+        """Generate for the [`Request`] of this context; return text, length of the prompt, and new tokens."""
+        request = REQUEST.get()
+        self._fit(inputs, gen_config, request)
+        if self.batch is None:
+            answerer, inputs = self._answerer(request, inputs)
+            text, length, ids = await self._alone.generate_non_streaming(
+                answerer, processor, inputs, gen_config, request_id
+            )
+            request.new_tokens = len(ids)
+            return cut(text, request.stop)[0], length, ids
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        tail = max((4 * len(stop) + 8 for stop in request.stop), default=0)  # a character has at most four tokens
+
+        def receive(output: Any) -> None:
+            end = processor.decode(output.generated_tokens[-tail:], skip_special_tokens=True) if tail else ""
+            stopped = cut(end, request.stop)[1]
+            if stopped and not output.is_finished():
+                request.cancel()
+            if not future.done() and (stopped or output.error is not None or output.is_finished()):
+                future.set_result(output)
+
+        self._submit(inputs["input_ids"], gen_config, request_id, request, receive)
+        output = await future
+        if output.error is not None:
+            raise CBWorkerDeadError(output.error) if not self.is_alive() else RuntimeError(output.error)
+        text = processor.decode(output.generated_tokens, skip_special_tokens=True)
+        return cut(text, request.stop)[0], len(inputs["input_ids"]), output.generated_tokens
+
+    def _fit(self, inputs: Any, config: GenerationConfig, request: Request) -> None:
+        """Settle how many tokens a request may add; a `ValueError` if it doesn't fit."""
+        ids = inputs["input_ids"]
+        length = ids.shape[-1] if isinstance(ids, Tensor) else len(ids)
+        room = min(self.context or self.capacity.cache_tokens, self.capacity.cache_tokens) - length
+        asked = request.max_new_tokens
+        if asked is not None and asked > self.capacity.new_tokens:
+            raise ValueError(f"This server writes at most {self.capacity.new_tokens} tokens, not {asked}.")
+        if room < (asked or 1):
+            raise ValueError(f"The prompt has {length} tokens and leaves room for {max(room, 0)}, not {asked or 1}.")
+        config.max_new_tokens = asked or min(self.capacity.new_tokens, room)
+        request.prompt_tokens = length
+
+    def _submit(
+        self, ids: list[int], config: GenerationConfig, name: str, request: Request, receive: Callable[[Any], None]
+    ) -> None:
+        """Put a request into the batch; each step calls `receive` with what it has written so far."""
+        batch = self.batch
+        assert batch is not None
+        processors = self.base._get_logits_processor(config, len(ids))
+        if processors:  # what a request sets wrongly fails here, not in a step of all
+            processors(torch.tensor([ids]), torch.zeros(1, self.base.config.get_text_config().vocab_size))
+        generator = torch.Generator()
+        generator.manual_seed(request.seed % 2**63) if request.seed is not None else generator.seed()
+        job = Job(request.offsets, processors, bool(config.do_sample), generator)
+
+        def count(output: Any) -> None:
+            request.new_tokens = len(output.generated_tokens)
+            request.first = request.first or time.perf_counter()
+            receive(output)
+
+        batch.register_result_handler(name, count)  # first, since a short answer may be there at once
+        request.cancel = lambda: batch.forget(name)
+        eos = config.eos_token_id
+        added = self.is_alive() and batch.add_request(
+            ids, name, config.max_new_tokens, streaming=True, eos_token_id=eos, job=job
+        )
+        if not added:
+            request.cancel()
+            raise CBWorkerDeadError("The server is stopping or has failed: ask another one.")
+
+    def _answerer(self, request: Request, inputs: Any) -> tuple[Any, dict[str, Any]]:
+        """What stands for the model where requests are answered one at a time: it generates with their mixture."""
+        cancelled = threading.Event()
+        request.cancel = cancelled.set
+
+        def generate(**kwargs: Any) -> Any:
+            if request.seed is not None:
+                torch.manual_seed(request.seed % 2**63)
+            return self.model.answer([request.mixture], **kwargs)
+
+        def stop(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            request.first = request.first or time.perf_counter()
+            request.new_tokens = ids.shape[1] - request.prompt_tokens
+            return torch.full((len(ids),), cancelled.is_set(), device=ids.device)
+
+        return SimpleNamespace(generate=generate), {**inputs, "stopping_criteria": [stop]}
+
+
+def _settle(future: "asyncio.Future[Any]", outcome: Any) -> None:
+    if not future.done():  # its client may have left
+        future.set_exception(outcome) if isinstance(outcome, Exception) else future.set_result(outcome)
+
+
+def _stack(layer: SVFLayer, parts: Sequence[Tensor | None]) -> Tensor:
+    """Stack offsets of one layer, each `(1, k)` or nothing for the base: `(n, k)`, empty if none moves it."""
+    like = next((part for part in parts if part is not None and part.numel()), None)
+    if like is None:
+        return torch.zeros(0)
+    nothing = torch.zeros_like(like)
+    given = [part if part is not None and part.numel() else nothing for part in parts]
+    return torch.stack([layer.padded(part[0]) for part in given])

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+An ASGI application -> the same behind keys, limits and a time-out, with metrics and logs. Knows no model.
+
+A request is admitted, counted and logged here. If its client leaves or its time is up, it is cancelled.
+"""
+
+import asyncio
+import json
+import logging
+import math
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass
+from hmac import compare_digest
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from .engine import REQUEST, Request
+
+logger = logging.getLogger(__name__)
+ANSWERS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+LEFT = 499  # nginx's status for a client that left
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """
+    Who may ask, and how much.
+
+    Args:
+        keys, admin_keys (`tuple[str, ...]`): API keys; without any, everyone may ask, and nobody changes experts.
+        pending (`int`): Requests at once, those that wait for a slot included.
+        body_bytes (`int`): Size of a request's body.
+        seconds (`float`): Time for a request, its answer included.
+    """
+
+    keys: tuple[str, ...] = ()
+    admin_keys: tuple[str, ...] = ()
+    pending: int = 96
+    body_bytes: int = 4 << 20
+    seconds: float = 300.0
+
+
+class Refused(Exception):
+    """A request that ends here, with an HTTP status and a message for its client."""
+
+    def __init__(self, status: int, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+def error_body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
+    """Write an error in OpenAI's form."""
+    kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def bears(scope: Message, keys: Iterable[str]) -> bool:
+    """Whether a request bears one of the keys, compared in a time that tells nothing of them."""
+    header = dict(scope["headers"]).get(b"authorization", b"")
+    return any(compare_digest(header, b"Bearer " + key.encode()) for key in keys)
+
+
+class Metrics:
+    """What `/metrics` shows, in Prometheus' text format."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        settings: dict[str, Any] = {"namespace": "peft_svf", "registry": self.registry}
+        self.requests = Counter("requests", "Finished requests.", ["path", "expert", "status"], **settings)
+        self.tokens = Counter("tokens", "Tokens read and written.", ["kind", "expert"], **settings)
+        self.decisions = Counter("decisions", "Choices of the first pass.", ["choice", "strategy"], **settings)
+        buckets = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+        self.seconds = Histogram("request_seconds", "Time of a request.", ["path"], buckets=buckets, **settings)
+        self.first = Histogram("first_token_seconds", "Time to the first token.", buckets=buckets, **settings)
+        self.pending = Gauge("pending_requests", "Requests that run or wait.", **settings)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def count(self, path: str, request: Request, status: int, start: float) -> None:
+        """Count a finished request."""
+        expert, seconds = request.mixture.choice if request.prompt_tokens else "", time.perf_counter() - start
+        self.requests.labels(path, expert, status).inc()
+        self.seconds.labels(path).observe(seconds)
+        if request.prompt_tokens:
+            self.tokens.labels("prompt", expert).inc(request.prompt_tokens)
+            self.tokens.labels("new", expert).inc(request.new_tokens)
+            if request.mixture.strategy != "explicit":
+                self.decisions.labels(expert, request.mixture.strategy).inc()
+        if request.first is not None:
+            self.first.observe(request.first - start)
+
+
+class Gate:
+    """The ASGI application of the server; `pending` requests are inside."""
+
+    def __init__(self, app: Any, rules: Rules, metrics: Metrics) -> None:
+        self.app, self.rules, self.metrics = app, rules, metrics
+        self.pending = 0
+        self.recent = 1.0  # seconds that requests took lately
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        start, path, request, answer = time.perf_counter(), scope["path"], Request(), _Answer(send)
+        counted = path in ANSWERS
+        token = REQUEST.set(request)
+        try:
+            if path != "/health" and self.rules.keys and not bears(scope, self.rules.keys + self.rules.admin_keys):
+                raise Refused(401, "This server needs an API key: Authorization: Bearer KEY.", "invalid_api_key")
+            body = await self._read(receive)
+            if counted and self.pending >= self.rules.pending:
+                raise Refused(429, f"{self.pending} requests are running or waiting: try again later.", "busy")
+            self.pending += counted
+            try:
+                await self._run(scope, body, receive, answer, request)
+            finally:
+                self.pending -= counted
+        except Refused as error:
+            wait = str(max(1, math.ceil(self.recent))) if error.status == 429 else None
+            await answer.refuse(error, wait)
+        finally:
+            REQUEST.reset(token)
+            self.metrics.pending.set(self.pending)
+            known = counted or path in ("/health", "/metrics", "/v1/models", "/v1/experts")
+            self.metrics.count(path if known else "other", request, answer.status, start)
+            self._log(path, request, answer.status, time.perf_counter() - start)
+
+    async def _read(self, receive: Receive) -> bytes:
+        parts, size = [], 0
+        while True:
+            try:
+                message = await asyncio.wait_for(receive(), self.rules.seconds)
+            except asyncio.TimeoutError:
+                raise Refused(408, "The body did not arrive in time.") from None
+            if message["type"] == "http.disconnect":
+                raise Refused(LEFT, "The client left.")
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self.rules.body_bytes:
+                raise Refused(413, f"The body has more than {self.rules.body_bytes} bytes.")
+            if not message.get("more_body"):
+                return b"".join(parts)
+
+    async def _run(self, scope: Message, body: bytes, receive: Receive, answer: "_Answer", request: Request) -> None:
+        """Run the application until it has answered, its client leaves, or the time is up."""
+        # An id of the client's own could be another request's, whose answer it would get.
+        headers = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
+        scope = {**scope, "headers": [*headers, (b"x-request-id", uuid.uuid4().hex.encode())]}
+        whole = [{"type": "http.request", "body": body, "more_body": False}]
+        left = asyncio.ensure_future(_leaving(receive))
+
+        async def replay() -> Message:
+            return whole.pop() if whole else await asyncio.shield(left)
+
+        running = asyncio.ensure_future(self.app(scope, replay, answer))
+        try:
+            await asyncio.wait({running, left}, timeout=self.rules.seconds, return_when=asyncio.FIRST_COMPLETED)
+            if running.done() or answer.whole:  # a server tells of a connection that ends after an answer as well
+                return await running
+            raise Refused(LEFT, "The client left.") if left.done() else Refused(504, "The answer took too long.")
+        finally:
+            if not running.done():
+                request.cancel()
+                running.cancel()
+                await asyncio.wait({running})
+            left.cancel()
+
+    def _log(self, path: str, request: Request, status: int, seconds: float) -> None:
+        if path in ANSWERS and status < 400:
+            self.recent += (seconds - self.recent) / 8
+        facts = {"path": path, "status": status, "seconds": round(seconds, 3), "model": request.model}
+        if request.prompt_tokens:
+            facts |= {"expert": request.mixture.choice, "strategy": request.mixture.strategy}
+            facts |= {"prompt_tokens": request.prompt_tokens, "new_tokens": request.new_tokens}
+        logger.info(json.dumps(facts))
+
+
+class _Answer:
+    """Sends the messages of an answer, and knows how far it has come."""
+
+    def __init__(self, send: Send) -> None:
+        self.send, self.status, self.streams, self.whole = send, 0, False, False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self.streams = (b"content-type", b"text/event-stream") in [(n, v[:17]) for n, v in message["headers"]]
+        self.whole = message["type"] == "http.response.body" and not message.get("more_body")
+        await self.send(message)
+
+    async def refuse(self, error: Refused, wait: str | None) -> None:
+        """End with an error: as an event if a stream has begun, not at all if nobody listens."""
+        begun, self.status = self.status, error.status
+        if error.status == LEFT:
+            return
+        content = json.dumps(error_body(error.status, str(error), error.code)).encode()
+        if begun:
+            content = b"data: " + content + b"\n\n" if self.streams else b""
+        else:
+            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+            headers += [(b"retry-after", wait.encode())] if wait else []
+            headers += [(b"x-should-retry", b"false")] if error.status == 504 else []  # it would take as long again
+            await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": content, "more_body": False})
+
+
+async def _leaving(receive: Receive) -> Message:
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return message

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Prompts of one kind -> a `RoutingKey`: what the base model makes of them in its first blocks.
+
+The keys of several experts tell whose kind of request a prompt is. A key holds pooled hidden states, no text, and lies
+beside its expert as `routing.safetensors`. Nothing here knows how a library decides.
+"""
+
+import inspect
+import os
+import random
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from .. import files
+from ..rows import Prompt, Reader, encode, prompt_ids
+
+KEY_NAME = "routing.safetensors"
+POOLINGS = ("mean", "last")
+SHARE = 6  # a key reads a sixth of the blocks: dispatch is as good as with half of them (results/adaptation.md)
+LIMIT = 64  # prompts of a key
+BYTES = 32 << 20  # of a file; 64 states of width 16,384 take 2 MB
+LARGEST = 65504.0  # of float16
+ANCHOR = [{"role": "user", "content": "The quick brown fox jumps over the lazy dog."}]
+APART = 0.5  # of the spread of a key's states: what rounding and quantisation move the anchor stays below
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingKey:
+    """
+    Pooled hidden states of prompts that an expert is for, and of a fixed text, the anchor.
+
+    Args:
+        states (`torch.Tensor` of shape `(n, width)`): float16, one row for each prompt.
+        anchor (`torch.Tensor` of shape `(width,)`): float16; what the base makes of a text that all keys share.
+        block (`int`): The block whose input was pooled, which is the number of blocks that ran.
+        pooling (`str`): `"mean"` over the tokens of a prompt, or its `"last"` token.
+
+    Raises:
+        `ValueError`: for shapes that don't match, no states, entries that aren't finite, or an unknown pooling.
+    """
+
+    states: Tensor
+    anchor: Tensor
+    block: int
+    pooling: str = "mean"
+
+    def __post_init__(self) -> None:
+        shapes = tuple(self.states.shape), tuple(self.anchor.shape)
+        if self.states.dim() != 2 or not self.states.numel() or shapes[1] != shapes[0][1:]:
+            raise ValueError(f"a routing key needs states (n, width) and an anchor (width,); got {shapes}.")
+        if not (self.states.isfinite().all() and self.anchor.isfinite().all()):
+            raise ValueError("the states of a routing key must be finite: make it again with peft-svf key.")
+        if self.pooling not in POOLINGS or self.block < 1:
+            raise ValueError(f"a routing key has a block from 1 and a pooling of {POOLINGS}; got {self.how}.")
+        for name in ("states", "anchor"):
+            object.__setattr__(self, name, getattr(self, name).detach().cpu().half().contiguous())
+
+    @property
+    def how(self) -> tuple[int, str]:
+        """The block and the pooling: states of one kind alone can be compared."""
+        return self.block, self.pooling
+
+    def to_bytes(self) -> bytes:
+        """Write the key as a safetensors file."""
+        metadata = {"format": "pt", "block": str(self.block), "pooling": self.pooling}
+        return save({"states": self.states, "anchor": self.anchor}, metadata)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "RoutingKey | None":
+        """Read the key of an expert's folder, `None` if it has none; a `ValueError` if the file is damaged."""
+        try:
+            content = files.read_bytes(Path(folder) / KEY_NAME, BYTES)
+        except FileNotFoundError:
+            return None
+        try:
+            tensors, facts = load(content), files.metadata_of(content)
+            return cls(tensors["states"], tensors["anchor"], int(facts["block"]), facts["pooling"])
+        except (SafetensorError, RecursionError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{KEY_NAME} is damaged ({error}): fetch it again, or delete it.") from error
+
+    def check(self, model: nn.Module, anchor: Tensor) -> None:
+        """
+        Refuse a base model that reads differently from the one that made the key.
+
+        Args:
+            anchor (`torch.Tensor` of shape `(width,)`): The anchor's state in `model`, pooled as the key's.
+
+        Raises:
+            `ValueError`: for another width or depth, or an anchor that lies elsewhere.
+        """
+        depth, width = len(blocks_of(model)), self.states.shape[1]
+        if self.block >= depth or len(anchor) != width:
+            raise ValueError(
+                f"its routing key reads {self.block} blocks of width {width}, but this model has {depth} of width "
+                f"{len(anchor)}: make it again with make_key or peft-svf key."
+            )
+        states = self.states.float()
+        spread = (states - states.mean(0)).square().sum(-1).mean().sqrt()
+        apart = (self.anchor.float() - anchor.float().cpu()).norm()
+        if len(states) > 1 and not apart <= APART * spread:
+            raise ValueError(
+                f"its routing key comes from another base model or chat template: a fixed text lies {apart:.3g} from "
+                f"where it was, and the key's own prompts {spread:.3g} from their mean. Make it again with make_key."
+            )
+
+
+def make_key(
+    model: nn.Module,
+    tokenizer: Reader,
+    prompts: Sequence[Prompt],
+    *,
+    block: int | None = None,
+    pooling: str = "mean",
+    limit: int = LIMIT,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> RoutingKey:
+    """
+    Read some prompts of one kind by the first blocks of the base model.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The base model; adapters are off while it reads.
+        tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`): Its tokenizer or processor; images are skipped.
+        prompts (`Sequence[str | list[dict]]`): As the expert will be asked, such as its training prompts.
+        block (`int`, *optional*): Blocks to run; default a sixth of them, at least 1.
+        pooling (`str`): `"mean"` or `"last"`.
+        limit (`int`), seed (`int`): Of more prompts, so many are drawn.
+        batch_size (`int`): Prompts per forward.
+
+    Raises:
+        `ValueError`: without prompts, for a block that the model doesn't have, or a model without a stack of blocks.
+    """
+    distinct = [prompt for prompt in map(without_images, prompts) if any(prompt_ids(tokenizer, [prompt]))]
+    if not distinct:
+        raise ValueError("A routing key needs prompts: pass some that its expert is for.")
+    drawn = random.Random(seed).sample(distinct, min(limit, len(distinct)))
+    block = default_block(model) if block is None else block
+    with ExitStack() as stack:
+        if isinstance(model, PeftModel):
+            stack.enter_context(model.disable_adapter())
+        *states, anchor = read_states(model, tokenizer, [*drawn, ANCHOR], block, pooling, batch_size)
+    return RoutingKey(torch.stack(states), anchor, block, pooling)
+
+
+def default_block(model: nn.Module) -> int:
+    """Return the block of a key unless told otherwise: a sixth of the depth, at least 1."""
+    return max(1, len(blocks_of(model)) // SHARE)
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """
+    Find the stack of blocks that reads text.
+
+    Raises:
+        `ValueError`: if the model is an encoder-decoder, or has no such stack.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = getattr(base, "config", None)
+    if config is not None and not getattr(config, "is_encoder_decoder", False):
+        depth = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        for module in base.get_decoder().modules():
+            if isinstance(module, nn.ModuleList) and len(module) == depth > 0:
+                return module
+    raise ValueError(
+        f"A routing key reads the first blocks of a decoder: {type(base).__name__} has no stack of blocks for text."
+    )
+
+
+def without_images(prompt: Prompt) -> Prompt:
+    """Leave out the images of a chat: a first pass reads text alone."""
+    if isinstance(prompt, str):
+        return prompt
+    return [
+        {**message, "content": [part for part in message["content"] if part.get("type") == "text"]}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in prompt
+    ]
+
+
+def read_states(
+    model: nn.Module,
+    tokenizer: Reader,
+    prompts: Sequence[Prompt],
+    block: int,
+    pooling: str = "mean",
+    batch_size: int = 16,
+) -> Tensor:
+    """
+    Read prompts up to a block, those of similar length together; returns `(prompts, width)`, float32 on the CPU.
+
+    Raises:
+        `ValueError`: if a prompt has no tokens, or the model no such block.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(str(prompts[i])))
+    parts = []
+    for start in range(0, len(order), batch_size):
+        inputs = encode(tokenizer, [prompts[i] for i in order[start : start + batch_size]])
+        parts.append(early_exit(model, inputs["input_ids"], inputs["attention_mask"], block, pooling))
+    return torch.cat(parts)[torch.tensor(order).argsort()]
+
+
+class _Enough(Exception):
+    """Ends a forward at the block of a key."""
+
+
+@torch.no_grad()
+def early_exit(model: nn.Module, ids: Tensor, mask: Tensor, block: int, pooling: str) -> Tensor:
+    """
+    Run the blocks below a block and pool its input: `(rows, width)`, float32 on the CPU.
+
+    The forward is the model's own; a hook ends it by an exception. Under `model.compile()` it runs uncompiled.
+
+    Args:
+        ids, mask (`torch.Tensor` of shape `(rows, tokens)`): Token ids and attention mask, padded on any side.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    blocks, states = blocks_of(base), list[Tensor]()
+    if not 0 < block < len(blocks):
+        raise ValueError(f"A routing key reads 1 to {len(blocks) - 1} blocks of this model, not {block}.")
+    device = base.get_input_embeddings().weight.device
+    ids, mask = ids.to(device), mask.to(device)
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if "position_ids" in inspect.signature(base.forward).parameters:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
+        states.append(pooled(hidden_of(args, kwargs), mask, pooling))
+        raise _Enough
+
+    training, handle = model.training, blocks[block].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model.eval()
+        with torch.compiler.set_stance("force_eager"):
+            model(**inputs)
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+        model.train(training)
+    return states[0]
+
+
+def hidden_of(args: Any, kwargs: Any) -> Tensor:
+    """Return the hidden states `(rows, tokens, width)` that a block is called with."""
+    hidden = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    if hidden is None or hidden.dim() != 3:
+        raise ValueError("A routing key can't read this model: its blocks don't pass on (rows, tokens, width).")
+    return hidden
+
+
+def pooled(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """Pool hidden states `(rows, tokens, width)` over the tokens of the mask: `(rows, width)`, float32 on the CPU."""
+    mask = mask.to(hidden.device)
+    if pooling == "last":
+        last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(-1)
+        state = hidden[torch.arange(len(hidden), device=hidden.device), last].float()
+    else:
+        state = torch.einsum("btd,bt->bd", hidden.float(), mask.float()) / mask.sum(-1, keepdim=True)
+    return state.clamp(-LARGEST, LARGEST).cpu()
