@@ -2,6 +2,8 @@
 """Laws of the server: OpenAI's API, each request under its own mixture, and nothing else than what was asked."""
 
 import asyncio
+import base64
+import io
 import json
 import random
 import socket
@@ -9,6 +11,7 @@ import threading
 import time
 
 import pytest
+import seeing
 import tiny_experts
 from tiny_model import tiny_tokenizer
 
@@ -425,3 +428,34 @@ def test_the_openai_client_over_loopback(gate, reference):
     finally:
         server.should_exit = True
         thread.join()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_sees_answers_one_request_at_a_time(tmp_path_factory, stream):
+    folder = tmp_path_factory.mktemp("seeing")
+    base = seeing.model(name="seeing")
+    experts = [tiny_experts.write(folder, "math", 2, seeing.model(name="seeing"), target_modules=seeing.LANGUAGE)]
+    model = Transformer2Model(base, seeing.processor(), experts)
+    gate = app.build(Engine(model, CAPACITY), RULES)
+    file = io.BytesIO()
+    seeing.IMAGES[0].save(file, "PNG")
+    part = {
+        "type": "image_url",
+        "image_url": {"url": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()},
+    }
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]
+    inputs = model.processor.apply_chat_template(
+        seeing.asks(0, "What?"), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    ids = model.generate(**inputs, mixture={"math": 1.0}, max_new_tokens=8, do_sample=False)
+    expected = model.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    responses = run(gate, *(chat(model="math", messages=messages, stream=stream) for _ in range(2)))
+    for response in responses:
+        if stream:
+            assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in objects(response)) == expected
+        else:
+            assert text(response) == expected
+    part["image_url"]["url"] = "http://127.0.0.1/image.png"
+    (response,) = run(gate, chat(model="math", messages=messages))
+    assert response.status_code == 400 and "data: URLs" in response.json()["error"]["message"]
+    assert text(run(gate, chat(model="auto"))[0])

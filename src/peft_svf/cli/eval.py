@@ -34,10 +34,13 @@ def evaluate(
     dtype: options.Dtype = "auto",
     mixture: options.Mixture = None,
     split: Annotated[Literal["train", "validation", "test"], option("Rows of the task.")] = "test",
-    form: Annotated[Literal["choice", "generate"] | None, option("Choose, or write. Default: what fits.")] = None,
+    form: options.Form = None,
+    system: options.System = None,
+    shots: options.Shots = 0,
+    rotations: Annotated[int, option("Orders of the options to ask in, in the form letter.", min=1)] = 1,
     limit: Annotated[int | None, option("Rows at most. Default: all.", min=1)] = None,
     batch_size: options.BatchSize = 16,
-    max_new_tokens: Annotated[int, option("Length of written answers.", min=1)] = 256,
+    max_new_tokens: Annotated[int | None, option("Length of written answers. Default: the form's.", min=1)] = None,
     records: Annotated[bool, option("Keep one entry per row in the result.", "--records")] = False,
     out: Annotated[Path | None, option("Result JSON. Default: eval-TASK-TIME.json here.")] = None,
     strategy: options.Strategy = None,
@@ -69,11 +72,11 @@ def evaluate(
     benchmark = find_task(task)
     chosen = form or benchmark.forms[0]
     out = new_path(out or Path(f"eval-{benchmark.name}-{datetime.now():%Y%m%d-%H%M%S}.json"))
-    rows = rows_of(benchmark, split, chosen, limit)
-    generation = {"max_new_tokens": max_new_tokens} if chosen == "generate" else {}
+    rows = rows_of(benchmark, split, chosen, limit, system=system, shots=shots)
+    generation = {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
 
     def measure(model: Any, reader: Any, some: "Sequence[Row]" = rows) -> "Summary":
-        return score(model, reader, some, batch_size, benchmark, **generation)
+        return score(model, reader, some, batch_size, benchmark, rotations, **generation)
 
     images = any(map(has_image, rows))
     if experts:
@@ -94,13 +97,14 @@ def _report(out: Path, result: dict[str, Any], summaries: "Mapping[str, Summary]
     from ..evaluation import paired_difference
 
     gains = {way: paired_difference(summary, summaries["base"]) for way, summary in summaries.items() if way != "base"}
+    classes = summaries["base"].balanced_accuracy is not None
     lines = []
     for way, summary in summaries.items():
         gain = [f"{gains[way][0]:+.3f}", interval(gains[way][1], "+")] if way in gains else ["", ""]
-        lines.append(
-            ["two passes" if way == "two_pass" else way, f"{summary.accuracy:.3f}", interval(summary.interval), *gain]
-        )
-    show_table(["", "accuracy", "interval", "gain", "interval"], lines)
+        balanced = "" if summary.balanced_accuracy is None else f"{summary.balanced_accuracy:.3f}"
+        name = "two passes" if way == "two_pass" else way
+        lines.append([name, f"{summary.accuracy:.3f}", interval(summary.interval), *gain, *[balanced][:classes]])
+    show_table(["", "accuracy", "interval", "gain", "interval", *["balanced"][:classes]], lines)
     if result["mixture"] is not None:
         print(f"mixture: {mixed(result['mixture'])}")
     if facts := result["first_pass"]:

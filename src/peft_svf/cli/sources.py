@@ -26,9 +26,9 @@ def find_task(name: str) -> "Task":
     return jsonl_task(name) if own else get_task(name)
 
 
-def rows_of(task: "Task", split: str, form: str, limit: int | None, seed: int = 0) -> "list[dict[str, Any]]":
+def rows_of(task: "Task", split: str, form: str, limit: int | None, **options: Any) -> "list[dict[str, Any]]":
     """Make the rows of a split; refuse a split without any."""
-    rows = task.rows(split, form, limit=limit, seed=seed)
+    rows = task.rows(split, form, limit, **options)
     if not rows:
         raise ValueError(f"Task {task.name!r} has no {split} rows in the {form} form.")
     return rows
