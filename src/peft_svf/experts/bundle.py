@@ -21,9 +21,10 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, Reposi
 from peft.utils import CONFIG_NAME
 
 from .. import files
-from .expert import Expert, Mixture, download
+from .expert import Expert, Mixture
 from .hub import CARD_NAME, TAGS, base_id, table, task_type, upload
 from .library import ExpertLibrary, Source
+from .saved import download
 
 BUNDLE_NAME = "transformer2_config.json"
 PLAIN = re.compile(r"\w[\w.-]*")  # names that can be a folder's
