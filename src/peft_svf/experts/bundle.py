@@ -74,7 +74,7 @@ def save_bundle(library: ExpertLibrary, folder: str | os.PathLike[str], first_pa
     for name, expert in experts.items():
         expert.save(target / "experts" / names[name])
     if library.classifier:
-        library.expert(library.classifier).save(target / "classifier")
+        library._experts[library.classifier].save(target / "classifier")
     settings: dict[str, Any] = {}
     for key, value in first_pass.items():
         if hasattr(value, "save"):

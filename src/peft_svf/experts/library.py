@@ -140,8 +140,7 @@ class ExpertLibrary:
 
     def expert(self, name: str) -> Expert:
         """Get an expert as a value, to be saved, plotted or transferred. Raises `ValueError` for an unknown name."""
-        if name != self.classifier:
-            self.check_experts([name])
+        self.check_experts([name])
         return self._experts[name]
 
     def check_experts(self, names: Iterable[str]) -> None:
