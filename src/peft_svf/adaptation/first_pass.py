@@ -87,9 +87,7 @@ class FirstPass:
             )
         states = self.probe or self.strategy == "key"
         if (states and self.read) or (self.calibration and (states or self.read == "generate")):
-            raise ValueError(
-                "Likelihoods alone are calibrated; a probe reads hidden states, as keys do: drop the setting."
-            )
+            raise ValueError("Likelihoods alone are calibrated; a probe reads hidden states, and so do keys. Drop it.")
         if not (self.threshold >= 0 and 0 < self.temperature < math.inf):
             raise ValueError(
                 f"A first pass needs a threshold of 0 or more and a positive temperature; got {self.threshold} and "
