@@ -36,6 +36,7 @@ WINGS = {
     ],
     "experts": [
         ["key"],
+        ["saved"],
         ["expert"],
         ["base"],
         ["library", "hub", "transfer", "export", "convert"],

@@ -59,7 +59,7 @@ def load_model(
 
 def named_sources(experts: Sequence[str]) -> dict[str, str]:
     """Read experts that are written `SOURCE` or `NAME=SOURCE`, sources as in [`Expert.load`]."""
-    from ..experts.expert import name_of
+    from ..experts.saved import name_of
 
     sources: dict[str, str] = {}
     for entry in experts:
