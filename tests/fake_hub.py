@@ -122,6 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)", "commit"),
         ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
         ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", "lfs_put"),
+        ("GET", r"/api/models", "list_models"),
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?", "info"),
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(/(?P<path>.+))?", "tree"),
         ("GET", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
@@ -143,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
                     writes = method == "POST" and action != "validate"
                     if writes and self.headers.get("Authorization") != f"Bearer {TOKEN}":
                         return self._error(401, "RepoNotFound", "Invalid credentials")
-                    if action in ("create", "validate", "lfs_batch", "lfs_put"):
+                    if action in ("create", "validate", "lfs_batch", "lfs_put", "list_models"):
                         return getattr(self, action)(**groups)
                     return self._in_repo(action, **groups)
         self._error(404, "EntryNotFound", f"no such address: {self.command} {url.path}")
@@ -228,6 +229,17 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({**reply, **pr})
 
     # Reading.
+
+    def list_models(self) -> None:
+        """The repositories whose card has all of the tags that are looked for."""
+        wanted, models = set(self.query.get("filter", [])), []
+        for path in sorted(self.hub.root.glob("*/*/refs.json")):
+            repo = "/".join(path.parts[-3:-1])
+            card = self.hub.read(repo, "README.md").decode() if "README.md" in self.hub.files(repo) else ""
+            tags = re.findall(r"^- (\S+)$", card.split("\n---\n")[0], re.MULTILINE)
+            if wanted <= set(tags):
+                models.append({"_id": repo, "id": repo, "modelId": repo, "downloads": 0, "likes": 0, "tags": tags})
+        self._json(models)
 
     def info(self, repo: str, revision: str, sha: str, commit: dict) -> None:
         siblings = [{"rfilename": path, "size": f["size"], "blobId": f["oid"]} for path, f in commit["files"].items()]

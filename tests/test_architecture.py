@@ -34,7 +34,14 @@ WINGS = {
         ["stacked", "loading"],
         ["model"],
     ],
-    "experts": [["key"], ["expert"], ["base"], ["library", "hub", "transfer", "export", "convert"], ["gguf"]],
+    "experts": [
+        ["key"],
+        ["saved"],
+        ["expert"],
+        ["base"],
+        ["library", "hub", "transfer", "export", "convert"],
+        ["gguf", "bundle"],
+    ],
     "training": [["rollout", "run"], ["reinforce", "evolution", "result"]],
     "adaptation": [["probe", "search"], ["judge", "router"], ["first_pass"], ["few_shot", "in_flight"]],
 }

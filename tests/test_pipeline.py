@@ -420,13 +420,6 @@ def test_a_pipeline_without_a_tokenizer_or_experts_is_refused(folders):
     assert_same(model, before)
 
 
-def test_saving_a_pipeline_is_refused_and_writes_nothing(pipe, tmp_path):
-    for save in (pipe.save_pretrained, pipe.push_to_hub):
-        with pytest.raises(ValueError, match="saved by its experts"):
-            save(tmp_path / "pipe")
-    assert list(tmp_path.iterdir()) == []
-
-
 # --- compiled
 
 

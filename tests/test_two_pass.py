@@ -319,13 +319,6 @@ def test_a_strategy_that_cannot_work_is_refused_at_once(folders):
         Transformer2Model(base(), tokenizer, [folders["math"]], first_pass="classifier")
 
 
-def test_a_model_of_two_passes_is_not_saved_as_an_adapter_without_an_effect(model, tmp_path):
-    for refused in (lambda: model.save_pretrained(tmp_path / "it"), lambda: model.push_to_hub("me/it")):
-        with pytest.raises(ValueError, match=r"saved by its experts.*library\.expert\(name\)\.save\(folder\)"):
-            refused()
-    assert not (tmp_path / "it").exists()
-
-
 # --- afterwards
 
 

@@ -9,10 +9,11 @@ adapters to `experts.hub`, because PEFT's upload loses the model card.
 
 import functools
 import os
+import re
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
-from packaging.requirements import Requirement
+from packaging.version import Version
 from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
@@ -31,11 +32,12 @@ def check_versions() -> None:
     except PackageNotFoundError:  # a source tree that isn't installed
         return
     old = []
-    for line in map(Requirement, lines):
-        if line.name in NEEDED and line.marker is None:
-            least = next(bound for bound in line.specifier if bound.operator == ">=")
-            if not least.contains(version(line.name), prereleases=True):
-                old.append((line.name, version(line.name), least.version))
+    for line in lines:  # by hand: `packaging.requirements` takes longer to import than this package
+        name, least = re.match(r"[\w.-]+", line), re.search(r">=\s*([\w.]+)", line)
+        if name and least and name[0] in NEEDED and ";" not in line:
+            installed = version(name[0])
+            if Version(installed) < Version(least[1]):
+                old.append((name[0], installed, least[1]))
     if old:
         listed = ", ".join(f"{name} {installed} (needs >= {least})" for name, installed, least in old)
         update = " ".join(f"'{name}>={least}'" for name, _, least in old)
@@ -78,7 +80,8 @@ def register() -> None:
         register_peft_method(name=NAME.lower(), config_cls=SVFConfig, model_cls=SVFModel, prefix="svf_")
     taken = PIPELINE_REGISTRY.supported_tasks.get(PIPELINE)
     if taken is None:
-        autos = (AutoModelForImageTextToText, AutoModelForCausalLM)  # the first reads images too, if a model does
+        # The first keeps bundles away from the others, of which the first reads images too, if a model does.
+        autos = (_Bundle, AutoModelForImageTextToText, AutoModelForCausalLM)
         default = {"model": (_NamedByExperts(), None)}
         PIPELINE_REGISTRY.register_pipeline(PIPELINE, _TwoPasses, autos, default, "multimodal")
     elif taken["impl"] is not _TwoPasses:
@@ -97,6 +100,23 @@ class _NamedByExperts(os.PathLike):
         return "the base model that the experts name"
 
 
+class _Bundle:
+    """Stands in for a model among transformers' classes: keeps the place of a bundle until `_TwoPasses` is made."""
+
+    def __init__(self, folder: os.PathLike[str], settings: dict[str, Any]) -> None:
+        self.folder, self.settings = folder, settings
+
+    @classmethod
+    def from_pretrained(cls, name: str, **kwargs: Any) -> "_Bundle":
+        """Find a bundle; its revision and code aren't those that transformers has looked up for the base."""
+        from .experts.bundle import find_bundle
+
+        if (folder := find_bundle(name, token=kwargs.get("token"))) is None:
+            raise OSError(f"{name} is no bundle of experts.")
+        foreign = ("revision", "code_revision", "_from_pipeline")
+        return cls(folder, {key: value for key, value in kwargs.items() if key not in foreign})
+
+
 class _TwoPasses(Pipeline):
     """Stands in for the two pipelines until transformers makes one: their module is imported then."""
 
@@ -106,6 +126,10 @@ class _TwoPasses(Pipeline):
     def __new__(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
         from .pipeline import make_pipeline
 
+        if isinstance(model, _Bundle):
+            from .two_pass import Transformer2Model
+
+            model = Transformer2Model.from_pretrained(os.fspath(model.folder), **model.settings)
         return make_pipeline(None if isinstance(model, _NamedByExperts) else model, *args, **kwargs)
 
 

@@ -67,14 +67,13 @@ class _TwoPasses:
     def check_model_type(self, supported_models: Any) -> None:
         """Accept any model: transformers' check has no PEFT models."""
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: transformers would write the base model's full weights and lose the experts."""
-        raise ValueError(
-            "A transformer2 pipeline is saved by its experts, which name their base model: "
-            "pipe.model.library.expert(name).save(folder) for each name in pipe.model.library.names."
-        )
+    def save_pretrained(self, folder: Any, **kwargs: Any) -> None:
+        """Write a bundle, as [`Transformer2Model.save_pretrained`] does, without the base's weights."""
+        self.model.save_pretrained(folder, **kwargs)
 
-    push_to_hub = save_pretrained
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Upload a bundle, as [`Transformer2Model.push_to_hub`] does."""
+        return self.model.push_to_hub(repo_id, **kwargs)
 
     def _sanitize_parameters(
         self,

@@ -12,9 +12,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel
 from torch import Tensor
@@ -34,9 +36,11 @@ from .adaptation.few_shot import DEFAULT as SEARCH
 from .adaptation.few_shot import few_shot
 from .adaptation.first_pass import FirstPass, decide, default_first_pass, dispatch
 from .adaptation.in_flight import can_decide, deciding, key_rows, mask_of
+from .adaptation.probe import Probe
 from .adaptation.router import key_scores
 from .adaptation.search import Search
 from .evaluation import CACHES, Summary, context_of, wilson
+from .experts.bundle import find_bundle, push_bundle, read_bundle, save_bundle
 from .experts.expert import OTHER, Mixture
 from .experts.library import ExpertLibrary, Source, loaded
 from .rows import Prompt, Reader, Row
@@ -95,7 +99,7 @@ class Transformer2Model:
     def from_pretrained(
         cls,
         model: str | None,
-        experts: Sequence[Source] | Mapping[str, Source],
+        experts: Sequence[Source] | Mapping[str, Source] = (),
         *,
         classifier: Source | None = None,
         first_pass: str | FirstPass | None = None,
@@ -108,11 +112,30 @@ class Transformer2Model:
         Args:
             model (`str`, *optional*):
                 Folder or repository of the base model; default the one that the experts name, in their revision.
+                Without experts, one of a bundle that `save_pretrained` or `push_to_hub` has written.
             kwargs: As in [`load_model`].
 
         Raises:
             `ValueError`: without `model`, if the experts name none or several.
         """
+        if not experts and (folder := find_bundle(model or "", kwargs.get("revision"), kwargs.get("token"))):
+            bundle = read_bundle(folder)
+            settings: dict[str, Any] = {
+                k: Probe.load(v) if isinstance(v, Path) else v for k, v in bundle.first_pass.items()
+            }
+            kwargs["revision"] = bundle.revision
+            first_pass = first_pass or FirstPass(**settings)
+            made = cls.from_pretrained(
+                bundle.base_model,
+                bundle.experts,
+                classifier=classifier or bundle.classifier,
+                first_pass=first_pass,
+                limit_bytes=limit_bytes,
+                **kwargs,
+            )
+            for name, mixture in bundle.mixtures.items():
+                made.library.add_mixture(name, mixture)
+            return made
         experts = loaded(experts, lazy=limit_bytes is not None)  # opens each file once
         if model is None:
             model, revision = base_of(experts)
@@ -203,15 +226,19 @@ class Transformer2Model:
         self.library.check_experts(mixture.alpha)
         return mixture
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: the wrapped model would write an adapter with z = 1 and lose the experts."""
-        raise ValueError(
-            "A Transformer2Model is saved by its experts, which name their base model: "
-            "model.library.expert(name).save(folder) for each name in model.library.names. "
-            "PeftModel.from_pretrained(base, folder).push_to_hub(...) shares one."
-        )
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """
+        Write experts, mixtures and the settings of the first pass as a bundle, which names the base model.
 
-    push_to_hub = save_pretrained
+        [`Transformer2Model.from_pretrained`] and `pipeline("transformer2", model=folder)` load it.
+        """
+        with self.library.lock:
+            save_bundle(self.library, folder, vars(self.default_first_pass))
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
+        """Upload a bundle as `save_pretrained` writes it, with a card, in one commit; arguments of [`push_bundle`]."""
+        with self.library.lock:
+            return push_bundle(self.library, repo_id, vars(self.default_first_pass), **kwargs)
 
     def generate(
         self,

@@ -3,12 +3,17 @@
 
 import asyncio
 import copy
+import dataclasses
+import inspect
+from types import SimpleNamespace
 
 import pytest
 import tiny_experts
+import torch
+import transformers
 from tiny_model import tiny_tokenizer
 
-from peft_svf import Mixture, Transformer2Model
+from peft_svf import Expert, Mixture, Transformer2Model
 
 engine = pytest.importorskip("peft_svf.cli.serving.engine")
 Capacity, Engine, Request = engine.Capacity, engine.Engine, engine.Request
@@ -57,7 +62,7 @@ async def ask(served, text, mixture, new=8, streaming=False, **settings):
         parts = []
         while (part := await queue.get()) is not None:
             parts.append(part)
-        return "".join(parts), request.new_tokens
+        return "".join(parts), list(request.tokens)
     finally:
         engine.REQUEST.reset(token)
 
@@ -89,3 +94,126 @@ def test_long_prompts_are_read_in_parts_while_others_write(served, reference):
         return await asyncio.gather(*tasks)
 
     assert asyncio.run(one_after_another()) == [alone(reference, *job) for job in jobs]
+
+
+def test_requests_that_take_turns_in_a_small_cache_are_answered_as_alone(folders, reference):
+    tight = Engine(two_pass(folders), Capacity(cache_tokens=512, batch_tokens=64, concurrent=8, new_tokens=64))
+    try:
+
+        async def all_at_once():
+            return await asyncio.gather(*(ask(tight, TEXT * 14, m, 50, True) for m in MIXTURES))
+
+        answers = asyncio.run(all_at_once())
+        expected = [alone(reference, TEXT * 14, mixture, 50) for mixture in MIXTURES]
+        assert [text for text, _ in answers] == [text for text, _ in expected]
+    finally:
+        tight.stop()
+
+
+def test_settings_of_a_request_are_those_of_generate(served, reference):
+    settings = [{}, {"repetition_penalty": 1.5}, {"sequence_bias": {(20,): 8.0}}, {"temperature": 0.01, "top_k": 1}]
+
+    async def all_at_once():
+        return await asyncio.gather(*(ask(served, TEXT, {"math": 1.0}, 16, **each) for each in settings))
+
+    answers = asyncio.run(all_at_once())
+    assert answers == [alone(reference, TEXT, {"math": 1.0}, 16, **each) for each in settings]
+    assert len({text for text, _ in answers}) >= 3
+
+
+def test_draws_follow_the_softmax_of_the_scores():
+    scores = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    sampler = engine._Sampler()
+    job = engine.Job({}, [], True, torch.Generator().manual_seed(0))
+    state = SimpleNamespace(logit_processor_kwargs={"job": job}, initial_tokens=[1], generated_tokens=[])
+    sampler.states = [state] * 4000
+    drawn = sampler(scores.repeat(4000, 1), None).argmax(-1).bincount(minlength=4) / 4000
+    assert torch.allclose(drawn, scores.softmax(-1), atol=0.03)
+
+
+def test_a_prompt_must_leave_room(served):
+    for text, new, message in [("x" * 511, 2, "leaves room for 1"), ("x", 65, "at most 64")]:
+        with pytest.raises(ValueError, match=message):
+            asyncio.run(ask(served, text, {}, new))
+
+
+def test_a_prompt_that_the_first_pass_cannot_read_fails_alone(served, monkeypatch):
+    choose = served.model.first_pass
+
+    def first_pass(prompts):
+        if "bad" in prompts:
+            raise ValueError("It's bad.")
+        return choose(prompts)
+
+    monkeypatch.setattr(served.model, "first_pass", first_pass)
+
+    async def all_at_once():
+        return await asyncio.gather(*(served.choose(text) for text in ("def", "bad", "3 + 4")), return_exceptions=True)
+
+    one, bad, other = asyncio.run(all_at_once())
+    assert isinstance(bad, ValueError) and [one, other] == choose(["def", "3 + 4"])
+
+
+def test_an_expert_of_the_output_head_is_refused(served):
+    offsets = {"lm_head": torch.full((tiny_experts.base().config.hidden_size,), 0.1)}
+    with pytest.raises(ValueError, match="lm_head"):
+        served.add(Expert("head", offsets, {"peft_type": "SVF", "task_type": "CAUSAL_LM"}))
+    assert served.model.library.names == ["code", "math"]
+    assert asyncio.run(ask(served, TEXT, {"math": 1.0}))[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [("one two", ["one two"]), ("one.\nQ: two", ["one.\nQ", ": two"]), ("Q:", ["Q", ":"]), ("a\n\nb", ["a\n", "\nb"])],
+)
+def test_a_stream_never_shows_the_beginning_of_a_stop(text, parts):
+    queue = engine.Stops(("\nQ:", "\n\n"))
+    for part in [*parts, None]:
+        queue.put_nowait(part)
+    shown = [queue.get_nowait() for _ in range(queue.qsize())]
+    assert shown.pop() is None and "".join(shown) == engine.cut(text, queue.stops)
+
+
+def test_transformers_still_has_what_the_server_uses():
+    from transformers.cli.serving import model_manager, response, server, utils
+    from transformers.generation.continuous_batching import (
+        cb_logits_processors,
+        continuous_api,
+        input_outputs,
+        requests,
+    )
+
+    manager = continuous_api.ContinuousBatchingManager
+    names = "_create_batch_processor _generation_step _run_generation_loop add_request cancel_request pause start stop"
+    used = {
+        manager: f"{names} is_running register_result_handler",
+        continuous_api.OutputRouter: "deliver deliver_batch",
+        continuous_api.BackgroundThreadStatus: "acquire_pause",
+        cb_logits_processors.ContinuousBatchingLogitsProcessorList: "check_kwargs prepare_tensor_args",
+        input_outputs.ContinuousBatchingIOs: "prepare_batch_tensors get_model_kwargs",
+        requests.RequestState: "get_request_config",
+        requests.FutureRequestState: "state query_length",
+        requests.GenerationOutput: "is_finished",
+        utils.BaseGenerateManager: "init_cb generate_streaming generate_non_streaming stop",
+        utils.GenerateManager: "generate_streaming generate_non_streaming",
+        utils.GenerationState: "use_continuous_batching get_manager is_cb_alive",
+        utils.CBStreamer: "put end cancel",
+        utils.BaseHandler: "_validate_request _resolve_model _build_generation_config _unused_fields "
+        "_valid_params_class get_processor_inputs_from_messages",
+        response.ResponseHandler: "_normalize_input",
+        model_manager.ModelManager: "shutdown get_model_modality",
+    }
+    missing = [
+        f"{owner.__name__}.{name}"
+        for owner, names in used.items()
+        for name in names.split()
+        if not hasattr(owner, name)
+    ]
+    assert not missing, f"transformers {transformers.__version__} has changed: cli/serving/engine.py uses {missing}"
+    assert hasattr(model_manager.ModelManager, "get_gen_models") or hasattr(model_manager.ModelManager, "list_models")
+    taken = list(inspect.signature(server.build_server).parameters)
+    assert taken[:7] == ["model_manager", "chat_handler", "completion_handler", "response_handler",
+                         "transcription_handler", "systemone_handler", "generation_state"]  # fmt: skip
+    assert "logit_processor_kwargs" in inspect.signature(manager.add_request).parameters
+    assert {field.name for field in dataclasses.fields(requests.RequestState)} >= {
+        "logit_processor_kwargs", "initial_tokens", "generated_tokens"}  # fmt: skip

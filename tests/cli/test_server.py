@@ -2,8 +2,16 @@
 """Laws of the server: OpenAI's API, each request under its own mixture, and nothing else than what was asked."""
 
 import asyncio
+import base64
+import io
+import json
+import random
+import socket
+import threading
+import time
 
 import pytest
+import seeing
 import tiny_experts
 from tiny_model import tiny_tokenizer
 
@@ -12,11 +20,11 @@ from peft_svf import Transformer2Model
 app = pytest.importorskip("peft_svf.cli.serving.app")
 httpx = pytest.importorskip("httpx")
 from peft_svf.cli.serving.engine import Capacity, Engine  # noqa: E402
-from peft_svf.cli.serving.gate import Rules  # noqa: E402
+from peft_svf.cli.serving.gate import Gate, Rules  # noqa: E402
 
 CAPACITY = Capacity(cache_tokens=2048, batch_tokens=64, concurrent=8, new_tokens=64)
 KEY, ADMIN = "a-key", "an-admin-key"
-RULES = Rules((KEY,), (ADMIN,), pending=12, body_bytes=10_000, seconds=30)
+RULES = Rules((KEY,), (ADMIN,), pending=40, body_bytes=10_000, seconds=30)
 ASK = {"messages": [{"role": "user", "content": "What is 3 + 4?"}], "max_tokens": 8, "temperature": 0}
 
 
@@ -86,3 +94,368 @@ def test_model_names_base_expert_or_mixture_and_fields_go_before_it(gate, refere
         assert text(response) == alone(reference, mixture)
         assert response.json()["dispatch"]["mixture"] == mixture and response.json()["model"] == fields["model"]
         assert response.headers["x-peft-svf-expert"] == response.json()["dispatch"]["choice"]
+
+
+def test_auto_is_what_the_first_pass_chooses(gate, reference):
+    questions = ["What is 3 + 4?", "def f(x):", "Tell me a story.", "print(1)"]
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    responses = run(gate, *(chat(model="auto", messages=messages) for messages in chats))
+    for messages, response, mixture in zip(chats, responses, reference.first_pass(chats), strict=True):
+        dispatch = response.json()["dispatch"]
+        assert dispatch["mixture"] == mixture.alpha and dispatch["choice"] == mixture.choice
+        assert dispatch["probabilities"] == pytest.approx(mixture.probabilities, abs=1e-3)
+        assert text(response) == alone(reference, mixture, messages)
+
+
+def test_each_road_gives_the_same_answer(gate, reference):
+    prompt = reference.tokenizer.apply_chat_template(ASK["messages"], add_generation_prompt=True, tokenize=False)
+    common = {"model": "math", "temperature": 0}
+    written = {**common, "prompt": prompt, "max_tokens": 8}
+    asked = {**common, "input": "What is 3 + 4?", "max_output_tokens": 8}
+    whole, streamed, completion, events, response, stream = run(
+        gate,
+        chat(model="math"),
+        chat(model="math", stream=True),
+        ("POST", "/v1/completions", written),
+        ("POST", "/v1/completions", {**written, "stream": True}),
+        ("POST", "/v1/responses", {**asked, "stream": False}),
+        ("POST", "/v1/responses", {**asked, "stream": True}),
+    )
+    expected = alone(reference, "math")
+    chunks, pieces = objects(streamed), objects(events)
+    assert text(whole) == expected
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == expected
+    assert completion.json()["choices"][0]["text"] == expected
+    assert "".join(piece["choices"][0]["text"] for piece in pieces) == expected
+    assert response.json()["output"][0]["content"][0]["text"] == expected
+    assert objects(stream)[-1]["response"]["output"][0]["content"][0]["text"] == expected
+    for first in (chunks[0], pieces[0], objects(stream)[0], completion.json(), response.json()):
+        assert first["dispatch"] == whole.json()["dispatch"]
+    assert chunks[-1]["usage"] == whole.json()["usage"] and streamed.text.endswith("data: [DONE]\n\n")
+
+
+def objects(response):
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
+    return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
+def test_an_answer_ends_before_a_stop_text(gate, reference):
+    expected = alone(reference, "math", new=24)
+    stop = expected[9:11]
+    end = expected[: expected.index(stop)]
+    whole, streamed = run(
+        gate,
+        chat(model="math", max_tokens=24, stop=stop),
+        chat(model="math", max_tokens=24, stop=[stop, "never"], stream=True),
+    )
+    assert text(whole) == end and whole.json()["choices"][0]["finish_reason"] == "stop"
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in objects(streamed)) == end
+
+
+def test_a_seed_repeats_an_answer_beside_any_others(gate):
+    drawn = {"model": "math", "temperature": 1.5, "max_tokens": 16}
+    (one,) = run(gate, chat(**drawn, seed=7))
+    others = run(gate, chat(model="base"), chat(**drawn, seed=7), chat(**drawn, seed=8), chat(**drawn), chat(**drawn))
+    answers = [text(response) for response in others]
+    assert answers[1] == text(one) and len({*answers[1:]}) == 4
+
+
+def test_models_health_and_metrics(gate):
+    listed, one, missing, health, metrics = run(
+        gate,
+        ("GET", "/v1/models", None),
+        ("GET", "/v1/models/math", None),
+        ("GET", "/v1/models/physics", None),
+        ("GET", "/health", None),
+        ("GET", "/metrics", None),
+    )
+    assert [entry["id"] for entry in listed.json()["data"]] == ["auto", tiny_experts.BASE, "code", "math"]
+    assert one.json()["description"] == "about math" and health.json() == {"status": "ok"}
+    assert missing.status_code == 404 and missing.json()["error"]["code"] == "model_not_found"
+    line = 'peft_svf_requests_total{expert="math",path="/v1/chat/completions",status="200"}'
+    assert line in metrics.text and "peft_svf_first_token_seconds_bucket" in metrics.text
+
+
+WRONG = {
+    "no messages": ({"messages": None}, "'messages' is a list"),
+    "messages of texts": ({"messages": ["hello"]}, "'messages' is a list"),
+    "content of numbers": ({"messages": [{"role": "user", "content": 3}]}, ""),
+    "unknown field": ({"wishes": 3}, "Unknown field 'wishes'"),
+    "a config of transformers": ({"generation_config": '{"num_beams": 9}'}, "Unknown field 'generation_config'"),
+    "several answers": ({"n": 2}, "'n' isn't supported"),
+    "log probabilities": ({"logprobs": True}, "'logprobs' isn't supported"),
+    "a forced tool": ({"tool_choice": "required"}, "'tool_choice' isn't supported"),
+    "hot": ({"temperature": 9}, "'temperature' is a number from 0 to 2"),
+    "not finite": ({"top_p": "0.5"}, "'top_p' is a number"),
+    "no tokens": ({"max_tokens": 0}, "'max_tokens' is a positive whole number"),
+    "too many tokens": ({"max_tokens": 65}, "writes at most 64 tokens"),
+    "too long": ({"messages": [{"role": "user", "content": "x" * 600}]}, "leaves room for 0"),
+    "stops": ({"stop": ["a"] * 5}, "'stop' is a text or up to four"),
+    "a template": ({"chat_template_kwargs": {"chat_template": "x"}}, "can't set 'chat_template'"),
+    "a bias for no token": ({"logit_bias": {"9999": 1.0}}, ""),
+    "a bias for no number": ({"logit_bias": {"x": 1.0}}, ""),
+    "unknown expert": ({"expert": "physics"}, "There is no expert 'physics'"),
+    "unknown weight": ({"mixture": {"physics": 1}}, "There is no expert 'physics'"),
+    "no weight": ({"mixture": {"math": "much"}}, "math"),
+    "both": ({"mixture": {"math": 1}, "expert": "code"}, "not both"),
+    "a list of experts": ({"expert": ["math"]}, "'expert' is a name"),
+}
+
+
+def test_what_is_wrong_is_refused_in_openais_form(gate):
+    for (name, (_, message)), response in zip(
+        WRONG.items(), run(gate, *(chat(**changes) for changes, _ in WRONG.values())), strict=True
+    ):
+        error = response.json()["error"]
+        assert response.status_code == 400 and error["type"] == "invalid_request_error", (name, response.text)
+        assert message in error["message"] and error["message"], (name, error)
+
+
+def test_who_has_no_key_gets_nothing_but_health(gate):
+    paths = [("GET", "/v1/models", None), ("GET", "/metrics", None), chat(), ("GET", "/nowhere", None)]
+    for key in ("", "another", KEY[:-1], KEY + "x"):
+        assert [response.status_code for response in run(gate, *paths, key=key)] == [401] * 4
+        assert run(gate, ("GET", "/health", None), key=key)[0].status_code == 200
+
+
+def test_routes_that_would_load_or_drop_models_are_gone(gate):
+    paths = ["/load_model", "/reset", "/v1/systemone", "/v1/audio/transcriptions"]
+    for response in run(gate, *(("POST", path, {"model": "x"}) for path in paths), ("GET", "/docs", None)):
+        assert response.status_code == 404 and response.json()["error"]["message"] == "Not Found"
+
+
+def behind(gate, **rules):
+    """The same application behind other rules."""
+    return Gate(gate.app, Rules((KEY,), (ADMIN,), **rules), gate.metrics)
+
+
+def test_too_many_requests_are_told_when_to_come_back(gate):
+    responses = run(behind(gate, pending=2), *(chat(model="math") for _ in range(5)))
+    assert sorted(response.status_code for response in responses) == [200, 200, 429, 429, 429]
+    busy = next(response for response in responses if response.status_code == 429)
+    assert int(busy.headers["retry-after"]) >= 1 and busy.json()["error"]["type"] == "rate_limit_error"
+
+
+def test_a_body_may_be_too_large(gate):
+    (response,) = run(behind(gate, body_bytes=1000), chat(messages=[{"role": "user", "content": "x" * 1000}]))
+    assert response.status_code == 413
+
+
+def slots(gate):
+    """Requests that the batch holds."""
+    scheduler = gate.app.state.engine.batch.batch_processor.scheduler
+    return len(scheduler.active_requests) + len(scheduler.waiting_requests)
+
+
+async def soon(condition):
+    for _ in range(200):
+        if condition():
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError("It didn't happen within 10 seconds.")
+
+
+@pytest.fixture
+def slow(gate, monkeypatch):
+    """Steps of the batch that take long, so that requests are still running when something happens to them."""
+    step = type(gate.app.state.engine.batch)._generation_step
+    monkeypatch.setattr(
+        type(gate.app.state.engine.batch), "_generation_step", lambda batch: (time.sleep(0.05), step(batch))
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_time_is_up_for_a_request_that_takes_too_long(gate, slow, stream):
+    (response,) = run(behind(gate, seconds=0.5), chat(model="math", max_tokens=64, stream=stream))
+    if stream:
+        assert objects(response)[-1]["error"]["message"] == "The answer took too long."
+    else:
+        assert response.status_code == 504 and response.headers["x-should-retry"] == "false"
+    asyncio.run(soon(lambda: not slots(gate)))
+
+
+async def leave(gate, request, seconds):
+    """Send a request, and leave after a while; return the messages that were sent until then."""
+    _, path, body = request
+    start = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+    headers = [(b"authorization", f"Bearer {KEY}".encode()), (b"content-type", b"application/json")]
+    scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": path, "raw_path": path.encode()}
+    scope |= {"query_string": b"", "headers": headers, "scheme": "http", "root_path": "", "asgi": {"version": "3.0"}}
+    sent = []
+
+    async def receive():
+        if start:
+            return start.pop()
+        await asyncio.sleep(seconds)
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    await gate(scope, receive, send)
+    return sent
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_leaves_frees_a_slot(gate, slow, stream):
+    async def leaving():
+        request = chat(model="math", max_tokens=64, stream=stream)
+        sent = asyncio.create_task(leave(gate, request, 0.4))
+        await soon(lambda: slots(gate) == 1)
+        return await sent
+
+    sent = asyncio.run(leaving())
+    assert not any(message.get("body") and not message["more_body"] for message in sent)
+    asyncio.run(soon(lambda: not slots(gate)))
+    assert gate.pending == 0 and not gate.app.state.engine.batch.output_router.result_handlers
+
+
+def test_experts_come_and_go_under_load(gate, reference, folder):
+    expected = {name: alone(reference, name, new=24) for name in ("math", "code")}
+    admin = run(gate, ("POST", "/v1/experts", {"source": "kinds"}), key=KEY)[0]
+    assert admin.status_code == 403
+
+    async def load():
+        async def ask(name, count):
+            transport = httpx.ASGITransport(gate)
+            async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+                client.headers["authorization"] = f"Bearer {ADMIN}"
+                for _ in range(count):
+                    response = await client.post("/v1/chat/completions", json=chat(model=name, max_tokens=24)[2])
+                    assert text(response) == expected[name]
+
+        async def change():
+            transport = httpx.ASGITransport(gate)
+            async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+                client.headers["authorization"] = f"Bearer {ADMIN}"
+                for _ in range(3):
+                    added = await client.post("/v1/experts", json={"source": "kinds", "name": "third"})
+                    assert added.status_code == 200 and "third" in [entry["id"] for entry in added.json()["data"]]
+                    answer = await client.post("/v1/chat/completions", json=chat(model="third")[2])
+                    assert answer.status_code == 200
+                    assert (await client.delete("/v1/experts/third")).status_code == 200
+                    gone = await client.post("/v1/chat/completions", json=chat(model="third")[2])
+                    assert gone.status_code == 404
+
+        await asyncio.gather(ask("math", 4), ask("code", 4), change())
+
+    asyncio.run(load())
+
+
+def test_a_name_never_becomes_a_path(gate, folder):
+    (folder.parent / "outside").mkdir(exist_ok=True)
+    wrong = ["../outside", str(folder / "kinds"), ".", "..", "kinds/../kinds", "", "kinds/", None, 3, ["kinds"]]
+    responses = run(gate, *(("POST", "/v1/experts", {"source": source}) for source in wrong), key=ADMIN)
+    assert [response.status_code for response in responses] == [404] * len(wrong)
+    taken, unknown = run(
+        gate,
+        ("POST", "/v1/experts", {"source": "kinds", "name": "math"}),
+        ("DELETE", "/v1/experts/nobody", None),
+        key=ADMIN,
+    )
+    assert taken.status_code == unknown.status_code == 400 and "is called 'math'" in taken.json()["error"]["message"]
+
+
+def anything(draw, depth=0):
+    """A random JSON value."""
+    kinds = [None, True, 0, -1, 2**70, 1.5, float("nan"), "", "math", "user", "data: {}", "\ud800", "x" * 50]
+    if depth > 2 or draw.random() < 0.6:
+        return draw.choice(kinds)
+    if draw.random() < 0.5:
+        return [anything(draw, depth + 1) for _ in range(draw.randrange(4))]
+    names = ["role", "content", "type", "text", "math", "url", "image_url", "function", "arguments", "id"]
+    return {draw.choice(names): anything(draw, depth + 1) for _ in range(draw.randrange(4))}
+
+
+def test_no_body_breaks_the_server_or_another_answer(gate, reference):
+    draw, expected = random.Random(0), {name: alone(reference, name) for name in ("math", "code")}
+    fields = ["model", "messages", "stop", "tools", "logit_bias", "seed", "stream", "mixture", "expert", "temperature"]
+    fields += ["frequency_penalty", "chat_template_kwargs", "max_tokens", "top_p", "prompt", "input", "instructions"]
+
+    async def send():
+        transport = httpx.ASGITransport(gate, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=60) as client:
+            client.headers.update({"authorization": f"Bearer {KEY}", "content-type": "application/json"})
+
+            async def post(path, content):
+                return await client.post(path, content=content)
+
+            for _ in range(25):
+                calls = []
+                for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
+                    for _ in range(3):
+                        start = ASK if path.endswith("chat/completions") else {"model": "math", "max_tokens": 4}
+                        body = {**start, **{draw.choice(fields): anything(draw) for _ in range(draw.randrange(1, 4))}}
+                        calls.append(post(path, json.dumps(body)))
+                    calls.append(post(path, draw.choice(["", "{", "[]", "3", "[" * 5000, '{"a": ' * 500, "\x00"])))
+                names = draw.choices(["math", "code"], k=2)
+                asked = [post("/v1/chat/completions", json.dumps(chat(model=name)[2])) for name in names]
+                *others, one, two = await asyncio.gather(*calls, *asked)
+                assert [text(one), text(two)] == [expected[name] for name in names]
+                for call in others:
+                    assert call.status_code in (200, 400, 404), (call.status_code, call.text, call.request.content)
+                    assert call.status_code == 200 or "error" in call.json(), (call.text, call.request.content)
+
+    asyncio.run(send())
+
+
+def test_the_openai_client_over_loopback(gate, reference):
+    openai, uvicorn = pytest.importorskip("openai"), pytest.importorskip("uvicorn")
+    place = socket.socket()
+    place.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(gate, log_level="error", lifespan="off"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
+    thread.start()
+    try:
+        url = f"http://127.0.0.1:{place.getsockname()[1]}/v1"
+        with openai.OpenAI(base_url=url, api_key=KEY) as client, openai.OpenAI(base_url=url, api_key="no") as other:
+            mixture = {"math": 0.7, "code": 0.3}
+            answer = client.chat.completions.create(model="auto", extra_body={"mixture": mixture}, **ASK)
+            assert answer.choices[0].message.content == alone(reference, mixture)
+            assert answer.dispatch["mixture"] == mixture
+            raw = client.chat.completions.with_raw_response.create(model="code", **ASK)
+            assert raw.headers["x-peft-svf-expert"] == "code"
+            chunks = list(client.chat.completions.create(model="code", stream=True, **ASK))
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == alone(reference, "code")
+            assert chunks[0].dispatch["choice"] == "code"
+            asked = {"input": "What is 3 + 4?", "max_output_tokens": 8, "temperature": 0}
+            assert client.responses.create(model="math", **asked, stream=False).output_text == alone(reference, "math")
+            with pytest.raises(openai.NotFoundError, match="There is no model 'physics'"):
+                client.chat.completions.create(model="physics", **ASK)
+            with pytest.raises(openai.AuthenticationError):
+                other.models.list()
+            assert "math" in [model.id for model in client.models.list()]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_sees_answers_one_request_at_a_time(tmp_path_factory, stream):
+    folder = tmp_path_factory.mktemp("seeing")
+    base = seeing.model(name="seeing")
+    experts = [tiny_experts.write(folder, "math", 2, seeing.model(name="seeing"), target_modules=seeing.LANGUAGE)]
+    model = Transformer2Model(base, seeing.processor(), experts)
+    gate = app.build(Engine(model, CAPACITY), RULES)
+    file = io.BytesIO()
+    seeing.IMAGES[0].save(file, "PNG")
+    part = {
+        "type": "image_url",
+        "image_url": {"url": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()},
+    }
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]
+    inputs = model.processor.apply_chat_template(
+        seeing.asks(0, "What?"), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    ids = model.generate(**inputs, mixture={"math": 1.0}, max_new_tokens=8, do_sample=False)
+    expected = model.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    responses = run(gate, *(chat(model="math", messages=messages, stream=stream) for _ in range(2)))
+    for response in responses:
+        if stream:
+            assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in objects(response)) == expected
+        else:
+            assert text(response) == expected
+    part["image_url"]["url"] = "http://127.0.0.1/image.png"
+    (response,) = run(gate, chat(model="math", messages=messages))
+    assert response.status_code == 400 and "data: URLs" in response.json()["error"]["message"]
+    assert text(run(gate, chat(model="auto"))[0])

@@ -6,24 +6,36 @@ The client reads its endpoint when it is imported and the other tests are offlin
 client process" run in one process of their own. They do what a user does; the tests look at what is then on the Hub.
 """
 
+import contextlib
+import io
 import json
 import multiprocessing
 import re
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from fake_hub import FakeHub, use
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load, load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tiny_experts import write
+from tiny_model import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, pipeline
 
-from peft_svf import SVFConfig
+from peft_svf import Expert, Mixture, SVFConfig, Transformer2Model
+from peft_svf.adaptation import FirstPass
+from peft_svf.cli import main
+from peft_svf.experts import RoutingKey
 from peft_svf.experts.hub import expert_card, push_expert
 
 THREE_FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+GSM8K = {"task": "gsm8k", "split": "test", "metric": "accuracy (generated)", "value": 0.25, "n": 1319}
+GSM8K |= {"dataset": "openai/gsm8k", "benchmark": "gsm8k"}
 TOKENS = torch.tensor([[3, 14, 15, 9, 2, 6, 5]])
 
 
@@ -103,6 +115,60 @@ def write_card(repo, text) -> None:
     HfApi().upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=repo)
 
 
+def push_chat(experts) -> None:
+    """Push a base with a tokenizer, and experts of it as values: by repository the seed."""
+    tiny_model().push_to_hub("me/chat")
+    tiny_tokenizer().push_to_hub("me/chat")
+    base = AutoModelForCausalLM.from_pretrained("me/chat")
+    with tempfile.TemporaryDirectory() as folder:
+        for repo, seed in experts.items():
+            expert = Expert.load(write(Path(folder), repo.split("/")[1], seed, base))
+            torch.manual_seed(seed)
+            key = RoutingKey(torch.randn(3, 24), torch.randn(24), 1)
+            replace(expert, key=key).push_to_hub(repo, task=expert.description, results=[GSM8K])
+            base = AutoModelForCausalLM.from_pretrained("me/chat")
+
+
+def answer(pipe) -> tuple:
+    greedy = {"max_new_tokens": 5, "do_sample": False, "return_full_text": False}
+    text = pipe("3 + 4", mixture="both", **greedy)[0]["generated_text"]
+    return text, pipe.model.library.descriptions, pipe.model.default_first_pass.threshold
+
+
+def push_bundle(repo, experts) -> tuple:
+    model = Transformer2Model.from_pretrained(None, experts, first_pass=FirstPass(threshold=0.5))
+    model.library.add_mixture("both", Mixture(dict.fromkeys(model.library.names, 0.5)))
+    model.push_to_hub(repo, license="mit")
+    return answer(pipeline("transformer2", model=model))
+
+
+def answer_of_bundle(repo) -> tuple:
+    return answer(pipeline("transformer2", model=repo))
+
+
+def offsets_of(source) -> dict:
+    expert = Expert.load(source)
+    return {name: offset.tolist() for name, offset in expert.offsets.items()} | {"key": expert.key.states.sum().item()}
+
+
+def push_zoo(repo, source) -> str:
+    """Put an expert into a subfolder, and twice of it in a second commit; return the id of the first."""
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo(repo)
+    expert, commits = Expert.load(source), []
+    with tempfile.TemporaryDirectory() as folder:
+        for version in (expert, replace(2 * expert, key=expert.key)):
+            version.save(folder)
+            commits.append(HfApi().upload_folder(repo_id=repo, folder_path=folder, path_in_repo="code").oid)
+    return commits[0]
+
+
+def command(*argv) -> tuple[int, str]:
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+        return main([*argv]), out.getvalue()
+
+
 # In the test process.
 
 
@@ -125,6 +191,14 @@ def client(hub, tmp_path_factory):
 
         run(push_base)
         yield run
+
+
+@pytest.fixture(scope="module")
+def experts(client):
+    """Experts of a base with a tokenizer that were pushed as values."""
+    repos = ["me/sums", "me/programs"]
+    client(push_chat, {repo: seed for seed, repo in enumerate(repos, 1)})
+    return repos
 
 
 def card_of(hub, repo, revision="main") -> ModelCard:
@@ -249,6 +323,52 @@ def test_arguments_of_transformers_push_are_taken_and_others_refused(hub, client
     assert hub.commit("me/private")[1]["description"] == "Why."
     with pytest.raises(TypeError, match="use_temp_dir"):
         client(push, "me/private", use_temp_dir=True)
+
+
+def test_subfolder_and_revision_in_one_name_give_the_files_of_one_commit(hub, client, experts):
+    first = client(push_zoo, "me/zoo", experts[0])
+    once = client(offsets_of, experts[0])
+    assert client(offsets_of, f"me/zoo::code@{first}") == once
+    twice = client(offsets_of, "me/zoo::code@main")
+    assert all(twice[name] == [2 * x for x in offset] for name, offset in once.items() if name != "key")
+    code, shown = client(
+        command, "dispatch", "3 + 4", "--experts", f"sums=me/zoo::code@{first}", "--experts", "me/zoo::code"
+    )
+    assert code == 0, shown
+    code, shown = client(command, "dispatch", "3 + 4", "--experts", "me/zoo::code@v9")
+    assert code == 1 and "no revision 'v9'" in shown
+
+
+def test_bundle_is_one_commit_and_the_pipeline_loads_it_by_its_name(hub, client, experts):
+    pushed = client(push_bundle, "me/bundle", experts)
+    assert client(answer_of_bundle, "me/bundle") == pushed
+    assert pushed[1] == {"programs": "about programs", "sums": "about sums"} and pushed[2] == 0.5
+    assert hub.history("me/bundle") == ["Upload SVF experts"]
+    listed = json.loads(hub.read("me/bundle", "transformer2_config.json"))
+    assert listed["base_model_name_or_path"] == "me/chat" and listed["mixtures"]["both"]["alpha"]["sums"] == 0.5
+    card = card_of(hub, "me/bundle")
+    assert card.data.base_model == "me/chat" and card.data.license == "mit"
+    assert "import peft_svf" in card.text and "| sums | about sums |" in card.text
+
+
+def test_expert_is_pushed_with_its_routing_key_and_its_place_on_a_board(hub, client, experts):
+    assert hub.files(experts[0]) == [".eval_results/gsm8k.yaml", *THREE_FILES, "routing.safetensors"]
+    (entry,) = yaml.safe_load(hub.read(experts[0], ".eval_results/gsm8k.yaml"))
+    assert entry["dataset"] == {"id": "openai/gsm8k", "task_id": "gsm8k"} and entry["value"] == 0.25
+    card = card_of(hub, experts[0])
+    measured = card.data.to_dict()["model-index"][0]["results"][0]
+    assert measured["dataset"]["type"] == "openai/gsm8k"
+    assert {"type": "accuracy", "name": "accuracy (generated)", "value": 0.25} in measured["metrics"]
+    assert "benchmark" not in card.text
+    code, shown = client(command, "inspect", experts[0])
+    assert code == 0, shown
+
+
+def test_search_lists_the_experts_of_a_base(hub, client, experts):
+    code, shown = client(command, "search", "me/chat")
+    assert code == 0 and "me/sums" in shown and "me/programs" in shown and "me/expert " not in shown
+    code, shown = client(command, "search", "me/nothing")
+    assert code == 1 and "no experts of 'me/nothing'" in shown
 
 
 # The card alone, without a Hub.

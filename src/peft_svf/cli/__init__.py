@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Command line -> one verb: train, eval, factor, inspect, adapt, dispatch, key, export, import, serve.
+Command line -> one verb: train, eval, factor, inspect, adapt, dispatch, key, export, import, search, serve.
 
 Each verb is a module whose function's signature is its options, and this package is the one place that prints. Modules
 of the library are imported inside the verbs, so that help and shell completion don't wait for torch.
@@ -24,6 +24,7 @@ from .factor import factor
 from .import_ import import_
 from .inspect import inspect
 from .key import key
+from .search import search
 from .serve import serve
 from .train import HELP, train
 
@@ -77,6 +78,7 @@ _verb("dispatch", dispatch)
 _verb("key", key)
 _verb("export", export)
 _verb("import", import_)
+_verb("search", search)
 _verb("serve", serve)
 
 

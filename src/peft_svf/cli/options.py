@@ -27,6 +27,12 @@ Revision = Annotated[str | None, option("Branch, tag or commit of the base model
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16", "float64"], option("Of the model; auto is the checkpoint's.")
 ]
+Form = Annotated[
+    Literal["choice", "generate", "letter", "calculation"] | None,
+    option("Choose, or write: a text, an option's letter, a calculation. Default: the task's first."),
+]
+System = Annotated[str | None, option("System prompt.")]
+Shots = Annotated[int, option("Solved training examples before each question.", min=0)]
 Mixture = Annotated[
     list[str] | None, option("Saved mixture, or an expert's weight, once per expert.", metavar="FILE|NAME=WEIGHT")
 ]

@@ -26,9 +26,9 @@ def find_task(name: str) -> "Task":
     return jsonl_task(name) if own else get_task(name)
 
 
-def rows_of(task: "Task", split: str, form: str, limit: int | None, seed: int = 0) -> "list[dict[str, Any]]":
+def rows_of(task: "Task", split: str, form: str, limit: int | None, **options: Any) -> "list[dict[str, Any]]":
     """Make the rows of a split; refuse a split without any."""
-    rows = task.rows(split, form, limit=limit, seed=seed)
+    rows = task.rows(split, form, limit, **options)
     if not rows:
         raise ValueError(f"Task {task.name!r} has no {split} rows in the {form} form.")
     return rows
@@ -59,7 +59,7 @@ def load_model(
 
 def named_sources(experts: Sequence[str]) -> dict[str, str]:
     """Read experts that are written `SOURCE` or `NAME=SOURCE`, sources as in [`Expert.load`]."""
-    from ..experts.expert import name_of
+    from ..experts.saved import name_of
 
     sources: dict[str, str] = {}
     for entry in experts:

@@ -62,6 +62,7 @@ def train(
     Ctrl-C finishes the step and saves a checkpoint, from which --resume goes on; a second Ctrl-C ends at once.
     """
     from ..rows import has_image
+    from ..tasks.task import ANSWER_TOKENS, form_of
 
     try:
         settings = read_settings(config, context.args)
@@ -71,6 +72,8 @@ def train(
     checkpoint = _checkpoint("true" if resume else args.resume_from_checkpoint, args, dry_run)
     task = find_task(settings.script.task)
     rows = _rows(task, settings)
+    if "max_completion_length" not in settings.given:
+        args.max_completion_length = ANSWER_TOKENS.get(form_of(rows["train"][0]), args.max_completion_length)
     images = any(map(has_image, rows["train"]))
     if images and settings.script.algorithm == "evolution":
         raise ValueError("algorithm: evolution scores texts, and these rows have images: set algorithm: reinforce.")
@@ -80,7 +83,7 @@ def train(
     )
     svf = svf_config(settings.svf, model, task.description)
     if args.process_index == 0:
-        form = "choice" if "choices" in rows["train"][0] else "generate"
+        form = form_of(rows["train"][0])
         print(f"{task.name}, {form} form: " + ", ".join(f"{len(some)} {split}" for split, some in rows.items()))
     _check_rows(model, reader, task, rows, args)
     if dry_run:
@@ -159,8 +162,9 @@ def _rows(task: "Task", settings: Settings) -> "dict[str, list[dict[str, Any]]]"
     form, limits = script.form or task.forms[0], {"train": script.train_rows, "test": script.test_rows}
     if config.eval_strategy != "no":
         limits["validation"] = script.eval_rows
+    options = {"system": script.system, "shots": script.shots}
     return {
-        split: rows_of(task, split, form, limit, config.seed if split == "train" else 0)
+        split: rows_of(task, split, form, limit, seed=config.seed if split == "train" else 0, **options)
         for split, limit in limits.items()
     }
 

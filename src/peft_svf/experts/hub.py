@@ -18,20 +18,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard, ModelCardData, try_to_load_from_cache
+import yaml
+from huggingface_hub import (
+    CommitInfo,
+    EvalResult,
+    EvalResultEntry,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
 from .. import files
-from .expert import Expert, read_config, read_offsets
+from .expert import Expert
+from .saved import read_config, read_offsets
 
 logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("expert_card.md")
 TAGS = ("svf", "transformer-squared", "z-vector")
+HIDDEN = {"value", "interval", "dataset", "benchmark"}  # keys of a result that are no columns
+FACTS = {"task", "training", "results", "license", "tags"}
 OURS = ("[More Information Needed]", "arXiv 2501.06252")  # texts of PEFT's blank card and of this package's
 
 # PEFT task type -> (class that loads the base, the Hub's pipeline tag)
@@ -52,13 +65,7 @@ def push_expert(
     base_model: str | None = None,
     base_revision: str | None = None,
     card: ModelCard | str | None = None,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    **facts: Any,
+    **facts_and_options: Any,
 ) -> CommitInfo:
     """
     Upload an expert or SVF adapter: `adapter_config.json`, `adapter_model.safetensors`, `README.md`, in one commit.
@@ -77,36 +84,56 @@ def push_expert(
             into the uploaded config as well.
         card (`ModelCard` or `str`, *optional*):
             Default: [`expert_card`]'s, unless the repository has a card that a person wrote, which stays.
-        commit_message, commit_description, private, token, revision, create_pr:
-            As in `create_repo` and `upload_folder` of `huggingface_hub.HfApi`.
-        facts:
-            `task`, `training`, `results`, `license` and `tags` of [`expert_card`].
+        facts_and_options:
+            `task`, `training`, `results`, `license` and `tags` of [`expert_card`]; `commit_message`,
+            `commit_description`, `private`, `token`, `revision` and `create_pr` as in `huggingface_hub.HfApi`.
 
     Raises:
         `ValueError`: if the adapter is unknown or not SVF, no Hub id of the base model is known, or z is not finite.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else None
-    name = _chosen_adapter(model, adapter_name) if isinstance(model, PeftModel) else "default"
-    configured = model.peft_config[name].base_model_name_or_path if base is not None else model.base_model
-    base_model = _base_id(configured or getattr(base, "name_or_path", None), base_model)
+    if isinstance(model, Expert):
+        base, name, configured = None, "default", model.base_model
+    else:
+        base, name = model.get_base_model(), _chosen_adapter(model, adapter_name)
+        configured = model.peft_config[name].base_model_name_or_path or getattr(base, "name_or_path", None)
+    base_model = base_id(configured, base_model)
+    facts = {name: facts_and_options.pop(name) for name in FACTS & facts_and_options.keys()}
+    options = {"commit_message": "Upload SVF expert", **facts_and_options}
     facts["tags"] = [*(getattr(base, "model_tags", None) or ()), *facts.get("tags", ())]
     with tempfile.TemporaryDirectory() as scratch:
         folder = _save(model, name, Path(scratch), base_model, base_revision)
         made = expert_card(folder, repo_id=repo_id, base_dtype=getattr(base, "dtype", None), **facts)
         (folder / CARD_NAME).write_text(str(card or made), encoding="utf-8")
-        api = HfApi(library_name="peft_svf", token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            ignore_patterns=[CARD_NAME] if card is None and _has_other_card(api, repo_id, revision) else None,
-            commit_message=commit_message or "Upload SVF expert",
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-        )
+        _write_benchmarks(folder, facts.get("results") or ())
+        return upload(folder, repo_id, keeps_card=card is None, **options)
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    keeps_card: bool = True,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+) -> CommitInfo:
+    """Upload a folder in one commit, into a repository that is made if need be; `keeps_card` for a person's card."""
+    api = HfApi(library_name="peft_svf", token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not create_pr and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        ignore_patterns=[CARD_NAME] if keeps_card and _has_other_card(api, repo_id, revision) else None,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        commit_description=commit_description,
+    )
 
 
 def push_to_hub(model: PeftModel, repo_id: str, *, max_shard_size: Any = None, **kwargs: Any) -> CommitInfo:
@@ -145,7 +172,9 @@ def expert_card(
         training (`Mapping[str, Any]`, *optional*): What repeats the run, in order: data, steps, seed, command, ...
         results (`Sequence[Mapping[str, Any]]`):
             One row per measurement: `task`, `value`, and if known `split`, `metric` (default "accuracy"), `base` (the
-            base model's value), `interval` (two numbers, 95 %), `n`. Any other key becomes a column.
+            base model's value), `interval` (two numbers, 95 %), `n`. `dataset` is its id on the Hub. `benchmark`, the
+            id of a task of that dataset's `eval.yaml`, puts the value on the dataset's board: for answers that were
+            generated, on the whole test split. Any other key becomes a column.
         license (`str`, *optional*): Identifier such as `"apache-2.0"`.
         tags (`Sequence[str]`): Tags besides the card's own.
 
@@ -155,8 +184,8 @@ def expert_card(
     folder = Path(folder)
     config = read_config(folder)
     offsets, others, _ = read_offsets(folder)
-    base_model = _base_id(config.get("base_model_name_or_path"), base_model)
-    base_class, pipeline_tag = TASK_TYPES.get(_task_type(config), ("AutoModel", None))
+    base_model = base_id(config.get("base_model_name_or_path"), base_model)
+    base_class, pipeline_tag = TASK_TYPES.get(task_type(config), ("AutoModel", None))
     repo_id = repo_id or folder.resolve().name
     hashes = {module: entry["sha256"] for module, entry in (config.get("fingerprint") or {}).items()}
     data = ModelCardData(
@@ -184,8 +213,8 @@ def expert_card(
         rank=config.get("rank"),
         others=sum(tensor.numel() for tensor in others.values()),
         training={key: files.public(str(value)) for key, value in (training or {}).items() if value is not None},
-        results=_table([_result_row(row) for row in results]),
-        z=_table(_z_rows(offsets)),
+        results=table([_result_row(row) for row in results]),
+        z=table(_z_rows(offsets)),
     )
 
 
@@ -202,7 +231,7 @@ def _chosen_adapter(model: PeftModel, name: str | None) -> str:
     return name
 
 
-def _base_id(configured: str | None, chosen: str | None) -> str:
+def base_id(configured: str | None, chosen: str | None) -> str:
     """Return the Hub id of the base model, and refuse a path of this machine: it means nothing on a card."""
     name = chosen or configured or ""
     try:
@@ -247,7 +276,7 @@ def _has_other_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
     return stays
 
 
-def _task_type(config: Mapping[str, Any]) -> str:
+def task_type(config: Mapping[str, Any]) -> str:
     """Return the PEFT task type; an adapter made without one has that of its base class."""
     base_class = (config.get("auto_mapping") or {}).get("base_model_class", "")
     return config.get("task_type") or ("CAUSAL_LM" if base_class.endswith(("ForCausalLM", "LMHeadModel")) else "")
@@ -261,9 +290,26 @@ def _cached_commit(base_model: str) -> str | None:
 
 def _measured(row: Mapping[str, Any], pipeline_tag: str | None) -> EvalResult:
     """Write a measurement as the Hub's model index has it."""
-    names = {"dataset_type": row["task"], "dataset_name": row["task"], "dataset_split": row.get("split")}
-    metric = {"metric_type": row.get("metric", "accuracy"), "metric_value": row["value"]}
-    return EvalResult(task_type=pipeline_tag or "other", **names, **metric)
+    dataset, metric = row.get("dataset", row["task"]), row.get("metric", "accuracy")
+    return EvalResult(
+        task_type=pipeline_tag or "other",
+        dataset_type=dataset,
+        dataset_name=row["task"],
+        dataset_split=row.get("split"),
+        metric_type=metric.partition(" (")[0],
+        metric_name=metric,
+        metric_value=row["value"],
+    )
+
+
+def _write_benchmarks(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write measurements on the Hub's benchmarks as `.eval_results/TASK.yaml`, which the model's page shows."""
+    for row in rows:
+        if row.get("benchmark"):
+            notes = f"{row.get('metric', 'accuracy')}, an SVF expert, n = {row.get('n', 'unknown')}"
+            entry = EvalResultEntry(row["dataset"], row["benchmark"], row["value"], notes=notes)
+            text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+            files.write(folder / ".eval_results" / f"{row['benchmark']}.yaml", text)
 
 
 def _result_row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,7 +317,7 @@ def _result_row(row: Mapping[str, Any]) -> dict[str, Any]:
     interval = "{:.3f} to {:.3f}".format(*row["interval"]) if row.get("interval") else None
     first = {"task": row["task"], "split": row.get("split"), "metric": row.get("metric", "accuracy")}
     values = {"base": row.get("base"), "expert": row["value"], "95 % interval": interval, "n": row.get("n")}
-    return first | values | {key: row[key] for key in row if key not in (*first, *values, "value", "interval")}
+    return first | values | {key: row[key] for key in row if key not in HIDDEN | {*first, *values}}
 
 
 def _z_rows(offsets: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
@@ -288,7 +334,7 @@ def _z_rows(offsets: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
     return rows
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Write rows as a Markdown table, without the columns that are empty in every row."""
     order = [
         key

@@ -29,7 +29,8 @@ from ..tuner.config import SVFConfig
 from ..tuner.fingerprint import Fingerprint, check
 from ..tuner.layer import SVFLayer, active_rows, svf_layers
 from .base import weights_in
-from .expert import OTHER, Expert, Mixture, SavedOffsets
+from .expert import OTHER, Expert, Mixture
+from .saved import SavedOffsets
 
 Source = str | PathLike[str] | Expert
 CLASSIFIER = "classifier: "  # prefix that keeps the classifier's name from clashing with an expert's

@@ -42,7 +42,7 @@ from .plans import (
     version_of,
 )
 from .targets import of_one_expert
-from .weights import held_weight, offloaded, onloaded, refuse_shared, refuse_zero3, undo_cpu_packing
+from .weights import held_weight, offloaded, onloaded, refuse_shared, refuse_split, undo_cpu_packing
 
 logger = logging.getLogger(__name__)
 
@@ -631,7 +631,7 @@ class Linear(nn.Module, SVFLayer):
 
     def _plan(self, x: Tensor, offset: Tensor, rows: Rows | None) -> Plan:
         if torch.compiler.is_compiling() or capturing(x) or transforming() or not self._plain():
-            refuse_zero3(self.base_weight)
+            refuse_split(self.base_weight)
             return "narrow"
         execution = self.execution
         load = Load(

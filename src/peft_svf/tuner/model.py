@@ -59,6 +59,7 @@ class SVFModel(BaseTuner):
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self.__dict__["execution"] = Execution()
         self._defers = not isinstance(peft_config, SVFConfig)  # transformers does not hand a file's tensors over
+        self._first = ExitStack()  # holds the first forward's context while it runs
         self._brought: dict[str, tuple[str, str]] = {}  # weight -> adapter and digest of a basis that only it may use
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
@@ -83,12 +84,21 @@ class SVFModel(BaseTuner):
                 self._unfilled |= {adapter_name}
                 self._unchecked |= {adapter_name}
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            layers = [layer for layer in svf_layers(model).values() if adapter_name in layer.svf_offset]
+            if config.rank is not None and config.rank > (most := max(layer.directions for layer in layers)):
+                logger.warning(
+                    f"rank={config.rank} is beyond the {most} singular values of any weight: all are moved."
+                )
+                config.rank = None
             if loading.from_file(config) and config.save_basis and self._defers:
                 self._waiting = True  # until `_remap_adapter_state_dict_for_load` has read the basis in the file
             else:
                 self.fetch_bases()
-            if loading.from_file(config) and not self._defers:
-                loading.guard_loading(self, model, adapter_name, config)
+            if not self._defers:  # transformers calls the model itself, so its first forward is watched
+                end = model.register_forward_hook(self._end_of_first, always_call=True)
+                self._watching = model.register_forward_pre_hook(self._begin_first), end
+                if loading.from_file(config):
+                    loading.guard_loading(self, model, adapter_name, config)
         except BaseException:
             self._unfilled -= {adapter_name}
             self._unchecked -= {adapter_name}
@@ -348,6 +358,14 @@ class SVFModel(BaseTuner):
                 "Length of `adapter_names` should be the same as the number of inputs, "
                 f"but got {len(names)} and {batch[0]} respectively."
             )
+
+    def _begin_first(self, *_: Any) -> None:
+        self._first.enter_context(self._calling(None))
+
+    def _end_of_first(self, *_: Any) -> None:
+        for handle in self._watching:
+            handle.remove()
+        self._first.close()
 
     @contextmanager
     def _calling(self, batch: tuple[int, int | None] | None) -> Iterator[None]:

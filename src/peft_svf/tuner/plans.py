@@ -123,7 +123,7 @@ class _Graph:
 def emulates(dtype: torch.dtype) -> bool:
     """Whether this CPU has no instructions for products in a 16-bit dtype, which then take four times float32's."""
     names = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16", "fp16")}
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11
     return dtype in names and not any(capabilities.get(name) for name in names[dtype])
 
 

@@ -21,6 +21,7 @@ from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from jinja2 import TemplateError
+from starlette.exceptions import HTTPException as HTTPError
 from transformers import PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
@@ -77,7 +78,7 @@ def build(engine: Engine, rules: Rules, folder: Path | None = None) -> Gate:
             status, message = 400, "The body isn't a JSON object."
         elif isinstance(error, CBWorkerDeadError):
             status, message = 503, str(error)
-        elif not isinstance(error, HTTPException) and status == 500:
+        elif not isinstance(error, HTTPError):
             message = "The server failed at this request."
         if status == 422:  # transformers' word for unknown fields
             status = 400
@@ -85,7 +86,7 @@ def build(engine: Engine, rules: Rules, folder: Path | None = None) -> Gate:
             code = "model_not_found"
         return JSONResponse(error_body(status, str(message), code), status)
 
-    for kind in (404, 405, HTTPException, RequestValidationError, CBWorkerDeadError, Exception):
+    for kind in (HTTPError, RequestValidationError, CBWorkerDeadError, Exception):
         app.add_exception_handler(kind, failure)
 
     @app.get("/v1/models/{name:path}")
@@ -105,7 +106,7 @@ def build(engine: Engine, rules: Rules, folder: Path | None = None) -> Gate:
         # looked up among names, so that none is ever joined to a path
         experts = {path.name: path for path in folder.iterdir() if path.is_dir()} if folder else {}
         source, name = body.get("source"), body.get("name")
-        if source not in experts:
+        if not isinstance(source, str) or source not in experts:
             raise HTTPException(404, f"There is no expert {source!r} in the server's folder.")
         if not (name is None or (isinstance(name, str) and 0 < len(name) < 200 and name.isprintable())):
             raise HTTPException(400, "A name is a text of less than 200 characters.")

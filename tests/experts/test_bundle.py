@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model of two passes comes back from its folder with all that answers depend on, and no more than that is in it."""
+
+import json
+
+import pytest
+import tiny_experts
+import torch
+from tiny_experts import GREEDY, ids
+from tiny_model import tiny_tokenizer
+from transformers import pipeline
+
+from peft_svf import Mixture, Transformer2Model
+from peft_svf.adaptation import FirstPass, fit_calibration, fit_probe
+
+TEXTS = ["3 + 4 =", "print(x)"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny_experts.base(name="").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experts")
+    seeds = tiny_experts.SEEDS.items()
+    paths = {name: tiny_experts.write(folder, name, seed, tiny_experts.base(name=str(base))) for name, seed in seeds}
+    classifier = paths.pop("kinds")
+    model = Transformer2Model.from_pretrained(None, paths | {"odd/../name": paths["math"]}, classifier=classifier)
+    model.library.add_mixture("both", Mixture({"math": 0.7, "code": 0.3}))
+    return model
+
+
+def same(one, other):
+    assert one.library.names == other.library.names and one.library.mixtures == other.library.mixtures
+    assert [m.record() for m in one.first_pass(TEXTS)] == [m.record() for m in other.first_pass(TEXTS)]
+    for mixture in ("both", "odd/../name", {"code": 0.4}):
+        answers = [m.generate(**ids(*TEXTS[:1]), mixture=mixture, **GREEDY) for m in (one, other)]
+        assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("strategy", ["classifier", "probe", "calibrated"])
+def test_save_then_load_is_the_same_model(strategy, model, tmp_path):
+    data = (model.library, model.tokenizer, TEXTS * 3, ["math", "code"] * 3)
+    settings = {
+        "classifier": lambda: FirstPass("classifier", threshold=0.1, temperature=2.0, fallback="mix"),
+        "probe": lambda: FirstPass("probe", probe=fit_probe(*data)),
+        "calibrated": lambda: FirstPass(calibration=fit_calibration(*data, FirstPass())),
+    }
+    model.default_first_pass = settings[strategy]()
+    model.save_pretrained(tmp_path / "bundle")
+    loaded = Transformer2Model.from_pretrained(str(tmp_path / "bundle"))
+    same(loaded, model)
+    piped = pipeline("transformer2", model=str(tmp_path / "bundle"))
+    same(piped.model, model)
+    piped.save_pretrained(tmp_path / "again")
+    same(Transformer2Model.from_pretrained(tmp_path / "again"), model)
+    assert not list(tmp_path.rglob("model*.safetensors"))
+    assert {p.parent for p in tmp_path.rglob("adapter_model.safetensors")} == {
+        tmp_path / place / part
+        for place in ("bundle", "again")
+        for part in ("experts/math", "experts/code", "experts/expert 2", "classifier")
+    }
+
+
+def test_places_outside_of_a_bundle_are_no_folders_of_it(model, tmp_path):
+    model.save_pretrained(tmp_path / "bundle")
+    listed = tmp_path / "bundle" / "transformer2_config.json"
+    content = json.loads(listed.read_text())
+    content["experts"]["math"] = "../../etc"
+    listed.write_text(json.dumps(content))
+    with pytest.raises(FileNotFoundError, match=r"'\.\./\.\./etc' is neither"):
+        Transformer2Model.from_pretrained(str(tmp_path / "bundle"))
+    del content["experts"]
+    listed.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="is damaged"):
+        Transformer2Model.from_pretrained(str(tmp_path / "bundle"))
+
+
+def test_bundle_whose_base_is_a_folder_is_not_pushed(model):
+    with pytest.raises(ValueError, match='base_model="org/name"'):
+        model.push_to_hub("me/it")
