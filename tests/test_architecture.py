@@ -43,7 +43,7 @@ WINGS = {
         ["gguf", "bundle"],
     ],
     "training": [["rollout", "run"], ["reinforce", "evolution", "result"]],
-    "adaptation": [["probe", "search"], ["judge", "first_pass"], ["few_shot"]],
+    "adaptation": [["probe", "search"], ["judge", "router"], ["first_pass"], ["few_shot", "in_flight"]],
 }
 RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}
 PRIVATE_NAMES_ALLOWED = {
