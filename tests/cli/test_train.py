@@ -52,7 +52,7 @@ def test_ten_lines_and_a_file_of_rows_give_an_expert_with_a_card(home, expert):
     trained = Expert.load(expert)
     assert trained.description == "the larger of two numbers"
     assert max(float(d.abs().max()) for d in trained.offsets.values()) > 0.01
-    assert trained.key.states.shape == (58, 24)  # all rows of the training split
+    assert trained.key.states.shape == (58, 48)  # all rows of the training split
     result = json.loads((expert / "result.json").read_text())
     assert result["command"].startswith("peft-svf train ") and result["command"] in (expert / "README.md").read_text()
     rows = find_task(str(home / "rows.jsonl")).rows("test")
@@ -149,7 +149,7 @@ def test_an_expert_is_trained_on_images(home, tmp_path, capsys, monkeypatch):
     assert code == 0, err
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert (result["task"], result["form"], result["expert"]["n"]) == ("textvqa", "generate", 4)
-    assert Expert.load(tmp_path / "out").key.states.shape == (35, 24)
+    assert Expert.load(tmp_path / "out").key.states.shape == (35, 48)
     code, _, err = run(capsys, "train", home / "evolution.yaml", *arguments, "--dry-run")
     assert code == 1 and "these rows have images" in err
 

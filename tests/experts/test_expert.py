@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tiny_experts import write
 
 from peft_svf import Expert, Mixture, SVFConfig, files
-from peft_svf.experts import expert as module
+from peft_svf.experts import saved as module
 
 WEIGHTS, CONFIG, KEY = "adapter_model.safetensors", "adapter_config.json", "routing.safetensors"
 UP = "model.layers.1.mlp.up_proj"

@@ -24,7 +24,7 @@ from peft_svf.adaptation import Search
 from peft_svf.adaptation.few_shot import few_shot
 from peft_svf.experts import library as library_module
 from peft_svf.experts import transfer_expert
-from peft_svf.tuner import layer as layer_module
+from peft_svf.tuner import rows as rows_module
 from peft_svf.tuner.layer import Linear, SVFLayer
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -717,7 +717,7 @@ def test_a_compiled_model_has_no_graph_per_expert(tmp_path):
 STEPS = {
     "keeping": (ExpertLibrary, "_offsets"),
     "mixing": (ExpertLibrary, "mix"),
-    "giving rows": (layer_module, "Rows"),
+    "giving rows": (rows_module, "Rows"),
     "a layer": (Linear, "forward"),
 }
 

@@ -35,7 +35,8 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
 from .. import files
-from .expert import Expert, read_config, read_offsets
+from .expert import Expert
+from .saved import read_config, read_offsets
 
 logger = logging.getLogger(__name__)
 
