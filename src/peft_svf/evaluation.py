@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from .rows import Prompt, Reader, Row, check, encode, has_image, pad_id, prompt_ids, prompt_of, tokenizer_of
 from .tasks import Task, get_task
-from .tasks.task import ANSWER_TOKENS, form_of, rotated
+from .tasks.task import ANSWER_TOKENS, form_of, rotated, user_turn
 
 NINETY_FIVE = NormalDist().inv_cdf(0.975)
 # What `forward` and `generate` call a cache: since transformers 5.24; before; before, in models without attention.
@@ -414,6 +414,54 @@ def complete(model: PreTrainedModel, reader: Reader, prompts: Sequence[Prompt], 
     return tokenizer_of(reader).batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+@dataclass(frozen=True)
+class BaseText:
+    """
+    What a base answers to prompts outside a task: the measure of what an adapter leaves of it.
+
+        with model.disable_adapter():
+            text = BaseText.of(model, tokenizer, everyday_requests("test", 32))
+        text.loss(model, tokenizer)  # 0.013: its own answers are 1.3 % less likely per token
+
+    Args:
+        rows (`list[dict]`): `prompt`, and the greedy answer in `choices`.
+        tokens (`int`): Of all answers.
+        logp (`float`): Mean log-likelihood of a token of the answers under the base.
+    """
+
+    rows: list[dict[str, Any]]
+    tokens: int
+    logp: float
+
+    @classmethod
+    def of(cls, base: PreTrainedModel, reader: Reader, prompts: Sequence[Prompt], tokens: int = 48) -> "BaseText":
+        """Let a base answer with so many tokens at most; texts become users' turns."""
+        chats, encode = [user_turn(prompt) for prompt in prompts], tokenizer_of(reader)
+        answers = [
+            text for some in _batches(chats, 16) for text in complete(base, reader, some, max_new_tokens=tokens)
+        ]
+        pairs = [(chat, text) for chat, text in zip(chats, answers, strict=True) if text.strip()]
+        if not pairs:
+            raise ValueError(f"The base answers none of {len(chats)} prompts, so there is no text to compare.")
+        rows: list[dict[str, Any]] = [{"prompt": chat, "choices": [text]} for chat, text in pairs]
+        count = sum(len(encode(text, add_special_tokens=False).input_ids) for _, text in pairs)
+        return cls(rows, count, _total_logp(base, reader, rows) / count)
+
+    def loss(self, model: PreTrainedModel, reader: Reader) -> float:
+        """Return the share by which the mean log-likelihood of the answers is lower under an adapted model."""
+        return _total_logp(model, reader, self.rows) / self.tokens / self.logp - 1
+
+
+def _total_logp(model: PreTrainedModel, reader: Reader, rows: Sequence[Row]) -> float:
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return sum(float(choice_logps(model, reader, batch).sum()) for batch in _batches(rows, 16))
+    finally:
+        model.train(training)
+
+
 def unwrapped(model: Any) -> PreTrainedModel:
     """Return the transformers model inside the wrappers of distributed training and PEFT."""
     model = extract_model_from_parallel(model)
@@ -456,6 +504,7 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 __all__ = [
     "NINETY_FIVE",
+    "BaseText",
     "Summary",
     "choice_logps",
     "complete",

@@ -137,6 +137,9 @@ class ReinforceConfig(GRPOConfig):
             Evaluate on the likeliest completion or choice.
         early_stopping_patience (`int`, *optional*):
             Stop after so many evaluations without a better one.
+        keep_text (`float`, *optional*):
+            At each evaluation, stop if the base's own answers to everyday requests are less likely per token than
+            before by more than this share, such as 0.02. The best checkpoint is then an earlier one.
         stop_after_dead_steps (`int`, *optional*):
             Stop after so many steps in a row that taught nothing: equal rewards, or no gradient. The first such step
             is reported with the way out.
@@ -166,6 +169,7 @@ class ReinforceConfig(GRPOConfig):
     greedy_eval: bool = True
     early_stopping_patience: int | None = None
     stop_after_dead_steps: int | None = None
+    keep_text: float | None = None
 
     def __post_init__(self) -> None:
         check_counts(self)
