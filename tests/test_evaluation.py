@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from peft_svf import SVFConfig, evaluation
 from peft_svf.evaluation import (
+    BaseText,
     Summary,
-    cache_name,
     choice_logps,
     complete,
     evaluate,
@@ -25,9 +25,11 @@ from peft_svf.evaluation import (
     score_choices,
     wilson,
 )
+from peft_svf.reading import cache_name
 from peft_svf.rows import check, prompt_text
 from peft_svf.tasks import get_task
-from peft_svf.tuner.layer import active_rows
+from peft_svf.tuner.layer import svf_layers
+from peft_svf.tuner.rows import active_rows
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.eos_token_id
@@ -366,6 +368,25 @@ def test_likeliest_choice_is_scored():
     assert [record["id"] for record in records] == ["u", None]
     assert [(record["choice"], record["right"]) for record in records] == [(0, True), (1, False)]
     assert records[0]["probability"] == pytest.approx(1 / (1 + math.exp(-2)))
+
+
+def test_text_lost_is_how_much_less_likely_the_base_finds_its_own_answers():
+    model = get_peft_model(tiny_model(), SVFConfig())
+    prompts = [chat("hello"), chat("what falls?"), chat("2+2")]
+    with model.disable_adapter():
+        text = BaseText.of(model, TOKENIZER, [prompts[0][0]["content"], *prompts[1:]], tokens=6)
+    answers = [greedy(model, {"prompt": prompt}, 6) for prompt in prompts]
+    assert text.rows == [{"prompt": p, "choices": [a]} for p, a in zip(prompts, answers, strict=True)]
+
+    def total():
+        return sum(plain_logp(model, prompt_ids(row), ids_of(row["choices"][0])).item() for row in text.rows)
+
+    before = total()
+    assert text.tokens == sum(map(len, answers)) and text.logp == pytest.approx(before / text.tokens, rel=1e-4)
+    assert text.loss(model, TOKENIZER) == pytest.approx(0, abs=1e-6)
+    for layer in svf_layers(model).values():
+        layer.svf_offset["default"].weight.data.fill_(-0.9)
+    assert text.loss(model, TOKENIZER) == pytest.approx(total() / before - 1, rel=1e-3)
 
 
 # --- the arithmetic

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dispatch`: prompts -> which expert the first pass chooses for each. Also the first pass that `eval` measures."""
 
+import inspect
+import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -18,81 +22,24 @@ if TYPE_CHECKING:
     from ..two_pass import Transformer2Model
 
 
-def dispatch(
-    experts: options.Experts,
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What a user asks.")] = None,
-    file: Annotated[Path | None, options.option("More prompts: JSONL with `prompt` in each line.")] = None,
-    model: options.Model = None,
-    revision: options.Revision = None,
-    dtype: options.Dtype = "auto",
-    batch_size: options.BatchSize = 16,
-    plot: options.Plot = None,
-    strategy: options.Strategy = None,
-    classifier: options.Classifier = None,
-    probe: options.Probe = None,
-    calibration: options.Calibration = None,
-    fit: options.Fit = None,
-    threshold: options.Threshold = 0.0,
-    fallback: options.Fallback = "base",
-    soft: options.Soft = False,
-    read: options.Read = None,
-    temperature: options.Temperature = None,
-) -> None:
-    """
-    Show which expert would answer prompts, and how sure the first pass is.
-
-    With --plot: the probabilities, or if each line of --file has its `expert`, what was chosen for each kind.
-    """
-    if not prompts and not file:
-        raise typer.BadParameter("There are no prompts: name some, or a file of them by --file.")
-    choice = Choice(strategy, classifier, probe, calibration, fit, threshold, fallback, soft, read, temperature)
-    choice = choice.resolved("prompt")
-    rows = read_examples(file) if file else []
-    asked = [*(prompts or []), *(row["prompt"] for row in rows)]
-    two_pass = load_experts(experts, model, revision, dtype, classifier)
-    mixtures = two_pass.first_pass(asked, first_pass=choice.first_pass(two_pass, batch_size), batch_size=batch_size)
-    texts = [p if isinstance(p, str) else " ".join(str(message["content"]) for message in p) for p in asked]
-    weighted = any(mixture.alpha not in ({}, {mixture.choice: 1.0}) for mixture in mixtures)
-    lines = [
-        [mixture.choice, f"{mixture.confidence:.2f}", *([mixed(mixture.alpha)] if weighted else []), short(text, 70)]
-        for mixture, text in zip(mixtures, texts, strict=True)
-    ]
-    show_table(["expert", "confidence", *(["weights"] if weighted else []), "prompt"], lines)
-    if plot:
-        kinds = [] if prompts else [row.get("expert") for row in rows]
-        _draw(plot, texts, mixtures, kinds, [*two_pass.library.names, "other"])
-
-
-def _draw(path: Path, texts: list[str], mixtures: "list[Mixture]", kinds: list[Any], names: list[str]) -> None:
-    from ..plots import draw_decisions, draw_probabilities
-
-    if not kinds or not all(isinstance(kind, str) for kind in kinds):
-        save_figure(path, [lambda axes: draw_probabilities(axes, texts, mixtures)], len(texts), len(names))
-        return
-    counts: dict[str, Counter[str]] = {kind: Counter() for kind in sorted(kinds)}
-    for kind, mixture in zip(kinds, mixtures, strict=True):
-        counts[kind][mixture.choice] += 1
-    save_figure(path, [lambda axes: draw_decisions(axes, counts, "first pass")], len(names), len(names))
-
-
 @dataclass(frozen=True)
 class Choice:
-    """The options of a first pass."""
+    """The options of a first pass, which [`with_first_pass`] adds to a verb."""
 
-    strategy: str | None = None
-    classifier: str | None = None
-    probe: Path | None = None
-    calibration: Path | None = None
-    fit: Path | None = None
-    threshold: float = 0.0
-    fallback: str = "base"
-    soft: bool = False
-    read: str | None = None
-    temperature: float | None = None
+    strategy: options.Strategy = None
+    classifier: options.Classifier = None
+    probe: options.Probe = None
+    calibration: options.Calibration = None
+    fit: options.Fit = None
+    threshold: options.Threshold = 0.0
+    fallback: options.Fallback = "base"
+    soft: options.Soft = False
+    read: options.Read = None
+    temperature: options.Temperature = None
 
-    def resolved(self, default: str | None = None) -> "Choice":
-        """Choose the strategy: the one set, the one that another option implies, or the default."""
-        strategy = self.strategy or ("classifier" if self.classifier else "probe" if self.probe else default)
+    def resolved(self) -> "Choice":
+        """Choose the strategy: the one set, or the one that another option implies; without any the model's own."""
+        strategy: Any = self.strategy or ("classifier" if self.classifier else "probe" if self.probe else None)
         if self != Choice():
             strategy = strategy or "prompt"
         for option, source in {"classifier": self.classifier, "probe": self.probe}.items():
@@ -128,6 +75,75 @@ class Choice:
         temperature = fit_temperature(*data, first_pass, batch_size)
         print(f"temperature fitted to {len(rows)} prompts: {temperature:.3f}")
         return replace(first_pass, temperature=temperature)
+
+
+def with_first_pass(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb the options of a first pass; it takes them as its argument `choice`."""
+
+    @wraps(verb)
+    def run(**values: Any) -> None:
+        verb(choice=Choice(**{part.name: values.pop(part.name) for part in fields(Choice)}), **values)
+
+    signature, hints = inspect.signature(verb, eval_str=True), get_type_hints(Choice, include_extras=True)
+    parameters = [parameter for name, parameter in signature.parameters.items() if name != "choice"]
+    for part in fields(Choice):
+        settings: Any = {"default": part.default, "annotation": hints[part.name]}
+        parameters.append(inspect.Parameter(part.name, inspect.Parameter.KEYWORD_ONLY, **settings))
+    run.__signature__ = signature.replace(parameters=[p.replace(kind=p.KEYWORD_ONLY) for p in parameters])  # type: ignore[attr-defined]
+    return run
+
+
+@with_first_pass
+def dispatch(
+    experts: options.Experts,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What a user asks.")] = None,
+    file: Annotated[Path | None, options.option("More prompts: JSONL with `prompt` in each line.")] = None,
+    model: options.Model = None,
+    revision: options.Revision = None,
+    dtype: options.Dtype = "auto",
+    batch_size: options.BatchSize = 16,
+    plot: options.Plot = None,
+    *,
+    choice: Choice,
+) -> None:
+    """
+    Show which expert would answer prompts, and how sure the first pass is.
+
+    With --plot: the probabilities, or if each line of --file has its `expert`, what was chosen for each kind.
+    """
+    if not prompts and not file:
+        raise typer.BadParameter("There are no prompts: name some, or a file of them by --file.")
+    for prompt in prompts or []:
+        if Path(prompt).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", prompt):
+            raise typer.BadParameter(f"{prompt!r} is an expert, not a prompt: write --experts before each of them.")
+    choice = choice.resolved()
+    rows = read_examples(file) if file else []
+    asked = [*(prompts or []), *(row["prompt"] for row in rows)]
+    two_pass = load_experts(experts, model, revision, dtype, choice.classifier)
+    first_pass = choice.first_pass(two_pass, batch_size) if choice.strategy else None
+    mixtures = two_pass.first_pass(asked, first_pass=first_pass, batch_size=batch_size)
+    texts = [p if isinstance(p, str) else " ".join(str(message["content"]) for message in p) for p in asked]
+    weighted = any(mixture.alpha not in ({}, {mixture.choice: 1.0}) for mixture in mixtures)
+    lines = [
+        [mixture.choice, f"{mixture.confidence:.2f}", *([mixed(mixture.alpha)] if weighted else []), short(text, 70)]
+        for mixture, text in zip(mixtures, texts, strict=True)
+    ]
+    show_table(["expert", "confidence", *(["weights"] if weighted else []), "prompt"], lines)
+    if plot:
+        kinds = [] if prompts else [row.get("expert") for row in rows]
+        _draw(plot, texts, mixtures, kinds, [*two_pass.library.names, "other"])
+
+
+def _draw(path: Path, texts: list[str], mixtures: "list[Mixture]", kinds: list[Any], names: list[str]) -> None:
+    from ..plots import draw_decisions, draw_probabilities
+
+    if not kinds or not all(isinstance(kind, str) for kind in kinds):
+        save_figure(path, [lambda axes: draw_probabilities(axes, texts, mixtures)], len(texts), len(names))
+        return
+    counts: dict[str, Counter[str]] = {kind: Counter() for kind in sorted(kinds)}
+    for kind, mixture in zip(kinds, mixtures, strict=True):
+        counts[kind][mixture.choice] += 1
+    save_figure(path, [lambda axes: draw_decisions(axes, counts, "first pass")], len(names), len(names))
 
 
 def _saved(fitted: "Probe", folder: Path | None) -> "Probe":

@@ -124,8 +124,6 @@ def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
         if "output_dir" not in keys:
             raise ValueError("'output_dir' is missing: the folder that becomes the expert")
         parser = Parser(classes, allow_abbrev=False)
-        if not (torch.cuda.is_available() and torch.cuda.is_bf16_supported()):
-            parser.set_defaults(bf16=False)  # TRL turns it on everywhere
         parser.set_defaults(dataloader_pin_memory=torch.cuda.is_available())
         if algorithm == "evolution":
             parser.set_defaults(logging_steps=10)  # TRL's default; transformers' 500 would hide most runs

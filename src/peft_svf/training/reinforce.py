@@ -23,17 +23,19 @@ from transformers import GenerationConfig, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import is_torch_bf16_gpu_available
 
-from ..evaluation import Reading, choice_logps, read_prompts
-from ..tuner.model import SVFModel
-from .rollout import (
+from ..evaluation import choice_logps
+from ..reading import (
     Prompts,
+    Reading,
     can_share,
     checkpoints_activations,
     completion_logps,
     distinct_prompts,
     distinct_rows,
+    read_prompts,
     shared_prompts,
 )
+from ..tuner.model import SVFModel
 from .run import Run, check_counts, check_prompts, checked_reward, z_statistics
 
 try:
@@ -137,6 +139,9 @@ class ReinforceConfig(GRPOConfig):
             Evaluate on the likeliest completion or choice.
         early_stopping_patience (`int`, *optional*):
             Stop after so many evaluations without a better one.
+        keep_text (`float`, *optional*):
+            At each evaluation, stop if the base's own answers to everyday requests are less likely per token than
+            before by more than this share, such as 0.02. The best checkpoint is then an earlier one.
         stop_after_dead_steps (`int`, *optional*):
             Stop after so many steps in a row that taught nothing: equal rewards, or no gradient. The first such step
             is reported with the way out.
@@ -166,6 +171,7 @@ class ReinforceConfig(GRPOConfig):
     greedy_eval: bool = True
     early_stopping_patience: int | None = None
     stop_after_dead_steps: int | None = None
+    keep_text: float | None = None
 
     def __post_init__(self) -> None:
         check_counts(self)

@@ -92,7 +92,7 @@ class Metrics:
         self.seconds.labels(path).observe(seconds)
         if request.prompt_tokens:
             self.tokens.labels("prompt", expert).inc(request.prompt_tokens)
-            self.tokens.labels("new", expert).inc(request.new_tokens)
+            self.tokens.labels("new", expert).inc(len(request.tokens))
             if request.mixture.strategy != "explicit":
                 self.decisions.labels(expert, request.mixture.strategy).inc()
         if request.first is not None:
@@ -180,7 +180,7 @@ class Gate:
         facts = {"path": path, "status": status, "seconds": round(seconds, 3), "model": request.model}
         if request.prompt_tokens:
             facts |= {"expert": request.mixture.choice, "strategy": request.mixture.strategy}
-            facts |= {"prompt_tokens": request.prompt_tokens, "new_tokens": request.new_tokens}
+            facts |= {"prompt_tokens": request.prompt_tokens, "new_tokens": len(request.tokens)}
         logger.info(json.dumps(facts))
 
 
