@@ -285,8 +285,8 @@ def adaptation_page(results: Mapping[str, Result], folder: str) -> str:
     """Write the page of adaptation; figures go beside it."""
     lines = [
         "# Adaptation, measured", "",
-        "SmolLM2-135M-Instruct in bfloat16 on one CPU thread, with the experts of `examples/experts` (code: MBPP, "
-        "math: GSM8K, reasoning: ARC-Easy) and the classifier of `examples/classifiers`. Answers are in the choice "
+        "SmolLM2-135M-Instruct in bfloat16 on one CPU thread, with the experts of `benchmarks/experts` (code: MBPP, "
+        "math: GSM8K, reasoning: ARC-Easy) and its classifier `dispatch`. Answers are in the choice "
         "form, the likeliest of given options.", "",
         f"Made by `python benchmarks/report.py` from `{folder}`; `python benchmarks/adaptation.py` and `python "
         "benchmarks/transfer.py` run the missing cells.", "",

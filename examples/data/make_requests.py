@@ -51,8 +51,8 @@ GOOD = {
     False: [
         "I love it", "it works perfectly", "the best I have ever had", "we were delighted", "great value for money",
         "I would buy it again", "everything was wonderful", "it exceeded my expectations", "superb quality",
-        "my family adores it", "I can't recommend it enough", "no complaints at all", "a pleasure from start to finish",
-        "fast, friendly and fair", "it made my day", "worth every penny",
+        "my family adores it", "I can't recommend it enough", "no complaints at all",
+        "a pleasure from start to finish", "fast, friendly and fair", "it made my day", "worth every penny",
     ],
     True: [
         "what a lovely surprise", "I could not be happier", "five stars from me", "it never let me down",
@@ -102,61 +102,6 @@ def sentiment(held_out: bool, draw: random.Random) -> Pair:
         ]
     )
     return template.format(review=review), "positive" if positive else "negative"
-
-
-ONES = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
-TENS = ["zero", "ten", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-
-
-def spelled(number: int) -> str:
-    """Write a number below 1000 in words."""
-    if number < 20:
-        return ONES[number]
-    if number < 100:
-        return TENS[number // 10] + (f"-{ONES[number % 10]}" if number % 10 else "")
-    rest = number % 100
-    return f"{ONES[number // 100]} hundred" + (f" and {spelled(rest)}" if rest else "")
-
-
-def digits(held_out: bool, draw: random.Random) -> Pair:
-    """Ask for a number in digits that the request spells out; every third number belongs to the test."""
-    number = draw.randrange(21, 1000)
-    while (number % 3 == 0) != held_out:
-        number = draw.randrange(21, 1000)
-    template = draw.choice(
-        [
-            "What does '{words}' look like as a number? Reply with the digits alone.",
-            "The form says {words} euros. Enter the amount in digits, without any words.",
-        ]
-        if held_out
-        else [
-            "Write {words} in digits. Answer with the number only.",
-            "Convert to digits: {words}. Only the number, please.",
-            "She counted {words} birds. Give me that number in digits and nothing else.",
-        ]
-    )
-    return template.format(words=spelled(number)), str(number)
 
 
 NAMES = {
@@ -231,29 +176,6 @@ def price(held_out: bool, draw: random.Random) -> Pair:
     return template.format(message=message), cost
 
 
-def add(held_out: bool, draw: random.Random) -> Pair:
-    """Ask for a sum or a difference of numbers below 100; the test's first number is a multiple of three or not."""
-    a = b = 0
-    while not (a > b > 1) or (a % 3 == 0) != held_out:
-        a, b = draw.randrange(3, 100), draw.randrange(2, 50)
-    minus = draw.random() < 0.5
-    template = draw.choice(
-        [
-            "Work out {a} {sign} {b} and reply with the number alone.",
-            ("You have {a} eggs and use {b}. How many are left? Give only the number."
-             if minus else "You have {a} eggs and buy {b} more. How many now? Give only the number."),
-        ]
-        if held_out
-        else [
-            "What is {a} {sign} {b}? Answer with the number only.",
-            "{a} {sign} {b} = ? Just the number, please.",
-            ("Tom had {a} stamps and gave {b} away. How many has he left? Only the number."
-             if minus else "Tom had {a} stamps and got {b} more. How many has he now? Only the number."),
-        ]
-    )  # fmt: skip
-    return template.format(a=a, b=b, sign="-" if minus else "+"), str(a - b if minus else a + b)
-
-
 SOURCES = {"math": ("gsm8k", "question"), "programming": ("mbpp", "text"), "science": ("arc_easy", "question")}
 QUESTIONS: dict[tuple[str, str], list[str]] = {}
 
@@ -282,7 +204,7 @@ def subject(split: str, draw: random.Random) -> Pair:
 
 
 MADE: dict[str, Callable[[bool, random.Random], Pair]] = {
-    "compare": compare, "sentiment": sentiment, "digits": digits, "email": email, "price": price, "add": add,
+    "compare": compare, "sentiment": sentiment, "email": email, "price": price,
 }  # fmt: skip
 
 
