@@ -38,10 +38,11 @@ class Choice:
     temperature: options.Temperature = None
 
     def resolved(self, default: str | None = None) -> "Choice":
-        """Choose the strategy: the one set, the one that another option implies, or the default."""
-        strategy: Any = self.strategy or ("classifier" if self.classifier else "probe" if self.probe else default)
+        """Choose the strategy: the one set, the one that another option implies, or the default (the model's)."""
+        implied = {"classifier": self.classifier, "probe": self.probe, "prompt": self.read or self.calibration}
+        strategy: Any = self.strategy or next((name for name, option in implied.items() if option), default)
         if self != Choice():
-            strategy = strategy or "prompt"
+            strategy = strategy or "auto"
         for option, source in {"classifier": self.classifier, "probe": self.probe}.items():
             if source and strategy != option:
                 raise typer.BadParameter(f"--{option} goes with --strategy {option}, not with {strategy}.")
@@ -57,7 +58,8 @@ class Choice:
         from ..adaptation import FirstPass, Probe, fit_calibration, fit_probe, fit_temperature
 
         settings: dict[str, Any] = {name: getattr(self, name) for name in ("threshold", "fallback", "soft", "read")}
-        settings |= {"strategy": self.strategy, "temperature": self.temperature or 1.0}
+        strategy = model.default_first_pass.strategy if self.strategy == "auto" else self.strategy
+        settings |= {"strategy": strategy, "temperature": self.temperature or 1.0}
         if not self.fit:
             folders = {"probe": self.probe, "calibration": self.calibration}
             settings |= {name: Probe.load(folder) for name, folder in folders.items() if folder}
@@ -116,7 +118,7 @@ def dispatch(
     for prompt in prompts or []:
         if Path(prompt).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", prompt):
             raise typer.BadParameter(f"{prompt!r} is an expert, not a prompt: write --experts before each of them.")
-    choice = choice.resolved("prompt")
+    choice = choice.resolved("auto")
     rows = read_examples(file) if file else []
     asked = [*(prompts or []), *(row["prompt"] for row in rows)]
     two_pass = load_experts(experts, model, revision, dtype, choice.classifier)
