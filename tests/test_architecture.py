@@ -29,7 +29,7 @@ WINGS = {
     "tuner": [
         ["basis", "fingerprint", "plans"],
         ["cache", "config", "targets"],
-        ["weights"],
+        ["weights", "rows"],
         ["layer"],
         ["stacked", "loading"],
         ["model"],

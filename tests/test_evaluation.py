@@ -28,7 +28,8 @@ from peft_svf.evaluation import (
 )
 from peft_svf.rows import check, prompt_text
 from peft_svf.tasks import get_task
-from peft_svf.tuner.layer import active_rows, svf_layers
+from peft_svf.tuner.layer import svf_layers
+from peft_svf.tuner.rows import active_rows
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.eos_token_id

@@ -6,6 +6,7 @@ import json
 import pytest
 import tiny_experts
 import torch
+from command_line import run
 from tiny_experts import GREEDY, ids
 from tiny_model import tiny_tokenizer
 from transformers import pipeline
@@ -65,6 +66,14 @@ def test_save_then_load_is_the_same_model(strategy, model, tmp_path):
         for place in ("bundle", "again")
         for part in ("experts/math", "experts/code", "experts/expert 2", "classifier")
     }
+
+
+def test_command_line_takes_a_bundle_for_its_experts(model, tmp_path, capsys):
+    model.default_first_pass = FirstPass(threshold=0.3)
+    model.save_pretrained(tmp_path / "bundle")
+    code, out, error = run(capsys, "dispatch", *TEXTS, "--experts", tmp_path / "bundle")
+    chosen = [mixture.choice for mixture in model.first_pass(TEXTS)]
+    assert code == 0 and [line.split()[0] for line in out.splitlines()[1:]] == chosen, error
 
 
 def test_places_outside_of_a_bundle_are_no_folders_of_it(model, tmp_path):

@@ -13,8 +13,8 @@ from transformers.generation import ContinuousBatchingConfig
 
 from peft_svf import SVFConfig
 from peft_svf.tuner import layer as layer_module
-from peft_svf.tuner.layer import active_rows
 from peft_svf.tuner.plans import PLANS
+from peft_svf.tuner.rows import active_rows
 
 
 def adapt(kind, plan="auto"):

@@ -27,7 +27,7 @@ from ..experts.expert import OTHER, Mixture
 from ..experts.library import ExpertLibrary
 from ..rows import Row, prompt_text
 from ..tasks import Task
-from ..tuner.layer import active_rows
+from ..tuner.rows import active_rows
 from ..tuner.targets import block_of
 from .search import Judged
 

@@ -37,10 +37,10 @@ class Choice:
     read: options.Read = None
     temperature: options.Temperature = None
 
-    def resolved(self, default: str | None = None) -> "Choice":
-        """Choose the strategy: the one set, the one that another option implies, or the default (the model's)."""
+    def resolved(self) -> "Choice":
+        """Choose the strategy: the one set, or the one that another option implies; without any the model's own."""
         implied = {"classifier": self.classifier, "probe": self.probe, "prompt": self.read or self.calibration}
-        strategy: Any = self.strategy or next((name for name, option in implied.items() if option), default)
+        strategy: Any = self.strategy or next((name for name, option in implied.items() if option), None)
         if self != Choice():
             strategy = strategy or "auto"
         for option, source in {"classifier": self.classifier, "probe": self.probe}.items():
@@ -118,11 +118,12 @@ def dispatch(
     for prompt in prompts or []:
         if Path(prompt).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", prompt):
             raise typer.BadParameter(f"{prompt!r} is an expert, not a prompt: write --experts before each of them.")
-    choice = choice.resolved("auto")
+    choice = choice.resolved()
     rows = read_examples(file) if file else []
     asked = [*(prompts or []), *(row["prompt"] for row in rows)]
     two_pass = load_experts(experts, model, revision, dtype, choice.classifier)
-    mixtures = two_pass.first_pass(asked, first_pass=choice.first_pass(two_pass, batch_size), batch_size=batch_size)
+    first_pass = choice.first_pass(two_pass, batch_size) if choice.strategy else None
+    mixtures = two_pass.first_pass(asked, first_pass=first_pass, batch_size=batch_size)
     texts = [p if isinstance(p, str) else " ".join(str(message["content"]) for message in p) for p in asked]
     weighted = any(mixture.alpha not in ({}, {mixture.choice: 1.0}) for mixture in mixtures)
     lines = [

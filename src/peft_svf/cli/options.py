@@ -20,7 +20,7 @@ limit = partial(option, panel="Limits")
 
 Task = Annotated[str, option("Name of a benchmark, or a JSONL file or folder of your own.")]
 Experts = Annotated[
-    list[str], option("Folder or Hub repository, once per expert; NAME=EXPERT renames.", metavar="EXPERT")
+    list[str], option("Folder or Hub repository, once per expert; NAME=EXPERT renames. Or a bundle.", metavar="EXPERT")
 ]
 Model = Annotated[str | None, option("Base model: folder or Hub repository. Default: the experts' base.")]
 Revision = Annotated[str | None, option("Branch, tag or commit of the base model.")]

@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 
 from ..tuner.config import SVFConfig
 from ..tuner.fingerprint import Fingerprint, check
-from ..tuner.layer import SVFLayer, active_rows, svf_layers
+from ..tuner.layer import SVFLayer, svf_layers
+from ..tuner.rows import active_rows
 from .base import weights_in
 from .expert import OTHER, Expert, Mixture
 from .saved import SavedOffsets

@@ -25,7 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from ..evaluation import choice_logps, complete
 from ..rows import Row
 from ..tuner.config import SVFConfig
-from ..tuner.layer import SVFLayer, active_rows, svf_layers
+from ..tuner.layer import SVFLayer, svf_layers
+from ..tuner.rows import active_rows
 from .rollout import shared_prompts
 from .run import Run, check_counts, check_prompts, checked_reward, z_statistics
 

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from . import loading
 from .config import SVFConfig
-from .layer import BASE, TEXTS, Execution, Linear, SVFLayer, active_rows, batch_of, svf_layers
+from .layer import BASE, Linear, SVFLayer, svf_layers
 from .plans import PLANS, Plan
+from .rows import TEXTS, Execution, active_rows, batch_of
 from .stacked import ParamWrapper
 from .targets import DEFAULT_TARGETS, adaptable, batch_first, default_targets, reads_weight
 from .weights import (

@@ -39,7 +39,8 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from ...evaluation import context_of
 from ...experts.expert import Mixture
 from ...rows import Prompt
-from ...tuner.layer import SVFLayer, active_rows
+from ...tuner.layer import SVFLayer
+from ...tuner.rows import active_rows
 from ...two_pass import Transformer2Model
 
 PAGE = 256  # tokens of a block of the cache, transformers' default
