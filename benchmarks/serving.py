@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> list[str]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a random model, and little of everything")
     parser.add_argument("--threads", type=int, default=2, help="of the server (default: 2)")
-    parser.add_argument("--dtype", default="float32", help="of the model (default: float32)")
+    parser.add_argument("--dtype", default="auto", help="of the model (default: the checkpoint's, bfloat16)")
     parser.add_argument("--minutes", type=float, default=10, help="of the memory's cell (default: 10)")
     parser.add_argument("--only", default="", help="cells whose names contain this")
     parser.add_argument("--out", type=Path, default=RESULTS / "serving", help="folder of the results")

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "peft_svf"
 ROWS = [
     ["files"],
     ["rows"],
-    ["tuner", "tasks"],
+    ["tuner", "tasks", "reading"],
     ["evaluation", "experts"],
     ["training", "adaptation", "plots"],
     ["two_pass"],
@@ -42,7 +42,7 @@ WINGS = {
         ["library", "hub", "transfer", "export", "convert"],
         ["gguf", "bundle"],
     ],
-    "training": [["rollout", "run"], ["reinforce", "evolution", "result"]],
+    "training": [["run"], ["reinforce", "evolution", "result"]],
     "adaptation": [["probe", "search"], ["judge", "router"], ["first_pass"], ["few_shot", "in_flight"]],
 }
 RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}

@@ -18,7 +18,6 @@ from peft_svf import SVFConfig, evaluation
 from peft_svf.evaluation import (
     BaseText,
     Summary,
-    cache_name,
     choice_logps,
     complete,
     evaluate,
@@ -26,6 +25,7 @@ from peft_svf.evaluation import (
     score_choices,
     wilson,
 )
+from peft_svf.reading import cache_name
 from peft_svf.rows import check, prompt_text
 from peft_svf.tasks import get_task
 from peft_svf.tuner.layer import svf_layers

@@ -9,29 +9,26 @@ differentiates `choice_logps`, and the first pass scores labels with it.
 """
 
 import copy
-import inspect
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice, takewhile
+from itertools import islice
 from statistics import NormalDist, fmean, pstdev
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import extract_model_from_parallel
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .reading import context_of, read_on, read_prompts, repeated, shared_prompts, unwrapped
 from .rows import Prompt, Reader, Row, check, encode, has_image, pad_id, prompt_ids, prompt_of, tokenizer_of
 from .tasks import Task, get_task
 from .tasks.task import ANSWER_TOKENS, form_of, rotated, user_turn
 
 NINETY_FIVE = NormalDist().inv_cdf(0.975)
-# What `forward` and `generate` call a cache: since transformers 5.24; before; before, in models without attention.
-CACHES = ("cache", "past_key_values", "cache_params")
 
 
 @dataclass(frozen=True)
@@ -178,85 +175,11 @@ def row_lengths(reader: Reader, rows: Sequence[Row]) -> list[int]:
     return [len(ids) for ids in prompt_ids(reader, [row["prompt"] for row in rows])]
 
 
-def context_of(model: Any) -> int | None:
-    """Return the number of tokens that a model can see; `None` if its config sets no limit."""
-    return getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
-
-
 def _alike(
     places: list[tuple[int, int]], options: list[list[list[int]]], size: int
 ) -> Iterator[list[tuple[int, int]]]:
     """Cut the choices into groups of `size`, shortest first."""
     return _batches(sorted(places, key=lambda place: len(options[place[0]][place[1]])), size)
-
-
-class Reading(NamedTuple):
-    """
-    What a model keeps of prompts that it has read.
-
-    Args:
-        mask (`torch.Tensor` of shape `(N, P)`): 0 at padding, which stands on the left.
-        logits (`torch.Tensor` of shape `(N, vocabulary)`): Of the token after each prompt.
-        cache (`Cache`): Keys and values of the `P` places.
-    """
-
-    mask: Tensor
-    logits: Tensor
-    cache: Any
-
-
-def read_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], pad: int = 0, members: int = 1) -> Reading:
-    """
-    Read each prompt once, and what all of them begin with once for all. Gradients flow.
-
-    Args:
-        model (`PreTrainedModel` or `PeftModel`):
-            As in [`choice_logps`].
-        prompts (`Sequence[list[int]]`):
-            Tokens, at least one each.
-        pad (`int`):
-            Token that fills shorter prompts.
-        members (`int`):
-            As in [`choice_logps`].
-
-    Returns:
-        [`Reading`] of `members * len(prompts)` prompts, those of the first member first.
-
-    Raises:
-        `ValueError`: if gradient checkpointing is on.
-    """
-    device, width, cache = next(model.parameters()).device, max(map(len, prompts)), None
-    window = getattr(unwrapped(model).config.get_text_config(), "sliding_window", None) or width
-    shared = common_prefix(prompts) if width <= window else 0  # a window's places are gone once it has slid on
-    if shared:
-        begin = torch.tensor([prompts[0][:shared]] * members, device=device)  # (M, shared)
-        _, cache = _read(model, begin, torch.ones_like(begin))
-        cache.batch_repeat_interleave(len(prompts))
-    rest = [[pad] * (width - len(prompt)) + prompt[shared:] for prompt in prompts]
-    seen = [[1] * shared + [0] * (width - len(prompt)) + [1] * (len(prompt) - shared) for prompt in prompts]
-    mask = torch.tensor(seen * members, device=device)  # (M * N, P), the padding behind what is shared
-    logits, cache = _read(model, torch.tensor(rest * members, device=device), mask, cache)
-    if shared and not mask.all():
-        mask, order = mask.sort(dim=-1, stable=True)  # the padding comes first
-        for layer in cache.layers:
-            places = order[:, None, :, None]
-            layer.keys = layer.keys.take_along_dim(places, dim=2)
-            layer.values = layer.values.take_along_dim(places, dim=2)
-    return Reading(mask, logits[:, -1], cache)
-
-
-def common_prefix(prompts: Sequence[list[int]]) -> int:
-    """Count the tokens that all prompts begin with; one token of each prompt is left out."""
-    same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
-    return min(len(list(same)), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
-
-
-def repeated(cache: Any, rows: Tensor) -> Any:
-    """Return the given rows of a key/value cache, as a cache of its own."""
-    cache = copy.copy(cache)
-    cache.layers = [copy.copy(layer) for layer in cache.layers]
-    cache.batch_select_indices(rows)
-    return cache
 
 
 def evaluate(
@@ -318,7 +241,8 @@ def evaluate(
                 if form == "choice":
                     records = score_choices(choice_logps(model, tokenizer, batch), batch)
                 else:
-                    texts = complete(model, tokenizer, [prompt_of(row) for row in batch], **generation)
+                    with shared_prompts(model):
+                        texts = complete(model, tokenizer, [prompt_of(row) for row in batch], **generation)
                     records = [_graded(text, row, task) for text, row in zip(texts, batch, strict=True)]
                 by_place.update(zip(places, records, strict=True))
     finally:
@@ -460,36 +384,6 @@ def _total_logp(model: PreTrainedModel, reader: Reader, rows: Sequence[Row]) -> 
             return sum(float(choice_logps(model, reader, batch).sum()) for batch in _batches(rows, 16))
     finally:
         model.train(training)
-
-
-def unwrapped(model: Any) -> PreTrainedModel:
-    """Return the transformers model inside the wrappers of distributed training and PEFT."""
-    model = extract_model_from_parallel(model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def cache_name(model: Any) -> str:
-    """Return which of [`CACHES`] a model takes and returns, by its forward's signature: code from the Hub may lag."""
-    takes = inspect.signature(unwrapped(model).forward).parameters
-    return next((name for name in CACHES if name in takes), CACHES[0])
-
-
-def _read(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-    """Read prompts `(N, P)`, behind a cache if there is one: logits `(N, 1, V)` of their last tokens, and a cache."""
-    # as an index: the slice that `1` stands for is not contiguous, and the head would be copied once per row
-    last = torch.tensor([ids.shape[1] - 1], device=ids.device)
-    output = read_on(model, ids, mask, cache, logits_to_keep=last)
-    cache = getattr(output, cache_name(model))
-    if cache is None or not cache.get_seq_length():  # a checkpointed layer
-        raise ValueError("Scoring choices shares the prompt's cache: turn gradient checkpointing off.")
-    return output.logits, cache
-
-
-def read_on(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any, **kwargs: Any) -> Any:
-    """Call the model on the last `ids.shape[1]` places of `mask`, with the positions that padding calls for."""
-    if "position_ids" in inspect.signature(unwrapped(model).forward).parameters:
-        kwargs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    return model(input_ids=ids, attention_mask=mask, use_cache=True, **{cache_name(model): cache}, **kwargs)
 
 
 def _one_begins_another(choices: list[list[int]]) -> bool:

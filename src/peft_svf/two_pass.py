@@ -39,10 +39,11 @@ from .adaptation.in_flight import can_decide, deciding, key_rows, mask_of
 from .adaptation.probe import Probe
 from .adaptation.router import key_scores
 from .adaptation.search import Search
-from .evaluation import CACHES, Summary, context_of, wilson
+from .evaluation import Summary, context_of, wilson
 from .experts.bundle import find_bundle, push_bundle, read_bundle, save_bundle
 from .experts.expert import OTHER, Mixture
 from .experts.library import ExpertLibrary, Source, loaded
+from .reading import CACHES
 from .rows import Prompt, Reader, Row
 from .tasks import Task
 

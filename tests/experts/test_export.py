@@ -79,6 +79,17 @@ def test_merged_weights_are_those_of_the_formula(tmp_path):
         torch.testing.assert_close(merged.get_submodule(name).weight.double(), expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_merged_weights_are_those_of_merge_and_unload_to_the_bit(kind, dtype, tmp_path):
+    expert, _ = write(tmp_path, kind)  # its checkpoint is float32: the basis is that of the file
+    base, merged = tmp_path / f"{kind}-base", load(tmp_path / f"{kind}-base", dtype=dtype)
+    merge_expert(expert, merged)
+    model = PeftModel.from_pretrained(load(base, dtype=dtype), tmp_path / f"{kind}-1").merge_and_unload()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(merged.get_parameter(name), parameter), name
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rank", [None, 5])
 def test_lora_of_all_directions_is_the_expert(kind, rank, tmp_path):
@@ -161,11 +172,14 @@ def test_what_cannot_be_exported_is_refused_by_name_and_nothing_is_left(tmp_path
     gpt2, _ = write(tmp_path, "gpt2")
     tied = load(home)
     tied.model.layers[1].mlp.up_proj.weight = tied.model.layers[0].mlp.up_proj.weight
+    packed = load(home)
+    packed.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(40, 24, dtype=torch.int8), False)
     half = Expert("half", {name: offset[:7] for name, offset in expert.offsets.items()}, {"rank": 7})
     refusals = {
         "does not belong to this base": lambda: export_merged(expert, pico.build("llama", seed=3, name="x"), out),
         "has adapters": lambda: export_merged(expert, model, out),
         "share one weight": lambda: export_merged(half, tied, out),
+        "up_proj of .* is a Linear: pass the base that isn't quantised": lambda: export_merged(expert, packed, out),
         "stacked weights": lambda: export_lora(stacked, load(tmp_path / "mixtral-base"), out),
         "rank is a number of directions": lambda: export_lora(expert, load(home), out, rank=1.5),
         r"leaves out \d\d": lambda: export_lora(expert, load(home), out, rank=3),

@@ -23,11 +23,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from ..evaluation import choice_logps, complete
+from ..reading import shared_prompts
 from ..rows import Row
 from ..tuner.config import SVFConfig
 from ..tuner.layer import SVFLayer, svf_layers
 from ..tuner.rows import active_rows
-from .rollout import shared_prompts
 from .run import Run, check_counts, check_prompts, checked_reward, z_statistics
 
 Reward = Callable[..., Sequence[float | None]]

@@ -23,17 +23,19 @@ from transformers import GenerationConfig, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import is_torch_bf16_gpu_available
 
-from ..evaluation import Reading, choice_logps, read_prompts
-from ..tuner.model import SVFModel
-from .rollout import (
+from ..evaluation import choice_logps
+from ..reading import (
     Prompts,
+    Reading,
     can_share,
     checkpoints_activations,
     completion_logps,
     distinct_prompts,
     distinct_rows,
+    read_prompts,
     shared_prompts,
 )
+from ..tuner.model import SVFModel
 from .run import Run, check_counts, check_prompts, checked_reward, z_statistics
 
 try:

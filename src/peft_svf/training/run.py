@@ -106,9 +106,15 @@ def _state(checkpoint: Path) -> dict[str, Any] | None:
     try:
         state = read_json(checkpoint / TRAINER_STATE_NAME)
         step, state["epoch"] = state["global_step"], float(state.get("epoch") or 0)
-        whole = type(step) is int and step >= 0 and math.isfinite(state["epoch"])
-        return state if whole and isinstance(state.get("stateful_callbacks", {}), dict) else None
-    except (OSError, ValueError, TypeError, KeyError):
+        counters = [step]
+        for name, saved in state.get("stateful_callbacks", {}).items():
+            for attributes in (part["attributes"] for part in (saved if isinstance(saved, list) else [saved])):
+                if name == EarlyStoppingCallback.__name__:
+                    counters.append(attributes["early_stopping_patience_counter"])
+                counters += [count for pair in attributes.get("record", {}).values() for count in pair]
+        whole = all(type(count) is int and count >= 0 for count in counters) and math.isfinite(state["epoch"])
+        return state if whole else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 

@@ -202,6 +202,7 @@ class Engine(BaseGenerateManager):
         self._table: tuple[dict[int, dict[str, Tensor]], dict[str, Tensor]] = ({}, {})  # of the last step
         self._alone = GenerateManager()
         self.batch: _Batch | None = None
+        self.cache_bytes = 0
         if model.processor is None:
             self._check_layers()
             self.batch = _Batch(self.base, capacity, self._rows)
@@ -333,8 +334,7 @@ class Engine(BaseGenerateManager):
         self._fit(inputs, gen_config, request)
         if batch is None:
             answerer, inputs = self._answerer(request, inputs)
-            call = (answerer, processor, inputs, gen_config, request_id)
-            return self._alone.generate_streaming(*call, response_parser=response_parser)
+            return self._alone.generate_streaming(answerer, processor, inputs, gen_config, request_id, response_parser)
         job, eos = self._job(inputs["input_ids"], gen_config, request), gen_config.eos_token_id
         queue, loop = Stops(request.stop), asyncio.get_running_loop()
         tokenizer = getattr(processor, "tokenizer", processor)._tokenizer
@@ -402,7 +402,10 @@ class Engine(BaseGenerateManager):
             self.model.answer([request.mixture], **kwargs)
 
         def follow(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-            request.tokens, request.first = ids[0, request.prompt_tokens :], request.first or time.perf_counter()
+            request.tokens, request.first = (
+                ids[0].tolist()[request.prompt_tokens :],
+                request.first or time.perf_counter(),
+            )
             return torch.full((len(ids),), cancelled.is_set(), device=ids.device)
 
         return SimpleNamespace(generate=generate), {**inputs, "stopping_criteria": [follow]}
