@@ -10,7 +10,7 @@ import torch
 from tiny_model import tiny_tokenizer
 
 from peft_svf import Expert, ExpertLibrary, Transformer2Model
-from peft_svf.adaptation import FirstPass, router
+from peft_svf.adaptation import FirstPass, Search, router
 from peft_svf.adaptation.router import SHRINKAGE, Router, keys_of, router_of
 from peft_svf.experts.key import make_key
 from peft_svf.tuner.cache import cache_dir
@@ -148,3 +148,14 @@ def test_everyday_requests_are_read_once_for_a_base(experts, monkeypatch):
         path.write_bytes(b"damaged")
     assert torch.equal(router_of(ExpertLibrary(tiny_experts.base(), experts), tokenizer).means, expected)
     assert max(sizes) > 100
+
+
+def test_few_examples_point_to_the_expert_whose_prompts_they_resemble(experts):
+    model = Transformer2Model(tiny_experts.base(), tiny_tokenizer(), experts)
+    examples = [{"prompt": text, "answer": "x"} for text in PROMPTS["math"][:2]]
+    mixture = model.adapt(examples, search=Search("key"), name="sums")
+    assert mixture.alpha == {"math": 1.0} and model.library.mixture("sums") == mixture
+    assert max(mixture.probabilities, key=mixture.probabilities.get) == "math"
+    assert model.adapt(examples, search=Search("key")).alpha == {"math": 1.0}
+    with pytest.raises(ValueError, match="per_layer=True needs another method"):
+        Search("key", per_layer=True)

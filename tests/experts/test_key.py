@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tiny_model import tiny_tokenizer
 
 from peft_svf import Expert, SVFConfig
+from peft_svf.experts.hub import expert_card
 from peft_svf.experts.key import ANCHOR, KEY_NAME, RoutingKey, blocks_of, early_exit, key_ids, make_key, read_states
 
 PROMPTS = ["2 + 2 =", "3 * 14 =", "a", "sort a list of words", "7 - 5 = "]
@@ -96,6 +97,10 @@ def test_save_then_load_is_exact(tmp_path):
     loaded = Expert.load(tmp_path / "keyed", lazy=True)
     assert loaded.key is not None and loaded.key.how == (1, "both")
     assert torch.equal(loaded.key.states, key.states) and loaded.key.states.dtype == torch.float16
+    card = str(expert_card(tmp_path / "keyed", base_model="me/base"))
+    assert "first 1 blocks make of 5 prompts" in card and "routing key" not in str(
+        expert_card(folder, base_model="me/b")
+    )
     replace(loaded, key=None).save(tmp_path / "keyed")  # the z of one expert and the key of another would lie together
     assert Expert.load(tmp_path / "keyed").key is None
 

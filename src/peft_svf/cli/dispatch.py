@@ -39,9 +39,10 @@ class Choice:
 
     def resolved(self) -> "Choice":
         """Choose the strategy: the one set, or the one that another option implies; without any the model's own."""
-        strategy: Any = self.strategy or ("classifier" if self.classifier else "probe" if self.probe else None)
+        implied = {"classifier": self.classifier, "probe": self.probe, "prompt": self.read or self.calibration}
+        strategy: Any = self.strategy or next((name for name, option in implied.items() if option), None)
         if self != Choice():
-            strategy = strategy or "prompt"
+            strategy = strategy or "auto"
         for option, source in {"classifier": self.classifier, "probe": self.probe}.items():
             if source and strategy != option:
                 raise typer.BadParameter(f"--{option} goes with --strategy {option}, not with {strategy}.")
@@ -57,7 +58,8 @@ class Choice:
         from ..adaptation import FirstPass, Probe, fit_calibration, fit_probe, fit_temperature
 
         settings: dict[str, Any] = {name: getattr(self, name) for name in ("threshold", "fallback", "soft", "read")}
-        settings |= {"strategy": self.strategy, "temperature": self.temperature or 1.0}
+        strategy = model.default_first_pass.strategy if self.strategy == "auto" else self.strategy
+        settings |= {"strategy": strategy, "temperature": self.temperature or 1.0}
         if not self.fit:
             folders = {"probe": self.probe, "calibration": self.calibration}
             settings |= {name: Probe.load(folder) for name, folder in folders.items() if folder}

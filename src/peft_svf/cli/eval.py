@@ -167,7 +167,7 @@ def _first_pass(
     first_pass, start = choice.first_pass(model, batch_size), time.perf_counter()
     mixtures = model.first_pass([row["prompt"] for row in rows], first_pass=first_pass, batch_size=batch_size)
     facts = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(choice).items()}
-    facts["temperature"] = first_pass.temperature
+    facts |= {"strategy": first_pass.strategy, "temperature": first_pass.temperature}
     facts["chosen"] = dict(Counter(mixture.choice for mixture in mixtures).most_common())
     facts["confidence"] = sum(mixture.confidence for mixture in mixtures) / len(mixtures)
     facts["seconds"] = time.perf_counter() - start

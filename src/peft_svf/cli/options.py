@@ -40,8 +40,8 @@ BatchSize = Annotated[int, option("Rows per forward.", min=1)]
 Plot = Annotated[Path | None, option("Draw it, too. Needs peft-svf\\[demo].", metavar="PNG")]
 
 Strategy = Annotated[
-    Literal["prompt", "classifier", "probe"] | None,
-    first_pass("Default: what --classifier or --probe is for, else prompt."),
+    Literal["key", "prompt", "classifier", "probe"] | None,
+    first_pass("Default: what --classifier or --probe is for, else key if experts have routing keys, else prompt."),
 ]
 Classifier = Annotated[str | None, first_pass("Expert trained to name the kind of a prompt.", metavar="EXPERT")]
 Probe = Annotated[Path | None, first_pass("Saved probe; with --fit, its place.", metavar="FOLDER")]

@@ -36,6 +36,7 @@ from peft.utils import CONFIG_NAME
 
 from .. import files
 from .expert import Expert
+from .key import RoutingKey
 from .saved import read_config, read_offsets
 
 logger = logging.getLogger(__name__)
@@ -211,6 +212,7 @@ def expert_card(
         numbers=f"{sum(map(len, offsets.values())):,}",
         weights=len(offsets),
         rank=config.get("rank"),
+        key=RoutingKey.load(Path(folder)),
         others=sum(tensor.numel() for tensor in others.values()),
         training={key: files.public(str(value)) for key, value in (training or {}).items() if value is not None},
         results=table([_result_row(row) for row in results]),
