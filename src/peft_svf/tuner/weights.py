@@ -104,6 +104,7 @@ def refuse_unknown(module: nn.Module, name: str) -> None:
     quantisation backends can read some of them.
     """
     plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    plain &= "forward" not in vars(module) or hasattr(module, "_hf_hook")  # accelerate's runs the class's own
     weight = module._parameters.get("weight")
     if resolve_quantization_backend(module) is None and not (plain and weight is not None and weight.dtype in FLOATS):
         held = "a computed weight" if weight is None else str(weight.dtype).removeprefix("torch.")
