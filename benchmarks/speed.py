@@ -36,7 +36,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from peft_svf import Expert, ExpertLibrary, Mixture, SVFConfig
 from peft_svf.tuner.basis import factorize
-from peft_svf.tuner.layer import SVFLayer, active_rows, svf_layers
+from peft_svf.tuner.layer import SVFLayer, svf_layers
+from peft_svf.tuner.rows import active_rows
 
 Contestants = dict[str, Callable[[], Any] | NotAvailable]
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -182,6 +182,6 @@ def fill(model: nn.Module, z: dict[str, Tensor]) -> nn.Module:
 
 def rows_of(layer: nn.Module, offsets: Tensor, index: Tensor | None = None, merge: bool = True) -> Any:
     """Give the rows of a batch their own offsets in one layer, while the context is open."""
-    from peft_svf.tuner.layer import active_rows
+    from peft_svf.tuner.rows import active_rows
 
     return active_rows({"fc": layer}, {"fc": offsets}, index, merge)

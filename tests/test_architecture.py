@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "peft_svf"
 ROWS = [
     ["files"],
     ["rows"],
-    ["tuner", "tasks"],
+    ["tuner", "tasks", "reading"],
     ["evaluation", "experts"],
     ["training", "adaptation", "plots"],
     ["two_pass"],
@@ -29,20 +29,21 @@ WINGS = {
     "tuner": [
         ["basis", "fingerprint", "plans"],
         ["cache", "config", "targets"],
-        ["weights"],
+        ["weights", "rows"],
         ["layer"],
         ["stacked", "loading"],
         ["model"],
     ],
     "experts": [
         ["key"],
+        ["saved"],
         ["expert"],
         ["base"],
         ["library", "hub", "transfer", "export", "convert"],
         ["gguf", "bundle"],
     ],
-    "training": [["rollout", "run"], ["reinforce", "evolution", "result"]],
-    "adaptation": [["probe", "search"], ["judge", "first_pass"], ["few_shot"]],
+    "training": [["run"], ["objective", "evolution", "result"], ["reinforce"]],
+    "adaptation": [["probe", "search"], ["judge", "router"], ["first_pass"], ["few_shot", "in_flight"]],
 }
 RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}
 PRIVATE_NAMES_ALLOWED = {

@@ -258,3 +258,12 @@ def test_the_page_has_the_numbers_of_the_files_and_shows_what_is_missing(tmp_pat
     assert "| SVF, MLP | 0.01 * | 0 | 10 | 0.750 | 1.000 | +0.500 [" in page
     assert "| LoRA r=16, MLP | 0.01 | 0 | not run |" in page
     assert (tmp_path / "learning-arc_easy.png").is_file()
+
+
+@pytest.mark.slow
+def test_a_tiny_server_is_measured(tmp_path):
+    import serving
+
+    assert serving.main(["--tiny", "--threads", "1", "--out", str(tmp_path)]) == []
+    ratio = json.loads((tmp_path / "throughput.json").read_text())["ratio"]
+    assert set(ratio) == {"one after another", "base"} and all(value > 0 for value in ratio.values())

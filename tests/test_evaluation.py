@@ -14,10 +14,10 @@ from peft import get_peft_model
 from tiny_model import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from peft_svf import SVFConfig
+from peft_svf import SVFConfig, evaluation
 from peft_svf.evaluation import (
+    BaseText,
     Summary,
-    cache_name,
     choice_logps,
     complete,
     evaluate,
@@ -25,9 +25,11 @@ from peft_svf.evaluation import (
     score_choices,
     wilson,
 )
+from peft_svf.reading import cache_name
 from peft_svf.rows import check, prompt_text
 from peft_svf.tasks import get_task
-from peft_svf.tuner.layer import active_rows
+from peft_svf.tuner.layer import svf_layers
+from peft_svf.tuner.rows import active_rows
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.eos_token_id
@@ -308,6 +310,41 @@ def test_generated_rows_are_scored_on_greedy_completions():
         assert record["score"] == task.score(record["completion"], row)
 
 
+def science(n):
+    raw = {"question": "what falls?", "choices": ["rain", "x", "y", "z"], "answer": 0}
+    return [get_task("arc_easy").make_row({**raw, "id": str(i)}, "letter", seed=i) for i in range(n)]
+
+
+def test_asked_in_all_rotations_a_policy_of_one_letter_is_right_once_on_each_question(monkeypatch):
+    monkeypatch.setattr(evaluation, "complete", lambda model, reader, prompts, **kwargs: ["A"] * len(prompts))
+    summary = evaluate(tiny_model(), TOKENIZER, science(10), rotations=4)
+    assert (summary.form, summary.n, summary.accuracy, summary.interval) == ("letter", 10, 0.25, wilson(2.5, 10))
+    assert [record["completions"] for record in summary.records] == [["A"] * 4] * 10
+    assert summary.classes["A"] == {"n": 10, "right": 10, "answered": 40} and summary.balanced_accuracy == 0.25
+    with pytest.raises(ValueError, match="no lettered options"):
+        evaluate(tiny_model(), TOKENIZER, ROWS, rotations=2)
+
+
+def test_balanced_accuracy_is_the_mean_of_the_recalls_of_classes(monkeypatch):
+    texts = ["code"] * 9 + ["math"] + ["so: math", "code", "none", "code"]
+    answers = ["code"] * 10 + ["math"] * 4
+    rows = [{"id": i, "prompt": f"{i:02}", "answer": answer, "task": "dispatch"} for i, answer in enumerate(answers)]
+    answer_of = {row["prompt"]: text for row, text in zip(rows, texts, strict=True)}
+    monkeypatch.setattr(evaluation, "complete", lambda m, r, prompts, **kwargs: [answer_of[p] for p in prompts])
+    summary = evaluate(tiny_model(), TOKENIZER, rows)
+    assert summary.accuracy == 10 / 14 and summary.balanced_accuracy == pytest.approx((0.9 + 0.25) / 2)
+    assert summary.classes["math"] == {"n": 4, "right": 1, "answered": 2}
+    assert summary.to_json()["classes"]["code"] == {"n": 10, "right": 9, "answered": 11}
+    assert evaluate(tiny_model(), TOKENIZER, rows[:9]).balanced_accuracy is None  # of a single class
+
+
+def test_where_all_rows_have_the_same_choices_these_are_classes():
+    rows = [{"id": i, "prompt": f"{i}", "choices": ["x", "y"][:: (-1) ** i], "label": 0} for i in range(12)]
+    summary = evaluate(tiny_model(), TOKENIZER, rows)
+    assert sum(counts["answered"] for counts in summary.classes.values()) == 12
+    assert evaluate(tiny_model(), TOKENIZER, numbered(12)).classes == {}
+
+
 @pytest.mark.parametrize("padding", ["pad", "end", "none"])
 def test_prompts_of_different_lengths_are_completed_as_one_by_one_with_or_without_a_pad_token(padding):
     reader, model = tiny_tokenizer(), tiny_model()
@@ -331,6 +368,25 @@ def test_likeliest_choice_is_scored():
     assert [record["id"] for record in records] == ["u", None]
     assert [(record["choice"], record["right"]) for record in records] == [(0, True), (1, False)]
     assert records[0]["probability"] == pytest.approx(1 / (1 + math.exp(-2)))
+
+
+def test_text_lost_is_how_much_less_likely_the_base_finds_its_own_answers():
+    model = get_peft_model(tiny_model(), SVFConfig())
+    prompts = [chat("hello"), chat("what falls?"), chat("2+2")]
+    with model.disable_adapter():
+        text = BaseText.of(model, TOKENIZER, [prompts[0][0]["content"], *prompts[1:]], tokens=6)
+    answers = [greedy(model, {"prompt": prompt}, 6) for prompt in prompts]
+    assert text.rows == [{"prompt": p, "choices": [a]} for p, a in zip(prompts, answers, strict=True)]
+
+    def total():
+        return sum(plain_logp(model, prompt_ids(row), ids_of(row["choices"][0])).item() for row in text.rows)
+
+    before = total()
+    assert text.tokens == sum(map(len, answers)) and text.logp == pytest.approx(before / text.tokens, rel=1e-4)
+    assert text.loss(model, TOKENIZER) == pytest.approx(0, abs=1e-6)
+    for layer in svf_layers(model).values():
+        layer.svf_offset["default"].weight.data.fill_(-0.9)
+    assert text.loss(model, TOKENIZER) == pytest.approx(total() / before - 1, rel=1e-3)
 
 
 # --- the arithmetic

@@ -3,34 +3,32 @@
 Model and rows -> scored records and their summary.
 
 A row of the choice form has `prompt`, `choices` and `label`; the policy over its choices is the softmax of their
-summed token log-likelihoods as the assistant's answer. A row of the generated form has `prompt`, and its task scores
-the completion; it may have a picture in its column `image`, or several in `images`, which a processor reads. Training
+summed token log-likelihoods as the assistant's answer. A row of any other form has `prompt`, and its task grades the
+completion; it may have a picture in its column `image`, or several in `images`, which a processor reads. Training
 differentiates `choice_logps`, and the first pass scores labels with it.
 """
 
 import copy
-import inspect
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice, takewhile
+from itertools import islice
 from statistics import NormalDist, fmean, pstdev
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import extract_model_from_parallel
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .reading import context_of, read_on, read_prompts, repeated, shared_prompts, unwrapped
 from .rows import Prompt, Reader, Row, check, encode, has_image, pad_id, prompt_ids, prompt_of, tokenizer_of
 from .tasks import Task, get_task
+from .tasks.task import ANSWER_TOKENS, form_of, rotated, user_turn
 
 NINETY_FIVE = NormalDist().inv_cdf(0.975)
-# What `forward` and `generate` call a cache: since transformers 5.24; before; before, in models without attention.
-CACHES = ("cache", "past_key_values", "cache_params")
 
 
 @dataclass(frozen=True)
@@ -40,13 +38,17 @@ class Summary:
 
     Args:
         task (`str`): Name of the task.
-        form (`str`): `"choice"` or `"generate"`.
-        n (`int`): Number of rows.
+        form (`str`): Form of the rows, such as `"choice"` or `"generate"`.
+        n (`int`): Number of questions.
         accuracy (`float`): Mean grade of the rows: the share answered right, or the task's own such as VQA accuracy.
         interval (`tuple[float, float]`): 95 % Wilson interval of the accuracy; grades between 0 and 1 vary less.
         seconds (`float`): Wall clock.
-        records (`list[dict]`): Per row `id`, `right`, and the choice with its probability, or the completion with its
-            `score`, the grade from 0 to 1.
+        records (`list[dict]`): Per question `id`, `right`, and the choice with its probability, or the completion with
+            its `score`, the grade from 0 to 1. With rotations it is the mean, beside a list of `completions`.
+        balanced_accuracy (`float`, *optional*): Mean of the classes' recalls, if the answers are classes: at most 20
+            letters or labels, each of five rows or more on average.
+        classes (`dict[str, dict[str, int]]`): By class, how many rows have it as their answer (`n`), how many of these
+            are answered right, and how many rows are `answered` by it.
     """
 
     task: str
@@ -56,6 +58,8 @@ class Summary:
     interval: tuple[float, float]
     seconds: float
     records: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    balanced_accuracy: float | None = None
+    classes: dict[str, dict[str, int]] = field(default_factory=dict, repr=False)
 
     def to_json(self, records: bool = False) -> dict[str, Any]:
         """Return the summary as JSON values, with or without its records."""
@@ -171,85 +175,11 @@ def row_lengths(reader: Reader, rows: Sequence[Row]) -> list[int]:
     return [len(ids) for ids in prompt_ids(reader, [row["prompt"] for row in rows])]
 
 
-def context_of(model: Any) -> int | None:
-    """Return the number of tokens that a model can see; `None` if its config sets no limit."""
-    return getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
-
-
 def _alike(
     places: list[tuple[int, int]], options: list[list[list[int]]], size: int
 ) -> Iterator[list[tuple[int, int]]]:
     """Cut the choices into groups of `size`, shortest first."""
     return _batches(sorted(places, key=lambda place: len(options[place[0]][place[1]])), size)
-
-
-class Reading(NamedTuple):
-    """
-    What a model keeps of prompts that it has read.
-
-    Args:
-        mask (`torch.Tensor` of shape `(N, P)`): 0 at padding, which stands on the left.
-        logits (`torch.Tensor` of shape `(N, vocabulary)`): Of the token after each prompt.
-        cache (`Cache`): Keys and values of the `P` places.
-    """
-
-    mask: Tensor
-    logits: Tensor
-    cache: Any
-
-
-def read_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], pad: int = 0, members: int = 1) -> Reading:
-    """
-    Read each prompt once, and what all of them begin with once for all. Gradients flow.
-
-    Args:
-        model (`PreTrainedModel` or `PeftModel`):
-            As in [`choice_logps`].
-        prompts (`Sequence[list[int]]`):
-            Tokens, at least one each.
-        pad (`int`):
-            Token that fills shorter prompts.
-        members (`int`):
-            As in [`choice_logps`].
-
-    Returns:
-        [`Reading`] of `members * len(prompts)` prompts, those of the first member first.
-
-    Raises:
-        `ValueError`: if gradient checkpointing is on.
-    """
-    device, width, cache = next(model.parameters()).device, max(map(len, prompts)), None
-    window = getattr(unwrapped(model).config.get_text_config(), "sliding_window", None) or width
-    shared = common_prefix(prompts) if width <= window else 0  # a window's places are gone once it has slid on
-    if shared:
-        begin = torch.tensor([prompts[0][:shared]] * members, device=device)  # (M, shared)
-        _, cache = _read(model, begin, torch.ones_like(begin))
-        cache.batch_repeat_interleave(len(prompts))
-    rest = [[pad] * (width - len(prompt)) + prompt[shared:] for prompt in prompts]
-    seen = [[1] * shared + [0] * (width - len(prompt)) + [1] * (len(prompt) - shared) for prompt in prompts]
-    mask = torch.tensor(seen * members, device=device)  # (M * N, P), the padding behind what is shared
-    logits, cache = _read(model, torch.tensor(rest * members, device=device), mask, cache)
-    if shared and not mask.all():
-        mask, order = mask.sort(dim=-1, stable=True)  # the padding comes first
-        for layer in cache.layers:
-            places = order[:, None, :, None]
-            layer.keys = layer.keys.take_along_dim(places, dim=2)
-            layer.values = layer.values.take_along_dim(places, dim=2)
-    return Reading(mask, logits[:, -1], cache)
-
-
-def common_prefix(prompts: Sequence[list[int]]) -> int:
-    """Count the tokens that all prompts begin with; one token of each prompt is left out."""
-    same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
-    return min(len(list(same)), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
-
-
-def repeated(cache: Any, rows: Tensor) -> Any:
-    """Return the given rows of a key/value cache, as a cache of its own."""
-    cache = copy.copy(cache)
-    cache.layers = [copy.copy(layer) for layer in cache.layers]
-    cache.batch_select_indices(rows)
-    return cache
 
 
 def evaluate(
@@ -258,6 +188,7 @@ def evaluate(
     rows: Sequence[Row],
     batch_size: int = 16,
     task: Task | None = None,
+    rotations: int = 1,
     **generation: Any,
 ) -> Summary:
     """
@@ -275,9 +206,12 @@ def evaluate(
         batch_size (`int`):
             Rows per forward.
         task ([`Task`], *optional*):
-            Scores completions; default the task that each row names.
+            Grades completions; default the task that each row names.
+        rotations (`int`, defaults to 1):
+            Ask each question of the form "letter" so many times, each time with its options moved by one place. The
+            accuracy is the mean over all, and its interval that of so many questions.
         generation:
-            As in [`complete`], for rows of the generated form.
+            As in [`complete`], for rows whose answers are written; `max_new_tokens` follows their form.
 
     Returns:
         [`Summary`].
@@ -290,7 +224,11 @@ def evaluate(
         raise ValueError("There are no rows to evaluate.")
     for number, row in enumerate(rows):
         check(row, f"Row {row.get('id', number)!r}")
-    start, form = time.perf_counter(), "choice" if "choices" in rows[0] else "generate"
+    start, form = time.perf_counter(), form_of(rows[0])
+    if rotations > 1:
+        rows = [rotated(row, places) for row in rows for places in range(rotations)]
+    if "generation_config" not in generation:
+        generation.setdefault("max_new_tokens", ANSWER_TOKENS.get(form))
     by_place, training = dict[int, dict[str, Any]](), model.training
     model.eval()
     try:
@@ -303,16 +241,50 @@ def evaluate(
                 if form == "choice":
                     records = score_choices(choice_logps(model, tokenizer, batch), batch)
                 else:
-                    texts = complete(model, tokenizer, [prompt_of(row) for row in batch], **generation)
-                    records = [_scored(text, row, task) for text, row in zip(texts, batch, strict=True)]
+                    with shared_prompts(model):
+                        texts = complete(model, tokenizer, [prompt_of(row) for row in batch], **generation)
+                    records = [_graded(text, row, task) for text, row in zip(texts, batch, strict=True)]
                 by_place.update(zip(places, records, strict=True))
     finally:
         model.train(training)
     records = [by_place[i] for i in range(len(rows))]
-    right = sum(map(_grade, records))
+    balanced, classes = _by_class(rows, records, task)
+    if rotations > 1:
+        records = [_mean(group) for group in _batches(records, rotations)]
+    right, n = sum(map(_grade, records)), len(records)
     name = task.name if task is not None else str(rows[0].get("task", "rows"))
     seconds = time.perf_counter() - start
-    return Summary(name, form, len(rows), right / len(rows), wilson(right, len(rows)), seconds, records)
+    return Summary(name, form, n, right / n, wilson(right, n), seconds, records, balanced, classes)
+
+
+def _by_class(rows: Sequence[Row], records: Sequence[Mapping[str, Any]], task: Task | None) -> tuple[Any, Any]:
+    """Compute balanced accuracy and counts as [`Summary`] has them; `None` and nothing if answers aren't classes."""
+    answers = [str(row["choices"][row["label"]] if "choices" in row else row.get("answer")) for row in rows]
+    labels = sorted(set(answers))
+    same = all(sorted(row.get("choices", labels)) == labels for row in rows)
+    if not same or not 1 < len(labels) <= min(20, len(rows) // 5):
+        return None, {}
+    counts = {label: {"n": 0, "right": 0, "answered": 0} for label in labels}
+    for row, record, answer in zip(rows, records, answers, strict=True):
+        counts[answer]["n"] += 1
+        counts[answer]["right"] += record["right"]
+        if (chosen := _chosen(record, row, labels, task)) is not None:
+            counts[chosen]["answered"] += 1
+    return fmean(count["right"] / count["n"] for count in counts.values()), counts
+
+
+def _chosen(record: Mapping[str, Any], row: Row, labels: Sequence[str], task: Task | None) -> str | None:
+    """Return the class that an answer names, as its task reads it."""
+    if "choices" in row:
+        return row["choices"][record["choice"]]
+    grade, text = (task or get_task(row["task"])).grade, record["completion"]
+    return next((label for label in labels if grade(text, {**row, "answer": label}) == 1), None)
+
+
+def _mean(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Join the records of one question's rotations."""
+    score = fmean(map(_grade, group))
+    return {"id": group[0]["id"], "completions": [r["completion"] for r in group], "right": score == 1, "score": score}
 
 
 def score_choices(logps: Tensor, rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -324,8 +296,8 @@ def score_choices(logps: Tensor, rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def _scored(text: str, row: Row, task: Task | None) -> dict[str, Any]:
-    score = (task or get_task(row["task"])).score(text, row)
+def _graded(text: str, row: Row, task: Task | None) -> dict[str, Any]:
+    score = (task or get_task(row["task"])).grade(text, row)
     return {"id": row.get("id"), "completion": text, "right": score == 1, "score": score}
 
 
@@ -366,34 +338,52 @@ def complete(model: PreTrainedModel, reader: Reader, prompts: Sequence[Prompt], 
     return tokenizer_of(reader).batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def unwrapped(model: Any) -> PreTrainedModel:
-    """Return the transformers model inside the wrappers of distributed training and PEFT."""
-    model = extract_model_from_parallel(model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+@dataclass(frozen=True)
+class BaseText:
+    """
+    What a base answers to prompts outside a task: the measure of what an adapter leaves of it.
+
+        with model.disable_adapter():
+            text = BaseText.of(model, tokenizer, everyday_requests("test", 32))
+        text.loss(model, tokenizer)  # 0.013: its own answers are 1.3 % less likely per token
+
+    Args:
+        rows (`list[dict]`): `prompt`, and the greedy answer in `choices`.
+        tokens (`int`): Of all answers.
+        logp (`float`): Mean log-likelihood of a token of the answers under the base.
+    """
+
+    rows: list[dict[str, Any]]
+    tokens: int
+    logp: float
+
+    @classmethod
+    def of(cls, base: PreTrainedModel, reader: Reader, prompts: Sequence[Prompt], tokens: int = 48) -> "BaseText":
+        """Let a base answer with so many tokens at most; texts become users' turns."""
+        chats, encode = [user_turn(prompt) for prompt in prompts], tokenizer_of(reader)
+        answers = [
+            text for some in _batches(chats, 16) for text in complete(base, reader, some, max_new_tokens=tokens)
+        ]
+        pairs = [(chat, text) for chat, text in zip(chats, answers, strict=True) if text.strip()]
+        if not pairs:
+            raise ValueError(f"The base answers none of {len(chats)} prompts, so there is no text to compare.")
+        rows: list[dict[str, Any]] = [{"prompt": chat, "choices": [text]} for chat, text in pairs]
+        count = sum(len(encode(text, add_special_tokens=False).input_ids) for _, text in pairs)
+        return cls(rows, count, _total_logp(base, reader, rows) / count)
+
+    def loss(self, model: PreTrainedModel, reader: Reader) -> float:
+        """Return the share by which the mean log-likelihood of the answers is lower under an adapted model."""
+        return _total_logp(model, reader, self.rows) / self.tokens / self.logp - 1
 
 
-def cache_name(model: Any) -> str:
-    """Return which of [`CACHES`] a model takes and returns, by its forward's signature: code from the Hub may lag."""
-    takes = inspect.signature(unwrapped(model).forward).parameters
-    return next((name for name in CACHES if name in takes), CACHES[0])
-
-
-def _read(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-    """Read prompts `(N, P)`, behind a cache if there is one: logits `(N, 1, V)` of their last tokens, and a cache."""
-    # as an index: the slice that `1` stands for is not contiguous, and the head would be copied once per row
-    last = torch.tensor([ids.shape[1] - 1], device=ids.device)
-    output = read_on(model, ids, mask, cache, logits_to_keep=last)
-    cache = getattr(output, cache_name(model))
-    if cache is None or not cache.get_seq_length():  # a checkpointed layer
-        raise ValueError("Scoring choices shares the prompt's cache: turn gradient checkpointing off.")
-    return output.logits, cache
-
-
-def read_on(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any, **kwargs: Any) -> Any:
-    """Call the model on the last `ids.shape[1]` places of `mask`, with the positions that padding calls for."""
-    if "position_ids" in inspect.signature(unwrapped(model).forward).parameters:
-        kwargs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    return model(input_ids=ids, attention_mask=mask, use_cache=True, **{cache_name(model): cache}, **kwargs)
+def _total_logp(model: PreTrainedModel, reader: Reader, rows: Sequence[Row]) -> float:
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return sum(float(choice_logps(model, reader, batch).sum()) for batch in _batches(rows, 16))
+    finally:
+        model.train(training)
 
 
 def _one_begins_another(choices: list[list[int]]) -> bool:
@@ -408,6 +398,7 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 __all__ = [
     "NINETY_FIVE",
+    "BaseText",
     "Summary",
     "choice_logps",
     "complete",

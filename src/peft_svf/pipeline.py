@@ -125,20 +125,20 @@ class _TwoPasses:
         return_dispatch: bool = False,
         **kwargs: Any,
     ) -> Any:
-        with self.model.library.lock:
-            prompts = model_inputs["prompt_text" if "prompt_text" in model_inputs else "text"]
-            prompts = prompts if isinstance(prompts, list) else [prompts]
-            mixtures: list[Any] = [getattr(prompt, "mixture", None) for prompt in prompts]
-            if None in mixtures:  # These prompts carry no choice of their own.
-                texts = [prompt.messages if isinstance(prompt, Chat) else str(prompt) for prompt in prompts]
-                mixtures = self.model.first_pass(texts, first_pass, expert=expert, mixture=mixture)
-            outputs = self._answer(model_inputs, mixtures, **kwargs)
+        prompts = model_inputs["prompt_text" if "prompt_text" in model_inputs else "text"]
+        prompts = prompts if isinstance(prompts, list) else [prompts]
+        chosen: dict[str, Any] = {"mixture": [getattr(prompt, "mixture", None) for prompt in prompts]}
+        if None in chosen["mixture"]:  # These prompts carry no choice of their own.
+            texts = [prompt.messages if isinstance(prompt, Chat) else str(prompt) for prompt in prompts]
+            chosen = {"prompts": texts, "first_pass": first_pass, "expert": expert, "mixture": mixture}
+        decided: list[Mixture] = []
+        outputs = self._answer(model_inputs, {**chosen, "on_dispatch": decided.extend}, **kwargs)
         if return_dispatch:
-            outputs["dispatch"] = [mixture.record() for mixture in mixtures]
+            outputs["dispatch"] = [mixture.record() for mixture in decided]
         return outputs
 
-    def _answer(self, model_inputs: Any, mixtures: list[Mixture], **kwargs: Any) -> Any:
-        return super()._forward(model_inputs, mixture=mixtures, **kwargs)  # type: ignore[misc]
+    def _answer(self, model_inputs: Any, chosen: dict[str, Any], **kwargs: Any) -> Any:
+        return super()._forward(model_inputs, **chosen, **kwargs)  # type: ignore[misc]
 
     def postprocess(self, model_outputs: Any, **kwargs: Any) -> list[dict[str, Any]]:
         decision = model_outputs.pop("dispatch", None)
@@ -199,8 +199,8 @@ class Transformer2ImagePipeline(_TwoPasses, ImageTextToTextPipeline):
             kwargs["generate_kwargs"] = {**generation, **(kwargs.get("generate_kwargs") or {})}
         return super()._sanitize_parameters(*args, **kwargs)
 
-    def _answer(self, model_inputs: Any, mixtures: list[Mixture], **kwargs: Any) -> Any:
-        settings = {**(kwargs.get("generate_kwargs") or {}), "mixture": mixtures}
+    def _answer(self, model_inputs: Any, chosen: dict[str, Any], **kwargs: Any) -> Any:
+        settings = {**(kwargs.get("generate_kwargs") or {}), **chosen}
         return ImageTextToTextPipeline._forward(self, model_inputs, generate_kwargs=settings)
 
 

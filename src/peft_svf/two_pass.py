@@ -34,13 +34,16 @@ from transformers import (
 
 from .adaptation.few_shot import DEFAULT as SEARCH
 from .adaptation.few_shot import few_shot
-from .adaptation.first_pass import FirstPass, dispatch
+from .adaptation.first_pass import FirstPass, decide, default_first_pass, dispatch
+from .adaptation.in_flight import can_decide, deciding, key_rows, mask_of
 from .adaptation.probe import Probe
+from .adaptation.router import key_scores
 from .adaptation.search import Search
-from .evaluation import CACHES, Summary, context_of, wilson
+from .evaluation import Summary, context_of, wilson
 from .experts.bundle import find_bundle, push_bundle, read_bundle, save_bundle
 from .experts.expert import OTHER, Mixture
 from .experts.library import ExpertLibrary, Source, loaded
+from .reading import CACHES
 from .rows import Prompt, Reader, Row
 from .tasks import Task
 
@@ -64,7 +67,8 @@ class Transformer2Model:
         classifier (folder, repository or [`Expert`], *optional*):
             An expert trained to name the kind of a question, for the first pass.
         first_pass (`str` or [`FirstPass`], *optional*):
-            `"prompt"`, `"classifier"`, or a [`FirstPass`]; default the classifier if there is one.
+            A strategy, or a [`FirstPass`]; default the classifier if there is one, else `"key"` if all experts have
+            routing keys, else `"prompt"`.
         limit_bytes (`int`, *optional*): Memory for z-vectors; the least recently used experts make room.
 
     Raises:
@@ -89,7 +93,7 @@ class Transformer2Model:
         self.processor = tokenizer if isinstance(tokenizer, ProcessorMixin) else None
         self.tokenizer: PreTrainedTokenizerBase = tokenizer if self.processor is None else self.processor.tokenizer
         self.library = ExpertLibrary(model, experts, classifier, limit_bytes)
-        self.default_first_pass = _first_pass(first_pass or ("classifier" if self.library.classifier else "prompt"))
+        self._first_pass = None if first_pass is None else _first_pass(first_pass)
         self.default_first_pass.check(self.library)
 
     @classmethod
@@ -140,6 +144,20 @@ class Transformer2Model:
         base, reader = load_model(model, **kwargs)
         return cls(base, reader, experts, classifier, first_pass, limit_bytes)
 
+    @property
+    def default_first_pass(self) -> FirstPass:
+        """The first pass of requests that name none."""
+        return self._first_pass or default_first_pass(self.library, self.reader)
+
+    @default_first_pass.setter
+    def default_first_pass(self, first_pass: FirstPass) -> None:
+        self._first_pass = first_pass
+
+    @property
+    def reader(self) -> Reader:
+        """The processor, or the tokenizer of a model without one."""
+        return self.processor or self.tokenizer
+
     def __getattr__(self, name: str) -> Any:
         if name == "library":  # Before it is set, the lookup below would never end.
             raise AttributeError(name)
@@ -183,7 +201,8 @@ class Transformer2Model:
             if mark := getattr(self.processor, "image_token", None):  # The first pass reads no images.
                 prompts = [prompt.replace(mark, "") if isinstance(prompt, str) else prompt for prompt in prompts]
             chosen = self.default_first_pass if first_pass is None else _first_pass(first_pass)
-            return dispatch(self.library, self.tokenizer, prompts, chosen, batch_size)
+            reader = self.reader if chosen.strategy == "key" else self.tokenizer
+            return dispatch(self.library, reader, prompts, chosen, batch_size)  # type: ignore[arg-type]
 
     def _explicit(
         self, expert: str | Sequence[str] | None, mixture: Chosen | Sequence[Chosen] | None, count: int
@@ -231,17 +250,24 @@ class Transformer2Model:
         mixture: Chosen | Sequence[Chosen] | None = None,
         first_pass: str | FirstPass | None = None,
         return_dispatch: bool = False,
+        on_dispatch: Callable[[list[Mixture]], Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """
         Run both passes: choose a mixture for each row, then [`answer`][Transformer2Model.answer] with it.
 
+        With routing keys the input ids themselves are read. If no expert moves weights below the keys' block, there is
+        one pass: the prefill chooses the mixtures when it gets there. Else, and with an assistant, prompt look-up, a
+        chunked prefill or a compiled model, a forward before it ends at that block; the choice is the same.
+
         Args:
             inputs (`torch.Tensor` of shape `(batch, tokens)`, *optional*):
                 As in transformers' `generate`, which also takes it as `input_ids`.
-            prompts (`Sequence[str | list[dict]]`, *optional*): Read by the first pass; default the decoded token ids.
+            prompts (`Sequence[str | list[dict]]`, *optional*):
+                Read by the first pass; default the decoded token ids. With keys it matters only beside images.
             expert, mixture, first_pass: As in [`Transformer2Model.first_pass`].
             return_dispatch (`bool`): Return the mixtures as well.
+            on_dispatch (`Callable`, *optional*): Gets the mixtures when they are chosen, before the first token.
             kwargs: As in [`Transformer2Model.answer`].
 
         Returns:
@@ -258,10 +284,40 @@ class Transformer2Model:
         if prompts is None:
             count = 1 if rows is None else len(rows)
             prompts = [""] * count if explicit else self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        mixtures: list[Mixture] = []
+
+        def note(chosen: list[Mixture]) -> None:
+            mixtures.extend(chosen)
+            for mixture in chosen:
+                logger.info(f"{mixture.strategy}: {mixture.record()}")
+            if on_dispatch is not None:
+                on_dispatch(chosen)
+
         with self.library.lock:
-            mixtures = self.first_pass(prompts, expert=expert, mixture=mixture, first_pass=first_pass)
-            output = self.answer(mixtures, inputs, **kwargs)
+            strategy = self.default_first_pass if first_pass is None else _first_pass(first_pass)
+            images = any(kwargs.get(name) is not None for name in ("pixel_values", "inputs_embeds"))
+            if strategy.strategy == "key" and not explicit and ids is not None and ids.shape[1] and not images:
+                output = self._answer_by_key(strategy, ids, kwargs, note)
+            else:
+                note(self.first_pass(prompts, expert=expert, mixture=mixture, first_pass=first_pass))
+                output = self.answer(mixtures, inputs, **kwargs)
         return (output, mixtures) if return_dispatch else output
+
+    def _answer_by_key(
+        self, first_pass: FirstPass, ids: Tensor, kwargs: dict[str, Any], note: Callable[[list[Mixture]], None]
+    ) -> Any:
+        """Choose mixtures by routing keys, inside the prefill if that is possible, and answer."""
+        kwargs = {key: value for key, value in kwargs.items() if key != "input_ids"}
+        self._check_request(ids, kwargs)
+        kwargs["attention_mask"] = mask = mask_of(self.library.model, ids, kwargs.get("attention_mask"))
+        rows, same = key_rows(self.reader, ids, mask)
+        if same and can_decide(self.library, self.reader, self._settings(kwargs)):
+            merge = self._new_tokens(ids.shape[1], kwargs) >= MERGE_FROM
+            with torch.no_grad(), deciding(self.library, self.reader, first_pass, mask, merge, note) as model:
+                return model.generate(ids, **kwargs)
+        mixtures = decide(self.library, key_scores(self.library, self.reader, rows), first_pass)
+        note(mixtures)
+        return self.answer(mixtures, ids, **kwargs)
 
     @torch.no_grad()
     def answer(self, mixtures: Sequence[Mixture], inputs: Tensor | None = None, **kwargs: Any) -> Any:
@@ -274,25 +330,33 @@ class Transformer2Model:
             `ValueError`: if there isn't a mixture for each row, a prompt fills the model's context, a cache is
                 passed, or mixtures differ in a batch of images whose vision tower they move.
         """
-        if any(kwargs.get(name) is not None for name in CACHES):
-            raise ValueError("A key/value cache holds the activations of other weights: pass input_ids alone.")
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
-        read = kwargs.get("inputs_embeds") if inputs is None else inputs
-        rows, length = (1, 0) if read is None else read.shape[:2]
+        rows, length = self._check_request(inputs, kwargs)
         if len(mixtures) != rows:
             raise ValueError(f"There are {len(mixtures)} prompts for {rows} rows of input_ids.")
+        if kwargs.get("pixel_values") is not None:
+            self._check_tower(mixtures)
+        merge = self._new_tokens(length, kwargs) >= MERGE_FROM
+        with self.library.activate(mixtures, merge) as model:
+            return model.generate(inputs, **kwargs)
+
+    def _check_request(self, inputs: Tensor | None, kwargs: Mapping[str, Any]) -> tuple[int, int]:
+        """Return rows and tokens of a request; a `ValueError` for a cache, or a prompt that fills the context."""
+        if any(kwargs.get(name) is not None for name in CACHES):
+            raise ValueError("A key/value cache holds the activations of other weights: pass input_ids alone.")
+        read = kwargs.get("inputs_embeds") if inputs is None else inputs
+        rows, length = (1, 0) if read is None else read.shape[:2]
         limit = context_of(self.library.model)
         if limit is not None and length >= limit:
             raise ValueError(
                 f"The prompt has {length} tokens, but the model's context is {limit}: leave room for an answer."
             )
-        if kwargs.get("pixel_values") is not None:
-            self._check_tower(mixtures)
-        for mixture in mixtures:
-            logger.info(f"{mixture.strategy}: {mixture.record()}")
-        merge = self._new_tokens(length, kwargs) >= MERGE_FROM
-        with self.library.activate(mixtures, merge) as model:
-            return model.generate(inputs, **kwargs)
+        return rows, length
+
+    def _settings(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings of a `generate` with these arguments: they, its config's, the model's."""
+        given = {key: value for key, value in kwargs.items() if value is not None}
+        return {**vars(kwargs.get("generation_config") or self.generation_config), **given}
 
     def _check_tower(self, mixtures: Sequence[Mixture]) -> None:
         """Refuse mixtures that differ in a layer that reads images: its rows are patches, not prompts."""
@@ -308,7 +372,7 @@ class Transformer2Model:
 
     def _new_tokens(self, length: int, kwargs: Mapping[str, Any]) -> int:
         """Return the number of tokens that `generate` may add to prompts of this length."""
-        for settings in (kwargs, vars(kwargs.get("generation_config") or self.generation_config)):
+        for settings in (kwargs, self._settings(kwargs)):
             if settings.get("max_new_tokens") is not None:
                 return settings["max_new_tokens"]
             if settings.get("max_length") is not None:

@@ -107,7 +107,7 @@ PROBE = Probe(("code", "math"), torch.zeros(2, 3), torch.zeros(2))
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"strategy": "magic"}, "no strategy='magic': choose one of 'prompt', 'classifier', 'probe'"),
+        ({"strategy": "magic"}, "no strategy='magic': choose one of 'key', 'prompt', 'classifier', 'probe'"),
         ({"read": "guess"}, "no read='guess': choose one of 'likelihood', 'channel', 'generate'"),
         ({"fallback": "last"}, "no fallback='last': choose one of 'base', 'mix'"),
         ({"strategy": "probe"}, r"go together: fit one with fit_probe\(...\)"),

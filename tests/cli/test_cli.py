@@ -103,6 +103,7 @@ def test_a_usage_error_is_one_line_and_code_2(home, both, capsys):
         ("eval", *task, "--model", "m", "--soft"): "Name --experts",
         ("eval", *both, *task, "--limit", 0): "Invalid value for '--limit'",
         ("dispatch", *both): "There are no prompts",
+        ("dispatch", *both, home / "code", "Sort a list"): "is an expert, not a prompt: write --experts before each",
         ("dispatch", *both, "--strategy", "guess", "--", "x"): "Invalid value for '--strategy'",
         ("dispatch", *both, "--strategy", "classifier", "--", "x"): "name it by --classifier",
         ("dispatch", *both, "--strategy", "prompt", "--probe", "p", "--", "x"): "--probe goes with --strategy probe",
@@ -179,6 +180,27 @@ def test_eval_writes_what_evaluate_returns(home, tmp_path, capsys):
         assert re.search(rf"^{way} +{expected.accuracy:.3f} +\[{expected.interval[0]:.3f}, ", out, re.MULTILINE)
     gain = result["summaries"]["math"]["accuracy"] - result["summaries"]["base"]["accuracy"]
     assert result["gains"]["math"]["gain"] == pytest.approx(gain)
+
+
+def test_eval_asks_for_letters_in_all_rotations_and_measures_text_lost(home, both, tmp_path, capsys):
+    asked = [
+        "--form",
+        "letter",
+        "--rotations",
+        2,
+        "--shots",
+        1,
+        "--system",
+        "Be brief.",
+        "--everyday",
+        2,
+        "--limit",
+        3,
+    ]
+    code, out, err = run(capsys, "eval", *both, "--task", home / "rows.jsonl", *asked, "--out", tmp_path / "r.json")
+    assert code == 0 and "letter form, n = 3" in out and "text lost" in out, err
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["form"] == "letter" and result["text_loss"].keys() == {"math", "code"}
 
 
 def test_eval_without_experts_is_the_base(home, tmp_path, capsys, monkeypatch):

@@ -2,16 +2,19 @@
 """A model of two passes comes back from its folder with all that answers depend on, and no more than that is in it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny_experts
 import torch
+from command_line import run
 from tiny_experts import GREEDY, ids
 from tiny_model import tiny_tokenizer
 from transformers import pipeline
 
-from peft_svf import Mixture, Transformer2Model
+from peft_svf import Expert, Mixture, Transformer2Model
 from peft_svf.adaptation import FirstPass, fit_calibration, fit_probe
+from peft_svf.experts import make_key
 
 TEXTS = ["3 + 4 =", "print(x)"]
 
@@ -30,7 +33,11 @@ def model(base, tmp_path_factory):
     seeds = tiny_experts.SEEDS.items()
     paths = {name: tiny_experts.write(folder, name, seed, tiny_experts.base(name=str(base))) for name, seed in seeds}
     classifier = paths.pop("kinds")
-    model = Transformer2Model.from_pretrained(None, paths | {"odd/../name": paths["math"]}, classifier=classifier)
+    reads = {"math": ["1 + 1", "8 * 9 = ?", "27 / 3"], "code": ["print(1)", "def f(x): return x", "import os"]}
+    keys = {name: make_key(tiny_experts.base(), tiny_tokenizer(), texts) for name, texts in reads.items()}
+    experts = {name: replace(Expert.load(path), key=keys[name]) for name, path in paths.items()}
+    experts["odd/../name"] = experts["math"]
+    model = Transformer2Model.from_pretrained(None, experts, classifier=classifier)
     model.library.add_mixture("both", Mixture({"math": 0.7, "code": 0.3}))
     return model
 
@@ -43,10 +50,11 @@ def same(one, other):
         assert torch.equal(*answers)
 
 
-@pytest.mark.parametrize("strategy", ["classifier", "probe", "calibrated"])
+@pytest.mark.parametrize("strategy", ["key", "classifier", "probe", "calibrated"])
 def test_save_then_load_is_the_same_model(strategy, model, tmp_path):
     data = (model.library, model.tokenizer, TEXTS * 3, ["math", "code"] * 3)
     settings = {
+        "key": lambda: FirstPass("key"),
         "classifier": lambda: FirstPass("classifier", threshold=0.1, temperature=2.0, fallback="mix"),
         "probe": lambda: FirstPass("probe", probe=fit_probe(*data)),
         "calibrated": lambda: FirstPass(calibration=fit_calibration(*data, FirstPass())),
@@ -65,6 +73,14 @@ def test_save_then_load_is_the_same_model(strategy, model, tmp_path):
         for place in ("bundle", "again")
         for part in ("experts/math", "experts/code", "experts/expert 2", "classifier")
     }
+
+
+def test_command_line_takes_a_bundle_for_its_experts(model, tmp_path, capsys):
+    model.default_first_pass = FirstPass(threshold=0.3)
+    model.save_pretrained(tmp_path / "bundle")
+    code, out, error = run(capsys, "dispatch", *TEXTS, "--experts", tmp_path / "bundle")
+    chosen = [mixture.choice for mixture in model.first_pass(TEXTS)]
+    assert code == 0 and [line.split()[0] for line in out.splitlines()[1:]] == chosen, error
 
 
 def test_places_outside_of_a_bundle_are_no_folders_of_it(model, tmp_path):

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from tiny_experts import write
 
 from peft_svf import Expert, Mixture, SVFConfig, files
-from peft_svf.experts import expert as module
+from peft_svf.experts import saved as module
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG, KEY = "adapter_model.safetensors", "adapter_config.json", "routing.safetensors"
 UP = "model.layers.1.mlp.up_proj"
 
 
@@ -63,7 +63,7 @@ def test_the_name_is_the_last_part_of_the_path_unless_given(folders, tmp_path, m
     assert Expert.load(".").name == Expert.load("../math").name == "math"
 
 
-def test_a_repository_is_fetched_as_two_files_of_one_revision(folders, monkeypatch):
+def test_a_repository_is_fetched_as_files_of_one_revision(folders, monkeypatch):
     asked = {}
 
     def snapshot(repo_id, **kwargs):
@@ -73,7 +73,7 @@ def test_a_repository_is_fetched_as_two_files_of_one_revision(folders, monkeypat
     monkeypatch.setattr(module, "snapshot_download", snapshot)
     expert = Expert.load("me/zoo", subfolder="math", revision="v2", token="t")
     assert expert.name == "math" and set(expert.offsets)
-    patterns = [f"math/{CONFIG}", f"math/{WEIGHTS}"]
+    patterns = [f"math/{CONFIG}", f"math/{WEIGHTS}", f"math/{KEY}"]
     short = dict(asked)
     assert Expert.load("me/zoo::math@v2", token="t").name == "math" and asked == short
     assert asked == {"repo_id": "me/zoo", "revision": "v2", "token": "t", "allow_patterns": patterns}
@@ -151,10 +151,10 @@ def test_a_missing_file_is_named_and_a_pipe_is_not_waited_for(file, tmp_path):
 def test_files_are_opened_once_and_those_of_a_lazy_expert_again_for_its_values(folders, loaded, monkeypatch):
     reads, read = [], files.read_bytes
     monkeypatch.setattr(files, "read_bytes", lambda path, *limit: reads.append(path.name) or read(path, *limit))
-    assert Expert.load(folders["math"]) == loaded["math"] and reads == [CONFIG, WEIGHTS]
+    assert Expert.load(folders["math"]) == loaded["math"] and reads == [CONFIG, WEIGHTS, KEY]
     expert = Expert.load(folders["math"], lazy=True)
-    assert expert.sizes == loaded["math"].sizes and set(expert.offsets) == set(expert.sizes) and len(reads) == 4
-    assert expert == loaded["math"] and expert.z.keys() == loaded["math"].z.keys() and reads[4:] == [WEIGHTS]
+    assert expert.sizes == loaded["math"].sizes and set(expert.offsets) == set(expert.sizes) and len(reads) == 6
+    assert expert == loaded["math"] and expert.z.keys() == loaded["math"].z.keys() and reads[6:] == [WEIGHTS]
 
 
 @pytest.mark.parametrize("breaks", [1, 2])

@@ -2,7 +2,9 @@
 """What is exported answers as the expert does: in plain transformers, in PEFT's LoRA, and read back from GGUF."""
 
 import json
+import os
 import string
+from pathlib import Path
 
 import oracle
 import pico
@@ -18,6 +20,7 @@ from peft_svf import Expert, SVFConfig
 from peft_svf.experts.export import export_lora, export_merged, merge_expert
 from peft_svf.experts.gguf import export_gguf
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "experts" / "math"
 KINDS = ["llama", "qwen2", "gpt2"]
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
 
@@ -74,6 +77,17 @@ def test_merged_weights_are_those_of_the_formula(tmp_path):
     for name, z in expert.z.items():
         expected = oracle.rescaled(pico.matrix_of(base.get_submodule(name)), z)
         torch.testing.assert_close(merged.get_submodule(name).weight.double(), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_merged_weights_are_those_of_merge_and_unload_to_the_bit(kind, dtype, tmp_path):
+    expert, _ = write(tmp_path, kind)  # its checkpoint is float32: the basis is that of the file
+    base, merged = tmp_path / f"{kind}-base", load(tmp_path / f"{kind}-base", dtype=dtype)
+    merge_expert(expert, merged)
+    model = PeftModel.from_pretrained(load(base, dtype=dtype), tmp_path / f"{kind}-1").merge_and_unload()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(merged.get_parameter(name), parameter), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,11 +172,14 @@ def test_what_cannot_be_exported_is_refused_by_name_and_nothing_is_left(tmp_path
     gpt2, _ = write(tmp_path, "gpt2")
     tied = load(home)
     tied.model.layers[1].mlp.up_proj.weight = tied.model.layers[0].mlp.up_proj.weight
+    packed = load(home)
+    packed.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(40, 24, dtype=torch.int8), False)
     half = Expert("half", {name: offset[:7] for name, offset in expert.offsets.items()}, {"rank": 7})
     refusals = {
         "does not belong to this base": lambda: export_merged(expert, pico.build("llama", seed=3, name="x"), out),
         "has adapters": lambda: export_merged(expert, model, out),
         "share one weight": lambda: export_merged(half, tied, out),
+        "up_proj of .* is a Linear: pass the base that isn't quantised": lambda: export_merged(expert, packed, out),
         "stacked weights": lambda: export_lora(stacked, load(tmp_path / "mixtral-base"), out),
         "rank is a number of directions": lambda: export_lora(expert, load(home), out, rank=1.5),
         r"leaves out \d\d": lambda: export_lora(expert, load(home), out, rank=3),
@@ -175,6 +192,39 @@ def test_what_cannot_be_exported_is_refused_by_name_and_nothing_is_left(tmp_path
         with pytest.raises((ValueError, FileExistsError), match=message):
             refused()
         assert not out.exists() and not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("default")
+def test_all_exports_of_a_real_expert_give_its_greedy_tokens(tmp_path):
+    home = os.environ["PEFT_SVF_SMOLLM2"]
+    tokenizer = AutoTokenizer.from_pretrained(home)
+    expert = Expert.load(EXAMPLE)
+
+    def base():
+        return load(home, dtype=torch.float32)
+
+    def tokens(model):
+        prompts = ["What is 7 + 8?", "Write a function that adds two numbers.", "Why is the sky blue?"]
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        encoded = [tokenizer.apply_chat_template(chat, **options) for chat in chats]
+        return [model.generate(**x, max_new_tokens=32, do_sample=False).tolist() for x in encoded]
+
+    plain, expected = tokens(base()), tokens(PeftModel.from_pretrained(base(), EXAMPLE).eval())
+    assert all(a != b for a, b in zip(plain, expected, strict=True))
+    export_merged(expert, base(), tmp_path / "merged", tokenizer)
+    assert tokens(load(tmp_path / "merged")) == expected
+    for rank in (None, 512):
+        report = export_lora(expert, base(), tmp_path / f"{rank}", rank)
+        assert all(of["error"] < (0.025 if rank else 1e-9) for of in report.values())
+        assert tokens(PeftModel.from_pretrained(base(), tmp_path / f"{rank}").eval()) == expected
+    for dtype in ("f32", "f16", "q8_0"):
+        export_gguf(expert, base(), tmp_path / f"svf-{dtype}.gguf", tokenizer, dtype)
+        assert tokens(load(tmp_path, gguf_file=f"svf-{dtype}.gguf", dtype=torch.float32)) == expected
+    text = "Hello, 1234 wörld!\n\tdef f(x):  return x"
+    again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="svf-f32.gguf")
+    assert again(text).input_ids == tokenizer(text).input_ids and again.chat_template == tokenizer.chat_template
 
 
 def test_command_line_exports_a_mixture_and_imports_it_again(tmp_path, capsys):

@@ -13,10 +13,12 @@ import multiprocessing
 import re
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from fake_hub import FakeHub, use
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -28,9 +30,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, pi
 from peft_svf import Expert, Mixture, SVFConfig, Transformer2Model
 from peft_svf.adaptation import FirstPass
 from peft_svf.cli import main
+from peft_svf.experts import RoutingKey
 from peft_svf.experts.hub import expert_card, push_expert
 
 THREE_FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+GSM8K = {"task": "gsm8k", "split": "test", "metric": "accuracy (generated)", "value": 0.25, "n": 1319}
+GSM8K |= {"dataset": "openai/gsm8k", "benchmark": "gsm8k"}
 TOKENS = torch.tensor([[3, 14, 15, 9, 2, 6, 5]])
 
 
@@ -118,7 +123,9 @@ def push_chat(experts) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for repo, seed in experts.items():
             expert = Expert.load(write(Path(folder), repo.split("/")[1], seed, base))
-            expert.push_to_hub(repo, task=expert.description)
+            torch.manual_seed(seed)
+            key = RoutingKey(torch.randn(3, 24), torch.randn(24), 1)
+            replace(expert, key=key).push_to_hub(repo, task=expert.description, results=[GSM8K])
             base = AutoModelForCausalLM.from_pretrained("me/chat")
 
 
@@ -140,7 +147,8 @@ def answer_of_bundle(repo) -> tuple:
 
 
 def offsets_of(source) -> dict:
-    return {name: offset.tolist() for name, offset in Expert.load(source).offsets.items()}
+    expert = Expert.load(source)
+    return {name: offset.tolist() for name, offset in expert.offsets.items()} | {"key": expert.key.states.sum().item()}
 
 
 def push_zoo(repo, source) -> str:
@@ -150,7 +158,7 @@ def push_zoo(repo, source) -> str:
     HfApi().create_repo(repo)
     expert, commits = Expert.load(source), []
     with tempfile.TemporaryDirectory() as folder:
-        for version in (expert, 2 * expert):
+        for version in (expert, replace(2 * expert, key=expert.key)):
             version.save(folder)
             commits.append(HfApi().upload_folder(repo_id=repo, folder_path=folder, path_in_repo="code").oid)
     return commits[0]
@@ -321,7 +329,8 @@ def test_subfolder_and_revision_in_one_name_give_the_files_of_one_commit(hub, cl
     first = client(push_zoo, "me/zoo", experts[0])
     once = client(offsets_of, experts[0])
     assert client(offsets_of, f"me/zoo::code@{first}") == once
-    assert client(offsets_of, "me/zoo::code") == {name: [2 * x for x in offset] for name, offset in once.items()}
+    twice = client(offsets_of, "me/zoo::code@main")
+    assert all(twice[name] == [2 * x for x in offset] for name, offset in once.items() if name != "key")
     code, shown = client(
         command, "dispatch", "3 + 4", "--experts", f"sums=me/zoo::code@{first}", "--experts", "me/zoo::code"
     )
@@ -340,6 +349,19 @@ def test_bundle_is_one_commit_and_the_pipeline_loads_it_by_its_name(hub, client,
     card = card_of(hub, "me/bundle")
     assert card.data.base_model == "me/chat" and card.data.license == "mit"
     assert "import peft_svf" in card.text and "| sums | about sums |" in card.text
+
+
+def test_expert_is_pushed_with_its_routing_key_and_its_place_on_a_board(hub, client, experts):
+    assert hub.files(experts[0]) == [".eval_results/gsm8k.yaml", *THREE_FILES, "routing.safetensors"]
+    (entry,) = yaml.safe_load(hub.read(experts[0], ".eval_results/gsm8k.yaml"))
+    assert entry["dataset"] == {"id": "openai/gsm8k", "task_id": "gsm8k"} and entry["value"] == 0.25
+    card = card_of(hub, experts[0])
+    measured = card.data.to_dict()["model-index"][0]["results"][0]
+    assert measured["dataset"]["type"] == "openai/gsm8k"
+    assert {"type": "accuracy", "name": "accuracy (generated)", "value": 0.25} in measured["metrics"]
+    assert "benchmark" not in card.text
+    code, shown = client(command, "inspect", experts[0])
+    assert code == 0, shown
 
 
 def test_search_lists_the_experts_of_a_base(hub, client, experts):

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from tiny_model import tiny_tokenizer
 
 from peft_svf import Expert, SVFConfig
-from peft_svf.experts.key import KEY_NAME, RoutingKey, blocks_of, early_exit, make_key, read_states
+from peft_svf.experts.hub import expert_card
+from peft_svf.experts.key import ANCHOR, KEY_NAME, RoutingKey, blocks_of, early_exit, key_ids, make_key, read_states
 
 PROMPTS = ["2 + 2 =", "3 * 14 =", "a", "sort a list of words", "7 - 5 = "]
 CHATS = [[{"role": "user", "content": text}] for text in PROMPTS]
@@ -27,7 +28,7 @@ def inputs(model, prompts=PROMPTS):
     return rows, mask
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("pooling", ["both", "mean", "last"])
 @pytest.mark.parametrize("kind", pico.CAUSAL)
 def test_early_exit_reads_the_hidden_state_of_transformers(kind, pooling):
     model = pico.build(kind)
@@ -36,8 +37,8 @@ def test_early_exit_reads_the_hidden_state_of_transformers(kind, pooling):
     for row in range(len(ids)):
         alone = ids[row : row + 1, mask[row] == 1]
         hidden = model(alone, output_hidden_states=True).hidden_states[1][0]
-        expected = hidden.mean(0) if pooling == "mean" else hidden[-1]
-        assert torch.allclose(pooled[row], expected, atol=1e-5), row
+        states = {"mean": hidden.mean(0), "last": hidden[-1], "both": torch.cat([hidden.mean(0), hidden[-1]])}
+        assert torch.allclose(pooled[row], states[pooling], atol=1e-5), row
 
 
 def test_blocks_from_the_key_on_do_not_run():
@@ -50,9 +51,16 @@ def test_blocks_from_the_key_on_do_not_run():
 
 
 def test_batches_and_order_change_nothing():
-    model, tokenizer = tiny_experts.base(), tiny_tokenizer()
-    whole = read_states(model, tokenizer, CHATS, 1)
-    assert torch.allclose(read_states(model, tokenizer, CHATS[::-1], 1, batch_size=2).flip(0), whole, atol=1e-5)
+    model, ids = tiny_experts.base(), key_ids(tiny_tokenizer(), CHATS)
+    whole = read_states(model, ids, 1)
+    assert torch.allclose(read_states(model, ids[::-1], 1, batch_size=2).flip(0), whole, atol=1e-5)
+
+
+def test_a_text_is_read_as_a_users_turn():
+    tokenizer = tiny_tokenizer()
+    assert key_ids(tokenizer, PROMPTS) == key_ids(tokenizer, CHATS)
+    tokenizer.chat_template = None
+    assert key_ids(tokenizer, PROMPTS) == [tokenizer(text.strip()).input_ids for text in PROMPTS]
 
 
 def test_a_compiled_model_reads_the_same():
@@ -77,7 +85,7 @@ def test_a_key_draws_by_its_seed_and_skips_images():
     plain = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in PROMPTS]
     seen = [seeing.asks(0, text) for text in PROMPTS]
     keys = [make_key(model, reader, prompts, limit=3, seed=4) for prompts in (plain, seen)]
-    assert torch.equal(keys[0].states, keys[1].states) and keys[0].states.shape == (3, 24)
+    assert torch.equal(keys[0].states, keys[1].states) and keys[0].states.shape == (3, 48)
     assert not torch.equal(make_key(model, reader, plain, limit=3, seed=5).states, keys[0].states)
 
 
@@ -87,28 +95,26 @@ def test_save_then_load_is_exact(tmp_path):
     key = make_key(tiny_experts.base(), tiny_tokenizer(), CHATS)
     replace(Expert.load(folder), key=key).save(tmp_path / "keyed")
     loaded = Expert.load(tmp_path / "keyed", lazy=True)
-    assert loaded.key is not None and loaded.key.how == (1, "mean")
+    assert loaded.key is not None and loaded.key.how == (1, "both")
     assert torch.equal(loaded.key.states, key.states) and loaded.key.states.dtype == torch.float16
+    card = str(expert_card(tmp_path / "keyed", base_model="me/base"))
+    assert "first 1 blocks make of 5 prompts" in card and "routing key" not in str(
+        expert_card(folder, base_model="me/b")
+    )
     replace(loaded, key=None).save(tmp_path / "keyed")  # the z of one expert and the key of another would lie together
     assert Expert.load(tmp_path / "keyed").key is None
 
 
 def test_a_key_fits_the_base_that_made_it_and_its_rounded_copy():
-    key, tokenizer = make_key(tiny_experts.base(), tiny_tokenizer(), CHATS), tiny_tokenizer()
+    key, anchor = make_key(tiny_experts.base(), tiny_tokenizer(), CHATS), key_ids(tiny_tokenizer(), [ANCHOR])
 
     def check(model):
-        key.check(model, read_states(model, tokenizer, [key_anchor()], 1)[0])
+        key.check(model, read_states(model, anchor, 1)[0])
 
     check(tiny_experts.base())
     check(tiny_experts.base(dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="another base model or chat template"):
         check(tiny_experts.base(seed=1))
-
-
-def key_anchor():
-    from peft_svf.experts.key import ANCHOR
-
-    return ANCHOR
 
 
 GOOD = {"states": torch.ones(2, 3).half(), "anchor": torch.ones(3).half()}

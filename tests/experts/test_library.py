@@ -24,7 +24,7 @@ from peft_svf.adaptation import Search
 from peft_svf.adaptation.few_shot import few_shot
 from peft_svf.experts import library as library_module
 from peft_svf.experts import transfer_expert
-from peft_svf.tuner import layer as layer_module
+from peft_svf.tuner import rows as rows_module
 from peft_svf.tuner.layer import Linear, SVFLayer
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -273,31 +273,6 @@ def test_the_weights_stay_those_of_the_base_to_the_bit(library):
     for name, parameter in library.model.get_base_model().named_parameters():
         if "svf_offset" not in name:
             assert torch.equal(parameter, pristine[name.replace(".base_layer", "")]), name
-
-
-def test_two_threads_with_different_experts_never_mix(library):
-    alphas = [{"math": 1.0}, {"code": 1.0}]
-
-    def answer(alpha):
-        with library.activate(Mixture(alpha)) as model:
-            return model.generate(**ids(*TEXTS), **GREEDY).tolist()
-
-    expected = [answer(alpha) for alpha in alphas]
-    assert expected[0] != expected[1]
-    found = [[], []]
-    start = threading.Barrier(2)
-
-    def work(place):
-        start.wait()
-        for _ in range(4):
-            found[place].append(answer(alphas[place]))
-
-    threads = [threading.Thread(target=work, args=(place,)) for place in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [[expected[0]] * 4, [expected[1]] * 4]
 
 
 # --- who may do what, and interruptions
@@ -674,41 +649,29 @@ def test_experts_come_and_go_while_others_answer(tmp_path):
     assert wrong == [] and library.names == ["e0", "e1"]
 
 
-class Graphs:
-    """A backend of `torch.compile` that counts the graphs it is given and runs them as they are."""
-
-    def __init__(self):
-        self.count = 0
-
-    def __call__(self, graph, example_inputs):
-        self.count += 1
-        return graph.forward
-
-
 def test_a_compiled_model_has_no_graph_per_expert(tmp_path):
     torch._dynamo.reset()
-    library = ExpertLibrary(base(), many(tmp_path, 5))
-    graphs = Graphs()
-    compiled = torch.compile(library.model, backend=graphs)
+    library, graphs = ExpertLibrary(base(), many(tmp_path, 5)), []
 
-    def answer(mixtures):
-        with library.activate(mixtures):
-            return logits(compiled)
+    def counting(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
 
-    counts = {"one": [], "rows": []}
-    for i in range(5):
-        torch.testing.assert_close(
-            answer(Mixture({f"e{i}": 1.0})), one_mixture(library, {f"e{i}": 1.0}), atol=1e-4, rtol=1e-4
-        )
-        counts["one"].append(graphs.count)
-    for i in range(5):
-        alphas = [{f"e{i}": 1.0}, {f"e{(i + 1) % 5}": 0.5}, {"e0": 0.25}]
-        torch.testing.assert_close(
-            answer([Mixture(alpha) for alpha in alphas]), with_mixture(library, *alphas), atol=1e-4, rtol=1e-4
-        )
-        counts["rows"].append(graphs.count)
-    assert len(set(counts["one"])) == 1 and counts["one"][0] > 0, counts
-    assert len(set(counts["rows"])) == 1 and counts["rows"][0] > counts["one"][0], counts
+    compiled = torch.compile(library.model, backend=counting)
+    forms = {
+        "one": lambda i: [{f"e{i}": 1.0}],
+        "rows": lambda i: [{f"e{i}": 1.0}, {f"e{(i + 1) % 5}": 0.5}, {"e0": 0.25}],
+    }
+    seen = 0
+    for form, alphas in forms.items():
+        counts = set()
+        for i in range(5):
+            with library.activate([Mixture(alpha) for alpha in alphas(i)]):
+                answer = logits(compiled)
+            torch.testing.assert_close(answer, with_mixture(library, *alphas(i)), atol=1e-4, rtol=1e-4)
+            counts.add(len(graphs))
+        assert len(counts) == 1 and counts.pop() > seen, form
+        seen = len(graphs)
 
 
 # --- failures
@@ -717,7 +680,7 @@ def test_a_compiled_model_has_no_graph_per_expert(tmp_path):
 STEPS = {
     "keeping": (ExpertLibrary, "_offsets"),
     "mixing": (ExpertLibrary, "mix"),
-    "giving rows": (layer_module, "Rows"),
+    "giving rows": (rows_module, "Rows"),
     "a layer": (Linear, "forward"),
 }
 

@@ -32,9 +32,9 @@ from peft_svf.tasks.competition_math import boxed
 from peft_svf.tasks.dispatch import everyday
 from peft_svf.tasks.own import same_answer
 from peft_svf.tasks.program import code_block
-from peft_svf.tasks.task import plain, read_jsonl
+from peft_svf.tasks.task import plain, read_jsonl, rotated
 from peft_svf.tasks.vqa import normalised, vqa_accuracy
-from peft_svf.tasks.word_problem import final_number
+from peft_svf.tasks.word_problem import calculated, final_number
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "data"
 DATA = Path(os.environ.get("PEFT_SVF_DATA") or EXAMPLES)
@@ -343,6 +343,106 @@ def test_helpers_and_names_of_unseen_programs_are_hidden_too():
     assert get_task("mbpp_pro").program(MBPP_PRO) == "def solve(numbers):\n    return [helper(n) for n in numbers]"
 
 
+# Letters, calculations, solved examples -----------------------------------------------------------------------------
+
+
+def test_a_letter_names_the_option_that_a_seed_put_there():
+    task, seen = get_task("arc_easy"), set()
+    for seed in range(8):
+        row = task.make_row({**ARC, "id": "a1"}, "letter", seed=seed)
+        assert row["options"]["ABCD".index(row["answer"])] == "honey"
+        text = row["prompt"][-1]["content"]
+        assert (
+            text.endswith(f"\nD. {row['options'][3]}\nAnswer with one letter.") and f"{row['answer']}. honey\n" in text
+        )
+        columns = {field: [value] * 4 for field, value in row.items()}
+        wrong = "ABCD".replace(row["answer"], "")[0]
+        assert task.reward([f" {row['answer']}", wrong, f"{row['answer']}n ant", ""], **columns) == [
+            1.0,
+            -1.0,
+            -1.0,
+            -1.0,
+        ]
+        seen.add(row["answer"])
+    assert len(seen) > 2
+
+
+def test_rotations_put_the_right_option_at_each_letter_once():
+    row = get_task("arc_easy").make_row({**ARC, "id": "a1"}, "letter")
+    rows = [rotated(row, places) for places in range(4)]
+    assert rows[0] == row and sorted(r["answer"] for r in rows) == [*"ABCD"]
+    for turned in rows:
+        assert turned["options"]["ABCD".index(turned["answer"])] == "honey"
+        assert f"{turned['answer']}. honey\n" in turned["prompt"][-1]["content"]
+    with pytest.raises(ValueError, match="no lettered options"):
+        rotated(get_task("arc_easy").choice_row({**ARC, "id": "a1"}), 1)
+
+
+CALCULATIONS = [
+    *(("8 + 3 =", 11), ("8+3=12 apples", 11), ("(6 * 12) - 30\nso 42", 42), ("-3 + 2 × -4", -11), ("7 / 2", 3.5)),
+    *(("$1,200 x 2.", 2400), ("2 - 3 - 4", -5), ("12 / 2 * 3", 18), ("42", 42), ("8 +", None), ("8 3", None)),
+    *(("7 / (3 - 3)", None), ("(8", None), ("8)", None), ("", None), ("8 + three", None), ("__import__('os')", None)),
+    *(("2 ** 9", None), ("(" * 5000, None), ("1+" * 5000 + "1", None)),
+]
+
+
+@pytest.mark.parametrize(("text", "value"), CALCULATIONS)
+def test_a_calculation_has_its_value_or_none(text, value):
+    assert calculated(text) == value
+
+
+@pytest.mark.parametrize(("name", "raw", "solution"), [("svamp", SVAMP, "78 - 9"), ("gsm8k", GSM8K, "(6 * 12) - 30")])
+def test_a_calculation_is_graded_by_its_value(name, raw, solution):
+    task = get_task(name)
+    row = task.make_row({**raw, "id": "1"}, "calculation")
+    assert row["calculation"] == task.solved(raw, row) == solution
+    columns = {field: [value] * 3 for field, value in row.items()}
+    assert task.reward([solution, f"{row['answer']} + 0 = 3", "78 + 9"], **columns) == [1.0, 1.0, -1.0]
+
+
+def test_a_record_whose_calculation_does_not_give_its_answer_has_none():
+    assert get_task("svamp").make_row({**SVAMP, "id": "1", "answer": 7}, "calculation") is None
+    assert get_task("gsm8k").make_row({**GSM8K, "id": "1", "answer": "#### 7"}, "calculation") is None
+
+
+@pytest.mark.parametrize("form", ["choice", "generate", "letter"])
+def test_shots_are_solved_training_rows_before_each_question(form, tmp_path):
+    for split in SPLITS:
+        write(
+            tmp_path, "arc_easy", split, [{**ARC, "id": f"{split}{i}", "question": f"{split} {i}?"} for i in range(6)]
+        )
+    task, made = get_task("arc_easy"), {}
+    for split in SPLITS:
+        made[split] = task.rows(split, form, folder=tmp_path, system="Be brief.", shots=2, seed=len(split))
+        assert len(made[split]) == (4 if split == "train" else 6)
+    shots = made["test"][0]["prompt"][:-1]
+    assert shots[0] == {"role": "system", "content": "Be brief."}
+    assert [message["role"] for message in shots[1:]] == ["user", "assistant"] * 2
+    for row in (row for rows in made.values() for row in rows):
+        assert row["prompt"][:-1] == shots and row["prompt"][-1]["content"][:9] not in str(shots)
+    for question, answer in zip(shots[1::2], shots[2::2], strict=True):
+        assert question["content"].startswith("train")
+        graded = task.make_row({**ARC, "question": question["content"].partition("?")[0] + "?", "id": "x"}, form)
+        if form != "letter":
+            assert task.grade(answer["content"], graded) == 1
+
+
+def test_a_task_without_training_rows_or_with_images_has_no_shots(tmp_path):
+    write(tmp_path, "humaneval", "test", [HUMANEVAL])
+    with pytest.raises(ValueError, match="has no split 'train'"):
+        get_task("humaneval").rows("test", "generate", folder=tmp_path, shots=1)
+    textvqa_folder(tmp_path)
+    with pytest.raises(ValueError, match="images, which take no solved examples"):
+        get_task("textvqa").rows("test", "generate", folder=tmp_path, shots=1)
+
+
+def test_a_system_prompt_stays_away_from_rows_that_have_one(tmp_path):
+    own = [{"role": "system", "content": "mine"}, {"role": "user", "content": "5 + 1 ="}]
+    task = jsonl_task(lines(tmp_path / "train.jsonl", [{**SUMS[5], "prompt": own}, *SUMS[6:9]]).parent)
+    rows = task.rows("train", "generate", system="theirs")
+    assert collections.Counter(row["prompt"][0]["content"] for row in rows) == {"mine": 1, "theirs": 3}
+
+
 # Nothing of a test set is trained on --------------------------------------------------------------------------------
 
 
@@ -539,6 +639,7 @@ READERS = {  # what a reader does with a model's text, and texts that backtracki
     "number-3": (final_number, "-$1,"),
     "own": (lambda text: same_answer(text, {"answer": "42"}), "answer is \n"),
     "words": (lambda text: same_answer(text, {"answer": "a b"}), " \n"),
+    "calculation": (calculated, "7 + ("),
     "letter": (lambda text: get_task("arc_easy").score(text, {"answer": "A"}), "answer \n"),
     "kind": (lambda text: get_task("dispatch").score(text, {"answer": "code"}), "cod e"),
     "box": (boxed, "\\boxed{ \n"),

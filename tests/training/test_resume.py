@@ -145,7 +145,7 @@ class Killed(Recorder):
         self.add_callback(Stop())
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut off", '"global_step": -3', '"epoch": "two"'])
+@pytest.mark.parametrize("damage", ["missing", "cut off", '"global_step": -3', '"epoch": "two"', "counter"])
 def test_a_checkpoint_that_was_being_written_or_is_damaged_is_passed_over(damage, tmp_path):
     rows = random_rows(24)
     settings = {**RUN, **SAVED, "max_steps": 3}
@@ -157,6 +157,9 @@ def test_a_checkpoint_that_was_being_written_or_is_damaged_is_passed_over(damage
         state.unlink()
     elif damage == "cut off":
         state.write_text(state.read_text()[:200])
+    elif damage == "counter":
+        broken = {"EarlyStoppingCallback": {"args": {}, "attributes": {"early_stopping_patience_counter": "1"}}}
+        state.write_text(json.dumps({**json.loads(state.read_text()), "stateful_callbacks": broken}))
     else:
         counter = damage.split(":")[0]
         state.write_text(re.sub(counter + r": [\d.]+", damage, state.read_text()))

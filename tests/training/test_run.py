@@ -13,17 +13,18 @@ from trainers import trainer_of as reinforce
 from transformers import TrainerCallback
 
 from peft_svf import SVFConfig
+from peft_svf.evaluation import BaseText
 from peft_svf.training.evolution import EvolutionConfig, EvolutionTrainer
 from peft_svf.training.reinforce import ReinforceConfig, ReinforceTrainer
 
 
-def evolution(folder, rows, reward, *, model=None, **settings):
+def evolution(folder, rows, reward, *, model=None, eval_rows=None, **settings):
     args = EvolutionConfig(
         str(folder), population=4, max_completion_length=5, per_device_train_batch_size=4,
         **{**QUIET, "save_strategy": "no", "max_steps": 1, **settings},
     )  # fmt: skip
     model, config = (soft_model(), SVFConfig()) if model is None else (model, None)
-    return EvolutionTrainer(model, reward, args, rows, processing_class=TOKENIZER, peft_config=config)
+    return EvolutionTrainer(model, reward, args, rows, eval_rows, processing_class=TOKENIZER, peft_config=config)
 
 
 TRAINERS = {
@@ -105,6 +106,33 @@ def test_a_model_that_cannot_be_trained_as_asked_is_refused(trainer_of, tmp_path
     ):
         with pytest.raises(ValueError, match=message):
             trainer_of(tmp_path, TEXT_ROWS, uneven, model=model, **settings)
+
+
+@pytest.mark.parametrize("trainer_of", TRAINERS.values(), ids=TRAINERS)
+def test_a_run_that_loses_the_base_text_ends_and_that_checkpoint_is_not_the_best(trainer_of, tmp_path, monkeypatch):
+    losses = iter([0.01, 0.03])
+    monkeypatch.setattr(BaseText, "loss", lambda text, model, reader: next(losses))
+    every = dict.fromkeys(("eval_strategy", "save_strategy"), "steps") | {"eval_steps": 1, "save_steps": 1}
+    trainer = trainer_of(tmp_path, TEXT_ROWS, uneven, eval_rows=TEXT_ROWS, keep_text=0.02, max_steps=5, **every)
+    trainer.train()
+    assert [e["eval_text_loss"] for e in trainer.state.log_history if "eval_text_loss" in e] == [0.01, 0.03]
+    assert (trainer.state.global_step, trainer.state.best_global_step) == (2, 1)
+
+
+SETTINGS = {"max_steps": (0, "trains nothing"), "beta": (-0.1, "0 or more"), "reward_clip": (-1, "0 or more")}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_that_would_run_and_do_something_else_is_refused(name, tmp_path):
+    value, message = SETTINGS[name]
+    with pytest.raises(ValueError, match=f"`{name}` .*{message}"):
+        ReinforceConfig(str(tmp_path), **{name: value})
+
+
+@pytest.mark.parametrize("trainer_of", TRAINERS.values(), ids=TRAINERS)
+def test_an_evaluation_set_without_rows_is_refused(trainer_of, tmp_path):
+    with pytest.raises(ValueError, match="`eval_dataset` has no rows"):
+        trainer_of(tmp_path, TEXT_ROWS, uneven, eval_rows=[])
 
 
 def test_a_plain_model_without_an_adapter_is_refused(tmp_path):

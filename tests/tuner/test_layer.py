@@ -9,6 +9,8 @@ import torch
 from peft import get_peft_model
 from pico import build, matrix_of, one_layer, randomize, rows_of
 from torch import nn
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.utils import parametrize, prune
 
 from peft_svf import SVFConfig
 from peft_svf.tuner import plans
@@ -82,14 +84,16 @@ def test_init_weights_false_draws_a_z_that_moves_the_output(side):
 @both_sides
 @pytest.mark.parametrize("emulated", [False, True])
 def test_a_bfloat16_base_is_close_for_inputs_of_any_dtype_and_the_base_at_z_of_ones(side, emulated, monkeypatch):
-    monkeypatch.setattr(plans, "emulates", lambda dtype: emulated)
+    monkeypatch.setattr(plans, "emulates", lambda dtype: emulated and dtype == BF16)
     model, layer, plain = adapted(side=side, dtype=BF16)
-    assert layer.svf_basis.dtype == (FP32 if emulated else BF16) and layer.svf_offset["default"].weight.dtype == FP32
+    assert layer.svf_basis.dtype == BF16 and layer.svf_offset["default"].weight.dtype == FP32
     x = tokens(layer, 3, 4)
     assert torch.equal(model(x.to(BF16)), plain(x.to(BF16)))
     z = set_z(layer, z_vector(layer.directions))
     for dtype in (FP32, BF16):
         close(model(x.to(dtype)), expected_output(plain, z, x.to(dtype)), BF16)
+    many = tokens(layer, 9, 5).to(BF16)
+    close(model.train()(many), expected_output(plain, z, many), BF16)
 
 
 # --- merge and unmerge
@@ -297,7 +301,9 @@ UNREADABLE = {
 @pytest.mark.parametrize("make", UNREADABLE.values(), ids=UNREADABLE)
 def test_a_module_whose_weight_is_not_what_multiplies_is_refused(make):
     base = nn.Sequential(make())
-    with pytest.raises(ValueError, match=r"Target module 0 is not supported.*doesn't multiply by its `weight` alone"):
+    with pytest.raises(
+        ValueError, match=r"Target module 0 is not supported.*doesn't multiply by a `weight` of plain numbers"
+    ):
         get_peft_model(base, SVFConfig(target_modules=["0"]))
 
 
@@ -313,3 +319,73 @@ def test_a_module_at_two_places_is_refused_and_the_base_stays():
     with pytest.raises(ValueError, match="b is the same module as a"):
         get_peft_model(base, SVFConfig(target_modules=["a"]))
     assert type(base.a) is nn.Linear and base.b is base.a
+
+
+# --- weights that aren't what they seem
+
+
+class Zero(nn.Module):
+    def forward(self, weight):
+        return 0 * weight
+
+
+def with_weight(change):
+    fc = nn.Linear(5, 7)
+    change(fc)
+    return fc
+
+
+UNREADABLE = {
+    "empty": lambda: nn.Linear(0, 7),
+    "sparse": lambda: with_weight(lambda fc: setattr(fc, "weight", nn.Parameter(fc.weight.detach().to_sparse()))),
+    "float8": lambda: with_weight(lambda fc: setattr(fc.weight, "data", fc.weight.data.to(torch.float8_e5m2))),
+    "complex": lambda: nn.Linear(5, 7, dtype=torch.complex64),
+    "parametrised": lambda: with_weight(lambda fc: parametrize.register_parametrization(fc, "weight", Zero())),
+    "weight norm": lambda: with_weight(nn.utils.parametrizations.weight_norm),
+    "pruned": lambda: with_weight(lambda fc: prune.l1_unstructured(fc, "weight", 3)),
+    "convolution": lambda: nn.Conv2d(3, 4, 2),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element:UserWarning")
+def test_a_weight_that_cannot_be_read_is_refused_by_the_name_of_its_module(case):
+    base = nn.ModuleDict({"part": UNREADABLE[case]()})
+    with pytest.raises(ValueError, match="Target module part is not supported"):
+        get_peft_model(base, SVFConfig(target_modules=["part"]))
+    assert not svf_layers(base)
+
+
+@pytest.mark.parametrize("values", [torch.zeros(2, 0, 5), torch.zeros(2, 7, 5).to(torch.float8_e4m3fn)])
+def test_a_stack_that_cannot_be_read_is_refused_by_the_name_of_its_parameter(values):
+    base = nn.Module()
+    base.experts = nn.Module()
+    base.experts.stack = nn.Parameter(values, requires_grad=False)
+    with pytest.raises(ValueError, match="parameter 'stack' of Module has shape"):
+        get_peft_model(base, SVFConfig(target_parameters=["experts.stack"]))
+    assert not svf_layers(base)
+
+
+def test_a_weight_that_torch_has_split_over_processes_is_refused(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        base = parallelize_module(nn.Sequential(nn.Linear(5, 7)), mesh, {"0": ColwiseParallel()})
+        with pytest.raises(ValueError, match="tensor parallelism"):
+            get_peft_model(base, SVFConfig(target_modules=["0"]))
+        assert not svf_layers(base)
+        model = get_peft_model(nn.Sequential(nn.Linear(5, 7)), SVFConfig(target_modules=["0"]))
+        parallelize_module(model, mesh, {"base_model.model.0.base_layer": ColwiseParallel()})
+        with pytest.raises(ValueError, match="tensor parallelism"):
+            model(torch.randn(2, 5))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_rank_beyond_every_weight_moves_all_directions_and_says_so(caplog):
+    with caplog.at_level("WARNING", logger="peft_svf.tuner.model"):
+        model = get_peft_model(build("llama"), SVFConfig(rank=10**18))
+    largest = max(layer.directions for layer in svf_layers(model).values())
+    assert f"rank=1000000000000000000 is beyond the {largest} singular values" in caplog.text
+    assert model.peft_config["default"].rank is None

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of a batch with z-vectors of their own: each activation's row is known, or the batch is refused by name."""
 
+import copy
+
 import pytest
 import torch
 import transformers as hf
@@ -11,8 +13,8 @@ from transformers.generation import ContinuousBatchingConfig
 
 from peft_svf import SVFConfig
 from peft_svf.tuner import layer as layer_module
-from peft_svf.tuner.layer import active_rows
 from peft_svf.tuner.plans import PLANS
+from peft_svf.tuner.rows import active_rows
 
 
 def adapt(kind, plan="auto"):
@@ -230,6 +232,26 @@ def test_a_weight_that_is_read_while_its_layer_does_not_run_is_noticed():
         with pytest.raises(ValueError, match="The weight of fc was read, but the layer didn't run"):
             model(x)
     assert get_peft_model(Fused(), SVFConfig(target_modules=["used"]))(x).shape == (2, 7)
+
+
+def test_transformers_own_adapters_notice_it_in_the_first_forward():
+    model = build("llama")
+    mlp = model.model.layers[1].mlp
+
+    class Reading(type(mlp)):
+        def forward(self, x):
+            return nn.functional.linear(self.act_fn(self.up_proj(x)) * self.gate_proj(x), self.down_proj.weight)
+
+    mlp.__class__ = Reading
+    model.add_adapter(SVFConfig(target_modules=["up_proj", "down_proj"]))
+    copied = copy.deepcopy(model)
+    for broken in (model, copied):
+        with pytest.raises(ValueError, match=r"weight of model.layers.1.mlp.down_proj was read, but the layer didn't"):
+            broken(**inputs(model))
+    whole = build("llama")
+    whole.add_adapter(SVFConfig())
+    whole(**inputs(whole))
+    assert not whole._forward_hooks and not whole._forward_pre_hooks
 
 
 @pytest.mark.parametrize("parent", [nn.TransformerEncoderLayer(8, 2), nn.MultiheadAttention(8, 2)], ids=type)

@@ -21,16 +21,19 @@ from transformers import PreTrainedTokenizerBase
 
 from ..evaluation import context_of, row_lengths
 from ..experts.expert import OTHER, Expert, Mixture
+from ..experts.key import key_ids
 from ..experts.library import ExpertLibrary
 from ..rows import Row, check
 from ..tasks import Task
 from ..tuner.targets import block_of
 from .judge import Evaluator, Judge, Weights, answer_row, digest_of_experts
+from .router import key_scores
 from .search import Found, Judged, Score, Search, maximise
 
 logger = logging.getLogger(__name__)
 LEAVE_ONE_OUT: Literal["leave-one-out"] = "leave-one-out"
 DEFAULT = Search()
+FARTHEST = -20.0  # log-probability; one example far from an expert doesn't outweigh all others
 
 
 @torch.inference_mode(False)  # gradients are needed, and an expert made here may be used with them
@@ -79,6 +82,8 @@ def few_shot(
     with library.lock:
         seen = _checked(library, tokenizer, examples, "Example")
         unseen = [] if holdout == LEAVE_ONE_OUT else _checked(library, tokenizer, holdout, "Held-out example", seen)
+        if search.method == "key":
+            return _guessed(library, tokenizer, seen, name)
         task = None if (choices := "choices" in seen[0]) else task
         if generation and task is None:
             raise TypeError(f"few_shot has no argument {next(iter(generation))!r}: these examples generate nothing.")
@@ -104,6 +109,25 @@ def few_shot(
         if name:
             library.add_mixture(name, mixture)
         return mixture
+
+
+def _guessed(
+    library: ExpertLibrary, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Row], name: str | None
+) -> Mixture:
+    """Choose the expert, or the base, that the keys find likeliest for all examples together."""
+    if name:
+        library.check_name(name)
+    ids = key_ids(tokenizer, [row["prompt"] for row in examples])
+    scores = key_scores(library, tokenizer, ids).log_softmax(-1).clamp(min=FARTHEST).mean(0)
+    probabilities = dict(zip([*library.names, OTHER], scores.softmax(-1).tolist(), strict=True))
+    chosen = max(probabilities, key=lambda kind: probabilities[kind])
+    n, facts = len(probabilities), {"method": "key", "examples": len(examples), "tokens": sum(map(len, ids))}
+    facts |= {"score": [float(scores.max())], "held_out": {"examples": 0, "fell_back": None}, "stopped": ""}
+    confidence = (probabilities[chosen] - 1 / n) / (1 - 1 / n)
+    mixture = Mixture({chosen: 1.0}, "few-shot", confidence, probabilities, {**facts, "iterations": 0, "history": []})
+    if name:
+        library.add_mixture(name, mixture)
+    return mixture
 
 
 def _checked(

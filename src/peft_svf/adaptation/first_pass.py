@@ -2,13 +2,16 @@
 """
 The first pass: prompts -> one `Mixture` per prompt (arXiv 2501.06252, section 3.3).
 
-The base model, a classifier expert, or a linear probe on hidden states decides which kind of request a prompt is. A
-temperature, a calibration or a probe can be fitted to a few prompts of known kind. The model is left as it was.
+The routing keys of the experts, the base model, a classifier expert, or a linear probe on hidden states decide which
+kind of request a prompt is. A temperature, a calibration or a probe can be fitted to a few prompts of known kind. The
+model is left as it was.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,14 +21,17 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..evaluation import choice_logps, complete, context_of
 from ..experts.expert import OTHER, Mixture
+from ..experts.key import key_ids
 from ..experts.library import ExpertLibrary
-from ..rows import Prompt, chat_text, encode, prompt_ids
+from ..rows import Prompt, Reader, chat_text, encode, prompt_ids
 from ..tasks import dispatch_prompt
 from ..tasks.competition_math import boxed
 from .probe import Probe
 from .probe import temperature as temperature_of
+from .router import checked_keys, key_scores, keys_of
 
-STRATEGIES = ("prompt", "classifier", "probe")
+logger = logging.getLogger(__name__)
+STRATEGIES = ("key", "prompt", "classifier", "probe")
 READINGS = ("likelihood", "channel", "generate")
 FALLBACKS = ("base", "mix")
 ANYTHING_ELSE = "anything else"  # describes "other" in the prompt
@@ -41,7 +47,8 @@ class FirstPass:
 
     Args:
         strategy (`str`):
-            `"prompt"` reads the base model, `"classifier"` the library's classifier expert, `"probe"` a linear probe.
+            `"key"` compares hidden states with the experts' routing keys, `"prompt"` reads the base model,
+            `"classifier"` the library's classifier expert, `"probe"` a linear probe.
         read (`str`, *optional*):
             `"likelihood"` scores the names as answers to the request. `"channel"` (noisy channel, arXiv 2108.04106)
             scores the request after "The user asks for ...", once per kind: slower, and better with small models.
@@ -78,8 +85,9 @@ class FirstPass:
             raise ValueError(
                 "A probe and strategy='probe' go together: fit one with fit_probe(...), or Probe.load(folder)."
             )
-        if (self.probe and self.read) or (self.calibration and (self.probe or self.read == "generate")):
-            raise ValueError("Likelihoods alone are calibrated, and a probe reads hidden states: drop the setting.")
+        states = self.probe or self.strategy == "key"
+        if (states and self.read) or (self.calibration and (states or self.read == "generate")):
+            raise ValueError("Likelihoods alone are calibrated; a probe reads hidden states, and so do keys. Drop it.")
         if not (self.threshold >= 0 and 0 < self.temperature < math.inf):
             raise ValueError(
                 f"A first pass needs a threshold of 0 or more and a positive temperature; got {self.threshold} and "
@@ -102,8 +110,10 @@ class FirstPass:
         return self.read or {"prompt": "channel", "classifier": "likelihood"}.get(self.strategy)
 
     def check(self, library: ExpertLibrary) -> None:
-        """Raise a `ValueError` if the library lacks a classifier, or its names aren't those of the fit."""
+        """Raise a `ValueError` if the library lacks a classifier or keys, or its names aren't those of the fit."""
         names = [*library.names, OTHER]
+        if self.strategy == "key":
+            keys_of(library)
         if self.strategy == "classifier" and library.classifier is None:
             raise ValueError("strategy='classifier' needs a classifier expert: pass classifier=... with the experts.")
         if self.probe and (unknown := sorted({*self.probe.labels} - {*names})):
@@ -120,6 +130,24 @@ class FirstPass:
 
 
 DEFAULT = FirstPass()
+
+
+def default_first_pass(library: ExpertLibrary, tokenizer: Reader) -> FirstPass:
+    """Choose the strategy for a library: its classifier, else its experts' keys if all have one, else the prompt."""
+    if library.classifier:
+        return FirstPass("classifier")
+    try:
+        checked_keys(library, tokenizer)
+    except ValueError as error:
+        if any(library.expert(name).key is not None for name in library.names):
+            _warn_once(f"{error} Until then the first pass is 'prompt'.")
+        return DEFAULT
+    return FirstPass("key")
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def dispatch(
@@ -153,9 +181,14 @@ def dispatch(
         if first_pass.reading == "generate":
             rows = _written(library, tokenizer, prompts, first_pass, batch_size)
         else:
-            scores = kind_scores(library, tokenizer, prompts, first_pass, batch_size)
-            rows = (scores.double() / first_pass.temperature).softmax(-1).tolist()
+            return decide(library, kind_scores(library, tokenizer, prompts, first_pass, batch_size), first_pass)
         return [_decide(dict(zip(names, row, strict=True)), first_pass) for row in rows]
+
+
+def decide(library: ExpertLibrary, scores: Tensor, first_pass: FirstPass) -> list[Mixture]:
+    """Turn scores `(prompts, experts + 1)` of the kinds, as [`kind_scores`] returns them, into mixtures."""
+    rows = (scores.double() / first_pass.temperature).softmax(-1).tolist()
+    return [_decide(dict(zip([*library.names, OTHER], row, strict=True)), first_pass) for row in rows]
 
 
 def kind_scores(
@@ -179,6 +212,8 @@ def kind_scores(
         names, kinds = [*library.names, OTHER], _kinds(library)
         if not prompts:
             return torch.zeros(0, len(names))
+        if first_pass.strategy == "key":
+            return key_scores(library, tokenizer, key_ids(tokenizer, prompts), batch_size)
         if fitted := first_pass.probe:
             scores = features(library, tokenizer, prompts, fitted.provenance["kinds_listed"], batch_size)
         else:

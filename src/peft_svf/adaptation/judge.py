@@ -27,7 +27,7 @@ from ..experts.expert import OTHER, Mixture
 from ..experts.library import ExpertLibrary
 from ..rows import Row, prompt_text
 from ..tasks import Task
-from ..tuner.layer import active_rows
+from ..tuner.rows import active_rows
 from ..tuner.targets import block_of
 from .search import Judged
 
@@ -171,7 +171,7 @@ class Judge:
                 torch.manual_seed(self.seed)
                 texts = complete(model, self.tokenizer, prompts, **self.generation)
             for (m, e), text in zip(pairs, texts, strict=True):
-                scores[m, e] = task.score(text, self.examples[e])
+                scores[m, e] = task.grade(text, self.examples[e])
                 tokens += self._prompt_tokens[e] + self._count(text)
         return scores, tokens
 

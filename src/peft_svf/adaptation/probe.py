@@ -22,7 +22,7 @@ from .. import files
 
 FILES = ("probe.safetensors", "probe.json")
 FOLDS = 5  # The cross-validation sets a probe's confidence.
-EXTRA = 'Fitting a probe, a calibration or a temperature needs scikit-learn: pip install "peft-svf[probe]".'
+EXTRA = 'Fitting a probe or a calibration needs scikit-learn: pip install "peft-svf[probe]".'
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,14 +133,7 @@ def temperature(scores: Tensor, labels: Tensor) -> float:
     Args:
         scores (`torch.Tensor` of shape `(N, kinds)`): Logits; `-inf` for a kind that isn't a choice.
         labels (`torch.Tensor` of shape `(N,)`): Index of the right kind.
-
-    Raises:
-        `ImportError`: without scipy, which comes with scikit-learn.
     """
-    try:
-        from scipy.optimize import minimize_scalar
-    except ImportError as error:
-        raise ImportError(EXTRA) from error
     scores = scores.detach().double().cpu()
     possible = scores > -torch.inf
     finite = torch.where(possible, scores, 0.0)
@@ -151,4 +144,11 @@ def temperature(scores: Tensor, labels: Tensor) -> float:
     def loss(log_t: float) -> float:
         return float((scores / 10**log_t).logsumexp(-1).mean() - target.mean() / 10**log_t)
 
-    return float(10 ** minimize_scalar(loss, bounds=(-2, 2), method="bounded", options={"xatol": 1e-6}).x)
+    low, high = -2.0, 2.0
+    while high - low > 1e-6:  # The likelihood has one maximum: the worse third of the range doesn't hold it.
+        third = (high - low) / 3
+        if loss(low + third) < loss(high - third):
+            high -= third
+        else:
+            low += third
+    return 10 ** ((low + high) / 2)

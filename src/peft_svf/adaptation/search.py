@@ -32,8 +32,9 @@ class Search:
 
     Args:
         method (`str`):
-            `"cem"`, the cross-entropy method; `"cma"`, CMA-ES (extra `search`); or `"gradient"`, Adam on the
-            log-likelihood of the answers, which climbs from the mean, the base and each expert at once.
+            `"cem"`, the cross-entropy method; `"cma"`, CMA-ES (extra `search`); `"gradient"`, Adam on the
+            log-likelihood of the answers, which climbs from the mean, the base and each expert at once; or `"key"`, no
+            search but the expert whose routing key is nearest to the prompts, which takes a second.
         population, iterations (`int`): Members of a population (not of `"gradient"`), and number of populations.
         elites (`float`): Share of the population from which `"cem"` draws the next.
         low, high (`float`): Range of a weight.
@@ -65,8 +66,10 @@ class Search:
     temperature: float = 8.0
 
     def __post_init__(self) -> None:
-        if self.method not in SEARCHERS:
-            raise ValueError(f"There is no search {self.method!r}: choose one of {', '.join(map(repr, SEARCHERS))}.")
+        if self.method not in (methods := ("key", *SEARCHERS)):
+            raise ValueError(f"There is no search {self.method!r}: choose one of {', '.join(map(repr, methods))}.")
+        if self.method == "key" and self.per_layer:
+            raise ValueError("Keys choose one expert for all layers: per_layer=True needs another method.")
         whole = self.iterations >= 1 and self.population >= 2 and 1 <= self.kept <= self.population
         if not (whole and self.low < self.high and self.temperature > 0):
             raise ValueError(

@@ -28,7 +28,7 @@ def adapt(
     max_new_tokens: Annotated[int | None, option("Length of written answers. Default: 256.", min=1)] = None,
     out: Annotated[Path | None, option("Default: mixture.json; with --per-layer a folder, --name.")] = None,
     plot: options.Plot = None,
-    method: Annotated[Literal["cem", "cma", "gradient"], search("How to search.")] = "cem",
+    method: Annotated[Literal["key", "cem", "cma", "gradient"], search("How; key takes the nearest expert.")] = "cem",
     population: Annotated[int, search("Candidates per iteration.", min=1)] = 32,
     iterations: Annotated[int, search("Iterations at most.", min=1)] = 50,
     elites: Annotated[float, search("Share that shapes the next population.", min=0, max=1)] = 0.2,

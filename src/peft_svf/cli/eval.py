@@ -14,7 +14,7 @@ import typer
 
 from . import options
 from .console import command, interval, mixed, new_path, show_table
-from .dispatch import Choice
+from .dispatch import Choice, with_first_pass
 from .options import option
 from .sources import find_task, load_experts, load_model, read_mixture, rows_of
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..two_pass import Transformer2Model
 
 
+@with_first_pass
 def evaluate(
     context: typer.Context,
     task: options.Task,
@@ -34,22 +35,20 @@ def evaluate(
     dtype: options.Dtype = "auto",
     mixture: options.Mixture = None,
     split: Annotated[Literal["train", "validation", "test"], option("Rows of the task.")] = "test",
-    form: Annotated[Literal["choice", "generate"] | None, option("Choose, or write. Default: what fits.")] = None,
+    form: options.Form = None,
+    system: options.System = None,
+    shots: options.Shots = 0,
+    rotations: Annotated[int, option("Orders of the options to ask in, in the form letter.", min=1)] = 1,
     limit: Annotated[int | None, option("Rows at most. Default: all.", min=1)] = None,
     batch_size: options.BatchSize = 16,
-    max_new_tokens: Annotated[int, option("Length of written answers.", min=1)] = 256,
+    everyday: Annotated[
+        int, option("Measure, on so many everyday requests, how much of the base's text experts lose.", min=0)
+    ] = 0,
+    max_new_tokens: Annotated[int | None, option("Length of written answers. Default: the form's.", min=1)] = None,
     records: Annotated[bool, option("Keep one entry per row in the result.", "--records")] = False,
     out: Annotated[Path | None, option("Result JSON. Default: eval-TASK-TIME.json here.")] = None,
-    strategy: options.Strategy = None,
-    classifier: options.Classifier = None,
-    probe: options.Probe = None,
-    calibration: options.Calibration = None,
-    fit: options.Fit = None,
-    threshold: options.Threshold = 0.0,
-    fallback: options.Fallback = "base",
-    soft: options.Soft = False,
-    read: options.Read = None,
-    temperature: options.Temperature = None,
+    *,
+    choice: Choice,
 ) -> None:
     """
     Measure the base, experts, a mixture or two-pass answering on a task.
@@ -61,7 +60,6 @@ def evaluate(
     from ..evaluation import evaluate as score
     from ..rows import has_image
 
-    choice = Choice(strategy, classifier, probe, calibration, fit, threshold, fallback, soft, read, temperature)
     if not experts and (model is None or mixture or choice != Choice()):
         raise typer.BadParameter("Name --experts; only a base model alone, by --model, is measured without.")
     choice = choice.resolved()
@@ -69,22 +67,23 @@ def evaluate(
     benchmark = find_task(task)
     chosen = form or benchmark.forms[0]
     out = new_path(out or Path(f"eval-{benchmark.name}-{datetime.now():%Y%m%d-%H%M%S}.json"))
-    rows = rows_of(benchmark, split, chosen, limit)
-    generation = {"max_new_tokens": max_new_tokens} if chosen == "generate" else {}
+    rows = rows_of(benchmark, split, chosen, limit, system=system, shots=shots)
+    generation = {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
 
     def measure(model: Any, reader: Any, some: "Sequence[Row]" = rows) -> "Summary":
-        return score(model, reader, some, batch_size, benchmark, **generation)
+        return score(model, reader, some, batch_size, benchmark, rotations, **generation)
 
     images = any(map(has_image, rows))
     if experts:
-        two_pass = load_experts(experts, model, revision, dtype, classifier, images=images)
+        two_pass = load_experts(experts, model, revision, dtype, choice.classifier, images=images)
         name, (summaries, facts) = two_pass.name_or_path, _measure(two_pass, rows, measure, alpha, choice, batch_size)
+        losses = _text_losses(two_pass, alpha, everyday) if everyday else {}
     else:
         base, reader = load_model(str(model), revision, dtype, images=images)
-        name, summaries, facts = str(model), {"base": measure(base, reader)}, None
+        name, summaries, facts, losses = str(model), {"base": measure(base, reader)}, None, {}
     print(f"{benchmark.name}, {split} split, {chosen} form, n = {len(rows)}; 95 % intervals, gains paired")
     result = {"command": command(context.obj), "base_model": name, "experts": experts, "form": chosen, "split": split}
-    result |= {"mixture": alpha and alpha.alpha, "first_pass": facts, "task": benchmark.name}
+    result |= {"mixture": alpha and alpha.alpha, "first_pass": facts, "task": benchmark.name, "text_loss": losses}
     _report(out, result, summaries, records)
 
 
@@ -94,13 +93,17 @@ def _report(out: Path, result: dict[str, Any], summaries: "Mapping[str, Summary]
     from ..evaluation import paired_difference
 
     gains = {way: paired_difference(summary, summaries["base"]) for way, summary in summaries.items() if way != "base"}
+    losses, classes = result["text_loss"], summaries["base"].balanced_accuracy is not None
     lines = []
     for way, summary in summaries.items():
         gain = [f"{gains[way][0]:+.3f}", interval(gains[way][1], "+")] if way in gains else ["", ""]
-        lines.append(
-            ["two passes" if way == "two_pass" else way, f"{summary.accuracy:.3f}", interval(summary.interval), *gain]
-        )
-    show_table(["", "accuracy", "interval", "gain", "interval"], lines)
+        balanced = "" if summary.balanced_accuracy is None else f"{summary.balanced_accuracy:.3f}"
+        name = "two passes" if way == "two_pass" else way
+        lost = f"{losses[way]:.1%}" if way in losses else ""
+        lines.append([name, f"{summary.accuracy:.3f}", interval(summary.interval), *gain])
+        lines[-1] += [*[balanced] * classes, *[lost] * bool(losses)]
+    header = ["", "accuracy", "interval", "gain", "interval", *["balanced"] * classes, *["text lost"] * bool(losses)]
+    show_table(header, lines)
     if result["mixture"] is not None:
         print(f"mixture: {mixed(result['mixture'])}")
     if facts := result["first_pass"]:
@@ -126,7 +129,7 @@ def _measure(
 
     if taken := {*model.library.names} & {"base", "mixture", "two_pass"}:
         raise ValueError(f"An expert can't be called {min(taken)!r}, a row of the result: rename by NAME=EXPERT.")
-    ways: dict[str, Any] = {"mixture": mixture} if mixture else {name: {name: 1.0} for name in model.library.names}
+    ways = _ways(model, mixture)
     reader, facts, summaries = model.processor or model.tokenizer, None, {}
     mixtures: list[Mixture] = []
     if choice.strategy:
@@ -139,6 +142,24 @@ def _measure(
     return {"base": summaries["base"], **summaries}, facts
 
 
+def _ways(model: "Transformer2Model", mixture: "Mixture | None") -> dict[str, Any]:
+    return {"mixture": mixture} if mixture else {name: {name: 1.0} for name in model.library.names}
+
+
+def _text_losses(model: "Transformer2Model", mixture: "Mixture | None", count: int) -> dict[str, float]:
+    """Measure by how much the base's own answers to everyday requests are less likely under each expert."""
+    from ..evaluation import BaseText
+    from ..tasks import everyday_requests
+
+    with model.using({}) as base:
+        text = BaseText.of(base, model.tokenizer, everyday_requests("test", count))
+    losses = {}
+    for way, weights in _ways(model, mixture).items():
+        with model.using(weights) as adapted:
+            losses[way] = text.loss(adapted, model.tokenizer)
+    return losses
+
+
 def _first_pass(
     model: "Transformer2Model", rows: "Sequence[Row]", choice: Choice, batch_size: int
 ) -> "tuple[list[Mixture], dict[str, Any]]":
@@ -146,7 +167,7 @@ def _first_pass(
     first_pass, start = choice.first_pass(model, batch_size), time.perf_counter()
     mixtures = model.first_pass([row["prompt"] for row in rows], first_pass=first_pass, batch_size=batch_size)
     facts = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(choice).items()}
-    facts["temperature"] = first_pass.temperature
+    facts |= {"strategy": first_pass.strategy, "temperature": first_pass.temperature}
     facts["chosen"] = dict(Counter(mixture.choice for mixture in mixtures).most_common())
     facts["confidence"] = sum(mixture.confidence for mixture in mixtures) / len(mixtures)
     facts["seconds"] = time.perf_counter() - start

@@ -56,9 +56,8 @@ def export(
         show_table(["kind", "rank", "left out"], lines)
         largest = max(of["rank"] for of in report.values())
         allowed = next((limit for limit in VLLM_RANKS if limit >= largest), None)
-        print(
-            f"vLLM: --enable-lora --max-lora-rank {allowed}" if allowed else "vLLM serves ranks up to 512: too large."
-        )
+        hint = f"--max-lora-rank {allowed}" if allowed else f"ranks up to {VLLM_RANKS[-1]} alone: --rank or --energy"
+        print(f"vLLM: {hint}")
     elif to == "merged":
         export_merged(expert, base, out, reader)
     else:

@@ -18,7 +18,7 @@ def key(
     revision: options.Revision = None,
     dtype: options.Dtype = "auto",
     block: Annotated[int | None, option("Blocks that read a prompt. Default: a sixth of them.", min=1)] = None,
-    pooling: Annotated[Literal["mean", "last"], option("Over the tokens of a prompt.")] = "mean",
+    pooling: Annotated[Literal["both", "mean", "last"], option("Over the tokens of a prompt.")] = "both",
     limit: Annotated[int, option("Prompts of the key; of more, so many are drawn.", min=1)] = 64,
     seed: Annotated[int, option("Of the draw.")] = 0,
     batch_size: options.BatchSize = 16,

@@ -20,13 +20,19 @@ limit = partial(option, panel="Limits")
 
 Task = Annotated[str, option("Name of a benchmark, or a JSONL file or folder of your own.")]
 Experts = Annotated[
-    list[str], option("Folder or Hub repository, once per expert; NAME=EXPERT renames.", metavar="EXPERT")
+    list[str], option("Folder or Hub repository, once per expert; NAME=EXPERT renames. Or a bundle.", metavar="EXPERT")
 ]
 Model = Annotated[str | None, option("Base model: folder or Hub repository. Default: the experts' base.")]
 Revision = Annotated[str | None, option("Branch, tag or commit of the base model.")]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16", "float64"], option("Of the model; auto is the checkpoint's.")
 ]
+Form = Annotated[
+    Literal["choice", "generate", "letter", "calculation"] | None,
+    option("Choose, or write: a text, an option's letter, a calculation. Default: the task's first."),
+]
+System = Annotated[str | None, option("System prompt.")]
+Shots = Annotated[int, option("Solved training examples before each question.", min=0)]
 Mixture = Annotated[
     list[str] | None, option("Saved mixture, or an expert's weight, once per expert.", metavar="FILE|NAME=WEIGHT")
 ]
@@ -34,8 +40,8 @@ BatchSize = Annotated[int, option("Rows per forward.", min=1)]
 Plot = Annotated[Path | None, option("Draw it, too. Needs peft-svf\\[demo].", metavar="PNG")]
 
 Strategy = Annotated[
-    Literal["prompt", "classifier", "probe"] | None,
-    first_pass("Default: what --classifier or --probe is for, else prompt."),
+    Literal["key", "prompt", "classifier", "probe"] | None,
+    first_pass("Default: what --classifier or --probe is for, else key if experts have routing keys, else prompt."),
 ]
 Classifier = Annotated[str | None, first_pass("Expert trained to name the kind of a prompt.", metavar="EXPERT")]
 Probe = Annotated[Path | None, first_pass("Saved probe; with --fit, its place.", metavar="FOLDER")]

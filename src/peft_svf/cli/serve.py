@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`serve`: a base model and experts -> an OpenAI-compatible server."""
+"""`serve`: a base model and experts, or a bundle -> an OpenAI-compatible server."""
 
 import logging
 import os
@@ -15,28 +15,24 @@ from .options import limit, option
 from .sources import load_experts
 
 if TYPE_CHECKING:
-    from .serving.engine import Engine
+    from ..two_pass import Transformer2Model
 
 
 def serve(
-    experts: options.Experts,
-    model: Annotated[str | None, typer.Argument(help="Base model: folder or Hub repository.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Base model or bundle: folder or Hub repository.")] = None,
+    experts: options.Experts = [],  # noqa: B006
     revision: options.Revision = None,
     dtype: options.Dtype = "auto",
     mixtures: Annotated[list[str], option("Saved mixture that requests may name.", metavar="NAME=FILE")] = [],  # noqa: B006
     host: Annotated[str, option("Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, option("Port to listen on.")] = 8000,
     api_keys: Annotated[Path | None, option("File of keys, one a line. Default: PEFT_SVF_API_KEYS.")] = None,
-    admin_keys: Annotated[
-        Path | None, option("Keys that add and remove experts. Default: PEFT_SVF_ADMIN_KEYS.")
-    ] = None,
+    admin_keys: Annotated[Path | None, option("Keys that change experts. Default: PEFT_SVF_ADMIN_KEYS.")] = None,
     folder: Annotated[Path | None, option("Experts that may be added while the server runs.")] = None,
     strategy: options.Strategy = None,
     classifier: options.Classifier = None,
     probe: options.Probe = None,
-    calibration: options.Calibration = None,
     threshold: options.Threshold = 0.0,
-    fallback: options.Fallback = "base",
     cache_tokens: Annotated[int, limit("Keys and values in memory, in tokens.", min=512)] = 16384,
     batch_tokens: Annotated[int, limit("Tokens in a step of the batch.", min=8)] = 512,
     concurrent: Annotated[int, limit("Requests in the batch.", min=1)] = 32,
@@ -60,15 +56,11 @@ def serve(
         raise ImportError(f"The server needs more packages: pip install 'peft-svf[serve]' ({error}).") from error
     from transformers.utils.logging import set_verbosity_error
 
-    choice = Choice(strategy, classifier, probe, calibration, None, threshold, fallback).resolved()
-    rules = Rules(
-        _keys(api_keys, "PEFT_SVF_API_KEYS"),
-        _keys(admin_keys, "PEFT_SVF_ADMIN_KEYS"),
-        concurrent + queued,
-        body_bytes,
-        seconds,
+    choice = Choice(strategy, classifier, probe, threshold=threshold).resolved()
+    keys, admins = _keys(api_keys, "PEFT_SVF_API_KEYS"), _keys(admin_keys, "PEFT_SVF_ADMIN_KEYS")
+    two_pass = (
+        load_experts(experts, model, revision, dtype, classifier) if experts else _bundle(model, revision, dtype)
     )
-    two_pass = load_experts(experts, model, revision, dtype, classifier)
     if choice.strategy:
         two_pass.default_first_pass = choice.first_pass(two_pass, 16)
     for entry in mixtures:
@@ -76,15 +68,31 @@ def serve(
         two_pass.library.add_mixture(name, file)
     set_verbosity_error()
     engine = Engine(two_pass, Capacity(cache_tokens, batch_tokens, concurrent, new_tokens))
-    _show(engine, rules.keys, host, port)
-    log = logging.getLogger(__package__)
-    log.addHandler(logging.StreamHandler())
-    log.setLevel(logging.INFO)
     try:
-        gate = build(engine, rules, folder)
+        print(f"Serving auto, base, {', '.join([*two_pass.library.names, *two_pass.library.mixtures])}")
+        print(f"at http://{host}:{port}/v1, with a cache of {cache_tokens} tokens ({size(engine.cache_bytes)})")
+        if not keys and host not in ("127.0.0.1", "localhost", "::1"):
+            print("Anyone who reaches this address may ask: set keys by --api-keys.")
+        log = logging.getLogger(f"{__package__}.serving")
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
+        gate = build(engine, Rules(keys, admins, concurrent + queued, body_bytes, seconds), folder)
         uvicorn.run(gate, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30)
     finally:
         engine.stop()
+
+
+def _bundle(model: str | None, revision: str | None, dtype: str) -> "Transformer2Model":
+    import torch
+
+    from ..two_pass import Transformer2Model
+
+    if model is None:
+        raise typer.BadParameter("Name a base model with --experts, or a bundle.")
+    two_pass = Transformer2Model.from_pretrained(model, dtype=dtype, revision=revision)
+    if torch.accelerator.is_available():
+        two_pass.to(torch.accelerator.current_accelerator())
+    return two_pass
 
 
 def _keys(file: Path | None, variable: str) -> tuple[str, ...]:
@@ -92,19 +100,4 @@ def _keys(file: Path | None, variable: str) -> tuple[str, ...]:
     keys = tuple((file.read_text() if file else os.environ.get(variable, "")).split())
     if file and not keys:
         raise typer.BadParameter(f"{file} holds no key.")
-    if not all(key.isascii() for key in keys):
-        raise typer.BadParameter("A key is ASCII text without spaces.")
     return keys
-
-
-def _show(engine: "Engine", keys: tuple[str, ...], host: str, port: int) -> None:
-    """Print what is served, and how much memory it takes."""
-    library = engine.model.library
-    names = ["auto", "base", *library.names, *library.mixtures]
-    print(f"Serving {', '.join(names)} at http://{host}:{port}/v1")
-    if engine.batch is None:
-        print("Requests are answered one at a time: the model sees images.")
-    else:
-        print(f"Cache of {engine.capacity.cache_tokens} tokens: {size(engine.cache_bytes)}.")
-    if not keys and host not in ("127.0.0.1", "localhost", "::1"):
-        print("Anyone who reaches this address may ask: set keys by --api-keys.")

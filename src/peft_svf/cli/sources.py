@@ -26,9 +26,9 @@ def find_task(name: str) -> "Task":
     return jsonl_task(name) if own else get_task(name)
 
 
-def rows_of(task: "Task", split: str, form: str, limit: int | None, seed: int = 0) -> "list[dict[str, Any]]":
+def rows_of(task: "Task", split: str, form: str, limit: int | None, **options: Any) -> "list[dict[str, Any]]":
     """Make the rows of a split; refuse a split without any."""
-    rows = task.rows(split, form, limit=limit, seed=seed)
+    rows = task.rows(split, form, limit, **options)
     if not rows:
         raise ValueError(f"Task {task.name!r} has no {split} rows in the {form} form.")
     return rows
@@ -44,22 +44,27 @@ def load_model(
     trust: bool = False,
 ) -> "tuple[PreTrainedModel, Reader]":
     """Load a base model and its reader, by default onto the accelerator; for `images`, the model has to see."""
-    import torch
     from transformers import ProcessorMixin
 
     from ..two_pass import load_model
 
-    if device is None:
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model, reader = load_model(name, dtype=dtype, revision=revision, trust_remote_code=trust)
     if images and not isinstance(reader, ProcessorMixin):
         raise ValueError(f"These rows have images, but {name} doesn't see: name a vision-language model.")
-    return model.to(device), reader
+    return model.to(device or _accelerator()), reader
+
+
+def _accelerator() -> "torch.device":
+    """Return the accelerator, or the CPU if there is none."""
+    import torch
+
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
 
 
 def named_sources(experts: Sequence[str]) -> dict[str, str]:
     """Read experts that are written `SOURCE` or `NAME=SOURCE`, sources as in [`Expert.load`]."""
-    from ..experts.expert import name_of
+    from ..experts.saved import name_of
 
     sources: dict[str, str] = {}
     for entry in experts:
@@ -81,10 +86,15 @@ def load_experts(
     *,
     images: bool = False,
 ) -> "Transformer2Model":
-    """Load experts, written as in [`named_sources`], and the base model that they name."""
+    """Load experts, written as in [`named_sources`], and the base model that they name; or one bundle."""
+    from ..experts.bundle import find_bundle
     from ..experts.library import loaded
     from ..two_pass import Transformer2Model, base_of
 
+    if len(experts) == 1 and not model and (folder := find_bundle(experts[0])):
+        bundle = Transformer2Model.from_pretrained(str(folder), classifier=classifier, dtype=dtype)
+        bundle.to(_accelerator())
+        return bundle
     named = loaded(named_sources(experts))  # so that each file is opened once
     base, base_revision = (model, None) if model else base_of(named)
     base_model, reader = load_model(base, revision or base_revision, dtype, images=images)

@@ -62,6 +62,7 @@ def train(
     Ctrl-C finishes the step and saves a checkpoint, from which --resume goes on; a second Ctrl-C ends at once.
     """
     from ..rows import has_image
+    from ..tasks.task import ANSWER_TOKENS, form_of
 
     try:
         settings = read_settings(config, context.args)
@@ -71,6 +72,8 @@ def train(
     checkpoint = _checkpoint("true" if resume else args.resume_from_checkpoint, args, dry_run)
     task = find_task(settings.script.task)
     rows = _rows(task, settings)
+    if "max_completion_length" not in settings.given:
+        args.max_completion_length = ANSWER_TOKENS.get(form_of(rows["train"][0]), args.max_completion_length)
     images = any(map(has_image, rows["train"]))
     if images and settings.script.algorithm == "evolution":
         raise ValueError("algorithm: evolution scores texts, and these rows have images: set algorithm: reinforce.")
@@ -80,12 +83,11 @@ def train(
     )
     svf = svf_config(settings.svf, model, task.description)
     if args.process_index == 0:
-        form = "choice" if "choices" in rows["train"][0] else "generate"
+        form = form_of(rows["train"][0])
         print(f"{task.name}, {form} form: " + ", ".join(f"{len(some)} {split}" for split, some in rows.items()))
     _check_rows(model, reader, task, rows, args)
     if dry_run:
-        _show_sample(model, reader, task, rows["train"], args)
-        _show_cost(model, reader, rows, args, svf)
+        _show_cost(model, reader, rows, args, svf, _show_sample(model, reader, task, rows["train"], args))
         return 0
     trainer = make_trainer(model, reader, task, rows, args, svf)
     trainer.routing = settings.script.routing
@@ -159,8 +161,9 @@ def _rows(task: "Task", settings: Settings) -> "dict[str, list[dict[str, Any]]]"
     form, limits = script.form or task.forms[0], {"train": script.train_rows, "test": script.test_rows}
     if config.eval_strategy != "no":
         limits["validation"] = script.eval_rows
+    options = {"system": script.system, "shots": script.shots}
     return {
-        split: rows_of(task, split, form, limit, config.seed if split == "train" else 0)
+        split: rows_of(task, split, form, limit, seed=config.seed if split == "train" else 0, **options)
         for split, limit in limits.items()
     }
 
@@ -245,8 +248,8 @@ def _stopping(trainer: Trainer) -> Iterator[list[int]]:
 
 def _show_sample(
     model: "PreTrainedModel", reader: "Reader", task: "Task", rows: "Sequence[Row]", config: Config
-) -> None:
-    """Print a row, its prompt as the model reads it, and how well the base answers the first rows."""
+) -> float:
+    """Print a row, its prompt as the model reads it, and how well the base answers some; return seconds a row."""
     from ..evaluation import evaluate
     from ..rows import prompt_text
 
@@ -260,28 +263,37 @@ def _show_sample(
     print(f"\nThe base is right on {summary.accuracy:.0%} of the first {len(some)} training rows.")
     if summary.accuracy in (0, 1):
         print("If all answers to a question earn the same reward, it teaches nothing: take an easier or harder task.")
+    return summary.seconds / len(some)
 
 
-def _show_cost(model: "PreTrainedModel", reader: "Reader", rows: Rows, config: Config, svf: "SVFConfig") -> None:
-    """Print an estimate of a run on one line; token counts are estimated from 100 rows."""
+def _show_cost(
+    model: "PreTrainedModel", reader: "Reader", rows: Rows, config: Config, svf: "SVFConfig", seconds: float
+) -> None:
+    """Print an estimate of a run from the lengths of 100 rows, and the `seconds` that the base takes for one."""
     from ..evaluation import row_lengths
 
-    answers = getattr(config, "population", None) or config.num_generations
+    population = getattr(config, "population", None)
+    answers = population or config.num_generations
     questions = config.train_batch_size * config.gradient_accumulation_steps * config.world_size  # of evolution
     questions = getattr(config, "generation_batch_size", questions * answers) // answers
-    epochs = math.ceil(config.num_train_epochs * max(1, len(rows["train"]) // questions))
-    steps = config.max_steps if config.max_steps > 0 else epochs
+    epoch = max(1, len(rows["train"]) // questions)
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * epoch)
     some = rows["train"][:100]
-    tokens = sum(row_lengths(reader, some)) / len(some)
-    tokens += 0 if "choices" in some[0] else config.max_completion_length
-    count = steps * questions * answers
+    prompt = sum(row_lengths(reader, some)) / len(some)
+    answer = 0 if "choices" in some[0] else config.max_completion_length
+    # a sample costs as much as three readings of it, forward and back; population members share no prompt
+    read = answers * (prompt + answer) if population else 4 * (prompt + answers * answer)
+    trained = steps * questions * read / (prompt + answer)
+    every = {"steps": config.eval_steps or config.logging_steps, "epoch": epoch}.get(config.eval_strategy)
+    measured = 2 * len(rows["test"]) + (steps // every * len(rows["validation"]) if every else 0)
     shapes = weights_of(model, svf)
     numbers = sum(k for *_, k in shapes)
     bases = sum(min(out, into) * k for _, out, into, k in shapes) * {"float32": 4, "bfloat16": 2}[svf.basis_dtype]
     print(
-        f"\nCost: {steps} steps x {questions} questions x {answers} answers = {count:,} sequences of at most "
-        f"{tokens:.0f} tokens (about {count * tokens:.2g} in all, if prompts are not shared); {numbers:,} multipliers "
-        f"z of {len(shapes)} weights; bases {size(bases)} of memory ({svf.basis_dtype})."
+        f"\nCost: {steps} steps x {questions} questions x {answers} answers of at most {answer or 1} tokens: about "
+        f"{seconds * trained / 60:.1f} minutes at the pace of these rows, {seconds * measured / 60:.1f} to measure "
+        f"{measured} answers. {numbers:,} multipliers z of {len(shapes)} weights; bases {size(bases)} of memory "
+        f"({svf.basis_dtype})."
     )
 
 

@@ -37,7 +37,11 @@ class ScriptArguments:
     """What to train on, and what the card shows."""
 
     task: str = field(metadata={"help": "Name of a benchmark, or a JSONL file or folder of your own."})
-    form: Literal["choice", "generate"] | None = _key("Pick one of the row's texts, or write. Default: what fits.")
+    form: Literal["choice", "generate", "letter", "calculation"] | None = _key(
+        "Choose, or write: a text, an option's letter, a calculation. Default: the task's first."
+    )
+    system: str | None = _key("System prompt.")
+    shots: int = _key("Solved training examples before each question.", 0)
     algorithm: Literal["reinforce", "evolution"] = _key("Policy gradients, or forward passes only.", "reinforce")
     train_rows: int | None = _key("Training rows at most. Default: all.")
     eval_rows: int | None = _key("Validation rows at most. Default: all.")
@@ -120,8 +124,6 @@ def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
         if "output_dir" not in keys:
             raise ValueError("'output_dir' is missing: the folder that becomes the expert")
         parser = Parser(classes, allow_abbrev=False)
-        if not (torch.cuda.is_available() and torch.cuda.is_bf16_supported()):
-            parser.set_defaults(bf16=False)  # TRL turns it on everywhere
         parser.set_defaults(dataloader_pin_memory=torch.cuda.is_available())
         if algorithm == "evolution":
             parser.set_defaults(logging_steps=10)  # TRL's default; transformers' 500 would hide most runs

@@ -4,7 +4,6 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -14,10 +13,8 @@ from ..tuner.basis import Basis
 from ..tuner.cache import content_key, fetch
 from ..tuner.fingerprint import Fingerprint, check
 from ..tuner.layer import SVFLayer
-from ..tuner.weights import Checkpoint
+from ..tuner.weights import FLOATS, NARROW, Checkpoint
 from .expert import Expert
-
-NARROW = (torch.bfloat16, torch.float16)
 
 
 def weights_in(model: nn.Module, config: Mapping[str, Any]) -> dict[str, str]:
@@ -61,7 +58,7 @@ class BaseWeights:
         layer, inner = self._modules.get(name), self._linear(name)
         if name in self._stacked:
             weight = self._parameters[self._stacked[name]].detach()
-        elif not isinstance(inner, (nn.Linear, Conv1D)) or not inner.weight.is_floating_point():
+        elif not isinstance(inner, (nn.Linear, Conv1D)) or inner.weight.dtype not in FLOATS:
             raise ValueError(f"{name} of {self.name} is a {type(inner).__name__}: pass the base that isn't quantised.")
         elif isinstance(layer, SVFLayer):
             weight = layer.logical_weight()

@@ -21,9 +21,10 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, Reposi
 from peft.utils import CONFIG_NAME
 
 from .. import files
-from .expert import Expert, Mixture, download
+from .expert import Expert, Mixture
 from .hub import CARD_NAME, TAGS, base_id, table, task_type, upload
 from .library import ExpertLibrary, Source
+from .saved import download
 
 BUNDLE_NAME = "transformer2_config.json"
 PLAIN = re.compile(r"\w[\w.-]*")  # names that can be a folder's
@@ -73,7 +74,7 @@ def save_bundle(library: ExpertLibrary, folder: str | os.PathLike[str], first_pa
     for name, expert in experts.items():
         expert.save(target / "experts" / names[name])
     if library.classifier:
-        library.expert(library.classifier).save(target / "classifier")
+        library._experts[library.classifier].save(target / "classifier")
     settings: dict[str, Any] = {}
     for key, value in first_pass.items():
         if hasattr(value, "save"):

@@ -18,20 +18,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard, ModelCardData, try_to_load_from_cache
+import yaml
+from huggingface_hub import (
+    CommitInfo,
+    EvalResult,
+    EvalResultEntry,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
 from .. import files
-from .expert import Expert, read_config, read_offsets
+from .expert import Expert
+from .key import RoutingKey
+from .saved import read_config, read_offsets
 
 logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("expert_card.md")
 TAGS = ("svf", "transformer-squared", "z-vector")
+HIDDEN = {"value", "interval", "dataset", "benchmark"}  # keys of a result that are no columns
 FACTS = {"task", "training", "results", "license", "tags"}
 OURS = ("[More Information Needed]", "arXiv 2501.06252")  # texts of PEFT's blank card and of this package's
 
@@ -92,6 +105,7 @@ def push_expert(
         folder = _save(model, name, Path(scratch), base_model, base_revision)
         made = expert_card(folder, repo_id=repo_id, base_dtype=getattr(base, "dtype", None), **facts)
         (folder / CARD_NAME).write_text(str(card or made), encoding="utf-8")
+        _write_benchmarks(folder, facts.get("results") or ())
         return upload(folder, repo_id, keeps_card=card is None, **options)
 
 
@@ -159,7 +173,9 @@ def expert_card(
         training (`Mapping[str, Any]`, *optional*): What repeats the run, in order: data, steps, seed, command, ...
         results (`Sequence[Mapping[str, Any]]`):
             One row per measurement: `task`, `value`, and if known `split`, `metric` (default "accuracy"), `base` (the
-            base model's value), `interval` (two numbers, 95 %), `n`. Any other key becomes a column.
+            base model's value), `interval` (two numbers, 95 %), `n`. `dataset` is its id on the Hub. `benchmark`, the
+            id of a task of that dataset's `eval.yaml`, puts the value on the dataset's board: for answers that were
+            generated, on the whole test split. Any other key becomes a column.
         license (`str`, *optional*): Identifier such as `"apache-2.0"`.
         tags (`Sequence[str]`): Tags besides the card's own.
 
@@ -196,6 +212,7 @@ def expert_card(
         numbers=f"{sum(map(len, offsets.values())):,}",
         weights=len(offsets),
         rank=config.get("rank"),
+        key=RoutingKey.load(Path(folder)),
         others=sum(tensor.numel() for tensor in others.values()),
         training={key: files.public(str(value)) for key, value in (training or {}).items() if value is not None},
         results=table([_result_row(row) for row in results]),
@@ -275,9 +292,26 @@ def _cached_commit(base_model: str) -> str | None:
 
 def _measured(row: Mapping[str, Any], pipeline_tag: str | None) -> EvalResult:
     """Write a measurement as the Hub's model index has it."""
-    names = {"dataset_type": row["task"], "dataset_name": row["task"], "dataset_split": row.get("split")}
-    metric = {"metric_type": row.get("metric", "accuracy"), "metric_value": row["value"]}
-    return EvalResult(task_type=pipeline_tag or "other", **names, **metric)
+    dataset, metric = row.get("dataset", row["task"]), row.get("metric", "accuracy")
+    return EvalResult(
+        task_type=pipeline_tag or "other",
+        dataset_type=dataset,
+        dataset_name=row["task"],
+        dataset_split=row.get("split"),
+        metric_type=metric.partition(" (")[0],
+        metric_name=metric,
+        metric_value=row["value"],
+    )
+
+
+def _write_benchmarks(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write measurements on the Hub's benchmarks as `.eval_results/TASK.yaml`, which the model's page shows."""
+    for row in rows:
+        if row.get("benchmark"):
+            notes = f"{row.get('metric', 'accuracy')}, an SVF expert, n = {row.get('n', 'unknown')}"
+            entry = EvalResultEntry(row["dataset"], row["benchmark"], row["value"], notes=notes)
+            text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+            files.write(folder / ".eval_results" / f"{row['benchmark']}.yaml", text)
 
 
 def _result_row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -285,7 +319,7 @@ def _result_row(row: Mapping[str, Any]) -> dict[str, Any]:
     interval = "{:.3f} to {:.3f}".format(*row["interval"]) if row.get("interval") else None
     first = {"task": row["task"], "split": row.get("split"), "metric": row.get("metric", "accuracy")}
     values = {"base": row.get("base"), "expert": row["value"], "95 % interval": interval, "n": row.get("n")}
-    return first | values | {key: row[key] for key in row if key not in (*first, *values, "value", "interval")}
+    return first | values | {key: row[key] for key in row if key not in HIDDEN | {*first, *values}}
 
 
 def _z_rows(offsets: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:

@@ -22,15 +22,15 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from .. import files
-from ..rows import Prompt, Reader, encode, prompt_ids
+from ..rows import Prompt, Reader, prompt_ids, tokenizer_of
 
 KEY_NAME = "routing.safetensors"
-POOLINGS = ("mean", "last")
-SHARE = 6  # a key reads a sixth of the blocks: dispatch is as good as with half of them (results/adaptation.md)
+POOLINGS = ("both", "mean", "last")
+SHARE = 6  # a key reads a sixth of the blocks; half of them decide better and cost more (results/adaptation.md)
 LIMIT = 64  # prompts of a key
 BYTES = 32 << 20  # of a file; 64 states of width 16,384 take 2 MB
 LARGEST = 65504.0  # of float16
-ANCHOR = [{"role": "user", "content": "The quick brown fox jumps over the lazy dog."}]
+ANCHOR = "The quick brown fox jumps over the lazy dog."
 APART = 0.5  # of the spread of a key's states: what rounding and quantisation move the anchor stays below
 
 
@@ -43,7 +43,7 @@ class RoutingKey:
         states (`torch.Tensor` of shape `(n, width)`): float16, one row for each prompt.
         anchor (`torch.Tensor` of shape `(width,)`): float16; what the base makes of a text that all keys share.
         block (`int`): The block whose input was pooled, which is the number of blocks that ran.
-        pooling (`str`): `"mean"` over the tokens of a prompt, or its `"last"` token.
+        pooling (`str`): `"mean"` over the tokens of a prompt, its `"last"` token, or `"both"`, one after the other.
 
     Raises:
         `ValueError`: for shapes that don't match, no states, entries that aren't finite, or an unknown pooling.
@@ -52,7 +52,7 @@ class RoutingKey:
     states: Tensor
     anchor: Tensor
     block: int
-    pooling: str = "mean"
+    pooling: str = "both"
 
     def __post_init__(self) -> None:
         shapes = tuple(self.states.shape), tuple(self.anchor.shape)
@@ -101,8 +101,8 @@ class RoutingKey:
         depth, width = len(blocks_of(model)), self.states.shape[1]
         if self.block >= depth or len(anchor) != width:
             raise ValueError(
-                f"its routing key reads {self.block} blocks of width {width}, but this model has {depth} of width "
-                f"{len(anchor)}: make it again with make_key or peft-svf key."
+                f"its routing key has states of width {width} after {self.block} blocks, but this model has {depth} "
+                f"blocks and its states width {len(anchor)}: make it again with make_key or peft-svf key."
             )
         states = self.states.float()
         spread = (states - states.mean(0)).square().sum(-1).mean().sqrt()
@@ -120,7 +120,7 @@ def make_key(
     prompts: Sequence[Prompt],
     *,
     block: int | None = None,
-    pooling: str = "mean",
+    pooling: str = "both",
     limit: int = LIMIT,
     seed: int = 0,
     batch_size: int = 16,
@@ -131,25 +131,27 @@ def make_key(
     Args:
         model (`PreTrainedModel` or `PeftModel`): The base model; adapters are off while it reads.
         tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`): Its tokenizer or processor; images are skipped.
-        prompts (`Sequence[str | list[dict]]`): As the expert will be asked, such as its training prompts.
+        prompts (`Sequence[str | list[dict]]`):
+            What the expert is for, such as its training prompts. A text is read as a user's turn if there is a chat
+            template, by the library too.
         block (`int`, *optional*): Blocks to run; default a sixth of them, at least 1.
-        pooling (`str`): `"mean"` or `"last"`.
+        pooling (`str`): As in [`RoutingKey`].
         limit (`int`), seed (`int`): Of more prompts, so many are drawn.
         batch_size (`int`): Prompts per forward.
 
     Raises:
         `ValueError`: without prompts, for a block that the model doesn't have, or a model without a stack of blocks.
     """
-    distinct = [prompt for prompt in map(without_images, prompts) if any(prompt_ids(tokenizer, [prompt]))]
-    if not distinct:
+    ids = [row for row in key_ids(tokenizer, prompts) if row]
+    if not ids:
         raise ValueError("A routing key needs prompts: pass some that its expert is for.")
-    drawn = random.Random(seed).sample(distinct, min(limit, len(distinct)))
+    drawn = random.Random(seed).sample(ids, min(limit, len(ids)))
     block = default_block(model) if block is None else block
     with ExitStack() as stack:
         if isinstance(model, PeftModel):
             stack.enter_context(model.disable_adapter())
-        *states, anchor = read_states(model, tokenizer, [*drawn, ANCHOR], block, pooling, batch_size)
-    return RoutingKey(torch.stack(states), anchor, block, pooling)
+        states = read_states(model, [*drawn, *key_ids(tokenizer, [ANCHOR])], block, pooling, batch_size)
+    return RoutingKey(states[:-1], states[-1], block, pooling)
 
 
 def default_block(model: nn.Module) -> int:
@@ -176,37 +178,36 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
     )
 
 
-def without_images(prompt: Prompt) -> Prompt:
-    """Leave out the images of a chat: a first pass reads text alone."""
-    if isinstance(prompt, str):
-        return prompt
-    return [
-        {**message, "content": [part for part in message["content"] if part.get("type") == "text"]}
-        if isinstance(message.get("content"), list)
-        else message
-        for message in prompt
-    ]
+def key_ids(tokenizer: Reader, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Tokenise prompts as a key reads them: without images, and texts as a user's turn if there is a template."""
+    has_template = tokenizer_of(tokenizer).chat_template or getattr(tokenizer, "chat_template", None)
+    chats: list[Prompt] = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            chats.append([{"role": "user", "content": prompt}] if has_template and prompt.strip() else prompt.strip())
+            continue
+        contents = [message.get("content") for message in prompt]
+        texts = [[p for p in c if p.get("type") == "text"] if isinstance(c, list) else c for c in contents]
+        chats.append([{**message, "content": text} for message, text in zip(prompt, texts, strict=True)])
+    return prompt_ids(tokenizer, chats)
 
 
 def read_states(
-    model: nn.Module,
-    tokenizer: Reader,
-    prompts: Sequence[Prompt],
-    block: int,
-    pooling: str = "mean",
-    batch_size: int = 16,
+    model: nn.Module, ids: Sequence[Sequence[int]], block: int, pooling: str = "both", batch_size: int = 16
 ) -> Tensor:
     """
-    Read prompts up to a block, those of similar length together; returns `(prompts, width)`, float32 on the CPU.
+    Read token ids, a list for each prompt, up to a block, those of similar length together.
 
-    Raises:
-        `ValueError`: if a prompt has no tokens, or the model no such block.
+    Returns `(prompts, width)`, float32 on the CPU. Raises as [`early_exit`].
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(str(prompts[i])))
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     parts = []
     for start in range(0, len(order), batch_size):
-        inputs = encode(tokenizer, [prompts[i] for i in order[start : start + batch_size]])
-        parts.append(early_exit(model, inputs["input_ids"], inputs["attention_mask"], block, pooling))
+        rows = [ids[i] for i in order[start : start + batch_size]]
+        width = len(rows[-1])
+        padded = torch.tensor([[0] * (width - len(row)) + [*row] for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        parts.append(early_exit(model, padded, mask, block, pooling))
     return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
@@ -262,9 +263,10 @@ def hidden_of(args: Any, kwargs: Any) -> Tensor:
 def pooled(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     """Pool hidden states `(rows, tokens, width)` over the tokens of the mask: `(rows, width)`, float32 on the CPU."""
     mask = mask.to(hidden.device)
-    if pooling == "last":
+    states = []
+    if pooling != "last":
+        states.append(torch.einsum("btd,bt->bd", hidden.float(), mask.float()) / mask.sum(-1, keepdim=True))
+    if pooling != "mean":
         last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(-1)
-        state = hidden[torch.arange(len(hidden), device=hidden.device), last].float()
-    else:
-        state = torch.einsum("btd,bt->bd", hidden.float(), mask.float()) / mask.sum(-1, keepdim=True)
-    return state.clamp(-LARGEST, LARGEST).cpu()
+        states.append(hidden[torch.arange(len(hidden), device=hidden.device), last].float())
+    return torch.cat(states, -1).clamp(-LARGEST, LARGEST).cpu()

@@ -27,9 +27,11 @@ from transformers import PreTrainedModel
 
 from ..tuner.config import SVFConfig
 from ..tuner.fingerprint import Fingerprint, check
-from ..tuner.layer import SVFLayer, active_rows, svf_layers
+from ..tuner.layer import SVFLayer, svf_layers
+from ..tuner.rows import active_rows
 from .base import weights_in
-from .expert import OTHER, Expert, Mixture, SavedOffsets
+from .expert import OTHER, Expert, Mixture
+from .saved import SavedOffsets
 
 Source = str | PathLike[str] | Expert
 CLASSIFIER = "classifier: "  # prefix that keeps the classifier's name from clashing with an expert's
@@ -139,8 +141,7 @@ class ExpertLibrary:
 
     def expert(self, name: str) -> Expert:
         """Get an expert as a value, to be saved, plotted or transferred. Raises `ValueError` for an unknown name."""
-        if name != self.classifier:
-            self.check_experts([name])
+        self.check_experts([name])
         return self._experts[name]
 
     def check_experts(self, names: Iterable[str]) -> None:

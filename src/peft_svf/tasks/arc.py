@@ -6,8 +6,10 @@ ARC: grade-school science with three to five options, in an easy and a challenge
     choices                  "mantle", "inner core", "crust", "outer core"       the right one: reward 1.0, others -1.0
 
     prompt (generated form)  the question, the options as (A) ... (D), "End with: The answer is (X)."
+    prompt (letter form)     the question, the options as A. ... D. in an order of the seed, "Answer with one letter."
     answer                   "B"
     completion               "Iron and nickel ... The answer is (B)."            reward 1.0; without an answer -1.0
+                             in the letter form "B"
 
 Source: AI2 Reasoning Challenge (Clark et al. 2018, arXiv 1803.05457), splits as published. Licence: CC BY-SA 4.0.
 """
@@ -17,9 +19,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .task import SPLITS, HubSource, Record, Task, plain
+from .task import FORMS, LETTERS, SPLITS, HubSource, Record, Task, form_of, plain
 
-LETTERS = "ABCDE"
 _STATED = re.compile(  # "(a)" is a letter, "a plant" is not
     r"(?i:answer|option|choice)(?:\s+(?i:is))?[\s:*]*(?:\(([A-Ea-e])\)|([A-E])\b)"
 )
@@ -30,6 +31,7 @@ class Arc(Task):
     """One of the two sets of ARC; records have `question`, `choices` (texts) and `answer` (index)."""
 
     kind = "reasoning"
+    forms = (*FORMS, "letter")
 
     def options(self, raw: Record, pool: Sequence[Record], rng: random.Random) -> tuple[str, list[str]] | None:
         """Return the record's own options; a record that prints one option twice has no single right text."""
@@ -44,6 +46,10 @@ class Arc(Task):
         listed = "\n".join(f"({letter}) {text}" for letter, text in zip(LETTERS, raw["choices"], strict=False))
         text = f"{raw['question']}\n{listed}\nEnd with: The answer is (X)."
         return self.ask(raw, text, answer=LETTERS[raw["answer"]], options=list(raw["choices"]))
+
+    def solved(self, raw: Record, row: Mapping[str, Any]) -> str:
+        """End as the generated form asks for."""
+        return f"The answer is ({row['answer']})." if form_of(row) == "generate" else super().solved(raw, row)
 
     def score(self, completion: str, row: Mapping[str, Any]) -> float:
         """Compare the last stated letter; without one a leading letter, or the option's text standing alone."""

@@ -23,9 +23,12 @@ Source: GSM8K (Cobbe et al. 2021, arXiv 2110.14168). Licence: MIT.
 import re
 from collections.abc import Mapping
 from fractions import Fraction
+from typing import Any
 
-from .task import HubSource, Record
-from .word_problem import Calculation, WordProblem, numbers_in
+from .task import HubSource, Record, form_of
+from .word_problem import TOKEN, Calculation, WordProblem, numbers_in
+
+LONGEST = 40  # characters of a calculation that a row asks for: about 16 tokens
 
 
 class Gsm8k(WordProblem):
@@ -48,6 +51,22 @@ class Gsm8k(WordProblem):
         parts = re.fullmatch(r"([\d.]+)([-+*/])([\d.]+)", annotations[-1][0].replace(" ", ""))
         steps = [value for _, result in annotations[:-1] for value in numbers_in(result)]
         return (steps, (Fraction(parts[1]), parts[2], Fraction(parts[3]))) if parts else None
+
+    def calculation(self, raw: Record) -> str | None:
+        """Put the calculations of the steps before into the last one, each for its result."""
+        steps: dict[str, str] = {}
+        text = None
+        for calculation, result in re.findall(r"<<([^<>=]*)=([^<>=]*)>>", raw["answer"]):
+            parts = [f"({steps[part]})" if part in steps else part for part in TOKEN.findall(calculation)]
+            text = steps[result.strip()] = " ".join(parts).replace("( ", "(").replace(" )", ")")
+        return text if text and len(text) <= LONGEST else None
+
+    def solved(self, raw: Record, row: Mapping[str, Any]) -> str:
+        """Show the published solution without its calculator annotations."""
+        if form_of(row) != "generate":
+            return super().solved(raw, row)
+        steps = re.sub(r"<<[^<>]*>>", "", raw["answer"].rsplit("####", 1)[0]).strip()
+        return f"{steps}\nThe answer is {row['answer']}."
 
     def cut(self, split: str, records: list[Record]) -> list[Record]:
         """Deal the rows of the train file in turn to train and validation."""

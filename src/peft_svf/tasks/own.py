@@ -3,7 +3,7 @@
 A task from your own JSONL: lines go in, a task like the package's comes out.
 
     {"prompt": "Capital of France?", "answer": "Paris"}                               generated form
-    {"prompt": "Capital of France?", "choices": ["Paris", "Rome"], "label": 0}        both forms
+    {"prompt": "Capital of France?", "choices": ["Paris", "Rome"], "label": 0}        all, and the letter form
 
     completion               "paris."      reward 1.0; "I think Paris", "Rome" -1.0
     completion               "20 + 22 = 42" if the answer is "42" or 42              reward 1.0; without a number -1.0
@@ -94,7 +94,7 @@ class _JsonlTask(Task):
         sorts = {"choices" in line.record for lines in splits.values() for line in lines}
         if len(sorts) > 1:
             raise ValueError(f"'{path}' has lines with 'choices' and lines with 'answer'. Make two sources of them.")
-        self.forms = FORMS if sorts == {True} else ("generate",)
+        self.forms = (*FORMS, "letter") if sorts == {True} else ("generate",)
 
     def _records(self, split: str, folder: Folder) -> list[Record]:
         return [dict(line.record) for line in self._lines[split].values()]

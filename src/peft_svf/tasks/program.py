@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .sandbox import run_python
-from .task import Record, Task
+from .task import Record, Task, form_of
 
 ENTRY, HELPER = "solve", "helper"
 _BLOCK = re.compile(r"```(?:[ \t]*(?:python|py))?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
@@ -59,6 +59,11 @@ class CodeTask(Task):
         source = self.source(raw)
         text = source and printed_program(source[0], tuple(source[1].items()))
         return text if text and len(text) <= self.max_characters else None
+
+    def solved(self, raw: Record, row: Mapping[str, Any]) -> str:
+        """Put the program into a code block."""
+        answer = super().solved(raw, row)
+        return f"```python\n{answer.strip()}\n```" if form_of(row) == "generate" else answer
 
     def score(self, completion: str, row: Mapping[str, Any]) -> float:
         """Run the first code block, or the whole text if it has none, against the asserts in the sandbox."""

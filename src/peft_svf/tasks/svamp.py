@@ -12,6 +12,9 @@ SVAMP: one-step arithmetic word problems, some with a number that plays no part.
     answer                   "4"
     completion               "53 - 49 = 4. The answer is 4."             reward 1.0; without a number -1.0
 
+    prompt (calculation)     the problem, "Answer with the calculation."
+    completion               "53 - 49 = 5"                               reward 1.0: the value of 53 - 49
+
 The choices show how each number is made, since bare numbers leave a model of 135M parameters at chance. Problems of
 two operations are in the generated form only.
 
@@ -53,6 +56,12 @@ class Svamp(WordProblem):
         """Read the field `equation`, "( 78.0 - 15.0 )", if it has one operation."""
         parts = re.fullmatch(r"\( ([\d.]+) ([-+*/]) ([\d.]+) \)", raw.get("equation", "").strip())
         return ([], (Fraction(parts[1]), parts[2], Fraction(parts[3]))) if parts else None
+
+    def calculation(self, raw: Record) -> str | None:
+        """Write the field `equation` without its outer parentheses and empty decimals."""
+        equation = raw.get("equation", "").strip()
+        inner = equation[1:-1] if equation.startswith("(") else equation
+        return re.sub(r"\.0\b", "", inner).replace("( ", "(").replace(" )", ")").strip()
 
     def options(self, raw: Record, pool: Sequence[Record], rng: random.Random) -> tuple[str, list[str]] | None:
         """Leave out a part of the differences and quotients among problems of two numbers; see `KEPT`."""

@@ -2,11 +2,17 @@
 """
 What every benchmark shares: a split becomes rows, a completion becomes right or wrong.
 
-Goes in: records of a benchmark, from `<folder>/<name>/<split>.jsonl.gz` or from the Hub. Comes out: rows of one of two
-forms, and a reward. The *generated form* asks for free text that `score` grades. In the *choice form* the action is
-one of the texts in `choices`, and the policy is the softmax of their summed token log-likelihoods as the assistant's
-answer to `prompt`. A record of the test split is never handed out for training or validation. A task knows no model
-and no tokenizer, and imports `datasets` only to read the Hub.
+Goes in: records of a benchmark, from `<folder>/<name>/<split>.jsonl.gz` or from the Hub. Comes out: a reward, and rows
+of a form that the task has:
+
+    choice          picks one of the texts in `choices`; the policy is the softmax of their summed token
+                    log-likelihoods as the assistant's answer to `prompt`
+    generate        writes free text, which `score` grades
+    letter          writes the letter of one of the options that the prompt lists: one token
+    calculation     writes the calculation that solves a word problem, such as "8 + 3"; graded by its value
+
+A record of the test split is never handed out for training or validation. A task knows no model and no tokenizer, and
+imports `datasets` only to read the Hub.
 """
 
 import hashlib
@@ -14,6 +20,7 @@ import json
 import os
 import random
 import re
+import string
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -21,10 +28,12 @@ from typing import Any, NamedTuple
 
 from ..files import read_bytes
 
+LETTERS = string.ascii_uppercase
 LARGEST = 4 << 30  # bytes of a data set, unpacked
 DATA_VARIABLE = "PEFT_SVF_DATA"
 SPLITS = ("train", "validation", "test")
 FORMS = ("choice", "generate")
+ANSWER_TOKENS = {"letter": 1, "calculation": 16, "generate": 256}  # that an answer may have, unless set otherwise
 
 Record = dict[str, Any]
 Chat = list[dict[str, Any]]
@@ -34,6 +43,35 @@ Folder = str | os.PathLike[str] | None
 def user_turn(prompt: str | Chat) -> Chat:
     """Return a text as the chat of one user message; a chat stays as it is."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def form_of(row: Mapping[str, Any]) -> str:
+    """Return the form of a row; your own rows may have any field `form`."""
+    form = row.get("form")
+    return "choice" if row.get("choices") is not None else form if form in ("letter", "calculation") else "generate"
+
+
+def lettered(options: Sequence[str]) -> str:
+    """List options as a prompt of the form "letter" ends, one a line with its letter."""
+    listed = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False))
+    return f"\n{listed}\nAnswer with one letter."
+
+
+def rotated(row: Mapping[str, Any], places: int) -> Record:
+    """
+    Move the options of a row of the form "letter" up by so many places; the first ones go to the end.
+
+    Raises:
+        `ValueError`: if the row is of another form.
+    """
+    if form_of(row) != "letter":
+        raise ValueError(f"Row {row.get('id')!r} lists no lettered options that could be rotated: use form 'letter'.")
+    options, right = list(row["options"]), LETTERS.index(row["answer"])
+    places %= len(options)
+    *before, question = row["prompt"]
+    moved, text = options[places:] + options[:places], question["content"].removesuffix(lettered(options))
+    prompt = [*before, {**question, "content": text + lettered(moved)}]
+    return {**row, "prompt": prompt, "options": moved, "answer": LETTERS[(right - places) % len(options)]}
 
 
 class HubSource(NamedTuple):
@@ -56,7 +94,7 @@ class Task:
         kind (`str`): What a dispatcher calls its questions: "reasoning", "math", "code"; "dispatch" for itself.
         description (`str`): One line for people.
         files (mapping `str -> str`): The splits, each with the file that it is cut from if no file has its own name.
-        forms (`tuple` of `str`): Its forms, of "choice" and "generate".
+        forms (`tuple` of `str`): Its forms, the default one first.
         hub ([`HubSource`], *optional*): Where the same records lie on the Hub.
         published_names (`bool`): Whether a file that is named like a split ("test") may be another split.
     """
@@ -89,6 +127,10 @@ class Task:
     def options(self, raw: Record, pool: Sequence[Record], rng: random.Random) -> tuple[str, list[str]] | None:
         """Return the right choice and the wrong ones, or `None` to leave the record out of the choice form."""
         raise NotImplementedError
+
+    def solved(self, raw: Record, row: Mapping[str, Any]) -> str:
+        """Write the answer to a row as a solved example shows it. The default is the bare answer."""
+        return row["choices"][row["label"]] if form_of(row) == "choice" else str(row["answer"])
 
     def cut(self, split: str, records: list[Record]) -> list[Record]:
         """Take one split out of a file of several splits. The default takes every record."""
@@ -149,7 +191,14 @@ class Task:
         return [record for record in records if self.item(record) not in tested]
 
     def rows(
-        self, split: str, form: str = "choice", limit: int | None = None, seed: int = 0, folder: Folder = None
+        self,
+        split: str,
+        form: str = "choice",
+        limit: int | None = None,
+        seed: int = 0,
+        folder: Folder = None,
+        system: str | None = None,
+        shots: int = 0,
     ) -> list[Record]:
         """
         Make the rows of a split, in an order that the seed fixes.
@@ -158,23 +207,59 @@ class Task:
             split (`str`):
                 "train", "validation" or "test".
             form (`str`, defaults to `"choice"`):
-                "choice" for rows of `prompt`, `choices`, `label`, "generate" for rows of `prompt`, `answer`.
+                One of `forms`. Rows of "choice" have `prompt`, `choices`, `label`; all others `prompt`, `answer`.
             limit (`int`, *optional*):
                 Keep the first rows only; a larger limit contains a smaller one.
             seed (`int`, defaults to 0):
                 Fixes the order of rows, the distractors and the place of the right choice.
             folder (`str` or path, *optional*):
                 As in [`Task.load`].
+            system (`str`, *optional*):
+                System prompt of rows that have none.
+            shots (`int`, defaults to 0):
+                So many solved examples, turns of user and assistant, precede each question. They are of the training
+                split, of which no row asks them, and the same for all rows, splits and seeds: runs compare, and a
+                model reads them once for a whole batch.
 
         Returns:
             `list` of `dict`, all with `prompt`, `id` and `task`.
+
+        Raises:
+            `ValueError`: if the task lacks the form, or rows have images and there are `shots`.
         """
         if form not in self.forms:
             raise ValueError(f"Task '{self.name}' has no form '{form}'; it has {', '.join(self.forms)}.")
+        examples, shown = self._examples(form, shots, folder) if shots else ([], set[str]())
         raws = self.load(split, folder)
-        ordered = shuffled(raws, f"{self.name}:{seed}")
-        rows = (self.row(raw) if form == "generate" else self.choice_row(raw, raws, seed) for raw in ordered)
-        return list(islice((row for row in rows if row is not None), limit))
+        made = (self.make_row(raw, form, raws, seed) for raw in shuffled(raws, f"{self.name}:{seed}"))
+        rows = (row for row in made if row is not None and row["id"] not in shown)
+        return [_framed(row, system, examples) for row in islice(rows, limit)]
+
+    def make_row(self, raw: Record, form: str, pool: Sequence[Record] = (), seed: int = 0) -> Record | None:
+        """Make a row of any form; arguments and `None` as in [`Task.choice_row`]."""
+        if form == "choice":
+            return self.choice_row(raw, pool, seed)
+        if form == "letter":
+            row = self.choice_row(raw, pool, seed)
+            if row is None or len(row["choices"]) > len(LETTERS):
+                return None
+            *before, question = row.pop("prompt")
+            options, label = row.pop("choices"), row.pop("label")
+            prompt = [*before, {**question, "content": question["content"] + lettered(options)}]
+            return {**row, "prompt": prompt, "answer": LETTERS[label], "options": options, "form": form}
+        return self.row(raw)
+
+    def _examples(self, form: str, count: int, folder: Folder) -> tuple[Chat, set[str]]:
+        """Return solved examples as turns, and their ids."""
+        raws = self.load("train", folder)
+        made = ((raw, self.make_row(raw, form, raws)) for raw in shuffled(raws, f"{self.name}:shots"))
+        turns, ids = Chat(), set[str]()
+        for raw, row in islice(((raw, row) for raw, row in made if row is not None), count):
+            if row.get("image") is not None:
+                raise ValueError(f"Task '{self.name}' has images, which take no solved examples: set shots=0.")
+            turns += [*_without_system(row["prompt"]), {"role": "assistant", "content": self.solved(raw, row)}]
+            ids.add(row["id"])
+        return turns, ids
 
     def choice_row(self, raw: Record, pool: Sequence[Record] = (), seed: int = 0) -> Record | None:
         """
@@ -201,6 +286,15 @@ class Task:
         rng.shuffle(choices)
         return self.ask(raw, self.question(raw, choices), choices=choices, label=choices.index(right))
 
+    def grade(self, completion: str, row: Mapping[str, Any]) -> float:
+        """Grade an answer to a row of any form from 0 to 1; [`Task.score`] grades the free text of "generate"."""
+        form = form_of(row)
+        if form == "choice":
+            return float(completion == row["choices"][row["label"]])
+        if form == "letter":
+            return float(re.match(rf"\W*{row['answer']}(?!\w)", completion) is not None)
+        return self.score(completion, row)
+
     def reward(self, completions: Sequence[str | Chat], **columns: Any) -> list[float]:
         """
         Score completions in the form of TRL's reward functions.
@@ -220,9 +314,7 @@ class Task:
         rewards = []
         for index, text in enumerate(map(_text, completions)):
             row = {name: column[index] for name, column in lists.items()}
-            choices = row.get("choices")
-            score = self.score(text, row) if choices is None else float(text == choices[row["label"]])
-            rewards.append(2.0 * score - 1.0)
+            rewards.append(2.0 * self.grade(text, row) - 1.0)
         return rewards
 
     # Where records come from -------------------------------------------------------------------------------------
@@ -268,6 +360,21 @@ class Task:
     def _hub_records(self, table: Any) -> list[Record]:
         """Make the records of a `datasets.Dataset`."""
         return [self.from_hub(dict(record)) for record in table]
+
+
+def _without_system(chat: Chat) -> Chat:
+    return [message for message in chat if message["role"] != "system"]
+
+
+def _framed(row: Record, system: str | None, examples: Chat) -> Record:
+    """Put a system prompt, unless there is one, and solved examples before the question of a row."""
+    if not (system or examples):
+        return row
+    question = _without_system(row["prompt"])
+    first = row["prompt"][: len(row["prompt"]) - len(question)]
+    if system and not first:
+        first = [{"role": "system", "content": system}]
+    return {**row, "prompt": [*first, *examples, *question]}
 
 
 def format_reward(pattern: str) -> Callable[..., list[float]]:

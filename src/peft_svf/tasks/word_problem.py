@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What word problems share: the number an answer ends with, and wrong numbers that look like the right one.
+What word problems share: the number an answer ends with, its calculation, and wrong numbers that look right.
 
 Goes in: a problem and its calculation. Comes out: a `Fraction` read from a completion, and three distractors made from
-the problem's own numbers. Exact arithmetic throughout: answers of plain digits need no library that reads formulas.
+the problem's own numbers. In the form "calculation" the answer is "8 + 3", graded by its value. Exact arithmetic
+throughout: answers of plain digits need no library that reads formulas.
 """
 
 import operator
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from .task import Record, Task
+from .task import FORMS, Record, Task, form_of
 
 Calculation = tuple[Fraction, str, Fraction]  # a, one of "+-*/", b
 
@@ -21,6 +22,9 @@ _NUMBER = re.compile(r"(?<![\w.])(-?)\s?\$?(\d[\d,]*(?:\.\d+)?|\.\d+)")
 _STATED = re.compile(r"(?:####|answer\s+is)[\s:*]*(-?\s?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+))", re.IGNORECASE)
 _DIGITS = 64  # that are read of a number; no answer has more, and exact arithmetic on thousands of them is slow
 _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+TOKEN = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+|[-+*/()]")
+_SPELLED = str.maketrans("×x÷−", "**/-")
+_EXACT = {**_OPERATIONS, "/": operator.truediv}
 _WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _VALUES = {word: value for value, word in enumerate(_WORDS, 1)} | {"half": 2, "twice": 2, "double": 2, "dozen": 12}
 
@@ -29,6 +33,7 @@ class WordProblem(Task):
     """A problem whose answer is one number; subclasses say where the number and the solution's steps stand."""
 
     kind = "math"
+    forms = (*FORMS, "calculation")
 
     def answer(self, raw: Record) -> Fraction:
         """Read the right number out of a record."""
@@ -36,6 +41,10 @@ class WordProblem(Task):
 
     def solution(self, raw: Record) -> tuple[list[Fraction], Calculation] | None:
         """Read the last calculation out of a record, and the results before it; `None` if it isn't `a op b`."""
+        raise NotImplementedError
+
+    def calculation(self, raw: Record) -> str | None:
+        """Write all of the solution as one calculation, "(6 * 12) - 30"; `None` if the record has none."""
         raise NotImplementedError
 
     def options(self, raw: Record, pool: Sequence[Record], rng: random.Random) -> tuple[str, list[str]] | None:
@@ -52,6 +61,30 @@ class WordProblem(Task):
         text = f"{raw['question']}\nThink step by step and end with: The answer is <number>."
         return self.ask(raw, text, answer=printed(self.answer(raw)))
 
+    def make_row(self, raw: Record, form: str, pool: Sequence[Record] = (), seed: int = 0) -> Record | None:
+        """Make a row; the form "calculation" leaves out records whose calculation doesn't give the answer."""
+        if form != "calculation":
+            return super().make_row(raw, form, pool, seed)
+        text, answer = self.calculation(raw), self.answer(raw)
+        if text is None or calculated(text) != answer:
+            return None
+        question = f"{raw['question']}\nAnswer with the calculation."
+        return self.ask(raw, question, answer=printed(answer), calculation=text, form=form)
+
+    def solved(self, raw: Record, row: Mapping[str, Any]) -> str:
+        """Write the calculation, or a solution that ends as the generated form asks for."""
+        form = form_of(row)
+        if form == "generate":
+            return f"{self.calculation(raw)} = {row['answer']}. The answer is {row['answer']}."
+        return row["calculation"] if form == "calculation" else super().solved(raw, row)
+
+    def grade(self, completion: str, row: Mapping[str, Any]) -> float:
+        """Compare a calculation by its value; else as in [`Task.grade`]."""
+        if form_of(row) != "calculation":
+            return super().grade(completion, row)
+        value = calculated(completion)
+        return float(value is not None and printed(value) == row["answer"])
+
     def score(self, completion: str, row: Mapping[str, Any]) -> float:
         """Compare the number that the completion ends with, by value."""
         return float(final_number(completion) == final_number(str(row["answer"])))
@@ -67,6 +100,44 @@ def final_number(text: str) -> Fraction | None:
     stated = _STATED.findall(text)
     numbers = numbers_in(stated[-1] if stated else text)
     return numbers[-1] if numbers else None
+
+
+def calculated(text: str) -> Fraction | None:
+    """
+    Compute the calculation that a text begins with: its first line, up to "=".
+
+    It has numbers, parentheses and + - * / (also × x ÷), at most 40 of these in all, so that it takes no time to
+    speak of. `None` if the line is anything else, or divides by 0.
+    """
+    line = text.lstrip()[:400].partition("\n")[0].partition("=")[0].translate(_SPELLED).strip().rstrip(".")
+    tokens = TOKEN.findall(line)[::-1]
+    if len(tokens) > 40 or "".join(reversed(tokens)) != re.sub(r"[\s$]", "", line):
+        return None
+    try:
+        value = _computed(tokens)
+    except (IndexError, ValueError, ZeroDivisionError):  # it ends early, a sign is out of place
+        return None
+    return None if tokens else value
+
+
+def _computed(tokens: list[str], rank: int = 0) -> Fraction:
+    """Take a sum (rank 0), a product (1) or a factor (2) from the end of reversed tokens."""
+    if rank == 2:
+        match tokens.pop():
+            case "-":
+                return -_computed(tokens, 2)
+            case "(":
+                value = _computed(tokens)
+                if tokens.pop() != ")":
+                    raise ValueError("a parenthesis isn't closed")
+                return value
+            case number:
+                return _value("", number)
+    value = _computed(tokens, rank + 1)
+    while tokens and tokens[-1] in ("+-", "*/")[rank]:
+        sign = tokens.pop()
+        value = _EXACT[sign](value, _computed(tokens, rank + 1))
+    return value
 
 
 def printed(number: Fraction) -> str:

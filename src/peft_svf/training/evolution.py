@@ -23,10 +23,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from ..evaluation import choice_logps, complete
+from ..reading import shared_prompts
 from ..rows import Row
 from ..tuner.config import SVFConfig
-from ..tuner.layer import SVFLayer, active_rows, svf_layers
-from .rollout import shared_prompts
+from ..tuner.layer import SVFLayer, svf_layers
+from ..tuner.rows import active_rows
 from .run import Run, check_counts, check_prompts, checked_reward, z_statistics
 
 Reward = Callable[..., Sequence[float | None]]
@@ -103,6 +104,9 @@ class EvolutionConfig(TrainingArguments):
             One per reward function; default 1 each.
         early_stopping_patience (`int`, *optional*):
             Stop after so many evaluations without a better one.
+        keep_text (`float`, *optional*):
+            At each evaluation, stop if the base's own answers to everyday requests are less likely per token than
+            before by more than this share, such as 0.02. The best checkpoint is then an earlier one.
         stop_after_dead_steps (`int`, *optional*):
             Stop after so many steps in a row under which all members earned the same.
     """
@@ -121,6 +125,7 @@ class EvolutionConfig(TrainingArguments):
     reward_weights: list[float] | None = None
     early_stopping_patience: int | None = None
     stop_after_dead_steps: int | None = None
+    keep_text: float | None = None
 
     def __post_init__(self) -> None:
         check_counts(self)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
-from ..evaluation import evaluate, paired_difference
+from ..evaluation import BaseText, evaluate, paired_difference
 from ..experts.hub import CARD_NAME, expert_card
 from ..rows import Row
-from ..tasks import Task
+from ..tasks import Task, everyday_requests
 from .run import z_statistics
 
 RESULT_NAME = "result.json"
@@ -65,6 +65,9 @@ def write_expert(
     expert = evaluate(model, trainer.processing_class, test, task=task, **options)
     with model.disable_adapter():
         base = evaluate(model, trainer.processing_class, test, task=task, **options)
+        kept = None
+        if trainer.args.keep_text is not None:
+            kept = BaseText.of(model, trainer.processing_class, everyday_requests("test", 32))
     gain, interval = paired_difference(expert, base)
     z = {key.removeprefix("z/"): value for key, value in z_statistics(model).items() if key.count("/") == 1}
     name = model.peft_config["default"].base_model_name_or_path
@@ -84,6 +87,7 @@ def write_expert(
         "expert": expert.to_json(),
         "gain": gain,
         "gain_interval": interval,
+        "text_loss": kept and kept.loss(model, trainer.processing_class),
         "z": {"numbers": sum(p.numel() for key, p in model.named_parameters() if ".svf_offset.default." in key), **z},
         "curve": [entry for entry in state.log_history if "eval_reward" in entry or "reward" in entry],
     }

@@ -36,10 +36,11 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from ..evaluation import context_of
+from ..evaluation import BaseText, context_of
 from ..experts.key import KEY_NAME, make_key
 from ..files import read_json, write
 from ..rows import has_image, prompt_ids, tokenizer_of
+from ..tasks import everyday_requests
 from ..tuner.config import SVFConfig
 from ..tuner.fingerprint import Recorded
 from ..tuner.layer import svf_layers
@@ -59,6 +60,7 @@ SHOWN = {
     "completions/mean_length": "length",
     "frac_reward_zero_std": "dead groups",
     "z/mean_distance_from_1": "mean |z-1|",
+    "eval_text_loss": "text lost",
 }
 
 
@@ -104,9 +106,15 @@ def _state(checkpoint: Path) -> dict[str, Any] | None:
     try:
         state = read_json(checkpoint / TRAINER_STATE_NAME)
         step, state["epoch"] = state["global_step"], float(state.get("epoch") or 0)
-        whole = type(step) is int and step >= 0 and math.isfinite(state["epoch"])
-        return state if whole and isinstance(state.get("stateful_callbacks", {}), dict) else None
-    except (OSError, ValueError, TypeError, KeyError):
+        counters = [step]
+        for name, saved in state.get("stateful_callbacks", {}).items():
+            for attributes in (part["attributes"] for part in (saved if isinstance(saved, list) else [saved])):
+                if name == EarlyStoppingCallback.__name__:
+                    counters.append(attributes["early_stopping_patience_counter"])
+                counters += [count for pair in attributes.get("record", {}).values() for count in pair]
+        whole = all(type(count) is int and count >= 0 for count in counters) and math.isfinite(state["epoch"])
+        return state if whole else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
@@ -245,6 +253,31 @@ class DeadSteps(TrainerCallback):
             control.should_training_stop = True
 
 
+class KeptText(TrainerCallback):
+    """Ends a run once the base's own answers to everyday requests are less likely than `keep_text` allows."""
+
+    def __init__(self, trainer: Any, limit: float) -> None:
+        self.trainer, self.limit = trainer, limit
+        self.text: BaseText | None = None
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        model, reader = self.trainer.model, self.trainer.processing_class
+        if self.text is None:
+            with model.disable_adapter():
+                self.text = BaseText.of(model, reader, everyday_requests("validation", 32))
+        loss = self.text.loss(model, reader)
+        self.trainer.log({"eval_text_loss": loss})
+        if loss > self.limit:
+            worst = -math.inf if args.greater_is_better else math.inf
+            metrics[f"eval_{args.metric_for_best_model.removeprefix('eval_')}"] = worst  # never the best checkpoint
+            control.should_training_stop = True
+            logger.warning(
+                f"Training stops: the base's own answers to everyday requests are {loss:.1%} less likely, above "
+                f"keep_text={self.limit:.1%}. load_best_model_at_end takes an earlier checkpoint; beta > 0 or a lower "
+                "learning_rate keep more."
+            )
+
+
 class Run:
     """In front of a `transformers.Trainer`: whole checkpoints, early stopping, evaluation that changes nothing."""
 
@@ -343,10 +376,14 @@ class Run:
     def watch(self) -> None:
         """Add the callbacks of both trainers: readable lines, reports of dead steps, early stopping."""
         trainer: Any = self
+        if isinstance(trainer.eval_dataset, Sized) and not len(trainer.eval_dataset):
+            raise ValueError("`eval_dataset` has no rows, of which no mean can be taken: leave it out, or fill it.")
         for theirs, line in ((ProgressCallback, LineOnBar), (PrinterCallback, Line)):
             if trainer.pop_callback(theirs) is not None:
                 trainer.add_callback(line())
         trainer.add_callback(DeadSteps(self, trainer.args.stop_after_dead_steps))
+        if trainer.args.keep_text is not None:
+            trainer.add_callback(KeptText(self, trainer.args.keep_text))
         if trainer.args.early_stopping_patience is not None:
             trainer.add_callback(EarlyStoppingCallback(trainer.args.early_stopping_patience))
 
@@ -359,11 +396,13 @@ class Run:
 
 
 def check_counts(args: Any) -> None:
-    """Raise a `ValueError` for sizes below 1, in the settings of either trainer."""
-    names = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
-    names += ["num_generations", "rows_per_forward", "max_completion_length"]
-    names += ["early_stopping_patience", "stop_after_dead_steps"]
-    for name in names:
+    """Raise a `ValueError` for settings below their least values, in the settings of either trainer."""
+    ones = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
+    ones += ["num_generations", "rows_per_forward", "max_completion_length"]
+    ones += ["early_stopping_patience", "stop_after_dead_steps"]
+    for name, least in {**dict.fromkeys(ones, 1), "beta": 0, "reward_clip": 0, "keep_text": 0}.items():
         value = getattr(args, name, None)
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` must be 1 or more; got {value}.")
+        if value is not None and value < least:
+            raise ValueError(f"`{name}` must be {least} or more; got {value}.")
+    if args.max_steps == 0:  # transformers would train for num_train_epochs
+        raise ValueError("`max_steps` is 0, which trains nothing: set a number, or -1 for all of num_train_epochs.")

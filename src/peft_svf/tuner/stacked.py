@@ -19,7 +19,7 @@ from .basis import rescale
 from .config import SVFConfig
 from .layer import SVFLayer, capturing, key_of
 from .plans import Merged, refuse_second_derivative, transforming
-from .weights import FLOATS, offloaded
+from .weights import offloaded, readable
 
 SWAPPING = threading.RLock()  # While a module holds a rescaled stack, one thread runs it.
 
@@ -41,10 +41,10 @@ class ParamWrapper(nn.Module, SVFLayer):
         self.base_layer = base_layer
         self._refuse_offload()
         shape = self.base_weight.shape
-        if len(shape) not in (2, 3) or self.base_weight.dtype not in FLOATS:
+        if len(shape) not in (2, 3) or not readable(self.base_weight):
             raise ValueError(
                 f"Target parameter {parameter_name!r} of {type(self.get_base_layer()).__name__} has shape "
-                f"{tuple(shape)} and dtype {self.base_weight.dtype}: SVF adapts matrices (out, in) of 16 bits or more and "
+                f"{tuple(shape)} and dtype {self.base_weight.dtype}: SVF adapts floating point matrices (out, in) and "
                 "stacks of them (experts, out, in)."
             )
         self.matrices = shape[0] if len(shape) == 3 else 1

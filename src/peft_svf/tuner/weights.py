@@ -30,6 +30,10 @@ from .fingerprint import Fingerprint
 Known = dict[str, tuple[Basis, Fingerprint]]
 PACKED = 0.7  # 4 bits lose about 0.1 of a weight's norm, 2 bits 0.5; another weight differs by 1.4
 NARROW = {torch.bfloat16: "BF16", torch.float16: "F16"}  # as safetensors calls them
+PARALLEL = (
+    "SVF does not run on weights that tensor parallelism (`tp_plan`, `parallelize_module`) has split: singular "
+    "directions belong to the whole weight. Load the base without it; FSDP2, offload and quantised bases work."
+)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -78,22 +82,32 @@ def absent(layer: Any) -> bool:
     return layer.base_weight.is_meta and not offloaded(layer.get_base_layer())
 
 
-def refuse_zero3(weight: Tensor) -> None:
-    """Raise `ValueError` for a weight that DeepSpeed's ZeRO-3 has partitioned: nobody has run SVF on those."""
+def refuse_split(weight: Tensor, whole: bool = True) -> None:
+    """
+    Raise `ValueError` for a weight that DeepSpeed's ZeRO-3 or torch's tensor parallelism has split over processes.
+
+    FSDP2 splits weights too, but shows them `whole` while their module runs.
+    """
     if hasattr(weight, "ds_id"):
         raise ValueError(
             "SVF does not run on weights that DeepSpeed ZeRO-3 has partitioned. z-vectors are small: use DDP, ZeRO-1 "
             "or ZeRO-2, or FSDP2 (`torch.distributed.fsdp.fully_shard`) if the base model does not fit."
         )
+    if whole and isinstance(weight, DTensor):
+        raise ValueError(PARALLEL)
 
 
 def refuse_parallel(model: nn.Module) -> None:
-    """Raise `ValueError` for a model whose weights transformers' tensor parallelism has split over processes."""
-    if any((getattr(module, "_tp_size", None) or 1) > 1 for module in model.modules()):
-        raise ValueError(
-            "SVF does not run on weights that tensor parallelism (`tp_plan`) has split: singular directions belong to "
-            "the whole weight. Load the base without `tp_plan`; FSDP2, offload and quantised bases work."
-        )
+    """Raise `ValueError` for a model with weights that tensor parallelism has split over processes."""
+    split = any((getattr(module, "_tp_size", None) or 1) > 1 for module in model.modules())  # by transformers
+    sharded = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    if sharded:
+        from torch.distributed.fsdp import FSDPModule
+
+        fsdp = any(isinstance(module, FSDPModule) for module in model.modules())  # which is one of the ways to split
+        split |= any(sum(not place.is_replicate() for place in tensor.placements) > fsdp for tensor in sharded)
+    if split:
+        raise ValueError(PARALLEL)
 
 
 def refuse_unknown(module: nn.Module, name: str) -> None:
@@ -103,16 +117,24 @@ def refuse_unknown(module: nn.Module, name: str) -> None:
     Such modules scale or quantise their weight as they run (FP8, ternary), or compute it (parametrisations). PEFT's
     quantisation backends can read some of them.
     """
+    if resolve_quantization_backend(module) is not None:
+        return
     plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
     plain &= "forward" not in vars(module) or hasattr(module, "_hf_hook")  # accelerate's runs the class's own
-    weight = module._parameters.get("weight")
-    if resolve_quantization_backend(module) is None and not (plain and weight is not None and weight.dtype in FLOATS):
-        held = "a computed weight" if weight is None else str(weight.dtype).removeprefix("torch.")
+    if not (plain and readable(weight := module._parameters.get("weight"))):
+        held = "a computed weight" if weight is None else f"{weight.dtype}, {weight.layout}".replace("torch.", "")
         raise ValueError(
             f"Target module {name} is not supported: it is a {type(module).__name__} ({held}), which doesn't multiply "
-            "by its `weight` alone, so SVF cannot read the weight that it applies. Load the base unquantised, or "
-            "quantised by bitsandbytes, HQQ or torchao, or leave the module out of `target_modules`."
+            "by a `weight` of plain numbers alone, so SVF cannot read the weight that it applies. Load the base "
+            "unquantised, or quantised by bitsandbytes, HQQ or torchao, or leave the module out of `target_modules`."
         )
+
+
+def readable(weight: Tensor | None) -> bool:
+    """Whether a tensor holds the numbers of a matrix themselves: no scaled, sparse or empty ones."""
+    if weight is None or weight.dtype not in FLOATS or weight.layout != torch.strided:
+        return False
+    return hasattr(weight, "ds_id") or weight.numel() > 0  # ZeRO-3 empties it, see `refuse_split`
 
 
 def note_shared(model: nn.Module, layers: Mapping[str, Any]) -> None:
@@ -158,7 +180,7 @@ def values_of(layer: Any, name: str) -> Tensor:
     Raises:
         `ValueError`: if it is partitioned by ZeRO-3, or packed in a way that PEFT cannot unpack.
     """
-    refuse_zero3(layer.base_weight)
+    refuse_split(layer.base_weight, whole=False)
     backend = layer.quantization_backend
     with onloaded(layer.get_base_layer()):
         try:

@@ -35,16 +35,16 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList,
 )
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
-from transformers.generation.continuous_batching.requests import RequestStatus
 
 from ...evaluation import context_of
 from ...experts.expert import Mixture
 from ...rows import Prompt
-from ...tuner.layer import SVFLayer, active_rows
+from ...tuner.layer import SVFLayer
+from ...tuner.rows import active_rows
 from ...two_pass import Transformer2Model
 
 PAGE = 256  # tokens of a block of the cache, transformers' default
-KEPT = 256  # mixtures whose offsets are kept
+KEPT = 64  # mixtures whose offsets are kept
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Request:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     prompt_tokens: int = 0
-    new_tokens: int = 0
+    tokens: Sequence[int] = ()  # of the answer so far
     first: float | None = None  # time of the first token
     cancel: Callable[[], None] = field(default=lambda: None)
 
@@ -157,23 +157,24 @@ class Stops(asyncio.Queue[Any]):
 
     def put_nowait(self, item: Any) -> None:
         if type(item) is str:  # reasoning is a subclass
-            text = "" if self.stopped else self.waits + item
-            text, self.stopped = cut(text, self.stops) if text else ("", self.stopped)
-            parts = (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
-            keep = len(text) - (0 if self.stopped else max(parts, default=0))
-            item, self.waits = text[:keep], text[keep:]
-            if not item:
+            if self.stopped:
                 return
+            text = self.waits + item
+            item = cut(text, self.stops)
+            self.stopped = len(item) < len(text)
+            if not self.stopped:
+                parts = (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+                item = text[: len(text) - max(parts, default=0)]
+            self.waits = "" if self.stopped else text[len(item) :]
         elif self.waits:
             super().put_nowait(self.waits)
-            self.waits = ""
-        super().put_nowait(item)
+        if item != "":
+            super().put_nowait(item)
 
 
-def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """Cut a text at its first stop string; return it, and whether there was one."""
-    places = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return (text[: min(places)], True) if places else (text, False)
+def cut(text: str, stops: Sequence[str]) -> str:
+    """Cut a text at its first stop string."""
+    return text[: min([place for stop in stops if (place := text.find(stop)) >= 0], default=len(text))]
 
 
 class Engine(BaseGenerateManager):
@@ -201,6 +202,7 @@ class Engine(BaseGenerateManager):
         self._table: tuple[dict[int, dict[str, Tensor]], dict[str, Tensor]] = ({}, {})  # of the last step
         self._alone = GenerateManager()
         self.batch: _Batch | None = None
+        self.cache_bytes = 0
         if model.processor is None:
             self._check_layers()
             self.batch = _Batch(self.base, capacity, self._rows)
@@ -327,123 +329,86 @@ class Engine(BaseGenerateManager):
         request_id: str,
         response_parser: Any = None,
     ) -> tuple[asyncio.Queue[Any], Any]:
-        """Start to generate for the [`Request`] of this context; text and errors arrive in the queue."""
-        request = REQUEST.get()
+        """Start to generate for the [`Request`] of this context: its text and a final `None` arrive in the queue."""
+        request, batch = REQUEST.get(), self.batch
         self._fit(inputs, gen_config, request)
-        queue = Stops(request.stop)
-        if self.batch is None:
+        if batch is None:
             answerer, inputs = self._answerer(request, inputs)
-            return self._alone.generate_streaming(
-                answerer, processor, inputs, gen_config, request_id, response_parser=response_parser
-            )
+            return self._alone.generate_streaming(answerer, processor, inputs, gen_config, request_id, response_parser)
+        job, eos = self._job(inputs["input_ids"], gen_config, request), gen_config.eos_token_id
+        queue, loop = Stops(request.stop), asyncio.get_running_loop()
         tokenizer = getattr(processor, "tokenizer", processor)._tokenizer
-        loop = asyncio.get_running_loop()
-        streamer = CBStreamer(self.batch, request_id, tokenizer, loop, queue, response_parser=response_parser)
+        streamer = CBStreamer(batch, request_id, tokenizer, loop, queue, response_parser=response_parser)
 
         def receive(output: Any) -> None:
-            try:
-                streamer.put(output)
-            except Exception as error:
-                output.error = output.error or str(error)
+            if queue.stopped:
+                return
+            request.tokens, request.first = output.generated_tokens, request.first or time.perf_counter()
+            streamer.put(output)
             if output.error is not None:
                 queue.put_nowait(_StreamError(json.dumps(output.error)[1:-1]))  # transformers puts it into quotes
-            if not output.is_finished() and (queue.stopped or output.error is not None):
+            if queue.stopped and not output.is_finished():
                 request.cancel()
-                output.status = RequestStatus.FINISHED
-            if output.is_finished():
+            if queue.stopped or output.is_finished():
                 streamer.end()
 
-        self._submit(inputs["input_ids"], gen_config, request_id, request, receive)
+        batch.register_result_handler(request_id, receive)  # first, since a short answer may be there at once
+        request.cancel = lambda: batch.forget(request_id)
+        call = (inputs["input_ids"], request_id, gen_config.max_new_tokens)
+        if not (self.is_alive() and batch.add_request(*call, streaming=True, eos_token_id=eos, job=job)):
+            request.cancel()
+            raise CBWorkerDeadError("The server is stopping or has failed: ask another one.")
         return queue, streamer
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: GenerationConfig, request_id: str
-    ) -> tuple[str, int, Any]:
+    ) -> tuple[str, int, Sequence[int]]:
         """Generate for the [`Request`] of this context; return text, length of the prompt, and new tokens."""
+        queue, _ = self.generate_streaming(model, processor, inputs, gen_config, request_id)
+        while (item := await queue.get()) is not None:
+            if isinstance(item, _StreamError):
+                raise RuntimeError(item.msg) if self.is_alive() else CBWorkerDeadError(item.msg)
         request = REQUEST.get()
-        self._fit(inputs, gen_config, request)
-        if self.batch is None:
-            answerer, inputs = self._answerer(request, inputs)
-            text, length, ids = await self._alone.generate_non_streaming(
-                answerer, processor, inputs, gen_config, request_id
-            )
-            request.new_tokens = len(ids)
-            return cut(text, request.stop)[0], length, ids
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        tail = max((4 * len(stop) + 8 for stop in request.stop), default=0)  # a character has at most four tokens
-
-        def receive(output: Any) -> None:
-            end = processor.decode(output.generated_tokens[-tail:], skip_special_tokens=True) if tail else ""
-            stopped = cut(end, request.stop)[1]
-            if stopped and not output.is_finished():
-                request.cancel()
-            if not future.done() and (stopped or output.error is not None or output.is_finished()):
-                future.set_result(output)
-
-        self._submit(inputs["input_ids"], gen_config, request_id, request, receive)
-        output = await future
-        if output.error is not None:
-            raise CBWorkerDeadError(output.error) if not self.is_alive() else RuntimeError(output.error)
-        text = processor.decode(output.generated_tokens, skip_special_tokens=True)
-        return cut(text, request.stop)[0], len(inputs["input_ids"]), output.generated_tokens
+        text = processor.decode(request.tokens, skip_special_tokens=True)
+        return cut(text, request.stop), request.prompt_tokens, request.tokens
 
     def _fit(self, inputs: Any, config: GenerationConfig, request: Request) -> None:
         """Settle how many tokens a request may add; a `ValueError` if it doesn't fit."""
-        ids = inputs["input_ids"]
+        ids, most, asked = inputs["input_ids"], self.capacity.new_tokens, request.max_new_tokens
         length = ids.shape[-1] if isinstance(ids, Tensor) else len(ids)
         room = min(self.context or self.capacity.cache_tokens, self.capacity.cache_tokens) - length
-        asked = request.max_new_tokens
-        if asked is not None and asked > self.capacity.new_tokens:
-            raise ValueError(f"This server writes at most {self.capacity.new_tokens} tokens, not {asked}.")
+        if asked is not None and asked > most:
+            raise ValueError(f"This server writes at most {most} tokens, not {asked}.")
         if room < (asked or 1):
             raise ValueError(f"The prompt has {length} tokens and leaves room for {max(room, 0)}, not {asked or 1}.")
-        config.max_new_tokens = asked or min(self.capacity.new_tokens, room)
-        request.prompt_tokens = length
+        config.max_new_tokens, request.prompt_tokens = asked or min(most, room), length
 
-    def _submit(
-        self, ids: list[int], config: GenerationConfig, name: str, request: Request, receive: Callable[[Any], None]
-    ) -> None:
-        """Put a request into the batch; each step calls `receive` with what it has written so far."""
-        batch = self.batch
-        assert batch is not None
+    def _job(self, ids: list[int], config: GenerationConfig, request: Request) -> Job:
         processors = self.base._get_logits_processor(config, len(ids))
         if processors:  # what a request sets wrongly fails here, not in a step of all
             processors(torch.tensor([ids]), torch.zeros(1, self.base.config.get_text_config().vocab_size))
         generator = torch.Generator()
         generator.manual_seed(request.seed % 2**63) if request.seed is not None else generator.seed()
-        job = Job(request.offsets, processors, bool(config.do_sample), generator)
-
-        def count(output: Any) -> None:
-            request.new_tokens = len(output.generated_tokens)
-            request.first = request.first or time.perf_counter()
-            receive(output)
-
-        batch.register_result_handler(name, count)  # first, since a short answer may be there at once
-        request.cancel = lambda: batch.forget(name)
-        eos = config.eos_token_id
-        added = self.is_alive() and batch.add_request(
-            ids, name, config.max_new_tokens, streaming=True, eos_token_id=eos, job=job
-        )
-        if not added:
-            request.cancel()
-            raise CBWorkerDeadError("The server is stopping or has failed: ask another one.")
+        return Job(request.offsets, processors, bool(config.do_sample), generator)
 
     def _answerer(self, request: Request, inputs: Any) -> tuple[Any, dict[str, Any]]:
         """What stands for the model where requests are answered one at a time: it generates with their mixture."""
         cancelled = threading.Event()
         request.cancel = cancelled.set
 
-        def generate(**kwargs: Any) -> Any:
+        def generate(**kwargs: Any) -> None:
             if request.seed is not None:
                 torch.manual_seed(request.seed % 2**63)
-            return self.model.answer([request.mixture], **kwargs)
+            self.model.answer([request.mixture], **kwargs)
 
-        def stop(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-            request.first = request.first or time.perf_counter()
-            request.new_tokens = ids.shape[1] - request.prompt_tokens
+        def follow(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            request.tokens, request.first = (
+                ids[0].tolist()[request.prompt_tokens :],
+                request.first or time.perf_counter(),
+            )
             return torch.full((len(ids),), cancelled.is_set(), device=ids.device)
 
-        return SimpleNamespace(generate=generate), {**inputs, "stopping_criteria": [stop]}
+        return SimpleNamespace(generate=generate), {**inputs, "stopping_criteria": [follow]}
 
 
 def _settle(future: "asyncio.Future[Any]", outcome: Any) -> None:

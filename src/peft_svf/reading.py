@@ -1,27 +1,134 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Prompts that several samples share -> one reading of each, when samples are drawn and when they are differentiated.
+Tokens -> what a causal model keeps of them, each prompt read once, and what all begin with once for all.
 
-Several completions of one prompt need its keys and values once, and a beginning that all prompts share, such as
-few-shot examples, is read once for all. Goes in: a causal model with a cache of keys and values, and padded prompts.
-Nothing here knows what a reward is.
+Choices, samples and generations go on from there. Goes in: a model with a cache of keys and values, and prompts as
+tokens. Nothing here knows a row, a task or a reward.
 """
 
+import copy
 import functools
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..evaluation import CACHES, Reading, cache_name, common_prefix, read_on, read_prompts, repeated, unwrapped
-
+# What `forward` and `generate` call a cache: since transformers 5.24; before; before, in models without attention.
+CACHES = ("cache", "past_key_values", "cache_params")
 # Arguments of the forward that begins a generation, if nothing but text is read.
 TEXT_ONLY = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict", *CACHES}
+
+
+def unwrapped(model: Any) -> PreTrainedModel:
+    """Return the transformers model inside the wrappers of distributed training and PEFT."""
+    model = extract_model_from_parallel(model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def cache_name(model: Any) -> str:
+    """Return which of [`CACHES`] a model takes and returns, by its forward's signature: code from the Hub may lag."""
+    takes = inspect.signature(unwrapped(model).forward).parameters
+    return next((name for name in CACHES if name in takes), CACHES[0])
+
+
+def _read(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+    """Read prompts `(N, P)`, behind a cache if there is one: logits `(N, 1, V)` of their last tokens, and a cache."""
+    # as an index: the slice that `1` stands for is not contiguous, and the head would be copied once per row
+    last = torch.tensor([ids.shape[1] - 1], device=ids.device)
+    output = read_on(model, ids, mask, cache, logits_to_keep=last)
+    cache = getattr(output, cache_name(model))
+    if cache is None or not cache.get_seq_length():  # a checkpointed layer
+        raise ValueError("Scoring choices shares the prompt's cache: turn gradient checkpointing off.")
+    return output.logits, cache
+
+
+def read_on(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any, **kwargs: Any) -> Any:
+    """Call the model on the last `ids.shape[1]` places of `mask`, with the positions that padding calls for."""
+    if "position_ids" in inspect.signature(unwrapped(model).forward).parameters:
+        kwargs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return model(input_ids=ids, attention_mask=mask, use_cache=True, **{cache_name(model): cache}, **kwargs)
+
+
+def context_of(model: Any) -> int | None:
+    """Return the number of tokens that a model can see; `None` if its config sets no limit."""
+    return getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
+
+
+class Reading(NamedTuple):
+    """
+    What a model keeps of prompts that it has read.
+
+    Args:
+        mask (`torch.Tensor` of shape `(N, P)`): 0 at padding, which stands on the left.
+        logits (`torch.Tensor` of shape `(N, vocabulary)`): Of the token after each prompt.
+        cache (`Cache`): Keys and values of the `P` places.
+    """
+
+    mask: Tensor
+    logits: Tensor
+    cache: Any
+
+
+def read_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], pad: int = 0, members: int = 1) -> Reading:
+    """
+    Read each prompt once, and what all of them begin with once for all. Gradients flow.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            As in [`peft_svf.evaluation.choice_logps`].
+        prompts (`Sequence[list[int]]`):
+            Tokens, at least one each.
+        pad (`int`):
+            Token that fills shorter prompts.
+        members (`int`):
+            As in [`peft_svf.evaluation.choice_logps`].
+
+    Returns:
+        [`Reading`] of `members * len(prompts)` prompts, those of the first member first.
+
+    Raises:
+        `ValueError`: if gradient checkpointing is on.
+    """
+    device, width, cache = next(model.parameters()).device, max(map(len, prompts)), None
+    window = getattr(unwrapped(model).config.get_text_config(), "sliding_window", None) or width
+    shared = common_prefix(prompts) if width <= window else 0  # a window's places are gone once it has slid on
+    if shared:
+        begin = torch.tensor([prompts[0][:shared]] * members, device=device)  # (M, shared)
+        _, cache = _read(model, begin, torch.ones_like(begin))
+        cache.batch_repeat_interleave(len(prompts))
+    rest = [[pad] * (width - len(prompt)) + prompt[shared:] for prompt in prompts]
+    seen = [[1] * shared + [0] * (width - len(prompt)) + [1] * (len(prompt) - shared) for prompt in prompts]
+    mask = torch.tensor(seen * members, device=device)  # (M * N, P), the padding behind what is shared
+    logits, cache = _read(model, torch.tensor(rest * members, device=device), mask, cache)
+    if shared and not mask.all():
+        mask, order = mask.sort(dim=-1, stable=True)  # the padding comes first
+        for layer in cache.layers:
+            places = order[:, None, :, None]
+            layer.keys = layer.keys.take_along_dim(places, dim=2)
+            layer.values = layer.values.take_along_dim(places, dim=2)
+    return Reading(mask, logits[:, -1], cache)
+
+
+def common_prefix(prompts: Sequence[list[int]]) -> int:
+    """Count the tokens that all prompts begin with; one token of each prompt is left out."""
+    same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+    return min(len(list(same)), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
+
+
+def repeated(cache: Any, rows: Tensor) -> Any:
+    """Return the given rows of a key/value cache, as a cache of its own."""
+    cache = copy.copy(cache)
+    cache.layers = [copy.copy(layer) for layer in cache.layers]
+    cache.batch_select_indices(rows)
+    return cache
 
 
 class Prompts(NamedTuple):
@@ -87,7 +194,7 @@ def shared_prompts(model: Any, members: int = 1) -> Iterator[None]:
         model (`PreTrainedModel` or `PeftModel`):
             Causal language model.
         members (`int`):
-            Copies of the rows in the batch, each under another adapter, as in [`choice_logps`].
+            Copies of the rows in the batch, each under another adapter, as in [`peft_svf.evaluation.choice_logps`].
     """
     inner, name = unwrapped(model), cache_name(model)
     if not can_share(model):
@@ -169,14 +276,3 @@ def completion_logps(
         logps = torch.cat([logps, rest.log_probs], dim=1)
         entropies = torch.cat([entropies, rest.entropy], dim=1)
     return logps * mask, entropies * mask
-
-
-__all__ = [
-    "Prompts",
-    "can_share",
-    "checkpoints_activations",
-    "completion_logps",
-    "distinct_prompts",
-    "distinct_rows",
-    "shared_prompts",
-]

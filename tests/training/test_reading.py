@@ -13,14 +13,14 @@ from trainers import trainer_of as reinforce
 from trl.trainer.utils import add_fused_lm_head
 
 from peft_svf import SVFConfig
-from peft_svf.training.evolution import EvolutionConfig, EvolutionTrainer
-from peft_svf.training.rollout import (
+from peft_svf.reading import (
     can_share,
     checkpoints_activations,
     completion_logps,
     distinct_prompts,
     shared_prompts,
 )
+from peft_svf.training.evolution import EvolutionConfig, EvolutionTrainer
 
 KINDS = ["llama", "qwen2", "gpt2", "opt", "gemma3_text", "phi3", "mixtral", "qwen3_moe"]
 BEGIN = [5, 9, 11, 4]

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of routing by keys in one pass: deciding in flight, by early exit and before the answer are the same."""
+
+import pico
+import pytest
+import tiny_experts
+import torch
+from peft import get_peft_model
+from tiny_model import tiny_tokenizer
+from transformers import AutoModelForCausalLM, TextIteratorStreamer, pipeline
+
+from peft_svf import Expert, SVFConfig, Transformer2Model
+from peft_svf.adaptation import FirstPass, in_flight
+from peft_svf.adaptation.in_flight import first_block
+from peft_svf.experts.key import make_key
+
+KINDS = ["llama", "gpt2", "gemma3_text"]
+ASKED = {
+    "digits": ["12 + 7 = 19", "3 * 14 = 42", "99 - 1 = 98", "5 / 2 = 2.5", "7 + 7 + 7 = 21", "1000 - 1 = 999"],
+    "shouts": ["HELP ME NOW", "STOP THIS", "WHERE ARE YOU", "GO AWAY", "READ THE SIGN", "NOBODY KNOWS"],
+}
+TEXTS = (ASKED["digits"][1], ASKED["shouts"][2], "what a quiet day", ASKED["digits"][2])
+CHATS = [[{"role": "user", "content": text}] for text in TEXTS]
+CHOICES = ["digits", "shouts", "other", "digits"]
+MORE = {"max_new_tokens": 6, "min_new_tokens": 6}
+
+
+def base(kind="llama"):
+    """A tiny model of four blocks with the tokenizer's vocabulary."""
+    depth = "n_layer" if kind == "gpt2" else "num_hidden_layers"
+    config = pico.config(kind)
+    config.vocab_size = len(tiny_tokenizer())
+    setattr(config, depth, 4)
+    setattr(config, "n_positions" if kind == "gpt2" else "max_position_embeddings", 128)
+    if hasattr(config, "layer_types"):
+        config.layer_types = (config.layer_types * 2)[:4]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.config._name_or_path = model.name_or_path = f"tiny {kind}"
+    return model
+
+
+def experts(folder, kind="llama", layers=(1, 2, 3), pooling="both"):
+    """Two experts that move some blocks, with keys of what they are for."""
+    made = []
+    for seed, (name, prompts) in enumerate(ASKED.items()):
+        path = tiny_experts.write(folder, name, seed, base(kind), layers_to_transform=list(layers))
+        key = make_key(base(kind), tiny_tokenizer(), prompts, block=1, pooling=pooling)
+        made.append(Expert(name, (loaded := Expert.load(path)).offsets, loaded.config, key=key))
+    return made
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    return Transformer2Model(base(request.param), tiny_tokenizer(), experts(folder, request.param))
+
+
+def batch(model, chats=CHATS):
+    options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True, "padding": True}
+    return model.tokenizer.apply_chat_template(chats, **options)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Counts the decisions that are made in flight and by a forward of their own."""
+    counts = {"in flight": 0, "early exit": 0}
+
+    def counting(name, run):
+        def counted(*args, **kwargs):
+            counts[name] += 1
+            return run(*args, **kwargs)
+
+        return counted
+
+    monkeypatch.setattr("peft_svf.two_pass.deciding", counting("in flight", in_flight.deciding))
+    from peft_svf import two_pass
+
+    monkeypatch.setattr("peft_svf.two_pass.key_scores", counting("early exit", two_pass.key_scores))
+    return counts
+
+
+def assert_all_ways_agree(model, settings, passes, monkeypatch, way="in flight", seed=None):
+    """Decide in flight, by early exit, and beforehand; the decisions and tokens are the same."""
+    inputs, outputs, records = batch(model), [], []
+    with monkeypatch.context() as patch:
+        for ahead in (False, True):
+            if ahead:
+                patch.setattr("peft_svf.two_pass.can_decide", lambda *_: False)
+            if seed is not None:
+                torch.manual_seed(seed)
+            output, mixtures = model.generate(**inputs, **settings, return_dispatch=True)
+            outputs.append(output)
+            records.append([mixture.record() for mixture in mixtures])
+    mixtures = model.first_pass(CHATS)
+    if seed is not None:
+        torch.manual_seed(seed)
+    outputs.append(model.generate(**inputs, **settings, mixture=mixtures))
+    assert passes == {way: 1, "early exit": 1} if way == "in flight" else {"in flight": 0, "early exit": 2}
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+    assert [record["choice"] for record in records[0]] == [m.choice for m in mixtures] == CHOICES
+    for mine, theirs in zip(records[0], records[1], strict=True):
+        assert mine["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-4)
+
+
+IN_FLIGHT = {
+    "greedy": {"do_sample": False},
+    "merged": {"do_sample": False, "max_new_tokens": 33},
+    "beams": {"num_beams": 3, "do_sample": False},
+    "returned sequences": {"num_beams": 4, "num_return_sequences": 2, "do_sample": False},
+    "static cache": {"do_sample": False, "cache_implementation": "static"},
+    "no cache": {"do_sample": False, "use_cache": False},
+}
+ELSEWHERE = {
+    "chunked prefill": {"do_sample": False, "prefill_chunk_size": 5},
+}
+
+
+@pytest.mark.parametrize("case", IN_FLIGHT)
+def test_in_flight_early_exit_and_two_passes_agree(model, case, passes, monkeypatch):
+    assert_all_ways_agree(model, {**MORE, **IN_FLIGHT[case]}, passes, monkeypatch)
+
+
+def test_samples_agree_for_a_seed(model, passes, monkeypatch):
+    settings = {**MORE, "do_sample": True, "num_return_sequences": 2}
+    assert_all_ways_agree(model, settings, passes, monkeypatch, seed=3)
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_what_cannot_be_decided_in_flight_is_decided_before(model, case, passes, monkeypatch):
+    assert_all_ways_agree(model, {**MORE, **ELSEWHERE[case]}, passes, monkeypatch, way="early exit")
+
+
+def test_assisted_decoding_agrees(model, passes):
+    inputs, greedy = batch(model, CHATS[:1]), {**MORE, "do_sample": False}
+    expected = model.generate(**inputs, **greedy)
+    assert passes["in flight"] == 1
+    assert torch.equal(model.generate(**inputs, **greedy, prompt_lookup_num_tokens=3), expected)
+    assert passes == {"in flight": 1, "early exit": 1}
+
+
+def test_a_row_gets_what_it_gets_alone(model):
+    greedy = {**MORE, "do_sample": False}
+    together = model.generate(**batch(model), **greedy)[:, -6:]
+    for row, chat in zip(together, CHATS, strict=True):
+        assert torch.equal(model.generate(**batch(model, [chat]), **greedy)[0, -6:], row)
+
+
+def test_a_stream_is_the_same_and_the_choice_comes_first(model):
+    inputs, greedy = batch(model, CHATS[:1]), {**MORE, "do_sample": False}
+    events = []
+
+    class Streamer(TextIteratorStreamer):
+        def on_finalized_text(self, text, stream_end=False):
+            events.append(text)
+
+    streamer = Streamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    output = model.generate(
+        **inputs, **greedy, streamer=streamer, on_dispatch=lambda chosen: events.append(chosen[0].choice)
+    )
+    text = model.tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    assert events[0] == "digits" and "".join(events[1:]) == text
+
+
+def test_a_compiled_model_decides_before(tmp_path, passes):
+    model = Transformer2Model(base(), tiny_tokenizer(), experts(tmp_path))
+    expected = model.generate(**batch(model), **MORE, do_sample=False)
+    model.get_base_model().compile(backend="eager")
+    output, again = model.generate(**batch(model), **MORE, do_sample=False, return_dispatch=True)
+    assert torch.equal(output, expected) and [m.choice for m in again] == CHOICES
+    assert passes == {"in flight": 1, "early exit": 1}
+
+
+def test_experts_of_lower_blocks_are_decided_before(tmp_path, passes):
+    model = Transformer2Model(base(), tiny_tokenizer(), experts(tmp_path, layers=(0, 2)))
+    assert first_block(model.library) == 0
+    output, mixtures = model.generate(**batch(model), **MORE, do_sample=False, return_dispatch=True)
+    assert [m.choice for m in mixtures] == CHOICES and passes == {"in flight": 0, "early exit": 1}
+    assert torch.equal(output, model.generate(**batch(model), **MORE, do_sample=False, mixture=mixtures))
+
+
+def test_an_expert_that_moves_another_weight_than_the_blocks_is_decided_before(tmp_path):
+    model = get_peft_model(base("gpt2"), SVFConfig(task_type="CAUSAL_LM", target_modules=["mlp.c_fc"]))
+    library = Transformer2Model(model, tiny_tokenizer()).library
+    assert first_block(library) == 0
+    key, name = library.expert("default"), "transformer.wte_projection"
+    library._experts["default"] = Expert("default", {name: key.offsets["transformer.h.0.mlp.c_fc"]})
+    assert first_block(library) == -1
+
+
+def test_ids_without_a_template_are_read_as_a_users_turn(model, passes):
+    plain = [chat[0]["content"] for chat in CHATS]
+    ids = model.tokenizer(plain, return_tensors="pt", padding=True)
+    _, mixtures = model.generate(**ids, **MORE, do_sample=False, return_dispatch=True)
+    assert [m.choice for m in mixtures] == [m.choice for m in model.first_pass(plain)] == CHOICES
+    assert passes == {"in flight": 0, "early exit": 1}
+
+
+def test_the_pipeline_decides_in_flight_and_records_it(model, passes):
+    pipe = pipeline("transformer2", model=model, batch_size=4)
+    outputs = pipe(CHATS, **MORE, do_sample=False, return_dispatch=True)
+    assert [output[0]["dispatch"]["choice"] for output in outputs] == CHOICES
+    assert passes == {"in flight": 1, "early exit": 0}
+
+
+def test_after_an_exception_the_model_is_the_base_model(model):
+    inputs = batch(model)
+    before = model(**inputs).logits
+
+    def stop(chosen):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(**inputs, **MORE, on_dispatch=stop)
+    assert torch.equal(model(**inputs).logits, before)
+    assert not any(block._forward_pre_hooks for block in model.get_base_model().modules())
+
+
+def test_a_choice_in_flight_answers_as_the_named_expert(model):
+    inputs = batch(model)
+    named = model.generate(**inputs, **MORE, do_sample=False, expert=CHOICES)
+    assert torch.equal(model.generate(**inputs, **MORE, do_sample=False), named)
+
+
+def test_settings_of_the_first_pass_hold_in_flight(model, passes):
+    threshold = FirstPass("key", threshold=1.1)
+    _, base_only = model.generate(**batch(model), **MORE, first_pass=threshold, return_dispatch=True)
+    assert all(mixture.alpha == {} for mixture in base_only)
+    _, soft = model.generate(**batch(model), **MORE, first_pass=FirstPass("key", soft=True), return_dispatch=True)
+    assert all(0 < sum(mixture.alpha.values()) < 1 for mixture in soft)
+    assert passes["in flight"] == 2
