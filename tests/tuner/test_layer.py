@@ -84,14 +84,16 @@ def test_init_weights_false_draws_a_z_that_moves_the_output(side):
 @both_sides
 @pytest.mark.parametrize("emulated", [False, True])
 def test_a_bfloat16_base_is_close_for_inputs_of_any_dtype_and_the_base_at_z_of_ones(side, emulated, monkeypatch):
-    monkeypatch.setattr(plans, "emulates", lambda dtype: emulated)
+    monkeypatch.setattr(plans, "emulates", lambda dtype: emulated and dtype == BF16)
     model, layer, plain = adapted(side=side, dtype=BF16)
-    assert layer.svf_basis.dtype == (FP32 if emulated else BF16) and layer.svf_offset["default"].weight.dtype == FP32
+    assert layer.svf_basis.dtype == BF16 and layer.svf_offset["default"].weight.dtype == FP32
     x = tokens(layer, 3, 4)
     assert torch.equal(model(x.to(BF16)), plain(x.to(BF16)))
     z = set_z(layer, z_vector(layer.directions))
     for dtype in (FP32, BF16):
         close(model(x.to(dtype)), expected_output(plain, z, x.to(dtype)), BF16)
+    many = tokens(layer, 9, 5).to(BF16)
+    close(model.train()(many), expected_output(plain, z, many), BF16)
 
 
 # --- merge and unmerge
@@ -271,6 +273,44 @@ def test_a_weight_that_modules_share_is_not_merged_and_stays_as_it_is():
         with pytest.raises(ValueError, match=r"a\.weight and b\.weight share one weight"):
             merge()
     assert torch.equal(weight, pristine) and torch.equal(model(x), before)
+
+
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def patched(linear):
+    linear.forward = lambda x: 2 * nn.functional.linear(x, linear.weight, linear.bias)
+    return linear
+
+
+def in_fp8(linear):
+    linear.weight = nn.Parameter(linear.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    return linear
+
+
+UNREADABLE = {
+    "another product": lambda: Doubling(7, 5),
+    "a forward of the instance": lambda: patched(nn.Linear(7, 5)),
+    "a computed weight": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(7, 5)),
+    "float8 without its scales": lambda: in_fp8(nn.Linear(7, 5)),
+}
+
+
+@pytest.mark.parametrize("make", UNREADABLE.values(), ids=UNREADABLE)
+def test_a_module_whose_weight_is_not_what_multiplies_is_refused(make):
+    base = nn.Sequential(make())
+    with pytest.raises(
+        ValueError, match=r"Target module 0 is not supported.*doesn't multiply by a `weight` of plain numbers"
+    ):
+        get_peft_model(base, SVFConfig(target_modules=["0"]))
+
+
+def test_a_stack_in_float8_is_refused_as_its_scales_are_elsewhere():
+    base = nn.Sequential(in_fp8(nn.Linear(7, 5)))
+    with pytest.raises(ValueError, match=r"'weight' of Linear has shape .* and dtype torch\.float8_e4m3fn"):
+        get_peft_model(base, SVFConfig(target_modules=[], target_parameters=["0.weight"]))
 
 
 def test_a_module_at_two_places_is_refused_and_the_base_stays():
