@@ -42,7 +42,7 @@ WINGS = {
         ["library", "hub", "transfer", "export", "convert"],
         ["gguf", "bundle"],
     ],
-    "training": [["run"], ["reinforce", "evolution", "result"]],
+    "training": [["run"], ["objective", "evolution", "result"], ["reinforce"]],
     "adaptation": [["probe", "search"], ["judge", "router"], ["first_pass"], ["few_shot", "in_flight"]],
 }
 RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}

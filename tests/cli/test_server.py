@@ -5,6 +5,7 @@ import asyncio
 import base64
 import io
 import json
+import logging
 import random
 import socket
 import threading
@@ -13,9 +14,11 @@ import time
 import pytest
 import seeing
 import tiny_experts
+import transformers
+from command_line import run as command
 from tiny_model import tiny_tokenizer
 
-from peft_svf import Transformer2Model
+from peft_svf import Mixture, Transformer2Model
 
 app = pytest.importorskip("peft_svf.cli.serving.app")
 httpx = pytest.importorskip("httpx")
@@ -346,13 +349,15 @@ def test_a_name_never_becomes_a_path(gate, folder):
     (folder.parent / "outside").mkdir(exist_ok=True)
     wrong = ["../outside", str(folder / "kinds"), ".", "..", "kinds/../kinds", "", "kinds/", None, 3, ["kinds"]]
     responses = run(gate, *(("POST", "/v1/experts", {"source": source}) for source in wrong), key=ADMIN)
-    assert [response.status_code for response in responses] == [404] * len(wrong)
+    assert [response.status_code for response in responses] == [400] * len(wrong)
     taken, unknown = run(
         gate,
         ("POST", "/v1/experts", {"source": "kinds", "name": "math"}),
         ("DELETE", "/v1/experts/nobody", None),
         key=ADMIN,
     )
+    for name in ("auto", "base", tiny_experts.BASE, "a\nb", 3, ["x"]):
+        assert run(gate, ("POST", "/v1/experts", {"source": "kinds", "name": name}), key=ADMIN)[0].status_code == 400
     assert taken.status_code == unknown.status_code == 400 and "is called 'math'" in taken.json()["error"]["message"]
 
 
@@ -459,3 +464,30 @@ def test_a_model_that_sees_answers_one_request_at_a_time(tmp_path_factory, strea
     (response,) = run(gate, chat(model="math", messages=messages))
     assert response.status_code == 400 and "data: URLs" in response.json()["error"]["message"]
     assert text(run(gate, chat(model="auto"))[0])
+
+
+def test_the_verb_serves_a_bundle_to_those_with_a_key(folder, tmp_path, monkeypatch, capsys):
+    uvicorn = pytest.importorskip("uvicorn")
+    tiny_experts.base().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "keys").write_text(f"{KEY}\nanother\n")
+    Mixture({"math": 0.5, "code": 0.5}).save(tmp_path / "half.json")
+    monkeypatch.setenv("PEFT_SVF_ADMIN_KEYS", ADMIN)
+    monkeypatch.setattr(transformers.utils.logging, "set_verbosity_error", lambda: None)  # it stays set
+    answers = {}
+
+    def ask(gate, **settings):
+        listed, half, wrong = run(gate, ("GET", "/v1/models", None), chat(model="half"), chat(max_tokens=20))
+        answers.update(settings, names=[entry["id"] for entry in listed.json()["data"]], status=wrong.status_code)
+        answers.update(half=half.json()["dispatch"]["mixture"], stranger=run(gate, chat(), key="x")[0].status_code)
+
+    monkeypatch.setattr(uvicorn, "run", ask)
+    experts = [f"--experts={folder / name}" for name in ("math", "code")]
+    more = ["--mixtures", f"half={tmp_path / 'half.json'}", "--api-keys", tmp_path / "keys", "--new-tokens", 16]
+    monkeypatch.setattr(logging.getLogger("peft_svf.cli.serving"), "handlers", [])
+    code, out, err = command(capsys, "serve", tmp_path / "base", *experts, *more, "--port", 8001)
+    assert code == 0 and "http://127.0.0.1:8001/v1" in out and "16384 tokens" in out, err
+    assert answers["names"][:1] == ["auto"] and answers["names"][2:] == ["code", "math", "half"]
+    assert (answers["half"], answers["status"], answers["stranger"]) == ({"math": 0.5, "code": 0.5}, 400, 401)
+    lines = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
+    assert len(lines) == 4 and KEY not in err and "3 + 4" not in err

@@ -146,7 +146,7 @@ def test_one_completion_a_prompt_is_accepted(estimator):
 
 
 def test_one_row_on_each_of_several_processes_is_a_batch(monkeypatch):
-    monkeypatch.setattr("peft_svf.training.reinforce._world", lambda: 2)  # as launchers announce it
+    monkeypatch.setattr("peft_svf.training.objective._world", lambda: 2)  # as launchers announce it
     monkeypatch.setattr(ReinforceConfig, "world_size", property(lambda self: 2))  # as TRL counts, once it has started
     config = config_of(num_generations=1, advantage_estimator="batch", per_device_train_batch_size=1)
     assert (config.num_generations, config.generation_batch_size) == (1, 2)
@@ -654,6 +654,7 @@ def test_the_plan_counts_the_forwards_of_a_whole_step(tmp_path):
 
 def test_importing_training_without_trl_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
-    monkeypatch.delitem(sys.modules, "peft_svf.training.reinforce")
+    for name in ("objective", "reinforce"):
+        monkeypatch.delitem(sys.modules, f"peft_svf.training.{name}")
     with pytest.raises(ImportError, match=r"pip install 'peft-svf\[train\]'"):
         importlib.import_module("peft_svf.training.reinforce")

@@ -252,8 +252,8 @@ def test_the_basis_of_a_narrow_load_is_that_of_the_file_to_the_bit(folder):
     config = SVFConfig(basis_from="checkpoint", basis_dtype="float32")
     for name, layer in svf_layers(get_peft_model(from_disk(folder, BF16, hf.AutoModel), config)).items():
         assert torch.equal(layer.svf_basis, wide[f"model.{name}"].svf_basis)
-    for name, layer in narrow.items():  # kept in the dtype of the base, if this CPU computes in it
-        assert torch.equal(layer.svf_basis.bfloat16(), wide[name].svf_basis.bfloat16())
+    for name, layer in narrow.items():  # kept in the dtype of the base
+        assert layer.svf_basis.dtype == BF16 and torch.equal(layer.svf_basis, wide[name].svf_basis.bfloat16())
         assert layer.svf_fingerprint.sha256 == wide[name].svf_fingerprint.sha256
 
 

@@ -354,8 +354,7 @@ def test_without_memory_auto_is_narrow(monkeypatch, caplog):
     assert adapter.svf_memory()["total"]["merged"] == 0
 
 
-def test_values_are_compared_once_per_forward_where_comparing_waits(monkeypatch):
-    monkeypatch.setattr(model, "_waits", lambda device: True)
+def test_values_are_compared_once_per_call():
     adapter = get_peft_model(build("llama"), SVFConfig(plan="merged")).eval()
     expected = logits(adapter)
     layers = list(svf_layers(adapter).values())
@@ -444,6 +443,16 @@ def test_memory_is_counted_to_the_byte_and_given_back():
     logits(adapter)
     adapter.set_plan("narrow")
     assert adapter.svf_memory() == expected() and "plan='narrow'" in repr(adapter)
+
+
+def test_generation_keeps_one_copy_of_each_weight_however_often_z_changes():
+    adapter, kept = get_peft_model(build("llama"), SVFConfig()).eval(), []
+    for seed in range(3):
+        randomize(adapter, seed=seed)
+        adapter.generate(input_ids=inputs(adapter)["input_ids"][:, : 3 + seed], max_new_tokens=3, pad_token_id=0)
+        kept.append(adapter.svf_memory()["total"])
+    weights = sum(layer.base_layer.weight.nbytes for layer in svf_layers(adapter).values())
+    assert kept[0] == kept[1] == kept[2] and (kept[0]["merged"], kept[0]["factored"]) == (weights, 0)
 
 
 def test_auto_merges_in_evaluation_logs_it_once_and_copies_and_buffers_keep_nothing_of_it(caplog):

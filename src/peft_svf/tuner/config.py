@@ -41,10 +41,9 @@ class SVFConfig(PeftConfig):
             Move only the `rank` largest singular values of each weight and keep the others as they are.
         basis_dtype (`str`):
             `"auto"` follows the base: `"bfloat16"` on a bfloat16 base, for half the memory and faster products, else
-            `"float32"` (also with `save_basis`, and on CPUs without instructions for bfloat16, where it is four times
-            as fast). Rounding the directions loses about .2 % of a learned change; z = 1 stays the base model to the
-            bit. The gradients of the smallest 5 % of singular values are then a third off (case B8 of
-            benchmarks/speed.py). The first adapter of a model decides.
+            `"float32"` (also with `save_basis`). Rounding the directions loses about .2 % of a learned change; z = 1
+            stays the base model to the bit. The gradients of the smallest 5 % of singular values are then a third
+            off (case B8 of benchmarks/speed.py). The first adapter of a model decides.
         plan (`str`):
             How the layers compute. `"auto"` decides for each forward: on a merged copy of the weight in inference and
             in training steps of enough tokens, by two thin products beside the base layer otherwise, through the two
@@ -123,13 +122,6 @@ class SVFConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return what is saved: everything but `plan`, which belongs to a machine and not to an expert."""
         return {key: value for key, value in super().to_dict().items() if key != "plan"}
-
-    @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """Drop the fields of old versions, whose only remaining form is the default; PEFT warns of unknown ones."""
-        if kwargs.get("parametrization") == "offset":
-            kwargs = {name: value for name, value in kwargs.items() if name not in ("parametrization", "limit")}
-        return kwargs
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:

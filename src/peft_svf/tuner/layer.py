@@ -30,6 +30,7 @@ from .plans import (
     Plan,
     choose,
     factored_linear,
+    fast,
     fold,
     merged_linear,
     split,
@@ -413,7 +414,7 @@ class Linear(nn.Module, SVFLayer):
             if rows is not None and not torch.is_grad_enabled():
                 factored.remember((rows, x.shape[:-1], self.execution.batch), rows.offsets, scale)
             return factored_linear(x, factored, scale)
-        Q = self._basis()
+        Q = fast(self._basis(), x.shape[:-1].numel())
         if self.side == "in":
             return self.base_layer(x + change(x, Q, spread), *args, **kwargs)
         y = self.base_layer(x, *args, **kwargs)

@@ -17,7 +17,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from . import plans
 from .basis import Basis, deviation, exact, tolerance
 from .cache import content_key
 from .config import SVFConfig
@@ -112,12 +111,10 @@ def give_bases(tuner: Any, known: Known) -> None:
             )
         layer.svf_fingerprint = fingerprint
         Q = basis.Q if needed == basis.Q.shape[-1] else basis.Q[..., :needed].clone()
-        device = layer.base_layer_device()
-        slow = device.type == "cpu" and plans.emulates(torch.bfloat16)
-        follows = layer.base_weight.dtype == torch.bfloat16 and not config.save_basis and not slow
+        follows = layer.base_weight.dtype == torch.bfloat16 and not config.save_basis
         if Q.dtype == torch.float32 and {"auto": follows, "bfloat16": True, "float32": False}[config.basis_dtype]:
             Q = Q.bfloat16()
-        layer.set_basis(Q.to(device), basis.S[..., :needed])
+        layer.set_basis(Q.to(layer.base_layer_device()), basis.S[..., :needed])
     tuner._waiting = waiting
     note_shared(tuner.model, svf_layers(tuner.model))
 

@@ -24,17 +24,11 @@ from torch import Tensor, nn
 from . import loading
 from .config import SVFConfig
 from .layer import BASE, Linear, SVFLayer, svf_layers
-from .plans import PLANS, Plan
+from .plans import PLANS, Plan, fast
 from .rows import TEXTS, Execution, active_rows, batch_of
 from .stacked import ParamWrapper
 from .targets import DEFAULT_TARGETS, adaptable, batch_first, default_targets, reads_weight
-from .weights import (
-    Known,
-    onloaded,
-    refuse_parallel,
-    refuse_unknown,
-    undo_cpu_packing,
-)
+from .weights import Known, onloaded, refuse_parallel, refuse_unknown, undo_cpu_packing
 
 logger = logging.getLogger(__name__)
 
@@ -133,12 +127,7 @@ class SVFModel(BaseTuner):
         self._follow(*(self._asked or (next(iter(self.peft_config.values())).plan, 1)))
 
     def check_fingerprint(self, adapter_name: str, config: SVFConfig) -> None:
-        """
-        Compare the fingerprint of a saved adapter with the weights of this model.
-
-        Raises:
-            `ValueError`: if the adapter belongs to another base. A config without a fingerprint fits every base.
-        """
+        """Raise a `ValueError` if a saved adapter belongs to another base; without a fingerprint it fits any."""
         loading.check_fingerprint(self, adapter_name, config)
 
     def set_plan(self, plan: Plan, forwards_per_step: int = 1) -> None:
@@ -269,7 +258,7 @@ class SVFModel(BaseTuner):
         if isinstance(target, BaseTunerLayer) and not isinstance(target, SVFLayer):
             raise ValueError(
                 f"Target module {current_key} carries an adapter of another method. SVF "
-                " rescales a weight, not what another method adds to it: merge that adapter first with "
+                "rescales a weight, not what another method adds to it: merge that adapter first with "
                 "`model.merge_and_unload()`, or leave the module out of `target_modules`."
             )
         if parameter_name is None and adaptable(target):
@@ -282,7 +271,8 @@ class SVFModel(BaseTuner):
         if reads_weight(self.model, parent, target_name):
             raise ValueError(
                 f"Target module {current_key} cannot be adapted: {type(parent).__name__} reads its weight without "
-                "running it, so z would change nothing. Leave it out of `target_modules`."
+                "running it, so z would change nothing. Leave it out of `target_modules`, or name it in "
+                "`exclude_modules`."
             )
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         if target is head and self.model.config.get_text_config().tie_word_embeddings:
@@ -374,7 +364,7 @@ class SVFModel(BaseTuner):
         Let the layers use what one call of the `PeftModel` knows for all of its forwards.
 
         Without gradients it is generation or scoring, in training mode too (TRL's rollouts): one z for what follows.
-        Merged weights are compared with their z all at once, on a GPU with one wait instead of one for each layer.
+        Merged weights are compared with their z all at once; on a GPU that is one wait instead of one for each layer.
 
         Raises:
             `ValueError`: after the call, if a parent has read the weight of an adapted layer that it didn't run.
@@ -382,7 +372,7 @@ class SVFModel(BaseTuner):
         execution = self.execution
         before = execution.generating, execution.trusted, execution.call, execution.called
         kept = [layer for layer in svf_layers(self.model).values() if layer.svf_merged is not None]
-        same = bool(kept) and not execution.rows and _waits(kept[0].svf_merged.offset.device) and _unchanged(kept)  # type: ignore[union-attr]
+        same = bool(kept) and not execution.rows and _unchanged(kept)
         self._calls = self._calls + 1
         execution.generating, execution.trusted, execution.call = not torch.is_grad_enabled(), same, self._calls
         execution.called = None if batch is None else batch[0]
@@ -420,7 +410,7 @@ def _room(layers: list[SVFLayer]) -> bool:
     needed: dict[torch.device, int] = defaultdict(int)
     for layer in layers:
         weight = layer.base_weight
-        needed[weight.device] += weight.numel() * weight.element_size()
+        needed[weight.device] += weight.numel() * fast(weight.new_empty(0)).element_size()
     free = {"cuda": lambda device: torch.cuda.mem_get_info(device)[0], "cpu": lambda _: virtual_memory().available}
     return all(2 * count <= free[device.type](device) for device, count in needed.items() if device.type in free)
 
@@ -432,17 +422,14 @@ def _entries(model: nn.Module) -> list[nn.Module]:
 
 
 def _unchanged(layers: list[SVFLayer]) -> bool:
-    """Whether all merged weights were built from the offsets in force, with one comparison."""
-    pairs = [(layer.svf_merged.offset, layer._active_offset()) for layer in layers if layer.svf_merged is not None]
-    known = [(built, now.detach()) for built, now in pairs if now is not None and built.shape == now.shape]
-    if len(known) < len(layers):
-        return False
-    return torch.equal(torch.cat([built for built, _ in known]), torch.cat([now for _, now in known]))
-
-
-def _waits(device: torch.device) -> bool:
-    """Whether comparing values makes Python wait for the device."""
-    return device.type != "cpu"
+    """Whether all merged weights were built from the offsets in force, with one comparison for each device."""
+    pairs: dict[torch.device, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for layer in layers:
+        built, now = layer.svf_merged.offset, layer._active_offset()  # type: ignore[union-attr]
+        if now is None or (built.shape, built.device) != (now.shape, now.device):
+            return False
+        pairs[now.device].append((built, now.detach()))
+    return all(torch.equal(*map(torch.cat, zip(*known, strict=True))) for known in pairs.values())
 
 
 def _pass_names(module: nn.Module, args: Any, kwargs: dict, names: list[str]) -> tuple[Any, dict]:

@@ -30,6 +30,7 @@ Plan = Literal["auto", "merged", "narrow", "factored"]
 PLANS = ("auto", "merged", "narrow", "factored")
 
 TAIL = 0.1  # of the median S: below it the gradient of z drowns in the rounding of g W (10-40 % in bfloat16)
+FEW = 32  # tokens for which upcasting a square factor of 576 to 4096 costs about what it saves
 TRANSPOSED_IS_SLOW = 2048  # directions from which a CPU takes 2.4 times as long for a transposed factor (at 4096)
 SMALL_Z = {torch.bfloat16: 0.25, torch.float16: 0.25, torch.float32: 1e-3, torch.float64: 1e-6}
 
@@ -127,9 +128,10 @@ def emulates(dtype: torch.dtype) -> bool:
     return dtype in names and not any(capabilities.get(name) for name in names[dtype])
 
 
-def fast(tensor: Tensor) -> Tensor:
-    """Upcast a 16-bit factor on a CPU that would emulate its products."""
-    return tensor.float() if tensor.device.type == "cpu" and emulates(tensor.dtype) else tensor
+def fast(tensor: Tensor, tokens: int = FEW) -> Tensor:
+    """Upcast a 16-bit factor on a CPU that would emulate its products, unless so few tokens do not repay it."""
+    slow = tokens >= FEW and tensor.device.type == "cpu" and emulates(tensor.dtype)
+    return tensor.float() if slow else tensor
 
 
 def version_of(tensor: Tensor) -> int:

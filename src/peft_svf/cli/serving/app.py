@@ -11,17 +11,18 @@ import inspect
 import json
 import logging
 import math
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from jinja2 import TemplateError
-from starlette.exceptions import HTTPException as HTTPError
+from prometheus_client import generate_latest
+from starlette.exceptions import HTTPException
 from transformers import PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
@@ -33,7 +34,7 @@ from transformers.cli.serving.utils import BaseHandler, CBWorkerDeadError, Gener
 from ...experts.expert import OTHER, Mixture
 from ...rows import Prompt
 from .engine import REQUEST, Engine
-from .gate import ANSWERS, Gate, Metrics, Rules, bears, error_body
+from .gate import ANSWERS, Gate, Metrics, Refused, Rules, bears, error_body
 
 logger = logging.getLogger(__name__)
 AUTO = "auto"
@@ -65,72 +66,65 @@ def build(engine: Engine, rules: Rules, folder: Path | None = None) -> Gate:
         rules ([`Rules`]): Keys and limits.
         folder (`Path`, *optional*): Experts in it may be added by `POST /v1/experts`, by their folders' names.
     """
-    models, state, metrics = _Models(engine), _State(engine), Metrics()
-    handlers = [kind(models, state) for kind in (_Chats, _Completions, _Responses)]
-    app: FastAPI = build_server(models, *handlers, None, None, state)
+    models, metrics, library = _Models(engine), Metrics(), engine.model.library
+    for name in library.names:
+        models.check_name(name)
+    handlers = [kind(models, _State(engine)) for kind in (_Chats, _Completions, _Responses)]
+    app: FastAPI = build_server(models, *handlers, None, None, _State(engine))
     app.state.engine = engine
     # Not the routes that load and drop models for anyone who asks.
     app.router.routes[:] = [r for r in app.routes if getattr(r, "path", "") in (*ANSWERS, "/v1/models", "/health")]
-
-    async def failure(request: HTTPRequest, error: Any) -> JSONResponse:
-        status, message, code = getattr(error, "status_code", 500), getattr(error, "detail", ""), None
-        if isinstance(error, RequestValidationError):
-            status, message = 400, "The body isn't a JSON object."
-        elif isinstance(error, CBWorkerDeadError):
-            status, message = 503, str(error)
-        elif not isinstance(error, HTTPError):
-            message = "The server failed at this request."
-        if status == 422:  # transformers' word for unknown fields
-            status = 400
-        if status == 404 and str(message).startswith("There is no model"):
-            code = "model_not_found"
-        return JSONResponse(error_body(status, str(message), code), status)
-
-    for kind in (HTTPError, RequestValidationError, CBWorkerDeadError, Exception):
-        app.add_exception_handler(kind, failure)
+    for kind in (Refused, HTTPException, RequestValidationError, CBWorkerDeadError, Exception):
+        app.add_exception_handler(kind, _failure)
 
     @app.get("/v1/models/{name:path}")
     def model(name: str) -> JSONResponse:
-        listed = {entry["id"]: entry for entry in models.list_models()}
-        if name not in listed:
-            raise HTTPException(404, f"There is no model {name!r}; there are {', '.join(listed)}.")
-        return JSONResponse(listed[name])
+        return JSONResponse(models.find(name))
 
     @app.get("/metrics")
     def show_metrics() -> PlainTextResponse:
-        return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
+
+    async def change(request: HTTPRequest, work: Callable[[], Any]) -> JSONResponse:
+        if not bears(request.scope, rules.admin_keys):
+            raise Refused(403, "Experts are added and removed with an admin key.")
+        try:
+            await asyncio.to_thread(work)
+        except (ValueError, OSError) as error:
+            raise Refused(400, str(error)) from error
+        return JSONResponse({"object": "list", "data": models.list_models()})
 
     @app.post("/v1/experts")
     async def add(request: HTTPRequest, body: dict[str, Any]) -> JSONResponse:
-        _admin(request, rules)
-        # looked up among names, so that none is ever joined to a path
-        experts = {path.name: path for path in folder.iterdir() if path.is_dir()} if folder else {}
-        source, name = body.get("source"), body.get("name")
-        if not isinstance(source, str) or source not in experts:
-            raise HTTPException(404, f"There is no expert {source!r} in the server's folder.")
-        if not (name is None or (isinstance(name, str) and 0 < len(name) < 200 and name.isprintable())):
-            raise HTTPException(400, "A name is a text of less than 200 characters.")
-        return await _changing(models, engine.add, experts[source], name or source)
+        source, name = body.get("source"), body.get("name") or body.get("source")
+
+        def work() -> None:
+            # looked up among names, so that none is ever joined to a path
+            sources = {path.name: path for path in folder.iterdir() if path.is_dir()} if folder else {}
+            if not isinstance(source, str) or source not in sources:
+                raise ValueError(f"There is no expert {source!r} in the server's folder.")
+            models.check_name(name)
+            engine.add(sources[source], name)
+
+        return await change(request, work)
 
     @app.delete("/v1/experts/{name:path}")
     async def remove(request: HTTPRequest, name: str) -> JSONResponse:
-        _admin(request, rules)
-        return await _changing(models, engine.remove, name)
+        return await change(request, lambda: engine.remove(name))
 
     return Gate(app, rules, metrics)
 
 
-def _admin(request: HTTPRequest, rules: Rules) -> None:
-    if not bears(request.scope, rules.admin_keys):
-        raise HTTPException(403, "Experts are added and removed with an admin key.")
-
-
-async def _changing(models: "_Models", change: Any, *arguments: Any) -> JSONResponse:
-    try:
-        await asyncio.to_thread(change, *arguments)
-    except (ValueError, OSError) as error:
-        raise HTTPException(400, str(error)) from error
-    return JSONResponse({"object": "list", "data": models.list_models()})
+async def _failure(request: HTTPRequest, error: Any) -> JSONResponse:
+    """Answer an error in OpenAI's form."""
+    status, message, code = 500, "The server failed at this request.", getattr(error, "code", None)
+    if isinstance(error, HTTPException):
+        status, message = 400 if error.status_code == 422 else error.status_code, error.detail
+    elif isinstance(error, RequestValidationError):
+        status, message = 400, "The body isn't a JSON object."
+    elif isinstance(error, (Refused, CBWorkerDeadError)):
+        status, message = getattr(error, "status", 503), str(error)
+    return JSONResponse(error_body(status, message, code), status)
 
 
 class _Models(ModelManager):
@@ -149,6 +143,18 @@ class _Models(ModelManager):
         return [{"id": name, **entry, "description": text} for name, text in about.items()]
 
     get_gen_models = list_models  # its name in transformers 5.23
+
+    def find(self, name: Any) -> dict[str, Any]:
+        """Describe the model of a name."""
+        listed = {entry["id"]: entry for entry in self.list_models()}
+        if not isinstance(name, str) or name not in listed:
+            raise Refused(404, f"There is no model {name!r}; there are {', '.join(listed)}.", "model_not_found")
+        return listed[name]
+
+    def check_name(self, name: Any) -> None:
+        """Raise a `ValueError` if no expert can have a name here."""
+        if not isinstance(name, str) or not name.isprintable() or name in (AUTO, "base", self.base_name):
+            raise ValueError(f"No expert of a server can be called {name!r}: give it another name.")
 
     def shutdown(self) -> None:
         self.engine.stop()
@@ -186,7 +192,7 @@ class _Handler(BaseHandler):
         request, engine = REQUEST.get(), self.generation_state.engine
         request.model = str(body.get("model") or AUTO)[:200]
         try:
-            plain = {name: value for name, value in body.items() if name not in OURS}
+            plain = {"stream": False, **{name: value for name, value in body.items() if name not in OURS}}
             self._validate_request(plain)
             prompt = self.prompt(body)
             request.mixture = await self._mixture(body, prompt)
@@ -194,7 +200,7 @@ class _Handler(BaseHandler):
             response = await super().handle_request(plain, request_id)  # type: ignore[misc]
         except WRONG as error:
             logger.debug("A request was refused.", exc_info=True)
-            raise HTTPException(400, f"{error}"[:1000] or type(error).__name__) from error
+            raise Refused(400, f"{error}"[:1000] or type(error).__name__) from error
         record = request.mixture.record()
         dispatch = {"mixture": record.pop("alpha", None), **record}
         if isinstance(response, JSONResponse):
@@ -207,18 +213,11 @@ class _Handler(BaseHandler):
     async def _mixture(self, body: Mapping[str, Any], prompt: Prompt) -> Mixture:
         """Find the mixture that a body names, or let the first pass choose."""
         models, engine = self.model_manager, self.generation_state.engine
-        library, name = engine.model.library, body.get("model") or AUTO
-        given = {field: body[field] for field in OURS if body.get(field) is not None}
+        name, given = body.get("model") or AUTO, {k: body[k] for k in OURS if body.get(k) is not None}
+        if not given and name == AUTO:
+            return await engine.choose(prompt)
         if not given:
-            if name == AUTO:
-                return await engine.choose(prompt)
-            if name in ("base", OTHER, models.base_name):
-                given = {"expert": OTHER}
-            elif name in (*library.names, *library.mixtures):
-                given = {"expert": name}
-            else:
-                listed = ", ".join(entry["id"] for entry in models.list_models())
-                raise HTTPException(404, f"There is no model {name!r}; there are {listed}.")
+            given = {"expert": OTHER if name in ("base", OTHER, models.base_name) else models.find(name)["id"]}
         if not (isinstance(given.get("expert", ""), str) and isinstance(given.get("mixture", ""), (str, dict))):
             raise ValueError("'expert' is a name, 'mixture' a name or weights such as {\"math\": 0.7}.")
         return (await asyncio.to_thread(engine.model.first_pass, [prompt], **given))[0]

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from hmac import compare_digest
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from .engine import REQUEST, Request
 
 logger = logging.getLogger(__name__)
 ANSWERS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+PATHS = (*ANSWERS, "/health", "/metrics", "/v1/models", "/v1/experts")  # the others share one label
+BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # seconds
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 LEFT = 499  # nginx's status for a client that left
 Message = MutableMapping[str, Any]
@@ -77,26 +79,26 @@ class Metrics:
         self.requests = Counter("requests", "Finished requests.", ["path", "expert", "status"], **settings)
         self.tokens = Counter("tokens", "Tokens read and written.", ["kind", "expert"], **settings)
         self.decisions = Counter("decisions", "Choices of the first pass.", ["choice", "strategy"], **settings)
-        buckets = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-        self.seconds = Histogram("request_seconds", "Time of a request.", ["path"], buckets=buckets, **settings)
-        self.first = Histogram("first_token_seconds", "Time to the first token.", buckets=buckets, **settings)
+        self.seconds = Histogram("request_seconds", "Time of a request.", ["path"], buckets=BUCKETS, **settings)
+        self.first = Histogram("first_token_seconds", "Time to the first token.", buckets=BUCKETS, **settings)
         self.pending = Gauge("pending_requests", "Requests that run or wait.", **settings)
 
-    def text(self) -> bytes:
-        return generate_latest(self.registry)
-
     def count(self, path: str, request: Request, status: int, start: float) -> None:
-        """Count a finished request."""
-        expert, seconds = request.mixture.choice if request.prompt_tokens else "", time.perf_counter() - start
+        """Count a finished request, and log it without its texts."""
+        seconds, expert, strategy = time.perf_counter() - start, "", request.mixture.strategy
+        facts: dict[str, Any] = {"path": path, "status": status, "seconds": round(seconds, 3)}
+        if request.prompt_tokens:
+            expert, numbers = request.mixture.choice, {"prompt": request.prompt_tokens, "new": len(request.tokens)}
+            for kind, number in numbers.items():
+                self.tokens.labels(kind, expert).inc(number)
+            if strategy != "explicit":
+                self.decisions.labels(expert, strategy).inc()
+            facts |= {"model": request.model, "expert": expert, "strategy": strategy, "tokens": numbers}
         self.requests.labels(path, expert, status).inc()
         self.seconds.labels(path).observe(seconds)
-        if request.prompt_tokens:
-            self.tokens.labels("prompt", expert).inc(request.prompt_tokens)
-            self.tokens.labels("new", expert).inc(len(request.tokens))
-            if request.mixture.strategy != "explicit":
-                self.decisions.labels(expert, request.mixture.strategy).inc()
         if request.first is not None:
             self.first.observe(request.first - start)
+        logger.info(json.dumps(facts))
 
 
 class Gate:
@@ -116,39 +118,36 @@ class Gate:
         try:
             if path != "/health" and self.rules.keys and not bears(scope, self.rules.keys + self.rules.admin_keys):
                 raise Refused(401, "This server needs an API key: Authorization: Bearer KEY.", "invalid_api_key")
-            body = await self._read(receive)
+            body = await asyncio.wait_for(self._read(receive), self.rules.seconds)
             if counted and self.pending >= self.rules.pending:
                 raise Refused(429, f"{self.pending} requests are running or waiting: try again later.", "busy")
             self.pending += counted
+            self.metrics.pending.set(self.pending)
             try:
                 await self._run(scope, body, receive, answer, request)
             finally:
                 self.pending -= counted
+                self.metrics.pending.set(self.pending)
+        except asyncio.TimeoutError:
+            await answer.refuse(Refused(408, "The body did not arrive in time."))
         except Refused as error:
-            wait = str(max(1, math.ceil(self.recent))) if error.status == 429 else None
-            await answer.refuse(error, wait)
+            await answer.refuse(error, str(math.ceil(self.recent)))
         finally:
             REQUEST.reset(token)
-            self.metrics.pending.set(self.pending)
-            known = counted or path in ("/health", "/metrics", "/v1/models", "/v1/experts")
-            self.metrics.count(path if known else "other", request, answer.status, start)
-            self._log(path, request, answer.status, time.perf_counter() - start)
+            if counted and answer.status == 200:
+                self.recent += (time.perf_counter() - start - self.recent) / 8
+            self.metrics.count(path if path in PATHS else "other", request, answer.status, start)
 
     async def _read(self, receive: Receive) -> bytes:
-        parts, size = [], 0
-        while True:
-            try:
-                message = await asyncio.wait_for(receive(), self.rules.seconds)
-            except asyncio.TimeoutError:
-                raise Refused(408, "The body did not arrive in time.") from None
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
             if message["type"] == "http.disconnect":
                 raise Refused(LEFT, "The client left.")
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > self.rules.body_bytes:
+            if len(body) > self.rules.body_bytes:
                 raise Refused(413, f"The body has more than {self.rules.body_bytes} bytes.")
-            if not message.get("more_body"):
-                return b"".join(parts)
+        return body
 
     async def _run(self, scope: Message, body: bytes, receive: Receive, answer: "_Answer", request: Request) -> None:
         """Run the application until it has answered, its client leaves, or the time is up."""
@@ -174,15 +173,6 @@ class Gate:
                 await asyncio.wait({running})
             left.cancel()
 
-    def _log(self, path: str, request: Request, status: int, seconds: float) -> None:
-        if path in ANSWERS and status < 400:
-            self.recent += (seconds - self.recent) / 8
-        facts = {"path": path, "status": status, "seconds": round(seconds, 3), "model": request.model}
-        if request.prompt_tokens:
-            facts |= {"expert": request.mixture.choice, "strategy": request.mixture.strategy}
-            facts |= {"prompt_tokens": request.prompt_tokens, "new_tokens": len(request.tokens)}
-        logger.info(json.dumps(facts))
-
 
 class _Answer:
     """Sends the messages of an answer, and knows how far it has come."""
@@ -197,7 +187,7 @@ class _Answer:
         self.whole = message["type"] == "http.response.body" and not message.get("more_body")
         await self.send(message)
 
-    async def refuse(self, error: Refused, wait: str | None) -> None:
+    async def refuse(self, error: Refused, wait: str = "1") -> None:
         """End with an error: as an event if a stream has begun, not at all if nobody listens."""
         begun, self.status = self.status, error.status
         if error.status == LEFT:
@@ -207,8 +197,10 @@ class _Answer:
             content = b"data: " + content + b"\n\n" if self.streams else b""
         else:
             headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-            headers += [(b"retry-after", wait.encode())] if wait else []
-            headers += [(b"x-should-retry", b"false")] if error.status == 504 else []  # it would take as long again
+            if error.status == 429:
+                headers.append((b"retry-after", wait.encode()))
+            if error.status == 504:
+                headers.append((b"x-should-retry", b"false"))  # it would take as long again
             await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
         await self.send({"type": "http.response.body", "body": content, "more_body": False})
 
