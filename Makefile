@@ -14,11 +14,11 @@ RUN := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help test test-slow test-hub vllm check format docs demo announce bench learning adaptation wheel clean
+.PHONY: help test test-slow test-hub vllm check format docs demo announce bench generated learning adaptation wheel clean
 .SECONDARY:
 
 help:
-	@echo "make demo        a real model adapts itself: answers, a table, a figure in demo_output/"
+	@echo "make demo        a real model finds its own experts: answers side by side and a table"
 	@echo "make test        the tests (no downloads, no GPU)"
 	@echo "make test-slow   the tests marked slow, and those on SmolLM2 if PEFT_SVF_SMOLLM2 names its folder"
 	@echo "make test-hub    the tests that talk to the real Hub"
@@ -27,6 +27,7 @@ help:
 	@echo "make docs        build the documentation site in site/"
 	@echo "make bench       time SVF, LoRA, TinyLoRA, IA3 and the dense form: 15 minutes on two free cores"
 	@echo "make learning    the training runs that have no result yet, then their page"
+	@echo "make generated   the runs on generated text that have no result yet, then their page"
 	@echo "make adaptation  the adaptation runs that have no result yet, then their page"
 	@echo "make wheel       build the wheel and import it in a clean environment"
 	@echo "make clean       remove the environment and everything built"
@@ -79,11 +80,14 @@ demo: announce $(VENV)/demo.stamp
 	env -u OMP_NUM_THREADS $(RUN) examples/demo.py $(DEMO_ARGS)
 
 announce:
-	@echo "This downloads torch and the packages beside it into $(VENV) (about 1 GB without a GPU, 4 GB with one) and"
-	@echo "SmolLM2-135M-Instruct (92 MB), unless they are there already. Then the demo takes about 10 minutes on 2 cores."
+	@echo "Installs torch (200 MB without a GPU, 3 GB with one) and packages into $(VENV), and downloads SmolLM2-135M-Instruct"
+	@echo "(92 MB), unless they are there. The first time takes about 5 minutes, later ones under 2 on two cores."
 
 bench: $(VENV)/demo.stamp $(VENV)/train.stamp
 	$(RUN) benchmarks/speed.py $(BENCH_ARGS)
+
+generated: $(VENV)/demo.stamp $(VENV)/train.stamp
+	$(RUN) benchmarks/generated.py $(GENERATED_ARGS)
 
 learning: $(VENV)/demo.stamp $(VENV)/train.stamp
 	env -u OMP_NUM_THREADS $(RUN) benchmarks/learning.py $(LEARNING_ARGS)

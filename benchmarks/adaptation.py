@@ -38,8 +38,8 @@ from peft_svf.tasks import everyday_requests, get_task
 from peft_svf.tasks.task import shuffled
 
 EXPERTS = ("code", "math", "reasoning")
-FOLDERS = {name: ROOT / "examples" / "experts" / name for name in EXPERTS}
-CLASSIFIER = ROOT / "examples" / "classifiers" / "dispatch"
+FOLDERS = {name: ROOT / "benchmarks" / "experts" / name for name in EXPERTS}
+CLASSIFIER = ROOT / "benchmarks" / "experts" / "dispatch"
 EDITION = 3  # raised with every change of settings or code that moves figures
 BATCH = 16
 SOURCES = {  # source -> kind; the test split of the task of that name

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Transformer² end to end on a real model: `make demo`, or `python examples/demo.py`.
+A model that finds its own expert, in generated text: `make demo`, or `python examples/demo.py`.
 
-SmolLM2-135M-Instruct gets three experts (reasoning, math, code) and a classifier expert, answers held-out questions in
-two passes, and a table compares the ways to choose an expert. The questions of the table are in the choice form: the
-answer is the likeliest of the given options. Results go to `demo_output/`.
+SmolLM2-135M-Instruct answers held-out questions with and without the experts beside this file. A first pass reads each
+request and picks an expert, or none. Answers are shown side by side, right or wrong; a table counts more of them.
+Results go to `demo_output/`.
 """
 
 import argparse
@@ -13,146 +13,115 @@ import shlex
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import torch
 from smollm2 import NAME, load_smollm2
 from transformers import pipeline
 
-from peft_svf import Mixture, Transformer2Model
-from peft_svf.adaptation import Search
-from peft_svf.evaluation import Summary, evaluate, wilson
-from peft_svf.plots import draw_decisions, draw_z, new_figure
-from peft_svf.tasks import get_task
+from peft_svf.evaluation import wilson
+from peft_svf.tasks import jsonl_task
 
 HERE = Path(__file__).resolve().parent
-TASKS = {"reasoning": "arc_easy", "math": "gsm8k", "code": "mbpp"}  # kind of question -> its task
-SEARCH, SHOTS = Search(population=8, iterations=3, elites=0.25), 5
+EXPERTS = sorted(folder.name for folder in (HERE / "experts").iterdir() if folder.is_dir())
+EVERYDAY = (
+    "Suggest three names for a small bakery by the sea.",
+    "Give me three tips for sleeping better.",
+    "What is the capital of Italy?",
+    "Write a short thank-you note to my teacher.",
+)
+SHOWN = 2  # questions of each task whose answers are printed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, default=64, help="held-out questions per task")
+    parser.add_argument("--questions", type=int, default=24, help="held-out questions per task")
     parser.add_argument("--out", type=Path, default=Path("demo_output"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
 
-    heading("1. The base model, its singular directions, the experts")
-    base, tokenizer = load_smollm2()
-    model = Transformer2Model(
-        base, tokenizer, [HERE / "experts" / name for name in TASKS], HERE / "classifiers" / "dispatch"
-    )
-    experts = [model.library.expert(name) for name in model.library.names]
+    heading("1. The base model and its experts")
+    # float32 on a CPU: many have no bfloat16 instructions, and take four times as long without
+    base, tokenizer = load_smollm2(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    pipe = pipeline("transformer2", model=base, tokenizer=tokenizer, experts=[HERE / "experts" / n for n in EXPERTS])
+    library = pipe.model.library
     print(f"{base.num_parameters() / 1e6:.0f} M parameters, ready after {time.perf_counter() - start:.0f} s")
-    for expert in experts:
+    for name in library.names:
+        expert = library.expert(name)
         numbers = sum(offset.numel() for offset in expert.offsets.values())
-        print(f'  {expert.name:10} {numbers:,} multipliers  "{expert.description}"')
+        print(f'  {name:10} {numbers:,} multipliers  "{expert.description}"')
 
-    heading("2. Two passes: who answers, and the text")
-    rows = {
-        kind: get_task(task).rows("test", limit=args.questions, folder=HERE / "data") for kind, task in TASKS.items()
-    }
-    answer_some(model, rows)
+    heading("2. The same questions, without and with a first pass")
+    tasks = {name: jsonl_task(HERE / "data" / "requests" / name) for name in EXPERTS}
+    table = {name: compare(pipe, task, args.questions) for name, task in tasks.items()}
+    decisions = {name: row.pop("decisions") for name, row in table.items()}
+    decisions["everyday"] = everyday(pipe)
 
-    heading(f"3. Accuracy on {args.questions} held-out questions of each task, choice form")
-    summaries, decisions = compare(model, rows, args.out)
-    print("\n" + make_table(summaries))
+    heading(f"3. Greedy answers that are right, of {args.questions} held-out questions of each task")
+    print(f"{'':12}{'base':>22}{'with first pass':>22}   who answered")
+    for name, row in table.items():
+        cells = "".join(f"{row[way]['accuracy']:>8.3f} [{low:.2f}, {high:.2f}]" for way in ("base", "routed")
+                        for low, high in [row[way]["interval"]])  # fmt: skip
+        print(f"{name:12}{cells}   {decisions[name]}")
+    print(f"{'everyday':12}{'':44}   {decisions['everyday']}")
 
-    name = args.out / f"demo-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
-    figure, axes = new_figure(3)
-    draw_decisions(axes[0], decisions["prompt"], "first pass: prompt")
-    draw_decisions(axes[1], decisions["classifier"], "first pass: classifier expert")
-    draw_z(axes[2], experts)
-    figure.savefig(name.with_suffix(".png"))
+    path = args.out / f"demo-{datetime.now().strftime('%Y%m%d-%H%M%S')}.json"
     result = {
         "command": shlex.join(["python", *sys.argv]),
         "versions": {package: version(package) for package in ("torch", "transformers", "peft", "peft-svf")},
         "base_model": NAME,
-        "form": "choice: the likeliest of the given options",
         "seconds": round(time.perf_counter() - start, 1),
-        "search": {**asdict(SEARCH), "examples": SHOTS, "examples_from": "validation split"},
-        "summaries": {way: {kind: s.to_json() for kind, s in kinds.items()} for way, kinds in summaries.items()},
+        "questions": args.questions,
+        "tasks": table,
         "decisions": decisions,
     }
-    name.with_suffix(".json").write_text(json.dumps(result, indent=1))
-    print(f"\nWrote {name}.json and .png after {result['seconds']:.0f} s.")
+    path.write_text(json.dumps(result, indent=1))
+    print(f"\nWrote {path} after {result['seconds']:.0f} s.")
 
 
 def heading(text: str) -> None:
     print(f"\n{text}\n{'-' * len(text)}", flush=True)
 
 
-def answer_some(model: Transformer2Model, rows: dict[str, list[dict]]) -> None:
-    """Generate an answer to a question of each kind, and to one that belongs to none."""
-    pipe = pipeline("transformer2", model=model, tokenizer=model.tokenizer)
-    questions = [rows["reasoning"][0]["prompt"], rows["code"][-1]["prompt"]]
-    for text in ("Anna has 12 apples and buys 7 more. How many apples has she now?", "Invite a neighbour to tea."):
-        questions.append([{"role": "user", "content": text}])
-    outputs = pipe(questions, batch_size=4, max_new_tokens=40, do_sample=False, return_dispatch=True)
-    for (output,) in outputs:
-        question, answer = (" ".join(message["content"].split()) for message in output["generated_text"][-2:])
-        print(f"Q  {question[:110]}")
-        print(f"   -> {output['dispatch']['choice']} (confidence {output['dispatch']['confidence']:.2f})")
-        print(f"A  {answer[:160]}\n")
+def answer(pipe: Any, prompts: list, tokens: int, **kwargs: Any) -> tuple[list[str], list[str]]:
+    """Return greedy answers and who gave them."""
+    settings = {"batch_size": len(prompts), "max_new_tokens": tokens, "do_sample": False, "return_dispatch": True}
+    outputs = [output for (output,) in pipe(prompts, **settings, **kwargs)]
+    texts = [" ".join(output["generated_text"][-1]["content"].split()) for output in outputs]
+    return texts, [output["dispatch"]["choice"] for output in outputs]
 
 
-def compare(model: Transformer2Model, rows: dict[str, list[dict]], out: Path) -> tuple[dict, dict]:
-    """Score every way to choose an expert on every task; also return what the first passes decided."""
-    ways = {"other": "base"} | {name: f"expert {name}" for name in model.library.names}
-    summaries: dict[str, dict[str, Summary]] = {way: {} for way in ways.values()}
-    decisions: dict[str, dict[str, dict[str, int]]] = {"prompt": {}, "classifier": {}}
-    for name, way in ways.items():
-        for kind, questions in rows.items():
-            with model.using({name: 1.0}) as active:
-                summaries[way][kind] = evaluate(active, model.tokenizer, questions)
-            progress(way, summaries[way][kind])
-    for strategy in decisions:
-        way = f"Transformer², {strategy}"
-        summaries[way] = {}
-        for kind, questions in rows.items():
-            mixtures = model.first_pass([row["prompt"] for row in questions], first_pass=strategy)
-            choices = [mixture.choice for mixture in mixtures]
-            decisions[strategy][kind] = dict(Counter(choices))
-            # one expert answers each row, so its answer is already known from above
-            records = [summaries[ways[name]][kind].records[i] for i, name in enumerate(choices)]
-            right = sum(record["right"] for record in records)
-            scores = {"accuracy": right / len(records), "interval": wilson(right, len(records)), "records": records}
-            summaries[way][kind] = replace(summaries["base"][kind], seconds=0.0, **scores)
-            progress(way, summaries[way][kind])
-    way = "Transformer², few-shot"
-    summaries[way] = {}
-    for kind, questions in rows.items():
-        mixture = few_shot_mixture(model, kind, out / f"mixture-{kind}.json")
-        with model.using(mixture) as active:
-            summaries[way][kind] = evaluate(active, model.tokenizer, questions)
-        progress(way, summaries[way][kind], f"  {dict(mixture.alpha) or 'the base alone'}")
-    return summaries, decisions
+def compare(pipe: Any, task: Any, count: int) -> dict[str, Any]:
+    """Answer held-out questions of a task by the base and by what the first pass chooses; print some."""
+    rows = task.rows("test", "generate", limit=count)
+    prompts = [row["prompt"] for row in rows]
+    before, _ = answer(pipe, prompts, 16, expert="other")
+    after, choices = answer(pipe, prompts, 16)
+    right = {
+        way: [task.score(text, row) == 1 for text, row in zip(texts, rows, strict=True)]
+        for way, texts in (("base", before), ("routed", after))
+    }
+    for i, row in enumerate(rows[:SHOWN]):
+        print(f"Q  {' '.join(row['prompt'][-1]['content'].split())}")
+        print(f"   {'base':10} {'right' if right['base'][i] else 'wrong'}  {before[i]}")
+        print(f"   {choices[i]:10} {'right' if right['routed'][i] else 'wrong'}  {after[i]}\n", flush=True)
+    scores = {
+        way: {"accuracy": sum(marks) / len(marks), "interval": wilson(sum(marks), len(marks))}
+        for way, marks in right.items()
+    }
+    return {**scores, "decisions": dict(Counter(choices))}
 
 
-def few_shot_mixture(model: Transformer2Model, kind: str, path: Path) -> Mixture:
-    """Search a mixture on a few validation rows, or read the one that an earlier run found."""
-    if path.exists():
-        return Mixture.load(path)
-    shots = get_task(TASKS[kind]).rows("validation", limit=SHOTS, folder=HERE / "data")
-    mixture = model.adapt(shots, search=SEARCH)
-    mixture.save(path)
-    return mixture
-
-
-def progress(way: str, summary: Summary, more: str = "") -> None:
-    print(f"  {way:24} {summary.task:10} {summary.accuracy:.3f}{more}", flush=True)
-
-
-def make_table(summaries: dict[str, dict[str, Summary]]) -> str:
-    """Lay out accuracies with 95 % intervals, one way to choose a line."""
-    lines = [" " * 24 + "".join(f"{f'{kind} ({task})':>24}" for kind, task in TASKS.items())]
-    for way, kinds in summaries.items():
-        cells = [f"{s.accuracy:.3f} [{s.interval[0]:.2f}, {s.interval[1]:.2f}]" for s in kinds.values()]
-        lines.append(f"{way:24}" + "".join(f"{cell:>24}" for cell in cells))
-    return "\n".join(lines)
+def everyday(pipe: Any) -> dict[str, int]:
+    """Answer requests that no expert is for; the base's own answers are what is expected."""
+    texts, choices = answer(pipe, [[{"role": "user", "content": text}] for text in EVERYDAY], 32)
+    for question, text, choice in zip(EVERYDAY, texts, choices, strict=True):
+        print(f"Q  {question}\n   {'base' if choice == 'other' else choice:10} {text}\n", flush=True)
+    return dict(Counter(choices))
 
 
 if __name__ == "__main__":

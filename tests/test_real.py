@@ -15,7 +15,8 @@ from peft_svf.evaluation import evaluate, paired_difference
 from peft_svf.tasks import get_task
 
 pytestmark = pytest.mark.real
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES, EXPERTS = ROOT / "examples", ROOT / "benchmarks" / "experts"
 TASKS = {"reasoning": "arc_easy", "code": "mbpp", "math": "gsm8k"}
 
 
@@ -78,7 +79,7 @@ def test_the_gradient_of_z_on_real_weights_in_bfloat16(model_and_tokenizer, modu
 def test_a_shipped_expert_loads_without_a_warning_and_answers_otherwise_than_the_base(model_and_tokenizer, name):
     model, tokenizer = model_and_tokenizer
     rows = get_task(TASKS[name]).rows("test", limit=48, folder=EXAMPLES / "data")
-    adapted = PeftModel.from_pretrained(model, EXAMPLES / "experts" / name)
+    adapted = PeftModel.from_pretrained(model, EXPERTS / name)
     expert = evaluate(adapted, tokenizer, rows)
     with adapted.disable_adapter():
         base = evaluate(adapted, tokenizer, rows)
@@ -89,8 +90,8 @@ def test_a_shipped_expert_loads_without_a_warning_and_answers_otherwise_than_the
 
 def test_the_classifier_names_the_kind_of_real_questions(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
-    experts = [str(EXAMPLES / "experts" / name) for name in TASKS]
-    model = Transformer2Model(model, tokenizer, experts, classifier=str(EXAMPLES / "classifiers" / "dispatch"))
+    experts = [str(EXPERTS / name) for name in TASKS]
+    model = Transformer2Model(model, tokenizer, experts, classifier=str(EXPERTS / "dispatch"))
     right = total = 0
     for name, task in TASKS.items():
         rows = get_task(task).rows("test", "generate", limit=8, folder=EXAMPLES / "data")

@@ -20,7 +20,7 @@ from peft_svf import Expert, SVFConfig
 from peft_svf.experts.export import export_lora, export_merged, merge_expert
 from peft_svf.experts.gguf import export_gguf
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "experts" / "math"
+EXAMPLE = Path(__file__).parents[2] / "benchmarks" / "experts" / "math"
 KINDS = ["llama", "qwen2", "gpt2"]
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
 

@@ -271,7 +271,8 @@ class SVFModel(BaseTuner):
         if reads_weight(self.model, parent, target_name):
             raise ValueError(
                 f"Target module {current_key} cannot be adapted: {type(parent).__name__} reads its weight without "
-                "running it, so z would change nothing. Leave it out of `target_modules`."
+                "running it, so z would change nothing. Leave it out of `target_modules`, or name it in "
+                "`exclude_modules`."
             )
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         if target is head and self.model.config.get_text_config().tie_word_embeddings:

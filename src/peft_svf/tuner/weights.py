@@ -120,6 +120,7 @@ def refuse_unknown(module: nn.Module, name: str) -> None:
     if resolve_quantization_backend(module) is not None:
         return
     plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    plain &= "forward" not in vars(module) or hasattr(module, "_hf_hook")  # accelerate's runs the class's own
     if not (plain and readable(weight := module._parameters.get("weight"))):
         held = "a computed weight" if weight is None else f"{weight.dtype}, {weight.layout}".replace("torch.", "")
         raise ValueError(

