@@ -275,44 +275,6 @@ def test_a_weight_that_modules_share_is_not_merged_and_stays_as_it_is():
     assert torch.equal(weight, pristine) and torch.equal(model(x), before)
 
 
-class Doubling(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-def patched(linear):
-    linear.forward = lambda x: 2 * nn.functional.linear(x, linear.weight, linear.bias)
-    return linear
-
-
-def in_fp8(linear):
-    linear.weight = nn.Parameter(linear.weight.to(torch.float8_e4m3fn), requires_grad=False)
-    return linear
-
-
-UNREADABLE = {
-    "another product": lambda: Doubling(7, 5),
-    "a forward of the instance": lambda: patched(nn.Linear(7, 5)),
-    "a computed weight": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(7, 5)),
-    "float8 without its scales": lambda: in_fp8(nn.Linear(7, 5)),
-}
-
-
-@pytest.mark.parametrize("make", UNREADABLE.values(), ids=UNREADABLE)
-def test_a_module_whose_weight_is_not_what_multiplies_is_refused(make):
-    base = nn.Sequential(make())
-    with pytest.raises(
-        ValueError, match=r"Target module 0 is not supported.*doesn't multiply by a `weight` of plain numbers"
-    ):
-        get_peft_model(base, SVFConfig(target_modules=["0"]))
-
-
-def test_a_stack_in_float8_is_refused_as_its_scales_are_elsewhere():
-    base = nn.Sequential(in_fp8(nn.Linear(7, 5)))
-    with pytest.raises(ValueError, match=r"'weight' of Linear has shape .* and dtype torch\.float8_e4m3fn"):
-        get_peft_model(base, SVFConfig(target_modules=[], target_parameters=["0.weight"]))
-
-
 def test_a_module_at_two_places_is_refused_and_the_base_stays():
     base = Tied()
     base.b = base.a
@@ -329,6 +291,11 @@ class Zero(nn.Module):
         return 0 * weight
 
 
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 def with_weight(change):
     fc = nn.Linear(5, 7)
     change(fc)
@@ -343,6 +310,8 @@ UNREADABLE = {
     "parametrised": lambda: with_weight(lambda fc: parametrize.register_parametrization(fc, "weight", Zero())),
     "weight norm": lambda: with_weight(nn.utils.parametrizations.weight_norm),
     "pruned": lambda: with_weight(lambda fc: prune.l1_unstructured(fc, "weight", 3)),
+    "a forward of the class": lambda: Doubling(5, 7),
+    "a forward of the instance": lambda: with_weight(lambda fc: setattr(fc, "forward", lambda x: 2 * x @ fc.weight.T)),
     "convolution": lambda: nn.Conv2d(3, 4, 2),
 }
 
