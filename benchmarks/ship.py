@@ -2,7 +2,8 @@
 """
 Make the experts of examples/experts out of trained cells of generated.py.
 
-    python benchmarks/ship.py sentiment-svf-upper-lr0.01-seed0 subject-svf-upper-lr0.01-seed1
+    python benchmarks/ship.py sentiment-svf-upper-lr0.01-seed0
+    python benchmarks/ship.py     # without a cell: whom the first pass chooses, to results/demo/routing.json
 
 Offsets are scaled by `STRENGTH`: the text outside the task suffers about by its square. Each expert gets a routing key
 from its training prompts, and what is shipped is measured once more.
@@ -10,6 +11,7 @@ from its training prompts, and what is shipped is measured once more.
 
 import json
 import sys
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -130,6 +132,28 @@ def ship(cell: str) -> dict[str, Any]:
     return result
 
 
+def routing() -> None:
+    """Count whom the first pass chooses for 60 test requests of each kind and for everyday requests."""
+    import torch
+    from smollm2 import load_smollm2
+
+    from peft_svf import Transformer2Model
+    from peft_svf.tasks import jsonl_task
+
+    experts = sorted(path for path in (ROOT / "examples" / "experts").iterdir() if path.is_dir())
+    model = Transformer2Model(*load_smollm2(torch.float32), experts)
+    everyday_texts = json.loads((ROOT / "benchmarks" / "everyday_requests.json").read_text())
+    prompts = {"everyday": [[{"role": "user", "content": text}] for text in everyday_texts]}
+    for folder in sorted(REQUESTS.iterdir()):
+        prompts[folder.name] = [row["prompt"] for row in jsonl_task(folder).rows("test", "generate", limit=60)]
+    chosen = {kind: Counter(mixture.choice for mixture in model.first_pass(p)) for kind, p in prompts.items()}
+    path = RESULTS / "demo" / "routing.json"
+    path.write_text(json.dumps({**header(0), "experts": [e.name for e in experts], "chosen": chosen}, indent=1) + "\n")
+    print(chosen)
+
+
 if __name__ == "__main__":
     for cell in sys.argv[1:]:
         ship(cell)
+    if not sys.argv[1:]:
+        routing()
