@@ -65,19 +65,25 @@ def soft_model(**kwargs):
     return model
 
 
+class Gradients(TrainerCallback):
+    """Keeps the gradient of each optimizer step of a trainer before clipping changes it."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        trainer.gradients = []
+        trainer.add_callback(self)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.gradients.append(flat(p.grad for p in offsets(self.trainer.model)))
+
+
 class Recorder(ReinforceTrainer):
-    """Keeps what was rolled out, and the gradient of each optimizer step before clipping changes it."""
+    """Keeps what was rolled out, and the gradients."""
 
     def __init__(self, *args, **kwargs):
-        self.outputs, self.inputs, self.texts, self.gradients = [], [], [], []
+        self.outputs, self.inputs, self.texts = [], [], []
         super().__init__(*args, **kwargs)
-        recorder = self
-
-        class Gradients(TrainerCallback):
-            def on_pre_optimizer_step(self, args, state, control, **kwargs):
-                recorder.gradients.append(flat(p.grad for p in offsets(recorder.model)))
-
-        self.add_callback(Gradients())
+        Gradients(self)
 
     def _calculate_rewards(self, inputs, prompts, completions, *args, **kwargs):
         self.texts.append([completion[0]["content"] for completion in completions])

@@ -62,13 +62,15 @@ def test_help_of_a_verb_lists_its_options(verb, capsys):
     assert code == 0 and f"peft-svf {verb}" in out and "--help" in out and not err
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["--version"], ["trian"], ["eval", "--limit", "0"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["train", "--help"], ["serve", "--help"], ["--version"], ["trian"], ["eval", "--limit", "0"]]
+)
 def test_help_version_and_usage_errors_import_no_torch(argv):
     code = (
         "import sys; sys.argv = ['peft-svf', *sys.argv[1:]]; sys.orig_argv = ['python', *sys.argv]\n"
         "from peft_svf.cli import main; main()\n"
         "names = {name.split('.')[0] for name in sys.modules}\n"
-        "print(sorted(names & {'torch', 'peft', 'transformers', 'trl', 'numpy'}))"
+        "print(sorted(names & {'torch', 'peft', 'transformers', 'trl', 'numpy', 'fastapi', 'uvicorn'}))"
     )
     done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr

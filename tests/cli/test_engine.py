@@ -217,3 +217,21 @@ def test_transformers_still_has_what_the_server_uses():
     assert "logit_processor_kwargs" in inspect.signature(manager.add_request).parameters
     assert {field.name for field in dataclasses.fields(requests.RequestState)} >= {
         "logit_processor_kwargs", "initial_tokens", "generated_tokens"}  # fmt: skip
+
+
+def test_an_expert_of_higher_rank_may_come_while_others_write(tmp_path, folders, reference):
+    thin = tiny_experts.write(tmp_path, "thin", seed=7, rank=4)
+    running = Engine(Transformer2Model(tiny_experts.base(), tiny_tokenizer(), [thin]), SMALL)
+    expected = alone(Transformer2Model(tiny_experts.base(), tiny_tokenizer(), [thin]), TEXT, {"thin": 1.0}, 48)
+
+    async def meanwhile():
+        answers = [asyncio.create_task(ask(running, TEXT, mixture, 48)) for mixture in ({"thin": 1.0}, {})]
+        await asyncio.sleep(0.05)
+        await asyncio.to_thread(running.add, folders["math"])
+        return await asyncio.gather(*answers, ask(running, TEXT, {"math": 1.0}))
+
+    try:
+        one, other, new = asyncio.run(meanwhile())
+    finally:
+        running.stop()
+    assert one == expected and other == alone(reference, TEXT, {}, 48) and new == alone(reference, TEXT, {"math": 1.0})

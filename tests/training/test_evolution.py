@@ -15,6 +15,7 @@ from trainers import (
     QUIET,
     TEXT_ROWS,
     TOKENIZER,
+    Gradients,
     environment,
     flat,
     offsets,
@@ -31,7 +32,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3MoeConfig,
-    TrainerCallback,
 )
 
 from peft_svf import SVFConfig
@@ -172,15 +172,9 @@ class Recorder(EvolutionTrainer):
     """Keeps the rows and the gradient of each step."""
 
     def __init__(self, *args, **kwargs):
-        self.rows, self.gradients = [], []
+        self.rows = []
         super().__init__(*args, **kwargs)
-        recorder = self
-
-        class Gradients(TrainerCallback):
-            def on_pre_optimizer_step(self, args, state, control, **kwargs):
-                recorder.gradients.append(flat(weight.grad for weight in offsets(recorder.model)))
-
-        self.add_callback(Gradients())
+        Gradients(self)
 
     def training_step(self, model, inputs, *args):
         self.rows.append(list(inputs))
@@ -214,40 +208,6 @@ def test_accumulated_batches_are_averaged(tmp_path):
     split.train()
     torch.testing.assert_close(split.gradients[0], whole.gradients[0])
     assert split.state.log_history[0]["loss"] == pytest.approx(whole.state.log_history[0]["loss"], abs=1e-6)
-
-
-CLIMB = {
-    "population": 32, "sigma": 0.2, "learning_rate": 0.1, "max_steps": 40, "per_device_train_batch_size": 8,
-    "per_device_eval_batch_size": 64, "rows_per_forward": 256, "logging_steps": 40,
-}  # fmt: skip
-
-
-def test_it_climbs_a_planted_reward(tmp_path):
-    rows, held_out = random_rows(64), random_rows(64, seed=1)
-    trainer = trainer_of(tmp_path, rows, right_choice, svf=SVFConfig(), eval_rows=held_out, **CLIMB)
-    before = trainer.evaluate()["eval_reward"]
-    trainer.train()
-    after = trainer.evaluate()["eval_reward"]
-    assert (1 + before) / 2 < 0.4  # chance is 0.25, two standard deviations of 64 rows are 0.11
-    assert (1 + after) / 2 > 0.5
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_only_z_moves_and_the_model_answers_with_it_afterwards(dtype, tmp_path):
-    model = soft_model(dtype=dtype)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    trainer = trainer_of(tmp_path, CHOICE_ROWS, right_choice, model=model, svf=SVFConfig())
-    trainer.train()
-    assert all(weight.dtype == torch.float32 for weight in offsets(trainer.model))
-    assert float(trained_z(trainer).abs().max()) > 1e-3
-    assert all(layer.rows is None for layer in pico.svf_layers(trainer.model).values())
-    trainer.model.save_pretrained(tmp_path / "expert")
-    loaded = PeftModel.from_pretrained(soft_model(dtype=dtype), tmp_path / "expert").eval()
-    ids = {"input_ids": torch.arange(3, 15).view(2, 6)}
-    trainer.model.eval()
-    assert torch.equal(pico.logits(loaded, ids), pico.logits(trainer.model, ids))
-    for name, value in trainer.model.unload().state_dict().items():
-        assert torch.equal(value, before[name]), name
 
 
 @pytest.fixture(scope="module")
@@ -295,17 +255,6 @@ def test_a_run_logs_its_population_and_its_z(tmp_path):
     assert log["reward_best"] > log["reward"] and log["reward_std"] > 0
     assert log["z/mean_distance_from_1"] == pytest.approx(float(trained_z(trainer).abs().mean()))
     assert "z/model.layers.1/mean_distance_from_1" in log
-
-
-def test_text_prompts_are_answered_in_text(tmp_path):
-    rows = [{"prompt": "a plain prompt", "choices": ["one", "two"]}, {"prompt": "and", "choices": ["a", "b", "c"]}]
-
-    def reward(completions, prompts, choices, **_):
-        assert all(text in options for text, options in zip(completions, choices, strict=True))
-        assert set(prompts) <= {"a plain prompt", "and"}
-        return [float(len(text)) for text in completions]
-
-    trainer_of(tmp_path, rows, reward, per_device_train_batch_size=2).train()
 
 
 def test_completions_continue_plain_text_behind_the_beginning_of_text(tmp_path):

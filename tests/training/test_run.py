@@ -1,14 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both trainers refuse or report before hours are lost: rewards, rows, adapters, steps that teach nothing."""
+"""What both trainers do, and what they refuse or report before hours are lost."""
 
 import math
 
+import pico
 import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tiny_model import tiny_model
-from trainers import CHOICE_ROWS, QUIET, TEXT_ROWS, TOKENIZER, chat, soft_model, trained_z, uneven
+from trainers import (
+    CHOICE_ROWS,
+    QUIET,
+    TEXT_ROWS,
+    TOKENIZER,
+    chat,
+    offsets,
+    random_rows,
+    right_choice,
+    soft_model,
+    trained_z,
+    uneven,
+)
 from trainers import trainer_of as reinforce
 from transformers import TrainerCallback
 
@@ -18,12 +31,11 @@ from peft_svf.training.evolution import EvolutionConfig, EvolutionTrainer
 from peft_svf.training.reinforce import ReinforceConfig, ReinforceTrainer
 
 
-def evolution(folder, rows, reward, *, model=None, eval_rows=None, **settings):
-    args = EvolutionConfig(
-        str(folder), population=4, max_completion_length=5, per_device_train_batch_size=4,
-        **{**QUIET, "save_strategy": "no", "max_steps": 1, **settings},
-    )  # fmt: skip
-    model, config = (soft_model(), SVFConfig()) if model is None else (model, None)
+def evolution(folder, rows, reward, *, model=None, svf=None, eval_rows=None, **settings):
+    short = {"population": 4, "max_completion_length": 5, "per_device_train_batch_size": 4, "max_steps": 1}
+    args = EvolutionConfig(str(folder), **{**QUIET, "save_strategy": "no", **short, **settings})
+    config = SVFConfig() if model is None else svf
+    model = soft_model() if model is None else model
     return EvolutionTrainer(model, reward, args, rows, eval_rows, processing_class=TOKENIZER, peft_config=config)
 
 
@@ -222,3 +234,57 @@ def test_answers_of_one_token_are_drawn_from_the_forward_that_is_differentiated(
     assert runs[True][0] == runs[False][0]
     torch.testing.assert_close(runs[True][1], runs[False][1], rtol=1e-3, atol=1e-6)
     assert runs[True][2] < runs[False][2] / 4
+
+
+# --- what both do
+
+
+FAST = {
+    "reinforce": {"num_generations": 8, "per_device_train_batch_size": 64, "max_steps": 50, "max_grad_norm": 1.0},
+    "evolution": {"population": 32, "sigma": 0.2, "per_device_train_batch_size": 8, "max_steps": 40},
+}
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_a_task_that_can_be_learned_is_learned(kind, tmp_path):
+    rows, held_out = random_rows(64), random_rows(64, seed=1)
+    more = {"eval_rows": held_out, "svf": SVFConfig(), "per_device_eval_batch_size": 64, "logging_steps": 50}
+    trainer = TRAINERS[kind](tmp_path, rows, right_choice, learning_rate=0.1, **more, **FAST[kind])
+    before = trainer.evaluate()["eval_reward"]
+    trainer.train()
+    assert (1 + before) / 2 < 0.4  # chance is 0.25, two standard deviations of 64 rows are 0.11
+    assert (1 + trainer.evaluate()["eval_reward"]) / 2 > (0.7 if kind == "reinforce" else 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows, reward", [(TEXT_ROWS, uneven), (CHOICE_ROWS, right_choice)], ids=["text", "choice"])
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_only_z_moves_in_float32_and_the_saved_expert_answers_alike(kind, rows, reward, dtype, tmp_path):
+    model = soft_model(dtype=dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    settings = {"learning_rate": 0.05, "max_grad_norm": 1.0, "svf": SVFConfig(), "max_steps": 2}
+    settings |= {"beta": 0.1} if kind == "reinforce" else {}
+    trainer = TRAINERS[kind](tmp_path, rows, reward, model=model, **settings)
+    trainer.train()
+    assert all(parameter.dtype == torch.float32 for parameter in offsets(trainer.model))
+    assert float(trained_z(trainer).abs().max()) > 0.01
+    assert all(layer.rows is None for layer in pico.svf_layers(trainer.model).values())
+    trainer.model.save_pretrained(tmp_path / "expert")
+    loaded = PeftModel.from_pretrained(soft_model(dtype=dtype), tmp_path / "expert").eval()
+    ids = {"input_ids": torch.arange(3, 15).view(2, 6)}
+    assert torch.equal(pico.logits(loaded, ids), pico.logits(trainer.model.eval(), ids))
+    for name, value in trainer.model.unload().state_dict().items():
+        assert torch.equal(value, before[name]) and value.dtype == dtype, name
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_rows_whose_prompt_is_a_text_are_answered_in_text(kind, tmp_path):
+    rows = [{"prompt": "a plain prompt", "choices": ["one", "two"]}, {"prompt": "and", "choices": ["a", "b", "c"]}]
+
+    def reward(completions, prompts, choices, **_):
+        assert all(text in options for text, options in zip(completions, choices, strict=True))
+        assert set(prompts) <= {"a plain prompt", "and"}
+        return [float(len(text)) for text in completions]
+
+    plain = {"kind": ReinforceTrainer} if kind == "reinforce" else {}
+    TRAINERS[kind](tmp_path, 2 * rows, reward, **plain).train()

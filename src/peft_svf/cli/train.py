@@ -285,7 +285,7 @@ def _show_cost(
     read = answers * (prompt + answer) if population else 4 * (prompt + answers * answer)
     trained = steps * questions * read / (prompt + answer)
     every = {"steps": config.eval_steps or config.logging_steps, "epoch": epoch}.get(config.eval_strategy)
-    measured = 2 * len(rows["test"]) + (steps // every * len(rows["validation"]) if every else 0)
+    measured = 2 * len(rows["test"]) + (int(steps // every) * len(rows["validation"]) if every else 0)
     shapes = weights_of(model, svf)
     numbers = sum(k for *_, k in shapes)
     bases = sum(min(out, into) * k for _, out, into, k in shapes) * {"float32": 4, "bfloat16": 2}[svf.basis_dtype]

@@ -275,7 +275,7 @@ class Engine(BaseGenerateManager):
             name = self.model.library.add(source, name)
             try:
                 self._check_layers()
-            except ValueError:
+            except Exception:
                 self.model.library.remove(name)
                 raise
             return name
@@ -296,6 +296,7 @@ class Engine(BaseGenerateManager):
         """Run a packed batch of two mixtures, so that a layer that can't tell its tokens apart raises `ValueError`."""
         self._layers = self.model.library.layers()
         self._mixed.clear()
+        self._table = {}, {}  # a new expert may move more directions of a weight
         if self.model.processor is not None:
             return
         names = self.model.library.names
