@@ -157,7 +157,7 @@ def gain(pairs: Sequence[tuple[Result, Result]]) -> str:
             raise SystemExit("Two results were tested on different rows: run one of them again.")
         differences.append([float(right - before[row]) for row, right in one["test"]["records"]])
     mean, half = mean_and_half(differences)
-    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+    return f"{mean:+.3f} [{max(-1.0, mean - half):+.3f}, {min(1.0, mean + half):+.3f}]"
 
 
 def label(training: Any) -> str:
