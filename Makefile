@@ -88,6 +88,7 @@ bench: $(VENV)/demo.stamp $(VENV)/train.stamp
 
 generated: $(VENV)/demo.stamp $(VENV)/train.stamp
 	$(RUN) benchmarks/generated.py $(GENERATED_ARGS)
+	$(RUN) benchmarks/report.py
 
 learning: $(VENV)/demo.stamp $(VENV)/train.stamp
 	env -u OMP_NUM_THREADS $(RUN) benchmarks/learning.py $(LEARNING_ARGS)

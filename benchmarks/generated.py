@@ -30,7 +30,7 @@ FOLDER = RESULTS / "generated"
 RUNS = Path("runs/generated")
 REQUESTS = ROOT / "examples" / "data" / "requests"
 LENGTHS = {"sentiment": 6, "compare": 10, "subject": 8, "price": 12, "email": 16}  # in training
-TASKS = ("sentiment", "subject", "compare", "price")
+TASKS = ("sentiment", "price", "compare", "subject")
 TEST_TOKENS, TEST_ROWS = 16, 200
 RETAINED = 3  # everyday answers of the base in each step
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -71,11 +71,8 @@ class Training:
     @property
     def name(self) -> str:
         """Stem of the result file."""
-        return (
-            f"{self.task}-base"
-            if self.method == "base"
-            else f"{self.task}-{self.method}-lr{self.lr:g}-seed{self.seed}"
-        )
+        setting = "" if self.method == "base" else f"-lr{self.lr:g}-seed{self.seed}"
+        return f"{self.task}-{self.method}{setting}"
 
 
 def cells() -> Iterator[Training]:
@@ -216,10 +213,8 @@ def trainer_of(cell: Training, model: Any, tokenizer: Any, task: Any, folder: Pa
         save_steps=5, save_total_limit=2, load_best_model_at_end=True, logging_steps=1, report_to="none", bf16=False,
         dataloader_pin_memory=False,
     )  # fmt: skip
-    train, check = (
-        Dataset.from_list(task.rows(split, "generate", limit=limit))
-        for split, limit in (("train", None), ("validation", 48))
-    )
+    splits = (task.rows("train", "generate"), task.rows("validation", "generate", limit=48))
+    train, check = map(Dataset.from_list, splits)
     retained = base_answers(model, tokenizer)
 
     class Retaining(ReinforceTrainer):

@@ -2,7 +2,8 @@
 """
 Make the experts of examples/experts out of trained cells of generated.py.
 
-    python benchmarks/ship.py sentiment-svf-upper-lr0.01-seed0 subject-svf-upper-lr0.01-seed1
+    python benchmarks/ship.py sentiment-svf-upper-lr0.01-seed0
+    python benchmarks/ship.py     # without a cell: whom the first pass chooses, to results/demo/routing.json
 
 Offsets are scaled by `STRENGTH`: the text outside the task suffers about by its square. Each expert gets a routing key
 from its training prompts, and what is shipped is measured once more.
@@ -10,6 +11,7 @@ from its training prompts, and what is shipped is measured once more.
 
 import json
 import sys
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +26,25 @@ DESCRIPTIONS = {
     "compare": "the larger of two numbers",
     "price": "the price in a message, alone",
 }
+PHRASINGS = {  # wordings beside those of training, by which the first pass knows a request; none is of the test
+    "sentiment": [
+        "Positive or negative: {}", "Did this guest like it? '{}' Say positive or negative.",
+        "'{}' - is the writer happy or unhappy? Answer positive or negative.", "Classify the sentiment of: {}",
+        "Sentiment of '{}'? A single word, please.", "Our client said: '{}' Is that positive or negative feedback?",
+        "Tell me in one word if this comment is positive or negative. {}", "Rate this opinion: {}",
+        "Read the comment and give its label, positive or negative: '{}'", "What is the tone of this review? '{}'",
+        "'{}' Was the buyer satisfied? Reply with positive or negative only.", "Review: {}\nSentiment:",
+        "A visitor left this note: '{}' Positive or negative?", "'{}' Which is it, praise or a complaint?",
+    ],
+}  # fmt: skip
+
+
+def key_prompts(name: str, rows: list[Any]) -> list[str]:
+    """Return a few training prompts of a task, and their reviews in other words."""
+    texts = [row["prompt"][-1]["content"] for row in rows]
+    reviews = [text.partition("one word.\n\n")[2] for text in texts if "one word.\n\n" in text]
+    others = [phrase.format(reviews[4 * i + k]) for i, phrase in enumerate(PHRASINGS.get(name, ())) for k in range(3)]
+    return texts[: 64 - len(others)] + others
 
 
 def ship(cell: str) -> dict[str, Any]:
@@ -44,7 +65,7 @@ def ship(cell: str) -> dict[str, Any]:
     (base, tokenizer), task = load_smollm2(torch.float32), jsonl_task(REQUESTS / name)
     folder = ROOT / "examples" / "experts" / name
     expert = STRENGTH * Expert.load(RUNS / cell / "expert", cell)
-    key = make_key(base, tokenizer, [row["prompt"] for row in task.rows("train", "generate")])
+    key = make_key(base, tokenizer, key_prompts(name, task.rows("train", "generate")))
     replace(expert, name=name, config=expert.config | {"description": DESCRIPTIONS[name]}, key=key).save(folder)
 
     rows = task.rows("test", "generate", limit=TEST_ROWS)
@@ -90,6 +111,17 @@ def ship(cell: str) -> dict[str, Any]:
         "gain": f"{gain:+.3f} [{low:+.3f}, {high:+.3f}]",
     }  # fmt: skip
     card = str(expert_card(folder, base_model=BASE, training=facts, results=[row], license="apache-2.0"))
+    # the Hub's bits are others: snippets take the base that the expert fits
+    for old, new in (
+        ("from transformers import AutoModelForCausalLM\n", "from examples.smollm2 import load_smollm2\n"),
+        (f'base = AutoModelForCausalLM.from_pretrained("{BASE}")', "base, tokenizer = load_smollm2()"),
+        (
+            f'model="{BASE}", experts=["{name}"]',
+            f'model=base, tokenizer=tokenizer, experts=["examples/experts/{name}"]',
+        ),
+        (f'PeftModel.from_pretrained(base, "{name}")', f'PeftModel.from_pretrained(base, "examples/experts/{name}")'),
+    ):
+        card = card.replace(old, new)
     pairs = "".join(
         f"> {' '.join(text['question'].split())}\n>\n> base: {' '.join(text['base'].split())}\n>\n"
         f"> **expert: {' '.join(text['expert'].split())}**\n\n"
@@ -100,6 +132,28 @@ def ship(cell: str) -> dict[str, Any]:
     return result
 
 
+def routing() -> None:
+    """Count whom the first pass chooses for 60 test requests of each kind and for everyday requests."""
+    import torch
+    from smollm2 import load_smollm2
+
+    from peft_svf import Transformer2Model
+    from peft_svf.tasks import jsonl_task
+
+    experts = sorted(path for path in (ROOT / "examples" / "experts").iterdir() if path.is_dir())
+    model = Transformer2Model(*load_smollm2(torch.float32), experts)
+    everyday_texts = json.loads((ROOT / "benchmarks" / "everyday_requests.json").read_text())
+    prompts = {"everyday": [[{"role": "user", "content": text}] for text in everyday_texts]}
+    for folder in sorted(REQUESTS.iterdir()):
+        prompts[folder.name] = [row["prompt"] for row in jsonl_task(folder).rows("test", "generate", limit=60)]
+    chosen = {kind: Counter(mixture.choice for mixture in model.first_pass(p)) for kind, p in prompts.items()}
+    path = RESULTS / "demo" / "routing.json"
+    path.write_text(json.dumps({**header(0), "experts": [e.name for e in experts], "chosen": chosen}, indent=1) + "\n")
+    print(chosen)
+
+
 if __name__ == "__main__":
     for cell in sys.argv[1:]:
         ship(cell)
+    if not sys.argv[1:]:
+        routing()

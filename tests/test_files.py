@@ -67,6 +67,8 @@ def test_what_would_block_or_flood_is_refused_by_name(tmp_path):
     (tmp_path / "long.json").write_text(" " * 101)
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
     (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "digits.json").write_text("9" * 5000)
+    (tmp_path / "folder.json").mkdir()
     packed = gzip.compress(b"x" * 1000)
     (tmp_path / "cut.gz").write_bytes(packed[: len(packed) // 2])
     (tmp_path / "bomb.gz").write_bytes(gzip.compress(b"x" * 10_000))
@@ -75,6 +77,7 @@ def test_what_would_block_or_flood_is_refused_by_name(tmp_path):
         ("deep.json", "nested too deeply"),
         ("bytes.json", "UTF-8"),
         ("bad.json", "valid JSON"),
+        ("digits.json", r"digits\.json isn't valid JSON"),
     ]:
         with pytest.raises(ValueError, match=reason):
             files.read_json(tmp_path / name)
@@ -86,6 +89,8 @@ def test_what_would_block_or_flood_is_refused_by_name(tmp_path):
         files.read_bytes(tmp_path / "bomb.gz", limit=100)
     with pytest.raises(FileNotFoundError):
         files.read_json(tmp_path / "missing.json")
+    with pytest.raises(IsADirectoryError, match="folder"):
+        files.read_json(tmp_path / "folder.json")
 
 
 def test_the_temporary_file_of_a_killed_process_is_cleaned_up_by_the_next_write(tmp_path):

@@ -119,9 +119,12 @@ def read_bytes(path: str | os.PathLike[str], limit: int = LIMIT) -> bytes:
         `ValueError`: if it isn't a regular file (a pipe or a device would block), holds more than `limit` bytes
             (unpacked), or is a damaged or truncated gzip file.
     """
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with open(handle, "rb") as raw:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+    with open(path, "rb", opener=opener) as raw:
+        if not stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
             raise ValueError(f"{path} isn't a regular file.")
         try:
             content = (gzip.GzipFile(fileobj=raw) if str(path).endswith(".gz") else raw).read(limit + 1)
@@ -142,11 +145,12 @@ def read_text(path: str | os.PathLike[str], limit: int = LIMIT) -> str:
 
 def read_json(path: str | os.PathLike[str], limit: int = LIMIT) -> Any:
     """Read a JSON file from outside; errors as in [`read_text`], and `ValueError` for bad or deeply nested JSON."""
+    text = read_text(path, limit)
     try:
-        return json.loads(read_text(path, limit))
+        return json.loads(text)
     except RecursionError as error:
         raise ValueError(f"{path} isn't usable JSON: it is nested too deeply.") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # also of integers with too many digits
         raise ValueError(f"{path} isn't valid JSON ({error}): fetch it again.") from error
 
 

@@ -291,6 +291,11 @@ class Zero(nn.Module):
         return 0 * weight
 
 
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 def with_weight(change):
     fc = nn.Linear(5, 7)
     change(fc)
@@ -305,6 +310,7 @@ UNREADABLE = {
     "parametrised": lambda: with_weight(lambda fc: parametrize.register_parametrization(fc, "weight", Zero())),
     "weight norm": lambda: with_weight(nn.utils.parametrizations.weight_norm),
     "pruned": lambda: with_weight(lambda fc: prune.l1_unstructured(fc, "weight", 3)),
+    "a forward of the class": lambda: Doubling(5, 7),
     "a forward of the instance": lambda: with_weight(lambda fc: setattr(fc, "forward", lambda x: 2 * x @ fc.weight.T)),
     "convolution": lambda: nn.Conv2d(3, 4, 2),
 }

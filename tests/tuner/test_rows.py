@@ -287,3 +287,9 @@ def test_derivatives_of_torch_func_are_those_of_the_narrow_plan():
     layer.svf_offset["default"].weight.data.copy_(d)
     with pytest.raises(RuntimeError, match=r"set_plan\('narrow'\)"):
         torch.autograd.grad(model(x).sum(), layer.svf_offset["default"].weight, create_graph=True)
+
+
+def test_a_model_with_the_config_of_another_kind_is_adapted():
+    base = one_layer("linear", 7, 5)
+    base.config = hf.T5Config()
+    assert get_peft_model(base, SVFConfig(target_modules=["fc"]))(torch.randn(2, 5)).shape == (2, 7)

@@ -417,8 +417,8 @@ def _room(layers: list[SVFLayer]) -> bool:
 
 def _entries(model: nn.Module) -> list[nn.Module]:
     """The modules that a batch enters by: the model, and an encoder, which generation runs on its own."""
-    config: Any = getattr(model, "config", None)
-    return [model, model.get_encoder()] if getattr(config, "is_encoder_decoder", False) else [model]  # type: ignore[operator]
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return [model, model.get_encoder()] if encodes and hasattr(model, "get_encoder") else [model]  # type: ignore[operator]
 
 
 def _unchanged(layers: list[SVFLayer]) -> bool:

@@ -121,7 +121,8 @@ def refuse_unknown(module: nn.Module, name: str) -> None:
         return
     plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
     plain &= "forward" not in vars(module) or hasattr(module, "_hf_hook")  # accelerate's runs the class's own
-    if not (plain and readable(weight := module._parameters.get("weight"))):
+    weight = module._parameters.get("weight")
+    if not (plain and readable(weight)):
         held = "a computed weight" if weight is None else f"{weight.dtype}, {weight.layout}".replace("torch.", "")
         raise ValueError(
             f"Target module {name} is not supported: it is a {type(module).__name__} ({held}), which doesn't multiply "
