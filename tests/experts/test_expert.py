@@ -116,6 +116,7 @@ DAMAGES = {
     "infinity": (lambda f: edit_weights(f, with_one(lambda t: t / 0)), "z is not finite"),
     "beyond all reason": (lambda f: edit_weights(f, with_one(lambda t: t + 1e30)), "beyond 10000"),
     "whole numbers": (lambda f: edit_weights(f, with_one(lambda t: t.long())), "dtype torch.int64"),
+    "float8": (lambda f: edit_weights(f, with_one(lambda t: t.to(torch.float8_e5m2))), "dtype torch.float8"),
     "true and false": (lambda f: edit_weights(f, with_one(lambda t: t > 0)), "dtype torch.bool"),
     "a rank of text": (lambda f: edit_config(f, rank="7"), "rank"),
     "config nested deeply": (lambda f: (f / CONFIG).write_text("[" * 10**5), "nested too deeply"),

@@ -372,6 +372,7 @@ TAMPERED = {
     "one infinity": (lambda t: t[KEY][3:4].fill_(float("inf")), r"1 of 24 entries.*Use an earlier checkpoint"),
     "1e30": (lambda t: t[KEY][3:4].fill_(1e30), rf"1 of 24 entries of its z-vector for {MODULE} .*beyond 1e\+30"),
     "int64": (lambda t: t.update({KEY: t[KEY].long()}), rf"{MODULE} \(torch.int64\)"),
+    "float8": (lambda t: t.update({KEY: t[KEY].to(torch.float8_e5m2)}), rf"{MODULE} \(torch.float8_e5m2\)"),
     "bool": (lambda t: t.update({KEY: t[KEY] > 0}), rf"{MODULE} \(torch.bool\)"),
     "an embedding": (
         lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.zeros(53, 24)}),

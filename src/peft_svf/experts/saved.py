@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .. import files
 from ..tuner.config import SVFConfig
+from ..tuner.weights import FLOATS
 from .key import KEY_NAME
 
 SOURCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:::(?P<subfolder>[^@]+))?(?:@(?P<revision>\S+))?")
@@ -101,7 +102,7 @@ def read_offsets(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], di
 def check_offsets(offsets: Mapping[str, Tensor]) -> None:
     """Refuse offsets that aren't vectors, or are so large that they can only be damage, with a `ValueError`."""
     for module, offset in offsets.items():
-        if offset.dim() != 1 or not offset.is_floating_point():
+        if offset.dim() != 1 or offset.dtype not in FLOATS:
             raise ValueError(
                 f"the offset for {module} has shape {tuple(offset.shape)} and dtype {offset.dtype}; it needs one axis "
                 "of floating point numbers."

@@ -22,7 +22,7 @@ from .cache import content_key
 from .config import SVFConfig
 from .fingerprint import Fingerprint, Recorded, check
 from .layer import SVFLayer, svf_layers
-from .weights import Known, Reader, absent, bases_of, note_shared
+from .weights import FLOATS, Known, Reader, absent, bases_of, note_shared
 
 logger = logging.getLogger(__name__)
 MISFIT = 0.35  # SmolLM2's weights in 4 bits are below 0.2 and in 3 bits below 0.3; another layer's lie above 0.4
@@ -287,7 +287,7 @@ def _checked_keys(
 
 def _check_offset(offset: Tensor, expected: int, name: str, adapter_name: str, config: SVFConfig) -> None:
     """Raise `ValueError` for a z-vector of another length, of whole numbers, or with entries that aren't finite."""
-    if offset.shape != (expected,) or not offset.is_floating_point():
+    if offset.shape != (expected,) or offset.dtype not in FLOATS:
         raise ValueError(
             f"Adapter {adapter_name!r} has a z-vector of shape {tuple(offset.shape)} for {name} ({offset.dtype}), but "
             f"the basis there has {expected} directions, whose multipliers are floating point numbers. It was trained "

@@ -130,6 +130,8 @@ def emulates(dtype: torch.dtype) -> bool:
 
 def fast(tensor: Tensor, tokens: int = FEW) -> Tensor:
     """Upcast a 16-bit factor on a CPU that would emulate its products, unless so few tokens do not repay it."""
+    if torch.compiler.is_compiling():  # Dynamo warns of the cache of `emulates`.
+        return tensor
     slow = tokens >= FEW and tensor.device.type == "cpu" and emulates(tensor.dtype)
     return tensor.float() if slow else tensor
 
