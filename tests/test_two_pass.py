@@ -16,7 +16,7 @@ from transformers import DynamicCache, GenerationConfig, LlamaModel, LogitsProce
 from peft_svf import Expert, ExpertLibrary, Mixture, Transformer2Model, two_pass
 from peft_svf.adaptation import FirstPass, Search, first_pass
 from peft_svf.pipeline import Transformer2Pipeline
-from peft_svf.tuner import layer as layer_module
+from peft_svf.tuner import rows as rows_module
 from peft_svf.tuner.layer import Linear, SVFLayer
 
 TEXTS = ["What is 3 + 4?", "def", "Tell me a story."]
@@ -473,7 +473,7 @@ STEPS = {
     "first pass": (first_pass, "choice_logps", 1),
     "decision": (first_pass, "Mixture", 2),
     "reading an expert": (ExpertLibrary, "_offsets", 1),
-    "activation": (layer_module, "Rows", 5),
+    "activation": (rows_module, "Rows", 5),
     "first layer": (Linear, "forward", 1),
     "second pass, prefill": (Linear, "forward", 20),
     "second pass, later token": (LlamaModel, "forward", 6),

@@ -141,7 +141,7 @@ def test_an_ascent_needs_gradients_and_stays_where_they_are_not_finite():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"method": "luck"}, "no search 'luck': choose one of 'cem', 'cma', 'gradient'"),
+        ({"method": "luck"}, "no search 'luck': choose one of 'key', 'cem', 'cma', 'gradient'"),
         ({"iterations": 0}, "iterations=0"),
         ({"population": 1}, "population=1"),
         ({"elites": 0.0}, "elites=0.0"),

@@ -101,7 +101,7 @@ EFFECTS = {
     "read a disk": TRY.format("import glob; open((glob.glob('/dev/[sv]d[a-z]') + ['/dev/mem'])[0], 'rb').read(1)"),
     "fill the disk": TRY.format("[open(str(i), 'wb').write(bytes(8 << 20)) for i in range(8)]"),
     "memory of one process": TRY.format("x = bytearray(4 << 30)"),
-    "memory of many processes": "import os, time\nfor _ in range(8):\n    if os.fork() == 0:\n        x = bytearray(120 << 20); time.sleep(1.5); os._exit(0)\ntime.sleep(1)\nprint('through')",
+    "memory of many processes": "import os, time\nr, w = os.pipe()\nfor _ in range(8):\n    if os.fork() == 0:\n        x = bytearray(120 << 20); os.write(w, b'.'); time.sleep(3); os._exit(0)\nos.close(w)\nif all([os.read(r, 1) for _ in range(8)]): print('through')",
     "memory in memfd": "import os, time\nfor _ in range(50):\n    os.write(os.memfd_create('m'), bytes(15 << 20))\ntime.sleep(1)\nprint('through')",
     "200 processes": TRY.format(
         "import os, time\n    for _ in range(200):\n        if os.fork() == 0: time.sleep(2); os._exit(0)"

@@ -119,8 +119,10 @@ def refuse_unknown(module: nn.Module, name: str) -> None:
     """
     if resolve_quantization_backend(module) is not None:
         return
-    plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
-    plain &= "forward" not in vars(module) or hasattr(module, "_hf_hook")  # accelerate's runs the class's own
+    forward, own = type(module).forward, vars(module).get("forward")
+    # accelerate sets an instance's forward to its hook's, and to the class's own when the hook is gone
+    replaced = own is not None and not hasattr(module, "_hf_hook") and getattr(own, "__func__", None) is not forward
+    plain = forward in (nn.Linear.forward, Conv1D.forward) and not replaced
     weight = module._parameters.get("weight")
     if not (plain and readable(weight)):
         held = "a computed weight" if weight is None else f"{weight.dtype}, {weight.layout}".replace("torch.", "")
