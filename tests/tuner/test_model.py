@@ -4,16 +4,14 @@
 import copy
 import logging
 import re
-from importlib.metadata import version
 
 import oracle
 import pytest
 import torch
 import transformers as hf
-from packaging.version import Version
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from pico import CONFIGS, build, fill, inputs, logits, matrix_of, randomize, svf_layers
+from pico import CONFIGS, build, fill, inputs, logits, matrix_of, own_methods, randomize, svf_layers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -24,10 +22,6 @@ DTYPES = [torch.float32, torch.bfloat16]
 usual_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 some_kinds = pytest.mark.parametrize("kind", SOME)
 every_kind = pytest.mark.parametrize("kind", CONFIGS)
-own_methods = pytest.mark.xfail(
-    Version(hf.__version__) >= Version("5.24") and Version(version("peft")) < Version("0.22"),
-    reason="the `add_adapter` of transformers 5.24 needs peft 0.22",
-)
 
 ALL_LINEAR = {"target_modules": "all-linear"}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import get_peft_model
-from pico import build, inputs, one_layer, randomize, rows_of, svf_layers
+from pico import build, inputs, one_layer, own_methods, randomize, rows_of, svf_layers
 from torch import nn
 from transformers.generation import ContinuousBatchingConfig
 
@@ -234,6 +234,7 @@ def test_a_weight_that_is_read_while_its_layer_does_not_run_is_noticed():
     assert get_peft_model(Fused(), SVFConfig(target_modules=["used"]))(x).shape == (2, 7)
 
 
+@own_methods
 def test_transformers_own_adapters_notice_it_in_the_first_forward():
     model = build("llama")
     mlp = model.model.layers[1].mlp
