@@ -72,7 +72,7 @@ class Training:
     def name(self) -> str:
         """Stem of the result file."""
         setting = "" if self.method == "base" else f"-lr{self.lr:g}-seed{self.seed}"
-        return f"{self.task}-{self.method}{setting}"
+        return f"{self.task}-{self.method}{setting}" + (f"-steps{self.steps}" if self.steps != 10 else "")
 
 
 def cells() -> Iterator[Training]:
@@ -80,6 +80,9 @@ def cells() -> Iterator[Training]:
     for task in TASKS:
         yield Training(task, "base")
         yield Training(task, "svf-upper", 0.01)
+    for seed in range(3):
+        yield Training("sentiment", "svf-upper", 0.01, seed, steps=20)
+    yield Training("compare", "svf-upper", 0.01, steps=20)
     yield Training("sentiment", "lora16-upper", 1e-3)
     for seed in (1, 2):
         for task in TASKS:

@@ -468,29 +468,28 @@ def transfer_part(results: Mapping[str, Result]) -> list[str]:
 
 def generated_page(found: Mapping[str, Result]) -> str:
     """Write the page of answers in text: accuracy, mentions, and the likelihood of everyday answers."""
-    kinds: dict[tuple[str, str, float], list[Result]] = {}
+    kinds: dict[tuple[str, str, float, int], list[Result]] = {}
     for result in found.values():
         training = result["training"]
         if training["method"] != "base":
-            kinds.setdefault((training["task"], training["method"], training["lr"]), []).append(result)
+            key = training["task"], training["method"], training["lr"], training["steps"]
+            kinds.setdefault(key, []).append(result)
     rows, falls = [], []
-    for (task, method, lr), results in sorted(kinds.items()):
+    for (task, method, lr, steps), results in sorted(kinds.items()):
         base = found.get(f"{task}-base")
         if base is None:
             continue
         pairs = [(result, base) for result in results]
         tests = [result["test"] for result in results]
         fall = [result["everyday"]["mean_logp"] / base["everyday"]["mean_logp"] - 1 for result in results]
-        name = f"{method}, lr {lr:g}"
+        name = f"{method}, lr {lr:g}, {steps} steps"
         accuracies = ", ".join(f"{test['accuracy']:.3f}" for test in tests)
         rows.append([task, name, f"{base['test']['accuracy']:.3f}", accuracies, gain(pairs), tests[0]["n"]])
-        mentions = statistics.mean(test["mentions"] for test in tests)
-        falls.append(
-            [task, name, f"{base['test']['mentions']:.3f}", f"{mentions:.3f}", ", ".join(f"{f:.1%}" for f in fall)]
-        )
+        mentions = ", ".join(f"{test['mentions']:.3f}" for test in tests)
+        falls.append([task, name, f"{base['test']['mentions']:.3f}", mentions, ", ".join(f"{f:.1%}" for f in fall)])
     return "\n".join([
         "# Answers in text", "",
-        "SmolLM2-135M-Instruct in float32 on one CPU thread. REINFORCE on generated answers: 10 steps of 8 requests "
+        "SmolLM2-135M-Instruct in float32 on one CPU thread. REINFORCE on generated answers: steps of 8 requests "
         "with 8 samples, MLP weights from block 5 on (*svf-upper*, *lora16-upper*) or of all blocks (*svf*). The loss "
         "has 20 times KL(base ‖ policy) on everyday answers of the base, for both methods alike. Test requests have "
         "templates, products and numbers of their own; *right* is a greedy text that is the answer and nothing else, "
