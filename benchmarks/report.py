@@ -336,9 +336,7 @@ def routing_part(results: Mapping[str, Result]) -> list[str]:
         rows = []
         for name in next(iter(ttft["rows"].values()))["over_base"]:
             cells = [r["over_base"].get(name) for r in ttft["rows"].values()]
-            rows.append(
-                [name, *(f"{m:.2f} ({low:.2f} to {high:.2f})" if (m, low, high) else "" for m, low, high in cells)]
-            )
+            rows.append([name, *("{:.2f} ({:.2f} to {:.2f})".format(*cell) if cell else "" for cell in cells)])
         heads = [f"{count} row{'s' if count != '1' else ''}" for count in ttft["rows"]]
         lines += ["Time to the first token over the base's, median and range:", "", *table(["", *heads], rows)]
     if guess:
