@@ -393,7 +393,7 @@ class Engine(BaseGenerateManager):
         return Job(request.offsets, processors, bool(config.do_sample), generator)
 
     def _answerer(self, request: Request, inputs: Any) -> tuple[Any, dict[str, Any]]:
-        """What stands for the model where requests are answered one at a time: it generates with their mixture."""
+        """Stand in for the model if requests are answered one at a time: generate with the request's mixture."""
         cancelled = threading.Event()
         request.cancel = cancelled.set
 
