@@ -152,7 +152,7 @@ def checked_keys(library: ExpertLibrary, tokenizer: Reader) -> dict[str, Routing
         try:
             with library.activate(Mixture()) as model:
                 (anchor,) = read_states(model, key_ids(tokenizer, [ANCHOR]), block, pooling)
-                key.check(model, anchor)
+                key.check(anchor)
         except ValueError as error:
             raise ValueError(f"Expert {name!r}: {error}") from error
     _KEPT[library] = _Kept(keys, anchor)
