@@ -167,10 +167,10 @@ def test_rows_with_mixtures_of_their_own_answer_as_one_by_one(library):
 def test_merged_or_disabled_adapters_are_refused(folders):
     library = ExpertLibrary(PeftModel.from_pretrained(base(), str(folders["math"]), adapter_name="math"))
     library.model.merge_adapter(["math"])
-    with pytest.raises(ValueError, match="on merged or disabled adapters"):
+    with pytest.raises(ValueError, match="merged or disabled"):
         one_mixture(library, {})
     library.model.unmerge_adapter()
-    with library.model.disable_adapter(), pytest.raises(ValueError, match="on merged or disabled adapters"):
+    with library.model.disable_adapter(), pytest.raises(ValueError, match="merged or disabled"):
         one_mixture(library, {"math": 1.0})
     assert torch.equal(one_mixture(library, {}), logits(base()))
 

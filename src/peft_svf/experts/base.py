@@ -106,7 +106,7 @@ class BaseWeights:
         self.check_names(expert)
         saved, weights = expert.fingerprints, dict[str, Fingerprint]()
         for name in sorted(expert.offsets):
-            path = self._stacked.get(name, name)  # of a stacked weight the parameter
+            path = self._stacked.get(name, name)  # as fingerprints name it
             if path in saved and content_key(self.stored(name)) != saved[path].sha256:
                 weights[path] = self.basis(name)[1]
         expert.check_base(weights, self.name or "the model")

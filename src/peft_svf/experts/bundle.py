@@ -2,9 +2,8 @@
 """
 A library, with its mixtures and the settings of a first pass <-> one folder or Hub repository: a bundle.
 
-`transformer2_config.json` lists what is in it; each expert lies in a folder of its own, and the base model is only
-named. `adapter_config.json` names it too, by which transformers and the Hub know whose bundle it is. What the settings
-mean is unknown here.
+`transformer2_config.json` lists the contents. Each expert has its folder; the base model is only named, also in
+`adapter_config.json`, where transformers and the Hub look for it. What the settings mean is unknown here.
 """
 
 import json
@@ -12,7 +11,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,23 +49,14 @@ print(answer("What is 7 + 8?", return_dispatch=True))
 
 @dataclass(frozen=True)
 class Bundle:
-    """
-    What a bundle holds.
-
-    Args:
-        base_model, revision (`str`, *optional*): The base that its experts belong to.
-        experts (`dict[str, ...]`): Folders inside the bundle, or repositories, by name.
-        classifier (folder or repository, *optional*): The expert of the first pass.
-        mixtures (`dict[str, Mixture]`): Named mixtures.
-        first_pass (`dict[str, Any]`): Settings; a `Path` is the folder of a part that was saved by itself.
-    """
+    """What a bundle holds: experts are folders inside it, or repositories."""
 
     base_model: str | None
     revision: str | None
     experts: dict[str, Source]
-    classifier: Source | None = None
-    mixtures: dict[str, Mixture] = field(default_factory=dict)
-    first_pass: dict[str, Any] = field(default_factory=dict)
+    classifier: Source | None
+    mixtures: dict[str, Mixture]
+    first_pass: dict[str, Any]  # settings; a `Path` is the folder of a part that was saved by itself
 
 
 def save_bundle(
@@ -113,13 +103,8 @@ def push_bundle(
     """
     Upload a library as a bundle with a card, in one commit.
 
-    Args:
-        base_model (`str`, *optional*): Hub id of the base, if the experts name a local folder.
-        license (`str`, *optional*): For the card.
-        options: As in [`push_expert`]: `private`, `token`, `revision`, `create_pr`, `commit_message`.
-
-    Raises:
-        `ValueError`: if no Hub id of the base is known; nothing is uploaded then.
+    `base_model` is the Hub id of the base if the experts name a local folder; without any, nothing is uploaded and a
+    `ValueError` raised. `options` are those of [`push_expert`]: `private`, `token`, `revision`, `create_pr`, ...
     """
     base = base_id(_base(library)[0], base_model)
     rows = [{"expert": name, "good at": text or None} for name, text in library.descriptions.items()]
@@ -134,7 +119,7 @@ def push_bundle(
 def find_bundle(
     source: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None
 ) -> Path | None:
-    """Return the folder of a bundle, downloaded from one commit if it lies on the Hub; `None` for anything else."""
+    """Return the folder of a bundle, downloaded from one commit of the Hub if need be; `None` for anything else."""
     if os.path.isdir(source):
         return Path(source) if (Path(source) / BUNDLE_NAME).is_file() else None
     try:

@@ -10,6 +10,7 @@ import os
 import pickle
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from .base import BaseWeights
 from .expert import Expert
 
 LISTED = "learnable_params_module_list."  # keys of `policy_params.pt`: numbers in the order of the model's weights
-SMALLEST = 1e-12  # of the largest squared singular value: what lies below has no direction to rescale
+SMALLEST = 1e-12  # Squared singular values below this share of the largest have no direction to rescale.
 
 
 def import_reference(path: str | os.PathLike[str], model: PreTrainedModel, name: str, description: str = "") -> Expert:
@@ -35,18 +36,11 @@ def import_reference(path: str | os.PathLike[str], model: PreTrainedModel, name:
     It holds a logit per singular value: `z = m * sum(S) / sum(S * m)` with `m = sigmoid(logits)`, rounded to bfloat16
     as the original does. The rescaling keeps each weight's nuclear norm.
 
-    Args:
-        path (`str` or path): The file, of tensors alone.
-        model (`PreTrainedModel`): The base model that it was trained on; the file doesn't name it.
-        name, description (`str`): Of the expert.
-
-    Raises:
-        `ValueError`: if the file holds more than tensors, or doesn't fit the model.
+    The file doesn't name its base, `model`. Raises `ValueError` if it holds more than tensors, or doesn't fit that.
     """
-    try:
+    content: Any = None
+    with suppress(pickle.UnpicklingError):  # of more than tensors, which would be run
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors, which would be run while it is read: refused.") from error
     weights, offsets, prints = BaseWeights(model), dict[str, Tensor](), dict[str, Fingerprint]()
     logits = _named(content, model) if isinstance(content, dict) else {}
     if not logits or not all(
@@ -54,7 +48,7 @@ def import_reference(path: str | os.PathLike[str], model: PreTrainedModel, name:
         for module, p in logits.items()
     ):
         raise ValueError(
-            f"{path} isn't a learnable_params.pt or policy_params.pt of {weights.name}: it should hold "
+            f"{path} isn't a learnable_params.pt or policy_params.pt of {weights.name}: it should hold tensors alone, "
             "a logit for each singular value of each MLP weight."
         )
     for module, logit in sorted(logits.items()):

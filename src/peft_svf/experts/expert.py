@@ -37,7 +37,7 @@ OTHER = "other"  # the base model, in decisions and as an explicit choice
 PREFIX = "base_model.model."  # PEFT puts it in front of the base model's module names
 SOURCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:::(?P<subfolder>[^@]+))?(?:@(?P<revision>\S+))?")
 OFFSET_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.svf_offset\.weight")
-LARGEST = 1e4  # of abs(z - 1) and of mixture weights; trained z stay between 0 and 2, and float16 ends at 65504
+LARGEST = 1e4  # abs(z - 1) and mixture weights end here; trained z stay between 0 and 2, and float16 ends at 65504
 LIMIT = 16 << 30  # bytes of a weights file
 
 
@@ -124,7 +124,7 @@ class Expert:
 
     @property
     def fingerprints(self) -> dict[str, Fingerprint]:
-        """The base's weights as the expert knows them; those of a stack by the name of the parameter."""
+        """Fingerprints of the base's weights, by module; by parameter if they are stacked."""
         return {name: Fingerprint.from_json(entry) for name, entry in (self.config.get("fingerprint") or {}).items()}
 
     def check_base(self, weights: Mapping[str, Fingerprint], name: str) -> None:
@@ -214,7 +214,7 @@ class Expert:
         text = json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n"  # PEFT keeps targets in sets
         contents: dict[str, str | bytes] = {SAFETENSORS_WEIGHTS_NAME: save(tensors, metadata), CONFIG_NAME: text}
         if self.key is None:
-            (Path(folder) / KEY_NAME).unlink(missing_ok=True)  # of an expert that was saved here before
+            (Path(folder) / KEY_NAME).unlink(missing_ok=True)  # left by an expert that was saved here before
         else:
             contents[KEY_NAME] = self.key.to_bytes()
         files.write_together(folder, contents)
@@ -336,7 +336,7 @@ def name_of(source: str | os.PathLike[str]) -> str:
 
 
 def folder_of(source: str | os.PathLike[str], subfolder: str | None, revision: str | None, token: Any) -> Path:
-    """Return the folder of an expert's files; those of a repository are downloaded, all from one commit."""
+    """Return the folder of an expert's files, after downloading them from one commit if they are on the Hub."""
     place, inside, at = _split(source)
     subfolder, folder = subfolder or inside, Path(place)
     if not folder.is_dir():

@@ -3,7 +3,7 @@
 Expert + base model -> files that other engines read: a merged checkpoint, a LoRA, a GGUF file.
 
 Weights are handled one at a time, so the model is in memory once. A mixture is exported like an expert: it is one,
-`0.7 * math + 0.3 * code`. What engines do with the files, and what was run, stands in docs/how_to/share.md.
+`0.7 * math + 0.3 * code`. docs/how_to/share.md lists the engines, and what was run.
 """
 
 import json
@@ -29,7 +29,7 @@ from ..tuner.basis import Basis, exact, rescale
 from .base import BaseWeights, refuse_adapters
 from .expert import PREFIX, Expert
 
-MISSING = 0.05  # of the change of one kind of weight: what a truncated LoRA may leave out
+MISSING = 0.05  # A truncated LoRA may leave out this share of the change of one kind of weight.
 
 
 def merge_expert(expert: Expert, model: PreTrainedModel) -> None:

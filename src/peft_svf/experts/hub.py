@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("expert_card.md")
 TAGS = ("svf", "transformer-squared", "z-vector")
-HIDDEN = {"value", "interval", "dataset", "benchmark"}  # keys of a result that are no columns
+HIDDEN = {"value", "interval", "dataset", "benchmark"}  # keys of a result that get no column
 FACTS = {"task", "training", "results", "license", "tags"}
 OURS = ("[More Information Needed]", "arXiv 2501.06252")  # texts of PEFT's blank card and of this package's
 
@@ -249,7 +249,7 @@ def _save(model: PeftModel | Expert, name: str, scratch: Path, base_model: str, 
             model.save_pretrained(str(scratch), selected_adapters=[name])
         finally:
             model.peft_config[name].base_model_name_or_path = before  # PEFT fills it in while saving
-    folder = scratch if name == "default" else scratch / name  # where PEFT puts it
+    folder = scratch if name == "default" else scratch / name  # PEFT puts it there
     config = read_config(folder) | {"base_model_name_or_path": base_model}
     if base_revision is not None:
         config["revision"] = base_revision

@@ -2,8 +2,8 @@
 """
 Prompts of one kind -> a `RoutingKey`: what the base model makes of them in its first blocks.
 
-The keys of several experts tell whose kind of request a prompt is. A key holds pooled hidden states, no text, and lies
-beside its expert as `routing.safetensors`. Nothing here knows how a library decides.
+The keys of several experts show whose kind of request a prompt is. A key holds pooled hidden states, no text, and is
+stored beside its expert as `routing.safetensors`. Nothing here knows how a library decides.
 """
 
 import inspect
@@ -28,10 +28,10 @@ KEY_NAME = "routing.safetensors"
 POOLINGS = ("both", "mean", "last")
 SHARE = 6  # a key reads a sixth of the blocks; half of them decide better and cost more (results/adaptation.md)
 LIMIT = 64  # prompts of a key
-BYTES = 32 << 20  # of a file; 64 states of width 16,384 take 2 MB
-LARGEST = 65504.0  # of float16
+BYTES = 32 << 20  # limit of a file; 64 states of width 16,384 take 2 MB
+LARGEST = 65504.0  # the largest float16
 ANCHOR = "The quick brown fox jumps over the lazy dog."
-APART = 0.5  # of the spread of a key's states: what rounding and quantisation move the anchor stays below
+APART = 0.5  # Rounding and quantisation move the anchor by less than this share of the spread of a key's states.
 
 
 def read_tensors(path: Path, limit: int) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -181,7 +181,7 @@ def read_states(
     model: nn.Module, ids: Sequence[Sequence[int]], block: int, pooling: str = "both", batch_size: int = 16
 ) -> Tensor:
     """
-    Read token ids, a list for each prompt, up to a block, those of similar length together.
+    Read token ids, a list for each prompt, up to a block; prompts of similar length share a batch.
 
     Returns `(prompts, width)`, float32 on the CPU. Raises as [`early_exit`].
     """

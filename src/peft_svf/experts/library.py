@@ -88,7 +88,7 @@ class ExpertLibrary:
         with ExitStack() as undo:
             for parameter in model.parameters():
                 undo.callback(parameter.requires_grad_, parameter.requires_grad)
-            undo.callback(self._drop_hosts, 0)
+            undo.callback(lambda: self._drop_hosts(0) if self.model is model else self.model.unload())
             for expert in admitted:
                 self.check_name(expert.name)
                 self._admit(expert)
@@ -139,7 +139,7 @@ class ExpertLibrary:
         return self._experts[name]
 
     def check_experts(self, names: Iterable[str]) -> None:
-        """Raise a `ValueError` if there is no expert of a name; it lists all names, or the closest of more than 20."""
+        """Raise a `ValueError` if an expert is unknown; it lists all names, or the closest of more than 20."""
         if not (unknown := sorted(set(names) - set(self.names))):
             return
         known = f"there are {', '.join(self.choices)}"
@@ -342,7 +342,7 @@ class ExpertLibrary:
         if isinstance(self.model, PeftModel):
             self.model.add_adapter(name, host)
         else:
-            # not get_peft_model: it writes this model's name over that of the expert's base
+            # get_peft_model would replace the name of the expert's base by this model's
             kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(host.task_type, PeftModel)
             self.model = kind(self.model, host, adapter_name=name)
         self._hosts.append(name)

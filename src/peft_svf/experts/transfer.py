@@ -42,7 +42,7 @@ def transfer_expert(
             nearly the same way, matched one to one so that the sum of `abs(Q_source.T @ Q_target)` on the narrow side
             of the weight is largest (needs scipy).
         seed (`int`): Seed of the shuffling.
-        name (`str`, *optional*): Name of the result; default that of the expert.
+        name (`str`, *optional*): Name of the result; default the expert's.
 
     Returns:
         [`Expert`] of the target, with its fingerprint, and in `provenance` the source, the mode, the seed, and for
