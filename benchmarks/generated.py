@@ -91,6 +91,7 @@ def cells() -> Iterator[Training]:
     for task in ("price", "subject", "compare", "email", "sentiment", "language", "calculate"):
         yield Training(task, "base")
         yield Training(task, "svf-upper", 0.005, steps=12, questions=16, samples=1, learner="sft")
+    yield Training("subject", "svf-upper", 0.01, steps=20, questions=16, samples=1, learner="sft")
     for seed in range(3):
         yield Training("sentiment", "svf-upper", 0.01, seed, steps=20)
     yield Training("compare", "svf-upper", 0.01, steps=20)

@@ -491,8 +491,8 @@ def generated_page(found: Mapping[str, Result]) -> str:
         falls.append([*shown, f"{base['test']['mentions']:.3f}", mentions, losses])
     return "\n".join([
         "# Answers in text", "",
-        "SmolLM2-135M-Instruct in float32 on one CPU thread: MLP weights from block 5 on (*svf-upper*, *lora16-upper*) or "
-        "of all blocks (*svf*). *Next token* is the usual loss on right answers, *rewards* is REINFORCE on sampled "
+        "SmolLM2-135M-Instruct in float32, one CPU thread: MLP weights from block 5 on (*svf-upper*, *lora16-upper*) "
+        "or of all blocks (*svf*). *Next token* is the usual loss on right answers, *rewards* is REINFORCE on sampled "
         "ones; a budget is steps × requests in each × answers to each. The loss has 20 times KL(base ‖ policy) on "
         "everyday answers of the base, for all methods alike. Test requests have templates, products, numbers and "
         "sentences of their own; *right* is a greedy text that is the answer and nothing else, or ends with the right "
