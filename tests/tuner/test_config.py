@@ -36,7 +36,6 @@ REFUSED = {
         {"target_modules": ["up_proj"], "layers_pattern": "layers"},
         "`layers_to_transform` must also be specified",
     ),
-    "fingerprint": ({"fingerprint": ["abc"]}, "`fingerprint` must be a dict"),
 }
 
 
