@@ -350,11 +350,3 @@ def test_a_weight_that_torch_has_split_over_processes_is_refused(tmp_path):
             model(torch.randn(2, 5))
     finally:
         torch.distributed.destroy_process_group()
-
-
-def test_a_rank_beyond_every_weight_moves_all_directions_and_says_so(caplog):
-    with caplog.at_level("WARNING", logger="peft_svf.tuner.model"):
-        model = get_peft_model(build("llama"), SVFConfig(rank=10**18))
-    largest = max(layer.directions for layer in svf_layers(model).values())
-    assert f"rank=1000000000000000000 is beyond the {largest} singular values" in caplog.text
-    assert model.peft_config["default"].rank is None

@@ -322,11 +322,10 @@ def test_a_mixture_of_loaded_experts_is_made_without_a_warning(tmp_path):
 @pytest.mark.parametrize(
     "adapters, weights, message",
     [
-        (["a", "c"], [0.5, 0.5], "Adapter c does not exist. There are: a, b"),
-        (["a", "b"], [0.5], "a weight per adapter, got 2 and 1"),
-        ([], [], "a weight per adapter, got 0 and 0"),
-        (["a", "b"], [float("nan"), 1.0], "must be finite numbers"),
-        (["a", "b"], [1e300, -1e300], "must be finite numbers"),
+        (["a", "b"], [0.5], r"a finite weight per adapter, got \[0.5\] for \['a', 'b'\]"),
+        ([], [], "a finite weight per adapter"),
+        (["a", "b"], [float("nan"), 1.0], "a finite weight per adapter"),
+        (["a", "b"], [1e300, -1e300], "a finite weight per adapter"),
     ],
 )
 def test_a_mixture_that_makes_no_sense_is_refused(adapters, weights, message):
@@ -393,11 +392,9 @@ def test_a_mixed_batch_that_cannot_be_is_refused_and_leaves_no_trace():
     model, z_a, _ = with_two()
     with pytest.raises(ValueError, match=r"non-existing adapter.*: c, d"):
         logits(model, adapter_names=["a", "c", "d"])
-    with pytest.raises(ValueError, match="got 2 and 3"):
+    with pytest.raises(ValueError, match="offsets for 2 rows, but the batch has 3"):
         logits(model, adapter_names=["a", "b"])
-    with pytest.raises(ValueError, match="training mode"):
-        logits(model.train(), adapter_names=["a", "b", "a"])
-    model.eval().merge_adapter()
+    model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge_adapter"):
         logits(model, adapter_names=["a", "b", "a"])
     model.unmerge_adapter()
