@@ -72,12 +72,6 @@ def test_a_weight_that_is_not_finite_is_refused(shape, value):
         factorize(weight)
 
 
-@pytest.mark.parametrize("wrong", [(5,), (0, 4), ()])
-def test_what_is_no_matrix_is_refused(wrong):
-    with pytest.raises(ValueError, match=r"shape \(out, in\)"):
-        factorize(torch.zeros(wrong))
-
-
 @pytest.mark.parametrize("stack", [(), (2,)], ids=["matrix", "stack"])
 def test_only_the_top_directions_of_a_weight_deviate_by_rounding(shape, stack):
     weight = matrix((*stack, *shape))

@@ -409,7 +409,7 @@ def test_a_mixed_batch_that_cannot_be_is_refused_and_leaves_no_trace():
 def test_a_name_that_torch_does_not_take_is_refused_and_the_others_stay(name):
     model = adapt("llama", "other", seed=1)
     before = logits(model)
-    with pytest.raises(ValueError, match=f"can't be named {name!r}"):
+    with pytest.raises(KeyError, match=r"module name|already exists"):
         model.add_adapter(name, SVFConfig())
     assert list(model.peft_config) == ["other"] and torch.equal(logits(model), before)
 

@@ -154,13 +154,6 @@ class SVFLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: SVFConfig) -> None:
         """Add the offset of an adapter, 0 everywhere (z = 1) unless `config.init_weights` is `False`."""
         size = self.matrices * min(config.rank or self.directions, self.directions)
-        if adapter_name not in self.svf_offset and (
-            not adapter_name or "." in adapter_name or hasattr(self.svf_offset, adapter_name)
-        ):
-            raise ValueError(
-                f"An adapter can't be named {adapter_name!r}: a name has no dots, isn't empty, and isn't one of a "
-                "`torch.nn.ModuleDict`'s attributes. Choose another name."
-            )
         self.svf_offset[adapter_name] = Offset(torch.zeros(size) if config.init_weights else 0.5 * torch.randn(size))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

@@ -263,8 +263,8 @@ class SVFModel(BaseTuner):
         """Return why SVF can't adapt a module, if it can't."""
         if isinstance(target, BaseTunerLayer) and not isinstance(target, SVFLayer):
             return (
-                "carries an adapter of another method. SVF rescales a weight, not what another method adds to it: "
-                "merge that adapter first with `model.merge_and_unload()`, or leave the module out of `target_modules`."
+                "carries an adapter of another method, and SVF rescales a weight alone: merge that adapter first with "
+                "`model.merge_and_unload()`, or leave the module out of `target_modules`."
             )
         if parameter_name is None and not multiplies(target):
             weight = target._parameters.get("weight")
