@@ -97,6 +97,36 @@ class Recorder(ReinforceTrainer):
         return output
 
 
+def token_logps(model, prompt, completion):
+    """Log-likelihoods of a completion's tokens by one plain forward, without padding."""
+    ids = torch.tensor([prompt + completion])
+    logps = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+    return torch.stack([logps[len(prompt) - 1 + t, token] for t, token in enumerate(completion)])
+
+
+def tokens_of(row):
+    return TOKENIZER.convert_tokens_to_ids(["<u>", *row["prompt"][0]["content"], "<end>", "<a>"])
+
+
+def option_logps(model, row):
+    """Log-probabilities of a row's choices: the softmax of their summed token log-likelihoods, by plain forwards."""
+    texts = row["choices"]
+    ends = any(a != b and b.startswith(a) for a in texts for b in texts)
+    choices = [TOKENIZER.convert_tokens_to_ids([*text, *["<end>"] * ends]) for text in texts]
+    return torch.stack([token_logps(model, tokens_of(row), choice).sum() for choice in choices]).log_softmax(0)
+
+
+@torch.no_grad()
+def likeliest(model, row, length=5):
+    """The likeliest choice, or completion of a few tokens, by plain forwards."""
+    if "choices" in row:
+        return row["choices"][int(option_logps(model, row).argmax())]
+    ids, new = tokens_of(row), []
+    while len(new) < length and new[-1:] != [TOKENIZER.eos_token_id]:
+        new.append(int(model(torch.tensor([ids + new]), use_cache=False).logits[0, -1].argmax()))
+    return TOKENIZER.decode(new, skip_special_tokens=True)
+
+
 def flat(tensors):
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
 

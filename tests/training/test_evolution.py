@@ -219,22 +219,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(step, whole_run, tmp_path):
     assert torch.equal(trained_z(again), trained_z(whole))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_evaluation_takes_the_likeliest(form, tmp_path):
-    rows, reward = FORMS[form]
-    trainer = evolution_of(tmp_path, rows, reward, eval_rows=rows, per_device_eval_batch_size=3)
-    found = trainer.evaluate()["eval_reward"]
-    wanted = []
-    for row in rows:
-        if form == "choice":
-            with torch.no_grad():
-                text = row["choices"][int(choice_logps(trainer.model, TOKENIZER, [row])[0].argmax())]
-        else:
-            text = trainer._complete([row])[0]
-        wanted += reward([[{"content": text}]], **{k: [v] for k, v in row.items() if k != "prompt"})
-    assert found == pytest.approx(sum(wanted) / len(wanted))
-
-
 def test_a_run_logs_its_population_and_its_z(tmp_path):
     trainer = evolution_of(tmp_path, CHOICE_ROWS, right_choice, max_steps=1, learning_rate=0.0)
     trainer.train()

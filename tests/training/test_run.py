@@ -10,11 +10,13 @@ from peft import PeftModel, get_peft_model
 from tiny_model import tiny_model
 from trainers import (
     CHOICE_ROWS,
+    FORMS,
     QUIET,
     TEXT_ROWS,
     TOKENIZER,
     TRAINERS,
     chat,
+    likeliest,
     offsets,
     random_rows,
     right_choice,
@@ -244,6 +246,15 @@ def test_answers_of_one_token_are_drawn_from_the_forward_that_is_differentiated(
 
 
 # --- what both do
+
+
+@both
+@pytest.mark.parametrize("rows, reward", FORMS.values(), ids=FORMS)
+def test_evaluation_is_the_mean_reward_of_the_likeliest(rows, reward, trainer_of, tmp_path):
+    trainer = trainer_of(tmp_path, rows, reward, eval_rows=rows, per_device_eval_batch_size=3)
+    texts = [likeliest(trainer.model, row) for row in rows]
+    rewards = reward([[{"content": text}] for text in texts])
+    assert trainer.evaluate()["eval_reward"] == pytest.approx(sum(rewards) / len(rewards))
 
 
 FAST = {
