@@ -17,11 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from peft_svf.tasks import get_task
-from peft_svf.tasks.task import shuffled
+from peft_svf.tasks.task import Record, shuffled
 
 HERE = Path(__file__).parent / "requests"
 COUNTS = {"train": 320, "validation": 64, "test": 240}
 Pair = tuple[str, str]  # prompt, answer
+Row = dict[str, str]  # prompt, answer, and a solution where that is more than the answer
 
 
 def compare(held_out: bool, draw: random.Random) -> Pair:
@@ -178,6 +179,7 @@ def price(held_out: bool, draw: random.Random) -> Pair:
 
 SOURCES = {"math": ("gsm8k", "question"), "programming": ("mbpp", "text"), "science": ("arc_easy", "question")}
 QUESTIONS: dict[tuple[str, str], list[str]] = {}
+PROBLEMS: dict[str, list[Record]] = {}
 
 
 def subject(split: str, draw: random.Random) -> Pair:
@@ -203,22 +205,121 @@ def subject(split: str, draw: random.Random) -> Pair:
     return template.format(question=question), answer
 
 
-MADE: dict[str, Callable[[bool, random.Random], Pair]] = {
-    "compare": compare, "sentiment": sentiment, "email": email, "price": price,
+SENTENCES = {
+    False: {
+        "French": [
+            "Je cherche un hôtel près de la gare.", "Il fait très beau aujourd'hui.", "Où est la bibliothèque ?",
+            "Mon frère travaille dans une banque.", "Nous avons acheté du pain et du fromage.",
+            "Elle ne veut pas venir avec nous.", "Le train part à huit heures.", "J'aime beaucoup cette chanson.",
+        ],
+        "German": [
+            "Ich suche ein Hotel in der Nähe des Bahnhofs.", "Heute ist das Wetter sehr schön.",
+            "Wo ist die Bibliothek?", "Mein Bruder arbeitet bei einer Bank.", "Wir haben Brot und Käse gekauft.",
+            "Sie will nicht mit uns kommen.", "Der Zug fährt um acht Uhr ab.", "Dieses Lied gefällt mir sehr.",
+        ],
+        "Spanish": [
+            "Busco un hotel cerca de la estación.", "Hoy hace muy buen tiempo.", "¿Dónde está la biblioteca?",
+            "Mi hermano trabaja en un banco.", "Hemos comprado pan y queso.", "Ella no quiere venir con nosotros.",
+            "El tren sale a las ocho.", "Me gusta mucho esta canción.",
+        ],
+        "Italian": [
+            "Cerco un albergo vicino alla stazione.", "Oggi fa molto bello.", "Dov'è la biblioteca?",
+            "Mio fratello lavora in una banca.", "Abbiamo comprato pane e formaggio.",
+            "Lei non vuole venire con noi.", "Il treno parte alle otto.", "Mi piace molto questa canzone.",
+        ],
+    },
+    True: {
+        "French": [
+            "Les enfants jouent dans le jardin.", "Je n'ai pas encore lu ce livre.", "Combien coûte cette chemise ?",
+            "Ma voisine a deux chats noirs.", "On se voit demain matin au marché.", "Il faut fermer la fenêtre.",
+            "La soupe est trop chaude.", "Tu peux m'aider à porter la valise ?", "Son père était médecin à Lyon.",
+            "Avez-vous une table pour quatre personnes ?",
+        ],
+        "German": [
+            "Die Kinder spielen im Garten.", "Ich habe dieses Buch noch nicht gelesen.", "Was kostet dieses Hemd?",
+            "Meine Nachbarin hat zwei schwarze Katzen.", "Wir sehen uns morgen früh auf dem Markt.",
+            "Man muss das Fenster schließen.", "Die Suppe ist zu heiß.", "Kannst du mir mit dem Koffer helfen?",
+            "Sein Vater war Arzt in Bremen.", "Haben Sie einen Tisch für vier Personen?",
+        ],
+        "Spanish": [
+            "Los niños juegan en el jardín.", "Todavía no he leído este libro.", "¿Cuánto cuesta esta camisa?",
+            "Mi vecina tiene dos gatos negros.", "Nos vemos mañana en el mercado.", "Hay que cerrar la ventana.",
+            "La sopa está demasiado caliente.", "¿Puedes ayudarme con la maleta?", "Su padre era médico en Sevilla.",
+            "¿Tienen una mesa para cuatro personas?",
+        ],
+        "Italian": [
+            "I bambini giocano nel giardino.", "Non ho ancora letto questo libro.", "Quanto costa questa camicia?",
+            "La mia vicina ha due gatti neri.", "Ci vediamo domani mattina al mercato.",
+            "Bisogna chiudere la finestra.", "La zuppa è troppo calda.", "Puoi aiutarmi con la valigia?",
+            "Suo padre era medico a Torino.", "Avete un tavolo per quattro persone?",
+        ],
+    },
 }  # fmt: skip
 
 
+def language(held_out: bool, draw: random.Random) -> Pair:
+    """Ask for the language of one or two sentences; the test has other sentences."""
+    answer = draw.choice(list(SENTENCES[held_out]))
+    sentences = " ".join(draw.sample(SENTENCES[held_out][answer], draw.randrange(1, 3)))
+    template = draw.choice(
+        [
+            "My phone shows: '{sentences}' What language is that? One word.",
+            "'{sentences}' Label this text with its language, in a single word.",
+        ]
+        if held_out
+        else [
+            "Which language is this? Answer with one word.\n\n{sentences}",
+            "Name the language of this text and nothing else.\n\nText: {sentences}",
+            "{sentences}\n\nIn which language is this written? Just one word.",
+        ]
+    )
+    return template.format(sentences=sentences), answer
+
+
+def calculate(split: str, draw: random.Random) -> Row:
+    """Ask for the calculation of a problem of SVAMP from its own split; its number is what counts."""
+    name = f"{split}:svamp"
+    if name not in PROBLEMS:
+        PROBLEMS[name] = get_task("svamp").rows(split, "calculation")
+    row = draw.choice(PROBLEMS[name])
+    problem, _, _ = row["prompt"][-1]["content"].rpartition("\n")
+    template = draw.choice(
+        ["{problem} Show the calculation and its result.", "Calculate, without words: {problem}"]
+        if split == "test"
+        else [
+            "{problem}\nAnswer with the calculation only.",
+            "{problem}\n\nWrite down the calculation and nothing else.",
+            "What has to be calculated here, and what is the result? No words, please.\n\n{problem}",
+        ]
+    )
+    solution = f"{row['calculation']} = {row['answer']}"
+    return {"prompt": template.format(problem=problem), "answer": row["answer"], "solution": solution}
+
+
+MADE: dict[str, Callable[[bool, random.Random], Pair]] = {
+    "compare": compare, "sentiment": sentiment, "email": email, "price": price, "language": language,
+}  # fmt: skip
+
+
+def make(name: str, split: str, draw: random.Random) -> Row:
+    """Make one request of a task."""
+    if name == "calculate":
+        return calculate(split, draw)
+    prompt, answer = subject(split, draw) if name == "subject" else MADE[name](split == "test", draw)
+    return {"prompt": prompt, "answer": answer}
+
+
 def main() -> None:
-    for name in (*MADE, "subject"):
+    for name in (*MADE, "subject", "calculate"):
         (HERE / name).mkdir(parents=True, exist_ok=True)
         seen: set[str] = set()
         for split, count in COUNTS.items():
             draw, rows = random.Random(f"{name}:{split}"), []
             while len(rows) < count:
-                prompt, answer = subject(split, draw) if name == "subject" else MADE[name](split == "test", draw)
-                if prompt not in seen:
-                    seen.add(prompt)
-                    rows.append({"prompt": prompt, "answer": answer})
+                row = make(name, split, draw)
+                if row["prompt"] not in seen:
+                    seen.add(row["prompt"])
+                    rows.append(row)
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
             packed = io.BytesIO()
             with gzip.GzipFile(fileobj=packed, mode="wb", compresslevel=9, mtime=0) as file:
