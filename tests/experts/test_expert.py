@@ -104,7 +104,7 @@ DAMAGES = {
     "no safetensors": (lambda f: (f / WEIGHTS).write_bytes(b"<html>not found</html>" * 9), "is damaged"),
     "no tensors": (lambda f: save_file({}, f / WEIGHTS), "holds no offsets"),
     "config no JSON": (lambda f: (f / CONFIG).write_text("{"), "isn't valid JSON"),
-    "config no text": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe\x00"), "isn't UTF-8"),
+    "config no text": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe\x00"), "isn't valid JSON"),
     "config a list": (lambda f: (f / CONFIG).write_text("[]"), "holds no SVF expert"),
     "another type": (lambda f: edit_config(f, peft_type="LORA"), "another PEFT type"),
     "NaN": (lambda f: edit_weights(f, with_one(lambda t: t * math.nan)), f"{UP}.*finite"),
@@ -114,7 +114,7 @@ DAMAGES = {
     "float8": (lambda f: edit_weights(f, with_one(lambda t: t.to(torch.float8_e5m2))), "dtype torch.float8"),
     "a matrix": (lambda f: edit_weights(f, with_one(lambda t: t.view(2, -1))), "isn't a vector"),
     "a rank of text": (lambda f: edit_config(f, rank="7"), "rank"),
-    "config nested deeply": (lambda f: (f / CONFIG).write_text("[" * 10**5), "nested too deeply"),
+    "config nested deeply": (lambda f: (f / CONFIG).write_text("[" * 10**5), "isn't valid JSON"),
     "provenance nested deeply": (
         lambda f: save_file(load_file(f / WEIGHTS), f / WEIGHTS, {"provenance": "[" * 10**5}), "recursion",
     ),
