@@ -36,11 +36,12 @@ def unwrapped(model: Any) -> PreTrainedModel:
 
 @contextmanager
 def evaluating(model: Module) -> Iterator[None]:
-    """Put a model into evaluation mode while the context is open; afterwards each module has its own mode back."""
+    """Turn dropout and gradients off while the context is open; afterwards each module has its own mode back."""
     modes = {module: module.training for module in model.modules()}
+    model.eval()
     try:
-        model.eval()
-        yield
+        with torch.no_grad():
+            yield
     finally:
         for module, training in modes.items():
             module.training = training

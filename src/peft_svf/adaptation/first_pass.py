@@ -169,21 +169,19 @@ def dispatch(
 
 
 def decide(library: ExpertLibrary, scores: Tensor, first_pass: FirstPass) -> list[Mixture]:
-    """Turn scores `(prompts, experts + 1)` of the kinds, as [`kind_scores`] returns them, into mixtures."""
-    rows = (scores.double() / first_pass.temperature).softmax(-1).tolist()
-    return [decision(dict(zip([*library.names, OTHER], row, strict=True)), first_pass) for row in rows]
-
-
-def decision(probabilities: dict[str, float], first_pass: FirstPass) -> Mixture:
-    """Choose the likeliest kind, or mix all of them by their probabilities."""
-    n, best = len(probabilities), max(probabilities.values())
-    choice = OTHER if probabilities[OTHER] == best else max(probabilities, key=lambda name: probabilities[name])
-    confidence = min(1.0, max(0.0, (best - 1 / n) / (1 - 1 / n)))
-    if confidence >= first_pass.threshold:
-        mixed, alpha = first_pass.soft and confidence > 0, {choice: 1.0}  # Equal probabilities decide nothing.
-    else:
-        mixed, alpha = first_pass.fallback == "mix", {}
-    return Mixture(probabilities if mixed else alpha, first_pass.strategy, confidence, probabilities)
+    """Turn scores `(prompts, experts + 1)` into mixtures: the likeliest kind, or all by their probabilities."""
+    names, mixtures = [*library.names, OTHER], []
+    for row in (scores.double() / first_pass.temperature).softmax(-1).tolist():
+        n, best, probabilities = len(row), max(row), dict(zip(names, row, strict=True))
+        choice = OTHER if row[-1] == best else names[row.index(best)]
+        confidence = min(1.0, max(0.0, (best - 1 / n) / (1 - 1 / n)))
+        if confidence >= first_pass.threshold:
+            mixed, alpha = first_pass.soft and confidence > 0, {choice: 1.0}  # Equal probabilities decide nothing.
+        else:
+            mixed, alpha = first_pass.fallback == "mix", {}
+        chosen = probabilities if mixed else alpha
+        mixtures.append(Mixture(chosen, first_pass.strategy, confidence, probabilities))
+    return mixtures
 
 
 def kind_scores(

@@ -216,7 +216,6 @@ class _Enough(Exception):
     """Ends a forward at the block of a key."""
 
 
-@torch.no_grad()
 def early_exit(model: nn.Module, ids: Tensor, mask: Tensor, block: int, pooling: str) -> Tensor:
     """
     Run the blocks below a block and pool its input: `(rows, width)`, float32 on the CPU.
