@@ -110,7 +110,7 @@ def run_python(
         asserts (sequence of `str`, *optional*):
             Statements to run after it, in the judge; `ok` needs all of them. With them the code's `__name__` is
             "solution", so a main block doesn't run.
-        timeout (`float`): Seconds of processor time of all processes together; the wall clock may pass four times that.
+        timeout (`float`): Seconds of processor time of all processes together; on the wall clock four times that.
         memory_mb (`int`): MiB of memory of all processes together, and of the address space of each.
         output_kb (`int`): KiB of output after which a run is stopped.
 
@@ -120,16 +120,10 @@ def run_python(
     """
     if os.name != "posix":
         raise NotImplementedError(
-            f"The sandbox needs POSIX processes and this system is '{os.name}': use the choice form, which runs no code."
+            f"The sandbox needs POSIX and this system is '{os.name}': use the choice form, which runs no code."
         )
-    limits = {
-        "RLIMIT_CPU": int(timeout) + 1,
-        "RLIMIT_AS": memory_mb << 20,
-        "RLIMIT_FSIZE": FILE_MB << 20,
-        "RLIMIT_NOFILE": FILES,
-        "RLIMIT_NPROC": PROCESSES,
-        "RLIMIT_CORE": 0,
-    }
+    limits = {"CPU": int(timeout) + 1, "AS": memory_mb << 20, "FSIZE": FILE_MB << 20, "CORE": 0}
+    limits |= {"NOFILE": FILES, "NPROC": PROCESSES}
     job = {"code": code, "asserts": list(asserts), "limits": limits, "seconds": int(PATIENCE * timeout) + 2}
     starter = _starter(os.getpid(), _mode())
     with starter.program() as program, starter.judge(program) as verdict:
@@ -185,7 +179,7 @@ class _Side:
 
 
 class _Starter:
-    """Starts programs in one mode, each while the one before runs, as a start takes longer; one process forks judges."""
+    """Starts each program while the one before runs, as a start takes longer; one process forks all judges."""
 
     def __init__(self, owner: int, mode: str) -> None:
         self.owner, self.mode, self.lock = owner, mode, threading.Lock()
@@ -226,7 +220,7 @@ _starter = functools.cache(_Starter)
 
 @functools.cache
 def _source(same: bool) -> str:
-    """Return the harness as the argument of `-c`, compiled if the same Python runs it: its start counts."""
+    """Return the harness as the argument of `-c`, compiled if the same Python runs it, which starts sooner."""
     text = HARNESS.read_text(encoding="utf-8")
     code = marshal.dumps(compile(text, "<sandbox>", "exec", optimize=2)).hex()
     return f"import marshal; exec(marshal.loads(bytes.fromhex('{code}')))" if same else text

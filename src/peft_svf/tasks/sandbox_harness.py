@@ -2,11 +2,11 @@
 """
 The far side of the sandbox: two scripts, one that runs a program and one that judges it.
 
-`sandbox` starts both as `python -I -S -B -c SOURCE ROLE ...`, so that no file of theirs can be rewritten. The *program*
-loads the model's code as a module and serves requests on a socket: look up names, call, read or set an attribute,
-iterate. The *judge* executes the asserts; a name that they take from the program becomes a plain value or a [`Remote`].
-What crosses the socket is an expression of literals, calls of a few constructors and handles, which the judge reads
-without running it: it never runs a method of the program's objects. Standard library only.
+`sandbox` starts both as `python -I -S -B -c SOURCE ROLE ...`, so that no file of theirs can be rewritten. The
+*program* loads the model's code as a module and serves requests on a socket: look up names, call, read or set an
+attribute, iterate. The *judge* executes the asserts; a name that they take from the program becomes a plain value or a
+[`Remote`]. What crosses the socket is an expression of literals, calls of a few constructors and handles, which the
+judge reads without running it: it never runs a method of the program's objects. Standard library only.
 """
 
 import builtins
@@ -284,11 +284,10 @@ class Judge:
 def _error(name: str, text: str) -> Exception:
     """Return the builtin error of that name, as asserts may expect it, but none that ends a loop or a process."""
     kind: Any = vars(builtins).get(name)
-    ends = issubclass(kind, (StopIteration, StopAsyncIteration)) if isinstance(kind, type) else True
-    if ends or not issubclass(kind, Exception):
+    kept = isinstance(kind, type) and issubclass(kind, Exception) and "Iteration" not in name
+    if not kept:
         return ProgramError(f"{name}: {text}" if text else name)
-    error = ValueError(text) if issubclass(kind, UnicodeError) else kind(text)
-    return error if isinstance(error, Exception) else ProgramError(name)
+    return ValueError(text) if issubclass(kind, UnicodeError) else kind(text)
 
 
 def _reason(name: str, text: str) -> str:
@@ -312,7 +311,7 @@ def limit(limits: dict[str, int]) -> None:
 
     for name, value in limits.items():
         try:
-            resource.setrlimit(getattr(resource, name), (value, value))
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
         except (AttributeError, ValueError, OSError):
             continue
 
