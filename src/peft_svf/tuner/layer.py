@@ -151,9 +151,13 @@ class SVFLayer(nn.Module, BaseTunerLayer):
         """What fingerprints call the weight of the layer with this module name."""
         return name
 
+    def size_of(self, rank: int | None) -> int:
+        """Return the length of a z-vector that moves the `rank` largest singular values; `None`: all."""
+        return self.matrices * min(rank or self.directions, self.directions)
+
     def update_layer(self, adapter_name: str, config: SVFConfig) -> None:
         """Add the offset of an adapter, 0 everywhere (z = 1) unless `config.init_weights` is `False`."""
-        size = self.matrices * min(config.rank or self.directions, self.directions)
+        size = self.size_of(config.rank)
         self.svf_offset[adapter_name] = Offset(torch.zeros(size) if config.init_weights else 0.5 * torch.randn(size))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
