@@ -67,6 +67,7 @@ def test_what_would_block_or_flood_is_refused_by_name(tmp_path):
     (tmp_path / "long.json").write_text(" " * 101)
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
     (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "twice.json").write_text('{"a": {"b": 1, "b": 2}}')
     (tmp_path / "digits.json").write_text("9" * 5000)
     (tmp_path / "folder.json").mkdir()
     packed = gzip.compress(b"x" * 1000)
@@ -77,6 +78,7 @@ def test_what_would_block_or_flood_is_refused_by_name(tmp_path):
         ("deep.json", "nested too deeply"),
         ("bytes.json", "UTF-8"),
         ("bad.json", "valid JSON"),
+        ("twice.json", "a key stands twice"),
         ("digits.json", r"digits\.json isn't valid JSON"),
     ]:
         with pytest.raises(ValueError, match=reason):

@@ -144,10 +144,20 @@ def read_text(path: str | os.PathLike[str], limit: int = LIMIT) -> str:
 
 
 def read_json(path: str | os.PathLike[str], limit: int = LIMIT) -> Any:
-    """Read a JSON file from outside; errors as in [`read_text`], and `ValueError` for bad or deeply nested JSON."""
+    """
+    Read a JSON file from outside; errors as in [`read_text`], and `ValueError` for bad or deeply nested JSON.
+
+    A key that stands twice is refused: readers differ in which one counts. NaN is let in, as transformers writes it.
+    """
     text = read_text(path, limit)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(table := dict(pairs)) < len(pairs):
+            raise ValueError("a key stands twice")
+        return table
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique)
     except RecursionError as error:
         raise ValueError(f"{path} isn't usable JSON: it is nested too deeply.") from error
     except ValueError as error:  # also of integers with too many digits

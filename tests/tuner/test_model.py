@@ -803,6 +803,51 @@ def test_a_second_adapter_that_is_refused_leaves_the_first_as_it_is(case):
     model.set_adapter("b")
 
 
+class Spelled(nn.Linear):
+    """A linear layer with a forward of its own that is the same product, as Falcon has."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+class Rounding(nn.Linear):
+    """A linear layer that isn't the product with its weight."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.bfloat16().float(), self.bias)
+
+
+class Odd(nn.Module):
+    """Linear layers that SVF adapts, reads in vain, can't read, or would rescale in one place of two."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain, self.spelled, self.rounding, self.here = (
+            nn.Linear(8, 8),
+            Spelled(8, 8),
+            Rounding(8, 8),
+            nn.Linear(8, 8),
+        )
+        self.attention, self.there = nn.MultiheadAttention(8, 2), self.here
+
+    def forward(self, x):
+        x = self.rounding(self.spelled(torch.tanh(self.plain(x))))
+        return self.there(torch.tanh(self.here(self.attention(x, x, x)[0])))
+
+
+def test_all_linear_leaves_out_what_cannot_be_adapted_and_says_so(caplog):
+    base, x = Odd().eval(), torch.randn(5, 3, 8)
+    model = get_peft_model(copy.deepcopy(base), SVFConfig(target_modules="all-linear")).eval()
+    assert set(svf_layers(model)) == {"plain", "spelled"} == model.peft_config["default"].target_modules
+    (record,) = caplog.records
+    assert re.search(r"leaves out 3 of 5 modules.*: attention\.out_proj, here, rounding$", record.message)
+    wanted = fill(base, randomize(model))(x)
+    close(model(x), wanted)
+    close(model.merge_and_unload()(x), wanted)
+    with pytest.raises(ValueError, match=r"rounding is not supported: it is a Rounding"):
+        get_peft_model(base, SVFConfig(target_modules=["plain", "rounding"]))
+
+
 def test_a_weight_with_nan_is_refused_and_the_base_is_unchanged():
     base = build("llama")
     base.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")

@@ -15,11 +15,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from psutil import virtual_memory
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from . import loading
 from .config import SVFConfig
@@ -28,7 +29,7 @@ from .plans import PLANS, Plan, fast
 from .rows import TEXTS, Execution, active_rows, batch_of
 from .stacked import ParamWrapper
 from .targets import DEFAULT_TARGETS, adaptable, batch_first, default_targets, reads_weight
-from .weights import Known, onloaded, refuse_parallel, refuse_unknown, undo_cpu_packing
+from .weights import Known, onloaded, refuse_parallel, refuse_unknown, undo_cpu_packing, without_unsuited
 
 logger = logging.getLogger(__name__)
 
@@ -239,6 +240,9 @@ class SVFModel(BaseTuner):
             named = peft_config.target_parameters
             targets = set() if named else default_targets(self.model, model_config.get("model_type"))
             peft_config.target_modules = targets  # type: ignore[assignment]
+        elif peft_config.target_modules == "all-linear":
+            found: Any = _maybe_include_all_linear_layers(peft_config, self.model)
+            peft_config.target_modules = without_unsuited(self.model, found.target_modules)  # type: ignore[assignment]
         return peft_config
 
     def _create_and_replace(
@@ -426,8 +430,8 @@ def _unchanged(layers: list[SVFLayer]) -> bool:
     pairs: dict[torch.device, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for layer in layers:
         built, now = layer.svf_merged.offset, layer._active_offset()  # type: ignore[union-attr]
-        if now is None or (built.shape, built.device) != (now.shape, now.device):
-            return False
+        if now is None or isinstance(now, DTensor) or (built.shape, built.device) != (now.shape, now.device):
+            return False  # FSDP shards z between forwards
         pairs[now.device].append((built, now.detach()))
     return all(torch.equal(*map(torch.cat, zip(*known, strict=True))) for known in pairs.values())
 

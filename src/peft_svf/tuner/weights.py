@@ -7,9 +7,11 @@ What it cannot read it refuses by name. Private names of PEFT were read in 0.21.
 """
 
 import json
-from collections import defaultdict
+import logging
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,9 @@ from transformers.pytorch_utils import Conv1D
 from .basis import Basis
 from .cache import fetch
 from .fingerprint import Fingerprint
+from .targets import reads_weight
+
+logger = logging.getLogger(__name__)
 
 Known = dict[str, tuple[Basis, Fingerprint]]
 PACKED = 0.7  # 4 bits lose about 0.1 of a weight's norm, 2 bits 0.5; another weight differs by 1.4
@@ -99,13 +104,11 @@ def refuse_split(weight: Tensor, whole: bool = True) -> None:
 
 def refuse_parallel(model: nn.Module) -> None:
     """Raise `ValueError` for a model with weights that tensor parallelism has split over processes."""
-    split = any((getattr(module, "_tp_size", None) or 1) > 1 for module in model.modules())  # by transformers
-    sharded = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
-    if sharded:
-        from torch.distributed.fsdp import FSDPModule
-
-        fsdp = any(isinstance(module, FSDPModule) for module in model.modules())  # which is one of the ways to split
-        split |= any(sum(not place.is_replicate() for place in tensor.placements) > fsdp for tensor in sharded)
+    modules = list(model.modules())
+    split = any((getattr(module, "_tp_size", None) or 1) > 1 for module in modules)  # by transformers
+    fsdp = any(hasattr(module, "_is_fsdp_managed_module") for module in modules)  # which is one of the ways to split
+    for tensor in model.parameters():
+        split |= isinstance(tensor, DTensor) and sum(not place.is_replicate() for place in tensor.placements) > fsdp
     if split:
         raise ValueError(PARALLEL)
 
@@ -122,15 +125,55 @@ def refuse_unknown(module: nn.Module, name: str) -> None:
     forward, own = type(module).forward, vars(module).get("forward")
     # accelerate sets an instance's forward to its hook's, and to the class's own when the hook is gone
     replaced = own is not None and not hasattr(module, "_hf_hook") and getattr(own, "__func__", None) is not forward
-    plain = forward in (nn.Linear.forward, Conv1D.forward) and not replaced
     weight = module._parameters.get("weight")
-    if not (plain and readable(weight)):
+    if replaced or not readable(weight) or not multiplies(type(module)):
         held = "a computed weight" if weight is None else f"{weight.dtype}, {weight.layout}".replace("torch.", "")
         raise ValueError(
             f"Target module {name} is not supported: it is a {type(module).__name__} ({held}), which doesn't multiply "
             "by a `weight` of plain numbers alone, so SVF cannot read the weight that it applies. Load the base "
             "unquantised, or quantised by bitsandbytes, HQQ or torchao, or leave the module out of `target_modules`."
         )
+
+
+@cache
+def multiplies(kind: type[nn.Module]) -> bool:
+    """Whether a class's forward is the product with `weight` plus `bias`; Falcon's own is, which a probe shows."""
+    if kind.forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    if not issubclass(kind, nn.Linear):
+        return False
+    probe: Any = kind.__new__(kind)
+    nn.Module.__init__(probe)  # without what the class adds: a scale that its forward uses is missed
+    weight, bias, x = (torch.linspace(-2, 1, n, device="cpu").exp() for n in (12, 3, 8))
+    probe.weight, probe.bias, x = nn.Parameter(weight.view(3, 4)), nn.Parameter(bias), x.view(2, 4)
+    try:
+        with torch.no_grad():
+            return torch.allclose(probe.forward(x), nn.functional.linear(x, probe.weight, probe.bias))
+    except Exception:  # It needs more than a weight and a bias.
+        return False
+
+
+def without_unsuited(model: nn.Module, names: set[str]) -> set[str]:
+    """Drop modules that can't be adapted from what `"all-linear"` has found, and say which: nobody asked for them."""
+    places = Counter(child for module in model.modules() for child in module._modules.values())
+    unsuited = set()
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        module = model.get_submodule(name)
+        weight = module._parameters.get("weight")
+        try:
+            if isinstance(module, (nn.Linear, Conv1D)) and (weight is None or readable(weight)):
+                refuse_unknown(module, name)
+        except ValueError:
+            unsuited.add(name)
+        if reads_weight(model, model.get_submodule(parent), child) or places[module] > 1:
+            unsuited.add(name)
+    if unsuited:
+        shown = ", ".join(sorted(unsuited)[:4]) + (", ..." if len(unsuited) > 4 else "")
+        logger.warning(
+            f"'all-linear' leaves out {len(unsuited)} of {len(names)} modules, which SVF can't adapt: {shown}"
+        )
+    return names - unsuited
 
 
 def readable(weight: Tensor | None) -> bool:
