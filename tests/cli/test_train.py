@@ -202,8 +202,8 @@ WRONG = {  # lines of a file -> part of the message
     "max_steps: 2026-01-01": "invalid int value: '2026-01-01'",
     "eval_steps: true": "invalid float value: 'True'",
     "layers_to_transform: [a]": "invalid int value: 'a'",
-    "metric_for_best_model: eval_accuracy": "metric_for_best_model='eval_accuracy' isn't measured by an evaluation",
-    "algorithm: evolution\nmetric_for_best_model: loss": "`metric_for_best_model` must be 'eval_reward'; got 'loss'",
+    "metric_for_best_model: eval_accuracy": "`metric_for_best_model` must be 'eval_reward' or another reward",
+    "algorithm: evolution\nmetric_for_best_model: loss": "`metric_for_best_model` must be 'eval_reward' or another",
     "per_device_train_batch_size: 0": "`per_device_train_batch_size` must be 1 or more; got 0",
 }
 

@@ -147,7 +147,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, "-+0123456789")
     try:
-        text = files.read_text(path, 1 << 20)
+        text = files.read_bytes(path, 1 << 20)
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):  # ten of them can fill the memory
             raise ValueError(f"{path} uses YAML aliases (*name): write the values out.")
         content = yaml.load(text, Loader)
