@@ -105,23 +105,16 @@ class SVFModel(BaseTuner):
 
     def fetch_bases(self, known: Known | None = None) -> None:
         """
-        Give every SVF layer its basis, from the cache or by computing it; layers that have theirs are left alone.
+        Give every SVF layer without a basis its own: one of `known`, by module name, one of the cache, or a new one.
 
-        Fingerprints of loaded adapters are compared first: a refusal changes no layer. Weights on the meta device get
-        no basis until they are loaded; then the next forward of the `PeftModel` does it.
-
-        Args:
-            known (`dict`, *optional*):
-                Verified bases by module name that an adapter has brought along.
-
-        Raises:
-            `ValueError`: if an adapter's fingerprint names another base, or needs more directions than are known.
+        Fingerprints of loaded adapters are compared first, and a `ValueError` for another base changes no layer.
+        Weights on the meta device get their basis once they are loaded, by the next forward of the `PeftModel`.
         """
         loading.give_bases(self, known or {})
         self._follow(*(self._asked or (next(iter(self.peft_config.values())).plan, 1)))
 
     def check_fingerprint(self, adapter_name: str, config: SVFConfig) -> None:
-        """Raise a `ValueError` if a saved adapter belongs to another base; without a fingerprint it fits any."""
+        """Raise `ValueError` if a saved adapter belongs to another base; without a fingerprint it fits any."""
         loading.check_fingerprint(self, adapter_name, config)
 
     def set_plan(self, plan: Plan, forwards_per_step: int = 1) -> None:
@@ -155,7 +148,11 @@ class SVFModel(BaseTuner):
             layer._known = (layer.base_weight,)
 
     def _link(self) -> None:
-        self.execution.entries = tuple(weakref.ref(module) for module in _entries(self.model))
+        """Note the modules that a batch enters by: the model, and an encoder, which generation runs on its own."""
+        model: Any = self.model
+        encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        entries = [model, model.get_encoder()] if encodes and hasattr(model, "get_encoder") else [model]
+        self.execution.entries = tuple(map(weakref.ref, entries))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
@@ -163,18 +160,17 @@ class SVFModel(BaseTuner):
 
     def svf_memory(self) -> dict[str, dict[str, int]]:
         """
-        Count the bytes that SVF keeps beside the base model.
+        Count the bytes that SVF adds to the base model, by module name and as `"total"`.
 
-        Returns:
-            `dict`: by module name, and as `"total"`, the bytes of `basis`, of `merged` and `factored` (kept from the
-            first forward that needs them), of `pristine` weights that `merge_adapter` has replaced, and of `offsets`.
+        They are those of `basis`, of `merged` and `factored` (kept from the first forward that needs them), of
+        `pristine` weights that `merge_adapter` has replaced, and of `offsets`.
         """
         memory = {name: layer.svf_bytes() for name, layer in svf_layers(self.model).items()}
         kinds = ("basis", "merged", "pristine", "factored", "offsets")
         return memory | {"total": {kind: sum(of[kind] for of in memory.values()) for kind in kinds}}
 
     def train(self, mode: bool = True) -> "SVFModel":
-        """Switch between training and evaluation; see [`undo_cpu_packing`] for what else training takes."""
+        """Switch between training, which needs weights as bitsandbytes loads them, and evaluation."""
         for module in self.model.modules() if mode else ():
             undo_cpu_packing(module)
         return super().train(mode)
@@ -381,7 +377,7 @@ class SVFModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Map the keys of a file to those of the model and refuse vectors that do not fit or are not finite."""
+        """Map the keys of a file to the model's; refuse vectors that do not fit or are not finite."""
         return loading.tensors_to_load(model, config, adapter_name, state_dict)
 
 
@@ -393,12 +389,6 @@ def _room(layers: list[SVFLayer]) -> bool:
         needed[weight.device] += weight.numel() * fast(weight.new_empty(0)).element_size()
     free = {"cuda": lambda device: torch.cuda.mem_get_info(device)[0], "cpu": lambda _: virtual_memory().available}
     return all(2 * count <= free[device.type](device) for device, count in needed.items() if device.type in free)
-
-
-def _entries(model: nn.Module) -> list[nn.Module]:
-    """The modules that a batch enters by: the model, and an encoder, which generation runs on its own."""
-    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return [model, model.get_encoder()] if encodes and hasattr(model, "get_encoder") else [model]  # type: ignore[operator]
 
 
 def _unchanged(layers: list[SVFLayer]) -> bool:
