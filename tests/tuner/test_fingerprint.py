@@ -372,15 +372,17 @@ def test_a_tampered_file_is_refused_and_leaves_the_base_or_the_first_expert_in_c
     assert torch.equal(logits(model), before)
 
 
-def test_a_tampered_file_leaves_a_head_that_would_be_saved_as_it_was(tmp_path):
-    make_expert(build("bert", name="pico/bert"), tmp_path, modules_to_save=["classifier"])
+@pytest.mark.parametrize("seed, message", [(0, "NaN, infinite"), (3, "does not belong to this base model")])
+def test_a_refused_file_leaves_modules_that_would_be_saved_as_they_were(seed, message, tmp_path):
+    config = {"modules_to_save": ["classifier"], "trainable_token_indices": {"word_embeddings": [1, 4]}}
+    make_expert(build("bert", name="pico/bert"), tmp_path, **config)
     rewrite(tmp_path, lambda tensors: next(t for key, t in tensors.items() if "svf_offset" in key).fill_(float("nan")))
-    base = build("bert", name="pico/bert")
-    before = state_of(base)
-    with pytest.raises(ValueError, match="NaN, infinite"):
+    base = build("bert", seed=seed, name="pico/bert" if seed == 0 else "pico/stranger")
+    before, modules = state_of(base), [(name, type(module)) for name, module in base.named_modules()]
+    with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(base, tmp_path)
-    assert state_of(base) == before
-    assert torch.equal(logits(base), logits(build("bert")))
+    assert state_of(base) == before and modules == [(name, type(module)) for name, module in base.named_modules()]
+    assert torch.equal(logits(base), logits(build("bert", seed=seed)))
 
 
 @pytest.mark.parametrize("case", ["an embedding", "a target's weight"])

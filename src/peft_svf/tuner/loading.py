@@ -77,10 +77,9 @@ def guard_loading(tuner: Any, model: Any, adapter_name: str, config: SVFConfig) 
         try:
             _refuse_extra(adapter_name, {key for key in keys if key not in allowed or ".base_layer." in key})
         except ValueError:
-            remove(model, adapter_name)
-            del tuner.peft_config[adapter_name]
-            model._hf_peft_config_loaded = bool(tuner.peft_config)
+            tuner.withdraw(adapter_name)
             raise
+        del tuner._before[adapter_name]
         return original(*args, checkpoint_files=checkpoint_files, state_dict=state_dict, **kwargs)
 
     vars(model)["_load_pretrained_model"] = load
@@ -241,13 +240,11 @@ def tensors_to_load(
         if tuner is not None and (shipped or tuner._waiting):
             tuner.fetch_bases(verified_bases(tuner, adapter_name, config, shipped))
     except ValueError:
-        if tuner is not None and adapter_name in tuner._unfilled:  # An adapter that trains keeps what it has.
-            tuner._unchecked -= {adapter_name}
+        if tuner is not None and adapter_name in tuner._before:  # An adapter that trains keeps what it has.
             tuner.withdraw(adapter_name)
         raise
-    finally:
-        if tuner is not None:
-            tuner._unfilled -= {adapter_name}
+    if tuner is not None:
+        tuner._before.pop(adapter_name, None)
     return {renamed.get(key, key): value for key, value in state_dict.items()}
 
 
@@ -305,11 +302,16 @@ def _refuse_extra(adapter_name: str, keys: Set[str]) -> None:
 
 
 def remove(model: nn.Module, adapter_name: str) -> None:
-    """Undo a half-made injection: drop the adapter's offsets, and layers that are left with none."""
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, SVFLayer)]
-    for name, layer in reversed(layers):  # wrappers of parameters lie inside each other
-        if adapter_name in layer.svf_offset:
-            del layer.svf_offset[adapter_name]
-        if not len(layer.svf_offset):
+    """Drop an adapter, and the layers and wrappers that are left without any."""
+    for name, module in reversed([*model.named_modules()]):  # wrappers of parameters are nested
+        inner: Any = None
+        if isinstance(module, SVFLayer):
+            if adapter_name in module.svf_offset:
+                del module.svf_offset[adapter_name]
+            inner = None if len(module.svf_offset) else module.base_layer
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            module.delete_adapter(adapter_name, [other for other in module.active_adapters if other != adapter_name])
+            inner = None if module._adapters else module.unload_and_optionally_merge_module(False, False, None)
+        if inner is not None:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.base_layer)
+            setattr(model.get_submodule(parent), child, inner)

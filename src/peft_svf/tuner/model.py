@@ -47,7 +47,6 @@ class SVFModel(BaseTuner):
     execution: Execution
     _calls = 0
     _waiting = False  # some bases come later: their weights are on the meta device, or a file brings them
-    _unfilled: frozenset[str] = frozenset()  # adapters made for a file that has not been read yet
     _unchecked: frozenset[str] = frozenset()  # adapters whose fingerprint has not been compared yet
     _asked: tuple[Plan, int] | None = None  # by `set_plan`
 
@@ -55,6 +54,7 @@ class SVFModel(BaseTuner):
         self.__dict__["execution"] = Execution()
         self._defers = not isinstance(peft_config, SVFConfig)  # transformers does not hand a file's tensors over
         self._first = ExitStack()  # holds the first forward's context while it runs
+        self._before: dict[str, tuple[Any, Any]] = {}  # what refusing an adapter restores, until its file is read
         self._brought: dict[str, tuple[str, str]] = {}  # weight -> adapter and digest of a basis that only it may use
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
@@ -67,41 +67,48 @@ class SVFModel(BaseTuner):
                 then as it was.
         """
         config = self.peft_config[adapter_name]
-        frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        merged = {layer: list(layer.merged_adapters) for layer in svf_layers(model).values()}
-        if not svf_layers(model):
-            self._trainable_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._before[adapter_name] = (
+            [(parameter, parameter.requires_grad) for parameter in model.parameters()],
+            {layer: list(layer.merged_adapters) for layer in svf_layers(model).values()},
+        )
         try:
             refuse_parallel(model)
             if loading.from_file(config):
                 config.list_modules()
                 loading.adopt_names(model, config)
-                self._unfilled |= {adapter_name}
                 self._unchecked |= {adapter_name}
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if loading.from_file(config) and config.save_basis and self._defers:
                 self._waiting = True  # until `_remap_adapter_state_dict_for_load` has read the basis in the file
             else:
                 self.fetch_bases()
-            if not self._defers:  # transformers calls the model itself, so its first forward is watched
-                end = model.register_forward_hook(self._end_of_first, always_call=True)
-                self._watching = model.register_forward_pre_hook(self._begin_first), end
-                if loading.from_file(config):
-                    loading.guard_loading(self, model, adapter_name, config)
         except BaseException:
-            self._unfilled -= {adapter_name}
-            self._unchecked -= {adapter_name}
-            loading.remove(model, adapter_name)
-            self.peft_config.pop(adapter_name, None)
-            for parameter, requires_grad in frozen:
-                parameter.requires_grad_(requires_grad)
-            for layer, names in merged.items():
-                if names and not layer.merged:  # PEFT unmerges before it adds an adapter
-                    layer.merge(adapter_names=names)
-            if hasattr(model, "_hf_peft_config_loaded") and not hasattr(model, "peft_config"):
-                # transformers' `add_adapter` sets it before it comes here
-                model._hf_peft_config_loaded = False  # type: ignore[assignment]
+            self.withdraw(adapter_name)
             raise
+        if not self._defers:  # transformers calls the model itself, so its first forward is watched
+            end = model.register_forward_hook(self._end_of_first, always_call=True)
+            self._watching = model.register_forward_pre_hook(self._begin_first), end
+        if not loading.from_file(config):
+            del self._before[adapter_name]
+        elif not self._defers:
+            loading.guard_loading(self, model, adapter_name, config)
+
+    def withdraw(self, adapter_name: str) -> None:
+        """Take back an adapter that is refused: the model is as it was before."""
+        model: Any = self.model
+        frozen, merged = self._before.pop(adapter_name)
+        self._unchecked -= {adapter_name}
+        loading.remove(model, adapter_name)
+        self.peft_config.pop(adapter_name, None)
+        for parameter, requires_grad in frozen:
+            parameter.requires_grad_(requires_grad)
+        for layer, names in merged.items():
+            if names and not layer.merged:  # PEFT unmerges before it adds an adapter
+                layer.merge(adapter_names=names)
+        if not self.peft_config:
+            vars(model).pop("peft_config", None)
+            if hasattr(model, "_hf_peft_config_loaded"):  # transformers sets it before it comes here
+                model._hf_peft_config_loaded = False
 
     def fetch_bases(self, known: Known | None = None) -> None:
         """
@@ -174,14 +181,6 @@ class SVFModel(BaseTuner):
         for module in self.model.modules() if mode else ():
             undo_cpu_packing(module)
         return super().train(mode)
-
-    def withdraw(self, adapter_name: str) -> None:
-        """Take back an adapter whose file was refused: the others go on, and after the first the base is as it was."""
-        if len(self.peft_config) > 1:
-            self.delete_adapter(adapter_name)
-            return
-        for name, parameter in self.unload().named_parameters():
-            parameter.requires_grad_(name in self._trainable_before)
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """
