@@ -369,7 +369,7 @@ class SVFModel(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Select what is saved of one adapter; PEFT saves the config next, so it gets the fingerprint here."""
+        """Select what is saved of one adapter."""
         return loading.tensors_to_save(model, config, adapter_name, state_dict)
 
     @classmethod
