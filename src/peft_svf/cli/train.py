@@ -64,10 +64,7 @@ def train(
     from ..rows import has_image
     from ..tasks.task import ANSWER_TOKENS, form_of
 
-    try:
-        settings = read_settings(config, context.args)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    settings = read_settings(config, context.args)
     source, args = settings.model, settings.training
     checkpoint = _checkpoint("true" if resume else args.resume_from_checkpoint, args, dry_run)
     task = find_task(settings.script.task)
@@ -95,12 +92,7 @@ def train(
 
 
 def _run(
-    trainer: Trainer,
-    task: "Task",
-    test: "Sequence[Row]",
-    settings: Settings,
-    checkpoint: str | None,
-    argv: Sequence[str],
+    trainer: Trainer, task: "Task", test: "Sequence[Row]", settings: Settings, checkpoint: str | None, argv: list[str]
 ) -> int:
     """Train, test and write the expert that the command `argv` describes."""
     from ..training.result import write_expert
@@ -148,10 +140,8 @@ def _checkpoint(chosen: str | None, config: Config, dry_run: bool) -> str | None
             raise ValueError(finished)
         return str(checkpoint)
     if not dry_run and (any(folder.glob("checkpoint-*")) or (folder / "adapter_config.json").exists()):
-        raise ValueError(
-            f"output_dir {str(folder)!r} holds another run already: go on with it by --resume, or name another folder "
-            "by --output_dir."
-        )
+        ways = "go on with it by --resume, or name another folder by --output_dir"
+        raise ValueError(f"output_dir {str(folder)!r} holds another run already: {ways}.")
     return None
 
 
@@ -174,17 +164,14 @@ def _check_rows(model: "PreTrainedModel", reader: "Reader", task: "Task", rows: 
 
     if check := getattr(config, "check_rows", None):
         check(len(rows["train"]))
-    if (limit := context_of(model)) is None:
-        return
+    limit = context_of(model) or math.inf
     answer = 0 if "choices" in rows["train"][0] else 1  # at least one token is written
     for split, some in rows.items():
         for row, length in zip(some, row_lengths(reader, some), strict=True):
             if length + answer > limit:
-                what = "its prompt alone is" if answer else "its prompt and longest choice are"
-                raise ValueError(
-                    f"{task.place(split, row)}: {what} {length} tokens, but the model's context is {limit}. Shorten "
-                    "or drop such rows."
-                )
+                what = "its prompt alone has" if answer else "its prompt and longest choice have"
+                many = f"{what} {length} tokens, but the model's context is {limit}"
+                raise ValueError(f"{task.place(split, row)}: {many}. Shorten or drop such rows.")
 
 
 def table_of(rows: "Sequence[Row]") -> Any:
@@ -281,24 +268,21 @@ def _show_cost(
     some = rows["train"][:100]
     prompt = sum(row_lengths(reader, some)) / len(some)
     answer = 0 if "choices" in some[0] else config.max_completion_length
-    # a sample costs as much as three readings of it, forward and back; population members share no prompt
+    # A sample costs as much as three readings of it, forward and back; members of a population share no prompt.
     read = answers * (prompt + answer) if population else 4 * (prompt + answers * answer)
-    trained = steps * questions * read / (prompt + answer)
-    every = {"steps": config.eval_steps or config.logging_steps, "epoch": epoch}.get(config.eval_strategy)
-    measured = 2 * len(rows["test"]) + (int(steps // every) * len(rows["validation"]) if every else 0)
+    minutes = seconds * steps * questions * read / (prompt + answer) / 60
     shapes = weights_of(model, svf)
     numbers = sum(k for *_, k in shapes)
     bases = sum(min(out, into) * k for _, out, into, k in shapes) * {"float32": 4, "bfloat16": 2}[svf.basis_dtype]
     print(
         f"\nCost: {steps} steps x {questions} questions x {answers} answers of at most {answer or 1} tokens: about "
-        f"{seconds * trained / 60:.1f} minutes at the pace of these rows, {seconds * measured / 60:.1f} to measure "
-        f"{measured} answers. {numbers:,} multipliers z of {len(shapes)} weights; bases {size(bases)} of memory "
-        f"({svf.basis_dtype})."
+        f"{minutes:.1f} minutes at the pace of these rows, without evaluations. {numbers:,} multipliers z of "
+        f"{len(shapes)} weights; bases {size(bases)} of memory ({svf.basis_dtype})."
     )
 
 
 def _show_result(result: Mapping[str, Any], folder: str) -> None:
-    """Print what training has gained, and where it is saved."""
+    """Print the gain, and the folder that holds the expert."""
     lines = [
         [name, f"{result[name]['accuracy']:.3f}", interval(result[name]["interval"])] for name in ("base", "expert")
     ]
