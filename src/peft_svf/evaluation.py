@@ -12,6 +12,7 @@ import copy
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from statistics import NormalDist, fmean, pstdev
@@ -93,16 +94,14 @@ def paired_difference(one: Summary, other: Summary) -> tuple[float, tuple[float,
 
 def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row], members: int = 1) -> Tensor:
     """
-    Log-likelihood of each choice of each row, summed over its tokens.
+    Compute the log-likelihood of each choice of each row, summed over its tokens. Gradients flow.
 
-    Where one choice begins another ("4", "48"), it could never be the less likely one: in such a row all choices end
-    with the end of turn. Prompts are read once; their key/value cache is shared by the choices, and what all prompts
-    begin with (system prompt, instructions) is read once for all rows. Gradients flow, unless the caller turns them
-    off.
+    If one choice begins another ("4", "48"), it could never be the less likely one: in such a row all choices end
+    with the end of turn. Prompts are read once for their choices, and what all prompts begin with once for all rows.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
-            Causal language model or `PeftModel`; gradient checkpointing must be off (it drops the cache).
+            Causal language model; gradient checkpointing must be off, because it drops the cache.
         tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`):
             Its tokenizer, or its processor, of which the text side is used.
         rows (`Sequence[Mapping]`):
@@ -119,14 +118,7 @@ def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row],
             exceeds the model's context, or if gradient checkpointing is on.
     """
     device = next(model.parameters()).device
-    if (seen := next(filter(has_image, rows), None)) is not None:
-        raise ValueError(
-            f"Row {seen.get('id')!r} has an image: log-likelihoods are those of texts. Let the model write its "
-            "answer, in a row without `choices` and in no search that scores given answers."
-        )
     prompts, options = _encoded(tokenizer, rows)
-    tokenizer = tokenizer_of(tokenizer)
-    most = max(map(len, options))
     longest, limit = max(_lengths(prompts, options)), context_of(model)
     if limit is not None and longest > limit:
         raise ValueError(f"A prompt and its choice have up to {longest} tokens, but the model's context is {limit}.")
@@ -134,8 +126,9 @@ def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row],
     read = read_prompts(model, prompts, pad_id(tokenizer), members)
     first = read.logits.float().log_softmax(-1)  # (M * N, vocabulary): the first token of every choice
     places = [(n, k) for n, choices in enumerate(options) for k in range(len(choices))]
-    found = torch.full((members * len(rows), most), float("-inf"), device=device)
-    for group in _alike(places, options, len(rows)):  # choices alike in length share a forward: less padding
+    places.sort(key=lambda place: len(options[place[0]][place[1]]))  # choices alike in length share a forward
+    scores = torch.full((members * len(rows), max(map(len, options))), float("-inf"), device=device)
+    for group in _batches(places, len(rows)):
         flat = [options[n][k] for n, k in group] * members
         where = [(m * len(rows) + n, k) for m in range(members) for n, k in group]
         rows_of, column = torch.tensor(where, device=device).T
@@ -147,21 +140,27 @@ def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row],
             output = read_on(model, labels[:, :-1].clamp(min=0), both, repeated(read.cache, rows_of))
             rest = F.cross_entropy(output.logits.float().flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
             logps = logps - rest.view(len(flat), length - 1).sum(-1)
-        found = found.index_put((rows_of, column), logps)
-    return found
+        scores = scores.index_put((rows_of, column), logps)
+    return scores
 
 
 def _encoded(reader: Reader, rows: Sequence[Row]) -> tuple[list[list[int]], list[list[list[int]]]]:
-    """Tokens of the prompts, and of the choices of each, which end with the end of turn where one begins another."""
+    """Encode the prompts, and the choices of each, which end with the end of turn if one begins another."""
     for number, row in enumerate(rows):
         check(row, where := f"Row {row.get('id', number)!r}")
-        if row.get("choices") is None:
-            raise ValueError(f"{where} needs 'choices', a list of texts; it has {', '.join(row)}.")
-    prompts, tokenizer = prompt_ids(reader, [row["prompt"] for row in rows]), tokenizer_of(reader)
-    options = [[tokenizer(text, add_special_tokens=False).input_ids for text in row["choices"]] for row in rows]
-    if tokenizer.eos_token_id is not None:
-        options = [[[*ids, tokenizer.eos_token_id] for ids in c] if _one_begins_another(c) else c for c in options]
-    return prompts, options
+        if has_image(row) or row.get("choices") is None:
+            what = "an image" if has_image(row) else "no choices"
+            raise ValueError(
+                f"{where} has {what}: log-likelihoods are those of texts. Let the model write its answer, in a row "
+                "without `choices` and in no search that scores given answers."
+            )
+    tokenizer = tokenizer_of(reader)
+    end, options = tokenizer.eos_token_id, []
+    for row in rows:
+        choices = [tokenizer(text, add_special_tokens=False).input_ids for text in row["choices"]]
+        begins = any(a is not b and b[: len(a)] == a for a in choices for b in choices)
+        options.append([[*ids, end] for ids in choices] if begins and end is not None else choices)
+    return prompt_ids(reader, [row["prompt"] for row in rows]), options
 
 
 def _lengths(prompts: list[list[int]], options: list[list[list[int]]]) -> list[int]:
@@ -173,13 +172,6 @@ def row_lengths(reader: Reader, rows: Sequence[Row]) -> list[int]:
     if rows and "choices" in rows[0]:
         return _lengths(*_encoded(reader, rows))
     return [len(ids) for ids in prompt_ids(reader, [row["prompt"] for row in rows])]
-
-
-def _alike(
-    places: list[tuple[int, int]], options: list[list[list[int]]], size: int
-) -> Iterator[list[tuple[int, int]]]:
-    """Cut the choices into groups of `size`, shortest first."""
-    return _batches(sorted(places, key=lambda place: len(options[place[0]][place[1]])), size)
 
 
 def evaluate(
@@ -213,12 +205,8 @@ def evaluate(
         generation:
             As in [`complete`], for rows whose answers are written; `max_new_tokens` follows their form.
 
-    Returns:
-        [`Summary`].
-
     Raises:
         `ValueError`: without rows, and for what [`choice_logps`] or [`prompt_of`] refuses.
-        `FileNotFoundError`: if a picture's file is missing.
     """
     if not rows:
         raise ValueError("There are no rows to evaluate.")
@@ -229,32 +217,38 @@ def evaluate(
         rows = [rotated(row, places) for row in rows for places in range(rotations)]
     if "generation_config" not in generation:
         generation.setdefault("max_new_tokens", ANSWER_TOKENS.get(form))
-    by_place, training = dict[int, dict[str, Any]](), model.training
-    model.eval()
-    try:
-        # prompts alike in length share a batch: less padding
-        order = sorted(range(len(rows)), key=lambda i: len(str(rows[i]["prompt"])))
-        bar = tqdm(order, desc="Evaluating", leave=False, name="peft_svf.evaluation")
-        with torch.no_grad():
-            for places in _batches(bar, batch_size):
-                batch = [rows[i] for i in places]
-                if form == "choice":
-                    records = score_choices(choice_logps(model, tokenizer, batch), batch)
-                else:
-                    with shared_prompts(model):
-                        texts = complete(model, tokenizer, [prompt_of(row) for row in batch], **generation)
-                    records = [_graded(text, row, task) for text, row in zip(texts, batch, strict=True)]
-                by_place.update(zip(places, records, strict=True))
-    finally:
-        model.train(training)
+    by_place = dict[int, dict[str, Any]]()
+    order = sorted(range(len(rows)), key=lambda i: len(str(rows[i]["prompt"])))  # alike in length: less padding
+    bar = tqdm(order, desc="Evaluating", leave=False, name="peft_svf.evaluation")
+    with _evaluating(model):
+        for places in _batches(bar, batch_size):
+            batch = [rows[i] for i in places]
+            if form == "choice":
+                records = score_choices(choice_logps(model, tokenizer, batch), batch)
+            else:
+                with shared_prompts(model):
+                    texts = complete(model, tokenizer, [prompt_of(row) for row in batch], **generation)
+                records = [_graded(text, row, task) for text, row in zip(texts, batch, strict=True)]
+            by_place.update(zip(places, records, strict=True))
     records = [by_place[i] for i in range(len(rows))]
     balanced, classes = _by_class(rows, records, task)
     if rotations > 1:
         records = [_mean(group) for group in _batches(records, rotations)]
-    right, n = sum(map(_grade, records)), len(records)
+    right, n, seconds = sum(map(_grade, records)), len(records), time.perf_counter() - start
     name = task.name if task is not None else str(rows[0].get("task", "rows"))
-    seconds = time.perf_counter() - start
     return Summary(name, form, n, right / n, wilson(right, n), seconds, records, balanced, classes)
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Turn dropout and gradients off while the context is open."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
 
 
 def _by_class(rows: Sequence[Row], records: Sequence[Mapping[str, Any]], task: Task | None) -> tuple[Any, Any]:
@@ -268,17 +262,13 @@ def _by_class(rows: Sequence[Row], records: Sequence[Mapping[str, Any]], task: T
     for row, record, answer in zip(rows, records, answers, strict=True):
         counts[answer]["n"] += 1
         counts[answer]["right"] += record["right"]
-        if (chosen := _chosen(record, row, labels, task)) is not None:
+        if "choices" in row:
+            counts[row["choices"][record["choice"]]]["answered"] += 1
+            continue
+        grades = ((label, _graded(record["completion"], {**row, "answer": label}, task)) for label in labels)
+        if chosen := next((label for label, grade in grades if grade["right"]), None):
             counts[chosen]["answered"] += 1
     return fmean(count["right"] / count["n"] for count in counts.values()), counts
-
-
-def _chosen(record: Mapping[str, Any], row: Row, labels: Sequence[str], task: Task | None) -> str | None:
-    """Return the class that an answer names, as its task reads it."""
-    if "choices" in row:
-        return row["choices"][record["choice"]]
-    grade, text = (task or get_task(row["task"])).grade, record["completion"]
-    return next((label for label in labels if grade(text, {**row, "answer": label}) == 1), None)
 
 
 def _mean(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -307,20 +297,17 @@ def _grade(record: Mapping[str, Any]) -> float:
 
 def complete(model: PreTrainedModel, reader: Reader, prompts: Sequence[Prompt], **generation: Any) -> list[str]:
     """
-    Complete a batch of prompts.
+    Complete a batch of prompts; return texts without special tokens.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
-            Model that generates, with the adapters it is to answer with.
+            With the adapters it is to answer with.
         reader (`PreTrainedTokenizerBase` or `ProcessorMixin`):
             Its tokenizer, with or without a pad token; chats with image parts need its processor.
         prompts (`Sequence[str | list[dict]]`):
             Texts or chats; [`prompt_of`] puts the pictures of a row into its chat.
         generation:
             Arguments of `generate`; default `max_new_tokens=256`, no sampling. A `generation_config` replaces these.
-
-    Returns:
-        The completions as texts, without prompts and special tokens.
 
     Raises:
         `ValueError`: if a prompt is empty, or has a picture and `reader` is a tokenizer.
@@ -360,15 +347,14 @@ class BaseText:
     @classmethod
     def of(cls, base: PreTrainedModel, reader: Reader, prompts: Sequence[Prompt], tokens: int = 48) -> "BaseText":
         """Let a base answer with so many tokens at most; texts become users' turns."""
-        chats, encode = [user_turn(prompt) for prompt in prompts], tokenizer_of(reader)
-        answers = [
-            text for some in _batches(chats, 16) for text in complete(base, reader, some, max_new_tokens=tokens)
-        ]
-        pairs = [(chat, text) for chat, text in zip(chats, answers, strict=True) if text.strip()]
-        if not pairs:
-            raise ValueError(f"The base answers none of {len(chats)} prompts, so there is no text to compare.")
-        rows: list[dict[str, Any]] = [{"prompt": chat, "choices": [text]} for chat, text in pairs]
-        count = sum(len(encode(text, add_special_tokens=False).input_ids) for _, text in pairs)
+        rows, count, encode = list[dict[str, Any]](), 0, tokenizer_of(reader)
+        for chats in _batches(map(user_turn, prompts), 16):
+            for chat, text in zip(chats, complete(base, reader, chats, max_new_tokens=tokens), strict=True):
+                if text.strip():
+                    rows.append({"prompt": chat, "choices": [text]})
+                    count += len(encode(text, add_special_tokens=False).input_ids)
+        if not rows:
+            raise ValueError(f"The base answers none of {len(prompts)} prompts, so there is no text to compare.")
         return cls(rows, count, _total_logp(base, reader, rows) / count)
 
     def loss(self, model: PreTrainedModel, reader: Reader) -> float:
@@ -377,17 +363,8 @@ class BaseText:
 
 
 def _total_logp(model: PreTrainedModel, reader: Reader, rows: Sequence[Row]) -> float:
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return sum(float(choice_logps(model, reader, batch).sum()) for batch in _batches(rows, 16))
-    finally:
-        model.train(training)
-
-
-def _one_begins_another(choices: list[list[int]]) -> bool:
-    return any(a is not b and b[: len(a)] == a for a in choices for b in choices)
+    with _evaluating(model):
+        return sum(float(choice_logps(model, reader, batch).sum()) for batch in _batches(rows, 16))
 
 
 def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -5,7 +5,6 @@ Files that are written whole or not at all, and files from outside that are read
 Knows nothing of what stands in them, and nothing of the rest of the package.
 """
 
-import errno
 import glob
 import gzip
 import json
@@ -15,7 +14,7 @@ import stat
 import time
 import zlib
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -34,12 +33,7 @@ PENDING = ".pending.json"  # names the files of a set that is complete but not y
 
 
 def write(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """
-    Replace a file when its new content is whole on the disk; its folder is made if it is missing.
-
-    Raises:
-        `OSError`: if the content cannot be written, a full disk included; the old file is then still there.
-    """
+    """Replace a file when its new content is whole on the disk; its folder is made if it is missing."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.writing")
@@ -53,10 +47,6 @@ def write(path: str | os.PathLike[str], content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise OSError(errno.ENOSPC, f"The disk is full; the old {target.name} is intact", str(path)) from error
-        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -66,27 +56,16 @@ def write_together(folder: str | os.PathLike[str], contents: Mapping[str, str | 
     Replace several files of a folder as one: a reader that calls [`settle`] first sees all old or all new.
 
     The new files wait under temporary names until all of them are whole. [`PENDING`] then decides: a crash before it
-    leaves the old set, a crash after it leaves renames that [`settle`] finishes.
-
-    Args:
-        folder (`str` or path): Made if it is missing; its other files stay.
-        contents (`Mapping[str, str | bytes]`): Content by file name.
-
-    Raises:
-        `OSError`: if a file cannot be written; the old set is then still there.
+    leaves the old set, a crash after it leaves renames that [`settle`] finishes. Other files of the folder stay.
     """
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
     settle(target)
-    waiting = {name: _waiting(target, name) for name in contents}
-    try:
+    with ExitStack() as undo:
         for name, content in contents.items():
-            write(waiting[name], content)
+            undo.callback(_waiting(target, name).unlink, missing_ok=True)
+            write(_waiting(target, name), content)
         write(target / PENDING, json.dumps(sorted(contents)))
-    except BaseException:
-        for path in waiting.values():
-            path.unlink(missing_ok=True)
-        raise
+        undo.pop_all()
     settle(target)
 
 
@@ -96,9 +75,7 @@ def settle(folder: str | os.PathLike[str]) -> None:
     if not (target / PENDING).is_file():
         return
     names = read_json(target / PENDING)
-    if not isinstance(names, list) or any(
-        not isinstance(name, str) or os.path.basename(name) != name for name in names
-    ):
+    if not isinstance(names, list) or any(os.path.basename(str(name)) != name for name in names):
         raise ValueError(f"{target / PENDING} is damaged: it should list file names. Remove it and save again.")
     for name in names:
         if _waiting(target, name).is_file():
@@ -135,22 +112,12 @@ def read_bytes(path: str | os.PathLike[str], limit: int = LIMIT) -> bytes:
     return content
 
 
-def read_text(path: str | os.PathLike[str], limit: int = LIMIT) -> str:
-    """Read a UTF-8 text file from outside; errors as in [`read_bytes`], and `ValueError` for other encodings."""
-    try:
-        return read_bytes(path, limit).decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} isn't UTF-8 text ({error}).") from error
-
-
 def read_json(path: str | os.PathLike[str], limit: int = LIMIT) -> Any:
-    """Read a JSON file from outside; errors as in [`read_text`], and `ValueError` for bad or deeply nested JSON."""
-    text = read_text(path, limit)
+    """Read a JSON file from outside; errors as in [`read_bytes`], and `ValueError` for bad or deeply nested JSON."""
+    content = read_bytes(path, limit)
     try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError(f"{path} isn't usable JSON: it is nested too deeply.") from error
-    except ValueError as error:  # also of integers with too many digits
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:  # also of other encodings, and of integers with too many digits
         raise ValueError(f"{path} isn't valid JSON ({error}): fetch it again.") from error
 
 
@@ -172,10 +139,8 @@ def without_secrets(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith("{"):  # JSON, as in --model_init_kwargs '{"token": ...}'
-        try:
+        with suppress(ValueError, RecursionError):
             return json.dumps(without_secrets(json.loads(value)))
-        except (ValueError, RecursionError):
-            pass
     for name, secret in os.environ.items():
         if SECRET_NAME.search(name) and len(secret) >= 8:
             value = value.replace(secret, "...")
@@ -195,8 +160,6 @@ def versions() -> dict[str, str]:
     """Return the installed versions of this package and of the libraries that decide a number."""
     installed = {}
     for name in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             installed[name.replace("-", "_")] = version(name)
-        except PackageNotFoundError:
-            continue
     return installed

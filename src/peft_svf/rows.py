@@ -36,9 +36,11 @@ def check(row: Any, where: str, answered: bool = False) -> None:
     Raises:
         `ValueError`: for the first rule that the row breaks.
     """
-    if not isinstance(row, Mapping):
-        raise ValueError(f"{where}: expected an object with 'prompt', got {type(row).__name__}.")
-    if wrong := _wrong_prompt(row.get("prompt")) or _wrong_answer(row, answered):
+    if isinstance(row, Mapping):
+        wrong = _wrong_prompt(row.get("prompt")) or _wrong_answer(row, answered)
+    else:
+        wrong = f"expected an object with 'prompt', got {type(row).__name__}"
+    if wrong:
         raise ValueError(f"{where}: {wrong}.")
 
 
@@ -93,12 +95,7 @@ def pad_id(reader: Reader) -> int:
 
 
 def prompt_text(reader: Reader, prompt: Prompt) -> str:
-    """
-    Write a prompt as the model reads it, up to the start of its answer.
-
-    A chat goes through the chat template of the tokenizer or processor. Without a template its texts become lines. A
-    string stays as it is.
-    """
+    """Write a prompt as the model reads it: a chat by its template, or as lines without one; a string stays."""
     if isinstance(prompt, str):
         return prompt
     if (writer := _writer(reader)) is None:
@@ -107,11 +104,7 @@ def prompt_text(reader: Reader, prompt: Prompt) -> str:
 
 
 def chat_text(writer: Reader, chat: list[dict[str, Any]], **kwargs: Any) -> str:
-    """
-    Apply the chat template of a tokenizer or processor; `kwargs` go to the template.
-
-    Templates of models that see may read only lists of parts and drop a plain string silently; they get parts.
-    """
+    """Apply a chat template; one that reads only lists of parts, and drops a string silently, gets parts."""
     sample = [{"role": "user", "content": "sample"}]
     if "sample" not in str(writer.apply_chat_template(sample, tokenize=False)):
         chat = [{**message, "content": _parts(message)} for message in chat]
@@ -143,7 +136,7 @@ def encode(reader: Reader, prompts: Sequence[Prompt]) -> BatchEncoding:
         `input_ids` and `attention_mask` `(prompts, tokens)`, with pixels and what else a processor makes.
 
     Raises:
-        `ValueError`: if a prompt has a picture and `reader` is a tokenizer, or if a prompt has no tokens.
+        `ValueError`: if a prompt has no tokens, or has a picture and `reader` is a tokenizer.
     """
     if any(has_image({"prompt": prompt}) for prompt in prompts):
         return _encode_images(reader, prompts)
@@ -157,13 +150,11 @@ def encode(reader: Reader, prompts: Sequence[Prompt]) -> BatchEncoding:
 
 
 def _encode_images(reader: Reader, prompts: Sequence[Prompt]) -> Any:
-    if not isinstance(reader, ProcessorMixin):
+    if not isinstance(reader, ProcessorMixin) or any(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(
             "A prompt has an image, which a tokenizer cannot read: pass the model's processor, "
-            "AutoProcessor.from_pretrained(...), in its place."
+            "AutoProcessor.from_pretrained(...), in its place, and chats (lists of messages) for all prompts."
         )
-    if any(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError("A batch with images needs chats, lists of messages, for all of its prompts.")
     if reader.tokenizer.pad_token_id is None:
         reader = copy.deepcopy(reader)  # the caller's stays as it is
         reader.tokenizer.pad_token = reader.tokenizer.convert_ids_to_tokens(pad_id(reader))
@@ -209,39 +200,35 @@ def prompt_of(row: Row) -> Prompt:
     Return the prompt of a row with its pictures opened and in their places.
 
     Raises:
-        `ValueError`: if the prompt is a string, if images and image parts differ in number, if a picture is damaged.
-        `FileNotFoundError`: if a picture's file is missing.
+        `ValueError`: if the prompt is a string, if images and image parts differ in number, if a picture is missing or
+            damaged.
     """
     if not has_image(row):
         return row["prompt"]
-    name = row.get("id")
-    if isinstance(row["prompt"], str):
-        raise ValueError(f"Row {name!r} has an image, but its prompt is a string: write it as a list of messages.")
-    pictures, messages = _pictures(row), in_parts(row)
-    parts = (part for message in messages for part in message["content"])
+    pictures, chat = _pictures(row), [] if isinstance(row["prompt"], str) else in_parts(row)
+    parts = (part for message in chat for part in message["content"])
     places = [part for part in parts if part.get("type") == "image" and not SOURCES & part.keys()]
-    if len(places) != len(pictures):
+    if len(places) != len(pictures):  # a prompt that is a string has no places
         raise ValueError(
-            f"Row {name!r} has {len(places)} image parts in its prompt and {len(pictures)} images: expected one for "
-            f"each, in its column 'image' or a list in 'images'. Its columns are {', '.join(row)}."
+            f"Row {row.get('id')!r} has {len(places)} image parts in its prompt and {len(pictures)} images: expected "
+            "one for each, in its column 'image' or a list in 'images', and a prompt that is a list of messages. Its "
+            f"columns are {', '.join(row)}."
         )
     for part, picture in zip(places, pictures, strict=True):
-        part["image"] = _opened(picture, name)
-    return messages
+        try:
+            part["image"] = _opened(picture)
+        except (OSError, TypeError) as error:  # Pillow raises these for anything that isn't a whole picture
+            raise ValueError(f"Row {row.get('id')!r} has an image that cannot be read: {error}") from error
+    return chat
 
 
-def _opened(picture: Any, name: Any) -> Any:
+def _opened(picture: Any) -> Any:
     """Open a picture (PIL image, file name, bytes, or `{"path", "bytes"}`) as a PIL image in RGB."""
     from PIL import Image
 
     if isinstance(picture, Mapping):
         picture = picture.get("bytes") or picture.get("path")
-    try:
-        if isinstance(picture, (bytes, str, os.PathLike)):
-            with Image.open(BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
-                return load_image(opened)
+    if not isinstance(picture, (bytes, str, os.PathLike)):
         return load_image(picture)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"Row {name!r} names the image '{picture}', and there is no such file.") from error
-    except (OSError, TypeError) as error:  # Pillow raises these for anything that isn't a whole picture
-        raise ValueError(f"Row {name!r} has an image that cannot be read: {error}") from error
+    with Image.open(BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
+        return load_image(opened)

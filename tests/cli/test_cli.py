@@ -208,7 +208,7 @@ def test_eval_measures_answers_about_images(home, tmp_path, capsys, monkeypatch)
     assert code == 0, err
     assert json.loads((tmp_path / "r.json").read_text())["summaries"].keys() == {"base", "seer"}
     code, _, err = run(capsys, "eval", "--model", home / "base", *short[:-1], tmp_path / "s.json")
-    assert code == 1 and "vision-language model" in err
+    assert code == 1 and "has an image" in err
 
 
 # --- factor, inspect

@@ -144,7 +144,7 @@ def test_an_expert_is_trained_on_images(home, tmp_path, capsys, monkeypatch):
     assert (result["task"], result["form"], result["expert"]["n"]) == ("textvqa", "generate", 4)
     assert Expert.load(tmp_path / "out").key.states.shape == (35, 48)
     code, _, err = run(capsys, "train", home / "evolution.yaml", *arguments, "--dry-run")
-    assert code == 1 and "these rows have images" in err
+    assert code == 1 and "has an image" in err
 
 
 def test_the_example_settings_are_valid(monkeypatch):
@@ -186,7 +186,7 @@ WRONG = {  # lines of a file -> part of the message
     "max_steps: 4.5": "invalid int value: '4.5'",
     "layers_to_transform: [a]": "invalid int value: 'a'",
     "env: 3": "'int' object is not iterable",
-    "metric_for_best_model: eval_accuracy": "metric_for_best_model='eval_accuracy' isn't measured by an evaluation",
+    "metric_for_best_model: eval_accuracy": "`metric_for_best_model` must be 'eval_reward' or another reward",
     "per_device_train_batch_size: 0": "`per_device_train_batch_size` must be 1 or more; got 0",
 }
 

@@ -7,22 +7,22 @@ import sys
 import pico
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from tiny_model import tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from trainers import (
     CHOICE_ROWS,
-    QUIET,
+    FORMS,
     TEXT_ROWS,
     TOKENIZER,
     Gradients,
     environment,
+    evolution_of,
     flat,
     offsets,
     random_rows,
     right_choice,
     same,
-    soft_model,
     trained_z,
     uneven,
 )
@@ -36,19 +36,7 @@ from transformers import (
 
 from peft_svf import SVFConfig
 from peft_svf.evaluation import choice_logps
-from peft_svf.training.evolution import EvolutionConfig, EvolutionTrainer, estimate, shaped
-
-SHORT = {"population": 6, "sigma": 0.2, "per_device_train_batch_size": 4, "max_steps": 2, "max_completion_length": 5}
-FORMS = {"generate": (TEXT_ROWS, uneven), "choice": (CHOICE_ROWS, right_choice)}
-
-
-def trainer_of(folder, rows, reward, *, model=None, svf=None, kind=EvolutionTrainer, eval_rows=None, **settings):
-    args = EvolutionConfig(**{"output_dir": str(folder), "save_strategy": "no", **QUIET, **SHORT, **settings})
-    config = svf or (None if isinstance(model, PeftModel) else SVFConfig(init_weights=False))
-    return kind(
-        soft_model() if model is None else model, reward, args, rows, eval_rows, processing_class=TOKENIZER,
-        peft_config=config,
-    )  # fmt: skip
+from peft_svf.training.evolution import EvolutionTrainer, estimate, shaped
 
 
 def draws(seed, *shape):
@@ -126,7 +114,7 @@ def by_hand(trainer, members, rows, reward):
 @pytest.mark.parametrize("form", FORMS)
 def test_members_side_by_side_score_as_each_alone(form, together, tmp_path):
     rows, reward = FORMS[form]
-    trainer = trainer_of(tmp_path, rows, reward, rows_per_forward=together)
+    trainer = evolution_of(tmp_path, rows, reward, rows_per_forward=together)
     members = torch.cat([trained_z(trainer)[None], 0.5 * draws(0, 4, len(trained_z(trainer))).float()])
     wanted = by_hand(trainer, members, rows, reward)
     assert float(wanted.std()) > 1e-3
@@ -134,7 +122,7 @@ def test_members_side_by_side_score_as_each_alone(form, together, tmp_path):
 
 
 def test_members_move_only_the_directions_of_the_adapter(tmp_path):
-    trainer = trainer_of(tmp_path, CHOICE_ROWS, right_choice, svf=SVFConfig(rank=5, init_weights=False))
+    trainer = evolution_of(tmp_path, CHOICE_ROWS, right_choice, svf=SVFConfig(rank=5, init_weights=False))
     assert {len(weight) for weight in offsets(trainer.model)} == {5}
     members = draws(0, 3, len(trained_z(trainer))).float()
     wanted = by_hand(trainer, members, CHOICE_ROWS, right_choice)
@@ -148,7 +136,7 @@ def test_members_of_stacked_experts_score_as_each_alone(rank, tmp_path):
     model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**{**pico.config("qwen3_moe").to_dict(), **fields}))
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     svf = SVFConfig(target_modules=[], target_parameters=names, rank=rank, init_weights=False)
-    trainer = trainer_of(tmp_path, CHOICE_ROWS, right_choice, model=model, svf=svf)
+    trainer = evolution_of(tmp_path, CHOICE_ROWS, right_choice, model=model, svf=svf)
     members = 0.5 * draws(0, 3, len(trained_z(trainer))).float()
     wanted = by_hand(trainer, members, CHOICE_ROWS, right_choice)
     assert float(wanted.std()) > 1e-3
@@ -159,7 +147,7 @@ def test_several_rewards_are_added_by_their_weights_and_none_counts_as_zero(tmp_
     def second(completions, **_):
         return [None if "a" in completion[0]["content"] else 2.0 for completion in completions]
 
-    trainer = trainer_of(tmp_path, CHOICE_ROWS, [right_choice, second], reward_weights=[1.0, 0.25])
+    trainer = evolution_of(tmp_path, CHOICE_ROWS, [right_choice, second], reward_weights=[1.0, 0.25])
     found = trainer._choice_rewards(CHOICE_ROWS)
     wanted = [[-1, 1, -0.5, 0], [1.5, -1, -0.5, -0.5], [-0.5, 1.5, 0, 0], [-0.5, 1.5, 0, 0]]
     torch.testing.assert_close(found, torch.tensor(wanted))
@@ -185,7 +173,7 @@ def test_many_members_find_the_direction_of_the_true_gradient(tmp_path):
     """Against backpropagation through the expected reward: few directions, so that the population spans them."""
     settings = {"population": 600, "sigma": 0.01, "shaping": "none", "max_steps": 1, "rows_per_forward": 600}
     svf = SVFConfig(target_modules=["up_proj"], rank=3, init_weights=False)
-    trainer = trainer_of(tmp_path, CHOICE_ROWS, right_choice, svf=svf, kind=Recorder, learning_rate=0.0, **settings)
+    trainer = evolution_of(tmp_path, CHOICE_ROWS, right_choice, svf=svf, kind=Recorder, learning_rate=0.0, **settings)
     trainer.train()
     logps = choice_logps(trainer.model, TOKENIZER, CHOICE_ROWS)
     expected = (logps.softmax(-1) * trainer._choice_rewards(CHOICE_ROWS)).sum(-1).mean()
@@ -201,9 +189,9 @@ def test_accumulated_batches_are_averaged(tmp_path):
             return draws(5, self.args.population // 2, len(z)).float()
 
     plain = {"shaping": "none", "max_steps": 1, "learning_rate": 0.0, "kind": Same}
-    whole = trainer_of(tmp_path, CHOICE_ROWS, right_choice, **plain)
+    whole = evolution_of(tmp_path, CHOICE_ROWS, right_choice, **plain)
     parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    split = trainer_of(tmp_path, CHOICE_ROWS, right_choice, **plain, **parts)
+    split = evolution_of(tmp_path, CHOICE_ROWS, right_choice, **plain, **parts)
     whole.train()
     split.train()
     torch.testing.assert_close(split.gradients[0], whole.gradients[0])
@@ -215,7 +203,7 @@ def whole_run(tmp_path_factory):
     """Three steps an epoch, each epoch in an order of its own."""
     folder, rows = tmp_path_factory.mktemp("whole"), random_rows(12)
     settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": 1, "kind": Recorder}
-    whole = trainer_of(folder, rows, right_choice, **settings)
+    whole = evolution_of(folder, rows, right_choice, **settings)
     whole.train()
     assert whole.rows[:3] != whole.rows[3:6]
     return rows, settings, whole, folder
@@ -225,30 +213,14 @@ def whole_run(tmp_path_factory):
 def test_a_resumed_run_is_the_uninterrupted_one(step, whole_run, tmp_path):
     rows, settings, whole, folder = whole_run
     evaluated = {"eval_rows": rows, "eval_strategy": "steps", "eval_steps": 1}  # which changes nothing
-    again = trainer_of(tmp_path, rows, right_choice, **settings, **evaluated)
+    again = evolution_of(tmp_path, rows, right_choice, **settings, **evaluated)
     again.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
     assert again.rows == whole.rows[step:]
     assert torch.equal(trained_z(again), trained_z(whole))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_evaluation_takes_the_likeliest(form, tmp_path):
-    rows, reward = FORMS[form]
-    trainer = trainer_of(tmp_path, rows, reward, eval_rows=rows, per_device_eval_batch_size=3)
-    found = trainer.evaluate()["eval_reward"]
-    wanted = []
-    for row in rows:
-        if form == "choice":
-            with torch.no_grad():
-                text = row["choices"][int(choice_logps(trainer.model, TOKENIZER, [row])[0].argmax())]
-        else:
-            text = trainer._complete([row])[0]
-        wanted += reward([[{"content": text}]], **{k: [v] for k, v in row.items() if k != "prompt"})
-    assert found == pytest.approx(sum(wanted) / len(wanted))
-
-
 def test_a_run_logs_its_population_and_its_z(tmp_path):
-    trainer = trainer_of(tmp_path, CHOICE_ROWS, right_choice, max_steps=1, learning_rate=0.0)
+    trainer = evolution_of(tmp_path, CHOICE_ROWS, right_choice, max_steps=1, learning_rate=0.0)
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["reward"] == pytest.approx(-log["loss"], abs=1e-4)
@@ -263,7 +235,7 @@ def test_completions_continue_plain_text_behind_the_beginning_of_text(tmp_path):
     tokenizer.bos_token = "<s>"
     begin = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.convert_tokens_to_ids("<s>"))])
     tokenizer.backend_tokenizer.post_processor = begin
-    trainer, seen = trainer_of(tmp_path, TEXT_ROWS, uneven), []
+    trainer, seen = evolution_of(tmp_path, TEXT_ROWS, uneven), []
     trainer.processing_class = tokenizer
     trainer.model.generate = lambda input_ids, **_: (seen.append(input_ids), input_ids)[1]
     trainer._complete([{"prompt": "ab"}, {"prompt": TEXT_ROWS[1]["prompt"]}])
@@ -277,32 +249,15 @@ def test_completions_continue_plain_text_behind_the_beginning_of_text(tmp_path):
 # --- what is refused
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"population": 7}, "`population` must be even.*got 7"),
-        ({"population": 0}, "`population` must be even.*got 0"),
-        ({"sigma": float("nan")}, "`sigma` must be above 0; got nan"),
-        ({"shaping": "best"}, "`shaping` must be one of .*'z_score', 'none'.; got 'best'"),
-        ({"rows_per_forward": 0}, "`rows_per_forward` must be 1 or more; got 0"),
-        ({"fp16": True}, "load the base in float16"),
-    ],
-)
-def test_a_setting_that_means_nothing_is_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        EvolutionConfig(**{"output_dir": "unused", **QUIET, **settings})
-
-
-def test_what_is_no_z_vector_cannot_be_evolved(tmp_path):
-    frozen = get_peft_model(tiny_model(), SVFConfig(inference_mode=True))
-    with pytest.raises(ValueError, match="is_trainable=True"):
-        trainer_of(tmp_path, CHOICE_ROWS, right_choice, model=frozen)
-    with pytest.raises(ValueError, match=r"1 other parameters, first .*lm_head"):
-        trainer_of(tmp_path, CHOICE_ROWS, right_choice, svf=SVFConfig(modules_to_save=["lm_head"]))
+def test_only_z_vectors_of_one_active_adapter_are_evolved(tmp_path):
     merged = get_peft_model(tiny_model(), SVFConfig(init_weights=False))
     merged.merge_adapter()
-    with pytest.raises(ValueError, match="unmerge and enable"):
-        trainer_of(tmp_path, CHOICE_ROWS, right_choice, model=merged)
+    for settings, message in (
+        ({"svf": SVFConfig(modules_to_save=["lm_head"])}, r"1 other parameters .*lm_head"),
+        ({"model": merged}, "unmerge, enable and activate"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evolution_of(tmp_path, CHOICE_ROWS, right_choice, **settings)
 
 
 # --- quantised bases and several processes
@@ -318,7 +273,7 @@ def test_a_packed_base_is_trained_as_it_is(bits, tmp_path):
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     packing = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, bnb_4bit_compute_dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=packing, device_map="cpu")
-    trainer = trainer_of(tmp_path, CHOICE_ROWS, right_choice, model=model, svf=SVFConfig(init_weights=False))
+    trainer = evolution_of(tmp_path, CHOICE_ROWS, right_choice, model=model, svf=SVFConfig(init_weights=False))
     assert all(layer.quantization_backend is not None for layer in pico.svf_layers(trainer.model).values())
     with trainer.model.disable_adapter():
         before = pico.logits(trainer.model, ids := {"input_ids": torch.arange(3, 15).view(2, 6)})
@@ -336,7 +291,7 @@ def test_a_packed_base_is_trained_as_it_is(bits, tmp_path):
 
 TWO = """
 import sys, torch, test_evolution as e
-trainer = e.trainer_of(sys.argv[1], e.random_rows(16), e.right_choice, kind=e.Recorder, max_steps=2)
+trainer = e.evolution_of(sys.argv[1], e.random_rows(16), e.right_choice, kind=e.Recorder, max_steps=2)
 trainer.train()
 torch.save((trainer.rows, trainer.gradients, e.trained_z(trainer)), f"{sys.argv[1]}/{trainer.args.process_index}.pt")
 trainer.accelerator.end_training()
@@ -361,7 +316,7 @@ def test_processes_share_their_estimates_of_different_rows_and_directions(tmp_pa
 
 
 def test_a_member_that_overflows_is_the_worst(tmp_path, monkeypatch):
-    trainer = trainer_of(tmp_path, CHOICE_ROWS, right_choice, max_steps=1)
+    trainer = evolution_of(tmp_path, CHOICE_ROWS, right_choice, max_steps=1)
     real = trainer._fitness
 
     def broken(members, rows):

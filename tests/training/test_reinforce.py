@@ -27,10 +27,13 @@ from trainers import (
     TOKENIZER,
     chat,
     flat,
+    likeliest,
     offsets,
+    option_logps,
     right_choice,
     same,
     soft_model,
+    token_logps,
     trained_z,
     trainer_of,
     uneven,
@@ -127,9 +130,6 @@ def test_group_advantages_are_those_of_trl(tmp_path):
 # --- settings
 
 
-ONE = {"num_generations": 1, "advantage_estimator": "batch"}
-
-
 def config_of(**settings):
     return ReinforceConfig(**{"output_dir": "unused", **QUIET, "per_device_train_batch_size": 8, **settings})
 
@@ -153,24 +153,6 @@ def test_one_row_on_each_of_several_processes_is_a_batch(monkeypatch):
 def test_data_for_less_than_a_step_are_refused(tmp_path):
     with pytest.raises(ValueError, match="A step takes 12 different prompts, but the training data have 4 rows"):
         trainer_of(tmp_path, CHOICE_ROWS, right_choice, num_generations=1, advantage_estimator="batch")
-
-
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"advantage_estimator": "mean"}, "`advantage_estimator` must be one of .*'rloo'.*; got 'mean'"),
-        ({"kl_direction": "both"}, "`kl_direction` must be one of .*'policy_ref', 'ref_policy'.; got 'both'"),
-        ({"greedy_rollouts": True}, "8 equal completions: set num_generations=1"),
-        ({"beta": 0.1, "importance_sampling_level": "sequence"}, "only importance_sampling_level='token'"),
-        ({"num_generations": 1}, "num_generations is 1, but advantage_estimator='rloo'.*set 2 or more, or 'none'"),
-        ({"num_generations": 1, "advantage_estimator": "group"}, "num_generations is 1, but .*'group'"),
-        ({**ONE, "prompt_filter": True}, "num_generations is 1, but .*prompt_filter=True"),
-        ({"stop_after_dead_steps": 0}, "`stop_after_dead_steps` must be 1 or more; got 0"),
-    ],
-)
-def test_a_setting_that_means_nothing_is_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        config_of(**settings)
 
 
 AGREED = {  # text and code of arXiv 2501.06252
@@ -213,23 +195,6 @@ def test_only_trl_s_advice_about_luspo_is_silenced(tmp_path, caplog):
 
 
 # --- gradients
-
-
-def token_logps(model, prompt, completion):
-    """Log-likelihoods of a completion's tokens by one plain forward, without padding."""
-    ids = torch.tensor([prompt + completion])
-    logps = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
-    return torch.stack([logps[len(prompt) - 1 + t, token] for t, token in enumerate(completion)])
-
-
-def option_logps(model, row):
-    """Log-probabilities of a row's choices: the softmax of their summed token log-likelihoods, by plain forwards."""
-    vocabulary = TOKENIZER.get_vocab()
-    prompt = [vocabulary[t] for t in ("<u>", *row["prompt"][0]["content"], "<end>", "<a>")]
-    texts = row["choices"]
-    ends = any(a != b and b.startswith(a) for a in texts for b in texts)
-    choices = [[*(vocabulary[t] for t in text), *[vocabulary["<end>"]] * ends] for text in texts]
-    return torch.stack([token_logps(model, prompt, choice).sum() for choice in choices]).log_softmax(0)
 
 
 def action_logps(trainer, model):
@@ -385,22 +350,17 @@ def test_choices_are_drawn_from_the_policy(tmp_path):
 
 
 @pytest.mark.parametrize("greedy", [True, False])
-def test_evaluation_takes_the_likeliest_choice(greedy, tmp_path):
+def test_evaluation_is_greedy_unless_it_is_to_sample(greedy, tmp_path):
+    sampling = {"num_generations": 3, "num_generations_eval": 8, "per_device_eval_batch_size": 8}
     trainer = trainer_of(
-        tmp_path, CHOICE_ROWS, right_choice, eval_rows=CHOICE_ROWS, num_generations=3, greedy_eval=greedy,
-        num_generations_eval=8, per_device_eval_batch_size=8,
+        tmp_path, CHOICE_ROWS, right_choice, eval_rows=CHOICE_ROWS, greedy_eval=greedy, **sampling
     )  # fmt: skip
-    metrics = trainer.evaluate()
-    taken = [(row["id"], text) for rows, texts in zip(trainer.inputs, trainer.texts, strict=True)
-             for row, text in zip(rows, texts, strict=True)]  # fmt: skip
-    with torch.no_grad():
-        best = {(row["id"], row["choices"][option_logps(trainer.model, row).argmax()]) for row in CHOICE_ROWS}
-    assert len(taken) == 32
-    assert (set(taken) == best) is greedy
-    rewards = right_choice([[{"content": text}] for _, text in taken], **{
-        key: [CHOICE_ROWS[int(i)][key] for i, _ in taken] for key in ("choices", "label")
-    })  # fmt: skip
-    assert metrics["eval_reward"] == pytest.approx(sum(rewards) / 32)
+    before = trainer.generation_config
+    trainer.evaluate()
+    assert trainer.generation_config is before and before.do_sample
+    taken = {(row["id"], text) for rows, texts in zip(trainer.inputs, trainer.texts, strict=True)
+             for row, text in zip(rows, texts, strict=True)}  # fmt: skip
+    assert (taken == {(row["id"], likeliest(trainer.model, row)) for row in CHOICE_ROWS}) is greedy
 
 
 def test_a_stream_of_rows_with_choices_is_of_the_choice_form(tmp_path):
@@ -419,35 +379,8 @@ def test_a_stream_of_rows_with_choices_is_of_the_choice_form(tmp_path):
 def test_greedy_rollouts_take_the_likeliest(form, tmp_path):
     settings = {"advantage_estimator": "none", "num_generations": 1, "greedy_rollouts": True}
     trainer, reward = one_step(tmp_path, form, **settings)
-    texts = {}
-    for row, text in zip(trainer.inputs[0], trainer.texts[0], strict=True):
-        assert texts.setdefault(json.dumps(row["prompt"]), text) == text
-    for i, row in enumerate(trainer.inputs[0]):
-        with torch.no_grad():
-            if form == "choice":
-                assert trainer.texts[0][i] == row["choices"][option_logps(trainer.model, row).argmax()]
-            else:
-                assert trainer.texts[0][i] == greedy_text(trainer.model, row)
+    assert trainer.texts[0] == [likeliest(trainer.model, row) for row in trainer.inputs[0]]
     same(trainer.gradients[0], hand_gradient(trainer, reward, "none", 1))
-
-
-def greedy_text(model, row, length=5):
-    vocabulary = TOKENIZER.get_vocab()
-    prompt = [vocabulary[t] for t in ("<u>", *row["prompt"][0]["content"], "<end>", "<a>")]
-    ids = list(prompt)
-    while len(ids) < len(prompt) + length and ids[len(prompt) :][-1:] != [TOKENIZER.eos_token_id]:
-        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    return TOKENIZER.decode(ids[len(prompt) :], skip_special_tokens=True)
-
-
-def test_evaluation_completes_greedily(tmp_path):
-    trainer = trainer_of(tmp_path, TEXT_ROWS, uneven, eval_rows=TEXT_ROWS, num_generations=3)
-    before = trainer.generation_config
-    trainer.evaluate()
-    assert trainer.generation_config is before and before.do_sample
-    with torch.no_grad():
-        for rows, texts in zip(trainer.inputs, trainer.texts, strict=True):
-            assert texts == [greedy_text(trainer.model, row) for row in rows]
 
 
 def test_evaluation_with_vllm_is_greedy_by_its_temperature(tmp_path):
@@ -525,7 +458,7 @@ def test_how_far_z_has_moved_is_logged_whole_and_by_block(tmp_path):
 # --- the filter of prompts
 
 
-def test_an_unequal_group_never_rests_and_equal_ones_rest_longer_each_time():
+def test_equal_groups_rest_longer_each_time_and_an_unequal_one_never():
     chosen, rests = PromptFilter(), []
     for _ in range(7):
         chosen.learn(3, equal=True)
@@ -536,8 +469,6 @@ def test_an_unequal_group_never_rests_and_equal_ones_rest_longer_each_time():
     assert rests == [1, 3, 7, 15, 31, 31, 31]
     chosen.learn(3, equal=False)
     assert chosen.choose([3], 9, "seed") == [3]
-    chosen.learn(3, equal=True)
-    assert chosen.choose([3], 9, "seed") != [3] and chosen.choose([3], 9, "seed") == [3]
 
 
 def test_resting_prompts_are_replaced_by_others_as_long_as_there_are_any():
@@ -545,10 +476,8 @@ def test_resting_prompts_are_replaced_by_others_as_long_as_there_are_any():
     for row in (1, 2, 3, 4):
         chosen.learn(row, equal=True)
     again = PromptFilter.from_state(json.loads(json.dumps(chosen.state())))
-    found = chosen.choose([0, 1, 2, 3], 6, "seed")
-    assert found == again.choose([0, 1, 2, 3], 6, "seed")  # same state, same choice
-    assert found[0] == 0 and found[1] == 5  # the one that is awake and not asked; then none is left
-    assert found[2:] == [2, 3]
+    rows = chosen.choose([0, 1, 2, 3], 6, "seed")
+    assert rows == again.choose([0, 1, 2, 3], 6, "seed") == [0, 5, 2, 3]  # 5 alone is awake and not asked
     assert chosen.record["4"] == [1, 1] and chosen.record["1"] == [1, 0]
 
 

@@ -6,15 +6,17 @@ import math
 import pico
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tiny_model import tiny_model
 from trainers import (
     CHOICE_ROWS,
+    FORMS,
     QUIET,
     TEXT_ROWS,
     TOKENIZER,
+    TRAINERS,
     chat,
+    likeliest,
     offsets,
     random_rows,
     right_choice,
@@ -30,19 +32,7 @@ from peft_svf.evaluation import BaseText
 from peft_svf.training.evolution import EvolutionConfig, EvolutionTrainer
 from peft_svf.training.reinforce import ReinforceConfig, ReinforceTrainer
 
-
-def evolution(folder, rows, reward, *, model=None, svf=None, eval_rows=None, **settings):
-    short = {"population": 4, "max_completion_length": 5, "per_device_train_batch_size": 4, "max_steps": 1}
-    args = EvolutionConfig(str(folder), **{**QUIET, "save_strategy": "no", **short, **settings})
-    config = SVFConfig() if model is None else svf
-    model = soft_model() if model is None else model
-    return EvolutionTrainer(model, reward, args, rows, eval_rows, processing_class=TOKENIZER, peft_config=config)
-
-
-TRAINERS = {
-    "reinforce": lambda *args, **kwargs: reinforce(*args, **{"num_generations": 3, **kwargs}),
-    "evolution": evolution,
-}
+both = pytest.mark.parametrize("trainer_of", TRAINERS.values(), ids=TRAINERS)
 
 
 def returning(value):
@@ -55,14 +45,14 @@ def returning(value):
 BAD_REWARDS = {
     "a scalar": (1.0, "'graded' returned 1.0 for"),
     "nothing": (None, "'graded' returned None for"),
-    "too few": (lambda n: [0.0] * (n - 1), "'graded' returned .* rewards for"),
+    "too few": (lambda n: [0.0] * (n - 1), r"'graded' returned \[0.0, .* for \d+ completions"),
     "infinite": (lambda n: [math.inf] * n, "'graded' returned inf for"),
     "too large": (lambda n: [1e38] * n, "'graded' returned 1e.38 for .*below 1e.15"),
-    "text": (lambda n: ["good"] * n, "'graded' returned 'good' for .*should be numbers"),
+    "text": (lambda n: ["good"] * n, "'graded' returned 'good' for .*a number below"),
 }
 
 
-@pytest.mark.parametrize("trainer_of", TRAINERS.values(), ids=TRAINERS)
+@both
 @pytest.mark.parametrize("value, message", BAD_REWARDS.values(), ids=BAD_REWARDS)
 def test_a_reward_that_is_no_number_is_refused_before_the_first_step(value, message, trainer_of, tmp_path):
     trainer = trainer_of(tmp_path, TEXT_ROWS, returning(value))
@@ -71,7 +61,7 @@ def test_a_reward_that_is_no_number_is_refused_before_the_first_step(value, mess
     assert trainer.state.global_step == 0
 
 
-@pytest.mark.parametrize("trainer_of", TRAINERS.values(), ids=TRAINERS)
+@both
 def test_async_rewards_tensors_and_missing_rewards_work(trainer_of, tmp_path):
     async def later(completions, **kwargs):
         return [None if k % 3 == 0 else reward for k, reward in enumerate(uneven(completions))]
@@ -96,7 +86,7 @@ BAD_ROWS = {
 }
 
 
-@pytest.mark.parametrize("trainer_of", TRAINERS.values(), ids=TRAINERS)
+@both
 @pytest.mark.parametrize("rows, message", BAD_ROWS.values(), ids=BAD_ROWS)
 def test_a_row_that_the_model_cannot_read_is_refused_by_its_number(rows, message, trainer_of, tmp_path):
     rows = [row if isinstance(row["prompt"], str) else {**row, "prompt": row["prompt"][0]["content"]} for row in rows]
@@ -104,7 +94,7 @@ def test_a_row_that_the_model_cannot_read_is_refused_by_its_number(rows, message
         trainer_of(tmp_path, rows, uneven)
 
 
-@pytest.mark.parametrize("trainer_of", TRAINERS.values(), ids=TRAINERS)
+@both
 def test_a_model_that_cannot_be_trained_as_asked_is_refused(trainer_of, tmp_path):
     small = tiny_model()
     small.resize_token_embeddings(len(TOKENIZER) - 3)
@@ -120,7 +110,7 @@ def test_a_model_that_cannot_be_trained_as_asked_is_refused(trainer_of, tmp_path
             trainer_of(tmp_path, TEXT_ROWS, uneven, model=model, **settings)
 
 
-@pytest.mark.parametrize("trainer_of", TRAINERS.values(), ids=TRAINERS)
+@both
 def test_a_run_that_loses_the_base_text_ends_and_that_checkpoint_is_not_the_best(trainer_of, tmp_path, monkeypatch):
     losses = iter([0.01, 0.03])
     monkeypatch.setattr(BaseText, "loss", lambda text, model, reader: next(losses))
@@ -131,29 +121,48 @@ def test_a_run_that_loses_the_base_text_ends_and_that_checkpoint_is_not_the_best
     assert (trainer.state.global_step, trainer.state.best_global_step) == (2, 1)
 
 
-SETTINGS = {"max_steps": (0, "trains nothing"), "beta": (-0.1, "0 or more"), "reward_clip": (-1, "0 or more")}
+ONE = {"num_generations": 1, "advantage_estimator": "batch"}
+WRONG = [  # config, settings, message
+    (ReinforceConfig, {"max_steps": 0}, "`max_steps` must be a number of steps, or -1"),
+    (ReinforceConfig, {"beta": -0.1}, "`beta` must be 0 or more; got -0.1"),
+    (ReinforceConfig, {"reward_clip": -1}, "`reward_clip` must be 0 or more"),
+    (ReinforceConfig, {"stop_after_dead_steps": 0}, "`stop_after_dead_steps` must be 1 or more; got 0"),
+    (ReinforceConfig, {"metric_for_best_model": "accuracy"}, "`metric_for_best_model` must be 'eval_reward' or"),
+    (ReinforceConfig, {"advantage_estimator": "mean"}, "`advantage_estimator` must be one of .*'rloo'.*; got 'mean'"),
+    (ReinforceConfig, {"kl_direction": "both"}, "`kl_direction` must be one of .*'policy_ref', 'ref_policy'"),
+    (ReinforceConfig, {"greedy_rollouts": True}, "`greedy_rollouts` must be False with more than one completion"),
+    (ReinforceConfig, {"beta": 0.1, "importance_sampling_level": "sequence"}, "must be 'token' with beta > 0"),
+    (ReinforceConfig, {"num_generations": 1}, "`num_generations` must be 2 or more with .*'rloo'"),
+    (ReinforceConfig, {"num_generations": 1, "advantage_estimator": "group"}, "`num_generations` must be 2 or more"),
+    (ReinforceConfig, {**ONE, "prompt_filter": True}, "`num_generations` must be 2 or more .*prompt_filter"),
+    (EvolutionConfig, {"population": 7}, "`population` must be even.*got 7"),
+    (EvolutionConfig, {"population": 0}, "`population` must be even.*got 0"),
+    (EvolutionConfig, {"sigma": float("nan")}, "`sigma` must be above 0; got nan"),
+    (EvolutionConfig, {"shaping": "best"}, "`shaping` must be one of .*'z_score', 'none'.; got 'best'"),
+    (EvolutionConfig, {"rows_per_forward": 0}, "`rows_per_forward` must be 1 or more; got 0"),
+    (EvolutionConfig, {"fp16": True}, "load the base in float16"),
+]
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_a_setting_that_would_run_and_do_something_else_is_refused(name, tmp_path):
-    value, message = SETTINGS[name]
-    with pytest.raises(ValueError, match=f"`{name}` .*{message}"):
-        ReinforceConfig(str(tmp_path), **{name: value})
+@pytest.mark.parametrize("config, settings, message", WRONG)
+def test_a_setting_that_would_run_and_do_something_else_is_refused(config, settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        config(str(tmp_path), **settings)
 
 
-@pytest.mark.parametrize("trainer_of", TRAINERS.values(), ids=TRAINERS)
+@both
 def test_an_evaluation_set_without_rows_is_refused(trainer_of, tmp_path):
     with pytest.raises(ValueError, match="`eval_dataset` has no rows"):
         trainer_of(tmp_path, TEXT_ROWS, uneven, eval_rows=[])
 
 
 def test_a_plain_model_without_an_adapter_is_refused(tmp_path):
-    args = ReinforceConfig(str(tmp_path), num_generations=2, per_device_train_batch_size=2, **QUIET)
+    args = EvolutionConfig(str(tmp_path), **QUIET)
     with pytest.raises(ValueError, match="pass peft_config=SVFConfig"):
-        ReinforceTrainer(tiny_model(), uneven, args, Dataset.from_list(TEXT_ROWS), processing_class=TOKENIZER)
+        EvolutionTrainer(tiny_model(), uneven, args, TEXT_ROWS, processing_class=TOKENIZER)
 
 
-@pytest.mark.parametrize("trainer_of", TRAINERS.values(), ids=TRAINERS)
+@both
 def test_steps_that_teach_nothing_are_reported_once_and_end_the_run_if_asked(trainer_of, tmp_path, caplog):
     equal = returning(lambda n: [1.0] * n)
     trainer = trainer_of(tmp_path, TEXT_ROWS, equal, max_steps=4)
@@ -237,6 +246,15 @@ def test_answers_of_one_token_are_drawn_from_the_forward_that_is_differentiated(
 
 
 # --- what both do
+
+
+@both
+@pytest.mark.parametrize("rows, reward", FORMS.values(), ids=FORMS)
+def test_evaluation_is_the_mean_reward_of_the_likeliest(rows, reward, trainer_of, tmp_path):
+    trainer = trainer_of(tmp_path, rows, reward, eval_rows=rows, per_device_eval_batch_size=3)
+    texts = [likeliest(trainer.model, row) for row in rows]
+    rewards = reward([[{"content": text}] for text in texts])
+    assert trainer.evaluate()["eval_reward"] == pytest.approx(sum(rewards) / len(rewards))
 
 
 FAST = {

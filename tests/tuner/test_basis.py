@@ -5,7 +5,7 @@ import oracle
 import pytest
 import torch
 
-from peft_svf.tuner.basis import change, deviation, factorize, rescale, side_of, tolerance
+from peft_svf.tuner.basis import deviation, factorize, rescale, side_of, tolerance
 from peft_svf.tuner.fingerprint import ACCEPT, REFUSE, SKETCH_SIZE, distance, sketch
 
 SHAPES = {"in": (11, 7), "out": (5, 13), "square": (9, 9)}
@@ -51,31 +51,12 @@ def test_batched_equals_single(shape):
         torch.testing.assert_close(batched.S[i], single.S, atol=1e-12, rtol=0)
 
 
-def test_one_checkpoint_in_bfloat16_and_in_float32_has_one_basis(shape):
-    narrow = factorize(matrix(shape, torch.bfloat16))
-    wide = factorize(matrix(shape, torch.bfloat16).float())
-    assert torch.equal(narrow.Q, wide.Q) and torch.equal(narrow.S, wide.S)
-
-
-def test_factorize_leaves_the_weight_and_its_graph_alone(shape):
-    weight = matrix(shape).requires_grad_()
-    before = weight.detach().clone()
-    assert not factorize(weight).Q.requires_grad
-    assert torch.equal(weight, before)
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_weight_that_is_not_finite_is_refused(shape, value):
     weight = matrix(shape)
     weight[1, 2] = value
     with pytest.raises(ValueError, match="NaN or infinite"):
         factorize(weight)
-
-
-@pytest.mark.parametrize("wrong", [(5,), (0, 4), ()])
-def test_what_is_no_matrix_is_refused(wrong):
-    with pytest.raises(ValueError, match=r"shape \(out, in\)"):
-        factorize(torch.zeros(wrong))
 
 
 @pytest.mark.parametrize("stack", [(), (2,)], ids=["matrix", "stack"])
@@ -120,53 +101,22 @@ def test_fewer_columns_move_only_the_top_directions(shape):
     torch.testing.assert_close(rescaled, oracle.rescaled(weight, z), atol=1e-12, rtol=0)
 
 
-def test_signs_of_directions_do_not_matter(shape):
-    weight, z = matrix(shape, torch.float64), z_vector(min(shape))
-    Q = factorize(weight).Q
-    flipped = Q * torch.tensor([-1.0, 1.0] * len(Q), dtype=torch.float64)[: len(Q)]
-    torch.testing.assert_close(rescale(weight, flipped, z - 1), rescale(weight, Q, z - 1), atol=1e-13, rtol=0)
-
-
 def test_an_offset_of_another_length_is_refused(shape):
     weight = matrix(shape)
     with pytest.raises(ValueError, match=f"has {min(shape)} directions"):
         rescale(weight, factorize(weight).Q, torch.zeros(min(shape) + 1))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_change_is_exactly_zero_at_offset_zero_and_keeps_the_dtype(dtype):
-    Q = factorize(matrix((11, 7))).Q.float()
-    added = change(matrix((2, 3, 7), dtype), Q, torch.zeros(7))
-    assert added.dtype == dtype and not added.any()
-
-
-def test_change_takes_an_offset_per_row():
-    Q, x = factorize(matrix((11, 7))).Q, matrix((2, 3, 7)).double()
-    offsets = matrix((2, 7), seed=9).double()
-    rows = torch.stack([change(x[i], Q, offsets[i]) for i in range(2)])
-    torch.testing.assert_close(change(x, Q, offsets[:, None]), rows, atol=1e-13, rtol=0)
-
-
 # --- the sketch
 
 
-def test_sketch_is_small_and_repeatable_and_leaves_the_global_random_state_alone(shape):
+def test_a_sketch_sees_another_basis_and_neither_signs_nor_the_global_random_state(shape):
     Q, state = factorize(matrix(shape)).Q, torch.random.get_rng_state()
-    assert sketch(Q).shape == (SKETCH_SIZE,) and sketch(Q).dtype == torch.float64
-    assert torch.equal(sketch(Q), sketch(Q.clone()))
-    assert torch.equal(torch.random.get_rng_state(), state)
-
-
-def test_sketch_does_not_see_signs(shape):
-    Q = factorize(matrix(shape)).Q
     signs = torch.tensor([-1.0, 1.0, -1.0] * len(Q), dtype=torch.float64)[: len(Q)]
+    assert sketch(Q).shape == (SKETCH_SIZE,) and sketch(Q).dtype == torch.float64
     assert distance(sketch(Q * signs), sketch(Q)) < 1e-15
-
-
-def test_distance_is_zero_only_for_the_same_basis_and_large_between_strangers(shape):
-    one, other = (sketch(factorize(matrix(shape, seed=seed)).Q) for seed in (0, 1))
-    assert distance(one, one) == 0
-    assert distance(other, one) > 20 * REFUSE
+    assert distance(sketch(factorize(matrix(shape, seed=1)).Q), sketch(Q)) > 20 * REFUSE
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_distance_estimates_the_distance_of_the_squared_directions():

@@ -366,14 +366,14 @@ def rewrite(folder, change):
 
 KEY = f"base_model.model.{MODULE}.svf_offset.weight"
 TAMPERED = {
-    "wrong shape": (lambda t: t.update({KEY: torch.zeros(7)}), rf"shape \(7,\) for {MODULE}.*has 24 directions"),
+    "wrong shape": (lambda t: t.update({KEY: torch.zeros(7)}), rf"for {MODULE} of shape \(7,\).*has 24 directions"),
     "matrix": (lambda t: t.update({KEY: torch.zeros(24, 2)}), r"shape \(24, 2\).*has 24 directions"),
-    "NaN": (lambda t: t[KEY].fill_(float("nan")), rf"24 of 24 entries of its z-vector for {MODULE} that are NaN"),
-    "one infinity": (lambda t: t[KEY][3:4].fill_(float("inf")), r"1 of 24 entries.*Use an earlier checkpoint"),
-    "1e30": (lambda t: t[KEY][3:4].fill_(1e30), rf"1 of 24 entries of its z-vector for {MODULE} .*beyond 1e\+30"),
-    "int64": (lambda t: t.update({KEY: t[KEY].long()}), rf"{MODULE} \(torch.int64\)"),
-    "float8": (lambda t: t.update({KEY: t[KEY].to(torch.float8_e5m2)}), rf"{MODULE} \(torch.float8_e5m2\)"),
-    "bool": (lambda t: t.update({KEY: t[KEY] > 0}), rf"{MODULE} \(torch.bool\)"),
+    "NaN": (lambda t: t[KEY].fill_(float("nan")), rf"for {MODULE} of shape \(24,\).*24 entries are NaN"),
+    "one infinity": (lambda t: t[KEY][3:4].fill_(float("inf")), r"which 1 entries.*Use an earlier checkpoint"),
+    "1e30": (lambda t: t[KEY][3:4].fill_(1e30), rf"for {MODULE} .*which 1 entries .*beyond 1e\+30"),
+    "int64": (lambda t: t.update({KEY: t[KEY].long()}), rf"{MODULE} of .* and torch.int64"),
+    "float8": (lambda t: t.update({KEY: t[KEY].to(torch.float8_e5m2)}), rf"{MODULE} of .* and torch.float8_e5m2"),
+    "bool": (lambda t: t.update({KEY: t[KEY] > 0}), rf"{MODULE} of .* and torch.bool"),
     "an embedding": (
         lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.zeros(53, 24)}),
         r"holds base_model.model.model.embed_tokens.weight, which isn't a z-vector.*overwrite the base model",

@@ -64,14 +64,6 @@ def expected_output(plain, z, x):
 
 
 @both_sides
-def test_z_of_ones_is_the_base_layer_under_autocast(side):
-    model, layer, plain = adapted(side=side)
-    x = tokens(layer, 3, 4)
-    with torch.autocast("cpu", dtype=BF16):
-        assert torch.equal(model(x), plain(x))
-
-
-@both_sides
 def test_init_weights_false_draws_a_z_that_moves_the_output(side):
     torch.manual_seed(0)
     model, layer, plain = adapted(side=side, init_weights=False)
@@ -147,20 +139,6 @@ def test_safe_merge_refuses_a_broken_z_and_leaves_the_weight_untouched(kind, val
         assert torch.equal(matrix_of(layer), matrix_of(plain.fc)) and not layer.merged
 
 
-def test_merging_twice_and_unmerging_twice_only_warn():
-    model, layer, plain = adapted()
-    set_z(layer, z_vector(layer.directions))
-    model.merge_adapter()
-    merged = matrix_of(layer).clone()
-    with pytest.warns(UserWarning, match="already merged"):
-        model.merge_adapter()
-    assert torch.equal(matrix_of(layer), merged)
-    model.unmerge_adapter()
-    with pytest.warns(UserWarning, match="Already unmerged"):
-        model.unmerge_adapter()
-    assert torch.equal(matrix_of(layer), matrix_of(plain.fc))
-
-
 @both_sides
 def test_adapters_merged_one_after_the_other_add_their_offsets_on_the_pristine_weight(side):
     model, layer, plain = adapted(side=side)
@@ -173,6 +151,8 @@ def test_adapters_merged_one_after_the_other_add_their_offsets_on_the_pristine_w
     z = z1 + torch.cat([torch.tensor([0.5, 0.25, -0.75]), torch.zeros(layer.directions - 3)])
     close(matrix_of(layer), oracle.rescaled(matrix_of(plain.fc), z), FP32)
     model.unmerge_adapter()
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        model.unmerge_adapter()
     assert torch.equal(matrix_of(layer), matrix_of(plain.fc))
 
 
@@ -205,13 +185,6 @@ def test_each_row_has_its_own_offset_and_repeats_lie_side_by_side(side, bias, sh
     assert torch.equal(model(x), plain(x))
 
 
-def test_rows_that_do_not_divide_the_batch_are_refused_and_forgotten():
-    model, layer, _ = adapted()
-    with pytest.raises(ValueError, match="offsets for 3 rows, but the batch has 4"), rows_of(layer, torch.zeros(3, 7)):
-        model(tokens(layer, 4, 2))
-    assert layer.rows is None
-
-
 # --- names and messages
 
 
@@ -235,17 +208,9 @@ def test_layers_are_named_as_in_the_base_model(wrap):
     assert set(svf_layers(wrap(get_peft_model(base, SVFConfig())))) == names
 
 
-@pytest.mark.parametrize(
-    "name, block",
-    {
-        "model.layers.11.mlp.experts.3.up_proj": "model.layers.11",
-        "encoder.block.0.layer.1.wi": "encoder.block.0",
-        "lm_head": "lm_head",
-        "layers.2": "layers.2",
-    }.items(),
-)
-def test_a_block_ends_with_the_first_number_of_a_name(name, block):
-    assert block_of(name) == block
+def test_a_block_ends_with_the_first_number_of_a_name():
+    names = ["model.layers.11.mlp.experts.3.up_proj", "encoder.block.0.layer.1.wi", "lm_head", "layers.2"]
+    assert [block_of(name) for name in names] == ["model.layers.11", "encoder.block.0", "lm_head", "layers.2"]
 
 
 # --- weights and modules in several places
@@ -325,16 +290,6 @@ def test_a_weight_that_cannot_be_read_is_refused_by_the_name_of_its_module(case)
     assert not svf_layers(base)
 
 
-@pytest.mark.parametrize("values", [torch.zeros(2, 0, 5), torch.zeros(2, 7, 5).to(torch.float8_e4m3fn)])
-def test_a_stack_that_cannot_be_read_is_refused_by_the_name_of_its_parameter(values):
-    base = nn.Module()
-    base.experts = nn.Module()
-    base.experts.stack = nn.Parameter(values, requires_grad=False)
-    with pytest.raises(ValueError, match="parameter 'stack' of Module has shape"):
-        get_peft_model(base, SVFConfig(target_parameters=["experts.stack"]))
-    assert not svf_layers(base)
-
-
 def test_a_weight_that_torch_has_split_over_processes_is_refused(tmp_path):
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -350,11 +305,3 @@ def test_a_weight_that_torch_has_split_over_processes_is_refused(tmp_path):
             model(torch.randn(2, 5))
     finally:
         torch.distributed.destroy_process_group()
-
-
-def test_a_rank_beyond_every_weight_moves_all_directions_and_says_so(caplog):
-    with caplog.at_level("WARNING", logger="peft_svf.tuner.model"):
-        model = get_peft_model(build("llama"), SVFConfig(rank=10**18))
-    largest = max(layer.directions for layer in svf_layers(model).values())
-    assert f"rank=1000000000000000000 is beyond the {largest} singular values" in caplog.text
-    assert model.peft_config["default"].rank is None

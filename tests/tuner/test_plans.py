@@ -242,9 +242,10 @@ def test_small_singular_values_have_their_gradient_in_bfloat16(shape):
 def test_autocast_gives_its_dtype_and_float32_gradients(dtype):
     adapter, layer, plain = adapted("merged", (11, 7))
     z = 1 + 0.2 * torch.randn(7)
-    by_data(layer, z)
     x, g = torch.randn(64, 7, requires_grad=True), torch.randn(64, 11)
     with torch.autocast("cpu", dtype=dtype if dtype != FP32 else BF16, enabled=dtype != FP32):
+        assert torch.equal(adapter(x), plain(x))
+        by_data(layer, z)
         y = adapter(x)
     assert y.dtype == dtype and layer.svf_chosen == "merged"
     y.backward(g.to(y.dtype))
@@ -334,24 +335,17 @@ def test_auto_trains_small_steps_narrow_and_large_ones_merged_and_counts_accumul
     adapter.set_plan("auto", forwards_per_step=1000)
     adapter(**inputs(adapter))
     assert layer.svf_chosen == "merged"
+    adapter.add_adapter("other", SVFConfig())  # a chosen plan outlives it
+    assert (layer.execution.plan, layer.execution.forwards) == ("auto", 1000)
+    with pytest.raises(ValueError, match="`plan` must be one of auto, merged, narrow, factored; got 'fast'"):
+        adapter.set_plan("fast")
 
 
-@pytest.mark.parametrize("basis_dtype, copies", [("float32", 0), ("bfloat16", 1)])
-def test_the_basis_counts_once_where_it_is_one_of_the_factors(basis_dtype, copies):
-    _, layer, _ = adapted("factored", (11, 7), basis_dtype=basis_dtype)
-    layer.svf_basis = layer.svf_basis.to(getattr(torch, basis_dtype))
-    layer._factored()
-    assert layer.svf_bytes()["factored"] == 4 * (11 * 7 + copies * 7 * 7)
-
-
-def test_without_memory_auto_is_narrow(monkeypatch, caplog):
+def test_without_memory_auto_is_narrow(monkeypatch):
     monkeypatch.setattr(model, "_room", lambda layers: False)
-    with caplog.at_level("INFO", logger="peft_svf.tuner.model"):
-        adapter = get_peft_model(build("llama"), SVFConfig()).eval()
-    assert "no memory for a merged copy" in caplog.text
+    adapter = get_peft_model(build("llama"), SVFConfig()).eval()
     logits(adapter)
     assert {layer.svf_chosen for layer in svf_layers(adapter).values()} == {"narrow"}
-    assert adapter.svf_memory()["total"]["merged"] == 0
 
 
 def test_values_are_compared_once_per_call():
@@ -398,11 +392,7 @@ def replace_forward(base, calls):
     base.forward = lambda x: (calls.append(1), real(x))[1]
 
 
-def hook_backward(base, calls):
-    base.register_full_backward_hook(lambda *_: calls.append(1))
-
-
-@pytest.mark.parametrize("hang", [hook_forward, replace_forward, hook_backward])
+@pytest.mark.parametrize("hang", [hook_forward, replace_forward])
 def test_whatever_hangs_on_the_base_layer_still_runs(hang):
     adapter, layer, _ = adapted("merged", (11, 7))
     calls = []
@@ -440,19 +430,12 @@ def test_memory_is_counted_to_the_byte_and_given_back():
     logits(adapter)
     assert adapter.svf_memory() == expected(pristine=weights)
     adapter.unmerge_adapter()
-    logits(adapter)
-    adapter.set_plan("narrow")
-    assert adapter.svf_memory() == expected() and "plan='narrow'" in repr(adapter)
-
-
-def test_generation_keeps_one_copy_of_each_weight_however_often_z_changes():
-    adapter, kept = get_peft_model(build("llama"), SVFConfig()).eval(), []
-    for seed in range(3):
+    for seed in range(3):  # one copy, however often z changes
         randomize(adapter, seed=seed)
         adapter.generate(input_ids=inputs(adapter)["input_ids"][:, : 3 + seed], max_new_tokens=3, pad_token_id=0)
-        kept.append(adapter.svf_memory()["total"])
-    weights = sum(layer.base_layer.weight.nbytes for layer in svf_layers(adapter).values())
-    assert kept[0] == kept[1] == kept[2] and (kept[0]["merged"], kept[0]["factored"]) == (weights, 0)
+        assert adapter.svf_memory() == expected(merged=weights)
+    adapter.set_plan("narrow")
+    assert adapter.svf_memory() == expected() and "plan='narrow'" in repr(adapter)
 
 
 def test_auto_merges_in_evaluation_logs_it_once_and_copies_and_buffers_keep_nothing_of_it(caplog):
@@ -490,13 +473,3 @@ def test_inference_mode_leaves_nothing_that_training_or_another_z_cannot_use(pla
             logits(adapter)
     adapter.train()(**ids).logits.square().mean().backward()
     torch.testing.assert_close(adapter.eval()(**ids).logits, expected[0])
-
-
-def test_a_chosen_plan_outlives_another_adapter_and_an_unknown_one_is_refused():
-    adapter = get_peft_model(build("llama"), SVFConfig())
-    adapter.set_plan("narrow", forwards_per_step=4)
-    adapter.add_adapter("other", SVFConfig())
-    executions = {(layer.execution.plan, layer.execution.forwards) for layer in svf_layers(adapter).values()}
-    assert executions == {("narrow", 4)}
-    with pytest.raises(ValueError, match="`plan` must be one of auto, merged, narrow, factored; got 'fast'"):
-        adapter.set_plan("fast")

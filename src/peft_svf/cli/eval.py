@@ -60,7 +60,6 @@ def evaluate(
     Prints accuracies with 95 % intervals and writes a result JSON.
     """
     from ..evaluation import evaluate as score
-    from ..rows import has_image
 
     if not experts and (model is None or mixture or strategy or classifier or probe or fit or threshold):
         raise typer.BadParameter("Name --experts; only a base model alone, by --model, is measured without.")
@@ -76,9 +75,8 @@ def evaluate(
     def measure(model: Any, reader: Any, some: "Sequence[Row]" = rows) -> "Summary":
         return score(model, reader, some, batch_size, benchmark, rotations, **generation)
 
-    images = any(map(has_image, rows))
     if experts:
-        two_pass = load_experts(experts, model, revision, dtype, classifier, images=images)
+        two_pass = load_experts(experts, model, revision, dtype, classifier)
         first_pass = make_first_pass(two_pass, strategy, classifier, probe, threshold, fit, batch_size)
         ways = {"mixture": alpha} if alpha else {name: {name: 1.0} for name in two_pass.library.names}
         result["base_model"] = two_pass.name_or_path
@@ -87,7 +85,7 @@ def evaluate(
             result["text_loss"] = _text_losses(two_pass, ways, everyday)
     else:
         result["base_model"] = model
-        summaries = {"base": measure(*load_model(str(model), revision, dtype, images=images))}
+        summaries = {"base": measure(*load_model(str(model), revision, dtype))}
     print(f"{benchmark.name}, {split} split, {form} form, n = {len(rows)}; 95 % intervals, gains paired")
     _report(out, result, summaries, records)
 

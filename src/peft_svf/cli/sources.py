@@ -39,18 +39,13 @@ def load_model(
     revision: str | None = None,
     dtype: str = "auto",
     *,
-    images: bool = False,
     device: "str | torch.device | None" = None,
     trust: bool = False,
 ) -> "tuple[PreTrainedModel, Reader]":
-    """Load a base model and its reader, by default onto the accelerator; for `images`, the model has to see."""
-    from transformers import ProcessorMixin
-
+    """Load a base model and its reader, by default onto the accelerator."""
     from ..two_pass import load_model
 
     model, reader = load_model(name, dtype=dtype, revision=revision, trust_remote_code=trust)
-    if images and not isinstance(reader, ProcessorMixin):
-        raise ValueError(f"These rows have images, but {name} doesn't see: name a vision-language model.")
     return model.to(device or _accelerator()), reader
 
 
@@ -92,8 +87,6 @@ def load_experts(
     revision: str | None,
     dtype: str,
     classifier: str | None = None,
-    *,
-    images: bool = False,
 ) -> "Transformer2Model":
     """Load experts, written as in [`named_sources`], over a base model, default the one they name; or a bundle."""
     from ..experts.bundle import find_bundle
@@ -107,7 +100,7 @@ def load_experts(
         two_pass.to(_accelerator())
         return two_pass
     named = loaded(named_sources(experts))  # so that each file is opened once
-    base, reader = load_base(named, model, revision, dtype, images=images)
+    base, reader = load_base(named, model, revision, dtype)
     return Transformer2Model(base, reader, named, classifier)
 
 

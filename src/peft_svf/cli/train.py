@@ -61,7 +61,7 @@ def train(
 
     Ctrl-C finishes the step and saves a checkpoint, from which --resume goes on; a second Ctrl-C ends at once.
     """
-    from ..rows import has_image
+    from ..rows import tokenizer_of
     from ..tasks.task import ANSWER_TOKENS, form_of
 
     settings = read_settings(config, context.args)
@@ -71,13 +71,12 @@ def train(
     rows = _rows(task, settings)
     if "max_completion_length" not in settings.given:
         args.max_completion_length = ANSWER_TOKENS.get(form_of(rows["train"][0]), args.max_completion_length)
-    images = any(map(has_image, rows["train"]))
-    if images and settings.script.algorithm == "evolution":
-        raise ValueError("algorithm: evolution scores texts, and these rows have images: set algorithm: reinforce.")
     trust = getattr(args, "trust_remote_code", False)  # a field of TRL's configs alone
     model, reader = load_model(
-        source.model_name_or_path, source.model_revision, source.dtype, images=images, device=args.device, trust=trust
+        source.model_name_or_path, source.model_revision, source.dtype, device=args.device, trust=trust
     )
+    if settings.script.algorithm == "evolution":
+        reader = tokenizer_of(reader)  # it scores texts: rows with images are refused below
     svf = svf_config(settings.svf, model, task.description)
     if args.process_index == 0:
         form = form_of(rows["train"][0])
@@ -191,14 +190,12 @@ def make_trainer(
     model: "PreTrainedModel", reader: "Reader", task: "Task", rows: Rows, config: Config, svf: "SVFConfig"
 ) -> Trainer:
     """Make the trainer that a config belongs to."""
-    from ..rows import tokenizer_of
     from ..training.evolution import EvolutionConfig, EvolutionTrainer
     from ..training.reinforce import ReinforceTrainer
 
     train, validation = rows["train"], rows.get("validation")
     settings: dict[str, Any] = {"peft_config": svf, "processing_class": reader}
     if isinstance(config, EvolutionConfig):
-        settings["processing_class"] = tokenizer_of(reader)
         return EvolutionTrainer(model, task.reward, config, train, validation, **settings)
     validation = validation and table_of(validation)
     return ReinforceTrainer(model, task.reward, config, table_of(train), eval_dataset=validation, **settings)

@@ -145,7 +145,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, "-+0123456789")
     try:
-        return dict(yaml.load(files.read_text(path), Loader))
+        return dict(yaml.load(files.read_bytes(path), Loader))
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise ValueError(f"{path} isn't valid YAML of one `key: value` a line: {error}") from error
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ..evaluation import choice_logps, complete
 from ..reading import shared_prompts
@@ -28,7 +28,7 @@ from ..rows import Row
 from ..tuner.config import SVFConfig
 from ..tuner.layer import SVFLayer, svf_layers
 from ..tuner.rows import active_rows
-from .run import Run, check_counts, check_prompts, checked_reward, z_statistics
+from .run import Run, RunConfig, check_prompts, checked_reward, z_statistics
 
 Reward = Callable[..., Sequence[float | None]]
 Shaping = Literal["rank", "z_score", "none"]
@@ -81,9 +81,9 @@ def estimate(noise: Tensor, above: Tensor, below: Tensor, sigma: float) -> Tenso
 
 
 @dataclass
-class EvolutionConfig(TrainingArguments):
+class EvolutionConfig(RunConfig, TrainingArguments):
     """
-    `transformers.TrainingArguments` for evolution strategies on z-vectors.
+    `transformers.TrainingArguments` for evolution strategies on z-vectors, with the settings of [`RunConfig`].
 
     A step scores `per_device_train_batch_size` rows under every member of the population; several processes draw
     different rows and directions, and average their estimates. The defaults are not tuned on a real model: `sigma`
@@ -102,46 +102,32 @@ class EvolutionConfig(TrainingArguments):
             Tokens that a completion may have; rows with `choices` need none.
         reward_weights (`list[float]`, *optional*):
             One per reward function; default 1 each.
-        early_stopping_patience (`int`, *optional*):
-            Stop after so many evaluations without a better one.
-        keep_text (`float`, *optional*):
-            At each evaluation, stop if the base's own answers to everyday requests are less likely per token than
-            before by more than this share, such as 0.02. The best checkpoint is then an earlier one.
-        stop_after_dead_steps (`int`, *optional*):
-            Stop after so many steps in a row under which all members earned the same.
     """
 
     learning_rate: float = 5e-3
-    lr_scheduler_type: str = "cosine"
     max_grad_norm: float = 0.0
     remove_unused_columns: bool = False
-    metric_for_best_model: str | None = "eval_reward"
-    restore_callback_states_from_checkpoint: bool = True  # early stopping goes on counting
     population: int = 32
     sigma: float = 0.05
     shaping: Shaping = "rank"
     rows_per_forward: int = 256
     max_completion_length: int = 256
     reward_weights: list[float] | None = None
-    early_stopping_patience: int | None = None
-    stop_after_dead_steps: int | None = None
-    keep_text: float | None = None
+
+    def rules(self) -> Iterator[tuple[str, bool, str]]:
+        yield from super().rules()
+        even = self.population > 0 and self.population % 2 == 0
+        yield "population", even, "even, as members come in pairs"
+        yield "sigma", self.sigma > 0, "above 0"
+        yield "shaping", self.shaping in get_args(Shaping), f"one of {get_args(Shaping)}"
+        yield "fp16", not self.fp16, "off, as it scales gradients; load the base in float16 instead"
 
     def __post_init__(self) -> None:
-        check_counts(self)
-        for name, fits, expected in (
-            ("population", self.population > 0 and self.population % 2 == 0, "even, as members come in pairs"),
-            ("sigma", self.sigma > 0, "above 0"),
-            ("shaping", self.shaping in get_args(Shaping), f"one of {get_args(Shaping)}"),
-            ("metric_for_best_model", self.metric_for_best_model in (None, "reward", "eval_reward"), "'eval_reward'"),
-            ("fp16", not self.fp16, "off, as it scales gradients; load the base in float16 instead"),
-        ):
-            if not fits:
-                raise ValueError(f"`{name}` must be {expected}; got {getattr(self, name)!r}.")
+        self.check()
         super().__post_init__()
 
 
-class EvolutionTrainer(Run, Trainer):
+class EvolutionTrainer(Run):
     """
     Train z-vectors by evolution strategies.
 
@@ -247,21 +233,22 @@ class EvolutionTrainer(Run, Trainer):
             table = self._choice_rewards(part) if "choices" in part[0] else None
             for first in range(0, len(members), together):
                 some = members[first : first + together]
-                rewards = self._completed(some, part) if table is None else self._expected(some, part, table)
-                totals[first : first + together] += rewards.sum(1)
+                totals[first : first + together] += self._member_rewards(some, part, table).sum(1)
         return totals / len(rows)
 
-    def _expected(self, members: Tensor, rows: Sequence[Row], table: Tensor) -> Tensor:
-        """Compute expected rewards `(members, rows)` over the choices, whose rewards are `(rows, choices)`."""
-        with self._as(members), self.compute_loss_context_manager():
-            logps = choice_logps(self.model, self.processing_class, rows, len(members))
-        return (logps.softmax(-1).view(len(members), *table.shape) * table).sum(-1)
+    def _member_rewards(self, members: Tensor, rows: Sequence[Row], table: Tensor | None) -> Tensor:
+        """
+        Compute the rewards `(members, rows)` of greedy completions.
 
-    def _completed(self, members: Tensor, rows: Sequence[Row]) -> Tensor:
-        """Compute the rewards `(members, rows)` of greedy completions."""
+        With a `table` of the rewards of choices, `(rows, choices)`: those expected over the choices.
+        """
         repeated = [*rows] * len(members)
         with self._as(members), self.compute_loss_context_manager():
-            texts = self._complete(repeated, len(members))
+            if table is None:
+                texts = self._complete(repeated, len(members))
+            else:
+                logps = choice_logps(self.model, self.processing_class, rows, len(members))
+                return (logps.softmax(-1).view(len(members), *table.shape) * table).sum(-1)
         return self._rewards(repeated, texts).view(len(members), len(rows))
 
     def _complete(self, rows: Sequence[Row], members: int = 1) -> list[str]:
@@ -306,18 +293,7 @@ class EvolutionTrainer(Run, Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """
-        Measure the mean reward of the likeliest choices or greedy completions, over the rows of all processes.
-
-        Args:
-            eval_dataset (sequence of rows, *optional*):
-                Default the trainer's.
-            ignore_keys, metric_key_prefix:
-                As in `Trainer.evaluate`; the first has no effect.
-
-        Returns:
-            `{"eval_reward": float}`.
-        """
+        """Measure the mean reward of the likeliest choices or greedy completions: `{"eval_reward": float}`."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         size, processes = self.args.per_device_eval_batch_size, self.accelerator.num_processes
         share = [dataset[i] for i in range(self.accelerator.process_index, len(dataset), processes)]
@@ -335,8 +311,7 @@ class EvolutionTrainer(Run, Trainer):
         total = self.accelerator.reduce(total, reduction="sum")
         metrics = {f"{metric_key_prefix}_reward": (total[0] / total[1]).item()}
         self.log(dict(metrics))
-        control: Any = self.control  # type: ignore[has-type]
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -355,24 +330,22 @@ class EvolutionTrainer(Run, Trainer):
 def _trained_layers(model: Any) -> dict[SVFLayer, str]:
     """Find the layers whose z is trained, and the adapter of each; refuse anything else that is trainable."""
     layers: dict[SVFLayer, str] = {}
+    ready = True
     for layer in svf_layers(model).values():
-        active = [
+        trained = [
             n for n in layer.active_adapters if n in layer.svf_offset and layer.svf_offset[n].weight.requires_grad
         ]
-        if layer.merged or layer.disable_adapters or len(active) > 1:
-            raise ValueError(
-                f"Evolution trains one adapter, neither merged nor disabled, but {layer.active_adapters} are active "
-                f"and {layer.merged_adapters} merged: unmerge and enable the model's adapters, and activate one."
-            )
-        if active:
-            layers[layer] = active[0]
-    trained = {id(layer.svf_offset[name].weight) for layer, name in layers.items()}
-    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in trained]
-    if not layers or others:
+        ready &= not layer.merged and not layer.disable_adapters and len(trained) <= 1
+        if trained:
+            layers[layer] = trained[0]
+    offsets = {id(layer.svf_offset[name].weight) for layer, name in layers.items()}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in offsets]
+    if not ready or not layers or others:
         raise ValueError(
-            f"Evolution trains z-vectors and nothing else; trainable here: {len(layers)} z-vectors and {len(others)} "
-            f"other parameters{f', first {others[0]}' if others else ''}. Pass peft_config=SVFConfig(...) with a base "
-            "model, or PeftModel.from_pretrained(..., is_trainable=True)."
+            f"Evolution trains the z-vectors of one adapter, neither merged nor disabled, and nothing else; trainable "
+            f"here: {len(layers)} z-vectors and {len(others)} other parameters {others[:1]}. Pass "
+            "peft_config=SVFConfig(...) with a base model, or PeftModel.from_pretrained(..., is_trainable=True), and "
+            "unmerge, enable and activate the one adapter."
         )
     return layers
 

@@ -7,7 +7,7 @@ Goes in: rewards by prompt, and TRL's `GRPOConfig`. Nothing here knows a model.
 
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import is_torch_bf16_gpu_available
 
-from .run import check_counts
+from .run import RunConfig
 
 try:
     from trl import GRPOConfig
@@ -92,9 +92,9 @@ class PromptFilter(TrainerCallback, ExportableState):
 
 
 @dataclass
-class ReinforceConfig(GRPOConfig):
+class ReinforceConfig(RunConfig, GRPOConfig):
     """
-    TRL's `GRPOConfig` with the settings that make it REINFORCE on z-vectors, and a few more.
+    TRL's `GRPOConfig` with the settings that make it REINFORCE on z-vectors, those of [`RunConfig`] and a few more.
 
     A step is `per_device_train_batch_size * gradient_accumulation_steps` completions; each prompt has
     `num_generations` of them. Learning rate and clipping are those of the code of arXiv 2501.06252; under Adam,
@@ -115,14 +115,6 @@ class ReinforceConfig(GRPOConfig):
             `num_generations` has to be 1.
         greedy_eval (`bool`):
             Evaluate on the likeliest completion or choice.
-        early_stopping_patience (`int`, *optional*):
-            Stop after so many evaluations without a better one.
-        keep_text (`float`, *optional*):
-            At each evaluation, stop if the base's own answers to everyday requests are less likely per token than
-            before by more than this share, such as 0.02. The best checkpoint is then an earlier one.
-        stop_after_dead_steps (`int`, *optional*):
-            Stop after so many steps in a row that taught nothing: equal rewards, or no gradient. The first such step
-            is reported with the way out.
         gradient_checkpointing (`bool`):
             Off by default, because prompts that are read once need their cache. If memory is short and completions
             are long, turn it on: then each sample reads its prompt itself while gradients are taken.
@@ -133,12 +125,9 @@ class ReinforceConfig(GRPOConfig):
     num_generations: int = 8
     num_generations_eval: int | None = 1
     learning_rate: float = 2e-3
-    lr_scheduler_type: str = "cosine"
     max_grad_norm: float = 1e-3
     weight_decay: float = 0.0
     beta: float = 0.0
-    metric_for_best_model: str | None = "eval_reward"
-    restore_callback_states_from_checkpoint: bool = True  # early stopping and the filter go on counting
     gradient_checkpointing: bool = False
     ddp_broadcast_buffers: bool | None = False  # processes need different numbers of forwards, which must not wait
     advantage_estimator: Estimator = "rloo"
@@ -147,31 +136,22 @@ class ReinforceConfig(GRPOConfig):
     prompt_filter: bool = False
     greedy_rollouts: bool = False
     greedy_eval: bool = True
-    early_stopping_patience: int | None = None
-    stop_after_dead_steps: int | None = None
-    keep_text: float | None = None
+
+    def rules(self) -> Iterator[tuple[str, bool, str]]:
+        yield from super().rules()
+        single, estimators, directions = self.num_generations == 1, get_args(Estimator), get_args(Direction)
+        comparing = self.prompt_filter or self.advantage_estimator in ("rloo", "group")
+        yield "advantage_estimator", self.advantage_estimator in estimators, f"one of {estimators}"
+        yield "kl_direction", self.kl_direction in directions, f"one of {directions}"
+        expected = "2 or more with advantage_estimator 'rloo' or 'group' or a prompt_filter: they compare completions"
+        yield "num_generations", not (single and comparing), expected
+        greedy, expected = self.greedy_rollouts, "False with more than one completion a prompt: they would be equal"
+        yield "greedy_rollouts", single or not greedy, expected
+        expected = "'token' with beta > 0: the others penalise no KL divergence"
+        yield "importance_sampling_level", not self.beta or self.importance_sampling_level == "token", expected
 
     def __post_init__(self) -> None:
-        check_counts(self)
-        single = self.num_generations == 1
-        allowed = {"advantage_estimator": get_args(Estimator), "kl_direction": get_args(Direction)}
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"`{name}` must be one of {values}; got {getattr(self, name)!r}.")
-        if single and (self.prompt_filter or self.advantage_estimator in ("rloo", "group")):
-            raise ValueError(
-                f"num_generations is 1, but advantage_estimator={self.advantage_estimator!r} with prompt_filter="
-                f"{self.prompt_filter} compares the completions of a prompt: set 2 or more, or 'none' or 'batch' "
-                "without a filter."
-            )
-        best = self.metric_for_best_model or "reward"
-        measured = ["reward", "reward_std", "entropy", "loss", "/mean", "_length"]
-        if not best.endswith((*measured, "kl") if self.beta else tuple(measured)):  # else the first evaluation fails
-            raise ValueError(f"metric_for_best_model={best!r} isn't measured by an evaluation: use 'eval_reward'.")
-        if self.greedy_rollouts and not single:
-            raise ValueError(f"greedy_rollouts draws {self.num_generations} equal completions: set num_generations=1.")
-        if self.beta and self.importance_sampling_level != "token":
-            raise ValueError("With beta > 0 only importance_sampling_level='token' penalises a KL divergence.")
+        self.check()
         if self.bf16 is None:  # type: ignore[has-type]  # TRL's default asks a GPU for it, whatever the machine has
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         self.use_bias_correction_kl = self.kl_direction == "policy_ref"
@@ -179,6 +159,7 @@ class ReinforceConfig(GRPOConfig):
             greedy = {"temperature": 0.0} if self.use_vllm else {"do_sample": False}
             self.generation_kwargs: dict[str, Any] = {**(self.generation_kwargs or {}), **greedy}
             self.vllm_importance_sampling_correction = False  # a greedy token has log-probability 0 there
+        single = self.num_generations == 1
         if single:  # GRPO's checks want groups; one that is the whole batch passes them
             steps = self.steps_per_generation or self.gradient_accumulation_steps
             self.num_generations = self.generation_batch_size or self.per_device_train_batch_size * steps * _world()

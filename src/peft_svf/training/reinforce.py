@@ -43,22 +43,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Batch:
-    """
-    The state that the hooks of one rollout share.
+    """The state that the hooks of one rollout share."""
 
-    Args:
-        inputs (`list[dict]`): The row of each completion.
-        numbers (`list[int]`): With a prompt filter, the number of each prompt's row in the data, of all processes.
-        rows (`list[dict]`): The distinct rows, in the choice form; a row's place stands for its prompt.
-        rewards (`torch.Tensor` of shape `(N, functions)`): Of the completions of all processes.
-        prompts ([`Prompts`]), read ([`Reading`]): With answers of one token, the reading that they were drawn from.
-    """
-
-    inputs: list[dict[str, Any]]
-    numbers: list[int] = field(default_factory=list)
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    rewards: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
-    prompts: Prompts | None = None
+    inputs: list[dict[str, Any]]  # the row of each completion
+    numbers: list[int] = field(default_factory=list)  # with a filter: the rows of all processes' prompts
+    rows: list[dict[str, Any]] = field(default_factory=list)  # choice form: distinct rows; a place stands for a prompt
+    rewards: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # (N, functions), of all processes
+    prompts: Prompts | None = None  # answers of one token: what was read, and the reading that they were drawn from
     read: Reading | None = None
 
 
@@ -129,11 +120,7 @@ class ReinforceTrainer(Run, GRPOTrainer):
         return "train" if self.model.training else "eval"
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """
-        Evaluate as `GRPOTrainer` does, on greedy completions unless `greedy_eval=False`.
-
-        The random generators are put back: training goes on as if it had not been interrupted.
-        """
+        """Evaluate as `GRPOTrainer` does, greedily unless `greedy_eval=False`; training then goes on unchanged."""
         with self.unchanged_randomness(), self._greedy() if self.args.greedy_eval else nullcontext():
             return super().evaluate(*args, **kwargs)
 
@@ -397,17 +384,16 @@ def _without_luspo_advice() -> Iterator[None]:
 
     It concerns clipping off policy. On policy the two have one gradient, and a KL penalty needs ratios per token.
     """
-    source, advice = (
-        logging.getLogger(GRPOTrainer.__module__),
-        "When using `'luspo'` loss, `importance_sampling_level`",
-    )
-    without = logging.Filter()
-    without.filter = lambda record: advice not in record.getMessage()  # type: ignore[method-assign]
-    source.addFilter(without)
+
+    def other(record: logging.LogRecord) -> bool:
+        return "When using `'luspo'` loss, `importance_sampling_level`" not in record.getMessage()
+
+    source = logging.getLogger(GRPOTrainer.__module__)
+    source.addFilter(other)
     try:
         yield
     finally:
-        source.removeFilter(without)
+        source.removeFilter(other)
 
 
 __all__ = ["PromptFilter", "ReinforceConfig", "ReinforceTrainer", "advantages_of"]

@@ -36,7 +36,7 @@ def write_expert(
     **options: Any,
 ) -> dict[str, Any]:
     """
-    Save what a trainer has learned as an expert, compare it with the base, and record how it was made.
+    Save what a trainer has learned as an expert, compare it with the base, and return what `result.json` holds.
 
     The offsets come first, then `result.json`, then the card, each written whole: what fails late loses nothing.
     Secrets in the command and the settings are left out; paths are relative to the project.
@@ -51,23 +51,18 @@ def write_expert(
         seconds (`float`, *optional*):
             Wall clock of training.
         base_model, license (`str`, *optional*):
-            Hub id of the base and license of the expert, for the card. By default the base is the one that was loaded;
-            if it has no name, no card is written.
+            For the card: the base's Hub id, if not the name it was loaded by, and the expert's license.
         task, options:
             As in [`evaluate`].
-
-    Returns:
-        `dict`: the contents of `result.json`.
     """
-    folder, model, state = Path(folder), trainer.model, trainer.state
+    folder, model, reader, state = Path(folder), trainer.model, trainer.processing_class, trainer.state
     model.save_pretrained(folder, save_embedding_layers=False)
     trainer.save_key(folder)
-    expert = evaluate(model, trainer.processing_class, test, task=task, **options)
+    expert = evaluate(model, reader, test, task=task, **options)
     with model.disable_adapter():
-        base = evaluate(model, trainer.processing_class, test, task=task, **options)
-        kept = None
-        if trainer.args.keep_text is not None:
-            kept = BaseText.of(model, trainer.processing_class, everyday_requests("test", 32))
+        base = evaluate(model, reader, test, task=task, **options)
+        watched = trainer.args.keep_text is not None
+        kept = BaseText.of(model, reader, everyday_requests("test", 32)) if watched else None
     gain, interval = paired_difference(expert, base)
     z = {key.removeprefix("z/"): value for key, value in z_statistics(model).items() if key.count("/") == 1}
     name = model.peft_config["default"].base_model_name_or_path
@@ -87,14 +82,14 @@ def write_expert(
         "expert": expert.to_json(),
         "gain": gain,
         "gain_interval": interval,
-        "text_loss": kept and kept.loss(model, trainer.processing_class),
+        "text_loss": kept and kept.loss(model, reader),
         "z": {"numbers": sum(p.numel() for key, p in model.named_parameters() if ".svf_offset.default." in key), **z},
         "curve": [entry for entry in state.log_history if "eval_reward" in entry or "reward" in entry],
     }
     files.write(folder / RESULT_NAME, json.dumps(result, indent=1))
     if base_model := base_model or name:
-        dtype, facts = model.get_base_model().dtype, _card_facts(result, trainer.args, base_model)
-        card = expert_card(folder, base_model=_card_name(base_model), base_dtype=dtype, license=license, **facts)
+        facts = {"base_dtype": model.get_base_model().dtype, **_card_facts(result, trainer.args, base_model)}
+        card = expert_card(folder, base_model=_card_name(base_model), license=license, **facts)
         files.write(folder / CARD_NAME, str(card))
     return result
 

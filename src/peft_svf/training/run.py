@@ -12,7 +12,8 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -29,6 +30,7 @@ from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
     ProgressCallback,
+    Trainer,
     TrainerCallback,
     TrainerState,
     TrainingArguments,
@@ -38,7 +40,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..evaluation import BaseText, context_of
 from ..experts.key import KEY_NAME, make_key
-from ..files import read_json, write
+from ..files import write
 from ..rows import has_image, prompt_ids, tokenizer_of
 from ..tasks import everyday_requests
 from ..tuner.config import SVFConfig
@@ -64,6 +66,49 @@ SHOWN = {
 }
 
 
+@dataclass
+class RunConfig:
+    """
+    Settings of both trainers on when a run stops and which checkpoint is the best.
+
+    Args:
+        early_stopping_patience (`int`, *optional*):
+            Stop after so many evaluations without a better one.
+        keep_text (`float`, *optional*):
+            At each evaluation, stop if the base's own answers to everyday requests are less likely per token than
+            before by more than this share, such as 0.02. The best checkpoint is then an earlier one.
+        stop_after_dead_steps (`int`, *optional*):
+            Stop after so many steps in a row that taught nothing: equal rewards, or no gradient. The first such step
+            is reported with the way out.
+    """
+
+    lr_scheduler_type: str = "cosine"
+    metric_for_best_model: str | None = "eval_reward"
+    restore_callback_states_from_checkpoint: bool = True  # early stopping and the filter go on counting
+    early_stopping_patience: int | None = None
+    keep_text: float | None = None
+    stop_after_dead_steps: int | None = None
+
+    def rules(self) -> Iterator[tuple[str, bool, str]]:
+        """Yield what would run and do something else: a field, whether its value is right, what was expected."""
+        ones = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
+        ones += ["num_generations", "rows_per_forward", "max_completion_length"]
+        ones += ["early_stopping_patience", "stop_after_dead_steps"]
+        settings = vars(self)
+        for name, least in {**dict.fromkeys(ones, 1), "beta": 0, "reward_clip": 0, "keep_text": 0}.items():
+            value = settings.get(name)
+            yield name, value is None or value >= least, f"{least} or more"
+        yield "max_steps", settings["max_steps"] != 0, "a number of steps, or -1 for all of num_train_epochs"
+        best = "'eval_reward' or another reward, which an evaluation measures"
+        yield "metric_for_best_model", "reward" in str(self.metric_for_best_model), best
+
+    def check(self) -> None:
+        """Raise a `ValueError` for the first rule that a setting breaks, before TRL and transformers rewrite any."""
+        for name, right, expected in self.rules():
+            if not right:
+                raise ValueError(f"`{name}` must be {expected}; got {getattr(self, name)!r}.")
+
+
 def last_checkpoint(folder: str | PathLike[str]) -> Path:
     """
     Find the newest whole checkpoint of a run, and skip one that was being written when the process was killed.
@@ -71,51 +116,40 @@ def last_checkpoint(folder: str | PathLike[str]) -> Path:
     Raises:
         `ValueError`: if the folder has none.
     """
-    steps = {path.name.removeprefix("checkpoint-"): path for path in Path(folder).glob("checkpoint-*")}
-    numbers = sorted(filter(str.isdecimal, steps), key=int, reverse=True)
-    for number in numbers:
-        if _state(steps[number]) is not None:
-            return steps[number]
+    folders = [path for path in Path(folder).glob("checkpoint-*") if path.name[len("checkpoint-") :].isdecimal()]
+    for checkpoint in sorted(folders, key=lambda path: int(path.name[len("checkpoint-") :]), reverse=True):
+        with suppress(ValueError):
+            state_of(checkpoint)
+            return checkpoint
     raise ValueError(
-        f"There is no whole checkpoint in {str(folder)!r} to resume from, of {len(numbers)} folders named "
+        f"There is no whole checkpoint in {str(folder)!r} to resume from, of {len(folders)} folders named "
         "checkpoint-N: train without resuming, or name another output_dir."
     )
 
 
-def ended(checkpoint: str | PathLike[str], args: TrainingArguments) -> str | None:
+def state_of(checkpoint: str | PathLike[str]) -> TrainerState:
     """
-    Describe how far a run got if no step is left after its checkpoint; else return `None`.
+    Read `trainer_state.json`, which transformers writes last.
 
     Raises:
-        `ValueError`: if it isn't a whole checkpoint.
+        `ValueError`: if it is missing, cut off or damaged: then the checkpoint isn't whole.
     """
-    state = _state(Path(checkpoint))
-    if state is None:
+    try:
+        return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(
-            f"{str(checkpoint)!r} isn't a whole checkpoint: its trainer_state.json is missing, cut off or damaged. "
-            "Name an earlier one, or --resume (in Python resume_from_checkpoint=True) alone for the newest whole one."
-        )
-    step, epoch = state["global_step"], state["epoch"]
+            f"{str(checkpoint)!r} isn't a whole checkpoint ({error}). Name an earlier one, or --resume (in Python "
+            "resume_from_checkpoint=True) alone for the newest whole one."
+        ) from error
+
+
+def ended(checkpoint: str | PathLike[str], args: TrainingArguments) -> str | None:
+    """Describe how far a run got if no step is left after its checkpoint; else return `None`."""
+    state = state_of(checkpoint)
+    step, epoch = state.global_step, state.epoch or 0
     if args.max_steps > step or (args.max_steps <= 0 and args.num_train_epochs > epoch):
         return None
     return f"This run is finished ({step} steps, {epoch:g} epochs): raise max_steps or num_train_epochs to go on."
-
-
-def _state(checkpoint: Path) -> dict[str, Any] | None:
-    """Read `trainer_state.json`, which transformers writes last; `None` if it is missing, cut off or damaged."""
-    try:
-        state = read_json(checkpoint / TRAINER_STATE_NAME)
-        step, state["epoch"] = state["global_step"], float(state.get("epoch") or 0)
-        counters = [step]
-        for name, saved in state.get("stateful_callbacks", {}).items():
-            for attributes in (part["attributes"] for part in (saved if isinstance(saved, list) else [saved])):
-                if name == EarlyStoppingCallback.__name__:
-                    counters.append(attributes["early_stopping_patience_counter"])
-                counters += [count for pair in attributes.get("record", {}).values() for count in pair]
-        whole = all(type(count) is int and count >= 0 for count in counters) and math.isfinite(state["epoch"])
-        return state if whole else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None
 
 
 def z_statistics(model: nn.Module) -> dict[str, float]:
@@ -154,25 +188,18 @@ def checked_reward(reward: Any) -> Any:
 
     def check(rewards: Any, completions: Sequence[Any]) -> list[float | None]:
         rewards = rewards.tolist() if isinstance(rewards, Tensor | np.ndarray) else rewards
-        if not isinstance(rewards, list | tuple) or len(rewards) != len(completions):
-            what = f"{len(rewards)} rewards" if isinstance(rewards, list | tuple) else repr(rewards)
+        numbers = list(map(_number, rewards)) if isinstance(rewards, list | tuple) else []
+        if len(numbers) != len(completions):
+            wrong = f"{rewards!r:.80} for {len(completions)} completions"
+        else:
+            bad = (i for i, number in enumerate(numbers) if abs(number) > HUGE)
+            wrong = next((f"{rewards[i]!r} for {completions[i]!r}" for i in bad), "")
+        if wrong:
             raise ValueError(
-                f"The reward function {name!r} returned {what} for {len(completions)} completions: it should return a "
-                "list with a number, or None, for each."
+                f"The reward function {name!r} returned {wrong}: it should return a list with a number below "
+                f"{HUGE:g}, or None, for each completion."
             )
-        numbers: list[float | None] = []
-        for value, completion in zip(rewards, completions, strict=True):
-            try:
-                number = math.nan if value is None else float(value)
-            except (TypeError, ValueError):
-                number = math.inf
-            if abs(number) > HUGE:
-                raise ValueError(
-                    f"The reward function {name!r} returned {value!r} for {completion!r}: rewards should be numbers "
-                    f"below {HUGE:g}, or their spread overflows."
-                )
-            numbers.append(None if math.isnan(number) else number)
-        return numbers
+        return [None if math.isnan(number) else number for number in numbers]
 
     async def later(**columns: Any) -> list[float | None]:
         return check(await reward(**columns), columns["completions"])
@@ -184,6 +211,14 @@ def checked_reward(reward: Any) -> Any:
     checked: Any = functools.update_wrapper(later if is_async else now, reward)
     checked.__name__ = name
     return checked
+
+
+def _number(reward: Any) -> float:
+    """Convert a reward: NaN if it is missing, infinity if it isn't a number."""
+    try:
+        return math.nan if reward is None else float(reward)
+    except (TypeError, ValueError):
+        return math.inf
 
 
 def check_prompts(model: nn.Module, reader: Any, data: Any) -> None:
@@ -203,16 +238,16 @@ def check_prompts(model: nn.Module, reader: Any, data: Any) -> None:
             f"tokenizer, or call model.resize_token_embeddings({tokens}) before training."
         )
     limit = context_of(base) or math.inf
-    for start in range(0, min(len(data), CHECKED_ROWS) if isinstance(data, Sized) else 0, 1000):
-        rows = [data[i] for i in range(start, min(start + 1000, len(data)))]
-        if "prompt" not in rows[0] or has_image(rows[0]):
+    for number in range(min(len(data), CHECKED_ROWS) if isinstance(data, Sized) else 0):
+        row = data[number]
+        if "prompt" not in row or has_image(row):
             return
-        for number, ids in enumerate(prompt_ids(reader, [row["prompt"] for row in rows]), start):
-            if not 0 < len(ids) < limit:
-                raise ValueError(
-                    f"Row {number} of the data has a prompt of {len(ids)} tokens, but the model's context is {limit}, "
-                    "and a prompt and its answer have one at least: change or drop the row."
-                )
+        (ids,) = prompt_ids(reader, [row["prompt"]])
+        if not 0 < len(ids) < limit:
+            raise ValueError(
+                f"Row {number} of the data has a prompt of {len(ids)} tokens, but the model's context is {limit}, and "
+                "a prompt and its answer have one at least: change or drop the row."
+            )
 
 
 class Line(TrainerCallback):
@@ -278,18 +313,14 @@ class KeptText(TrainerCallback):
             )
 
 
-class Run:
+class Run(Trainer):
     """In front of a `transformers.Trainer`: whole checkpoints, early stopping, evaluation that changes nothing."""
 
-    args: Any
-    model: Any
-    state: Any
-    accelerator: Any
     epochs_done = 0  # before the checkpoint that is resumed from
     dead_reason: str | None = None  # why the latest rollout teaches nothing
     routing = True  # an expert is saved with a routing key
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
         Train as `transformers.Trainer` does.
 
@@ -312,8 +343,8 @@ class Run:
             if over:
                 logger.warning(f"{over} The adapter that it ended with is loaded.")
                 return self._load_finished(checkpoint)
-            self.epochs_done = int(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).epoch or 0)
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+            self.epochs_done = int(state_of(checkpoint).epoch or 0)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _check_base(self, checkpoint: Path) -> None:
         """Compare the fingerprint of a checkpoint with this base, as PEFT doesn't when it resumes."""
@@ -324,68 +355,69 @@ class Run:
             self.model.base_model.check_fingerprint(name, saved)
             config.fingerprint = Recorded(saved.fingerprint)
 
+    def _load_finished(self, checkpoint: Path) -> TrainOutput:
+        """Load state and adapter of a run without a step left, after which transformers 5.23.0 would make one more."""
+        self.state = state_of(checkpoint)
+        self._load_from_checkpoint(str(checkpoint))
+        if self.args.load_best_model_at_end and (best := self.state.best_model_checkpoint):
+            self.state.best_model_checkpoint = str(checkpoint.parent / Path(best).name)  # the folder may have moved
+            self._load_best_model()
+        return TrainOutput(self.state.global_step, 0.0, {})
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter as transformers does, and beside it, unless it is a checkpoint, a routing key."""
-        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        super().save_model(output_dir, _internal_call)
         if not _internal_call:
             self.save_key(output_dir or self.args.output_dir)
 
     def save_key(self, folder: str | PathLike[str]) -> None:
         """Write a routing key of some training prompts, if `routing` is on and one process has the whole model."""
-        trainer: Any = self
-        if not self.routing or not trainer.args.should_save:
+        if not self.routing or not self.args.should_save:
             return
-        try:
-            if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-                raise ValueError("the model is sharded")
-            prompts = [row["prompt"] for row in islice(trainer.train_dataset, KEY_ROWS)]
-            key = make_key(self.model, trainer.processing_class, prompts, seed=trainer.args.seed)
-        except (ValueError, KeyError) as error:
-            logger.warning(f"The expert gets no routing key ({error}); peft-svf key makes one later.")
-            return
-        write(Path(folder) / KEY_NAME, key.to_bytes())
-
-    def _load_finished(self, checkpoint: Path) -> TrainOutput:
-        """Load state and adapter of a run that has no steps left (private names of transformers 5.23.0)."""
-        trainer: Any = self
-        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        trainer._load_from_checkpoint(str(checkpoint))
-        if trainer.args.load_best_model_at_end and (best := trainer.state.best_model_checkpoint):
-            trainer.state.best_model_checkpoint = str(checkpoint.parent / Path(best).name)  # the folder may have moved
-            trainer._load_best_model()
-        return TrainOutput(trainer.state.global_step, 0.0, {})
+        reason = "the model is sharded"
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            try:
+                prompts = [row["prompt"] for row in islice(self.train_dataset, KEY_ROWS)]
+                key = make_key(self.model, self.processing_class, prompts, seed=self.args.seed)
+                return write(Path(folder) / KEY_NAME, key.to_bytes())
+            except (ValueError, KeyError) as error:
+                reason = str(error)
+        logger.warning(f"The expert gets no routing key ({reason}); peft-svf key makes one later.")
 
     def check_adapter(self, model: Any, args: Any, peft_config: Any) -> None:
         """Refuse a model that would be trained whole or not at all, or whose best checkpoint would stay unread."""
         if peft_config is not None:
             return
-        if not isinstance(model, PeftModel):
-            raise ValueError("A plain model would be trained whole: pass peft_config=SVFConfig(), or a PeftModel.")
-        name = model.active_adapters[0]
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ValueError(
+        name = model.active_adapters[0] if isinstance(model, PeftModel) else None
+        frozen = not any(parameter.requires_grad for parameter in model.parameters())
+        for wrong, message in (
+            (name is None, "A plain model would be trained whole: pass peft_config=SVFConfig(), or a PeftModel."),
+            (
+                frozen,
                 f"Nothing of the model is trainable: adapter {name!r} was loaded for inference. Load it by "
-                "PeftModel.from_pretrained(..., is_trainable=True)."
-            )
-        if args.load_best_model_at_end and name != "default":
-            raise ValueError(
+                "PeftModel.from_pretrained(..., is_trainable=True).",
+            ),
+            (
+                args.load_best_model_at_end and name != "default",
                 f"load_best_model_at_end finds the checkpoint of an adapter called 'default' alone, and this one is "
-                f"{name!r}: load it by PeftModel.from_pretrained(...) without adapter_name, or turn the option off."
-            )
+                f"{name!r}: load it by PeftModel.from_pretrained(...) without adapter_name, or turn the option off.",
+            ),
+        ):
+            if wrong:
+                raise ValueError(message)
 
     def watch(self) -> None:
         """Add the callbacks of both trainers: readable lines, reports of dead steps, early stopping."""
-        trainer: Any = self
-        if isinstance(trainer.eval_dataset, Sized) and not len(trainer.eval_dataset):
+        if isinstance(self.eval_dataset, Sized) and not len(self.eval_dataset):
             raise ValueError("`eval_dataset` has no rows, of which no mean can be taken: leave it out, or fill it.")
         for theirs, line in ((ProgressCallback, LineOnBar), (PrinterCallback, Line)):
-            if trainer.pop_callback(theirs) is not None:
-                trainer.add_callback(line())
-        trainer.add_callback(DeadSteps(self, trainer.args.stop_after_dead_steps))
-        if trainer.args.keep_text is not None:
-            trainer.add_callback(KeptText(self, trainer.args.keep_text))
-        if trainer.args.early_stopping_patience is not None:
-            trainer.add_callback(EarlyStoppingCallback(trainer.args.early_stopping_patience))
+            if self.pop_callback(theirs) is not None:
+                self.add_callback(line())
+        self.add_callback(DeadSteps(self, self.args.stop_after_dead_steps))
+        if self.args.keep_text is not None:
+            self.add_callback(KeptText(self, self.args.keep_text))
+        if self.args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
 
     @contextmanager
     def unchanged_randomness(self) -> Iterator[None]:
@@ -393,16 +425,3 @@ class Run:
         device = self.accelerator.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
-
-
-def check_counts(args: Any) -> None:
-    """Raise a `ValueError` for settings below their least values, in the settings of either trainer."""
-    ones = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
-    ones += ["num_generations", "rows_per_forward", "max_completion_length"]
-    ones += ["early_stopping_patience", "stop_after_dead_steps"]
-    for name, least in {**dict.fromkeys(ones, 1), "beta": 0, "reward_clip": 0, "keep_text": 0}.items():
-        value = getattr(args, name, None)
-        if value is not None and value < least:
-            raise ValueError(f"`{name}` must be {least} or more; got {value}.")
-    if args.max_steps == 0:  # transformers would train for num_train_epochs
-        raise ValueError("`max_steps` is 0, which trains nothing: set a number, or -1 for all of num_train_epochs.")

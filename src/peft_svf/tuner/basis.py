@@ -66,10 +66,8 @@ def factorize(weight: Tensor) -> Basis:
         [`Basis`] in float64 on the device of `weight`. Signs are cosmetic: the largest entry of a column is positive.
 
     Raises:
-        `ValueError`: if the weight is not a finite matrix.
+        `ValueError`: if the weight has NaN or infinite entries.
     """
-    if weight.dim() < 2 or 0 in weight.shape:
-        raise ValueError(f"A basis needs a weight of shape (out, in), got {tuple(weight.shape)}.")
     side = side_of(*weight.shape[-2:])
     wide = weight.detach().double()
     tall = wide if side == "in" else wide.mT  # (..., long, r): both sides are the "in" case of the tall matrix

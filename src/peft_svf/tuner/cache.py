@@ -121,10 +121,6 @@ def _lock() -> Iterator[None]:
         yield
 
 
-def _path(key: str) -> Path:
-    return cache_dir() / f"{key}.safetensors"
-
-
 def _look_up(weight: Tensor) -> tuple[str, Basis | None]:
     """Return the key of a weight and its basis, if the cache has one that fits."""
     values = exact(weight.detach()).cpu()
@@ -133,19 +129,15 @@ def _look_up(weight: Tensor) -> tuple[str, Basis | None]:
 
 def _read(key: str, weight: Tensor) -> Basis | None:
     """Read an entry and verify it against its weight; return `None` if it is missing or does not fit."""
-    path, values = _path(key), exact(weight.detach()).cpu()
+    path, values = cache_dir() / f"{key}.safetensors", exact(weight.detach()).cpu()
     lead, r = values.shape[:-2], min(values.shape[-2:])
     try:
-        if path.is_symlink():
-            raise ValueError("it is a link")
         limit = lead.numel() * r * (r + 1) * values.element_size() + HEADER
-        tensors = load(files.read_bytes(path, limit))
+        tensors = {} if path.is_symlink() else load(files.read_bytes(path, limit))
         Q, S = (tensors[name].clone() for name in "QS")  # clones are aligned, and products round by alignment
-        if (Q.shape, S.shape, Q.dtype, S.dtype) != ((*lead, r, r), (*lead, r), values.dtype, values.dtype):
-            raise ValueError(f"Q has shape {tuple(Q.shape)} and dtype {Q.dtype}")
-        apart = deviation(values, Q, S)
-        if not apart <= tolerance(values.dtype):
-            raise ValueError(f"its directions are not those of the weight (deviation {apart:.2g})")
+        fits = (Q.shape, S.shape, Q.dtype, S.dtype) == ((*lead, r, r), (*lead, r), values.dtype, values.dtype)
+        if not (fits and (apart := deviation(values, Q, S)) <= tolerance(values.dtype)):
+            raise ValueError(f"deviation {apart:.2g}" if fits else f"shape {tuple(Q.shape)}, {Q.dtype}")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:  # Whatever is wrong with the entry, the weight is at hand to compute it again.
@@ -201,5 +193,5 @@ def _computed(batch: dict[str, Tensor], keep: bool) -> dict[str, Basis]:
             bases[key] = Basis(side[0], q.contiguous(), s.contiguous())
             if keep:
                 content = save({"Q": bases[key].Q, "S": bases[key].S}, metadata={"procedure": PROCEDURE})
-                files.write(_path(key), content)
+                files.write(cache_dir() / f"{key}.safetensors", content)
     return bases

@@ -2,7 +2,7 @@
 """The settings of an SVF adapter: `SVFConfig` and all its validation. Nothing here sees a model."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,12 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from .plans import PLANS, Plan
+
+CHOICES = {
+    "basis_dtype": ("auto", "float32", "bfloat16"),
+    "basis_from": ("auto", "checkpoint", "memory"),
+    "plan": PLANS,
+}
 
 
 @dataclass
@@ -64,60 +70,51 @@ class SVFConfig(PeftConfig):
             config.
     """
 
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Names, a regex, or 'all-linear'."})
-    target_parameters: list[str] | None = field(default=None, metadata={"help": "Parameters, such as fused experts."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of the layers."})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Rows of the embedding that are trained as well."}
-    )
-    init_weights: bool = field(default=True, metadata={"help": "True: start from z = 1, the base model."})
-    rank: int | None = field(default=None, metadata={"help": "Move only the largest singular values."})
-    basis_dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto", metadata={"help": "Dtype of the basis."}
-    )
-    plan: Plan = field(default="auto", metadata={"help": "Execution plan: auto, merged, narrow or factored."})
-    basis_from: Literal["auto", "checkpoint", "memory"] = field(
-        default="auto", metadata={"help": "Whose singular directions: the stored weights' or the loaded ones'."}
-    )
-    save_basis: bool = field(default=False, metadata={"help": "Save the singular directions beside the offsets."})
-    description: str | None = field(default=None, metadata={"help": "What the expert is good at, in a few words."})
-    fingerprint: dict[str, dict[str, str]] | None = field(
-        default=None, metadata={"help": "Identifies the base weights; written by the package."}
-    )
+    target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    init_weights: bool = True
+    rank: int | None = None
+    basis_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    plan: Plan = "auto"
+    basis_from: Literal["auto", "checkpoint", "memory"] = "auto"
+    save_basis: bool = False
+    description: str | None = None
+    fingerprint: dict[str, dict[str, str]] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SVF  # a member since `peft_svf` was imported
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as PEFT's tuners keep it
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"`{name}` cannot be used when `target_modules` is a str (regex): put it in the regex."
-                    )
-        if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
-        if self.rank is not None and not (type(self.rank) is int and self.rank >= 1):
-            raise ValueError(
-                f"`rank` is the number of singular values to move, at least 1, or None for all; got {self.rank!r}."
-            )
-        for name, allowed in (
-            ("basis_dtype", ("auto", "float32", "bfloat16")),
-            ("basis_from", ("auto", "checkpoint", "memory")),
-            ("plan", PLANS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
-        if self.fingerprint is not None and not isinstance(self.fingerprint, dict):
-            raise ValueError(
-                f"`fingerprint` must be a dict by module name or None; got {type(self.fingerprint).__name__}."
-            )
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(names := getattr(self, name), list):
+                setattr(self, name, set(names))  # as PEFT's tuners keep it
+        regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        rank = self.rank
+        checks = [
+            # PEFT would ignore the first two without a word
+            (
+                regex and self.layers_to_transform is not None,
+                "`layers_to_transform` cannot be used when `target_modules` is a str (regex): put it in the regex.",
+            ),
+            (
+                self.layers_pattern is not None and self.layers_to_transform is None,
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified.",
+            ),
+            (
+                rank is not None and not (type(rank) is int and rank >= 1),
+                f"`rank` is the number of singular values to move, at least 1, or None for all; got {rank!r}.",
+            ),
+        ]
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            checks.append((value not in allowed, f"`{name}` must be one of {', '.join(allowed)}; got {value!r}."))
+        for wrong, message in checks:
+            if wrong:
+                raise ValueError(message)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is saved: everything but `plan`, which belongs to a machine and not to an expert."""

@@ -38,7 +38,7 @@ from .plans import (
     version_of,
 )
 from .rows import Execution, Rows
-from .weights import held_weight, offloaded, onloaded, refuse_shared, refuse_split, undo_cpu_packing
+from .weights import held_weight, offloaded, onloaded, refuse_split, undo_cpu_packing
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def svf_layers(model: nn.Module) -> dict[str, "SVFLayer"]:
     return layers
 
 
-class SVFLayer(BaseTunerLayer):
+class SVFLayer(nn.Module, BaseTunerLayer):
     """
     The state of an adapted module and everything PEFT asks of it.
 
@@ -73,43 +73,51 @@ class SVFLayer(BaseTunerLayer):
         svf_offset (`nn.ModuleDict`):
             Per adapter the trainable `z - 1`, shape `(k,)`, float32.
         svf_basis (`torch.Tensor` of shape `(r, k)`, or `None`):
-            The columns of the basis that the adapters move: all `r`, or the largest `rank` of any adapter. Not saved,
-            and no buffer: DDP would send it to every process before every forward, and `.to(dtype)` would round it.
+            The columns of the basis that the adapters move: all `r`, or the largest `rank` of any adapter. Neither
+            saved nor a buffer: DDP would send it to every process in every forward, and `.to(dtype)` would round it.
         svf_values (`torch.Tensor` of shape `(k,)`, or `None`):
             Their singular values.
         svf_chosen (`str`, or `None`):
             The plan of the last forward.
     """
 
+    adapter_layer_names = ("svf_offset",)
+    other_param_names = ()
     base_layer: Any
     bias: Any
-    svf_basis: Tensor | None
-    svf_values: Tensor | None
-    svf_shared: tuple[str, ...] = ()  # the places that hold the base weight, if [`note_shared`] found more
-    in_features: int
-    out_features: int
     get_base_layer: Any
     _cast_input_dtype: Any  # methods of `BaseTunerLayer`, which has no types
     svf_offset: Any  # an `nn.ModuleDict` of `Offset`, a type that mypy cannot write
-    adapter_layer_names = ("svf_offset",)
-    other_param_names = ()
+    svf_basis: Tensor | None = None
+    svf_values: Tensor | None = None
+    svf_fingerprint: Fingerprint | None = None
+    svf_shared: tuple[str, ...] = ()  # the places that hold the base weight, if [`note_shared`] found more
+    svf_chosen: Plan | None = None
+    svf_merged: Merged | None = None
+    svf_factored: Factored | None = None
+    matrices = 1  # of a stack
+    _pristine: Any = None  # what merging has replaced
+    _known: tuple[Tensor, ...] = ()  # the base parameter when the plan was set, see `_plain`
+    _ran = 0  # number of the model's call in which this layer ran last
 
-    def __init__(self, base_layer: nn.Module, shape: tuple[int, int] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: SVFConfig,
+        shape: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
         self.in_features, self.out_features = shape or _get_in_out_features(self.get_base_layer())
         self.side = side_of(self.out_features, self.in_features)
         self.svf_offset = nn.ModuleDict()
         self.execution = Execution()
-        self.svf_chosen: Plan | None = None
-        self.svf_merged: Merged | None = None
-        self.svf_factored: Factored | None = None
         self.merged_adapters: list[str] = []
-        self._disable_adapters = False
-        self.svf_fingerprint: Fingerprint | None = None
-        self._pristine: Any = None
-        self._known: tuple[Tensor, ...] = ()  # the base parameter when the plan was set, see `_plain`
-        self._ran = 0  # number of the model's call in which this layer ran last
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
 
     @property
     def rows(self) -> Rows | None:
@@ -137,11 +145,7 @@ class SVFLayer(BaseTunerLayer):
     @property
     def moves(self) -> bool:
         """Whether an adapter is in force here, so that the layer should run."""
-        return not self.merged and not self.disable_adapters and self._offset_in_force(self.rows) is not None
-
-    def size_of(self, rank: int | None) -> int:
-        """The length of a z-vector that moves the `rank` largest singular values; `None`: all."""
-        return min(rank or self.directions, self.directions)
+        return self._offset_in_force(self.rows) is not None
 
     def weight_name(self, name: str) -> str:
         """What fingerprints call the weight of the layer with this module name."""
@@ -149,14 +153,7 @@ class SVFLayer(BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: SVFConfig) -> None:
         """Add the offset of an adapter, 0 everywhere (z = 1) unless `config.init_weights` is `False`."""
-        size = self.size_of(config.rank)
-        if adapter_name not in self.svf_offset and (
-            not adapter_name or "." in adapter_name or hasattr(self.svf_offset, adapter_name)
-        ):
-            raise ValueError(
-                f"An adapter can't be named {adapter_name!r}: a name has no dots, isn't empty, and isn't one of a "
-                "`torch.nn.ModuleDict`'s attributes. Choose another name."
-            )
+        size = self.matrices * min(config.rank or self.directions, self.directions)
         self.svf_offset[adapter_name] = Offset(torch.zeros(size) if config.init_weights else 0.5 * torch.randn(size))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -197,9 +194,17 @@ class SVFLayer(BaseTunerLayer):
         }
         return {name: sum(0 if t is None else t.nbytes for t in tensors) for name, tensors in kept.items()}
 
-    def lean_state(self) -> dict[str, Any]:
-        """What a copy or a file gets: what is kept for speed is made anew there."""
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy builds again what is kept for speed."""
         return self.__dict__ | {"svf_merged": None, "svf_factored": None, "_compiled_call_impl": None}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._move_basis(self.base_layer_device())
+        return self
+
+    def __repr__(self) -> str:
+        return "svf." + super().__repr__()
 
     def get_base_weight(self) -> Tensor:
         """The base weight as a plain tensor, dequantised if it is packed."""
@@ -242,7 +247,12 @@ class SVFLayer(BaseTunerLayer):
         """
         if isinstance(self.base_weight, DTensor):
             raise TypeError("A sharded weight cannot be merged: save the adapter and merge it into the whole model.")
-        refuse_shared(self)
+        if len(self.svf_shared) > 1:
+            raise ValueError(
+                f"{self.svf_shared[0]} and {self.svf_shared[1]} share one weight, which cannot be merged with the "
+                "z-vector of one of them. Leave the adapter unmerged, or give each module its own weight before "
+                "adding it."
+            )
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.svf_offset]
         for name in names:
             weight = self.logical_weight()
@@ -298,12 +308,13 @@ class SVFLayer(BaseTunerLayer):
         return self.padded(self.svf_offset[adapter_name].weight)
 
     def _rescale(self, weight: Tensor, offset: Tensor) -> Tensor:
-        return rescale(weight, self._basis(), offset)
+        Q = self._basis()
+        return rescale(weight, Q, offset.view(*Q.shape[:-2], Q.shape[-1]))
 
     def padded(self, offset: Tensor) -> Tensor:
-        """An offset with one entry per column of the basis: 0 for the directions that it does not move."""
-        missing = self._basis().shape[-1] - offset.shape[0]
-        return F.pad(offset, (0, missing)) if missing else offset
+        """An offset with one entry per column of each basis: 0 for the directions that it does not move."""
+        missing = self._basis().shape[-1] - offset.shape[0] // self.matrices
+        return F.pad(offset.view(self.matrices, -1), (0, missing)).flatten() if missing else offset
 
     def _active_offset(self) -> Tensor | None:
         """The offset `(k,)` of the active adapters, or `None` if none of them moves this weight."""
@@ -316,7 +327,9 @@ class SVFLayer(BaseTunerLayer):
         return total
 
     def _offset_in_force(self, rows: Rows | None) -> Tensor | None:
-        """The one offset `(k,)` that all rows share; `None` for the base model."""
+        """The offset `(k,)` that all rows share, or the first of several; `None` if the base layer runs alone."""
+        if self.disable_adapters or self.merged:
+            return None
         if rows is None:
             return self._active_offset()
         return rows.offsets[0] if len(rows.offsets) else None
@@ -360,23 +373,8 @@ def _untouched(base: nn.Module) -> bool:
     )
 
 
-class Linear(nn.Module, SVFLayer):
+class Linear(SVFLayer):
     """SVF of `nn.Linear`, transformers' `Conv1D` and the packed linears that PEFT's quantisation backends know."""
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: SVFConfig, **kwargs: Any) -> None:
-        super().__init__()
-        SVFLayer.__init__(self, base_layer, **kwargs)
-        self.svf_basis = self.svf_values = None
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.lean_state()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "Linear":
-        super()._apply(fn, recurse)
-        self._move_basis(self.base_layer_device())
-        return self
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         rows, compiling = self.rows, torch.compiler.is_compiling()
@@ -387,21 +385,17 @@ class Linear(nn.Module, SVFLayer):
                 return F.linear(x, kept.weight, kept.bias)
             assert kept.scale is not None
             return factored_linear(x, kept, kept.scale)
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        mixed = rows is not None and rows.mixed
-        offset = None if self.merged or mixed else self._offset_in_force(rows)
-        if offset is None and (not mixed or self.merged):
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if (spread := self._offset_in_force(rows)) is None:
             return self.base_layer(x, *args, **kwargs)
         autocast = torch.is_autocast_enabled(x.device.type)
         if not autocast and self.quantization_backend is None:
             x = self._cast_input_dtype(x, self.base_weight.dtype)
         if self._basis().device != x.device and not x.is_meta:
             self._move_basis(x.device)  # accelerate's offload moves the weight only while the layer runs
-        spread = rows.of(x.shape[:-1], self.execution) if mixed else offset  # type: ignore[union-attr]
-        assert spread is not None
+        if rows is not None and rows.mixed:
+            spread = rows.of(x.shape[:-1], self.execution)
         self.svf_chosen = "narrow" if args or kwargs else self._plan(x, spread, rows)
         if self.svf_chosen == "merged":
             merged = self._merged_for(spread, torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
@@ -450,14 +444,9 @@ class Linear(nn.Module, SVFLayer):
         if not isinstance(kept, Merged):
             same = rows is not None and self.svf_chosen == "factored"
             return kept if same and kept.knows((rows, x.shape[:-1], execution.batch), rows.offsets) else None  # type: ignore[union-attr]
-        if rows is None:
-            return kept if execution.trusted or self._holds(kept, self._active_offset()) else None
-        same = rows.lasting and not rows.mixed and self._holds(kept, self._offset_in_force(rows))
-        return kept if same else None
-
-    def _holds(self, merged: Merged, offset: Tensor | None) -> bool:
-        """Whether a merged weight was built from these values: writes through `.data` leave version counters alone."""
-        return offset is not None and torch.equal(merged.offset, offset)
+        if rows is not None:
+            return kept if rows.lasting and len(rows.offsets) == 1 and kept.holds(rows.offsets[0]) else None
+        return kept if execution.trusted or kept.holds(self._active_offset()) else None
 
     def _plan(self, x: Tensor, offset: Tensor, rows: Rows | None) -> Plan:
         if torch.compiler.is_compiling() or capturing(x) or transforming() or not self._plain():
@@ -516,7 +505,7 @@ class Linear(nn.Module, SVFLayer):
         with BUILDING:
             old = self.svf_merged
             trusted = self.execution.trusted and self.rows is None
-            if old is not None and old.key == key and (trusted or self._holds(old, offset)):
+            if old is not None and old.key == key and (trusted or old.holds(offset)):
                 return old
             assert self.svf_basis is not None and self.svf_values is not None
             self.svf_merged = None  # an interrupted build must not leave the old key on a weight that is half new
@@ -530,6 +519,3 @@ class Linear(nn.Module, SVFLayer):
         chosen = f" ({self.svf_chosen})" if self.execution.plan == "auto" and self.svf_chosen else ""
         svf = f"side={self.side!r}, directions={kept}, plan={self.execution.plan + chosen!r}"
         return ", ".join(filter(None, [quantization_extra_repr(self), svf]))
-
-    def __repr__(self) -> str:
-        return "svf." + super().__repr__()

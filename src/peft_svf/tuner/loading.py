@@ -8,6 +8,7 @@ transformers were read in 5.23.0.
 
 import logging
 from collections import defaultdict
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .cache import content_key
 from .config import SVFConfig
 from .fingerprint import Fingerprint, Recorded, check
 from .layer import SVFLayer, svf_layers
-from .weights import FLOATS, Known, Reader, absent, bases_of, note_shared
+from .weights import FLOATS, Known, absent, bases_of, note_shared, reader
 
 logger = logging.getLogger(__name__)
 MISFIT = 0.35  # SmolLM2's weights in 4 bits are below 0.2 and in 3 bits below 0.3; another layer's lie above 0.4
@@ -72,11 +73,13 @@ def guard_loading(tuner: Any, model: Any, adapter_name: str, config: SVFConfig) 
             with safe_open(path, "pt") as file:
                 keys |= set(file.keys())
         allowed = {key for key in keys if ".svf_" in key or any(part in f".{key}" for part in saved_whole)}
-        if extra := sorted(key for key in keys if key not in allowed or ".base_layer." in key):
+        try:
+            _refuse_extra(adapter_name, {key for key in keys if key not in allowed or ".base_layer." in key})
+        except ValueError:
             remove(model, adapter_name)
             del tuner.peft_config[adapter_name]
             model._hf_peft_config_loaded = bool(tuner.peft_config)
-            raise ValueError(_extra_tensors(adapter_name, extra))
+            raise
         return original(*args, checkpoint_files=checkpoint_files, state_dict=state_dict, **kwargs)
 
     vars(model)["_load_pretrained_model"] = load
@@ -89,7 +92,7 @@ def give_bases(tuner: Any, known: Known) -> None:
     waiting = False
     layer: Any
     for name, layer in svf_layers(tuner.model).items():
-        matrices = getattr(layer, "matrices", 1)
+        matrices = layer.matrices
         needed = max((offset.weight.shape[0] // matrices for offset in layer.svf_offset.values()), default=0)
         if needed > (0 if layer.svf_basis is None else layer.svf_basis.shape[-1]):
             if absent(layer):
@@ -160,7 +163,7 @@ def verified_bases(tuner: Any, adapter_name: str, config: SVFConfig, shipped: di
     alone.
     """
     layers: dict[str, Any] = {layer.weight_name(name): layer for name, layer in svf_layers(tuner.model).items()}
-    read = Reader(tuner.model, layers, next(iter(tuner.peft_config.values())).basis_from)
+    read = reader(tuner.model, layers, next(iter(tuner.peft_config.values())).basis_from)
     known: Known = {}
     for name, tensors in shipped.items():
         layer, entry = layers.get(name), (config.fingerprint or {}).get(name)
@@ -168,7 +171,7 @@ def verified_bases(tuner: Any, adapter_name: str, config: SVFConfig, shipped: di
             continue
         Q, S = (tensors.get(kind, MISSING) for kind in ("svf_basis", "svf_values"))
         lead = tuple(layer.base_weight.shape[:-2]) if hasattr(layer, "parameter_name") else ()
-        k = layer.svf_offset[adapter_name].weight.shape[0] // getattr(layer, "matrices", 1)
+        k = layer.svf_offset[adapter_name].weight.shape[0] // layer.matrices
         shapes = (*lead, layer.directions), (*lead, *Q.shape[-1:])
         if (Q.shape[:-1], S.shape) != shapes or not (k <= Q.shape[-1] <= layer.directions and Q.is_floating_point()):
             raise ValueError(
@@ -280,33 +283,37 @@ def _checked_keys(
         if isinstance(module, AuxiliaryTrainingWrapper)
         for key in module.adapter_state_dict_load_map(adapter_name).values()
     }
-    if extra := sorted(state_dict.keys() - renamed.keys() - trained):
-        raise ValueError(_extra_tensors(adapter_name, extra))
+    _refuse_extra(adapter_name, state_dict.keys() - renamed.keys() - trained)
     return renamed
 
 
 def _check_offset(offset: Tensor, expected: int, name: str, adapter_name: str, config: SVFConfig) -> None:
     """Raise `ValueError` for a z-vector of another length, of whole numbers, or with entries that aren't finite."""
     if offset.shape != (expected,) or offset.dtype not in FLOATS:
-        raise ValueError(
-            f"Adapter {adapter_name!r} has a z-vector of shape {tuple(offset.shape)} for {name} ({offset.dtype}), but "
-            f"the basis there has {expected} directions, whose multipliers are floating point numbers. It was trained "
-            f"on {config.base_model_name_or_path!r} with rank={config.rank}; load the matching base."
+        reason = (
+            f"but the basis there has {expected} directions, whose multipliers are floating point numbers. It was "
+            f"trained on {config.base_model_name_or_path!r} with rank={config.rank}; load the matching base."
         )
-    if bad := int((~(offset.abs() < LARGEST)).sum()):  # NaN compares as false.
-        raise ValueError(
-            f"Adapter {adapter_name!r} has {bad} of {expected} entries of its z-vector for {name} that are NaN, "
-            f"infinite or beyond {LARGEST:g}: the file is damaged or its training diverged. Use an earlier checkpoint."
+    elif bad := int((~(offset.abs() < LARGEST)).sum()):  # NaN compares as false.
+        reason = (
+            f"of which {bad} entries are NaN, infinite or beyond {LARGEST:g}: the file is damaged or its training "
+            "diverged. Use an earlier checkpoint."
         )
+    else:
+        return
+    found = f"a z-vector for {name} of shape {tuple(offset.shape)} and {offset.dtype}"
+    raise ValueError(f"Adapter {adapter_name!r} has {found}, {reason}")
 
 
-def _extra_tensors(adapter_name: str, extra: list[str]) -> str:
-    more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
-    return (
-        f"Adapter {adapter_name!r} holds {extra[0]}{more}, which isn't a z-vector of a module it adapts: loading it "
-        "would overwrite the base model. An adapter brings z-vectors and what its config lists in `modules_to_save` "
-        "and `trainable_token_indices`; a resized embedding belongs into `modules_to_save`."
-    )
+def _refuse_extra(adapter_name: str, keys: Set[str]) -> None:
+    """Raise `ValueError` for tensors of a file that aren't an adapter's."""
+    if keys:
+        more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+        raise ValueError(
+            f"Adapter {adapter_name!r} holds {min(keys)}{more}, which isn't a z-vector of a module it adapts: loading "
+            "it would overwrite the base model. An adapter brings z-vectors and what its config lists in "
+            "`modules_to_save` and `trainable_token_indices`; a resized embedding belongs into `modules_to_save`."
+        )
 
 
 def _prefix(model: nn.Module) -> str:

@@ -27,8 +27,8 @@ from .layer import BASE, Linear, SVFLayer, svf_layers
 from .plans import PLANS, Plan, fast
 from .rows import TEXTS, Execution, active_rows, batch_of
 from .stacked import ParamWrapper
-from .targets import DEFAULT_TARGETS, adaptable, batch_first, default_targets, reads_weight
-from .weights import Known, onloaded, refuse_parallel, refuse_unknown, undo_cpu_packing
+from .targets import DEFAULT_TARGETS, batch_first, default_targets, reads_weight
+from .weights import Known, multiplies, onloaded, refuse_parallel, undo_cpu_packing
 
 logger = logging.getLogger(__name__)
 
@@ -79,12 +79,6 @@ class SVFModel(BaseTuner):
                 self._unfilled |= {adapter_name}
                 self._unchecked |= {adapter_name}
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            layers = [layer for layer in svf_layers(model).values() if adapter_name in layer.svf_offset]
-            if config.rank is not None and config.rank > (most := max(layer.directions for layer in layers)):
-                logger.warning(
-                    f"rank={config.rank} is beyond the {most} singular values of any weight: all are moved."
-                )
-                config.rank = None
             if loading.from_file(config) and config.save_basis and self._defers:
                 self._waiting = True  # until `_remap_adapter_state_dict_for_load` has read the basis in the file
             else:
@@ -200,21 +194,17 @@ class SVFModel(BaseTuner):
         The weights α are any finite numbers, one per adapter. An adapter that has the new name already stays as it is.
 
         Raises:
-            `ValueError`: for an unknown adapter, a weight that isn't finite, lengths that differ, or adapters that
-                share a module of `modules_to_save`.
+            `ValueError`: for a weight that isn't finite, lengths that differ, or adapters that share a module of
+                `modules_to_save`.
         """
         if adapter_name in self.peft_config:
             return
-        if not adapters or len(adapters) != len(weights):
-            raise ValueError(f"A mixture needs a weight per adapter, got {len(adapters)} and {len(weights)}.")
-        if unknown := [name for name in adapters if name not in self.peft_config]:
-            raise ValueError(f"Adapter {unknown[0]} does not exist. There are: {', '.join(self.peft_config)}.")
-        if not torch.tensor(weights, dtype=torch.float32).isfinite().all():
-            raise ValueError(f"Mixture weights must be finite numbers, got {weights}.")
+        configs = [self.peft_config[name] for name in adapters]
+        if not adapters or len(adapters) != len(weights) or not torch.tensor(weights).float().isfinite().all():
+            raise ValueError(f"A mixture needs a finite weight per adapter, got {weights} for {adapters}.")
         for wrapper in self.modules():
             if isinstance(wrapper, ModulesToSaveWrapper) and sum(a in wrapper.modules_to_save for a in adapters) > 1:
                 raise ValueError("Cannot mix adapters that target the same module with modules_to_save.")
-        configs = [self.peft_config[name] for name in adapters]
         ranks = [config.rank for config in configs]
         layers = {n: m for n, m in svf_layers(self.model).items() if any(a in m.svf_offset for a in adapters)}
         stacks = [layer.weight_name(name) for name, layer in layers.items() if isinstance(layer, ParamWrapper)]
@@ -255,32 +245,8 @@ class SVFModel(BaseTuner):
         if isinstance(target, SVFLayer) and getattr(target, "parameter_name", None) == parameter_name:
             target.update_layer(adapter_name, config)
             return
-        if isinstance(target, BaseTunerLayer) and not isinstance(target, SVFLayer):
-            raise ValueError(
-                f"Target module {current_key} carries an adapter of another method. SVF "
-                "rescales a weight, not what another method adds to it: merge that adapter first with "
-                "`model.merge_and_unload()`, or leave the module out of `target_modules`."
-            )
-        if parameter_name is None and adaptable(target):
-            refuse_unknown(target, current_key)
-        elif parameter_name is None:
-            raise ValueError(
-                f"Target module {current_key} is not supported: it is a {type(target).__name__}, SVF adapts "
-                "`torch.nn.Linear`, transformers' `Conv1D` and linears quantised by a library that PEFT knows."
-            )
-        if reads_weight(self.model, parent, target_name):
-            raise ValueError(
-                f"Target module {current_key} cannot be adapted: {type(parent).__name__} reads its weight without "
-                "running it, so z would change nothing. Leave it out of `target_modules`, or name it in "
-                "`exclude_modules`."
-            )
-        head = getattr(self.model, "get_output_embeddings", lambda: None)()
-        if target is head and self.model.config.get_text_config().tie_word_embeddings:
-            raise ValueError(
-                f"Target module {current_key} is the output head and shares its weight with the input embedding: "
-                "rescaling one would change the other when merged. Leave it out, or load the model with "
-                "`tie_word_embeddings=False`."
-            )
+        if reason := self._unsuited(target, target_name, parent, parameter_name):
+            raise ValueError(f"Target module {current_key} {reason}")
         with onloaded(target):
             layer: SVFLayer = (
                 Linear(target, adapter_name, config, **get_quantization_kwargs(self.model))
@@ -292,6 +258,35 @@ class SVFModel(BaseTuner):
         layer.train(target.training)
         with onloaded(target):  # PEFT moves the offset to where the weight is: with accelerate's offload it is nowhere
             self._replace_module(parent, target_name, layer, target)
+
+    def _unsuited(self, target: nn.Module, name: str, parent: nn.Module, parameter_name: str | None) -> str | None:
+        """Return why SVF can't adapt a module, if it can't."""
+        if isinstance(target, BaseTunerLayer) and not isinstance(target, SVFLayer):
+            return (
+                "carries an adapter of another method, and SVF rescales a weight alone: merge that adapter first with "
+                "`model.merge_and_unload()`, or leave the module out of `target_modules`."
+            )
+        if parameter_name is None and not multiplies(target):
+            weight = target._parameters.get("weight")
+            held = "a computed weight" if weight is None else f"{weight.dtype}, {weight.layout}".replace("torch.", "")
+            return (
+                f"is not supported: it is a {type(target).__name__} ({held}). SVF adapts `torch.nn.Linear` and "
+                "transformers' `Conv1D` if they multiply by a `weight` of plain numbers alone, and linears that "
+                "bitsandbytes, HQQ or torchao has quantised. Leave it out of `target_modules`, or load the base "
+                "unquantised."
+            )
+        if reads_weight(self.model, parent, name):
+            return (
+                f"cannot be adapted: {type(parent).__name__} reads its weight without running it, so z would change "
+                "nothing. Leave it out of `target_modules`, or name it in `exclude_modules`."
+            )
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        if target is head and self.model.config.get_text_config().tie_word_embeddings:
+            return (
+                "is the output head and shares its weight with the input embedding: rescaling one would change the "
+                "other when merged. Leave it out, or load the model with `tie_word_embeddings=False`."
+            )
+        return None
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Put a module in another's place. PEFT's own also copies `weight`, which a stack of experts does not have."""
@@ -317,8 +312,12 @@ class SVFModel(BaseTuner):
                 texts = {name: kwargs.get(name) for name in TEXTS}
                 stack.enter_context(self._calling(batch_of(args, texts)))
             if names is not None:
-                self._check_names(names, args, kwargs)
                 layers = svf_layers(self.model)
+                known = {BASE}.union(*(layer.svf_offset for layer in layers.values()))
+                if unknown := sorted(set(names) - known):
+                    raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+                if any(layer.merged for layer in layers.values()):
+                    raise ValueError("Cannot pass `adapter_names` while adapters are merged: call `unmerge_adapter`.")
                 unique = list(dict.fromkeys(names))
                 offsets = {name: layer.named_offsets(unique) for name, layer in layers.items()}
                 index = torch.tensor([unique.index(name) for name in names])
@@ -330,25 +329,6 @@ class SVFModel(BaseTuner):
                         hook = partial(_pass_names, names=repeated)
                         stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
-
-    def _check_names(self, names: list[str], args: Any, kwargs: dict[str, Any]) -> None:
-        """Raise `ValueError` for `adapter_names` that can't be served."""
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = svf_layers(self.model).values()
-        known = {BASE}.union(*(layer.svf_offset.keys() for layer in layers))
-        if unknown := sorted(set(names) - known):
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        if any(layer.merged for layer in layers):
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-        batch = batch_of(args, kwargs)
-        if batch is not None and len(names) != batch[0]:
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, "
-                f"but got {len(names)} and {batch[0]} respectively."
-            )
 
     def _begin_first(self, *_: Any) -> None:
         self._first.enter_context(self._calling(None))

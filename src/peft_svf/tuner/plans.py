@@ -101,6 +101,10 @@ class Merged:
     # Until the backward of these graphs `weight` must not change; a graph that is dropped, as by checkpointing, goes.
     pending: "WeakSet[_Graph]" = field(default_factory=WeakSet, repr=False)
 
+    def holds(self, offset: Tensor | None) -> bool:
+        """Whether it was built from these values: writes through `.data` leave version counters alone."""
+        return offset is not None and torch.equal(self.offset, offset)
+
 
 def transforming() -> bool:
     """Whether `torch.func` or forward-mode differentiation is at work, which custom backwards don't serve."""

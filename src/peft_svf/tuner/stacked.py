@@ -24,7 +24,7 @@ from .weights import offloaded, readable
 SWAPPING = threading.RLock()  # While a module holds a rescaled stack, one thread runs it.
 
 
-class ParamWrapper(nn.Module, SVFLayer):
+class ParamWrapper(SVFLayer):
     """
     SVF of one parameter `(E, out, in)` or `(out, in)` of any module.
 
@@ -36,35 +36,25 @@ class ParamWrapper(nn.Module, SVFLayer):
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: SVFConfig, **kwargs: Any
     ) -> None:
-        super().__init__()
-        self.parameter_name = parameter_name
-        self.base_layer = base_layer
-        self._refuse_offload()
-        shape = self.base_weight.shape
-        if len(shape) not in (2, 3) or not readable(self.base_weight):
+        bare: Any = base_layer.get_base_layer() if isinstance(base_layer, SVFLayer) else base_layer
+        weight = getattr(bare, parameter_name)
+        _refuse_offloaded(bare, parameter_name)
+        if weight.dim() not in (2, 3) or not readable(weight):
             raise ValueError(
-                f"Target parameter {parameter_name!r} of {type(self.get_base_layer()).__name__} has shape "
-                f"{tuple(shape)} and dtype {self.base_weight.dtype}: SVF adapts floating point matrices (out, in) and "
-                "stacks of them (experts, out, in)."
+                f"Target parameter {parameter_name!r} of {type(bare).__name__} has shape {tuple(weight.shape)} and "
+                f"dtype {weight.dtype}: SVF adapts floating point matrices (out, in) and stacks of them (experts, "
+                "out, in)."
             )
-        self.matrices = shape[0] if len(shape) == 3 else 1
-        SVFLayer.__init__(self, base_layer, (shape[-1], shape[-2]), **kwargs)
-        self.svf_basis = self.svf_values = None
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
+        self.parameter_name = parameter_name
+        self.matrices = len(weight) if weight.dim() == 3 else 1
+        super().__init__(base_layer, adapter_name, config, (weight.shape[-1], weight.shape[-2]), **kwargs)
 
     @property
     def base_weight(self) -> Tensor:
         return getattr(self.get_base_layer(), self.parameter_name)
 
-    def size_of(self, rank: int | None) -> int:
-        return self.matrices * super().size_of(rank)
-
     def weight_name(self, name: str) -> str:
         return f"{name.replace('.base_layer', '')}.{self.parameter_name}"
-
-    def base_layer_device(self) -> torch.device:
-        return self.base_weight.device
 
     def get_base_weight(self) -> Tensor:
         return self.base_weight.data
@@ -72,46 +62,19 @@ class ParamWrapper(nn.Module, SVFLayer):
     def set_base_weight(self, weight: Tensor) -> None:
         self.base_weight.data = weight
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "ParamWrapper":
-        super()._apply(fn, recurse)
-        self._move_basis(self.base_layer_device())
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.svf_merged = None
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.lean_state()
-
-    def _refuse_offload(self) -> None:
-        """Raise `ValueError` if the module's hook would put the base stack back in the place of the rescaled one."""
-        if offloaded(self.get_base_layer()):
-            raise ValueError(
-                f"{self.parameter_name!r} of {type(self.get_base_layer()).__name__} is offloaded by accelerate, so "
-                "SVF cannot rescale its stacked weights: give the model more room (`max_memory`), or adapt "
-                "`target_modules`, which may be offloaded."
-            )
-
-    def _rescale(self, weight: Tensor, offset: Tensor) -> Tensor:
-        Q = self._basis()
-        return rescale(weight, Q, offset.view(*Q.shape[:-2], Q.shape[-1]))
-
-    def padded(self, offset: Tensor) -> Tensor:
-        Q = self._basis()
-        parts = offset.view(*offset.shape[:-1], self.matrices, -1)
-        return nn.functional.pad(parts, (0, Q.shape[-1] - parts.shape[-1])).flatten(-2)
+        return super()._apply(fn, recurse)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(*args, **kwargs)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         rows = self.rows
-        mixed = rows is not None and rows.mixed
-        offset = None if self.merged or mixed else self._offset_in_force(rows)
-        if offset is None and (not mixed or self.merged):
+        if (offset := self._offset_in_force(rows)) is None:
             return self.base_layer(*args, **kwargs)
-        self._refuse_offload()
+        _refuse_offloaded(self.get_base_layer(), self.parameter_name)
         with SWAPPING:
-            if offset is None:
+            if rows is not None and rows.mixed:
                 return self._by_rows(args, kwargs)
             with self._in_place(self._stack(offset)):
                 return self.base_layer(*args, **kwargs)
@@ -133,7 +96,7 @@ class ParamWrapper(nn.Module, SVFLayer):
                 return self._rescale(weight.data, offset.detach())
         self.svf_chosen = "merged"
         key, kept = key_of(weight, weight.dtype), self.svf_merged
-        if kept is None or kept.key != key or not torch.equal(kept.offset, offset):
+        if kept is None or kept.key != key or not kept.holds(offset):
             with torch.inference_mode(False), torch.no_grad():
                 offset = offset.detach().clone()
                 stack = self._rescale(weight.data, offset)
@@ -205,8 +168,14 @@ class ParamWrapper(nn.Module, SVFLayer):
     def extra_repr(self) -> str:
         return f"parameter={self.parameter_name!r}, matrices={self.matrices}, directions={self.directions}"
 
-    def __repr__(self) -> str:
-        return "svf." + super().__repr__()
+
+def _refuse_offloaded(base: nn.Module, name: str) -> None:
+    """Raise `ValueError` if the module's hook would put the base stack back in the place of the rescaled one."""
+    if offloaded(base):
+        raise ValueError(
+            f"{name!r} of {type(base).__name__} is offloaded by accelerate, so SVF cannot rescale its stacked "
+            "weights: give the model more room (`max_memory`), or adapt `target_modules`, which may be offloaded."
+        )
 
 
 class _Rescale(torch.autograd.Function):

@@ -8,7 +8,7 @@ What it cannot read it refuses by name. Private names of PEFT were read in 0.21.
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -30,6 +30,10 @@ from .fingerprint import Fingerprint
 Known = dict[str, tuple[Basis, Fingerprint]]
 PACKED = 0.7  # 4 bits lose about 0.1 of a weight's norm, 2 bits 0.5; another weight differs by 1.4
 NARROW = {torch.bfloat16: "BF16", torch.float16: "F16"}  # as safetensors calls them
+ZERO3 = (
+    "SVF does not run on weights that DeepSpeed ZeRO-3 has partitioned. z-vectors are small: use DDP, ZeRO-1 or "
+    "ZeRO-2, or FSDP2 (`torch.distributed.fsdp.fully_shard`) if the base model does not fit."
+)
 PARALLEL = (
     "SVF does not run on weights that tensor parallelism (`tp_plan`, `parallelize_module`) has split: singular "
     "directions belong to the whole weight. Load the base without it; FSDP2, offload and quantised bases work."
@@ -88,13 +92,8 @@ def refuse_split(weight: Tensor, whole: bool = True) -> None:
 
     FSDP2 splits weights too, but shows them `whole` while their module runs.
     """
-    if hasattr(weight, "ds_id"):
-        raise ValueError(
-            "SVF does not run on weights that DeepSpeed ZeRO-3 has partitioned. z-vectors are small: use DDP, ZeRO-1 "
-            "or ZeRO-2, or FSDP2 (`torch.distributed.fsdp.fully_shard`) if the base model does not fit."
-        )
-    if whole and isinstance(weight, DTensor):
-        raise ValueError(PARALLEL)
+    if hasattr(weight, "ds_id") or (whole and isinstance(weight, DTensor)):
+        raise ValueError(ZERO3 if hasattr(weight, "ds_id") else PARALLEL)
 
 
 def refuse_parallel(model: nn.Module) -> None:
@@ -110,27 +109,18 @@ def refuse_parallel(model: nn.Module) -> None:
         raise ValueError(PARALLEL)
 
 
-def refuse_unknown(module: nn.Module, name: str) -> None:
+def multiplies(module: nn.Module) -> bool:
     """
-    Raise `ValueError` for a linear module whose output isn't the product with the numbers in its `weight`.
+    Whether the output of a module is the product with the numbers in its `weight`, or PEFT can unpack its weight.
 
-    Such modules scale or quantise their weight as they run (FP8, ternary), or compute it (parametrisations). PEFT's
-    quantisation backends can read some of them.
+    Other linear modules scale or quantise their weight as they run (FP8, ternary), or compute it (parametrisations).
     """
     if resolve_quantization_backend(module) is not None:
-        return
-    forward, own = type(module).forward, vars(module).get("forward")
-    # accelerate sets an instance's forward to its hook's, and to the class's own when the hook is gone
-    replaced = own is not None and not hasattr(module, "_hf_hook") and getattr(own, "__func__", None) is not forward
-    plain = forward in (nn.Linear.forward, Conv1D.forward) and not replaced
-    weight = module._parameters.get("weight")
-    if not (plain and readable(weight)):
-        held = "a computed weight" if weight is None else f"{weight.dtype}, {weight.layout}".replace("torch.", "")
-        raise ValueError(
-            f"Target module {name} is not supported: it is a {type(module).__name__} ({held}), which doesn't multiply "
-            "by a `weight` of plain numbers alone, so SVF cannot read the weight that it applies. Load the base "
-            "unquantised, or quantised by bitsandbytes, HQQ or torchao, or leave the module out of `target_modules`."
-        )
+        return True
+    forward, replaced = type(module).forward, vars(module).get("forward")
+    if replaced is not None and getattr(replaced, "__func__", None) is not forward and not hasattr(module, "_hf_hook"):
+        return False  # accelerate's hook sets an instance's forward too, and leaves the class's when it goes
+    return forward in (nn.Linear.forward, Conv1D.forward) and readable(module._parameters.get("weight"))
 
 
 def readable(weight: Tensor | None) -> bool:
@@ -167,22 +157,40 @@ def note_shared(model: nn.Module, layers: Mapping[str, Any]) -> None:
         layer.svf_shared = tuple(dict.fromkeys(places[id(layer.base_weight)]))
 
 
-def refuse_shared(layer: Any) -> None:
-    """Raise `ValueError` for a layer whose base weight several modules share."""
-    if len(layer.svf_shared) > 1:
-        raise ValueError(
-            f"{layer.svf_shared[0]} and {layer.svf_shared[1]} share one weight, which cannot be merged with the "
-            "z-vector of one of them. Leave the adapter unmerged, or give each module its own weight before adding it."
-        )
-
-
-def values_of(layer: Any, name: str) -> Tensor:
+def reader(model: nn.Module, layers: Mapping[str, Any], source: str) -> Callable[[str], Tensor]:
     """
-    Read the base weight of an SVF layer as `(out, in)` or `(E, out, in)`: whole, dequantised, never a merged one.
+    Make a function that reads the weights whose singular directions count: those in memory, or the checkpoint's.
 
-    Raises:
-        `ValueError`: if it is partitioned by ZeRO-3, or packed in a way that PEFT cannot unpack.
+    Args:
+        layers (`Mapping[str, SVFLayer]`): The layers of a base by the names that fingerprints give their weights.
+        source (`str`): `basis_from` of [`SVFConfig`].
+
+    Returns:
+        A function of a name that returns its weight `(out, in)` or `(E, out, in)`: whole, dequantised, never a merged
+        one. It raises `ValueError` if the values cannot be had.
     """
+    checkpoint = Checkpoint(model) if layers and source != "memory" else None
+
+    def read(name: str) -> Tensor:
+        layer, required = layers[name], source == "checkpoint"
+        loaded, packed = _in_memory(layer, name), layer.quantization_backend is not None
+        if checkpoint is None or not (required or packed or checkpoint.rounds_to(loaded.dtype)):
+            return loaded
+        transposed = isinstance(layer.get_base_layer(), Conv1D)
+        parameter = name if hasattr(layer, "parameter_name") else f"{name}.weight"
+        stored = checkpoint.weight(parameter, loaded.T if transposed else loaded, packed)
+        if stored is None and required:
+            raise ValueError(
+                f"basis_from='checkpoint', but no safetensors file of {checkpoint.name or 'this model'!r} on this "
+                f"machine holds the weight of {name} as it is loaded. Use basis_from='memory', or load the model from "
+                "a local folder or the Hub cache."
+            )
+        return loaded if stored is None else stored.T if transposed else stored
+
+    return read
+
+
+def _in_memory(layer: Any, name: str) -> Tensor:
     refuse_split(layer.base_weight, whole=False)
     backend = layer.quantization_backend
     with onloaded(layer.get_base_layer()):
@@ -199,42 +207,9 @@ def values_of(layer: Any, name: str) -> Tensor:
     return values.full_tensor() if isinstance(values, DTensor) else values
 
 
-class Reader:
-    """
-    Reads the weights whose singular directions count: those in memory, or those that the checkpoint stores.
-
-    Args:
-        layers (`Mapping[str, SVFLayer]`): The layers of a base by the names that fingerprints give their weights.
-        source (`str`): `basis_from` of [`SVFConfig`].
-    """
-
-    def __init__(self, model: nn.Module, layers: Mapping[str, Any], source: str) -> None:
-        self.layers, self.source = layers, source
-        self.checkpoint = Checkpoint(model) if layers and source != "memory" else None
-
-    def __call__(self, name: str) -> Tensor:
-        """Return a weight `(out, in)` or `(E, out, in)`; raise `ValueError` if its values cannot be had."""
-        layer, checkpoint, required = self.layers[name], self.checkpoint, self.source == "checkpoint"
-        loaded, packed = values_of(layer, name), layer.quantization_backend is not None
-        if checkpoint is None or not (required or packed or checkpoint.rounds_to(loaded.dtype)):
-            return loaded
-        transposed = isinstance(layer.get_base_layer(), Conv1D)
-        parameter = name if hasattr(layer, "parameter_name") else f"{name}.weight"
-        stored = checkpoint.weight(parameter, loaded.T if transposed else loaded, packed)
-        if stored is not None:
-            return stored.T if transposed else stored
-        if required:
-            raise ValueError(
-                f"basis_from='checkpoint', but no safetensors file of {checkpoint.name or 'this model'!r} on this "
-                f"machine holds the weight of {name} as it is loaded. Use basis_from='memory', or load the model from "
-                "a local folder or the Hub cache."
-            )
-        return loaded
-
-
 def bases_of(model: nn.Module, layers: Mapping[str, Any], source: str) -> Known:
-    """Fetch the bases of the weights of SVF layers, from the cache or by computing them; arguments of [`Reader`]."""
-    read = Reader(model, layers, source)
+    """Fetch the bases of the weights of SVF layers, from the cache or by computing them; arguments of [`reader`]."""
+    read = reader(model, layers, source)
     if not any(isinstance(layer.base_weight, DTensor) for layer in layers.values()):
         return fetch(layers, read)
     gathered: Known = {}  # All processes take part in gathering, so none may hold the lock of the cache meanwhile.
@@ -284,8 +259,7 @@ class Checkpoint:
             return None
         stored = stored.to(loaded.device)
         if packed:
-            wide = stored.float()
-            same = bool((wide - loaded.float()).norm() <= PACKED * wide.norm())
+            same = (stored.float() - loaded.float()).norm() <= PACKED * stored.float().norm()
         else:
             same = torch.equal(stored.to(loaded.dtype), loaded.detach())
         return stored if same else None
