@@ -18,7 +18,7 @@ ROWS = [
     ["tuner", "tasks", "reading"],
     ["evaluation", "experts"],
     ["training", "adaptation"],
-    ["two_pass"],
+    ["two_pass", "evolution"],
     ["pipeline"],
     ["_registration"],
     ["__init__"],
@@ -43,7 +43,7 @@ WINGS = {
         ["gguf", "bundle"],
     ],
     "training": [["run"], ["objective", "evolution", "result"], ["reinforce"]],
-    "adaptation": [["probe", "search"], ["judge", "router"], ["first_pass"], ["few_shot", "in_flight"]],
+    "adaptation": [["probe", "search"], ["judge", "router"], ["first_pass"], ["few_shot"]],
 }
 RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}
 PRIVATE_NAMES_ALLOWED = {
