@@ -30,11 +30,16 @@ FOLDER = RESULTS / "generated"
 RUNS = Path("runs/generated")
 REQUESTS = ROOT / "examples" / "data" / "requests"
 LENGTHS = {"sentiment": 6, "compare": 10, "subject": 8, "price": 12, "email": 16}  # of sampled answers
-TEST_TOKENS = {"calculate": 64}  # of test answers; 16 in other tasks
+TEST_TOKENS = {"calculate": 48}  # of test answers; 16 in other tasks
 TASKS = ("sentiment", "price", "compare", "subject")
+SOLVED = (  # tasks learned from right answers, with learning rate, steps and everyday answers in each
+    ("price", 0.003, 12, 3), ("subject", 0.003, 12, 3), ("subject", 0.01, 20, 3), ("subject", 0.004, 24, 8),
+    ("calculate", 0.004, 24, 8), ("compare", 0.004, 16, 8), ("email", 0.004, 12, 8), ("language", 0.004, 12, 8),
+    ("sentiment", 0.004, 12, 8), ("price", 0.004, 12, 8),
+    ("topic", 0.004, 24, 8), ("topic", 0.006, 24, 8),
+)  # fmt: skip
 TEST_ROWS = 200
-RETAINED = 3  # everyday answers of the base in each step
-STRENGTHS = (1.0, 0.8, 0.65, 0.5)  # of which validation chooses one, after training
+STRENGTHS = (1.0, 0.8, 0.65)  # of which validation chooses one, after training
 MOST_LOSS = 0.015  # of the likelihood of the base's everyday answers
 MLP = ["gate_proj", "up_proj", "down_proj"]
 UPPER = list(range(5, 30))  # blocks behind the first sixth
@@ -58,6 +63,7 @@ class Training:
         beta (`float`): Weight of KL(policy ‖ base).
         temperature (`float`): Of sampled answers.
         retain (`float`): Weight of KL(base ‖ policy) per token of the base's own answers to everyday requests.
+        retained (`int`): Everyday answers in each step.
         learner (`str`): "reinforce"; "sft", next-token loss on the right answers, one for each question.
     """
 
@@ -71,6 +77,7 @@ class Training:
     beta: float = 0.0
     temperature: float = 0.6
     retain: float = 20.0
+    retained: int = 3
     learner: str = "reinforce"
 
     @property
@@ -78,7 +85,8 @@ class Training:
         """Stem of the result file."""
         setting = "" if self.method == "base" else f"-lr{self.lr:g}-seed{self.seed}"
         learner = "" if self.learner == "reinforce" else f"{self.learner}-"
-        return f"{self.task}-{learner}{self.method}{setting}" + (f"-steps{self.steps}" if self.steps != 10 else "")
+        budget = f"-steps{self.steps}" * (self.steps != 10) + f"-retained{self.retained}" * (self.retained != 3)
+        return f"{self.task}-{learner}{self.method}{setting}{budget}"
 
 
 def cells() -> Iterator[Training]:
@@ -86,12 +94,13 @@ def cells() -> Iterator[Training]:
     for task in TASKS:
         yield Training(task, "base")
         yield Training(task, "svf-upper", 0.01)
-    for task in ("price", "subject"):
-        yield Training(task, "svf-upper", 0.003, steps=12, questions=16, samples=1, learner="sft")
-    for task in ("price", "subject", "compare", "email", "sentiment", "language", "calculate"):
+    solved: dict[str, Any] = {"questions": 16, "samples": 1, "learner": "sft"}
+    for task, lr, steps, retained in SOLVED:
         yield Training(task, "base")
-        yield Training(task, "svf-upper", 0.005, steps=12, questions=16, samples=1, learner="sft")
-    yield Training("subject", "svf-upper", 0.01, steps=20, questions=16, samples=1, learner="sft")
+        for seed in range(3):
+            yield Training(task, "svf-upper", lr, seed, steps, retained=retained, **solved)
+        for lora_lr in (3e-4, 1e-3):
+            yield Training(task, "lora16-upper", lora_lr, 0, steps, retained=retained, **solved)
     for seed in range(3):
         yield Training("sentiment", "svf-upper", 0.01, seed, steps=20)
     yield Training("compare", "svf-upper", 0.01, steps=20)
@@ -297,8 +306,8 @@ def retaining(trainer: type, cell: Training, retained: list[tuple[list[int], lis
             loss = super().compute_loss(model, *args, **kwargs)
             if not (cell.retain and model.training):
                 return loss
-            start = self.state.global_step * RETAINED
-            ids, answered = padded([retained[i % len(retained)] for i in range(start, start + RETAINED)])
+            start = self.state.global_step * cell.retained
+            ids, answered = padded([retained[i % len(retained)] for i in range(start, start + cell.retained)])
             with torch.no_grad(), model.disable_adapter():
                 base = model(input_ids=ids).logits[answered].log_softmax(-1)  # (tokens, vocabulary)
             policy = model(input_ids=ids).logits[answered].log_softmax(-1)

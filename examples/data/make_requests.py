@@ -182,14 +182,19 @@ QUESTIONS: dict[tuple[str, str], list[str]] = {}
 PROBLEMS: dict[str, list[Record]] = {}
 
 
-def subject(split: str, draw: random.Random) -> Pair:
-    """Ask for the subject of a question of GSM8K, MBPP or ARC-Easy, each from its own split."""
+def question_of(split: str, draw: random.Random) -> Pair:
+    """Draw a question of GSM8K, MBPP or ARC-Easy, each from its own split, and its subject."""
     answer = draw.choice(list(SOURCES))
     name, column = SOURCES[answer]
     if (split, name) not in QUESTIONS:
         records = shuffled(get_task(name).load(split), f"{name}:0")
         QUESTIONS[split, name] = [record[column] for record in records if len(record[column]) <= 130]
-    question = draw.choice(QUESTIONS[split, name])
+    return draw.choice(QUESTIONS[split, name]), answer
+
+
+def subject(split: str, draw: random.Random) -> Pair:
+    """Ask for the subject of a question, in few wordings."""
+    question, answer = question_of(split, draw)
     template = draw.choice(
         [
             "'{question}' Sort this into math, programming or science, with a single word.",
@@ -200,6 +205,30 @@ def subject(split: str, draw: random.Random) -> Pair:
             "Is this question about math, programming or science? Answer with one word.\n\n{question}",
             "Name the subject (math, programming or science) and nothing else.\n\nQuestion: {question}",
             "{question}\n\nWhich subject is this: math, programming or science? Just one word.",
+        ]
+    )
+    return template.format(question=question), answer
+
+
+def topic(split: str, draw: random.Random) -> Pair:
+    """Ask for the subject of a question, in more wordings, none of which the test has."""
+    question, answer = question_of(split, draw)
+    template = draw.choice(
+        [
+            "Please file this under math, programming or science: '{question}' One word will do.",
+            "'{question}' To which shelf does it go: math, programming or science? Write the word only.",
+            "I got this from a student. Is it math, programming or science? Just say which.\n\n{question}",
+        ]
+        if split == "test"
+        else [
+            "Is this question about math, programming or science? Answer with one word.\n\n{question}",
+            "Name the subject (math, programming or science) and nothing else.\n\nQuestion: {question}",
+            "{question}\n\nWhich subject is this: math, programming or science? Just one word.",
+            "Math, programming or science? {question}",
+            "'{question}' Sort this into math, programming or science, with a single word.",
+            "A pupil asks: '{question}' Which subject is it, math, programming or science? One word.",
+            "Label the text as math, programming or science.\n\nText: {question}\nLabel:",
+            "Which teacher should answer '{question}', the one for math, programming or science? One word, please.",
         ]
     )
     return template.format(question=question), answer
@@ -301,16 +330,19 @@ MADE: dict[str, Callable[[bool, random.Random], Pair]] = {
 }  # fmt: skip
 
 
+PUBLIC: dict[str, Callable[[str, random.Random], Pair]] = {"subject": subject, "topic": topic}
+
+
 def make(name: str, split: str, draw: random.Random) -> Row:
     """Make one request of a task."""
     if name == "calculate":
         return calculate(split, draw)
-    prompt, answer = subject(split, draw) if name == "subject" else MADE[name](split == "test", draw)
+    prompt, answer = PUBLIC[name](split, draw) if name in PUBLIC else MADE[name](split == "test", draw)
     return {"prompt": prompt, "answer": answer}
 
 
 def main() -> None:
-    for name in (*MADE, "subject", "calculate"):
+    for name in (*MADE, *PUBLIC, "calculate"):
         (HERE / name).mkdir(parents=True, exist_ok=True)
         seen: set[str] = set()
         for split, count in COUNTS.items():

@@ -173,7 +173,7 @@ def test_a_hub_that_fails_is_reported_with_the_way_out(hub):
     hub(load_dataset)
     with pytest.raises(ConnectionError, match=r"openai/gsm8k.*no network.*PEFT_SVF_DATA.*gsm8k/test"):
         get_task("gsm8k").load("test")
-    with pytest.raises(FileNotFoundError, match=r"'okvqa' has val2014 on the Hub, not 'train2014'"):
+    with pytest.raises(FileNotFoundError, match=r"'okvqa' has no 'train2014' on the Hub"):
         get_task("okvqa").load("train")
 
 
@@ -427,13 +427,10 @@ def test_shots_are_solved_training_rows_before_each_question(form, tmp_path):
             assert task.grade(answer["content"], graded) == 1
 
 
-def test_a_task_without_training_rows_or_with_images_has_no_shots(tmp_path):
+def test_a_task_without_training_rows_has_no_shots(tmp_path):
     write(tmp_path, "humaneval", "test", [HUMANEVAL])
     with pytest.raises(ValueError, match="has no split 'train'"):
         get_task("humaneval").rows("test", "generate", folder=tmp_path, shots=1)
-    textvqa_folder(tmp_path)
-    with pytest.raises(ValueError, match="images, which take no solved examples"):
-        get_task("textvqa").rows("test", "generate", folder=tmp_path, shots=1)
 
 
 def test_a_system_prompt_stays_away_from_rows_that_have_one(tmp_path):
@@ -586,12 +583,6 @@ def test_formulas_are_compared_by_value(answer, right, wrong):
     assert get_task("math").reward([right, wrong], answer=[row["answer"]] * 2) == [1.0, -1.0]
 
 
-def test_without_math_verify_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(ImportError, match=r"math-verify.*pip install 'peft-svf\[eval\]'"):
-        get_task("math").score("43", {"answer": "42"})
-
-
 def test_formulas_are_refused_outside_the_main_thread():
     pytest.importorskip("math_verify")
     with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="main thread"):
@@ -630,8 +621,6 @@ def test_a_format_reward_is_one_where_the_pattern_is_found():
     assert reward([[{"role": "assistant", "content": text}] for text in texts]) == [1.0, 0.0, 0.0, 0.0]
     assert reward([[{"role": "assistant", "content": None}]]) == [0.0]
     assert format_reward("^<a>.*</a>$")(["<a>\n</a>", "<a>"]) == [1.0, 0.0]
-    with pytest.raises(ValueError, match=r"'\(' isn't a regular expression"):
-        format_reward("(")
 
 
 READERS = {  # what a reader does with a model's text, and texts that backtracking regular expressions are slow on
@@ -757,7 +746,7 @@ def test_okvqa_joins_questions_and_annotations(tmp_path):
 
 
 def test_missing_annotations_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"OpenEnded_mscoco_val2014_questions\.json and .*annotations\.json"):
+    with pytest.raises(FileNotFoundError, match=r"OpenEnded_mscoco_val2014_questions\.json"):
         get_task("okvqa").load("test", tmp_path)
 
 
@@ -896,15 +885,18 @@ def test_a_row_knows_its_file_and_line(tmp_path):
         assert task.place(split, row) == f"'{path}', line {number}"
 
 
-def test_a_source_of_two_sorts_too_few_or_no_lines_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="Make two sources"):
-        jsonl_task(lines(tmp_path / "mixed.jsonl", QUIZ + SUMS))
+def test_choices_among_lines_with_answers_are_texts_to_write(tmp_path):
+    task = jsonl_task(lines(tmp_path / "mixed.jsonl", QUIZ + SUMS))
+    assert task.forms == ("generate",) and {"n3", "7"} & {row["answer"] for row in task.rows("train", "generate")}
+
+
+def test_a_source_of_too_few_or_no_lines_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"2 lines, too few to cut.*folder"):
         jsonl_task(lines(tmp_path / "few.jsonl", SUMS[:2]))
-    with pytest.raises(ValueError, match="has no lines"):
-        jsonl_task(lines(tmp_path / "none.jsonl", []))
-    with pytest.raises(FileNotFoundError, match=r"no file or folder '.*gone\.jsonl'"):
-        jsonl_task(tmp_path / "gone.jsonl")
+    lines(tmp_path / "test.jsonl", [])
+    for place in (tmp_path, tmp_path / "gone.jsonl"):
+        with pytest.raises(FileNotFoundError, match=r"is neither a \.jsonl file nor a folder with lines"):
+            jsonl_task(place)
 
 
 @pytest.fixture
@@ -923,9 +915,12 @@ def test_a_registered_task_is_found_and_a_taken_name_refused(tmp_path, clean_reg
 class Puzzle(Task):
     name, kind, description = "puzzle", "reasoning", "a task of another package"
 
+    def score(self, completion, row):
+        return 0.5
+
 
 def test_an_entry_point_adds_a_task_and_is_loaded_only_when_asked_for(monkeypatch, clean_registry):
-    points = {"puzzle": f"{__name__}:Puzzle", "broken": f"{__name__}:QUIZ", "unused": "no.such.module:Task"}
+    points = {"puzzle": f"{__name__}:Puzzle", "unused": "no.such.module:Task"}
     found = [importlib.metadata.EntryPoint(name, value, "peft_svf.tasks") for name, value in points.items()]
 
     def entry_points(group, name=None):
@@ -935,8 +930,6 @@ def test_an_entry_point_adds_a_task_and_is_loaded_only_when_asked_for(monkeypatc
     monkeypatch.setattr(registry, "entry_points", entry_points)
     assert {"puzzle", "unused", "arc_easy"} <= set(task_names())
     assert type(get_task("puzzle")).__name__ == "Puzzle" and get_task("puzzle") is get_task("puzzle")
-    with pytest.raises(ValueError, match=r"entry point 'broken'.*expected a Task"):
-        get_task("broken")
     with pytest.raises(ValueError, match=r"no task 'arc'; there are .*puzzle"):
         get_task("arc")
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Benchmarks by name: `get_task("arc_easy").rows("train")`; one's own from a JSONL: `jsonl_task("mine.jsonl")`.
+Benchmarks by name: `get_task("arc_easy").rows("train")`; your own from a JSONL: `jsonl_task("mine.jsonl")`.
 
-One benchmark a file, each opening with an example prompt, an answer and its reward; `task` is the base of all,
+Each benchmark has a file, which opens with an example prompt, an answer and its reward. `task` is the base of all;
 `word_problem`, `program` and `vqa` are the bases of their kinds. Another package adds tasks by an entry point of the
 group `peft_svf.tasks`, whose name is the task's and whose object is a [`Task`] or a subclass of it.
 """
@@ -33,33 +33,19 @@ TASKS: dict[str, Task] = {
 
 
 def get_task(name: str) -> Task:
-    """
-    Find a benchmark by its name: the package's own, a registered one, or one of an entry point.
-
-    Raises:
-        `ValueError`: if no task has that name, with those that exist, or if an entry point gives something else.
-    """
+    """Find a benchmark by its name: the package's own, a registered one, or one of an entry point."""
     if name not in TASKS:
         points = list(entry_points(group=GROUP, name=name))
         if not points:
             raise ValueError(f"There is no task '{name}'; there are {', '.join(task_names())}.")
         task = points[0].load()
-        task = task() if isinstance(task, type) else task
-        if not isinstance(task, Task) or task.name != name:
-            raise ValueError(
-                f"The entry point '{name}' of the group '{GROUP}' gives {task!r} ({points[0].value}); expected a Task "
-                f"or a subclass of it, with the name '{name}'."
-            )
-        register_task(task)
+        return register_task(task() if isinstance(task, type) else task)
     return TASKS[name]
 
 
 def register_task(task: Task) -> Task:
     """
     Make a task known by its name to [`get_task`], and so to evaluation, adaptation and the command line.
-
-    Returns:
-        The task, which may be registered again.
 
     Raises:
         `ValueError`: if another task has that name.
@@ -71,7 +57,7 @@ def register_task(task: Task) -> Task:
 
 
 def task_names() -> list[str]:
-    """List the names that [`get_task`] finds; the tasks of entry points aren't loaded for it."""
+    """List the names that [`get_task`] finds, without loading the tasks of entry points."""
     return sorted({*TASKS, *(point.name for point in entry_points(group=GROUP))})
 
 

@@ -42,13 +42,11 @@ class Arc(Task):
         return right, [text for text in texts if text != right]
 
     def row(self, raw: Record) -> Record:
-        """Ask for the letter at the end of a free answer."""
         listed = "\n".join(f"({letter}) {text}" for letter, text in zip(LETTERS, raw["choices"], strict=False))
         text = f"{raw['question']}\n{listed}\nEnd with: The answer is (X)."
         return self.ask(raw, text, answer=LETTERS[raw["answer"]], options=list(raw["choices"]))
 
     def solved(self, raw: Record, row: Mapping[str, Any]) -> str:
-        """End as the generated form asks for."""
         return f"The answer is ({row['answer']})." if form_of(row) == "generate" else super().solved(raw, row)
 
     def score(self, completion: str, row: Mapping[str, Any]) -> float:
@@ -62,7 +60,6 @@ class Arc(Task):
         return float(text in options and options.index(text) == LETTERS.index(row["answer"]))
 
     def item(self, raw: Record) -> str:
-        """Return question and options, whatever their order."""
         return "\n".join([plain(raw["question"]), *sorted(plain(text) for text in raw["choices"])])
 
     def from_hub(self, record: Record) -> Record:
@@ -73,8 +70,6 @@ class Arc(Task):
 
 
 class ArcEasy(Arc):
-    """The easy set."""
-
     name = "arc_easy"
     description = "grade-school science questions, the easy set"
     hub = HubSource("allenai/ai2_arc", "ARC-Easy", {split: split for split in SPLITS})

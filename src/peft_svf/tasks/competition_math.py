@@ -47,7 +47,7 @@ class Math(Task):
     hub = HubSource("nlile/hendrycks-MATH-benchmark", None, {"test": "train", "math500": "test"})
 
     def load(self, split: str, folder: Folder = None) -> list[Record]:
-        """Load a split; train and validation need MATH-500 at hand, too, as their file holds its problems."""
+        """Load a split; train and validation need MATH-500, too, as their file holds its problems."""
         if split in self.files:
             self._records("test", folder)
         return super().load(split, folder)
@@ -66,11 +66,9 @@ class Math(Task):
         return f"math-{hashlib.sha256(record['problem'].encode()).hexdigest()[:12]}"
 
     def question(self, raw: Record, choices: Sequence[str]) -> str:
-        """Return the bare problem."""
         return raw["problem"]
 
     def options(self, raw: Record, pool: Sequence[Record], rng: random.Random) -> tuple[str, list[str]] | None:
-        """Return the record's answer and three of other records that have its shape."""
         right, shape = _printed(raw["answer"])
         alike = [text for text, other in (_printed(record["answer"]) for record in pool) if other == shape]
         rng.shuffle(alike)  # with repetitions: a frequent answer is a wrong choice as often as it's a right one
@@ -78,7 +76,6 @@ class Math(Task):
         return (right, wrong) if len(wrong) == 3 else None
 
     def row(self, raw: Record) -> Record:
-        """Ask for a solution with the answer in a box."""
         text = f"{raw['problem']}\nThink step by step and put the answer into \\boxed{{}}."
         return self.ask(raw, text, answer=raw["answer"])
 
@@ -113,24 +110,13 @@ def boxed(text: str) -> list[str]:
 
 
 def same_value(text: str, solution: str) -> bool:
-    """
-    Return whether a completion and a solution, a formula in a box or between dollar signs, end in the same value.
+    """Compare the last formulas of a completion and of a solution, in boxes or between dollar signs, by value."""
+    from math_verify import parse, verify  # type: ignore[import-untyped, unused-ignore]
 
-    Raises:
-        `ImportError`: if `math-verify` isn't installed.
-        `RuntimeError`: outside the main thread, where a formula that takes forever couldn't be stopped.
-    """
-    try:
-        from math_verify import parse, verify  # type: ignore[import-untyped, unused-ignore]
-    except ImportError as error:
-        raise ImportError(
-            "Task 'math' compares formulas with `math-verify`, which isn't installed: `pip install 'peft-svf[eval]'`. "
-            "Its choice form needs no such library."
-        ) from error
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError(
-            "Task 'math' checks generated answers in the main thread only: `math-verify` stops a formula that takes "
-            f"more than {SECONDS} s by a signal. Score completions there, or use the choice form."
+            "Task 'math' scores generated answers in the main thread only: `math-verify` stops a formula after "
+            f"{SECONDS} s by a signal, and would count every answer as wrong here. Use the choice form."
         )
     right, answer = (parse(formula, parsing_timeout=SECONDS) for formula in (solution, text))
     return bool(right and answer and verify(right, answer, timeout_seconds=SECONDS))

@@ -49,13 +49,8 @@ def dispatch_prompt(question: str, descriptions: Mapping[str, str] | None = None
     Ask which kind a question is; the first pass reads the answer off the likelihoods of the kinds' names.
 
     Args:
-        question (`str`):
-            The user's request.
-        descriptions (mapping `str -> str`, *optional*):
-            The kinds to choose from, each with a few words on it, which may be empty. The default is [`KINDS`].
-
-    Returns:
-        `list` with one user message: the kinds first, which is the same text for every question, then the question.
+        question (`str`): The user's request; it stands last, behind text that is the same for every question.
+        descriptions (mapping `str -> str`, *optional*): The kinds, each with a few words or none; default [`KINDS`].
     """
     kinds = KINDS if descriptions is None else descriptions
     named = [f"{name} ({what})" if what else name for name, what in kinds.items()]
@@ -65,10 +60,9 @@ def dispatch_prompt(question: str, descriptions: Mapping[str, str] | None = None
 
 def everyday_requests(split: str, count: int) -> list[str]:
     """
-    Draw different requests that aren't code, maths or science, the same for every call.
+    Draw different requests that aren't code, maths or science, the same in every call; at most `count`.
 
-    `everyday.json` has templates with slots, and fillers for the slots. No split shares any with another, so a
-    classifier cannot know a held-out request by heart. There are fewer than `count` if the templates allow no more.
+    No split shares a template or a filler of `everyday.json` with another: a held-out request is a new one.
     """
     rng, source = random.Random(f"everyday:{split}"), everyday()[split]
     requests: dict[str, None] = {}
@@ -93,7 +87,6 @@ class Dispatch(Task):
     description = "naming the kind of a question: code, math, reasoning or other"
 
     def _records(self, split: str, folder: Folder) -> list[Record]:
-        """Read a split from its file, or build it from the other tasks; see [`Task.load`] for where these lie."""
         place = folder or os.environ.get(DATA_VARIABLE)
         if place and any((Path(place) / self.name).glob(f"{split}.jsonl*")):
             return super()._records(split, folder)
@@ -108,12 +101,11 @@ class Dispatch(Task):
         return records
 
     def choice_row(self, raw: Record, pool: Sequence[Record] = (), seed: int = 0) -> Record:
-        """Make a row of the choice form; the choices stand in one order, as each is right equally often."""
+        # the choices stand in one order, as each is right equally often
         label = list(KINDS).index(raw["kind"])
         return self.ask(raw, dispatch_prompt(raw["question"]), choices=list(KINDS), label=label)
 
     def row(self, raw: Record) -> Record:
-        """Make a row of the generated form, with the same prompt."""
         return self.ask(raw, dispatch_prompt(raw["question"]), answer=raw["kind"])
 
     def score(self, completion: str, row: Mapping[str, Any]) -> float:

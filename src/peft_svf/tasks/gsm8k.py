@@ -40,7 +40,6 @@ class Gsm8k(WordProblem):
     hub = HubSource("openai/gsm8k", "main", {"train": "train", "test": "test"})
 
     def answer(self, raw: Record) -> Fraction:
-        """Read the number after `####`."""
         return numbers_in(raw["answer"].rsplit("####", 1)[1])[0]
 
     def solution(self, raw: Record) -> tuple[list[Fraction], Calculation] | None:
@@ -62,12 +61,10 @@ class Gsm8k(WordProblem):
         return text if text and len(text) <= LONGEST else None
 
     def solved(self, raw: Record, row: Mapping[str, Any]) -> str:
-        """Show the published solution without its calculator annotations."""
         if form_of(row) != "generate":
             return super().solved(raw, row)
         steps = re.sub(r"<<[^<>]*>>", "", raw["answer"].rsplit("####", 1)[0]).strip()
         return f"{steps}\nThe answer is {row['answer']}."
 
     def cut(self, split: str, records: list[Record]) -> list[Record]:
-        """Deal the rows of the train file in turn to train and validation."""
         return {"train": records[::2], "validation": records[1::2]}.get(split, records)

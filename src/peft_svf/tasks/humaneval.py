@@ -41,22 +41,18 @@ class HumanEval(CodeTask):
     max_characters = 500  # a helper function counts, too
 
     def identify(self, record: Record, place: str) -> str:
-        """Return the published task_id, "HumanEval/0"."""
         return str(record["task_id"])
 
     def question(self, raw: Record, choices: Sequence[str]) -> str:
-        """Return the docstring, with names exchanged as in the choices."""
         text = ast.get_docstring(_functions(raw["prompt"])[raw["entry_point"]]) or ""
         for name, neutral in _neutral(raw).items():
             text = re.sub(rf"\b{name}\b", neutral, text)
         return text
 
     def source(self, raw: Record) -> tuple[str, dict[str, str]] | None:
-        """Return the completed function, and a function that the prompt defines for its use."""
         return raw["prompt"] + raw["canonical_solution"], _neutral(raw)
 
     def row(self, raw: Record) -> Record:
-        """Ask for the whole function in a code block."""
         text = f"Complete the function. Answer with one Python code block.\n```python\n{raw['prompt'].strip()}\n```"
         answer, tests = raw["prompt"] + raw["canonical_solution"], [raw["test"], f"check({raw['entry_point']})"]
         return self.ask(raw, text, answer=answer, tests=tests, start=raw["prompt"])

@@ -33,7 +33,6 @@ class Mbpp(CodeTask):
     hub = HubSource("google-research-datasets/mbpp", "full", {split: split for split in SPLITS})
 
     def identify(self, record: Record, place: str) -> str:
-        """Return the published task_id."""
         return f"mbpp-{record['task_id']}"
 
     def item(self, raw: Record) -> str:
@@ -41,11 +40,9 @@ class Mbpp(CodeTask):
         return plain(raw["text"])
 
     def question(self, raw: Record, choices: Sequence[str]) -> str:
-        """Return the bare problem."""
         return raw["text"]
 
     def source(self, raw: Record) -> tuple[str, dict[str, str]] | None:
-        """Return the program and the function that the asserts call."""
         entry = entry_of(raw["code"], " ".join(raw["test_list"]))
         return None if entry is None else (raw["code"], {entry: ENTRY})
 

@@ -25,7 +25,6 @@ There is one split, test. Source: MBPP-Pro (Yu et al. 2024, arXiv 2412.21199). L
 import ast
 import re
 from collections.abc import Mapping, Sequence
-from itertools import compress
 
 from .program import ENTRY, HELPER, CodeTask, entry_of
 from .task import HubSource, Record
@@ -44,12 +43,10 @@ class MbppPro(CodeTask):
 
     def cut(self, split: str, records: list[Record]) -> list[Record]:
         """Leave out the problems that are built on MBPP's validation and train splits."""
-        numbers = [int(record["id"].rsplit("-", 1)[1]) for record in records]
-        unseen = [number < FROM_MBPP_TEST and number not in TWINS for number in numbers]
-        return list(compress(records, unseen))
+        numbered = [(int(record["id"].rsplit("-", 1)[1]), record) for record in records]
+        return [record for number, record in numbered if number < FROM_MBPP_TEST and number not in TWINS]
 
     def identify(self, record: Record, place: str) -> str:
-        """Return the published id, "mbpp_pro-12"."""
         return f"{self.name}-{record['id']}"
 
     def question(self, raw: Record, choices: Sequence[str]) -> str:
@@ -60,14 +57,12 @@ class MbppPro(CodeTask):
         return re.sub(rf"\b{second}\b", ENTRY, re.sub(rf"\b{first}\b", HELPER, text)) if first and second else text
 
     def source(self, raw: Record) -> tuple[str, dict[str, str]] | None:
-        """Return the second function; the first one's name is exchanged, too."""
         first, second = _names(raw)
         if first is None or second is None:
             return None
         return raw["new_problem"] + raw["new_solution"], {second: ENTRY, first: HELPER}
 
     def row(self, raw: Record) -> Record:
-        """Ask for both functions in one code block."""
         problems = f"{raw['raw_problem'].strip()}\n\n{raw['new_problem'].strip()}"
         text = (
             "Write both functions; the second is to call the first. Answer with one Python code block that has both."

@@ -9,13 +9,14 @@ A task from your own JSONL: lines go in, a task like the package's comes out.
     completion               "20 + 22 = 42" if the answer is "42" or 42              reward 1.0; without a number -1.0
 
 A file is read whole and checked line by line before anything is trained on it. One file is cut into three splits by
-hashes of its prompts; a folder has a file for each split, and a prompt of the test file in another one is an error.
+hashes of its prompts; a folder has a file for each split, and no prompt of its test file may be in another one.
 """
 
 import hashlib
 import json
 import os
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from .task import FORMS, SPLITS, Folder, Record, Task, plain, read_lines, user_t
 from .word_problem import final_number
 
 TAKEN = {"completions", "prompts", "self"}  # arguments of a reward function, so no fields
+_NUMBER = re.compile(r"\s*[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)\s*")
 SHARES = {"test": 20, "validation": 10}  # percent of a single file; the rest is train
 
 
@@ -52,22 +54,17 @@ def jsonl_task(
 
     Args:
         source (`str` or path):
-            A `.jsonl` or `.jsonl.gz` file, or a folder with `train`, `validation` and `test` ones, and some may
-            be missing. A line has `prompt` (a text or a chat) and either `answer` (a text or a number) or `choices`
-            (two or more different texts) with `label` (the index of the right one); `id` is optional and occurs once
-            in a file, and all other fields stay in the rows. All lines of a source are of one sort.
+            A `.jsonl` or `.jsonl.gz` file, or a folder with at least one of `train`, `validation` and `test`. A line
+            has `prompt` (a text or a chat) and either `answer` (a text or a number) or `choices` (two or more
+            different texts) with `label` (the index of the right one); `id` is optional and unique in its file, and
+            all other fields stay in the rows. Lines with `answer` make a source of the generated form alone.
         name (`str`, *optional*):
             Name of the task, default the file's or the folder's.
-        kind (`str`, defaults to `"other"`):
-            What a dispatcher calls its questions.
-        description (`str`, *optional*):
-            One line for people.
+        kind, description (`str`):
+            What a dispatcher calls its questions, and a line for people.
         score (callable `(completion, row) -> float`, *optional*):
             Grades a free text from 0 to 1. The default compares numbers if the answer is one, with the last number
             of the completion, else texts, apart from case, spaces and a full stop.
-
-    Returns:
-        [`Task`], which [`register_task`] makes known by its name.
 
     Raises:
         `FileNotFoundError`: if the file doesn't exist, or the folder has none.
@@ -91,40 +88,34 @@ class _JsonlTask(Task):
                 line.record["id"] = f"{name}-{split}-{index}" if id is None else str(id)
             self._lines[split] = {line.record["id"]: line for line in lines}
         self.files = {split: split for split in splits}
-        sorts = {"choices" in line.record for lines in splits.values() for line in lines}
-        if len(sorts) > 1:
-            raise ValueError(f"'{path}' has lines with 'choices' and lines with 'answer'. Make two sources of them.")
-        self.forms = (*FORMS, "letter") if sorts == {True} else ("generate",)
+        choices = all("choices" in line.record for lines in splits.values() for line in lines)
+        self.forms = (*FORMS, "letter") if choices else ("generate",)
 
     def _records(self, split: str, folder: Folder) -> list[Record]:
         return [dict(line.record) for line in self._lines[split].values()]
 
     def place(self, split: str, row: Row) -> str:
-        """Return the file and line of a row."""
         return self._lines[split][row["id"]].place
 
     def row(self, raw: Record) -> Record:
-        """Return the line with its prompt as a chat and its right choice, if it has choices, as the answer."""
         extra = {field: value for field, value in raw.items() if field not in ("choices", "label")}
         answer = raw["choices"][raw["label"]] if "choices" in raw else raw["answer"]
         return extra | self.ask(raw, raw["prompt"], answer=str(answer))
 
     def choice_row(self, raw: Record, pool: Sequence[Record] = (), seed: int = 0) -> Record | None:
-        """Return the line with its choices in an order that the seed fixes."""
         order = list(range(len(raw["choices"])))
         random.Random(f"{self.name}:{raw['id']}:{seed}").shuffle(order)
         choices = [raw["choices"][index] for index in order]
         return raw | self.ask(raw, raw["prompt"], choices=choices, label=order.index(raw["label"]))
 
     def score(self, completion: str, row: Row) -> float:
-        """Grade by the function that [`jsonl_task`] got, else by number or by text."""
         return float(self._score(completion, row))
 
 
 def same_answer(completion: str, row: Row) -> float:
     """Compare with `row["answer"]`: by the last number if that is a number, else as texts."""
     answer = str(row["answer"])
-    if _is_number(answer):
+    if _NUMBER.fullmatch(answer):
         return float(final_number(completion) == final_number(answer))
     return float(plain(completion).rstrip(".") == plain(answer).rstrip("."))
 
@@ -132,13 +123,11 @@ def same_answer(completion: str, row: Row) -> float:
 def _read_splits(path: Path) -> dict[str, list[Line]]:
     if path.is_file():
         return _cut(path, _read(path))
-    if not path.is_dir():
-        raise FileNotFoundError(f"There is no file or folder '{path}'. Expected a .jsonl or .jsonl.gz file.")
     candidates = {split: [path / f"{split}{end}" for end in (".jsonl.gz", ".jsonl")] for split in SPLITS}
     files = {split: next(filter(Path.is_file, paths), None) for split, paths in candidates.items()}
-    splits = {split: _read(file) for split, file in files.items() if file is not None}
+    splits = {split: lines for split, file in files.items() if file is not None and (lines := _read(file))}
     if not splits:
-        raise FileNotFoundError(f"'{path}' has none of train.jsonl, validation.jsonl, test.jsonl (or .jsonl.gz).")
+        raise FileNotFoundError(f"'{path}' is neither a .jsonl file nor a folder with lines in a train.jsonl.")
     tested = {line.item for line in splits.get("test", ())}
     for split in (name for name in splits if name != "test"):
         if shared := [line for line in splits[split] if line.item in tested]:
@@ -159,14 +148,14 @@ def _read(path: Path) -> list[Line]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}: not JSON: {error}.") from None
         check(record, place, answered=True)
+        wrong, id = "", record.get("id")
         if taken := sorted(TAKEN & record.keys()):
-            raise ValueError(f"{place}: a field cannot be called {taken[0]!r}: rewards have an argument of this name.")
-        id = record.get("id")
-        if id is not None and (first := numbers.setdefault(str(id), number)) != number:
-            raise ValueError(f"{place}: its id {str(id)!r} is also that of line {first}: make them differ.")
+            wrong = f"a field cannot be called {taken[0]!r}: rewards have an argument of this name"
+        elif id is not None and (first := numbers.setdefault(str(id), number)) != number:
+            wrong = f"its id {str(id)!r} is also that of line {first}: make them differ"
+        if wrong:
+            raise ValueError(f"{place}: {wrong}.")
         lines.append(Line(record, place))
-    if not lines:
-        raise ValueError(f"'{path}' has no lines.")
     return lines
 
 
@@ -187,11 +176,3 @@ def _cut(path: Path, lines: list[Line]) -> dict[str, list[Line]]:
             "or make a folder of train.jsonl, validation.jsonl and test.jsonl."
         )
     return splits
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text.replace(",", ""))
-    except ValueError:
-        return False
-    return final_number(text) is not None

@@ -2,14 +2,15 @@
 """
 What programming problems share: programs printed in one style, wrong ones that look alike, a run in the sandbox.
 
-Goes in: a problem and its published program. Comes out: the program under a neutral name, three programs of other
-problems about as long, and the verdict of the problem's asserts on a completion.
+A published program gets a neutral name and, as distractors, three programs of other problems about as long; the
+problem's asserts grade a completion.
 """
 
 import ast
 import functools
 import random
 import re
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,14 +23,14 @@ _CALLED = re.compile(r"\b([A-Za-z_]\w*)\s*\(")
 
 
 class CodeTask(Task):
-    """A problem that a program solves; subclasses say where question, program and asserts stand."""
+    """A problem that a program solves; subclasses read question, program and asserts."""
 
     kind = "code"
     max_characters = 300  # of a program in the choice form
 
+    @abstractmethod
     def source(self, raw: Record) -> tuple[str, dict[str, str]] | None:
         """Read a record's program, and its names that would give the answer away, each with a neutral one."""
-        raise NotImplementedError
 
     def options(self, raw: Record, pool: Sequence[Record], rng: random.Random) -> tuple[str, list[str]] | None:
         """Return the record's program and three of other problems that are about as long."""
@@ -61,7 +62,6 @@ class CodeTask(Task):
         return text if text and len(text) <= self.max_characters else None
 
     def solved(self, raw: Record, row: Mapping[str, Any]) -> str:
-        """Put the program into a code block."""
         answer = super().solved(raw, row)
         return f"```python\n{answer.strip()}\n```" if form_of(row) == "generate" else answer
 

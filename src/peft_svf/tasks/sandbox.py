@@ -22,19 +22,17 @@ processes, and in the closest of three modes that works here; `SandboxResult.clo
 
 No program runs as root: a root user's programs get an unprivileged user id that no other process has.
 
-The memory of all processes of a program counts together. A control group limits it if this user can make one, as root
-often can; else a watch sums 20 times a second what they map and the files in memory that they hold open, so a program
-can have more for 50 ms, up to the address space of each process.
+The memory of all processes of a program counts together: a watch sums 20 times a second what they map and the files in
+memory that they hold open, so a program can have more for 50 ms, up to the address space of each process.
 
-Not covered: without a control group, System V segments that no process has attached (`ctypes` is hidden, which leaves
-Python no way to make one); the kernel itself. Without namespaces the program can also open connections, read and write
-what its user can, and, unless root started it, signal and trace the user's other processes, the trainer included, and
-leave a process behind in another session. It's a belt for what a model under training runs into, not a wall against an
-attacker: for that, train in a container or a virtual machine.
+Not covered: System V segments that no process has attached (`ctypes` is hidden, which leaves Python no way to make
+one); the kernel itself. Without namespaces the program can also open connections, read and write what its user can,
+hide memory in an orphan, and, unless root started it, signal and trace the user's other processes, the trainer
+included, and leave a process behind in another session. It's a belt for what a model under training runs into, not a
+wall against an attacker: for that, train in a container or a virtual machine.
 """
 
 import atexit
-import contextlib
 import functools
 import json
 import marshal
@@ -49,8 +47,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,22 +90,13 @@ exec "$@"
 
 @dataclass(frozen=True)
 class SandboxResult:
-    """
-    How a run ended.
+    """How a run ended."""
 
-    Attributes:
-        ok (`bool`): The code ran to its end, and every assert passed.
-        stdout, stderr (`str`): Its output, cut at the limit.
-        reason (`str`): Why it isn't ok; empty if it is.
-        closed (`tuple[str, ...]`): What was closed off: "network", "processes" (those outside), "files" (writing
-            them), "reading" (the user's files); empty without namespaces.
-    """
-
-    ok: bool
-    stdout: str
+    ok: bool  # the code ran to its end, and every assert passed
+    stdout: str  # cut at the limit, as is stderr
     stderr: str
-    reason: str
-    closed: tuple[str, ...] = ()
+    reason: str  # why it isn't ok; empty if it is
+    closed: tuple[str, ...] = ()  # of `CLOSED`: "processes" are those outside, "files" is writing them
 
 
 def run_python(
@@ -116,20 +106,13 @@ def run_python(
     Run Python code in a process that can do little harm.
 
     Args:
-        code (`str`):
-            The program.
+        code (`str`): The program.
         asserts (sequence of `str`, *optional*):
             Statements to run after it, in the judge; `ok` needs all of them. With them the code's `__name__` is
             "solution", so a main block doesn't run.
-        timeout (`float`, defaults to 5.0):
-            Processor time of all processes together, in seconds; the clock on the wall may pass four times that.
-        memory_mb (`int`, defaults to 512):
-            Memory of all processes together, and address space of each, in MiB.
-        output_kb (`int`, defaults to 64):
-            A run that prints more than this, in KiB, is stopped.
-
-    Returns:
-        [`SandboxResult`]
+        timeout (`float`): Seconds of processor time of all processes together; on the wall clock four times that.
+        memory_mb (`int`): MiB of memory of all processes together, and of the address space of each.
+        output_kb (`int`): KiB of output after which a run is stopped.
 
     Raises:
         `NotImplementedError`: on a system without POSIX process groups.
@@ -137,24 +120,15 @@ def run_python(
     """
     if os.name != "posix":
         raise NotImplementedError(
-            f"The sandbox needs POSIX processes and this system is '{os.name}'. Use the choice form of the task, "
-            "which runs no code, or run in a Linux container."
+            f"The sandbox needs POSIX and this system is '{os.name}': use the choice form, which runs no code."
         )
-    limits = {
-        "RLIMIT_CPU": int(timeout) + 1,
-        "RLIMIT_AS": memory_mb << 20,
-        "RLIMIT_FSIZE": FILE_MB << 20,
-        "RLIMIT_NOFILE": FILES,
-        "RLIMIT_NPROC": PROCESSES,
-        "RLIMIT_CORE": 0,
-    }
+    limits = {"CPU": int(timeout) + 1, "AS": memory_mb << 20, "FSIZE": FILE_MB << 20, "CORE": 0}
+    limits |= {"NOFILE": FILES, "NPROC": PROCESSES}
     job = {"code": code, "asserts": list(asserts), "limits": limits, "seconds": int(PATIENCE * timeout) + 2}
     starter = _starter(os.getpid(), _mode())
     with starter.program() as program, starter.judge(program) as verdict:
-        if program.memory is not None:
-            program.memory.write_text(str(memory_mb << 20))
         data = json.dumps(job).encode()
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        with suppress(BrokenPipeError, ConnectionResetError):
             verdict.sendall(len(data).to_bytes(8, "big") + data)
         texts, reason = _collect(program.process, verdict, timeout, output_kb << 10, memory_mb << 20)
     out, err = (texts[name][: output_kb << 10].decode("utf-8", "replace") for name in ("stdout", "stderr"))
@@ -188,19 +162,16 @@ class _Side:
                 pass_fds=[end.fileno()],
                 start_new_session=True,
             )
-        self.memory = _memory_limit(self.process.pid)
 
     def __enter__(self) -> "_Side":
         return self
 
     def __exit__(self, *error: object) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
+        with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         if self.mode == "none" and self.user is not None:  # all processes of the id, whatever session they are in
             subprocess.run(["sh", "-c", "kill -9 -1"], user=self.user, group=self.user, extra_groups=(), check=False)
         self.process.wait()
-        if self.memory is not None:
-            _end(self.memory.parent)
         self.socket.close()
         for pipe in filter(None, (self.process.stdout, self.process.stderr)):
             pipe.close()
@@ -208,12 +179,7 @@ class _Side:
 
 
 class _Starter:
-    """
-    Starts programs and judges in one mode.
-
-    A start takes longer than most programs run, so each program's Python starts while the one before runs, and one
-    process forks all judges.
-    """
+    """Starts each program while the one before runs, as a start takes longer; one process forks all judges."""
 
     def __init__(self, owner: int, mode: str) -> None:
         self.owner, self.mode, self.lock = owner, mode, threading.Lock()
@@ -233,16 +199,15 @@ class _Starter:
     def judge(self, program: _Side) -> socket.socket:
         """Have a judge forked for a program; return the socket that takes the job and brings the verdict."""
         verdict, report = socket.socketpair()
-        with self.lock, report:
-            for _ in range(2):
-                with contextlib.suppress(OSError):
-                    descriptors = [program.socket.fileno(), report.fileno()]
-                    socket.send_fds(self.judges.result().socket, [b"j"], descriptors)
-                    program.socket.close()
-                    return verdict
-                self.judges.result().__exit__()  # it ended
+        with self.lock, report, program.socket:
+            descriptors = [program.socket.fileno(), report.fileno()]
+            try:
+                socket.send_fds(self.judges.result().socket, [b"j"], descriptors)
+            except OSError:  # the process that forks judges ended
+                self.judges.result().__exit__()
                 self.judges = self.start("judge")
-        raise RuntimeError("The sandbox's judge doesn't start.")
+                socket.send_fds(self.judges.result().socket, [b"j"], descriptors)
+        return verdict
 
     def close(self) -> None:
         if os.getpid() == self.owner:  # a fork has no part in them
@@ -255,7 +220,7 @@ _starter = functools.cache(_Starter)
 
 @functools.cache
 def _source(same: bool) -> str:
-    """Return the harness as the argument of `-c`, compiled if the same Python runs it: its start counts."""
+    """Return the harness as the argument of `-c`, compiled if the same Python runs it, which starts sooner."""
     text = HARNESS.read_text(encoding="utf-8")
     code = marshal.dumps(compile(text, "<sandbox>", "exec", optimize=2)).hex()
     return f"import marshal; exec(marshal.loads(bytes.fromhex('{code}')))" if same else text
@@ -265,7 +230,7 @@ def _source(same: bool) -> str:
 def _mode() -> str:
     """Return the closest mode that can start a Python here: kernels and containers may refuse namespaces."""
     for mode in MODES[:-1]:
-        with tempfile.TemporaryDirectory(prefix="svf-sandbox-") as folder, contextlib.suppress(OSError):
+        with tempfile.TemporaryDirectory(prefix="svf-sandbox-") as folder, suppress(OSError):
             command = [*_command(mode, folder), "-c", "pass"]
             done = subprocess.run(
                 command, stdin=subprocess.DEVNULL, capture_output=True, env={"PATH": TOOLS}, timeout=10
@@ -327,7 +292,7 @@ def _free_id() -> int:
     """Return a user id that no process has."""
     taken = set()
     for entry in os.scandir("/proc"):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             taken.add(entry.stat().st_uid)
     start = random.randrange(len(IDS))
     return next(id for id in (*IDS[start:], *IDS[:start]) if id not in taken)
@@ -379,72 +344,18 @@ def _usage(root: int) -> tuple[float, int]:
         `tuple[float, int]`: Processor time in seconds, ended children included; bytes of private pages and of files in
         memory that they hold open.
     """
-    ticks, total, files = 0, 0, dict[int, int]()
-    for path in _tree(root):
-        with contextlib.suppress(OSError, ValueError):
+    ticks, total, files, waiting = 0, 0, dict[int, int](), [root]
+    while waiting:
+        path = Path("/proc", str(waiting.pop()))
+        with suppress(OSError, ValueError):  # it ended
             ticks += sum(map(int, (path / "stat").read_text().rpartition(")")[2].split()[11:15]))
             for line in (path / "status").read_text().splitlines():
                 if line.startswith(("RssAnon:", "RssShmem:", "VmSwap:")):
                     total += int(line.split()[1]) << 10
+            for task in (path / "task").iterdir():
+                waiting += map(int, (task / "children").read_text().split())
             for descriptor in (path / "fd").iterdir():
                 opened = descriptor.stat()
                 if opened.st_nlink == 0:  # memfd, or deleted
                     files[opened.st_ino] = opened.st_blocks << 9
     return ticks / os.sysconf("SC_CLK_TCK"), total + sum(files.values())
-
-
-def _tree(root: int) -> Iterator[Path]:
-    """Return the folders in /proc of a process and its descendants, each before its children are looked up."""
-    waiting = [root]
-    while waiting:
-        path = Path("/proc", str(waiting.pop()))
-        yield path
-        with contextlib.suppress(OSError):
-            for task in (path / "task").iterdir():
-                waiting += map(int, (task / "children").read_text().split())
-
-
-def _memory_limit(process: int) -> Path | None:
-    """Move a process and its descendants into a control group; return the file that limits the group's memory."""
-    limit = _memory_groups()
-    if limit is None:
-        return None
-    group = limit.parent / f"svf-sandbox-{process}"
-    with contextlib.suppress(OSError):
-        group.mkdir()
-        for path in _tree(process):
-            with contextlib.suppress(OSError):  # it ended
-                (group / "cgroup.procs").write_text(path.name)
-        return group / limit.name
-    return None
-
-
-def _end(group: Path) -> None:
-    """Kill what is left in a control group, and remove it."""
-    for _ in range(50):
-        with contextlib.suppress(OSError):
-            for process in (group / "cgroup.procs").read_text().split():
-                os.kill(int(process), signal.SIGKILL)
-            group.rmdir()
-            return
-        time.sleep(0.002)
-
-
-@functools.cache
-def _memory_groups() -> Path | None:
-    """Return where this user can make control groups, joined with the name of their limit, if it can anywhere."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            number, controllers, place = line.split(":", 2)
-            limit = Path(f"/sys/fs/cgroup/memory{place}/memory.limit_in_bytes")
-            if number == "0":  # version 2: a group that holds processes can't limit groups of its own, a sibling can
-                limit = Path(f"/sys/fs/cgroup{place}").parent / "memory.max"
-            elif controllers != "memory":
-                continue
-            with contextlib.suppress(OSError):
-                group = Path(tempfile.mkdtemp(prefix="svf-sandbox-", dir=limit.parent))
-                limits = os.access(group / limit.name, os.W_OK)
-                group.rmdir()
-                if limits:
-                    return limit
-    return None

@@ -2,12 +2,11 @@
 """
 The far side of the sandbox: two scripts, one that runs a program and one that judges it.
 
-`sandbox` starts both as `python -I -S -B -c SOURCE ROLE ...`, so that no file of theirs can be rewritten. They share
-no interpreter. The *program* loads the model's code as a module and serves requests on a pipe: look up names, call,
-read or set an attribute, iterate. The *judge* executes the asserts; a name that they take from the program becomes a
-plain value or a [`Remote`]. What crosses the pipe is an expression of literals, calls of a few constructors and
-handles, which the judge reads without running it: it compares values and never runs a method of the program's objects.
-Standard library only.
+`sandbox` starts both as `python -I -S -B -c SOURCE ROLE ...`, so that no file of theirs can be rewritten. The
+*program* loads the model's code as a module and serves requests on a socket: look up names, call, read or set an
+attribute, iterate. The *judge* executes the asserts; a name that they take from the program becomes a plain value or a
+[`Remote`]. What crosses the socket is an expression of literals, calls of a few constructors and handles, which the
+judge reads without running it: it never runs a method of the program's objects. Standard library only.
 """
 
 import builtins
@@ -40,7 +39,7 @@ SHARED = {
 
 
 class ProgramError(Exception):
-    """The program raised, ended, or returned what isn't a literal."""
+    """The program returned what isn't a literal, or raised what isn't a builtin error."""
 
 
 def write(value: Any, handle: Any) -> str:
@@ -100,15 +99,15 @@ class Channel:
         self.target.write(len(data).to_bytes(8, "big") + data)
         self.target.flush()
 
-    def receive(self) -> str:
+    def receive(self) -> bytes:
         head = self.source.read(8)
         size = int.from_bytes(head, "big")
         if size > FRAME:
-            raise ValueError(f"A message has more than {FRAME >> 20} MiB.")
+            raise ValueError(f"a value has more than {FRAME >> 20} MiB, or the program wrote to this socket")
         data = self.source.read(size)
         if len(head) < 8 or len(data) < size:
             raise EOFError
-        return data.decode()
+        return data
 
 
 # What the judge may request of an object; of a module's names those that exist.
@@ -158,9 +157,8 @@ class Program:
                 message["arguments"] = arguments
             text = write(message, self.handle)
         except SystemExit as error:
-            text = write(
-                {"error": ["SystemExit", f"left by exit({error.code!r})"], "ended": error.code in (0, None)}, repr
-            )
+            ended = error.code in (0, None)
+            text = write({"error": ["SystemExit", f"left by exit({error.code!r})"], "ended": ended}, repr)
         except BaseException as error:
             import traceback
 
@@ -263,15 +261,12 @@ class Judge:
     def exchange(self, message: Any) -> Any:
         """Send a message to the program and return its answer, a mapping of plain values and [`Remote`]s."""
         text = write(message, self.name)
+        self.channel.send(text)
+        data = self.channel.receive()
         try:
-            self.channel.send(text)
-            return read(self.channel.receive(), self.value)
-        except (EOFError, OSError):
-            raise EOFError from None
+            return read(data.decode(), self.value)
         except Exception:
-            raise ProgramError(
-                "a value is too large or nested too deeply, or the program wrote to this pipe"
-            ) from None
+            raise ProgramError("a value is nested too deeply, or the program wrote to this socket") from None
 
     def name(self, value: Any) -> str:
         if isinstance(value, Remote):
@@ -289,17 +284,16 @@ class Judge:
 def _error(name: str, text: str) -> Exception:
     """Return the builtin error of that name, as asserts may expect it, but none that ends a loop or a process."""
     kind: Any = vars(builtins).get(name)
-    ends = issubclass(kind, (StopIteration, StopAsyncIteration)) if isinstance(kind, type) else True
-    if ends or not issubclass(kind, Exception):
+    kept = isinstance(kind, type) and issubclass(kind, Exception) and "Iteration" not in name
+    if not kept:
         return ProgramError(f"{name}: {text}" if text else name)
-    error = ValueError(text) if issubclass(kind, UnicodeError) else kind(text)
-    return error if isinstance(error, Exception) else ProgramError(name)
+    return ValueError(text) if issubclass(kind, UnicodeError) else kind(text)
 
 
 def _reason(name: str, text: str) -> str:
     if name == "SystemExit":
         return text
-    if name == "EOFError":
+    if name in ("EOFError", "BrokenPipeError", "ConnectionResetError"):
         return "the program ended before its verdict"
     return (f"{name}: {text}" if text else name)[:300]
 
@@ -317,7 +311,7 @@ def limit(limits: dict[str, int]) -> None:
 
     for name, value in limits.items():
         try:
-            resource.setrlimit(getattr(resource, name), (value, value))
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
         except (AttributeError, ValueError, OSError):
             continue
 

@@ -49,7 +49,6 @@ class Svamp(WordProblem):
     hub = HubSource("ChilleD/SVAMP", None, {"all": "train+test"})
 
     def answer(self, raw: Record) -> Fraction:
-        """Read the field `answer`."""
         return Fraction(str(raw["answer"]))
 
     def solution(self, raw: Record) -> tuple[list[Fraction], Calculation] | None:
@@ -93,7 +92,6 @@ class Svamp(WordProblem):
         return sorted(taken, key=lambda record: str(record["id"]))
 
     def from_hub(self, record: Record) -> Record:
-        """Join body and question as the files do."""
         return {
             "id": record["ID"],
             "question": f"{record['Body'].strip()} {record['Question'].strip()}",

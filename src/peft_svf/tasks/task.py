@@ -2,8 +2,7 @@
 """
 What every benchmark shares: a split becomes rows, a completion becomes right or wrong.
 
-Goes in: records of a benchmark, from `<folder>/<name>/<split>.jsonl.gz` or from the Hub. Comes out: a reward, and rows
-of a form that the task has:
+Records come from `<folder>/<name>/<split>.jsonl.gz` or from the Hub. A row has one of the forms of its task:
 
     choice          picks one of the texts in `choices`; the policy is the softmax of their summed token
                     log-likelihoods as the assistant's answer to `prompt`
@@ -11,7 +10,7 @@ of a form that the task has:
     letter          writes the letter of one of the options that the prompt lists: one token
     calculation     writes the calculation that solves a word problem, such as "8 + 3"; graded by its value
 
-A record of the test split is never handed out for training or validation. A task knows no model and no tokenizer, and
+A record of the test split is never used for training or validation. A task knows no model and no tokenizer, and
 imports `datasets` only to read the Hub.
 """
 
@@ -21,6 +20,7 @@ import os
 import random
 import re
 import string
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -58,12 +58,7 @@ def lettered(options: Sequence[str]) -> str:
 
 
 def rotated(row: Mapping[str, Any], places: int) -> Record:
-    """
-    Move the options of a row of the form "letter" up by so many places; the first ones go to the end.
-
-    Raises:
-        `ValueError`: if the row is of another form.
-    """
+    """Move the options of a row of the form "letter" up by so many places; the first ones go to the end."""
     if form_of(row) != "letter":
         raise ValueError(f"Row {row.get('id')!r} lists no lettered options that could be rotated: use form 'letter'.")
     options, right = list(row["options"]), LETTERS.index(row["answer"])
@@ -75,25 +70,25 @@ def rotated(row: Mapping[str, Any], places: int) -> Record:
 
 
 class HubSource(NamedTuple):
-    """A benchmark's place on the Hub: `datasets.load_dataset(path, config, split=splits[file])`."""
+    """The arguments of `datasets.load_dataset(path, config, split=splits[file])`."""
 
     path: str
     config: str | None
     splits: Mapping[str, str]  # name of a local file -> the Hub's split; "a+b" joins two
 
 
-class Task:
+class Task(ABC):
     """
-    A benchmark: where its records lie, how a record becomes a row, which completion is right.
+    A benchmark: where its records are, how a record becomes a row, which completion is right.
 
-    A benchmark is a subclass that sets the class attributes and writes `row` and `score`, for the choice form also
-    `options`; the rest has defaults. A task keeps no state.
+    A subclass sets the class attributes and writes `score`, usually `row`, and for the choice form `options`; the rest
+    has defaults. A task keeps no state.
 
     Attributes:
         name (`str`): Name of the task and of its folder.
         kind (`str`): What a dispatcher calls its questions: "reasoning", "math", "code"; "dispatch" for itself.
         description (`str`): One line for people.
-        files (mapping `str -> str`): The splits, each with the file that it is cut from if no file has its own name.
+        files (mapping `str -> str`): The splits, each with the file that it is cut from if no file has its name.
         forms (`tuple` of `str`): Its forms, the default one first.
         hub ([`HubSource`], *optional*): Where the same records lie on the Hub.
         published_names (`bool`): Whether a file that is named like a split ("test") may be another split.
@@ -112,13 +107,13 @@ class Task:
 
     # What a benchmark defines ------------------------------------------------------------------------------------
 
-    def row(self, raw: Record) -> Record:
-        """Make a row of the generated form: `prompt` (a chat), `answer`, `id`, `task` and what `score` needs."""
-        raise NotImplementedError
-
+    @abstractmethod
     def score(self, completion: str, row: Mapping[str, Any]) -> float:
         """Grade a free text that answers a row of the generated form, from 0 (wrong) to 1 (right)."""
-        raise NotImplementedError
+
+    def row(self, raw: Record) -> Record:
+        """Make a row of the generated form: `prompt` (a chat), `answer`, `id`, `task` and what `score` needs."""
+        return self.ask(raw, raw["prompt"], answer=raw["answer"])
 
     def question(self, raw: Record, choices: Sequence[str]) -> str:
         """Return the user's text of the choice form. The default is the bare question, without the choices."""
@@ -126,7 +121,7 @@ class Task:
 
     def options(self, raw: Record, pool: Sequence[Record], rng: random.Random) -> tuple[str, list[str]] | None:
         """Return the right choice and the wrong ones, or `None` to leave the record out of the choice form."""
-        raise NotImplementedError
+        return None
 
     def solved(self, raw: Record, row: Mapping[str, Any]) -> str:
         """Write the answer to a row as a solved example shows it. The default is the bare answer."""
@@ -160,7 +155,7 @@ class Task:
 
     def load(self, split: str, folder: Folder = None) -> list[Record]:
         """
-        Load the records of a split.
+        Load the records of a split, each a `dict` with an `id`.
 
         Args:
             split (`str`):
@@ -170,13 +165,10 @@ class Task:
                 Folder with `<name>/<split>.jsonl.gz` or `.jsonl`. Without it the folder that the environment variable
                 `PEFT_SVF_DATA` names; without that the Hub, which needs `datasets`.
 
-        Returns:
-            `list` of `dict`, each with an `id`.
-
         Raises:
             `ValueError`: if the task has no such split.
-            `FileNotFoundError`: if the folder has no file for it.
-            `ImportError`, `ConnectionError`: if the Hub is to be read and `datasets` or the network is missing.
+            `FileNotFoundError`: if the folder or the Hub has no file for it.
+            `ConnectionError`: if the Hub can't be read.
         """
         if split not in self.files:
             way_out = "" if "train" in self.files else " It only tests: train and choose checkpoints on another task."
@@ -201,31 +193,25 @@ class Task:
         shots: int = 0,
     ) -> list[Record]:
         """
-        Make the rows of a split, in an order that the seed fixes.
+        Make the rows of a split, in an order that the seed fixes; all have `prompt`, `id` and `task`.
 
         Args:
             split (`str`):
                 "train", "validation" or "test".
-            form (`str`, defaults to `"choice"`):
-                One of `forms`. Rows of "choice" have `prompt`, `choices`, `label`; all others `prompt`, `answer`.
+            form (`str`):
+                One of `forms`. Rows of "choice" have `choices` and `label`; all others have `answer`.
             limit (`int`, *optional*):
                 Keep the first rows only; a larger limit contains a smaller one.
-            seed (`int`, defaults to 0):
+            seed (`int`):
                 Fixes the order of rows, the distractors and the place of the right choice.
             folder (`str` or path, *optional*):
                 As in [`Task.load`].
             system (`str`, *optional*):
                 System prompt of rows that have none.
-            shots (`int`, defaults to 0):
-                So many solved examples, turns of user and assistant, precede each question. They are of the training
-                split, of which no row asks them, and the same for all rows, splits and seeds: runs compare, and a
-                model reads them once for a whole batch.
-
-        Returns:
-            `list` of `dict`, all with `prompt`, `id` and `task`.
-
-        Raises:
-            `ValueError`: if the task lacks the form, or rows have images and there are `shots`.
+            shots (`int`):
+                How many solved examples, turns of user and assistant, precede each question. They come from the
+                training split, of which no row asks them, and are the same for all rows, splits and seeds: runs
+                compare, and a model reads them once for a whole batch. Rows with images take none.
         """
         if form not in self.forms:
             raise ValueError(f"Task '{self.name}' has no form '{form}'; it has {', '.join(self.forms)}.")
@@ -237,17 +223,17 @@ class Task:
 
     def make_row(self, raw: Record, form: str, pool: Sequence[Record] = (), seed: int = 0) -> Record | None:
         """Make a row of any form; arguments and `None` as in [`Task.choice_row`]."""
-        if form == "choice":
-            return self.choice_row(raw, pool, seed)
-        if form == "letter":
-            row = self.choice_row(raw, pool, seed)
-            if row is None or len(row["choices"]) > len(LETTERS):
-                return None
-            *before, question = row.pop("prompt")
-            options, label = row.pop("choices"), row.pop("label")
-            prompt = [*before, {**question, "content": question["content"] + lettered(options)}]
-            return {**row, "prompt": prompt, "answer": LETTERS[label], "options": options, "form": form}
-        return self.row(raw)
+        if form not in ("choice", "letter"):
+            return self.row(raw)
+        row = self.choice_row(raw, pool, seed)
+        if form == "choice" or row is None:
+            return row
+        if len(row["choices"]) > len(LETTERS):
+            return None
+        *before, question = row.pop("prompt")
+        options, label = row.pop("choices"), row.pop("label")
+        prompt = [*before, {**question, "content": question["content"] + lettered(options)}]
+        return {**row, "prompt": prompt, "answer": LETTERS[label], "options": options, "form": form}
 
     def _examples(self, form: str, count: int, folder: Folder) -> tuple[Chat, set[str]]:
         """Return solved examples as turns, and their ids."""
@@ -255,27 +241,21 @@ class Task:
         made = ((raw, self.make_row(raw, form, raws)) for raw in shuffled(raws, f"{self.name}:shots"))
         turns, ids = Chat(), set[str]()
         for raw, row in islice(((raw, row) for raw, row in made if row is not None), count):
-            if row.get("image") is not None:
-                raise ValueError(f"Task '{self.name}' has images, which take no solved examples: set shots=0.")
             turns += [*_without_system(row["prompt"]), {"role": "assistant", "content": self.solved(raw, row)}]
             ids.add(row["id"])
         return turns, ids
 
     def choice_row(self, raw: Record, pool: Sequence[Record] = (), seed: int = 0) -> Record | None:
         """
-        Make a row of the choice form.
+        Make a row of the choice form: `prompt` (a chat), `choices` (texts), `label` (index of the right one).
 
         Args:
-            raw (`dict`):
-                One record of [`Task.load`].
-            pool (sequence of `dict`, *optional*):
-                The records of the same split, if distractors are other records' answers.
-            seed (`int`, defaults to 0):
-                Fixes distractors and order together with the record's id; its neighbours play no part in them.
+            raw (`dict`): One record of [`Task.load`].
+            pool (sequence of `dict`): The records of the same split, if distractors are other records' answers.
+            seed (`int`): Fixes distractors and order together with the record's id, whatever its neighbours.
 
         Returns:
-            `dict` with `prompt` (a chat), `choices` (texts), `label` (place of the right one), `id`, `task`; `None`
-            for a record that doesn't suit the choice form.
+            `dict`, or `None` for a record that doesn't suit the choice form.
         """
         rng = random.Random(f"{self.name}:{raw['id']}:{seed}")
         options = self.options(raw, pool, rng)
@@ -300,22 +280,16 @@ class Task:
         Score completions in the form of TRL's reward functions.
 
         Args:
-            completions (sequence of `str` or of chats):
-                The model's answers, as texts or as lists of messages.
-            columns (sequences as long as `completions`):
-                The fields of the rows by name; other keyword arguments that TRL passes are ignored. A row with
-                `choices` and `label` is of the choice form.
+            completions (sequence of `str` or of chats): The model's answers.
+            columns (sequences as long as `completions`): The fields of the rows; TRL's other arguments are ignored.
 
         Returns:
             `list` of `float`: 1.0 for a right answer, else -1.0 (section 3.2 of arXiv 2501.06252); in between for a
             task that grades, `2 * score - 1`.
         """
         lists = {name: c for name, c in columns.items() if isinstance(c, (list, tuple)) and len(c) == len(completions)}
-        rewards = []
-        for index, text in enumerate(map(_text, completions)):
-            row = {name: column[index] for name, column in lists.items()}
-            rewards.append(2.0 * self.grade(text, row) - 1.0)
-        return rewards
+        rows = ({name: column[index] for name, column in lists.items()} for index in range(len(completions)))
+        return [2.0 * self.grade(text, row) - 1.0 for text, row in zip(map(_text, completions), rows, strict=True)]
 
     # Where records come from -------------------------------------------------------------------------------------
 
@@ -343,22 +317,16 @@ class Task:
         file, name = self.files[split], f"Task '{self.name}'"
         way_out = f"Pass folder=... or set {DATA_VARIABLE} to a folder with '{self.name}/{file}.jsonl.gz'."
         if self.hub is None or file not in self.hub.splits:
-            published = ", ".join(self.hub.splits) if self.hub else "nothing"
-            raise FileNotFoundError(f"{name} has {published} on the Hub, not '{file}'. {way_out}")
-        try:
-            import datasets
+            raise FileNotFoundError(f"{name} has no '{file}' on the Hub. {way_out}")
+        import datasets
 
+        try:
             table = datasets.load_dataset(self.hub.path, self.hub.config, split=self.hub.splits[file])
-        except ImportError as error:
-            raise ImportError(
-                f"{name} reads '{self.hub.path}' from the Hub: `pip install 'peft-svf[eval]'`. {way_out}"
-            ) from error
         except Exception as error:  # `datasets` raises many kinds, and the way out is the same for all
             raise ConnectionError(f"{name} couldn't read '{self.hub.path}' from the Hub: {error} {way_out}") from error
         return file, self._hub_records(table)
 
     def _hub_records(self, table: Any) -> list[Record]:
-        """Make the records of a `datasets.Dataset`."""
         return [self.from_hub(dict(record)) for record in table]
 
 
@@ -390,14 +358,8 @@ def format_reward(pattern: str) -> Callable[..., list[float]]:
 
     Returns:
         A function `(completions, **columns) -> list[float]`.
-
-    Raises:
-        `ValueError`: if the pattern isn't a regular expression.
     """
-    try:
-        compiled = re.compile(pattern, re.DOTALL)
-    except re.error as error:
-        raise ValueError(f"The format {pattern!r} isn't a regular expression: {error}.") from error
+    compiled = re.compile(pattern, re.DOTALL)
 
     def format_reward(completions: Sequence[str | Chat], **columns: Any) -> list[float]:
         return [float(compiled.search(text) is not None) for text in map(_text, completions)]

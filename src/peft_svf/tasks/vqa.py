@@ -7,7 +7,7 @@ TextVQA and OK-VQA: questions about photographs, each with ten answers of people
     answers                  "dakota" 8 times, "nous les gosses", "clos culombu"
     completion               "Dakota"      accuracy 1, reward 1.0; an answer of one person 1/3, -1/3; of nobody 0, -1.0
 
-It has no choice form. The `image` of a row is the undecoded form of `datasets.Image`, `{"path": ..., "bytes": ...}`,
+There is no choice form. The `image` of a row is the undecoded form of `datasets.Image`, `{"path": ..., "bytes": ...}`,
 so that no picture is opened before it is needed. The grade is VQA accuracy,
 
     accuracy = min(1, number of people who gave the answer / 3)
@@ -76,11 +76,9 @@ class Vqa(Task):
         return vqa_accuracy(completion, row["answers"])
 
     def item(self, raw: Record) -> str:
-        """Return image and question."""
         return f"{raw['image_id']}\n{raw['question'].lower()}"
 
     def identify(self, record: Record, place: str) -> str:
-        """Return the published question_id."""
         return f"{self.name}-{record['question_id']}"
 
     def cut(self, split: str, records: list[Record]) -> list[Record]:
@@ -91,17 +89,13 @@ class Vqa(Task):
         return list(compress(records, ((value % 10 == 0) == (split == "validation") for value in hashes)))
 
     def _read_folder(self, split: str, folder: Path) -> tuple[str, list[Record]]:
-        """Read the published JSON files, or rows of our own with the same fields and an `image` path."""
+        """Read rows of our own with an `image` path, or the published JSON files."""
         file = self.files[split]
-        paths = [folder / self.name / name for name in self.annotations[file]]
-        if all(path.is_file() for path in paths):
+        try:
+            _, records = super()._read_folder(split, folder)
+        except FileNotFoundError:
+            paths = (folder / self.name / name for name in self.annotations[file])
             records = self._published(*(json.loads(path.read_text("utf-8")) for path in paths))
-        else:
-            try:
-                _, records = super()._read_folder(split, folder)
-            except FileNotFoundError as error:
-                names = " and ".join(map(str, paths))
-                raise FileNotFoundError(f"{error} The published files would be {names}.") from None
         for record in records:
             name = record.get("image") or self.images.format(file=file, id=record["image_id"])
             record["image"] = {"path": os.fspath(folder / self.name / name), "bytes": None}
@@ -160,17 +154,13 @@ class OkVqa(Vqa):
 
 
 def vqa_accuracy(answer: str, people: Iterable[str]) -> float:
-    """Grade an answer by how many people gave it: `min(1, matches / 3)`, after [`normalised`]."""
+    """Grade an answer by how many people gave it: `min(1, matches / 3)`, all [`normalised`]."""
     answer = normalised(answer)
     return min(1.0, sum(answer == normalised(other) for other in people) / 3)
 
 
 def normalised(answer: str) -> str:
-    """
-    Bring an answer into the form in which the VQA evaluation compares.
-
-    "The  Two dogs." -> "2 dogs", "don't" -> "dont", "1,000" -> "1000", "stop-sign" -> "stop sign".
-    """
+    """Write an answer as the VQA evaluation compares it: "The  Two dogs." -> "2 dogs", "stop-sign" -> "stop sign"."""
     text = " ".join(answer.lower().split())
     glued = re.search(r"\d,\d", text) is not None
     for mark in _PUNCTUATION:

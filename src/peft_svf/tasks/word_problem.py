@@ -2,14 +2,14 @@
 """
 What word problems share: the number an answer ends with, its calculation, and wrong numbers that look right.
 
-Goes in: a problem and its calculation. Comes out: a `Fraction` read from a completion, and three distractors made from
-the problem's own numbers. In the form "calculation" the answer is "8 + 3", graded by its value. Exact arithmetic
-throughout: answers of plain digits need no library that reads formulas.
+A completion becomes a `Fraction`, and a calculation becomes three distractors of the problem's own numbers. In the
+form "calculation" the answer is "8 + 3", graded by its value. All arithmetic is exact.
 """
 
 import operator
 import random
 import re
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -30,22 +30,22 @@ _VALUES = {word: value for value, word in enumerate(_WORDS, 1)} | {"half": 2, "t
 
 
 class WordProblem(Task):
-    """A problem whose answer is one number; subclasses say where the number and the solution's steps stand."""
+    """A problem whose answer is one number; subclasses read the number and the solution's steps."""
 
     kind = "math"
     forms = (*FORMS, "calculation")
 
+    @abstractmethod
     def answer(self, raw: Record) -> Fraction:
         """Read the right number out of a record."""
-        raise NotImplementedError
 
+    @abstractmethod
     def solution(self, raw: Record) -> tuple[list[Fraction], Calculation] | None:
         """Read the last calculation out of a record, and the results before it; `None` if it isn't `a op b`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def calculation(self, raw: Record) -> str | None:
         """Write all of the solution as one calculation, "(6 * 12) - 30"; `None` if the record has none."""
-        raise NotImplementedError
 
     def options(self, raw: Record, pool: Sequence[Record], rng: random.Random) -> tuple[str, list[str]] | None:
         """Return the calculation with the right result and three with others, made from the same numbers."""
@@ -53,11 +53,12 @@ class WordProblem(Task):
         if solution is None:
             return None
         steps, right = solution
-        made = calculations(right, _numbers_and_words(raw["question"]), steps, rng)
+        words = re.findall(r"[a-z]+", raw["question"].lower())
+        numbers = numbers_in(raw["question"]) + [Fraction(_VALUES[word]) for word in words if word in _VALUES]
+        made = calculations(right, numbers, steps, rng)
         return made if made and final_number(made[0]) == self.answer(raw) else None
 
     def row(self, raw: Record) -> Record:
-        """Ask for a solution that ends with the number."""
         text = f"{raw['question']}\nThink step by step and end with: The answer is <number>."
         return self.ask(raw, text, answer=printed(self.answer(raw)))
 
@@ -79,7 +80,6 @@ class WordProblem(Task):
         return row["calculation"] if form == "calculation" else super().solved(raw, row)
 
     def grade(self, completion: str, row: Mapping[str, Any]) -> float:
-        """Compare a calculation by its value; else as in [`Task.grade`]."""
         if form_of(row) != "calculation":
             return super().grade(completion, row)
         value = calculated(completion)
@@ -106,8 +106,8 @@ def calculated(text: str) -> Fraction | None:
     """
     Compute the calculation that a text begins with: its first line, up to "=".
 
-    It has numbers, parentheses and + - * / (also × x ÷), at most 40 of these in all, so that it takes no time to
-    speak of. `None` if the line is anything else, or divides by 0.
+    It has at most 40 numbers, parentheses and + - * / (also × x ÷), so that reading it takes no time to speak of.
+    `None` if the line is anything else, or divides by 0.
     """
     line = text.lstrip()[:400].partition("\n")[0].partition("=")[0].translate(_SPELLED).strip().rstrip(".")
     tokens = TOKEN.findall(line)[::-1]
@@ -157,9 +157,8 @@ def calculations(
     larger number comes first in all, and quotients are rounded down, as only the right one is sure to come out even.
 
     Args:
-        right (`(a, operation, b)`): The calculation that solves the problem; `operation` is one of `+ - * /`.
-        numbers (sequence of `Fraction`): The numbers of the problem.
-        steps (sequence of `Fraction`): The results of the steps before the calculation.
+        right (`(a, operation, b)`): The calculation that solves the problem.
+        numbers, steps (sequences of `Fraction`): The numbers of the problem, and the results of the steps before.
         rng (`random.Random`): Draws the other operation and the other pair.
 
     Returns:
@@ -189,11 +188,6 @@ def calculations(
         return None
     texts = [f"{high} {symbol} {low} = {result}" for (high, low, symbol), result in zip(grid, results, strict=True)]
     return texts[0], texts[1:]
-
-
-def _numbers_and_words(text: str) -> list[Fraction]:
-    words = [Fraction(_VALUES[word]) for word in re.findall(r"[a-z]+", text.lower()) if word in _VALUES]
-    return numbers_in(text) + words
 
 
 def _value(sign: str, digits: str) -> Fraction:
