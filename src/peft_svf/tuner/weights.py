@@ -54,7 +54,7 @@ def undo_cpu_packing(base: nn.Module) -> None:
     """
     Undo what bitsandbytes (0.50) does to a 4-bit weight in its first forward of inference on a CPU with AVX512.
 
-    It packs the weight anew for a kernel that has no gradient and whose layout PEFT cannot read. Saving takes that
+    It packs the weight again, for a kernel that has no gradient and whose layout PEFT cannot read. Saving takes that
     back, but leaves the scales in the order of the kernel, or rounds them once more; they stay in bfloat16.
     """
     state: Any = getattr(getattr(base, "weight", None), "quant_state", None)
@@ -149,10 +149,7 @@ def readable(weight: Tensor | None) -> bool:
 
 def note_shared(model: nn.Module, layers: Mapping[str, Any]) -> None:
     """
-    Note in each SVF layer the names under which its base weight appears in the model.
-
-    Merging z into a weight that several modules share would rescale it for all of them, and unmerging one after the
-    other would not restore it: such layers refuse to merge.
+    Note in each SVF layer the names under which its base weight appears in the model: shared weights refuse to merge.
 
     Raises:
         `ValueError`: if an adapted module has a second place in the model, where it would run without z.
@@ -241,7 +238,7 @@ class Checkpoint:
     The safetensors files that a model was loaded from, if they are on this machine: its folder or the Hub cache.
 
     A float32 checkpoint loaded in bfloat16 holds rounded weights, whose singular directions differ from the stored
-    ones by far more than an expert moves them. `config._name_or_path` of the model names its folder or repository.
+    ones by far more than an expert moves them.
     """
 
     def __init__(self, model: nn.Module) -> None:
