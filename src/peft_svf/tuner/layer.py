@@ -155,10 +155,6 @@ class SVFLayer(nn.Module, BaseTunerLayer):
         """What fingerprints call the weight of the layer with this module name."""
         return name
 
-    def size_of(self, rank: int | None) -> int:
-        """Return the length of a z-vector that moves the `rank` largest singular values; `None`: all."""
-        return self.matrices * min(rank or self.directions, self.directions)
-
     def update_layer(self, adapter_name: str, config: SVFConfig) -> None:
         """Add the offset of an adapter, 0 everywhere (z = 1) unless `config.init_weights` is `False`."""
         size = self.size_of(config.rank)
