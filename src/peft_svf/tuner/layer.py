@@ -137,10 +137,6 @@ class SVFLayer(nn.Module, BaseTunerLayer):
         """The number `r = min(out, in)` of singular values of the weight."""
         return min(self.in_features, self.out_features)
 
-    def size_of(self, rank: int | None) -> int:
-        """The length of a z-vector that moves the `rank` largest singular values; `None`: all."""
-        return self.matrices * min(rank or self.directions, self.directions)
-
     @property
     def base_weight(self) -> Tensor:
         """The parameter that holds the base weight, as the base layer keeps it; if the layer is packed, packed."""
