@@ -95,7 +95,7 @@ def fact_table(value: Any) -> list[str]:
 
 def speed_figure(result: Result, path: Path) -> list[str]:
     """Draw bars of whole operations: steps, decoding, generation."""
-    from peft_svf.plots import new_figure
+    from peft_svf.cli.plots import new_figure
 
     keys = ("B2/mlp", "B2/all", "B4/model", "B6/merged")
     races = [race for race in result["races"] if race["key"] in keys and race["samples"]]
@@ -253,7 +253,7 @@ def written(setting: tuple[float, float]) -> str:
 
 def curves(done: Sequence[Any], settings: Mapping[str, Any], results: Mapping[str, Result], path: Path) -> list[str]:
     """Draw validation accuracy by optimizer step; chosen settings are strong, others faint."""
-    from peft_svf.plots import new_figure
+    from peft_svf.cli.plots import new_figure
 
     figure, (axes,) = new_figure(1, height=6.0)
     kinds = list(dict.fromkeys(t.kind for t in done))
@@ -362,7 +362,7 @@ def routing_part(results: Mapping[str, Result]) -> list[str]:
 
 def first_pass_part(results: Mapping[str, Result]) -> list[str]:
     """Show accuracy, calibration, cost and confusion of each first pass."""
-    from peft_svf.plots import draw_decisions, new_figure
+    from peft_svf.cli.plots import draw_decisions, new_figure
 
     done = {r["way"]: r for name, r in results.items() if name.startswith("dispatch-") and "way" in r}
     cost, rows = results.get("dispatch-cost", {}).get("ways", {}), []
