@@ -121,8 +121,9 @@ class Transformer2Model:
         if not experts and (folder := find_bundle(model or "", kwargs.get("revision"), kwargs.get("token"))):
             bundle = read_bundle(folder)
             model, experts, mixtures = bundle.base_model, bundle.experts, bundle.mixtures
-            parts = {key: Probe.load(v) if isinstance(v, Path) else v for key, v in bundle.first_pass.items()}
-            classifier, first_pass = classifier or bundle.classifier, first_pass or FirstPass(**parts)
+            parts = bundle.first_pass.items()
+            settings: Any = {key: Probe.load(part) if isinstance(part, Path) else part for key, part in parts}
+            classifier, first_pass = classifier or bundle.classifier, first_pass or FirstPass(**settings)
             kwargs["revision"] = bundle.revision
         experts = loaded(experts, lazy=limit_bytes is not None)  # opens each file once
         if model is None:
