@@ -387,12 +387,12 @@ class Transformer2Model:
         Args:
             examples, task: As in [`few_shot`].
             search ([`Search`], *optional*): How to search. Instead, its fields may be among the other arguments.
-            kwargs: Fields of [`Search`], and arguments of [`few_shot`].
+            kwargs: Fields of [`Search`] but `temperature`, which is `generate`'s here; arguments of [`few_shot`].
 
         Raises:
             `ValueError`: if both `search` and fields of it are given, and as [`few_shot`].
         """
-        settings = {name: kwargs.pop(name) for name in vars(SEARCH) if name in kwargs}
+        settings = {name: kwargs.pop(name) for name in (vars(SEARCH).keys() & kwargs.keys()) - {"temperature"}}
         if search is not None and settings:
             raise ValueError(f"Give a search or its fields, not both; got {search} and {settings}.")
         search = Search(**settings) if search is None else search
