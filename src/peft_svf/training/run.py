@@ -372,7 +372,7 @@ class Run(Trainer):
         if peft_config is not None:
             return
         name = model.active_adapters[0] if isinstance(model, PeftModel) else None
-        frozen = not any(parameter.requires_grad for parameter in model.parameters())
+        frozen = name is not None and not any(parameter.requires_grad for parameter in model.parameters())
         for wrong, message in (
             (name is None, "A plain model would be trained whole: pass peft_config=SVFConfig(), or a PeftModel."),
             (
