@@ -104,7 +104,6 @@ def test_a_usage_error_is_one_line_and_code_2(home, both, tmp_path, capsys):
         ("dispatch", *both): "There are no prompts",
         ("dispatch", *both, home / "code", "Sort a list"): "is an expert, not a prompt: write --experts before each",
         ("dispatch", *both, "--strategy", "prompt", "--probe", "p", "--", "x"): "--probe goes with --strategy probe",
-        ("adapt", *both, *few, "--per-layer"): "name it by --name",
         ("adapt", *both, *few, "--max-new-tokens", 3): "needs --task",
         ("export", home / "math", "--to", "lora", "--out", "x", "--rank", 1, "--energy", 0.5): "exclude each other",
         ("export", home / "math", home / "code", "--to", "lora", "--out", tmp_path / "x"): "a weight by --mixture",
@@ -135,6 +134,7 @@ def test_a_failure_is_one_line_and_code_1(home, both, tmp_path, capsys):
         ("eval", "--experts", f"base={home / 'math'}", *task): "can't be called 'base'",
         ("adapt", *both, "--examples", tmp_path / "bad.jsonl"): "line 2",
         ("adapt", *both, "--examples", tmp_path / "broken.jsonl"): "isn't JSON",
+        ("adapt", *both, "--examples", home / "rows.jsonl", "--per-layer"): "name another place by --out",
         ("dispatch", *both, "--strategy", "classifier", "--", "x"): "needs a classifier",
         ("dispatch", *both, "--fit", home / "rows.jsonl", "--", "x"): "'None'",
     }

@@ -53,8 +53,6 @@ def adapt(
     from ..adaptation import Search
 
     out = out or Path((name or "") if per_layer else "mixture.json")
-    if not out.name:
-        raise typer.BadParameter("--per-layer makes an expert: name it by --name, or its folder by --out.")
     rows = read_examples(examples)
     if max_new_tokens and (task is None or any("choices" in row for row in rows)):
         raise typer.BadParameter("--max-new-tokens needs --task, and examples with an 'answer'.")

@@ -2,8 +2,7 @@
 """
 Requests, each with a mixture -> tokens, by transformers' continuous batching with a z-vector per request.
 
-Internals of transformers' serving and of its continuous batching are used here and in `app`, read in 5.23.0; a test
-lists them.
+Internals of transformers' serving and of its continuous batching are used here and in `app`, read in 5.23.0.
 """
 
 import asyncio
