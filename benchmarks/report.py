@@ -21,7 +21,7 @@ from harness import RESULTS, ROOT, ratio
 from learning import CHANGES, Training, read_trainings
 from scipy.stats import t as student
 
-from peft_svf.plots import draw_decisions, new_figure
+from peft_svf.cli.plots import draw_decisions, new_figure
 
 PAGES = ROOT / "docs" / "results"
 NINETY_FIVE = 1.959964  # standard normal

@@ -17,8 +17,8 @@ ROWS = [
     ["rows"],
     ["tuner", "tasks", "reading"],
     ["evaluation", "experts"],
-    ["training", "adaptation", "plots"],
-    ["two_pass"],
+    ["training", "adaptation"],
+    ["two_pass", "evolution"],
     ["pipeline"],
     ["_registration"],
     ["__init__"],
@@ -43,7 +43,7 @@ WINGS = {
         ["gguf", "bundle"],
     ],
     "training": [["run"], ["objective", "evolution", "result"], ["reinforce"]],
-    "adaptation": [["probe", "search"], ["judge", "router"], ["first_pass"], ["few_shot", "in_flight"]],
+    "adaptation": [["probe", "search"], ["judge", "router"], ["first_pass"], ["few_shot"]],
 }
 RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}
 PRIVATE_NAMES_ALLOWED = {
@@ -61,7 +61,7 @@ IDS = [str(path.relative_to(PACKAGE)) for path in FILES]
 
 
 def module_of(path: Path) -> str:
-    """`src/peft_svf/plots.py` -> "plots"; everything in `tasks/` -> "tasks"."""
+    """`src/peft_svf/rows.py` -> "rows"; everything in `tasks/` -> "tasks"."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 

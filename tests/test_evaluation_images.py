@@ -32,10 +32,10 @@ def rows(images=(0, 1, 0)):
 
 
 @torch.no_grad()
-def answer(model, processor, kind, question, pictures, prompt="<u>{}{}\nAnswer with a single word or phrase.<end><a>"):
+def answer(model, processor, kind, question, pictures, prompt=None):
     """What the model answers to one prompt that is written by hand: no template, no batch, no padding."""
-    text = prompt.format(PICTURE[kind] * len(pictures), question)
-    inputs = processor(text=[text], images=[pictures] if pictures else None, return_tensors="pt")
+    asked = f"<u>{PICTURE[kind] * len(pictures)}{question}\nAnswer with a single word or phrase.<end><a>"
+    inputs = processor(text=[prompt or asked], images=[pictures] if pictures else None, return_tensors="pt")
     inputs.pop("token_type_ids", None)
     output = model.generate(**inputs, do_sample=False, **SHORT)
     return processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -100,17 +100,15 @@ def test_a_picture_is_the_same_in_every_form_it_may_have(kind, tmp_path):
 
 @every_kind
 def test_several_images_keep_their_places(kind):
-    model, processor = seeing.model(kind), seeing.processor(kind)
-    found = []
+    model, processor, answers = seeing.model(kind), seeing.processor(kind), []
+    content = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]
     for pictures in (IMAGES, IMAGES[::-1]):
-        content = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]
         given = row(0, None, prompt=[{"role": "user", "content": content}], images=pictures)
-        (completion,) = completions(evaluate(model, processor, [given], **SHORT))
-        prompt = f"<u>{PICTURE[kind]}and{PICTURE[kind]}<end><a>"
-        expected = answer(model, processor, kind, "", pictures, prompt.replace("{", "{{").replace("}", "}}"))
-        assert completion == expected
-        found.append(completion)
-    assert found[0] != found[1]
+        text = f"<u>{PICTURE[kind]}and{PICTURE[kind]}<end><a>"
+        expected = answer(model, processor, kind, "", pictures, text)
+        answers += completions(evaluate(model, processor, [given], **SHORT))
+        assert answers[-1] == expected
+    assert answers[0] != answers[1]
 
 
 @every_kind
@@ -145,21 +143,17 @@ def test_a_template_that_reads_parts_alone_loses_no_text(kind):
 @every_kind
 def test_choices_score_as_in_plain_forwards_for_a_model_that_sees(kind):
     model, processor = seeing.model(kind), seeing.processor(kind)
-    chat = [{"role": "user", "content": "what falls down?"}]
-    given = [
-        {"id": "a", "prompt": chat, "choices": ["rain", "a stone"]},
-        {"id": "b", "prompt": "2+2=", "choices": ["4", "22", "five"]},
+    rows = [
+        {"prompt": [{"role": "user", "content": "what falls?"}], "choices": ["rain", "a stone"]},
+        {"prompt": "2=", "choices": ["4"]},
     ]
-    ids = [processor.tokenizer("<u>what falls down?<end><a>").input_ids, processor.tokenizer("2+2=").input_ids]
+    ids = [processor.tokenizer(text).input_ids for text in ("<u>what falls?<end><a>", "2=")]
     for reader in (processor, processor.tokenizer):
         with torch.no_grad():
-            found = choice_logps(model, reader, given)
-            for one, prompt, logps in zip(given, ids, found, strict=True):
+            scores = choice_logps(model, reader, rows)
+            for one, prompt, logps in zip(rows, ids, scores, strict=True):
                 choices = [processor.tokenizer(text).input_ids for text in one["choices"]]
-                expected = torch.stack([plain_logp(model, prompt, choice) for choice in choices])
-                close(logps[: len(choices)], expected)
-    summary = evaluate(model, processor, [{**one, "label": 0} for one in given])
-    assert (summary.form, summary.n) == ("choice", 2)
+                close(logps[: len(choices)], torch.stack([plain_logp(model, prompt, choice) for choice in choices]))
 
 
 # --- the grade

@@ -9,9 +9,9 @@ from peft import get_peft_model
 from tiny_model import tiny_tokenizer
 from transformers import AutoModelForCausalLM, TextIteratorStreamer, pipeline
 
-from peft_svf import Expert, SVFConfig, Transformer2Model
-from peft_svf.adaptation import FirstPass, in_flight
-from peft_svf.adaptation.in_flight import first_block
+from peft_svf import Expert, SVFConfig, Transformer2Model, two_pass
+from peft_svf.adaptation import FirstPass
+from peft_svf.adaptation.router import first_block
 from peft_svf.experts.key import make_key
 
 KINDS = ["llama", "gpt2", "gemma3_text"]
@@ -73,62 +73,45 @@ def passes(monkeypatch):
 
         return counted
 
-    monkeypatch.setattr("peft_svf.two_pass.deciding", counting("in flight", in_flight.deciding))
-    from peft_svf import two_pass
-
-    monkeypatch.setattr("peft_svf.two_pass.key_scores", counting("early exit", two_pass.key_scores))
+    monkeypatch.setattr(two_pass, "deciding", counting("in flight", two_pass.deciding))
+    monkeypatch.setattr(two_pass, "key_scores", counting("early exit", two_pass.key_scores))
     return counts
 
 
-def assert_all_ways_agree(model, settings, passes, monkeypatch, way="in flight", seed=None):
-    """Decide in flight, by early exit, and beforehand; the decisions and tokens are the same."""
-    inputs, outputs, records = batch(model), [], []
-    with monkeypatch.context() as patch:
-        for ahead in (False, True):
-            if ahead:
-                patch.setattr("peft_svf.two_pass.can_decide", lambda *_: False)
-            if seed is not None:
-                torch.manual_seed(seed)
-            output, mixtures = model.generate(**inputs, **settings, return_dispatch=True)
-            outputs.append(output)
-            records.append([mixture.record() for mixture in mixtures])
-    mixtures = model.first_pass(CHATS)
-    if seed is not None:
-        torch.manual_seed(seed)
-    outputs.append(model.generate(**inputs, **settings, mixture=mixtures))
-    assert passes == {way: 1, "early exit": 1} if way == "in flight" else {"in flight": 0, "early exit": 2}
-    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
-    assert [record["choice"] for record in records[0]] == [m.choice for m in mixtures] == CHOICES
-    for mine, theirs in zip(records[0], records[1], strict=True):
-        assert mine["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-4)
-
-
-IN_FLIGHT = {
+WAYS = {
     "greedy": {"do_sample": False},
     "merged": {"do_sample": False, "max_new_tokens": 33},
     "beams": {"num_beams": 3, "do_sample": False},
     "returned sequences": {"num_beams": 4, "num_return_sequences": 2, "do_sample": False},
+    "samples": {"do_sample": True, "num_return_sequences": 2},
     "static cache": {"do_sample": False, "cache_implementation": "static"},
     "no cache": {"do_sample": False, "use_cache": False},
-}
-ELSEWHERE = {
-    "chunked prefill": {"do_sample": False, "prefill_chunk_size": 5},
+    "chunked prefill": {"do_sample": False, "prefill_chunk_size": 5},  # can't be decided in flight
 }
 
 
-@pytest.mark.parametrize("case", IN_FLIGHT)
-def test_in_flight_early_exit_and_two_passes_agree(model, case, passes, monkeypatch):
-    assert_all_ways_agree(model, {**MORE, **IN_FLIGHT[case]}, passes, monkeypatch)
-
-
-def test_samples_agree_for_a_seed(model, passes, monkeypatch):
-    settings = {**MORE, "do_sample": True, "num_return_sequences": 2}
-    assert_all_ways_agree(model, settings, passes, monkeypatch, seed=3)
-
-
-@pytest.mark.parametrize("case", ELSEWHERE)
-def test_what_cannot_be_decided_in_flight_is_decided_before(model, case, passes, monkeypatch):
-    assert_all_ways_agree(model, {**MORE, **ELSEWHERE[case]}, passes, monkeypatch, way="early exit")
+@pytest.mark.parametrize("way", WAYS)
+def test_in_flight_early_exit_and_two_passes_agree(model, way, passes, monkeypatch):
+    inputs, settings, outputs, records = batch(model), {**MORE, **WAYS[way]}, [], []
+    for ahead in (False, True):
+        with monkeypatch.context() as patch:
+            if ahead:
+                patch.setattr(two_pass, "can_decide", lambda *_: False)
+            torch.manual_seed(3)
+            output, mixtures = model.generate(**inputs, **settings, return_dispatch=True)
+        outputs.append(output)
+        records.append([mixture.record() for mixture in mixtures])
+    mixtures = model.first_pass(CHATS)
+    torch.manual_seed(3)
+    outputs.append(model.generate(**inputs, **settings, mixture=mixtures))
+    if not settings["do_sample"]:
+        outputs.append(model.generate(**inputs, **settings, expert=CHOICES))
+    in_flight = int(way != "chunked prefill")
+    assert passes == {"in flight": in_flight, "early exit": 2 - in_flight}
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    assert [record["choice"] for record in records[0]] == [m.choice for m in mixtures] == CHOICES
+    for mine, theirs in zip(*records, strict=True):
+        assert mine["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-4)
 
 
 def test_assisted_decoding_agrees(model, passes):
@@ -179,12 +162,12 @@ def test_experts_of_lower_blocks_are_decided_before(tmp_path, passes):
     assert torch.equal(output, model.generate(**batch(model), **MORE, do_sample=False, mixture=mixtures))
 
 
-def test_an_expert_that_moves_another_weight_than_the_blocks_is_decided_before(tmp_path):
+def test_an_expert_that_moves_another_weight_than_the_blocks_is_decided_before():
     model = get_peft_model(base("gpt2"), SVFConfig(task_type="CAUSAL_LM", target_modules=["mlp.c_fc"]))
     library = Transformer2Model(model, tiny_tokenizer()).library
     assert first_block(library) == 0
-    key, name = library.expert("default"), "transformer.wte_projection"
-    library._experts["default"] = Expert("default", {name: key.offsets["transformer.h.0.mlp.c_fc"]})
+    offset = library.expert("default").offsets["transformer.h.0.mlp.c_fc"]
+    library._experts["default"] = Expert("default", {"transformer.wte_projection": offset})
     assert first_block(library) == -1
 
 
@@ -214,12 +197,6 @@ def test_after_an_exception_the_model_is_the_base_model(model):
         model.generate(**inputs, **MORE, on_dispatch=stop)
     assert torch.equal(model(**inputs).logits, before)
     assert not any(block._forward_pre_hooks for block in model.get_base_model().modules())
-
-
-def test_a_choice_in_flight_answers_as_the_named_expert(model):
-    inputs = batch(model)
-    named = model.generate(**inputs, **MORE, do_sample=False, expert=CHOICES)
-    assert torch.equal(model.generate(**inputs, **MORE, do_sample=False), named)
 
 
 def test_settings_of_the_first_pass_hold_in_flight(model, passes):

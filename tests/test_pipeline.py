@@ -9,11 +9,7 @@ import torch
 from tiny_experts import GREEDY, alone, assert_same, base, state, write
 from tiny_model import tiny_tokenizer
 from torch.utils.data import Dataset
-from transformers import (
-    GenerationConfig,
-    TextIteratorStreamer,
-    pipeline,
-)
+from transformers import GenerationConfig, TextIteratorStreamer, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from peft_svf import Mixture, Transformer2Model, Transformer2Pipeline, files
@@ -73,14 +69,6 @@ def stock_math(folders):
 # --- outputs
 
 
-def test_each_prompt_is_answered_with_its_own_decision(pipe):
-    decided = pipe.model.first_pass(TEXTS)
-    assert len({mixture.choice for mixture in decided}) > 1, "the tiny model chooses one for all: choose other seeds"
-    expected = [pipe(text, mixture=mixture, **GREEDY) for text, mixture in zip(TEXTS, decided, strict=True)]
-    for batch_size in (1, 2, 3):
-        assert pipe(TEXTS, batch_size=batch_size, **GREEDY) == expected
-
-
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 @pytest.mark.parametrize("inputs", [TEXTS, CHATS], ids=["texts", "chats"])
 @pytest.mark.parametrize(
@@ -133,11 +121,8 @@ def test_an_expert_answers_as_text_generation_on_its_weights_and_other_on_the_ba
     "arguments",
     [
         {"assistant_model": base(seed=7)},
-        {"device": "cpu"},
-        {"dtype": torch.float32},
-        {"batch_size": 2, "num_workers": 0},
-        {"return_full_text": False},
-        {"num_beams": 2},
+        {"device": "cpu", "dtype": torch.float32},
+        {"batch_size": 2, "num_workers": 0, "return_full_text": False, "num_beams": 2},
     ],
     ids=str,
 )
@@ -153,34 +138,31 @@ def test_sampling_with_a_seed_gives_what_text_generation_gives(pipe, stock):
     expected = stock(TEXTS, **settings)
     torch.manual_seed(3)
     assert pipe(TEXTS, expert="other", **settings) == expected
-    decided = pipe.model.first_pass([TEXTS[0]])
-    torch.manual_seed(3)
-    expected = pipe(TEXTS[0], mixture=decided[0], **settings)
-    torch.manual_seed(3)
-    assert pipe(TEXTS[0], **settings) == expected
 
 
 # --- return_dispatch
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
 @pytest.mark.parametrize("inputs", ["text", "texts", "chat", "chats"])
-def test_return_dispatch_adds_the_decision_and_nothing_else(inputs, batch_size, pipe):
+def test_each_prompt_is_answered_with_its_own_decision_which_can_be_returned(inputs, batch_size, pipe):
     given = INPUTS[inputs]
-    plain = pipe(given, batch_size=batch_size, **GREEDY)
+    several = inputs.endswith("s")
+    decided = pipe.model.first_pass(given if several else [given])
+    assert len({mixture.choice for mixture in decided}) > several, (
+        "the tiny model chooses one for all: choose other seeds"
+    )
+    plain = [pipe(x, mixture=m, **GREEDY) for x, m in zip(given if several else [given], decided, strict=True)]
+    plain = plain if several else plain[0]
+    assert pipe(given, batch_size=batch_size, **GREEDY) == plain
     found = pipe(given, batch_size=batch_size, return_dispatch=True, **GREEDY)
-    several = isinstance(found[0], list)
-    decided = [record.pop("dispatch") for (record,) in (found if several else [found])]
+    records = [record.pop("dispatch") for (record,) in (found if several else [found])]
     assert found == plain
-    expected = [mixture.record() for mixture in pipe.model.first_pass(given if several else [given])]
-    for decision, other in zip(decided, expected, strict=True):
-        assert list(decision) == ["choice", "confidence", "probabilities", "alpha"]
-        assert decision["choice"] == other["choice"] and decision["alpha"] == other["alpha"]
-        assert decision["alpha"] in ({}, {decision["choice"]: 1.0})
-        assert list(decision["probabilities"]) == NAMES
-        assert decision["probabilities"] == pytest.approx(other["probabilities"], abs=1e-4)
-        assert sum(decision["probabilities"].values()) == pytest.approx(1)
-        assert 0 <= decision["confidence"] <= 1
+    for record, mixture in zip(records, decided, strict=True):
+        expected = mixture.record()
+        assert list(record) == list(expected) == ["choice", "confidence", "probabilities", "alpha"]
+        assert record["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-4)
+        assert (record["choice"], record["alpha"]) == (expected["choice"], expected["alpha"])
 
 
 def test_the_decision_beside_tensors(pipe):
@@ -200,34 +182,6 @@ def test_a_streamed_answer_is_the_second_pass_alone(pipe):
         text = "".join(streamer)
         thread.join()
         assert text == expected
-
-
-def test_streams_of_several_threads_never_mix(pipe):
-    """Each caller streams with another expert, some of them merged, while others run batches of rows."""
-    settings = GREEDY | {"max_new_tokens": 12, "return_full_text": False}
-    jobs = [(name, text) for name in NAMES for text in TEXTS]
-    expected = {job: pipe(job[1], expert=job[0], **settings)[0]["generated_text"] for job in jobs}
-    assert len(set(expected.values())) > len(TEXTS)
-    rows = pipe(TEXTS, expert=["math", "other", "code"], batch_size=3, **settings)
-    found, start = {}, threading.Barrier(len(jobs) + 1)
-
-    def stream(job):
-        streamer = TextIteratorStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
-        call = {"expert": job[0], "streamer": streamer, **settings}
-        start.wait()
-        asking = threading.Thread(target=pipe, args=(job[1],), kwargs=call)
-        asking.start()
-        found[job] = "".join(streamer)
-        asking.join()
-
-    threads = [threading.Thread(target=stream, args=(job,)) for job in jobs]
-    for thread in threads:
-        thread.start()
-    start.wait()
-    batches = [pipe(TEXTS, expert=["math", "other", "code"], batch_size=3, **settings) for _ in range(3)]
-    for thread in threads:
-        thread.join()
-    assert found == expected and batches == [rows] * 3
 
 
 TEMPLATE = (
@@ -286,8 +240,7 @@ def test_generators_and_datasets_are_answered_one_by_one_and_lazily(pipe):
     column = KeyDataset([{"prompt": text} for text in TEXTS], "prompt")
     for dataset in (Prompts(TEXTS), column):
         assert list(pipe(dataset, batch_size=2, expert="math", **GREEDY)) == expected
-    with pytest.raises(ValueError, match="got 3 for a KeyDataset: make a list of it"):
-        pipe(column, expert=["math"] * 3, **GREEDY)
+    assert pipe(column, expert=["math"] * 3, batch_size=2, **GREEDY) == expected
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # Python 3.12 on fork
@@ -301,13 +254,11 @@ def test_options_of_the_constructor_hold_until_a_call_replaces_them(folders, pip
     def choices(records):
         return [row[0]["dispatch"]["choice"] for row in records]
 
-    fixed = make(folders, expert="math", return_dispatch=True, max_new_tokens=6, do_sample=False, batch_size=3)
+    fixed = make(folders, expert="math", return_dispatch=True, batch_size=3, **GREEDY)
     assert fixed(TEXTS, return_dispatch=False) == pipe(TEXTS, expert="math", **GREEDY)
     assert choices(fixed(TEXTS)) == ["math"] * 3 and choices(fixed(TEXTS, expert="code")) == ["code"] * 3
     mixtures = [{"code": 1.0}, {}, {"math": 1.0}]
     assert choices(fixed(TEXTS, mixture=mixtures)) == ["code", "other", "math"]
-    strict = make(folders, first_pass=FirstPass("classifier", threshold=1.01))
-    assert choices(strict(TEXTS, return_dispatch=True, **GREEDY)) == ["other"] * 3
     by_prompt = make(folders, first_pass="prompt")
     expected = pipe(TEXTS, first_pass="prompt", return_dispatch=True, **GREEDY)
     assert by_prompt(TEXTS, return_dispatch=True, **GREEDY) == expected
@@ -320,18 +271,13 @@ def test_every_kind_of_model_makes_the_same_pipeline(folders, pipe, tmp_path):
     paths = [write(tmp_path, expert, tiny_experts.SEEDS[expert], base(name=name)) for expert in ("math", "code")]
     by_name = dict(zip(["math", "code"], paths, strict=True))
     wrapped = Transformer2Model(base(), tiny_tokenizer(), [folders["math"], folders["code"]])
-    for expert in ("math", "code"):  # as the refusal to save a pipeline advises
-        pipe.model.library.expert(expert).save(tmp_path / "again" / expert)
-    again = [tmp_path / "again" / expert for expert in ("math", "code")]
     pipelines = {
-        "folder": pipeline("transformer2", model=name, experts=by_name),
+        "folder": pipeline("transformer2", model=name, experts=by_name, device_map="auto"),
         "no model": pipeline("transformer2", experts=paths, device="cpu"),
         "no model, from_pretrained": Transformer2Pipeline.from_pretrained(experts=paths),
-        "device_map": pipeline("transformer2", model=name, experts=paths, device_map="auto"),
         "limit": pipeline("transformer2", experts=by_name, limit_bytes=4 * 6 * 24),
         "Transformer2Model": pipeline("transformer2", model=wrapped, tokenizer=wrapped.tokenizer),
         "its own tokenizer": Transformer2Pipeline(wrapped),
-        "saved experts": pipeline("transformer2", model=base(), tokenizer=tiny_tokenizer(), experts=again),
     }
     expected = {expert: pipe(TEXTS, expert=expert, **GREEDY) for expert in NAMES}
     for way, made in pipelines.items():
@@ -357,23 +303,16 @@ def test_each_file_of_an_expert_is_opened_once(folders, tmp_path, monkeypatch):
     assert sorted(p for p in opened if p.name in both) == sorted(folder / file for folder in named for file in both)
 
 
-def test_the_model_that_experts_name_is_loaded_as_they_say_it(folders, tmp_path, monkeypatch):
+def test_the_model_that_experts_name_is_loaded_as_the_call_asks(folders, tmp_path):
     base(seed=3).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     named = write(tmp_path, "math", 1, base(seed=3, name=str(tmp_path / "base")))
-    asked = []
-    real = Transformer2Model.from_pretrained.__func__
-    spy = classmethod(lambda cls, *args, **kwargs: asked.append((args, kwargs)) or real(cls, *args, **kwargs))
-    monkeypatch.setattr(Transformer2Model, "from_pretrained", spy)
     half = FirstPass(threshold=0.5)
     settings = {"first_pass": half, "max_new_tokens": 3, "dtype": torch.bfloat16}
     pipe = pipeline("transformer2", experts=[named], return_dispatch=True, **settings)
-    assert asked == [((None, [named]), {"dtype": torch.bfloat16, "first_pass": half})]
     assert pipe.model.dtype == torch.bfloat16 and pipe.model.default_first_pass is half
     (output,) = pipe("x", expert="math", do_sample=False)
     assert output["dispatch"]["choice"] == "math" and len(output["generated_text"]) <= 4
-    with pytest.raises(ValueError, match="several base models"):
-        pipeline("transformer2", experts=[named, folders["math"]])
 
 
 # --- what is refused
@@ -382,15 +321,12 @@ def test_the_model_that_experts_name_is_loaded_as_they_say_it(folders, tmp_path,
 @pytest.mark.parametrize(
     "inputs, chosen, message",
     [
-        (TEXTS, {"expert": ["math"]}, "A list of experts has one for each prompt of a list, got 1 for 3"),
-        (TEXTS, {"mixture": [{}, {}]}, "A list of mixtures has one for each prompt of a list, got 2 for 3"),
-        (TEXTS[0], {"expert": ["math", "code"]}, "got 2 for 1"),
-        (HISTORY, {"expert": ["math"] * 4}, "got 4 for 1"),
+        (TEXTS, {"expert": ["math"]}, "There are 3 prompts, but experts or mixtures for 1"),
+        (TEXTS[0], {"expert": ["math", "code"]}, "There are 1 prompts, but experts or mixtures for 2"),
+        (HISTORY, {"mixture": [{}] * 4}, "There are 1 prompts, but experts or mixtures for 4"),
         (TEXTS, {"expert": ["math", "maths", "other"]}, "no expert 'maths'"),
         (TEXTS, {"expert": "math", "mixture": {"math": 1.0}}, "not both"),
         (TEXTS, {"expert": ["math"] * 3, "mixture": {"math": 1.0}}, "not both"),
-        (TEXTS, {"expert": "math", "mixture": [{}] * 3}, "not both"),
-        (TEXTS, {"past_key_values": ()}, "activations of other weights"),
         ("x" * 600, {}, "The prompt has 600 tokens, but the model's context is 512"),
     ],
 )
@@ -408,9 +344,7 @@ def test_what_a_transformer2_model_has_already_is_not_taken_twice(folders, pipe)
             Transformer2Pipeline(pipe.model, **{name: value})
 
 
-def test_a_pipeline_without_a_tokenizer_or_experts_is_refused(folders):
-    with pytest.raises(ValueError, match="needs a tokenizer"):
-        Transformer2Pipeline(base(), experts=[folders["math"]])
+def test_a_pipeline_without_experts_is_refused():
     with pytest.raises(ValueError, match=r"name no base model. Write pipeline\(\"transformer2\", model=\"<base"):
         pipeline("transformer2")
     model = base()

@@ -17,7 +17,7 @@ from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from peft_svf import Transformer2Model, Transformer2Pipeline
-from peft_svf.adaptation import FirstPass, Search, fit_probe
+from peft_svf.adaptation import FirstPass, fit_probe
 from peft_svf.adaptation.first_pass import kind_scores
 from peft_svf.pipeline import Transformer2ImagePipeline
 
@@ -100,21 +100,6 @@ def test_rows_stay_with_their_choice_and_their_image(settings, made):
         assert records == own
 
 
-def test_an_image_may_be_given_in_every_way_that_image_text_to_text_takes(made, tmp_path):
-    path = tmp_path / "red.png"
-    IMAGES[0].save(path)
-    expected = words(made.pipe(text=asks(0, "What is it?"), expert="math", **SHORT))
-    parts = [{"type": "image", key: str(path)} for key in ("image", "path", "url")]
-    parts.append({"type": "image_url", "image_url": {"url": str(path)}})
-    for part in parts:
-        chat = [{"role": "user", "content": [part, {"type": "text", "text": "What is it?"}]}]
-        assert words(made.pipe(text=chat, expert="math", **SHORT)) == expected, part
-    assert words(made.pipe(asks(0, "What is it?"), expert="math", **SHORT)) == expected
-    assert expected != words(made.pipe(text=asks(1, "What is it?"), expert="math", **SHORT))
-    with pytest.raises(ValueError, match=r"Incorrect image source.*gone.png"):
-        made.pipe(text=asks(str(tmp_path / "gone.png"), "x"), expert="math", **SHORT)
-
-
 def test_each_of_several_prompts_has_its_choice_however_they_are_given(made):
     texts = [f"{PICTURE[made.kind]}{text}" for text in TEXTS]
     each, own = ["math", "other"], {"images": IMAGES, "text": texts}
@@ -126,8 +111,7 @@ def test_each_of_several_prompts_has_its_choice_however_they_are_given(made):
     assert made.pipe(images=chats(), expert=each, **SHORT) == expected
     column = KeyDataset([{"chat": chat} for chat in chats()], "chat")
     assert made.pipe(text=column, expert="math", **SHORT) == made.stock["math"](text=chats(), **SHORT)
-    with pytest.raises(ValueError, match="got 2 for a KeyDataset: make a list of it"):
-        made.pipe(text=column, expert=each, **SHORT)
+    assert made.pipe(text=column, expert=each, **SHORT) == expected
 
 
 def test_text_alone_is_answered_too(made):
@@ -193,15 +177,9 @@ def test_the_first_pass_loses_no_word_to_a_template_that_reads_parts(strategy, m
     assert torch.equal(*scores)
 
 
-def test_a_mixture_is_found_on_solved_texts_and_serves_images(made):
-    examples = [{"prompt": "3 + 4 =", "answer": "7"}, {"prompt": "1 + 1 =", "answer": "2"}]
-    found = made.pipe.model.adapt(examples, search=Search(population=8, iterations=1))
-    (answer,) = words(made.pipe(text=chats()[0], mixture=found, **SHORT))
-    assert answer == words(made.pipe(text=chats()[0], mixture=dict(found.alpha), **SHORT))[0]
+def test_examples_with_images_are_refused(made):
     with pytest.raises(ValueError, match="has an image: log-likelihoods are those of texts"):
-        made.pipe.model.adapt(
-            [{"prompt": chat, "answer": "7"} for chat in chats()], search=Search(population=8, iterations=1)
-        )
+        made.pipe.model.adapt([{"prompt": chat, "answer": "7"} for chat in chats()], population=8, iterations=1)
 
 
 # --- the model behind it

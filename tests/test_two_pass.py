@@ -11,7 +11,7 @@ import tiny_experts
 import torch
 from tiny_experts import GREEDY, alone, assert_same, base, state, write
 from tiny_model import tiny_tokenizer
-from transformers import DynamicCache, GenerationConfig, LlamaModel, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LlamaModel
 
 from peft_svf import Expert, ExpertLibrary, Mixture, Transformer2Model, two_pass
 from peft_svf.adaptation import FirstPass, Search, first_pass
@@ -57,31 +57,11 @@ def answers(model, texts=(), **kwargs):
 # --- the second pass
 
 
-def test_an_explicit_expert_answers_as_that_expert_alone(model, folders, no_first_pass):
-    for name in ("math", "code"):
-        assert answers(model, expert=name) == answers(alone(folders[name]))
-    assert answers(model, expert="math") != answers(model, expert="code")
-
-
 def test_other_answers_as_the_base(model, no_first_pass):
     expected = answers(base())
     for nothing in ({"expert": "other"}, {"mixture": {}}, {"mixture": Mixture()}, {"mixture": {"other": 1.0}}):
         assert answers(model, **nothing) == expected
-    assert answers(model, expert="math") != expected
-
-
-@pytest.mark.parametrize(
-    "chosen",
-    [
-        {"expert": ["math", "other", "code"]},
-        {"mixture": ({"math": 0.7, "code": 0.3}, Mixture(), {"code": -0.5})},
-    ],
-    ids=["experts", "mixtures"],
-)
-def test_a_batch_with_a_choice_for_each_row_answers_as_one_by_one(chosen, model, no_first_pass):
-    ((kind, choices),) = chosen.items()
-    singles = [answers(model, [text], **{kind: choice})[0] for text, choice in zip(TEXTS, choices, strict=True)]
-    assert answers(model, **chosen) == singles
+    assert expected != answers(model, expert="math") != answers(model, expert="code") != expected
 
 
 def test_the_two_passes_are_a_decision_and_a_generation_with_it(model):
@@ -125,8 +105,6 @@ def test_the_rows_of_inputs_and_of_embeddings_each_have_their_expert(model, no_f
     embedded = {"inputs_embeds": states, "attention_mask": batch["attention_mask"]}
     new = model.generate(**embedded, expert=each, **GREEDY)
     assert new.tolist() == [row[batch["input_ids"].shape[1] :] for row in expected]
-    with pytest.raises(ValueError, match="nothing to read"):
-        model.generate(**embedded, **GREEDY)
     with pytest.raises(ValueError, match=r"3 prompts, but experts or mixtures for 2"):
         model.generate(**embedded, expert=each[:2], **GREEDY)
 
@@ -159,10 +137,10 @@ def test_however_it_generates_an_expert_answers_as_that_expert_alone(option, new
 
 
 @pytest.mark.parametrize("option", sorted(set(options()) - {"assisted", "prompt lookup"}))
-def test_however_it_generates_rows_stay_with_their_experts(option, model, no_first_pass):
-    each, settings = ["math", "other", "code"], options()[option]
-    together = answers(model, expert=each, **settings)
-    singles = [answers(model, [text], expert=name, **settings) for text, name in zip(TEXTS, each, strict=True)]
+def test_however_it_generates_rows_stay_with_their_mixtures(option, model, no_first_pass):
+    each, settings = ("math", {"math": 0.7, "code": 0.3}, {"code": -0.5}), options()[option]
+    together = answers(model, mixture=each, **settings)
+    singles = [answers(model, [text], mixture=one, **settings) for text, one in zip(TEXTS, each, strict=True)]
     assert together == [answer for answered in singles for answer in answered]
 
 
@@ -208,49 +186,30 @@ def test_an_explicit_choice_is_certain_and_names_every_expert(model, no_first_pa
             assert mixture.record()["probabilities"] == mixture.probabilities == expected
 
 
-@pytest.mark.parametrize("explicit", [False, True])
-def test_a_request_runs_its_first_pass_once_and_an_explicit_one_none(explicit, model, monkeypatch):
-    passes, real = [], two_pass.dispatch
-    monkeypatch.setattr(two_pass, "dispatch", lambda *args: passes.append(len(args[2])) or real(*args))
-    monkeypatch.setattr(model.tokenizer, "batch_decode", pytest.fail) if explicit else None
-    chosen, pipe = {"expert": "math"} if explicit else {}, Transformer2Pipeline(model, batch_size=3)
-    model.generate(**inputs(), **chosen, **GREEDY)
-    assert passes == ([] if explicit else [3])
-    monkeypatch.undo()
-    monkeypatch.setattr(two_pass, "dispatch", lambda *args: passes.append(len(args[2])) or real(*args))
-    pipe(TEXTS, return_dispatch=True, **chosen, **GREEDY)
-    assert passes == ([] if explicit else [3, 3])
-
-
 @pytest.mark.parametrize("chosen", [{"expert": "math"}, {"mixture": {"code": 0.5}}, {}], ids=str)
-def test_the_decision_of_every_answer_is_logged_once(chosen, model, caplog):
+def test_a_request_decides_once_and_logs_it_and_an_explicit_one_reads_nothing(chosen, model, monkeypatch, caplog):
+    read, real = [], two_pass.dispatch
+    monkeypatch.setattr(two_pass, "dispatch", lambda *args: read.extend(args[2]) or real(*args))
     pipe = Transformer2Pipeline(model, batch_size=2)
     for decide in (
         lambda: model.generate(**inputs(), **chosen, **GREEDY),
         lambda: pipe(TEXTS, **chosen, **GREEDY),
         lambda: pipe(TEXTS, **{name: [value] * 3 for name, value in chosen.items()}, **GREEDY),
     ):
-        caplog.clear()
+        caplog.clear(), read.clear()
         with caplog.at_level(logging.DEBUG, logger="peft_svf"):
             decide()
-        said = [record for record in caplog.records if "'choice': " in record.getMessage()]
-        assert len(said) == len(TEXTS) and {r.levelname for r in said} == {"INFO"}
-        assert {r.name for r in said} == {"peft_svf.two_pass"}
+        logged = [record for record in caplog.records if "'choice': " in record.getMessage()]
+        assert len(read) == (0 if chosen else 3) and len(logged) == len(TEXTS)
+        assert {(r.levelname, r.name) for r in logged} == {("INFO", "peft_svf.two_pass")}
 
 
 def test_of_many_names_the_nearest_are_named(folders):
     one = Expert.load(folders["math"])
     many = Transformer2Model(base(), tokenizer, {f"math-{i}": one for i in range(40)})
-    for refused in (
-        lambda: many.first_pass(TEXTS, expert="math_31"),
-        lambda: many.using({"math_31": 1.0}).__enter__(),
-        lambda: first_pass.fit_probe(many.library, tokenizer, TEXTS, ["math_31", "math-1", "math-1"]),
-    ):
-        with pytest.raises(
-            ValueError, match=r"no expert 'math_31'; of the 41 names the nearest are math-31, math-"
-        ) as found:
-            refused()
-        assert str(found.value).count("math-") == 5
+    with pytest.raises(ValueError, match=r"no expert 'math_31'; of the 41 names the nearest are math-31,") as refused:
+        many.first_pass(TEXTS, expert="math_31")
+    assert str(refused.value).count("math-") == 5
 
 
 def test_the_strategy_is_the_classifiers_where_there_is_one(model, folders):
@@ -269,8 +228,11 @@ def test_the_first_pass_of_a_call_replaces_the_models(model, folders):
     assert other.first_pass(TEXTS, first_pass="classifier") == model.first_pass(TEXTS)
     expected = answers(model, mixture=other.first_pass(TEXTS))
     assert answers(other) == answers(model, first_pass=soft) == expected
-    never = FirstPass("classifier", threshold=1.01)
-    assert {m.choice for m in model.first_pass(TEXTS, first_pass=never)} == {"other"}
+    never = {"threshold": 1.01}
+    assert {m.choice for m in model.first_pass(TEXTS, dispatch_kwargs=never)} == {"other"}
+    assert model.first_pass(TEXTS, dispatch_kwargs={"soft": True}) == other.first_pass(TEXTS)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'mode'"):
+        model.first_pass(TEXTS, dispatch_kwargs={"mode": "classifier"})
 
 
 @pytest.mark.parametrize(
@@ -296,25 +258,19 @@ def test_a_choice_that_cannot_be_is_refused(chosen, message, model):
 # --- what is refused
 
 
-@pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params"])
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_a_cache_of_other_weights_is_refused(name, model):
     with pytest.raises(ValueError, match="activations of other weights"):
         model.generate(**inputs(), **{name: DynamicCache()}, expert="math")
 
 
-def test_a_prompt_that_fills_the_context_is_refused_with_both_lengths(model, no_first_pass):
+def test_what_does_not_fit_the_model_is_refused(model, folders, no_first_pass):
     limit = model.config.max_position_embeddings
     with pytest.raises(ValueError, match=f"{limit} tokens, but the model's context is {limit}"):
         model.generate(torch.full((1, limit), 50), expert="math", **GREEDY)
     model.generate(torch.full((1, limit - 1), 50), expert="math", max_new_tokens=1)
-
-
-def test_prompts_must_be_as_many_as_rows(model):
     with pytest.raises(ValueError, match="2 prompts for 3 rows"):
-        model.generate(**inputs(), prompts=TEXTS[:2])
-
-
-def test_a_strategy_that_cannot_work_is_refused_at_once(folders):
+        model.answer([Mixture()] * 2, **inputs())
     with pytest.raises(ValueError, match="needs a classifier"):
         Transformer2Model(base(), tokenizer, [folders["math"]], first_pass="classifier")
 
@@ -322,25 +278,10 @@ def test_a_strategy_that_cannot_work_is_refused_at_once(folders):
 # --- afterwards
 
 
-class Breaks(LogitsProcessor):
-    """Raises at its third token."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, input_ids, scores):
-        self.calls += 1
-        if self.calls == 3:
-            raise RuntimeError("in the middle")
-        return scores
-
-
 def test_between_calls_the_model_is_the_base_with_its_adapters_to_the_bit(model):
     before, pristine = state(model.library.model), dict(base().named_parameters())
     answers(model)
     answers(model, expert=["math", "code", "other"])
-    with pytest.raises(RuntimeError, match="in the middle"):
-        model.generate(**inputs(), expert="math", logits_processor=LogitsProcessorList([Breaks()]), **GREEDY)
     assert_same(model.library.model, before)
     for name, parameter in model.get_base_model().named_parameters():
         if "svf_offset" not in name:
@@ -371,16 +312,17 @@ BRIEF = Search(population=8, iterations=1)
 EXAMPLES = [{"prompt": "3 + 4 =", "answer": "7"}, {"prompt": "1 + 1 =", "answer": "2"}]
 
 
-def test_adapt_finds_a_mixture_that_can_be_used(model):
+def test_adapt_takes_a_search_or_its_fields(model):
     found = model.adapt(EXAMPLES, search=BRIEF)
-    assert found.strategy == "few-shot" and found == model.adapt(EXAMPLES, search=BRIEF)
+    assert found.strategy == "few-shot" and found == model.adapt(EXAMPLES, population=8, iterations=1)
     assert answers(model, mixture=found) == answers(model, mixture=dict(found.alpha))
+    with pytest.raises(ValueError, match="a search or its fields, not both"):
+        model.adapt(EXAMPLES, search=BRIEF, iterations=1)
 
 
 def test_what_adapt_found_is_used_by_its_name(folders, no_first_pass):
     model = Transformer2Model(base(), tokenizer, [folders["math"], folders["code"]])
-    examples = [{"prompt": "2 + 2 =", "answer": "4"}, {"prompt": "3 + 6 =", "answer": "9"}]
-    found = model.adapt(examples, search=BRIEF, holdout=[], name="sums")
+    found = model.adapt(EXAMPLES, search=BRIEF, holdout=[], name="sums")
     assert found.alpha and found.provenance["name"] == "sums"
     expected = answers(model, TEXTS, mixture=found)
     assert answers(model, TEXTS, mixture="sums") == answers(model, TEXTS, expert="sums") == expected
@@ -394,7 +336,7 @@ def test_what_adapt_found_is_used_by_its_name(folders, no_first_pass):
     with pytest.raises(ValueError, match="no expert 'maths'; there are code, math, other, the mixture sums"):
         model.first_pass(TEXTS, mixture="maths")
     with pytest.raises(ValueError, match="A mixture of this library is called 'sums'"):
-        model.adapt(examples, search=BRIEF, name="sums")
+        model.adapt(EXAMPLES, search=BRIEF, name="sums")
 
 
 def test_a_forward_beside_another_threads_request_sees_the_base(model):
@@ -412,12 +354,10 @@ def test_a_forward_beside_another_threads_request_sees_the_base(model):
 
 
 def test_adapting_and_using_restore_what_was_there_also_after_an_exception(model, monkeypatch):
-    before = state(model.library.model)
-    outer, inner = {"math": 1.0}, {"code": 1.0}
-    ids = inputs("1 + 1 =")
-    with torch.no_grad(), model.using(outer) as active:
+    before, ids = state(model.library.model), inputs("1 + 1 =")
+    with torch.no_grad(), model.using({"math": 1.0}) as active:
         expected = active(**ids).logits
-        with pytest.raises(KeyError), model.using(inner):
+        with pytest.raises(KeyError), model.using({"code": 1.0}):
             raise KeyError
         assert torch.equal(active(**ids).logits, expected)
         model.adapt(EXAMPLES, search=BRIEF)
@@ -445,15 +385,6 @@ def test_removal_waits_for_both_passes(folders, monkeypatch):
     assert answers(model) == expected
     thread.join()
     assert model.library.names == ["code"]
-
-
-def test_a_single_expert_is_enough(folders):
-    for classifier in (None, folders["kinds"]):
-        model = Transformer2Model(base(), tokenizer, [folders["math"]], classifier)
-        for mixture in model.first_pass(TEXTS):
-            assert mixture.choice in ("math", "other") and 0 <= mixture.confidence <= 1
-        assert model.adapt(EXAMPLES, search=BRIEF).choice in ("math", "other")
-        answers(model)
 
 
 def breaking(real, at):

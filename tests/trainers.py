@@ -97,6 +97,19 @@ class Recorder(ReinforceTrainer):
         return output
 
 
+class Evolving(EvolutionTrainer):
+    """Keeps the rows and the gradient of each step."""
+
+    def __init__(self, *args, **kwargs):
+        self.inputs = []
+        super().__init__(*args, **kwargs)
+        Gradients(self)
+
+    def training_step(self, model, inputs, *args):
+        self.inputs.append(list(inputs))
+        return super().training_step(model, inputs, *args)
+
+
 def token_logps(model, prompt, completion):
     """Log-likelihoods of a completion's tokens by one plain forward, without padding."""
     ids = torch.tensor([prompt + completion])

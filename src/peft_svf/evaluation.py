@@ -12,7 +12,6 @@ import copy
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from statistics import NormalDist, fmean, pstdev
@@ -24,7 +23,7 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .reading import context_of, read_on, read_prompts, repeated, shared_prompts, unwrapped
+from .reading import context_of, evaluating, read_on, read_prompts, repeated, shared_prompts, unwrapped
 from .rows import Prompt, Reader, Row, check, encode, has_image, pad_id, prompt_ids, prompt_of, tokenizer_of
 from .tasks import Task, get_task
 from .tasks.task import ANSWER_TOKENS, form_of, rotated, user_turn
@@ -220,7 +219,7 @@ def evaluate(
     by_place = dict[int, dict[str, Any]]()
     order = sorted(range(len(rows)), key=lambda i: len(str(rows[i]["prompt"])))  # alike in length: less padding
     bar = tqdm(order, desc="Evaluating", leave=False, name="peft_svf.evaluation")
-    with _evaluating(model):
+    with evaluating(model):
         for places in _batches(bar, batch_size):
             batch = [rows[i] for i in places]
             if form == "choice":
@@ -237,18 +236,6 @@ def evaluate(
     right, n, seconds = sum(map(_grade, records)), len(records), time.perf_counter() - start
     name = task.name if task is not None else str(rows[0].get("task", "rows"))
     return Summary(name, form, n, right / n, wilson(right, n), seconds, records, balanced, classes)
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Turn dropout and gradients off while the context is open."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 def _by_class(rows: Sequence[Row], records: Sequence[Mapping[str, Any]], task: Task | None) -> tuple[Any, Any]:
@@ -363,7 +350,7 @@ class BaseText:
 
 
 def _total_logp(model: PreTrainedModel, reader: Reader, rows: Sequence[Row]) -> float:
-    with _evaluating(model):
+    with evaluating(model):
         return sum(float(choice_logps(model, reader, batch).sum()) for batch in _batches(rows, 16))
 
 

@@ -14,8 +14,6 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     ImageTextToTextPipeline,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
     TextGenerationPipeline,
 )
 from transformers.utils.chat_template_utils import Chat, is_valid_message
@@ -25,10 +23,10 @@ from .experts.expert import Mixture
 from .experts.library import Source
 from .two_pass import Transformer2Model
 
+SETTINGS = ("experts", "classifier", "first_pass", "limit_bytes")  # They go to `Transformer2Model`.
 # Arguments of `generate` that image-text-to-text would hand to the processor, which ignores them.
-GENERATE = {*inspect.signature(GenerationMixin.generate).parameters, *GenerationConfig().to_dict()} - {
-    "max_new_tokens"
-}
+GENERATE = {*inspect.signature(GenerationMixin.generate).parameters, *GenerationConfig().to_dict()}
+GENERATE -= {"max_new_tokens"}
 
 
 class _TwoPasses:
@@ -36,24 +34,11 @@ class _TwoPasses:
 
     model: Transformer2Model
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        *,
-        processor: ProcessorMixin | None = None,
-        experts: Sequence[Source] | Mapping[str, Source] = (),
-        classifier: Source | None = None,
-        first_pass: str | FirstPass | None = None,
-        limit_bytes: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        settings = (experts, classifier, first_pass, limit_bytes)
+    def __init__(self, model: Any, tokenizer: Any = None, *, processor: Any = None, **kwargs: Any) -> None:
+        settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
         if not isinstance(model, Transformer2Model):
-            if (reader := processor or tokenizer) is None:
-                raise ValueError("The transformer2 pipeline needs a tokenizer: pass tokenizer=... or processor=...")
-            model = Transformer2Model(model, reader, *settings)
-        elif any(setting not in (None, ()) for setting in settings):
+            model = Transformer2Model(model, processor or tokenizer, **settings)
+        elif any(settings.values()):
             raise ValueError(
                 "This model is a Transformer2Model, which has its experts and the settings of the first pass: pass "
                 "them when it is made."
@@ -67,54 +52,40 @@ class _TwoPasses:
     def check_model_type(self, supported_models: Any) -> None:
         """Accept any model: transformers' check has no PEFT models."""
 
-    def save_pretrained(self, folder: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, folder: Any) -> None:
         """Write a bundle, as [`Transformer2Model.save_pretrained`] does, without the base's weights."""
-        self.model.save_pretrained(folder, **kwargs)
+        self.model.save_pretrained(folder)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Upload a bundle, as [`Transformer2Model.push_to_hub`] does."""
         return self.model.push_to_hub(repo_id, **kwargs)
 
-    def _sanitize_parameters(
-        self,
-        return_dispatch: bool | None = None,
-        expert: Any = None,
-        mixture: Any = None,
-        first_pass: str | FirstPass | None = None,
-        **kwargs: Any,
-    ) -> tuple[dict, dict, dict]:
+    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:
+        options = {name: kwargs.pop(name, None) for name in ("expert", "mixture", "first_pass", "return_dispatch")}
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)  # type: ignore[misc]
-        if expert is not None or mixture is not None:  # Those of a call replace both of the constructor.
-            forward |= {"expert": expert, "mixture": mixture}
-        options = {"first_pass": first_pass, "return_dispatch": return_dispatch}
+        if options["expert"] is not None or options["mixture"] is not None:  # They replace both of the constructor.
+            forward |= {"expert": None, "mixture": None}
         return preprocess, forward | {k: v for k, v in options.items() if v is not None}, postprocess
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
-        if kwargs.get("expert") is not None and kwargs.get("mixture") is not None:
-            raise ValueError("Give an expert or a mixture, not both.")
         with self.model.library.lock:
-            for name in ("expert", "mixture"):
-                if not isinstance(kwargs.get(name), (list, tuple)):
-                    continue
-                chosen = kwargs.pop(name)
+            if any(isinstance(kwargs.get(name), (list, tuple)) for name in ("expert", "mixture")):
+                chosen = {name: kwargs.pop(name, None) for name in ("expert", "mixture")}
                 key = next((key for key in ("text_inputs", "text") if key in kwargs), "images")  # (may be chats)
                 if key == "images" and inputs:  # Text comes last, after images.
-                    inputs = (*inputs[:-1], self._directed(inputs[-1], name, chosen))
+                    inputs = (*inputs[:-1], self._carrying(inputs[-1], chosen))
                 else:
-                    kwargs[key] = self._directed(kwargs.get(key), name, chosen)
+                    kwargs[key] = self._carrying(kwargs.get(key), chosen)
             return super().__call__(*inputs, **kwargs)  # type: ignore[misc]
 
-    def _directed(self, inputs: Any, name: str, chosen: Sequence[Any]) -> list[Any]:
-        """Attach one choice to each prompt, which keeps it with its row however the pipeline batches."""
-        listed = isinstance(inputs, list) and not (inputs and is_valid_message(inputs[0]))
-        if not listed or len(inputs) != len(chosen):
-            count: Any = len(inputs) if listed else 1
-            if not isinstance(inputs, (str, list, Chat)):
-                count = f"a {type(inputs).__name__}: make a list of it"
-            raise ValueError(f"A list of {name}s has one for each prompt of a list, got {len(chosen)} for {count}.")
-        choice: dict[str, Any] = {name: chosen}
-        mixtures = self.model.first_pass(inputs, **choice)
-        return [_carrying(prompt, mixture) for prompt, mixture in zip(inputs, mixtures, strict=True)]
+    def _carrying(self, inputs: Any, chosen: dict[str, Any]) -> Any:
+        """Attach its choice to each prompt, which keeps it with its row however the pipeline batches."""
+        single = isinstance(inputs, str) or (isinstance(inputs, list) and inputs and is_valid_message(inputs[0]))
+        prompts = [inputs] if single else list(inputs)
+        items: list[Any] = [_Text(prompt) if isinstance(prompt, str) else Chat(prompt) for prompt in prompts]
+        for item, mixture in zip(items, self.model.first_pass(prompts, **chosen), strict=True):
+            item.mixture = mixture
+        return items[0] if single else items
 
     def _forward(
         self,
@@ -154,8 +125,8 @@ class Transformer2Pipeline(_TwoPasses, TextGenerationPipeline):
     """
     Two-pass generation with z-vector experts (arXiv 2501.06252).
 
-    Takes what transformers' text-generation pipeline takes; in the constructor also `experts`, `classifier`,
-    `first_pass` and `limit_bytes` of [`~two_pass.Transformer2Model`], and in a call:
+    Takes what transformers' text-generation pipeline takes; in the constructor also the arguments of
+    [`~two_pass.Transformer2Model`], and in a call:
 
     - `expert`: a name for all prompts, or a list with one for each; `"other"` is the base model.
     - `mixture`: weights by name such as `{"math": 0.7, "code": 0.3}`, a [`Mixture`], or a list.
@@ -209,9 +180,8 @@ def make_pipeline(
 ) -> "Transformer2Pipeline | Transformer2ImagePipeline":
     """Make the pipeline that fits a model; without one, load the base model that the experts name."""
     if model is None:
-        names = {"classifier", "first_pass", "limit_bytes"} & kwargs.keys()
-        settings = {name: kwargs.pop(name) for name in names}
-        model = Transformer2Model.from_pretrained(None, kwargs.pop("experts", ()), dtype=dtype, **settings)
+        settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
+        model = Transformer2Model.from_pretrained(None, settings.pop("experts", ()), dtype=dtype, **settings)
     if processor is not None or getattr(model, "processor", None) is not None:
         return Transformer2ImagePipeline(model, processor=processor, **kwargs)
     return Transformer2Pipeline(model, tokenizer, **kwargs)
@@ -221,9 +191,3 @@ class _Text(str):
     """A prompt that carries its mixture through the pipeline's batching."""
 
     mixture: Mixture | None = None
-
-
-def _carrying(prompt: Any, mixture: Mixture) -> Any:
-    item: Any = _Text(prompt) if isinstance(prompt, str) else Chat(prompt)
-    item.mixture = mixture
-    return item

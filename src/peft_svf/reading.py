@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
+from torch.nn import Module
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -33,6 +34,19 @@ def unwrapped(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+@contextmanager
+def evaluating(model: Module) -> Iterator[None]:
+    """Turn dropout and gradients off while the context is open; afterwards each module has its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 def cache_name(model: Any) -> str:
     """Return which of [`CACHES`] a model takes and returns, by its forward's signature: code from the Hub may lag."""
     takes = inspect.signature(unwrapped(model).forward).parameters
@@ -41,7 +55,7 @@ def cache_name(model: Any) -> str:
 
 def _read(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
     """Read prompts `(N, P)`, behind a cache if there is one: logits `(N, 1, V)` of their last tokens, and a cache."""
-    # as an index: the slice that `1` stands for is not contiguous, and the head would be copied once per row
+    # An index, because the slice that `1` means isn't contiguous, and the head would be copied once per row.
     last = torch.tensor([ids.shape[1] - 1], device=ids.device)
     output = read_on(model, ids, mask, cache, logits_to_keep=last)
     cache = getattr(output, cache_name(model))
@@ -63,39 +77,21 @@ def context_of(model: Any) -> int | None:
 
 
 class Reading(NamedTuple):
-    """
-    What a model keeps of prompts that it has read.
+    """What a model keeps of prompts that it has read."""
 
-    Args:
-        mask (`torch.Tensor` of shape `(N, P)`): 0 at padding, which stands on the left.
-        logits (`torch.Tensor` of shape `(N, vocabulary)`): Of the token after each prompt.
-        cache (`Cache`): Keys and values of the `P` places.
-    """
-
-    mask: Tensor
-    logits: Tensor
-    cache: Any
+    mask: Tensor  # (N, P), 0 at padding, which stands on the left
+    logits: Tensor  # (N, vocabulary), of the token after each prompt
+    cache: Any  # keys and values of the P places
 
 
 def read_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], pad: int = 0, members: int = 1) -> Reading:
     """
     Read each prompt once, and what all of them begin with once for all. Gradients flow.
 
-    Args:
-        model (`PreTrainedModel` or `PeftModel`):
-            As in [`peft_svf.evaluation.choice_logps`].
-        prompts (`Sequence[list[int]]`):
-            Tokens, at least one each.
-        pad (`int`):
-            Token that fills shorter prompts.
-        members (`int`):
-            As in [`peft_svf.evaluation.choice_logps`].
+    Prompts have one token or more; `members` are as in [`peft_svf.evaluation.choice_logps`].
 
     Returns:
         [`Reading`] of `members * len(prompts)` prompts, those of the first member first.
-
-    Raises:
-        `ValueError`: if gradient checkpointing is on.
     """
     device, width, cache = next(model.parameters()).device, max(map(len, prompts)), None
     window = getattr(unwrapped(model).config.get_text_config(), "sliding_window", None) or width
@@ -124,7 +120,7 @@ def common_prefix(prompts: Sequence[list[int]]) -> int:
 
 
 def repeated(cache: Any, rows: Tensor) -> Any:
-    """Return the given rows of a key/value cache, as a cache of its own."""
+    """Return rows of a key/value cache as another cache."""
     cache = copy.copy(cache)
     cache.layers = [copy.copy(layer) for layer in cache.layers]
     cache.batch_select_indices(rows)
@@ -132,25 +128,14 @@ def repeated(cache: Any, rows: Tensor) -> Any:
 
 
 class Prompts(NamedTuple):
-    """
-    A batch of prompts without repetitions.
+    """A batch of prompts without repetitions."""
 
-    Args:
-        distinct (`list[list[int]]`): Tokens of each distinct prompt.
-        places (`torch.Tensor` of shape `(B,)`): Which of them each row of the batch is.
-    """
-
-    distinct: list[list[int]]
-    places: Tensor
+    distinct: list[list[int]]  # tokens of each distinct prompt
+    places: Tensor  # (B,): which of them each row of the batch is
 
 
 def distinct_rows(rows: Sequence[Sequence[int]]) -> Prompts | None:
-    """
-    Find the distinct prompts among the tokens of rows.
-
-    Returns:
-        [`Prompts`], or `None` if sharing would save nothing: no prompt is repeated and all begin differently.
-    """
+    """Find the distinct prompts among the tokens of rows; `None` if none is repeated and all begin differently."""
     numbers: dict[tuple[int, ...], int] = {}
     places = [numbers.setdefault(tuple(row), len(numbers)) for row in rows]
     distinct = [list(row) for row in numbers]
@@ -178,6 +163,7 @@ def checkpoints_activations(model: Any) -> bool:
 
 
 def _attends(cache: Any) -> bool:
+    """Check that all layers of a cache hold keys and values."""
     kinds = {type(layer) for layer in getattr(cache, "layers", ())}
     return bool(kinds) and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
 
@@ -188,13 +174,8 @@ def shared_prompts(model: Any, members: int = 1) -> Iterator[None]:
     Let `model.generate` read each distinct prompt of its batch once while the context is open.
 
     The first forward of a generation takes its cache and logits from the shared reading; later ones are unchanged.
-    Batches that have more than text, and models without such a cache, are read as usual.
-
-    Args:
-        model (`PreTrainedModel` or `PeftModel`):
-            Causal language model.
-        members (`int`):
-            Copies of the rows in the batch, each under another adapter, as in [`peft_svf.evaluation.choice_logps`].
+    Batches that have more than text, and models without such a cache, are read as usual. `members` are copies of the
+    rows in the batch, each under another adapter.
     """
     inner, name = unwrapped(model), cache_name(model)
     if not can_share(model):
@@ -246,19 +227,10 @@ def completion_logps(
     read: Reading | None = None,
 ) -> tuple[Tensor, Tensor]:
     """
-    Score completions behind prompts that are read once. Gradients flow through both.
+    Score completions `(B, C)` behind prompts that are read once. Gradients flow through both.
 
-    Args:
-        model (`PreTrainedModel` or `PeftModel`):
-            Causal language model with TRL's fused head, which never holds the logits of all places.
-        prompts ([`Prompts`]):
-            Of the rows.
-        completions, mask (`torch.Tensor` of shape `(B, C)`):
-            Tokens, and 0 at padding on the right.
-        temperature (`float`):
-            Of the fused head.
-        read ([`Reading`], *optional*):
-            Of the distinct prompts, if they have been read already.
+    The model has TRL's fused head, which never holds the logits of all places; `temperature` is the head's. `mask` is
+    0 at padding, on the right. `read` is the reading of the distinct prompts, if they have been read already.
 
     Returns:
         Log-probabilities and entropies, both `torch.Tensor` of shape `(B, C)`, 0 at padding.

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel
 from torch import Tensor
 from transformers import (
@@ -28,23 +27,21 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     ProcessorMixin,
 )
 
 from .adaptation.few_shot import DEFAULT as SEARCH
 from .adaptation.few_shot import few_shot
 from .adaptation.first_pass import FirstPass, decide, default_first_pass, dispatch
-from .adaptation.in_flight import can_decide, deciding, key_rows, mask_of
 from .adaptation.probe import Probe
-from .adaptation.router import key_scores
+from .adaptation.router import can_decide, deciding, key_rows, key_scores, mask_of
 from .adaptation.search import Search
 from .evaluation import Summary, context_of, wilson
 from .experts.bundle import find_bundle, push_bundle, read_bundle, save_bundle
 from .experts.expert import OTHER, Mixture
 from .experts.library import ExpertLibrary, Source, loaded
 from .reading import CACHES
-from .rows import Prompt, Reader, Row
+from .rows import Prompt, Reader, Row, tokenizer_of
 from .tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -91,10 +88,11 @@ class Transformer2Model:
                 "model.compile(), before or after."
             )
         self.processor = tokenizer if isinstance(tokenizer, ProcessorMixin) else None
-        self.tokenizer: PreTrainedTokenizerBase = tokenizer if self.processor is None else self.processor.tokenizer
+        self.tokenizer = tokenizer_of(tokenizer)
         self.library = ExpertLibrary(model, experts, classifier, limit_bytes)
-        self._first_pass = None if first_pass is None else _first_pass(first_pass)
-        self.default_first_pass.check(self.library)
+        self._first_pass = None if first_pass is None else self._settings_of(first_pass)
+        if self._first_pass is not None:
+            self._first_pass.check(self.library)
 
     @classmethod
     def from_pretrained(
@@ -119,30 +117,21 @@ class Transformer2Model:
         Raises:
             `ValueError`: without `model`, if the experts name none or several.
         """
+        mixtures: Mapping[str, Mixture] = {}
         if not experts and (folder := find_bundle(model or "", kwargs.get("revision"), kwargs.get("token"))):
             bundle = read_bundle(folder)
-            settings: dict[str, Any] = {
-                k: Probe.load(v) if isinstance(v, Path) else v for k, v in bundle.first_pass.items()
-            }
+            model, experts, mixtures = bundle.base_model, bundle.experts, bundle.mixtures
+            parts = {key: Probe.load(v) if isinstance(v, Path) else v for key, v in bundle.first_pass.items()}
+            classifier, first_pass = classifier or bundle.classifier, first_pass or FirstPass(**parts)
             kwargs["revision"] = bundle.revision
-            first_pass = first_pass or FirstPass(**settings)
-            made = cls.from_pretrained(
-                bundle.base_model,
-                bundle.experts,
-                classifier=classifier or bundle.classifier,
-                first_pass=first_pass,
-                limit_bytes=limit_bytes,
-                **kwargs,
-            )
-            for name, mixture in bundle.mixtures.items():
-                made.library.add_mixture(name, mixture)
-            return made
         experts = loaded(experts, lazy=limit_bytes is not None)  # opens each file once
         if model is None:
             model, revision = base_of(experts)
             kwargs = {"revision": revision, **kwargs} if revision else kwargs
-        base, reader = load_model(model, **kwargs)
-        return cls(base, reader, experts, classifier, first_pass, limit_bytes)
+        made = cls(*load_model(model, **kwargs), experts, classifier, first_pass, limit_bytes)
+        for name, mixture in mixtures.items():
+            made.library.add_mixture(name, mixture)
+        return made
 
     @property
     def default_first_pass(self) -> FirstPass:
@@ -152,6 +141,11 @@ class Transformer2Model:
     @default_first_pass.setter
     def default_first_pass(self, first_pass: FirstPass) -> None:
         self._first_pass = first_pass
+
+    def _settings_of(self, first_pass: str | FirstPass | None) -> FirstPass:
+        """Return the settings of a first pass that a call names by them, by its strategy, or not at all."""
+        first_pass = self.default_first_pass if first_pass is None else first_pass
+        return FirstPass(first_pass) if isinstance(first_pass, str) else first_pass
 
     @property
     def reader(self) -> Reader:
@@ -179,6 +173,7 @@ class Transformer2Model:
         expert: str | Sequence[str] | None = None,
         mixture: Chosen | Sequence[Chosen] | None = None,
         batch_size: int = 16,
+        dispatch_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Mixture]:
         """
         Choose the mixture of each prompt; an explicit `expert` or `mixture` is used as it is.
@@ -190,7 +185,8 @@ class Transformer2Model:
                 One name for all prompts, or one per prompt; `"other"` is the base model.
             mixture ([`Mixture`], `dict[str, float]`, `str` or a sequence of them, *optional*):
                 The same with mixtures, or names of mixtures in the library.
-            batch_size (`int`): Prompts per forward.
+            dispatch_kwargs (`dict`, *optional*):
+                Fields of [`FirstPass`] that replace those of the first pass, such as `{"read": "generate"}`.
 
         Raises:
             `ValueError`: if both are given, a name is unknown, or there isn't one for each prompt.
@@ -200,9 +196,9 @@ class Transformer2Model:
                 return self._explicit(expert, mixture, len(prompts))
             if mark := getattr(self.processor, "image_token", None):  # The first pass reads no images.
                 prompts = [prompt.replace(mark, "") if isinstance(prompt, str) else prompt for prompt in prompts]
-            chosen = self.default_first_pass if first_pass is None else _first_pass(first_pass)
-            reader = self.reader if chosen.strategy == "key" else self.tokenizer
-            return dispatch(self.library, reader, prompts, chosen, batch_size)  # type: ignore[arg-type]
+            settings = replace(self._settings_of(first_pass), **(dispatch_kwargs or {}))
+            reader = self.reader if settings.strategy == "key" else self.tokenizer
+            return dispatch(self.library, reader, prompts, settings, batch_size)
 
     def _explicit(
         self, expert: str | Sequence[str] | None, mixture: Chosen | Sequence[Chosen] | None, count: int
@@ -276,14 +272,10 @@ class Transformer2Model:
         Raises:
             `ValueError`: if a first pass has nothing to read, and as the two passes.
         """
-        ids = kwargs.get("input_ids") if inputs is None else inputs
-        rows = ids if ids is not None else kwargs.get("inputs_embeds")
+        ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         explicit = expert is not None or mixture is not None
         if prompts is None and not explicit and ids is None:
             raise ValueError("The first pass has nothing to read: pass input_ids, prompts=, expert= or mixture=.")
-        if prompts is None:
-            count = 1 if rows is None else len(rows)
-            prompts = [""] * count if explicit else self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         mixtures: list[Mixture] = []
 
         def note(chosen: list[Mixture]) -> None:
@@ -294,30 +286,38 @@ class Transformer2Model:
                 on_dispatch(chosen)
 
         with self.library.lock:
-            strategy = self.default_first_pass if first_pass is None else _first_pass(first_pass)
             images = any(kwargs.get(name) is not None for name in ("pixel_values", "inputs_embeds"))
-            if strategy.strategy == "key" and not explicit and ids is not None and ids.shape[1] and not images:
-                output = self._answer_by_key(strategy, ids, kwargs, note)
+            reads_ids = not explicit and not images and ids is not None and ids.shape[1]
+            if reads_ids and (settings := self._settings_of(first_pass)).strategy == "key":
+                output = self._answer_by_key(settings, ids, kwargs, note)
             else:
-                note(self.first_pass(prompts, expert=expert, mixture=mixture, first_pass=first_pass))
-                output = self.answer(mixtures, inputs, **kwargs)
+                if prompts is None and explicit:
+                    rows = kwargs.get("inputs_embeds") if ids is None else ids
+                    prompts = [""] * (1 if rows is None else len(rows))
+                elif prompts is None:
+                    prompts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+                note(self.first_pass(prompts, first_pass, expert=expert, mixture=mixture))
+                output = self.answer(mixtures, ids, **kwargs)
         return (output, mixtures) if return_dispatch else output
 
     def _answer_by_key(
         self, first_pass: FirstPass, ids: Tensor, kwargs: dict[str, Any], note: Callable[[list[Mixture]], None]
     ) -> Any:
         """Choose mixtures by routing keys, inside the prefill if that is possible, and answer."""
-        kwargs = {key: value for key, value in kwargs.items() if key != "input_ids"}
         self._check_request(ids, kwargs)
-        kwargs["attention_mask"] = mask = mask_of(self.library.model, ids, kwargs.get("attention_mask"))
+        mask = mask_of(self.library.model, ids, kwargs.get("attention_mask"))
+        kwargs = {**kwargs, "attention_mask": mask}
         rows, same = key_rows(self.reader, ids, mask)
-        if same and can_decide(self.library, self.reader, self._settings(kwargs)):
+
+        def choose(scores: Tensor) -> list[Mixture]:
+            note(mixtures := decide(self.library, scores, first_pass))
+            return mixtures
+
+        if same and can_decide(self.library, self.reader, self._generation(kwargs)):
             merge = self._new_tokens(ids.shape[1], kwargs) >= MERGE_FROM
-            with torch.no_grad(), deciding(self.library, self.reader, first_pass, mask, merge, note) as model:
+            with torch.no_grad(), deciding(self.library, self.reader, mask, choose, merge) as model:
                 return model.generate(ids, **kwargs)
-        mixtures = decide(self.library, key_scores(self.library, self.reader, rows), first_pass)
-        note(mixtures)
-        return self.answer(mixtures, ids, **kwargs)
+        return self.answer(choose(key_scores(self.library, self.reader, rows)), ids, **kwargs)
 
     @torch.no_grad()
     def answer(self, mixtures: Sequence[Mixture], inputs: Tensor | None = None, **kwargs: Any) -> Any:
@@ -353,10 +353,10 @@ class Transformer2Model:
             )
         return rows, length
 
-    def _settings(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the settings of a `generate` with these arguments: they, its config's, the model's."""
-        given = {key: value for key, value in kwargs.items() if value is not None}
-        return {**vars(kwargs.get("generation_config") or self.generation_config), **given}
+    def _generation(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings of a `generate` with these arguments: they, else its config's or the model's."""
+        arguments = {key: value for key, value in kwargs.items() if value is not None}
+        return {**vars(kwargs.get("generation_config") or self.generation_config), **arguments}
 
     def _check_tower(self, mixtures: Sequence[Mixture]) -> None:
         """Refuse mixtures that differ in a layer that reads images: its rows are patches, not prompts."""
@@ -372,17 +372,29 @@ class Transformer2Model:
 
     def _new_tokens(self, length: int, kwargs: Mapping[str, Any]) -> int:
         """Return the number of tokens that `generate` may add to prompts of this length."""
-        for settings in (kwargs, self._settings(kwargs)):
-            if settings.get("max_new_tokens") is not None:
-                return settings["max_new_tokens"]
-            if settings.get("max_length") is not None:
-                return settings["max_length"] - length
-        return 20  # transformers' own default
+        settings = self._generation(kwargs)
+        if settings.get("max_new_tokens") is not None:
+            return settings["max_new_tokens"]
+        return settings["max_length"] - length if settings.get("max_length") else 20  # transformers' default
 
     def adapt(
-        self, examples: Iterable[Row], task: Task | None = None, search: Search = SEARCH, **kwargs: Any
+        self, examples: Iterable[Row], task: Task | None = None, search: Search | None = None, **kwargs: Any
     ) -> Mixture:
-        """Find a mixture, to be used as `mixture=` or saved, from solved examples; arguments as in [`few_shot`]."""
+        """
+        Find a mixture, to be used as `mixture=` or saved, from solved examples.
+
+        Args:
+            examples, task: As in [`few_shot`].
+            search ([`Search`], *optional*): How to search. Instead, its fields may be among the other arguments.
+            kwargs: Fields of [`Search`], and arguments of [`few_shot`].
+
+        Raises:
+            `ValueError`: if both `search` and fields of it are given, and as [`few_shot`].
+        """
+        settings = {name: kwargs.pop(name) for name in vars(SEARCH) if name in kwargs}
+        if search is not None and settings:
+            raise ValueError(f"Give a search or its fields, not both; got {search} and {settings}.")
+        search = Search(**settings) if search is None else search
         return few_shot(self.library, self.tokenizer, examples, search, task=task, **kwargs)
 
     @contextmanager
@@ -390,10 +402,6 @@ class Transformer2Model:
         """Give the model one mixture while the context is open, on merged weights, for forwards of your own."""
         with self.library.activate(self._mixture(mixture), merge=True) as model:
             yield model
-
-
-def _first_pass(chosen: str | FirstPass) -> FirstPass:
-    return FirstPass(chosen) if isinstance(chosen, str) else chosen
 
 
 def answer_each(
@@ -405,12 +413,7 @@ def answer_each(
     """
     Evaluate each row under its own mixture; rows that share one are answered together.
 
-    Args:
-        rows, mixtures (`Sequence`): Rows of a task, and one mixture per row.
-        evaluate (`Callable`): Adapted model and rows -> their [`Summary`].
-
-    Returns:
-        [`Summary`] of all rows, the records in their order, each with its `dispatch`.
+    Returns the [`Summary`] of all rows, the records in their order, each with its `dispatch`.
     """
     groups: dict[frozenset[tuple[str, float]], list[int]] = defaultdict(list)
     for place, mixture in enumerate(mixtures):
@@ -451,12 +454,4 @@ def base_of(experts: Sequence[Source] | Mapping[str, Source]) -> tuple[str, str 
             f"The experts name {'several base models: ' + named if names else 'no base model'}. Write "
             'pipeline("transformer2", model="<base model>", experts=[...]).'
         )
-    if not os.path.isdir(names[0]):
-        try:
-            validate_repo_id(names[0])
-        except HFValidationError:
-            raise ValueError(
-                f"The experts were trained on {names[0]!r}, which is neither a folder nor a Hub repository: pass the "
-                "base model as model=... (on the command line --model). examples/smollm2.py builds that of examples/."
-            ) from None
     return names[0], revisions[0] if revisions else None

@@ -104,12 +104,6 @@ def test_the_result_is_no_worse_than_the_base_and_each_expert(form, library):
         assert found.provenance["score"] >= [share, logp - 1e-4]
 
 
-def test_the_same_seed_gives_the_same_mixture(library):
-    examples, settings, _ = FORMS["checked"]
-    one, two, other = (adapt(library, examples, seed=s, **settings) for s in (3, 3, 4))
-    assert one == two and one.provenance["history"] != other.provenance["history"]
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_no_pad_token_is_needed(form, library):
     examples, settings, _ = FORMS[form]
@@ -128,8 +122,9 @@ def test_a_task_judges_completions_but_not_choices(library):
     assert adapt(library, CHOICES, task=Never()) == adapt(library, CHOICES)
 
 
-def test_the_mixture_says_how_it_was_found(library, tmp_path):
-    found = adapt(library, CHOICES, seed=5)
+def test_a_seed_decides_everything_and_the_mixture_says_how_it_was_found(library, tmp_path):
+    found, again, other = (adapt(library, CHOICES, seed=seed) for seed in (5, 5, 4))
+    assert found == again and found.provenance["history"] != other.provenance["history"]
     facts = {"population": 8, "iterations": 2, "elites": 0.4, "seed": 5, "normalize": False, "examples": 3}
     assert {key: found.provenance[key] for key in facts} == facts and len(found.provenance["history"]) == 2
     found.save(tmp_path / "m.json")
@@ -137,24 +132,22 @@ def test_the_mixture_says_how_it_was_found(library, tmp_path):
 
 
 BAD = {  # good examples, a bad one, the message; the schema of a row is tested in tests/test_rows.py
-    "no prompt": (ANSWERS, {"answer": "5"}, "'prompt' must be"),
-    "no answer": (ANSWERS, {"prompt": "1 + 1 ="}, "expected 'answer'"),
-    "no label": (CHOICES, {"prompt": "1 + 1 =", "choices": ["1", "2"]}, "'label' must be an index"),
-    "one choice": (CHOICES, {"prompt": "1 + 1 =", "choices": ["2"], "label": 0}, "two or more"),
-    "a long prompt": (ANSWERS, {"prompt": "x" * 600, "answer": "y"}, "has 601 tokens, .*context is 512"),
-    "a long choice": (CHOICES, {**CHOICES[0], "choices": ["y", "x" * 600]}, "tokens, .*context is 512"),
-    "an answer among choices": (CHOICES, {"prompt": "1 + 1 =", "answer": "2"}, "expected one form"),
-    "choices among answers": (ANSWERS, {**CHOICES[0], "answer": "2"}, "expected one form"),
+    "no answer": (ANSWERS, {"prompt": "1 + 1 ="}, "Xample 3: expected 'answer'"),
+    "no label": (CHOICES, {"prompt": "1 + 1 =", "choices": ["1", "2"]}, "Xample 3: 'label' must be an index"),
+    "a long prompt": (ANSWERS, {"prompt": "x" * 600, "answer": "y"}, "Xample 3 has 601 tokens, .*context is 512"),
+    "a long choice": (CHOICES, {**CHOICES[0], "choices": ["y", "x" * 600]}, "Xample 3 has .*context is 512"),
+    "an answer among choices": (CHOICES, {"prompt": "1 + 1 =", "answer": "2"}, "Xamples must have one form"),
+    "choices among answers": (ANSWERS, {**CHOICES[0], "answer": "2"}, "Xamples must have one form"),
 }
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_a_bad_example_is_refused_with_its_index_before_the_search(what, library, monkeypatch):
+def test_a_bad_example_is_refused_before_the_search(what, library, monkeypatch):
     monkeypatch.setattr(few_shot_module, "maximise", lambda *_, **__: pytest.fail("it searched"))
     good, bad, message = BAD[what]
-    with pytest.raises(ValueError, match=rf"Example 3.*{message}"):
+    with pytest.raises(ValueError, match=message.replace("X", "Ex")):
         adapt(library, (row for row in [*good, bad]))
-    with pytest.raises(ValueError, match=rf"Held-out example 3.*{message}"):
+    with pytest.raises(ValueError, match=message.replace("X", "Held-out ex")):
         adapt(library, good, holdout=(row for row in [*good, bad]))
 
 
@@ -214,7 +207,7 @@ def test_an_interrupted_search_leaves_the_base_and_goes_on_as_if_nothing_had_bee
     with pytest.raises(KeyboardInterrupt):
         adapt(library, CHOICES, state=tmp_path / "search.json", **settings)
     assert_same(library.model, before)
-    assert len(json.loads((tmp_path / "search.json").read_text())["populations"]) == 2
+    assert len(json.loads((tmp_path / "search.json").read_text())) == 2
     examples = (row for row in CHOICES)  # read once
     assert adapt(library, examples, state=tmp_path / "search.json", **settings) == whole
     assert len(calls) == 3 + (5 - 2)  # base and experts are not scored again
@@ -224,13 +217,13 @@ def test_a_state_file_of_other_examples_experts_or_settings_is_refused(library, 
     file = tmp_path / "search.json"
     adapt(library, CHOICES, state=file)
     others = ExpertLibrary(base(), {"math": folders["code"], "code": folders["math"]})
-    for call, differs in (
-        (lambda: adapt(library, CHOICES[:2], state=file), "examples"),
-        (lambda: adapt(library, CHOICES, state=file, seed=1), "seed"),
-        (lambda: adapt(others, CHOICES, state=file), "experts"),
+    for own, examples, settings in (
+        (library, CHOICES[:2], {}),
+        (library, CHOICES, {"seed": 1}),
+        (others, CHOICES, {}),
     ):
-        with pytest.raises(ValueError, match=rf"another search \({differs} differ\)"):
-            call()
+        with pytest.raises(ValueError, match="belongs to another search"):
+            adapt(own, examples, state=file, **settings)
 
 
 def scored_by(table, monkeypatch):
@@ -337,11 +330,6 @@ def test_leaving_one_out_tells_a_real_gain_from_a_chosen_one(lucky, library, mon
         assert all(kept)
 
 
-def test_a_single_example_is_not_checked(library):
-    found = adapt(library, CHOICES[:1])
-    assert found.provenance["held_out"] == {"examples": 0, "fell_back": None}
-
-
 @pytest.mark.parametrize("holdout", [ANSWERS, "leave-one-out"], ids=["others", "leave-one-out"])
 def test_the_best_expert_itself_is_kept_if_it_beats_the_base(holdout, library, monkeypatch):
     best = {(1.0, 0.0): 1.0, (0.0, 0.0): 0.4}
@@ -350,15 +338,13 @@ def test_the_best_expert_itself_is_kept_if_it_beats_the_base(holdout, library, m
     assert found.alpha == {"code": 1.0} and found.provenance["held_out"]["fell_back"] is None
 
 
-@pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_a_temperature_divides_the_likelihoods_of_choices(temperature, library):
-    found = adapt(library, CHOICES, holdout=[], temperature=temperature)
-    expected = choice_score(library, found, CHOICES, temperature)
-    assert found.provenance["score"] == pytest.approx(expected, abs=1e-4)
-    assert found.provenance["temperature"] == temperature
+def test_a_temperature_divides_the_likelihoods_of_choices(library):
+    found = adapt(library, CHOICES, holdout=[], temperature=4.0)
+    assert found.provenance["score"] == pytest.approx(choice_score(library, found, CHOICES, 4.0), abs=1e-4)
+    assert found.provenance["temperature"] == 4.0
 
 
-def test_held_out_examples_are_not_searched_on(library, monkeypatch):
+def test_held_out_examples_are_not_searched_on_and_a_single_one_is_not_checked(library, monkeypatch):
     searched = []
 
     class Watch(Judge):
@@ -373,19 +359,7 @@ def test_held_out_examples_are_not_searched_on(library, monkeypatch):
         searched.clear()
         adapt(library, EIGHT, holdout=all_seen)
         assert {len(rows) for rows in searched} == {8}
-
-
-@pytest.mark.parametrize("letters", ["", "".join(map(chr, range(32, 127)))], ids=["all fail", "all succeed"])
-def test_if_all_fail_or_all_succeed_the_log_likelihood_decides_and_is_logged(letters, library, caplog):
-    class Same(Contains):
-        def score(self, completion, row):
-            return float(bool(letters))
-
-    with caplog.at_level(logging.INFO, "peft_svf.adaptation.few_shot"):
-        found = adapt(library, ANSWERS, task=Same(), max_new_tokens=2)
-    assert "log-likelihood alone decided" in caplog.text
-    assert found.alpha == adapt(library, ANSWERS).alpha
-    assert found.provenance["score"][0] == float(bool(letters))
+    assert adapt(library, CHOICES[:1]).provenance["held_out"] == {"examples": 0, "fell_back": None}
 
 
 @pytest.mark.parametrize("method", ["cem", "gradient"])
@@ -429,7 +403,7 @@ def test_what_the_check_scores_counts_and_is_kept_within_the_budget(settings, li
 @pytest.mark.parametrize(
     "examples, name, message",
     [
-        ([], "sums", "needs examples"),
+        ([], "sums", "must have one form"),
         (CHOICES, "other", "can be called 'other'"),
         (CHOICES, "math", "called 'math'"),
         (CHOICES, None, r"name=\.\.\."),
@@ -458,7 +432,7 @@ def test_gradients_are_found_in_inference_mode_too(per_layer, folders):
     assert inside[0] == outside[0] and torch.equal(*(logits for _, logits in (inside, outside)))
 
 
-@pytest.mark.parametrize("settings", [{}, {"method": "gradient"}, {"per_layer": True, "name": "sums"}])
+@pytest.mark.parametrize("settings", [{}, {"per_layer": True, "name": "sums"}])
 def test_a_search_keeps_the_limit_and_finds_what_it_finds_without(settings, folders):
     free = ExpertLibrary(base(), [folders["math"], folders["code"]])
     each = 4 * sum(free.expert("math").sizes.values())

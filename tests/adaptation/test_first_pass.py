@@ -74,27 +74,16 @@ def probabilities(mixtures):
 
 @pytest.mark.parametrize("strategy", ["prompt", "classifier"])
 def test_a_decision_is_one_expert_or_none_with_probabilities_over_all(strategy, library):
-    found = decide(library, PROMPTS, strategy=strategy)
-    assert len(found) == len(PROMPTS)
-    for mixture in found:
+    random = torch.get_rng_state()
+    together = decide(library, PROMPTS, strategy=strategy)
+    assert torch.equal(torch.get_rng_state(), random) and len(together) == len(PROMPTS)
+    assert together == decide(library, PROMPTS, strategy=strategy) and decide(library, [], strategy=strategy) == []
+    for mixture in together:
         assert mixture.alpha in ({}, {"math": 1.0}, {"code": 1.0}) and mixture.strategy == strategy
         assert list(mixture.probabilities) == NAMES and sum(mixture.probabilities.values()) == pytest.approx(1)
         best = max(mixture.probabilities.values())
         assert mixture.probabilities[mixture.choice] == best
         assert mixture.confidence == pytest.approx((best - 1 / 3) / (1 - 1 / 3)) and 0 <= mixture.confidence <= 1
-
-
-@pytest.mark.parametrize("strategy", ["prompt", "classifier"])
-def test_dispatch_is_deterministic_and_draws_no_random_numbers(strategy, library):
-    random, settings = torch.get_rng_state(), FirstPass(strategy)
-    mixtures = dispatch(library, tokenizer, PROMPTS, settings)
-    assert torch.equal(torch.get_rng_state(), random)
-    assert mixtures == settings(library, tokenizer, PROMPTS) and settings(library, tokenizer, []) == []
-
-
-@pytest.mark.parametrize("strategy", ["prompt", "classifier"])
-def test_a_batch_is_decided_as_one_by_one(strategy, library):
-    together = decide(library, PROMPTS, strategy=strategy)
     singles = [decide(library, [prompt], strategy=strategy)[0] for prompt in PROMPTS]
     for apart in (singles, decide(library, PROMPTS, 3, strategy=strategy)):
         torch.testing.assert_close(probabilities(apart), probabilities(together), atol=1e-4, rtol=0)
@@ -109,14 +98,13 @@ PROBE = Probe(("code", "math"), torch.zeros(2, 3), torch.zeros(2))
     [
         ({"strategy": "magic"}, "no strategy='magic': choose one of 'key', 'prompt', 'classifier', 'probe'"),
         ({"read": "guess"}, "no read='guess': choose one of 'likelihood', 'channel', 'generate'"),
-        ({"fallback": "last"}, "no fallback='last': choose one of 'base', 'mix'"),
         ({"strategy": "probe"}, r"go together: fit one with fit_probe\(...\)"),
         ({"probe": PROBE}, "go together"),
         ({"strategy": "probe", "probe": PROBE, "read": "generate"}, "a probe reads hidden states"),
         ({"strategy": "probe", "probe": PROBE, "calibration": PROBE}, "Likelihoods alone are calibrated"),
         ({"read": "generate", "calibration": PROBE}, "Likelihoods alone are calibrated"),
         *[({"threshold": t}, f"a threshold of 0 or more.*; got {t} and 1.0") for t in (-0.1, math.nan)],
-        *[({"temperature": t}, f"a positive temperature; got 0.0 and {t}") for t in (0.0, -1.0, math.nan, math.inf)],
+        *[({"temperature": t}, f"a positive temperature; got 0.0 and {t}") for t in (0.0, math.nan, math.inf)],
     ],
 )
 def test_settings_that_do_not_work_together_are_refused_before_any_model_is_read(settings, message):
@@ -141,10 +129,15 @@ def test_a_kind_is_announced_by_its_description_in_any_template(template, prefix
     assert first_pass.channel_prompt(tokenizer, "math", "") == prefix.replace("sums", "math")
 
 
-def test_names_are_read_by_the_likelihoods_of_the_base_model(library):
-    logps = torch.stack([oracle(base(), prompt) for prompt in PROMPTS])
-    found = probabilities(decide(library, PROMPTS, read="likelihood"))
+@pytest.mark.parametrize("strategy", ["prompt", "classifier"])
+def test_names_are_read_by_the_likelihoods_of_the_base_or_of_the_classifier(strategy, library, folders):
+    model = alone(folders["kinds"]) if strategy == "classifier" else base()
+    logps = torch.stack([oracle(model, prompt) for prompt in PROMPTS])
+    found = probabilities(decide(library, PROMPTS, strategy=strategy, read="likelihood"))
     torch.testing.assert_close(found, logps.softmax(-1), atol=1e-4, rtol=0)
+    if strategy == "classifier":
+        assert torch.equal(found, probabilities(decide(library, PROMPTS, strategy="classifier")))
+        assert not torch.allclose(found, probabilities(decide(library, PROMPTS, read="likelihood")), atol=1e-2)
 
 
 def test_the_prompt_strategy_reads_the_request_as_what_a_user_of_each_kind_says(library):
@@ -152,8 +145,9 @@ def test_the_prompt_strategy_reads_the_request_as_what_a_user_of_each_kind_says(
     found = kind_scores(library, tokenizer, PROMPTS).double()
     torch.testing.assert_close(found, logps - logps.mean(-1, keepdim=True), atol=1e-3, rtol=0)
     assert torch.equal(kind_scores(library, tokenizer, PROMPTS, FirstPass(read="channel")).double(), found)
-    shares = probabilities(decide(library, PROMPTS))
-    torch.testing.assert_close(shares, logps.softmax(-1), atol=1e-3, rtol=0)
+    for t in (0.5, 1.0, 3.0):
+        shares = probabilities(decide(library, PROMPTS, temperature=t))
+        torch.testing.assert_close(shares, (found / t).softmax(-1), atol=1e-6, rtol=0)
     assert decide(library, [PROMPTS[0], ""])[1].confidence == pytest.approx(0, abs=1e-6)
 
 
@@ -189,17 +183,6 @@ def test_a_calibration_of_other_names_or_readings_is_refused(library, folders):
     with pytest.raises(ValueError, match=r"fitted to .*'code'.*, but this first pass has .*.'math', 'other'."):
         fewer = ExpertLibrary(base(), [folders["math"]])
         decide(fewer, PROMPTS, read="likelihood", calibration=fitted)
-    with pytest.raises(ValueError, match="needs prompts with one kind each"):
-        fit_calibration(library, tokenizer, [])
-
-
-def test_the_classifier_strategy_reads_those_of_the_classifier(library, folders):
-    classifier = alone(folders["kinds"])
-    logps = torch.stack([oracle(classifier, prompt) for prompt in PROMPTS])
-    found = probabilities(decide(library, PROMPTS, strategy="classifier"))
-    torch.testing.assert_close(found, logps.softmax(-1), atol=1e-4, rtol=0)
-    base_says = probabilities(decide(library, PROMPTS, read="likelihood"))
-    assert not torch.allclose(found, base_says, atol=1e-2)
 
 
 def test_of_a_chat_only_the_last_user_message_is_read(library):
@@ -223,14 +206,7 @@ def test_a_long_prompt_is_read_up_to_a_bound(library):
     assert decide(library, ["d" + start[1:]])[0] != found[0]
 
 
-# --- calibration, temperature, fallbacks, the written form, the probe
-
-
-def test_a_temperature_divides_the_scores(library):
-    scores = kind_scores(library, tokenizer, PROMPTS).double()
-    for t in (0.5, 3.0):
-        found = probabilities(decide(library, PROMPTS, temperature=t))
-        torch.testing.assert_close(found, (scores / t).softmax(-1), atol=1e-6, rtol=0)
+# --- temperature, fallbacks, the written form, the probe
 
 
 def test_a_fitted_temperature_makes_the_kinds_likelier(library):
@@ -246,9 +222,9 @@ def test_a_fitted_temperature_makes_the_kinds_likelier(library):
     assert all(likelihood(fitted) >= likelihood(fitted * factor) for factor in (0.7, 1.4))
     with pytest.raises(ValueError, match=r"There is no expert 'maths'; there are code, math, other"):
         fit_temperature(library, tokenizer, PROMPTS, ["maths"] * 4)
-    for prompts, given in ((PROMPTS, kinds[:2]), ([], [])):
-        with pytest.raises(ValueError, match="prompts with one kind each"):
-            fit_temperature(library, tokenizer, prompts, given)
+    for prompts, given, read in ((PROMPTS, kinds[:2], None), ([], [], None), (PROMPTS, kinds, "generate")):
+        with pytest.raises(ValueError, match="prompts with one kind each, and a first pass that scores all"):
+            fit_temperature(library, tokenizer, prompts, given, FirstPass(read=read))
 
 
 def test_a_soft_decision_weighs_the_experts_by_their_probabilities(library):
@@ -359,7 +335,7 @@ def test_a_probe_gives_no_chance_to_a_kind_it_does_not_know(library):
 def test_a_probe_that_does_not_fit_is_refused(library, folders):
     texts, kinds = zip(*KNOWN, strict=True)
     probe = fit_probe(library, tokenizer, texts, kinds)
-    with pytest.raises(ValueError, match="The probe names 'code', but the experts are math: refit it"):
+    with pytest.raises(ValueError, match="There is no expert 'code'; there are math, other"):
         decide(ExpertLibrary(base(), [folders["math"]]), PROMPTS, strategy="probe", probe=probe)
     with pytest.raises(ValueError, match="There is no expert 'poems'"):
         fit_probe(library, tokenizer, texts, ["poems"] * len(texts))

@@ -70,6 +70,7 @@ def test_a_population_in_one_batch_scores_as_its_members_one_by_one(form, batch_
     together = judge(library, examples, batch_size=batch_size, **settings)(MEMBERS)
     alone = [judge(library, examples, batch_size=1, **settings)(member[None]) for member in MEMBERS]
     assert_scores(together.scores, [one.scores[0] for one in alone])
+    assert_scores(judge(library, examples[::-1], **settings)(MEMBERS).scores, together.scores)
     assert together.tokens == sum(one.tokens for one in alone)
     assert len(set(map(tuple, np.round(together.scores, 6).tolist()))) > 3
 
@@ -82,13 +83,6 @@ def test_a_member_scores_as_its_mixture_in_plain_forwards(library):
         with torch.no_grad(), library.activate(mixture) as model:
             expected = torch.cat([choice_logps(model, tokenizer, [row]) for row in rows]).double().mean()
         assert share == 0.0 and logp == pytest.approx(float(expected), abs=1e-4)
-
-
-@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
-def test_the_order_of_the_examples_does_not_matter(order, library):
-    for examples, settings in FORMS.values():
-        shuffled = judge(library, [examples[i] for i in order], **settings)(MEMBERS)
-        assert_scores(shuffled.scores, judge(library, examples, **settings)(MEMBERS).scores)
 
 
 def test_weights_per_block_move_that_block_alone(library):
@@ -142,39 +136,29 @@ def slopes(own, point, h):
     return (np.stack(above, axis=1) - np.stack(below, axis=1)) / (2 * h)
 
 
-ALL_WEIGHTS = pytest.mark.parametrize("per_block", [False, True])
-ALL_SUMS = pytest.mark.parametrize("normalize", [False, True])
-TWO_FORMS = pytest.mark.parametrize("examples", [CHOICES, ANSWERS], ids=["choices", "answers"])
-
-
-@ALL_WEIGHTS
-@ALL_SUMS
-@TWO_FORMS
-def test_gradients_equal_finite_differences_in_float64(examples, normalize, per_block, tmp_path, monkeypatch):
-    def model():  # GPT-2 has no step in float32, as the norms of Llama are
-        return pico.build("gpt2", dtype=torch.float64, name="wide")
-
-    folders = [tiny_experts.write(tmp_path, name, seed, model()) for name, seed in [("code", 1), ("math", 2)]]
-    library = ExpertLibrary(model(), folders)
-    for layer in library.layers().values():
-        layer.svf_basis = layer.svf_basis.double()  # no basis of that dtype is offered: rounded, it would hide the law
-    monkeypatch.setattr(evaluator, "choice_logps", plain_logps)
-    blocks = ("transformer.h.0", "transformer.h.1") if per_block else ()
-    own = judge(library, examples, blocks, normalize, gradients=True)
-    point = np.random.default_rng(0).uniform(0.2, 0.8, (2, own.weights.size))
-    numeric = slopes(own, point, 1e-5)
-    np.testing.assert_allclose(own(point).gradients, numeric, rtol=1e-5, atol=1e-7)
-    assert np.abs(numeric).max() > 1e-2 and own.weights.size == (4 if per_block else 2)
-
-
-@ALL_WEIGHTS
-@ALL_SUMS
-@TWO_FORMS
-def test_gradients_are_slopes_of_the_scores(examples, normalize, per_block, library):
+@pytest.mark.parametrize("per_block", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("examples", [CHOICES, ANSWERS], ids=["choices", "answers"])
+def test_gradients_are_slopes_of_the_scores(examples, normalize, per_block, library, tmp_path, monkeypatch):
+    """Of the real scores, as nearly as float32 can, and of the same in float64 exactly."""
     own = judge(library, examples, BLOCKS if per_block else (), normalize, gradients=True)
     point = np.random.default_rng(0).uniform(0.2, 0.8, (2, own.weights.size))
     numeric = slopes(own, point, 1e-2)
     np.testing.assert_allclose(own(point).gradients, numeric, rtol=2e-2, atol=2e-3 * np.abs(numeric).max())
+
+    def model():  # GPT-2 has no step in float32, as the norms of Llama are
+        return pico.build("gpt2", dtype=torch.float64, name="wide")
+
+    folders = [tiny_experts.write(tmp_path, name, seed, model()) for name, seed in [("code", 1), ("math", 2)]]
+    exact = ExpertLibrary(model(), folders)
+    for layer in exact.layers().values():
+        layer.svf_basis = layer.svf_basis.double()  # no basis of that dtype is offered: rounded, it would hide the law
+    monkeypatch.setattr(evaluator, "choice_logps", plain_logps)
+    blocks = ("transformer.h.0", "transformer.h.1") if per_block else ()
+    own = judge(exact, examples, blocks, normalize, gradients=True)
+    numeric = slopes(own, point, 1e-5)
+    np.testing.assert_allclose(own(point).gradients, numeric, rtol=1e-5, atol=1e-7)
+    assert np.abs(numeric).max() > 1e-2 and own.weights.size == (4 if per_block else 2)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
@@ -191,15 +175,14 @@ def test_sampled_completions_see_the_same_random_numbers_and_leave_torchs_alone(
     assert one == two and torch.equal(torch.get_rng_state(), random)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("in the middle"), KeyboardInterrupt()])
-def test_an_exception_leaves_the_model_as_it_was(error, library, monkeypatch):
+def test_an_exception_leaves_the_model_as_it_was(library, monkeypatch):
     before = state(library.model)
 
     def fail(*_, **__):
-        raise error
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluator, "choice_logps", fail)
-    with pytest.raises(type(error)):
+    with pytest.raises(KeyboardInterrupt):
         judge(library, CHOICES)(MEMBERS)
     assert_same(library.model, before)
     with library.activate(Mixture()) as model:
@@ -245,7 +228,6 @@ with RayEvaluator(functools.partial(make, folders), workers=2) as shared:
     refused(shared, judge(model.library, [{**CHOICES[0], "prompt": "x" * 600}]))
     refused(shared, judge(other.library, CHOICES))
     assert len(shared(own, MEMBERS).scores) == len(MEMBERS)  # an exception ends no worker
-refused(shared, own)
 with RayEvaluator(functools.partial(broken, folders), workers=2) as shared:  # of two CPUs: the first two have ended
     refused(shared, own)
 """
@@ -266,7 +248,7 @@ def test_two_ray_workers_score_as_this_process_and_raise_their_errors_here(folde
     )
     assert done.returncode == 0, done.stderr[-3000:]
     refused = [line for line in done.stdout.splitlines() if line.startswith("refused:")]
-    told = ("the model's context is 512", "The expert 'code' of the search differs", "was closed", "in the factory")
+    told = ("the model's context is 512", "The expert 'code' of the search differs", "in the factory")
     assert len(refused) == len(told) and all(text in line for text, line in zip(told, refused, strict=True)), refused
 
 

@@ -24,12 +24,9 @@ def accuracy(probe, X, kinds):
     return sum(probe.labels[i] == k for i, k in zip(probe.scores(X).argmax(-1).tolist(), kinds, strict=True)) / len(X)
 
 
-def test_it_tells_clouds_apart_that_it_has_not_seen():
+def test_it_tells_apart_what_it_has_not_seen_and_is_about_as_sure_as_it_is_right():
     probe = Probe.fit(*clouds(6))
     assert probe.labels == ("code", "math", "other") and accuracy(probe, *clouds(200, seed=1)) > 0.88
-
-
-def test_it_is_about_as_sure_as_it_is_right():
     probe = Probe.fit(*clouds(40, noise=2.0))
     X, kinds = clouds(400, noise=2.0, seed=1)
     sure = float(probe.scores(X).softmax(-1).max(-1).values.mean())
@@ -99,8 +96,6 @@ X, KINDS = clouds(2)
     [
         (lambda: Probe.fit(X[:-1], KINDS[:-1]), r"two or more prompts each; got \{'code': 2, 'math': 2, 'other': 1\}"),
         (lambda: Probe.fit(X[:2], KINDS[:2]), r"two or more kinds .*\{'code': 2\}"),
-        (lambda: Probe.fit(X[:5], KINDS), "inconsistent numbers of samples"),
-        (lambda: Probe.fit(X, KINDS).scores(torch.zeros(1, 7)), "fitted to 5 features, but this model has 7"),
         (lambda: Probe(("a", "b"), torch.full((2, 3), math.nan), torch.zeros(2)), "finite weights"),
         (lambda: Probe(("a", "a"), torch.zeros(2, 3), torch.zeros(2)), "for the labels"),
         (lambda: Probe(("a", "b"), torch.zeros(2, 3), torch.zeros(3)), r"biases \(labels,\); got \(2, 3\) and \(3,\)"),
@@ -117,18 +112,6 @@ def test_temperature_recovers_the_planted_one(planted):
     scores = 3 * torch.randn(4000, 4, generator=draws)
     labels = torch.multinomial((scores / planted).softmax(-1), 1, generator=draws).squeeze(1)
     assert temperature(scores, labels) == pytest.approx(planted, rel=0.1)
-
-
-def test_temperature_maximises_the_likelihood():
-    draws = torch.Generator().manual_seed(1)
-    scores, labels = torch.randn(300, 3, generator=draws), torch.randint(3, (300,), generator=draws)
-    scores[torch.arange(300), labels] += 1
-    best = temperature(scores, labels)
-
-    def likelihood(t):
-        return float((scores.double() / t).log_softmax(-1)[torch.arange(300), labels].mean())
-
-    assert all(likelihood(best) >= likelihood(best * factor) - 1e-4 for factor in (0.5, 0.8, 1.25, 2.0))
 
 
 def test_temperature_stays_in_bounds_and_takes_absent_kinds():

@@ -87,7 +87,12 @@ def other_base(experts):
     return {**experts, "math": replace(experts["math"], key=key)}
 
 
+def of_block(experts, block):
+    return {name: replace(expert, key=replace(expert.key, block=block)) for name, expert in experts.items()}
+
+
 ODD = {
+    "a block that the model lacks": (lambda e: of_block(e, 9), r"Expert 'code': .*1 to 1 blocks.* not 9"),
     "none": (lambda e: {**e, "math": replace(e["math"], key=None)}, "'math' has no routing key"),
     "another pooling": (
         lambda e: {**e, "math": replace(e["math"], key=replace(e["math"].key, pooling="mean"))},
@@ -109,19 +114,22 @@ ODD = {
 @pytest.mark.parametrize("case", ODD)
 def test_odd_keys_fall_back_with_a_warning_and_are_refused_if_keys_are_chosen(experts, case, caplog):
     change, message = ODD[case]
+    model = Transformer2Model(tiny_experts.base(), tiny_tokenizer(), change(experts))
     with caplog.at_level(logging.WARNING, logger="peft_svf"):
-        model = Transformer2Model(tiny_experts.base(), tiny_tokenizer(), change(experts))
-    assert model.default_first_pass.strategy == "prompt"
+        assert model.default_first_pass.strategy == "prompt"
     assert "Until then the first pass is 'prompt'" in caplog.text
     with pytest.raises(ValueError, match=message):
         model.first_pass(["1 + 1"], FirstPass("key"))
 
 
-def test_a_key_of_a_block_that_the_model_lacks_is_refused_by_name(experts):
-    keys = {name: replace(expert, key=replace(expert.key, block=9)) for name, expert in experts.items()}
-    model = Transformer2Model(tiny_experts.base(), tiny_tokenizer(), keys)
-    with pytest.raises(ValueError, match=r"Expert 'code': .*1 to 1 blocks.* not 9"):
-        model.first_pass(["1 + 1"], FirstPass("key"))
+def test_reading_keys_leaves_each_module_in_its_mode(experts):
+    model = Transformer2Model(tiny_experts.base(), tiny_tokenizer(), experts)
+    inner = model.get_base_model().model
+    inner.layers[1].mlp.train()
+    modes = {name: module.training for name, module in model.library.model.named_modules()}
+    model.first_pass(["1 + 1"])
+    assert {name: module.training for name, module in model.library.model.named_modules()} == modes
+    assert inner.layers[1].mlp.training and not inner.layers[0].training
 
 
 def test_experts_that_come_and_go_refit_the_router(experts):
@@ -157,5 +165,3 @@ def test_few_examples_point_to_the_expert_whose_prompts_they_resemble(experts):
     assert mixture.alpha == {"math": 1.0} and model.library.mixture("sums") == mixture
     assert max(mixture.probabilities, key=mixture.probabilities.get) == "math"
     assert model.adapt(examples, search=Search("key")).alpha == {"math": 1.0}
-    with pytest.raises(ValueError, match="per_layer=True needs another method"):
-        Search("key", per_layer=True)

@@ -124,7 +124,7 @@ def test_settings_of_a_request_are_those_of_generate(served, reference):
 def test_draws_follow_the_softmax_of_the_scores():
     scores = torch.tensor([0.0, 1.0, 2.0, -1.0])
     sampler = engine._Sampler()
-    job = engine.Job({}, [], True, torch.Generator().manual_seed(0))
+    job = engine.Job({}, [], True, torch.Generator().manual_seed(0), torch.zeros(1, 2))
     state = SimpleNamespace(logit_processor_kwargs={"job": job}, initial_tokens=[1], generated_tokens=[])
     sampler.states = [state] * 4000
     drawn = sampler(scores.repeat(4000, 1), None).argmax(-1).bincount(minlength=4) / 4000
@@ -132,7 +132,7 @@ def test_draws_follow_the_softmax_of_the_scores():
 
 
 def test_a_prompt_must_leave_room(served):
-    for text, new, message in [("x" * 511, 2, "leaves room for 1"), ("x", 65, "at most 64")]:
+    for text, new, message in [("x" * 511, 2, "at most 1, not 2"), ("x", 65, "at most 64, not 65")]:
         with pytest.raises(ValueError, match=message):
             asyncio.run(ask(served, text, {}, new))
 

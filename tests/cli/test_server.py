@@ -179,29 +179,28 @@ def test_models_health_and_metrics(gate):
     assert line in metrics.text and "peft_svf_first_token_seconds_bucket" in metrics.text
 
 
-WRONG = {
-    "no messages": ({"messages": None}, "'messages' is a list"),
-    "messages of texts": ({"messages": ["hello"]}, "'messages' is a list"),
+WRONG = {  # changes of a request -> part of the message
+    "no messages": ({"messages": []}, "'messages'"),
+    "messages of texts": ({"messages": ["hello"]}, "'messages.0'"),
     "content of numbers": ({"messages": [{"role": "user", "content": 3}]}, ""),
-    "unknown field": ({"wishes": 3}, "Unknown field 'wishes'"),
-    "a config of transformers": ({"generation_config": '{"num_beams": 9}'}, "Unknown field 'generation_config'"),
+    "unknown field": ({"wishes": 3}, "'wishes' isn't supported"),
+    "a config of transformers": ({"generation_config": '{"num_beams": 9}'}, "'generation_config' isn't supported"),
     "several answers": ({"n": 2}, "'n' isn't supported"),
-    "log probabilities": ({"logprobs": True}, "'logprobs' isn't supported"),
     "a forced tool": ({"tool_choice": "required"}, "'tool_choice' isn't supported"),
-    "hot": ({"temperature": 9}, "'temperature' is a number from 0 to 2"),
-    "not finite": ({"top_p": "0.5"}, "'top_p' is a number"),
-    "no tokens": ({"max_tokens": 0}, "'max_tokens' is a positive whole number"),
-    "too many tokens": ({"max_tokens": 65}, "writes at most 64 tokens"),
-    "too long": ({"messages": [{"role": "user", "content": "x" * 600}]}, "leaves room for 0"),
-    "stops": ({"stop": ["a"] * 5}, "'stop' is a text or up to four"),
+    "hot": ({"temperature": 9}, "'temperature': Input should be less than or equal to 2"),
+    "not finite": ({"top_p": "0.5"}, "'top_p': Input should be a valid number"),
+    "no tokens": ({"max_tokens": 0}, "'max_tokens': Input should be greater than or equal to 1"),
+    "true tokens": ({"max_tokens": True}, "'max_tokens'"),
+    "too many tokens": ({"max_tokens": 65}, "writes at most 64, not 65"),
+    "too long": ({"messages": [{"role": "user", "content": "x" * 600}]}, "writes at most 0"),
+    "stops": ({"stop": ["a"] * 5}, "'stop"),
     "a template": ({"chat_template_kwargs": {"chat_template": "x"}}, "can't set 'chat_template'"),
     "a bias for no token": ({"logit_bias": {"9999": 1.0}}, ""),
-    "a bias for no number": ({"logit_bias": {"x": 1.0}}, ""),
     "unknown expert": ({"expert": "physics"}, "There is no expert 'physics'"),
     "unknown weight": ({"mixture": {"physics": 1}}, "There is no expert 'physics'"),
     "no weight": ({"mixture": {"math": "much"}}, "math"),
     "both": ({"mixture": {"math": 1}, "expert": "code"}, "not both"),
-    "a list of experts": ({"expert": ["math"]}, "'expert' is a name"),
+    "a list of experts": ({"expert": ["math"]}, "'expert': Input should be a valid string"),
 }
 
 
@@ -214,16 +213,15 @@ def test_what_is_wrong_is_refused_in_openais_form(gate):
         assert message in error["message"] and error["message"], (name, error)
 
 
-def test_who_has_no_key_gets_nothing_but_health(gate):
+def test_without_a_key_only_health_answers(gate):
     paths = [("GET", "/v1/models", None), ("GET", "/metrics", None), chat(), ("GET", "/nowhere", None)]
     for key in ("", "another", KEY[:-1], KEY + "x"):
-        assert [response.status_code for response in run(gate, *paths, key=key)] == [401] * 4
-        assert run(gate, ("GET", "/health", None), key=key)[0].status_code == 200
-
-
-def test_routes_that_would_load_or_drop_models_are_gone(gate):
-    paths = ["/load_model", "/reset", "/v1/systemone", "/v1/audio/transcriptions"]
-    for response in run(gate, *(("POST", path, {"model": "x"}) for path in paths), ("GET", "/docs", None)):
+        *closed, health = run(gate, *paths, ("GET", "/health", None), key=key)
+        assert [response.status_code for response in closed] == [401] * 4 and health.status_code == 200
+    # those that would load or drop models are gone
+    for response in run(
+        gate, *(("POST", path, {"model": "x"}) for path in ("/load_model", "/reset", "/v1/systemone"))
+    ):
         assert response.status_code == 404 and response.json()["error"]["message"] == "Not Found"
 
 
@@ -232,14 +230,11 @@ def behind(gate, **rules):
     return Gate(gate.app, Rules((KEY,), (ADMIN,), **rules), gate.metrics)
 
 
-def test_too_many_requests_are_told_when_to_come_back(gate):
+def test_too_many_requests_are_refused_with_retry_after_and_large_bodies_at_all(gate):
     responses = run(behind(gate, pending=2), *(chat(model="math") for _ in range(5)))
     assert sorted(response.status_code for response in responses) == [200, 200, 429, 429, 429]
     busy = next(response for response in responses if response.status_code == 429)
     assert int(busy.headers["retry-after"]) >= 1 and busy.json()["error"]["type"] == "rate_limit_error"
-
-
-def test_a_body_may_be_too_large(gate):
     (response,) = run(behind(gate, body_bytes=1000), chat(messages=[{"role": "user", "content": "x" * 1000}]))
     assert response.status_code == 413
 

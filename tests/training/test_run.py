@@ -251,7 +251,7 @@ def test_answers_of_one_token_are_drawn_from_the_forward_that_is_differentiated(
 @both
 @pytest.mark.parametrize("rows, reward", FORMS.values(), ids=FORMS)
 def test_evaluation_is_the_mean_reward_of_the_likeliest(rows, reward, trainer_of, tmp_path):
-    trainer = trainer_of(tmp_path, rows, reward, eval_rows=rows, per_device_eval_batch_size=3)
+    trainer = trainer_of(tmp_path, rows, reward, eval_rows=rows, per_device_eval_batch_size=2)
     texts = [likeliest(trainer.model, row) for row in rows]
     rewards = reward([[{"content": text}] for text in texts])
     assert trainer.evaluate()["eval_reward"] == pytest.approx(sum(rewards) / len(rewards))

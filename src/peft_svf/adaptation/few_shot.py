@@ -8,8 +8,8 @@ A search over mixture weights, whose result is checked on examples that didn't c
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from ..experts.library import ExpertLibrary
 from ..rows import Row, check
 from ..tasks import Task
 from ..tuner.targets import block_of
+from .first_pass import FirstPass, decide
 from .judge import Evaluator, Judge, Weights, answer_row, digest_of_experts
 from .router import key_scores
 from .search import Found, Judged, Score, Search, maximise
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 LEAVE_ONE_OUT: Literal["leave-one-out"] = "leave-one-out"
 DEFAULT = Search()
 FARTHEST = -20.0  # log-probability; one example far from an expert doesn't outweigh all others
+Scorer = Callable[[np.ndarray], Judged]
 
 
 @torch.inference_mode(False)  # gradients are needed, and an expert made here may be used with them
@@ -62,7 +64,6 @@ def few_shot(
             All of one form. `{"prompt", "choices", "label"}`: scored by the share of right choices, ties by their
             log-probability. `{"prompt", "answer"}` with a `task`: by its score of a greedy completion, ties by the
             log-likelihood of the answer. Without a task: by the latter alone.
-        task ([`Task`], *optional*): Scores completions; not used for choices.
         holdout (`"leave-one-out"` or `Iterable[Mapping]`):
             Each example is answered by the candidate that is best on the others: free, but the candidates were drawn
             with all examples in view, which flatters a search over many weights. Or other examples; `[]` for no check.
@@ -75,59 +76,39 @@ def few_shot(
 
     Returns:
         [`Mixture`] with settings, course and check of the search in `provenance`.
-
-    Raises:
-        `ValueError`: for malformed examples, of two forms or over the context; for another search's state file.
     """
     with library.lock:
         seen = _checked(library, tokenizer, examples, "Example")
         unseen = [] if holdout == LEAVE_ONE_OUT else _checked(library, tokenizer, holdout, "Held-out example", seen)
-        if search.method == "key":
-            return _guessed(library, tokenizer, seen, name)
-        task = None if (choices := "choices" in seen[0]) else task
-        if generation and task is None:
+        weights, choices = _weights(library, search, name), "choices" in seen[0]
+        if generation and (choices or task is None):
             raise TypeError(f"few_shot has no argument {next(iter(generation))!r}: these examples generate nothing.")
-        weights, facts = _weights(library, search, name), search.facts(choices)
-        kwargs: dict[str, Any] = {"task": task, "generation": generation, "batch_size": batch_size}
-        kwargs |= {"seed": search.seed, "temperature": search.temperature}
 
-        def judge(rows: Sequence[Row], gradients: bool = False) -> Callable[[np.ndarray], Judged]:
-            scores = Judge(library, tokenizer, weights, rows, gradients=gradients, **kwargs)
+        settings: Any = {"task": task, "generation": generation, "batch_size": batch_size}
+        settings |= {"seed": search.seed, "temperature": search.temperature}
+
+        def judge(rows: Sequence[Row], gradients: bool = False) -> Scorer:
+            scores = Judge(library, tokenizer, weights, rows, gradients=gradients, **settings)
             return partial(evaluator, scores) if evaluator else scores
 
-        depends = {**facts, **_inputs(library, seen, task, generation)}
-        first, reserve = judge(seen, search.method == "gradient"), 3 * len(unseen) / len(seen)
-        found = _searched(search, weights, first, depends, state, reserve)
-        vector, score, held_out = found.best, found.score, {"examples": 0, "fell_back": None}
-        if unseen or (holdout == LEAVE_ONE_OUT and len(seen) > 1):
-            vector, score, held_out = check_choice(weights, found, judge(seen), judge(unseen) if unseen else None)
-        provenance = ({"name": name} if name else {}) | facts | _course(found, graded=choices or task is not None)
-        provenance |= {"examples": len(seen), "held_out": held_out, "score": list(score)}
-        if search.per_layer:
-            return _as_expert(library, weights, vector, str(name), provenance)
-        mixture = weights.mixture(vector, provenance)
+        if search.method == "key":
+            mixture = _nearest(library, tokenizer, seen)
+        else:
+            facts = search.facts(choices)
+            depends = {**facts, **_inputs(library, seen, None if choices else task, generation)}
+            reserve = 3 * len(unseen) / len(seen)
+            found = _searched(search, weights, judge(seen, search.method == "gradient"), depends, state, reserve)
+            vector, score, held_out = found.best, found.score, {"examples": 0, "fell_back": None}
+            if unseen or (holdout == LEAVE_ONE_OUT and len(seen) > 1):
+                vector, score, held_out = check_choice(weights, found, judge(seen), judge(unseen) if unseen else None)
+            facts |= {"tokens": found.tokens, "stopped": found.stopped, "iterations": len(found.history), "name": name}
+            facts |= {"history": found.history, "examples": len(seen), "held_out": held_out, "score": list(score)}
+            if search.per_layer:
+                return _as_expert(library, weights, vector, str(name), facts)
+            mixture = weights.mixture(vector, facts)
         if name:
             library.add_mixture(name, mixture)
         return mixture
-
-
-def _guessed(
-    library: ExpertLibrary, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Row], name: str | None
-) -> Mixture:
-    """Choose the expert, or the base, that the keys find likeliest for all examples together."""
-    if name:
-        library.check_name(name)
-    ids = key_ids(tokenizer, [row["prompt"] for row in examples])
-    scores = key_scores(library, tokenizer, ids).log_softmax(-1).clamp(min=FARTHEST).mean(0)
-    probabilities = dict(zip([*library.names, OTHER], scores.softmax(-1).tolist(), strict=True))
-    chosen = max(probabilities, key=lambda kind: probabilities[kind])
-    n, facts = len(probabilities), {"method": "key", "examples": len(examples), "tokens": sum(map(len, ids))}
-    facts |= {"score": [float(scores.max())], "held_out": {"examples": 0, "fell_back": None}, "stopped": ""}
-    confidence = (probabilities[chosen] - 1 / n) / (1 - 1 / n)
-    mixture = Mixture({chosen: 1.0}, "few-shot", confidence, probabilities, {**facts, "iterations": 0, "history": []})
-    if name:
-        library.add_mixture(name, mixture)
-    return mixture
 
 
 def _checked(
@@ -135,17 +116,15 @@ def _checked(
     tokenizer: PreTrainedTokenizerBase,
     examples: Iterable[Row],
     what: str,
-    like: Sequence[Row] | None = None,
+    like: Sequence[Row] = (),
 ) -> list[Row]:
     """Return the examples; a `ValueError` if one is malformed, too long for the context, or of another form."""
     rows: list[Row] = []
     for i, row in enumerate(examples):
         check(row, f"{what} {i}", answered=True)
         rows.append({key: value for key, value in row.items() if value is not None})
-        if ("choices" in rows[i]) != ("choices" in (like or rows)[0]):
-            raise ValueError(f"{what} {i}: expected one form, 'choices' in all examples or in none; got {[*rows[i]]}.")
-    if not rows and like is None:
-        raise ValueError("Few-shot adaptation needs examples: 'prompt' with 'answer', or with 'choices' and 'label'.")
+    if len({"choices" in row for row in [*rows, *like]}) != 1:
+        raise ValueError(f"{what}s must have one form, 'choices' with 'label' in all or 'answer' in all; got {rows}.")
     limit = context_of(library.model)
     for i, tokens in enumerate(row_lengths(tokenizer, [answer_row(row) for row in rows])):
         if limit is not None and tokens > limit:
@@ -155,20 +134,32 @@ def _checked(
 
 def _weights(library: ExpertLibrary, search: Search, name: str | None) -> Weights:
     """Return how vectors are read; a `ValueError` if the result can't have its name."""
-    if search.per_layer and not name:
-        raise ValueError("Weights per layer make an expert of the library: pass a name=... that no expert has.")
-    if search.per_layer and any(library.expert(expert).config.get("target_parameters") for expert in library.names):
-        raise ValueError("Weights per layer can't mix experts of stacked weights: search with per_layer=False.")
+    stacked = any(library.expert(expert).config.get("target_parameters") for expert in library.names)
+    if search.per_layer and (stacked or not name):
+        raise ValueError(
+            "Weights per layer make an expert of the library: pass a name=... that no expert has, and no experts of "
+            "stacked weights (target_parameters)."
+        )
     if name:
         library.check_name(name)
     blocks = dict.fromkeys(map(block_of, library.layers())) if search.per_layer else ()
     return Weights(tuple(library.names), tuple(blocks), search.normalize)
 
 
+def _nearest(library: ExpertLibrary, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Row]) -> Mixture:
+    """Choose the expert, or the base, that the keys find likeliest for all examples together."""
+    ids = key_ids(tokenizer, [row["prompt"] for row in examples])
+    scores = key_scores(library, tokenizer, ids).log_softmax(-1).clamp(min=FARTHEST).mean(0, keepdim=True)
+    facts = {"method": "key", "examples": len(examples), "tokens": sum(map(len, ids)), "score": [float(scores.max())]}
+    facts |= {"held_out": {"examples": 0, "fell_back": None}, "stopped": "", "iterations": 0, "history": []}
+    (mixture,) = decide(library, scores, FirstPass("key"))
+    return replace(mixture, strategy="few-shot", provenance=facts)
+
+
 def _searched(
     search: Search,
     weights: Weights,
-    judge: Callable[[np.ndarray], Judged],
+    judge: Scorer,
     depends: Mapping[str, Any],
     state: str | PathLike[str] | None,
     reserve: float,
@@ -190,26 +181,19 @@ def _searched(
 
 
 def check_choice(
-    weights: Weights,
-    found: Found,
-    judge: Callable[[np.ndarray], Judged],
-    unseen: Callable[[np.ndarray], Judged] | None = None,
+    weights: Weights, found: Found, judge: Scorer, unseen: Scorer | None = None
 ) -> tuple[np.ndarray, Score, dict[str, Any]]:
     """
     Keep what a search found if it beats the base and the best single expert on examples that didn't choose it.
 
-    Args:
-        weights, found ([`Weights`], [`Found`]): The end of a search, to which the cost of the check is added.
-        judge (`Callable`): Scores vectors on the examples of the search; base and experts that it didn't score itself.
-        unseen (`Callable`, *optional*):
-            Scores them on other examples. Without it, each example is answered by the candidate that is best on the
-            others.
+    `judge` scores vectors on the examples of the search, `unseen` on others. Without `unseen` each example is answered
+    by the candidate that is best on the others. The cost of the check is added to `found`.
 
     Returns:
         The vector to use, its score on the examples of the search, and the check as JSON values.
     """
 
-    def scored(by: Callable[[np.ndarray], Judged], vectors: Sequence[Sequence[float]]) -> Judged:
+    def scored(by: Scorer, vectors: Sequence[Sequence[float]]) -> Judged:
         judged = by(np.asarray(vectors))
         found.tokens += judged.tokens
         found.seconds += judged.seconds
@@ -230,18 +214,20 @@ def check_choice(
         mine, others = left_out(found.by_example), [alone[OTHER], left_out(by_example[1:])]
         held_out = {"examples": found.by_example.shape[1], "by": LEAVE_ONE_OUT}
     theirs = dict(zip(rivals, others, strict=True))
-    held_out |= {"found": list(mine), "rivals": {rival: list(score) for rival, score in theirs.items()}}
     best = max(theirs, key=lambda rival: theirs[rival])  # (the base, of equals)
     # A rival that the search has found itself can't beat it.
     beaten = any(score >= mine and corners[rival] != found.best.tolist() for rival, score in theirs.items())
-    if not beaten or corners[best] == found.best.tolist():
-        return found.best, found.score, {**held_out, "fell_back": None}
+    fell_back = best if beaten and corners[best] != found.best.tolist() else None
+    held_out |= {"found": list(mine), "rivals": {rival: list(score) for rival, score in theirs.items()}}
+    held_out["fell_back"] = fell_back
+    if fell_back is None:
+        return found.best, found.score, held_out
     logger.warning(
         f"The mixture that the search found scores {mine} on examples that didn't choose it, no better than "
         f"{'the base model' if best == OTHER else f'the expert {best!r}'} with {theirs[best]}, which is returned "
         "instead. More examples may help."
     )
-    return np.asarray(corners[best]), alone[best], {**held_out, "fell_back": best}
+    return np.asarray(corners[best]), alone[best], held_out
 
 
 def left_out(by_example: np.ndarray) -> Score:
@@ -252,18 +238,6 @@ def left_out(by_example: np.ndarray) -> Score:
     return tuple(float(x) for x in by_example[chosen, range(count)].mean(0))
 
 
-def _course(found: Found, graded: bool) -> dict[str, Any]:
-    """Return the cost and course of a search as JSON values; log if its examples told no candidates apart."""
-    shares = [(entry["best"][0], entry["mean_score"][0]) for entry in found.history]
-    if graded and all(math.isclose(best, mean, abs_tol=1e-9) for best, mean in shares):
-        logger.info(
-            f"All candidates answer the same share of the examples right ({shares[0][0]:.2f}), so the log-likelihood "
-            "alone decided. Harder or easier examples would be more informative."
-        )
-    course = {"tokens": found.tokens, "stopped": found.stopped}
-    return course | {"iterations": len(found.history), "history": found.history}
-
-
 def _as_expert(
     library: ExpertLibrary, weights: Weights, vector: np.ndarray, name: str, provenance: dict[str, Any]
 ) -> Mixture:
@@ -271,20 +245,17 @@ def _as_expert(
     by_block = weights.alpha(torch.tensor(vector, dtype=torch.float64)[None])[0]  # (blocks, experts)
     configs = [library.expert(expert).config for expert in weights.names]
     ranks: list[Any] = [config.get("rank") for config in configs]
-    rank = None if None in ranks else max(ranks)
+    rank, layers = None if None in ranks else max(ranks), library.layers()
     mixed = library.mix(weights.names, lambda module: by_block[None, weights.block(module)])  # (1, k) each
-    layers = library.layers()
     offsets = {
         module: offset[0, : layers[module].size_of(rank)].float().cpu().contiguous()
         for module, offset in mixed.items()
         if offset.numel()
     }
     fingerprint = {module: entry for c in configs for module, entry in (c.get("fingerprint") or {}).items()}
-    config = configs[0] | {
-        "description": f"mixed per layer from {', '.join(weights.names)}", "rank": rank,
-        "fingerprint": fingerprint or None, "target_modules": sorted(offsets), "exclude_modules": None,
-        "layers_to_transform": None, "layers_pattern": None,
-    }  # fmt: skip
+    unset = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+    targets = {"rank": rank, "target_modules": sorted(offsets), "fingerprint": fingerprint or None}
+    config = configs[0] | unset | targets | {"description": f"mixed per layer from {', '.join(weights.names)}"}
     rows = [dict(zip(weights.names, row, strict=True)) for row in by_block.tolist()]
     provenance = {**provenance, "layers": dict(zip(weights.blocks, rows, strict=True))}
     library.add(Expert(name, offsets, config, provenance))
@@ -294,7 +265,7 @@ def _as_expert(
 def _inputs(
     library: ExpertLibrary, rows: Sequence[Row], task: Task | None, generation: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what the scores depend on besides the settings of the search, as JSON values."""
+    """Return examples, experts and generation in JSON values: a search with others isn't the same search."""
     content = json.dumps([dict(row) for row in rows], sort_keys=True, default=repr).encode()
     return {
         "task": task and task.name,

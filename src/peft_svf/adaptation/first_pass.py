@@ -2,9 +2,8 @@
 """
 The first pass: prompts -> one `Mixture` per prompt (arXiv 2501.06252, section 3.3).
 
-The routing keys of the experts, the base model, a classifier expert, or a linear probe on hidden states decide which
-kind of request a prompt is. A temperature, a calibration or a probe can be fitted to a few prompts of known kind. The
-model is left as it was.
+Routing keys, the base model, a classifier expert, or a linear probe on hidden states score the kinds of request. A
+temperature, a calibration or a probe can be fitted to a few prompts of known kind. The model is left as it was.
 """
 
 import logging
@@ -21,29 +20,30 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..evaluation import choice_logps, complete, context_of
 from ..experts.expert import OTHER, Mixture
-from ..experts.key import key_ids
+from ..experts.key import blocks_of, key_ids, read_states
 from ..experts.library import ExpertLibrary
-from ..rows import Prompt, Reader, chat_text, encode, prompt_ids
+from ..rows import Prompt, Reader, chat_text, prompt_ids
 from ..tasks import dispatch_prompt
 from ..tasks.competition_math import boxed
 from .probe import Probe
 from .probe import temperature as temperature_of
-from .router import checked_keys, key_scores, keys_of
+from .router import PLACE, key_scores, keys_of, router_of
 
 logger = logging.getLogger(__name__)
-STRATEGIES = ("key", "prompt", "classifier", "probe")
-READINGS = ("likelihood", "channel", "generate")
-FALLBACKS = ("base", "mix")
+OPTIONS = {
+    "strategy": ("key", "prompt", "classifier", "probe"),
+    "read": (None, "likelihood", "channel", "generate"),
+    "fallback": ("base", "mix"),
+}
 ANYTHING_ELSE = "anything else"  # describes "other" in the prompt
 QUESTION_TOKENS = 256  # bounds the cost of a first pass: the rest of a request is not read
-PLACE = "<request>"  # stands for the request in a chat template
 LABEL_TOKENS = 48  # bounds what `read="generate"` writes
 
 
 @dataclass(frozen=True)
 class FirstPass:
     r"""
-    Settings of a first pass. It can be called as [`dispatch`]: `FirstPass("classifier")(library, tokenizer, prompts)`.
+    Settings of a first pass.
 
     Args:
         strategy (`str`):
@@ -76,33 +76,24 @@ class FirstPass:
     probe: Probe | None = None
 
     def __post_init__(self) -> None:
-        choices = {"strategy": STRATEGIES, "read": (None, *READINGS), "fallback": FALLBACKS}
-        for name, options in choices.items():
-            if getattr(self, name) not in options:
-                listed = ", ".join(repr(option) for option in options if option)
-                raise ValueError(f"A first pass has no {name}={getattr(self, name)!r}: choose one of {listed}.")
-        if (self.strategy == "probe") != (self.probe is not None):
-            raise ValueError(
-                "A probe and strategy='probe' go together: fit one with fit_probe(...), or Probe.load(folder)."
-            )
-        states = self.probe or self.strategy == "key"
-        if (states and self.read) or (self.calibration and (states or self.read == "generate")):
-            raise ValueError("Likelihoods alone are calibrated; a probe reads hidden states, and so do keys. Drop it.")
-        if not (self.threshold >= 0 and 0 < self.temperature < math.inf):
-            raise ValueError(
-                f"A first pass needs a threshold of 0 or more and a positive temperature; got {self.threshold} and "
-                f"{self.temperature}."
-            )
-
-    def __call__(
-        self,
-        library: ExpertLibrary,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[Prompt],
-        batch_size: int = 16,
-    ) -> list[Mixture]:
-        """Choose a mixture for each prompt, as [`dispatch`] does."""
-        return dispatch(library, tokenizer, prompts, self, batch_size)
+        mistakes = {
+            f"A first pass has no {name}={getattr(self, name)!r}: choose one of "
+            f"{', '.join(repr(option) for option in options if option)}.": getattr(self, name) not in options
+            for name, options in OPTIONS.items()
+        }
+        states = self.strategy in ("key", "probe")
+        mistakes |= {
+            "A probe and strategy='probe' go together: fit one with fit_probe(...), or Probe.load(folder).":
+                (self.strategy == "probe") != (self.probe is not None),
+            "Likelihoods alone are calibrated; a probe reads hidden states, and so do keys. Drop it.":
+                (states and self.read) or (self.calibration and (states or self.read == "generate")),
+            "A first pass needs a threshold of 0 or more and a positive temperature; got "
+            f"{self.threshold} and {self.temperature}.":
+                not (self.threshold >= 0 and 0 < self.temperature < math.inf),
+        }  # fmt: skip
+        for message, made in mistakes.items():
+            if made:
+                raise ValueError(message)
 
     @property
     def reading(self) -> str | None:
@@ -111,22 +102,23 @@ class FirstPass:
 
     def check(self, library: ExpertLibrary) -> None:
         """Raise a `ValueError` if the library lacks a classifier or keys, or its names aren't those of the fit."""
-        names = [*library.names, OTHER]
         if self.strategy == "key":
             keys_of(library)
         if self.strategy == "classifier" and library.classifier is None:
             raise ValueError("strategy='classifier' needs a classifier expert: pass classifier=... with the experts.")
-        if self.probe and (unknown := sorted({*self.probe.labels} - {*names})):
-            raise ValueError(
-                f"The probe names {unknown[0]!r}, but the experts are {', '.join(library.names)}: refit it."
-            )
+        if self.probe:
+            library.check_experts({*self.probe.labels} - {OTHER})
         if self.calibration:
-            expected = {"names": names, "strategy": self.strategy, "read": self.reading}
+            expected = self._calibrated(library)
             fitted = {key: self.calibration.provenance.get(key) for key in expected}
             if fitted != expected:
                 raise ValueError(
                     f"The calibration was fitted to {fitted}, but this first pass has {expected}: refit it."
                 )
+
+    def _calibrated(self, library: ExpertLibrary) -> dict[str, Any]:
+        """Return what a calibration belongs to."""
+        return {"names": [*library.names, OTHER], "strategy": self.strategy, "read": self.reading}
 
 
 DEFAULT = FirstPass()
@@ -137,7 +129,7 @@ def default_first_pass(library: ExpertLibrary, tokenizer: Reader) -> FirstPass:
     if library.classifier:
         return FirstPass("classifier")
     try:
-        checked_keys(library, tokenizer)
+        router_of(library, tokenizer)
     except ValueError as error:
         if any(library.expert(name).key is not None for name in library.names):
             _warn_once(f"{error} Until then the first pass is 'prompt'.")
@@ -152,7 +144,7 @@ def _warn_once(message: str) -> None:
 
 def dispatch(
     library: ExpertLibrary,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     prompts: Sequence[Prompt],
     first_pass: FirstPass = DEFAULT,
     batch_size: int = 16,
@@ -161,12 +153,9 @@ def dispatch(
     Choose one expert, or the base model, for each prompt.
 
     Args:
-        library ([`ExpertLibrary`]): The experts; the model reads their names and descriptions.
-        tokenizer (`PreTrainedTokenizerBase`): The base model's tokenizer, with or without a pad token.
+        tokenizer (`PreTrainedTokenizerBase`): With routing keys it may be the processor.
         prompts (`Sequence[str | list[dict]]`):
             Texts or chats. The last user message of a chat is read, and at most 256 tokens of either.
-        first_pass ([`FirstPass`]): Its settings.
-        batch_size (`int`): Prompts per forward.
 
     Returns:
         `list[Mixture]` with confidence and probabilities; one-hot or empty unless they are mixed. The same for the
@@ -176,52 +165,56 @@ def dispatch(
         `ValueError`: if the library lacks what the first pass needs, or a prompt exceeds the model's context.
     """
     with library.lock:
-        first_pass.check(library)
-        names = [*library.names, OTHER]
-        if first_pass.reading == "generate":
-            rows = _written(library, tokenizer, prompts, first_pass, batch_size)
-        else:
-            return decide(library, kind_scores(library, tokenizer, prompts, first_pass, batch_size), first_pass)
-        return [_decide(dict(zip(names, row, strict=True)), first_pass) for row in rows]
+        return decide(library, kind_scores(library, tokenizer, prompts, first_pass, batch_size), first_pass)
 
 
 def decide(library: ExpertLibrary, scores: Tensor, first_pass: FirstPass) -> list[Mixture]:
-    """Turn scores `(prompts, experts + 1)` of the kinds, as [`kind_scores`] returns them, into mixtures."""
-    rows = (scores.double() / first_pass.temperature).softmax(-1).tolist()
-    return [_decide(dict(zip([*library.names, OTHER], row, strict=True)), first_pass) for row in rows]
+    """Turn scores `(prompts, experts + 1)` into mixtures: the likeliest kind, or all by their probabilities."""
+    names, mixtures = [*library.names, OTHER], []
+    for row in (scores.double() / first_pass.temperature).softmax(-1).tolist():
+        n, best, probabilities = len(row), max(row), dict(zip(names, row, strict=True))
+        choice = OTHER if row[-1] == best else names[row.index(best)]
+        confidence = min(1.0, max(0.0, (best - 1 / n) / (1 - 1 / n)))
+        if confidence >= first_pass.threshold:
+            mixed, alpha = first_pass.soft and confidence > 0, {choice: 1.0}  # Equal probabilities decide nothing.
+        else:
+            mixed, alpha = first_pass.fallback == "mix", {}
+        chosen = probabilities if mixed else alpha
+        mixtures.append(Mixture(chosen, first_pass.strategy, confidence, probabilities))
+    return mixtures
 
 
 def kind_scores(
     library: ExpertLibrary,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     prompts: Sequence[Prompt],
     first_pass: FirstPass = DEFAULT,
     batch_size: int = 16,
 ) -> Tensor:
     """
-    Score each kind for each prompt; arguments as in [`dispatch`], but `read="generate"` raises a `ValueError`.
+    Score each kind for each prompt; arguments as in [`dispatch`].
 
     Returns:
         `torch.Tensor` of shape `(prompts, experts + 1)`, the experts by name and `"other"` last: logits, `-inf` for a
-        kind that the probe or calibration wasn't fitted to.
+        kind that the probe or calibration wasn't fitted to, or that the model didn't write.
     """
     with library.lock:
         first_pass.check(library)
-        if first_pass.reading == "generate":
-            raise ValueError("read='generate' writes a name and scores none: choose 'likelihood' or 'channel'.")
-        names, kinds = [*library.names, OTHER], _kinds(library)
+        names, kinds, fitted = [*library.names, OTHER], _kinds(library), first_pass.probe
         if not prompts:
             return torch.zeros(0, len(names))
         if first_pass.strategy == "key":
             return key_scores(library, tokenizer, key_ids(tokenizer, prompts), batch_size)
-        if fitted := first_pass.probe:
+        if fitted:
             scores = features(library, tokenizer, prompts, fitted.provenance["kinds_listed"], batch_size)
         else:
+            classifies, fitted = first_pass.strategy == "classifier", first_pass.calibration
+            reads: Any = {"channel": _channel, "likelihood": _likelihoods, "generate": _written}
             questions = [_question(tokenizer, prompt) for prompt in prompts]
-            score = _channel if first_pass.reading == "channel" else _likelihoods
-            with torch.no_grad(), library.activate(_reader(library, first_pass)) as model:
-                scores = score(model, tokenizer, questions, kinds, batch_size)
-        if not (fitted := fitted or first_pass.calibration):
+            reader = Mixture({str(library.classifier): 1.0} if classifies else {})
+            with torch.no_grad(), library.activate(reader) as model:
+                scores = reads[first_pass.reading](model, tokenizer, questions, kinds, batch_size)
+        if not fitted:
             return scores
         placed = torch.full((len(prompts), len(names)), -math.inf)  # a fit may lack some of the kinds
         placed[:, [names.index(label) for label in fitted.labels]] = fitted.scores(scores)
@@ -251,6 +244,20 @@ def _channel(
     return logps[[distinct.index(question) if question else len(distinct) for question in questions]]
 
 
+def _written(
+    model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], kinds: Mapping[str, str], size: int
+) -> Tensor:
+    """Let the model write a kind for each question: 0 for it and `-inf` for others, all 0 if none is readable."""
+    # The model's own settings may sample or search with beams; the first pass does neither.
+    greedy = GenerationConfig(max_new_tokens=LABEL_TOKENS, eos_token_id=tokenizer.eos_token_id)
+    chats = [boxed_prompt(question, kinds) for question in questions]
+    _check_context(model, tokenizer, chats, LABEL_TOKENS)
+    starts = range(0, len(chats), size)
+    texts = [complete(model, tokenizer, chats[start : start + size], generation_config=greedy) for start in starts]
+    written = [read_boxed(text, list(kinds)) for batch in texts for text in batch]
+    return torch.tensor([[0.0 if kind in (None, name) else -math.inf for name in kinds] for kind in written])
+
+
 def channel_prompt(tokenizer: PreTrainedTokenizerBase, name: str, description: str) -> str:
     """Write what precedes a request of a kind: a system prompt with its description or name, or a line of text."""
     sentence = f"The user asks for {description or name}."
@@ -265,179 +272,6 @@ def channel_prompt(tokenizer: PreTrainedTokenizerBase, name: str, description: s
         text = chat_text(tokenizer, [{"role": "user", "content": f"{sentence}\n{PLACE}"}])
     writes_bos = tokenizer.bos_token is not None and tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
     return text.partition(PLACE)[0].removeprefix(tokenizer.bos_token if writes_bos else "")
-
-
-def _kinds(library: ExpertLibrary) -> dict[str, str]:
-    """Return the names to choose from, with their descriptions."""
-    return {**library.descriptions, OTHER: ANYTHING_ELSE}
-
-
-def fit_temperature(
-    library: ExpertLibrary,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    kinds: Sequence[str],
-    first_pass: FirstPass = DEFAULT,
-    batch_size: int = 16,
-) -> float:
-    """
-    Fit the temperature of a first pass to a few prompts of known kind, not those that it will be evaluated on.
-
-    Args:
-        kinds (`Sequence[str]`): The right expert of each prompt, or `"other"`. The rest is as in [`dispatch`].
-
-    Returns:
-        `float` between 0.01 and 100; above 1 if the first pass is surer than it is right.
-
-    Raises:
-        `ValueError`: if there isn't one kind for each prompt, or one isn't an expert.
-        `ImportError`: without scikit-learn.
-    """
-    with library.lock:
-        names = _check_kinds(library, prompts, kinds)
-        scores = kind_scores(library, tokenizer, prompts, first_pass, batch_size)
-        return temperature_of(scores, torch.tensor([names.index(kind) for kind in kinds]))
-
-
-def fit_calibration(
-    library: ExpertLibrary,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    kinds: Sequence[str] | None = None,
-    first_pass: FirstPass = DEFAULT,
-    batch_size: int = 16,
-) -> Probe:
-    """
-    Fit how the log-likelihoods of a first pass are weighed against each other.
-
-    Without kinds, the mean probability of each kind over the prompts becomes its prior, which divides it (batch
-    calibration, arXiv 2309.17249): for requests as they come, with about as many of each kind. With kinds, a logistic
-    regression on the log-likelihoods: a bias, and a scale for each pair of kinds.
-
-    Args:
-        kinds (`Sequence[str]`, *optional*):
-            The right expert of each prompt, or `"other"`; two prompts or more of each. The rest is as in [`dispatch`];
-            the calibration belongs to the strategy and reading of `first_pass`.
-
-    Returns:
-        [`Probe`] on log-likelihoods, for `FirstPass(calibration=...)`. Raises as [`fit_probe`].
-    """
-    with library.lock:
-        names = _check_kinds(library, prompts, kinds)
-        logps = kind_scores(library, tokenizer, prompts, replace(first_pass, calibration=None), batch_size)
-    facts = {"names": names, "strategy": first_pass.strategy, "read": first_pass.reading, "base_model": _base(library)}
-    if kinds is not None:
-        return Probe.fit(logps, kinds, **facts)
-    prior = logps.double().softmax(-1).mean(0).log().float()
-    return Probe(tuple(names), torch.eye(len(names)), -prior, {"prompts": len(prompts), **facts})
-
-
-def fit_probe(
-    library: ExpertLibrary,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    kinds: Sequence[str],
-    batch_size: int = 16,
-) -> Probe:
-    """
-    Fit a linear probe on the base model's hidden states to a few prompts of known kind.
-
-    Args:
-        kinds (`Sequence[str]`):
-            The right expert of each prompt, or `"other"`; two prompts or more of each. The rest is as in [`dispatch`].
-
-    Returns:
-        [`Probe`], for `FirstPass("probe", probe=...)`. Raises as [`fit_temperature`] and [`Probe.fit`].
-    """
-    with library.lock:
-        _check_kinds(library, prompts, kinds)
-        listed = _kinds(library)
-        states = features(library, tokenizer, prompts, listed, batch_size)
-    return Probe.fit(states, kinds, kinds_listed=listed, base_model=_base(library))
-
-
-def _base(library: ExpertLibrary) -> str:
-    return library.model.get_base_model().name_or_path
-
-
-@torch.no_grad()
-def features(
-    library: ExpertLibrary,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    kinds: Mapping[str, str],
-    batch_size: int = 16,
-) -> Tensor:
-    """
-    Read the middle hidden state of the base model where it would name the kind: `(prompts, d)`, float32.
-
-    `kinds` are the names and descriptions that the prompt lists, the same in fitting and use.
-    """
-    chats = [dispatch_prompt(_question(tokenizer, prompt), kinds) for prompt in prompts]
-    _check_fit(library, tokenizer, chats)
-    device, parts = next(library.model.parameters()).device, []
-    for start in range(0, len(chats), batch_size):
-        inputs = dict(encode(tokenizer, chats[start : start + batch_size]).to(device))
-        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        with library.activate(Mixture()) as model:
-            output = model(
-                **inputs, position_ids=positions, output_hidden_states=True, use_cache=False, logits_to_keep=1
-            )
-        states = output.hidden_states  # layers + 1 times (B, tokens, d)
-        parts.append(states[len(states) // 2][:, -1].float().cpu())
-    return torch.cat(parts)
-
-
-def _check_fit(
-    library: ExpertLibrary, tokenizer: PreTrainedTokenizerBase, chats: Sequence[Prompt], room: int = 0
-) -> None:
-    """Raise a `ValueError` if chats and `room` more tokens exceed the context: their answers would be garbage."""
-    longest, limit = max(map(len, prompt_ids(tokenizer, chats)), default=0), context_of(library.model)
-    if limit is not None and longest + room > limit:
-        raise ValueError(
-            f"The first pass reads {longest} tokens and writes up to {room}, but the model's context is {limit}: "
-            "shorten the descriptions of the experts."
-        )
-
-
-def _decide(probabilities: dict[str, float], first_pass: FirstPass) -> Mixture:
-    """Choose the likeliest kind, or mix all of them by their probabilities."""
-    n, best = len(probabilities), max(probabilities.values())
-    choice = OTHER if probabilities[OTHER] == best else max(probabilities, key=lambda name: probabilities[name])
-    confidence = min(1.0, max(0.0, (best - 1 / n) / (1 - 1 / n)))
-    alpha: dict[str, float] = {}
-    if confidence >= first_pass.threshold:
-        mixed = first_pass.soft and confidence > 0  # Equal probabilities decide nothing.
-        alpha = {} if mixed else {choice: 1.0}
-    else:
-        mixed = first_pass.fallback == "mix"
-    return Mixture(probabilities if mixed else alpha, first_pass.strategy, confidence, probabilities)
-
-
-def _reader(library: ExpertLibrary, first_pass: FirstPass) -> Mixture:
-    """Return the mixture that reads prompts: the classifier expert, or the base model."""
-    return Mixture({str(library.classifier): 1.0}) if first_pass.strategy == "classifier" else Mixture()
-
-
-def _written(
-    library: ExpertLibrary,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    first_pass: FirstPass,
-    size: int,
-) -> list[list[float]]:
-    """Generate a kind for each prompt, which gets probability 1; if none is readable, all kinds are equal."""
-    kinds, rows = _kinds(library), []
-    # The model's own settings may sample or search with beams; the first pass does neither.
-    greedy = GenerationConfig(max_new_tokens=LABEL_TOKENS, eos_token_id=tokenizer.eos_token_id)
-    chats = [boxed_prompt(_question(tokenizer, prompt), kinds) for prompt in prompts]
-    _check_fit(library, tokenizer, chats, LABEL_TOKENS)
-    for start in range(0, len(chats), size):
-        with torch.no_grad(), library.activate(_reader(library, first_pass)) as model:
-            texts = complete(model, tokenizer, chats[start : start + size], generation_config=greedy)
-        for kind in (read_boxed(text, list(kinds)) for text in texts):
-            rows.append([1 / len(kinds) if kind is None else float(name == kind) for name in kinds])
-    return rows
 
 
 def boxed_prompt(question: str, kinds: Mapping[str, str]) -> list[dict[str, str]]:
@@ -457,15 +291,113 @@ def read_boxed(text: str, names: Sequence[str]) -> str | None:
     return next((name for name in names if name.casefold() == content.casefold()), None)
 
 
-def _check_kinds(library: ExpertLibrary, prompts: Sequence[Prompt], kinds: Sequence[str] | None) -> list[str]:
-    """Return the names to choose from; a `ValueError` without prompts, or unless each has one of these kinds."""
-    names = [*library.names, OTHER]
-    if not prompts or (kinds is not None and len(prompts) != len(kinds)):
+def features(
+    library: ExpertLibrary, tokenizer: Reader, prompts: Sequence[Prompt], kinds: Mapping[str, str], size: int
+) -> Tensor:
+    """
+    Read the middle hidden state of the base model where it would name the kind: `(prompts, d)`, float32.
+
+    `kinds` are the names and descriptions that the prompt lists, the same in fitting and use.
+    """
+    chats = [dispatch_prompt(_question(tokenizer, prompt), kinds) for prompt in prompts]
+    with library.activate(Mixture()) as model:
+        _check_context(model, tokenizer, chats)
+        middle = (len(blocks_of(model)) + 1) // 2
+        return read_states(model, prompt_ids(tokenizer, chats), middle, "last", size)
+
+
+def fit_temperature(
+    library: ExpertLibrary,
+    tokenizer: Reader,
+    prompts: Sequence[Prompt],
+    kinds: Sequence[str],
+    first_pass: FirstPass = DEFAULT,
+    batch_size: int = 16,
+) -> float:
+    """
+    Fit the temperature of a first pass to a few prompts of known kind, not those that it will be evaluated on.
+
+    Args:
+        kinds (`Sequence[str]`): The right expert of each prompt, or `"other"`.
+
+    Returns:
+        `float` between 0.01 and 100; above 1 if the first pass is surer than it is right.
+    """
+    with library.lock:
+        names = _check_kinds(library, prompts, kinds, first_pass)
+        scores = kind_scores(library, tokenizer, prompts, first_pass, batch_size)
+        return temperature_of(scores, torch.tensor([names.index(kind) for kind in kinds]))
+
+
+def fit_calibration(
+    library: ExpertLibrary,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    kinds: Sequence[str] | None = None,
+    first_pass: FirstPass = DEFAULT,
+    batch_size: int = 16,
+) -> Probe:
+    """
+    Fit how the log-likelihoods of a first pass are weighed against each other.
+
+    Without kinds, the mean probability of each kind over the prompts becomes its prior, which divides it (batch
+    calibration, arXiv 2309.17249): for requests as they come, with about as many of each kind. With kinds, a logistic
+    regression on the log-likelihoods: a bias, and a scale for each pair of kinds.
+
+    Returns:
+        [`Probe`] on log-likelihoods, for a first pass of this strategy and reading.
+    """
+    with library.lock:
+        names = _check_kinds(library, prompts, kinds, first_pass)
+        logps = kind_scores(library, tokenizer, prompts, replace(first_pass, calibration=None), batch_size)
+        facts = {**first_pass._calibrated(library), "base_model": library.model.get_base_model().name_or_path}
+    if kinds is not None:
+        return Probe.fit(logps, kinds, **facts)
+    prior = logps.double().softmax(-1).mean(0).log().float()
+    return Probe(tuple(names), torch.eye(len(names)), -prior, {"prompts": len(prompts), **facts})
+
+
+def fit_probe(
+    library: ExpertLibrary,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    kinds: Sequence[str],
+    batch_size: int = 16,
+) -> Probe:
+    """Fit a linear probe on the base model's hidden states to two or more prompts of each kind."""
+    with library.lock:
+        _check_kinds(library, prompts, kinds)
+        listed, base = _kinds(library), library.model.get_base_model().name_or_path
+        states = features(library, tokenizer, prompts, listed, batch_size)
+    return Probe.fit(states, kinds, kinds_listed=listed, base_model=base)
+
+
+def _kinds(library: ExpertLibrary) -> dict[str, str]:
+    """Return the names to choose from, with their descriptions."""
+    return {**library.descriptions, OTHER: ANYTHING_ELSE}
+
+
+def _check_kinds(
+    library: ExpertLibrary, prompts: Sequence[Prompt], kinds: Sequence[str] | None, first_pass: FirstPass = DEFAULT
+) -> list[str]:
+    """Return the names to choose from; a `ValueError` if nothing can be fitted to these prompts and kinds."""
+    if not prompts or (kinds is not None and len(prompts) != len(kinds)) or first_pass.reading == "generate":
         raise ValueError(
-            f"Fitting needs prompts with one kind each; got {len(prompts)} prompts and the kinds {kinds}."
+            "Fitting needs prompts with one kind each, and a first pass that scores all kinds; got "
+            f"{len(prompts)} prompts, the kinds {kinds} and read={first_pass.reading!r}."
         )
     library.check_experts({*(kinds or ())} - {OTHER})
-    return names
+    return [*library.names, OTHER]
+
+
+def _check_context(model: Any, tokenizer: Reader, chats: Sequence[Prompt], room: int = 0) -> None:
+    """Raise a `ValueError` if chats and `room` more tokens exceed the context: their answers would be garbage."""
+    longest, limit = max(map(len, prompt_ids(tokenizer, chats))), context_of(model)
+    if limit is not None and longest + room > limit:
+        raise ValueError(
+            f"The first pass reads {longest} tokens and writes up to {room}, but the model's context is {limit}: "
+            "shorten the descriptions of the experts."
+        )
 
 
 def _question(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:

@@ -12,8 +12,8 @@ a population out to the workers of a Ray cluster. Nothing here knows how a searc
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -34,18 +34,11 @@ from .search import Judged
 
 @dataclass(frozen=True)
 class Weights:
-    """
-    Reads a vector as mixture weights: one per expert, or one per expert and block of the model.
+    """Reads a vector as mixture weights: one per expert, or one per expert and block of the model."""
 
-    Args:
-        names (`tuple[str, ...]`): The experts.
-        blocks (`tuple[str, ...]`): The blocks, such as `"model.layers.0"`; empty for the same weights in all.
-        normalize (`bool`): Divide the weights of a block by their sum. Otherwise the base has what is left of 1.
-    """
-
-    names: tuple[str, ...]
-    blocks: tuple[str, ...] = ()
-    normalize: bool = False
+    names: tuple[str, ...]  # the experts
+    blocks: tuple[str, ...] = ()  # such as "model.layers.0"; empty for the same weights in all
+    normalize: bool = False  # Divide the weights of a block by their sum. Otherwise the base has what is left of 1.
 
     @property
     def size(self) -> int:
@@ -61,7 +54,7 @@ class Weights:
         return torch.where(total > 0, weights / torch.where(total > 0, total, 1.0), weights)
 
     def block(self, module: str) -> int:
-        """Find the row of the weights that applies to a module."""
+        """Return the row of the weights that applies to a module."""
         return self.blocks.index(block_of(module)) if self.blocks else 0
 
     def corners(self) -> dict[str, list[float]]:
@@ -75,65 +68,57 @@ class Weights:
         return Mixture(dict(zip(self.names, row, strict=True)), "few-shot", 1.0, {}, provenance)
 
 
+@dataclass(eq=False)
 class Judge:
     """
     Score vectors on examples.
 
     `{"prompt", "choices", "label"}`: the share of right choices, then the mean log-probability of the right ones at a
-    temperature.
-    `{"prompt", "answer"}`: with a task the mean score of greedy completions, then the mean log-likelihood of the
-    answers; without one the latter alone. Every member sees the same examples, and sampled completions the same
+    temperature. `{"prompt", "answer"}`: with a task the mean score of greedy completions, then the mean log-likelihood
+    of the answers; without one the latter alone. Every member sees the same examples, and sampled completions the same
     random numbers.
 
     A population shares a forward, each row under its own mixture. That is 3.6 times as fast as one member after the
     other for completions, but only 1.2 times for choices (SmolLM2-135M, two cores).
 
-    Args:
-        library, tokenizer: The experts, and the base model's tokenizer.
-        weights ([`Weights`]): Reads the vectors.
-        examples (`Sequence[Mapping]`): All of one form.
-        task ([`Task`], *optional*): Scores completions.
-        generation (`Mapping`): Arguments of `generate`.
-        batch_size (`int`): Rows per forward or `generate`; a row is one member on one example.
-        gradients (`bool`):
-            Return the gradients of the log-likelihood too: `z` is linear in the weights, so one backward has them all.
-        seed (`int`): For sampled completions.
-        temperature (`float`): Divides the log-likelihoods of choices before they become probabilities.
-
-    Attributes:
-        settings (`dict`): All arguments but library and tokenizer, for the same judge in another process.
+    `gradients` asks for those of the log-likelihood too: `z` is linear in the weights, so one backward has them all.
+    `temperature` divides the log-likelihoods of choices before they become probabilities.
     """
 
-    def __init__(
-        self, library: ExpertLibrary, tokenizer: PreTrainedTokenizerBase, weights: Weights, examples: Sequence[Row], *,
-        task: Task | None = None, generation: Mapping[str, Any] | None = None, batch_size: int = 32,
-        gradients: bool = False, seed: int = 0, temperature: float = 1.0,
-    ) -> None:  # fmt: skip
-        self.settings: dict[str, Any] = {
-            "weights": weights, "examples": list(examples), "task": task, "generation": generation,
-            "batch_size": batch_size, "gradients": gradients, "seed": seed, "temperature": temperature,
-        }  # fmt: skip
-        self.library, self.tokenizer, self.weights = library, tokenizer, weights
-        self.choices = "choices" in examples[0]
-        self.task = None if self.choices else task
-        self.generation, self.batch_size = dict(generation or {}), batch_size
-        self.gradients, self.seed, self.temperature = gradients, seed, temperature
+    library: ExpertLibrary
+    tokenizer: PreTrainedTokenizerBase
+    weights: Weights
+    examples: Sequence[Row]
+    task: Task | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int = 32  # rows per forward or `generate`; a row is one member on one example
+    gradients: bool = False
+    seed: int = 0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.choices = "choices" in self.examples[0]
         # Sorting makes examples of similar length share a batch.
-        self.examples = sorted(examples, key=lambda example: len(str(example["prompt"])))
+        self.examples = sorted(self.examples, key=lambda example: len(str(example["prompt"])))
         self.rows = [answer_row(example) for example in self.examples]
-        self._prompt_tokens = [self._count(prompt_text(tokenizer, row["prompt"])) for row in self.rows]
+        self._prompt_tokens = [self._count(prompt_text(self.tokenizer, row["prompt"])) for row in self.rows]
         answers = sum(self._count(text) for row in self.rows for text in row["choices"])
         self._tokens = sum(self._prompt_tokens) + answers
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All arguments but library and tokenizer, for the same judge in another process."""
+        return {part.name: getattr(self, part.name) for part in fields(self)[2:]}
 
     def __call__(self, members: np.ndarray) -> Judged:
         """Score a population `(members, size)`."""
         begin = time.perf_counter()
         right, logp, gradients = self._likelihoods(members)
         tokens = self._tokens * len(members)
-        if self.task is not None:
+        if self.task is not None and not self.choices:
             right, more = self._completions(members, self.task)
             tokens += more
-        logp = np.where(np.isnan(logp), -np.inf, logp)  # (an overflow is the worst)
+        logp = np.where(np.isnan(logp), -np.inf, logp)  # An overflow is the worst.
         return Judged(np.stack([right, logp], -1), gradients, tokens, time.perf_counter() - begin)
 
     def _likelihoods(self, members: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -141,7 +126,7 @@ class Judge:
         vectors = torch.tensor(members, dtype=torch.float64, requires_grad=self.gradients)
         slopes = torch.zeros_like(vectors)
         right, logp = np.zeros((2, len(members), len(self.rows)))
-        for places, examples in self._blocks(len(members)):
+        for places, examples in self._blocks(len(members), self.batch_size):
             rows = [self.rows[e] for e in examples]
             with torch.set_grad_enabled(self.gradients), self._rowwise(vectors, places) as model:
                 logps = choice_logps(model, self.tokenizer, rows, len(places))  # (members * examples, choices)
@@ -161,7 +146,9 @@ class Judge:
         vectors, tokens = torch.tensor(members, dtype=torch.float64), 0
         scores = np.zeros((len(members), len(self.rows)))
         device = next(self.library.model.parameters()).device
-        for pairs in self._batches(len(members)):
+        # Rows draw in turn, so with sampling each member has the batches to itself.
+        for places, examples in self._blocks(len(members), 1 if self.generation.get("do_sample") else self.batch_size):
+            pairs = [(m, e) for m in places for e in examples]
             prompts = [self.examples[e]["prompt"] for _, e in pairs]
             with (
                 torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
@@ -175,22 +162,13 @@ class Judge:
                 tokens += self._prompt_tokens[e] + self._count(text)
         return scores, tokens
 
-    def _batches(self, members: int) -> Iterator[list[tuple[int, int]]]:
-        """Yield pairs of member and example; the pairs of one example are neighbours, since their lengths agree."""
-        groups = [[(m, e) for e in range(len(self.rows)) for m in range(members)]]
-        if self.generation.get("do_sample"):  # Rows draw in turn, so each member has the batches to itself.
-            groups = [[(m, e) for e in range(len(self.rows))] for m in range(members)]
-        for pairs in groups:
-            for start in range(0, len(pairs), self.batch_size):
-                yield pairs[start : start + self.batch_size]
-
-    def _blocks(self, members: int) -> Iterator[tuple[list[int], list[int]]]:
-        """Yield members and examples that share a forward, at most `batch_size` rows: many members, few examples."""
-        together = min(members, self.batch_size)
+    def _blocks(self, members: int, most: int) -> Iterator[tuple[range, range]]:
+        """Yield members, at most so many, and examples that share a batch: many members, few examples."""
+        together = min(members, most)
         count = self.batch_size // together  # examples
         for first in range(0, members, together):
             for start in range(0, len(self.rows), count):
-                yield [*range(members)][first : first + together], [*range(len(self.rows))][start : start + count]
+                yield range(members)[first : first + together], range(len(self.rows))[start : start + count]
 
     @contextmanager
     def _rowwise(self, vectors: Tensor, places: Sequence[int]) -> Iterator[PeftModel]:
@@ -213,26 +191,20 @@ def answer_row(example: Row) -> Row:
     return example if "choices" in example else {**example, "choices": [str(example["answer"])], "label": 0}
 
 
-class RayEvaluator:
+class RayEvaluator(AbstractContextManager):
     """
     Share a population out to the workers of a Ray cluster (extra `ray`), on this machine or many.
 
-    Only the calling process searches. Each worker builds the model once, at its first population, and scores its share
-    of every population; the scores equal those of this process up to the rounding of batched products, if the workers'
-    models have the same dtype. An exception in a worker is raised here. `close`, or the end of the `with` block, ends
-    the workers. Ray starts by itself if `ray.init` hasn't been called.
+    Each worker builds the model once, at its first population, and scores its share of every population; the scores
+    equal those of this process up to the rounding of batched products. An exception in a worker is raised here.
+    `close`, or the end of the `with` block, ends the workers. Ray starts by itself if `ray.init` hasn't been called.
 
     Args:
         factory (`Callable`):
             Picklable; returns an object with a `library` and a `tokenizer`, such as `functools.partial(
-            Transformer2Model.from_pretrained, "base", ["me/math", "me/code"])`. Its paths must exist on every machine,
-            and its experts must be the caller's.
+            Transformer2Model.from_pretrained, "base", ["me/math", "me/code"])`. Its experts must be the caller's.
         workers (`int`): Number of workers.
         options: Of each Ray actor, such as `num_gpus=1`; by default each has one CPU, and torch as many threads.
-
-    Raises:
-        `ImportError`: without Ray.
-        `ValueError`: when called, if an expert differs in a worker, or after `close`.
     """
 
     def __init__(self, factory: Callable[[], Any], workers: int = 2, **options: Any) -> None:
@@ -245,8 +217,6 @@ class RayEvaluator:
         self._workers = [actor.remote(factory) for _ in range(workers)]
 
     def __call__(self, judge: Judge, members: np.ndarray) -> Judged:
-        if not self._workers:
-            raise ValueError("This RayEvaluator has no workers, or was closed: make another one.")
         recipe = self._ray.put((judge.settings, digest_of_experts(judge.library)))
         shares = [share for share in np.array_split(members, len(self._workers)) if len(share)]
         # A population may have fewer members than there are workers.
@@ -259,17 +229,14 @@ class RayEvaluator:
             max(part.seconds for part in parts),
         )
 
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """End the workers; Ray itself goes on."""
         for worker in self._workers:
             self._ray.kill(worker)
         self._workers = []
-
-    def __enter__(self) -> "RayEvaluator":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class _Worker:

@@ -22,7 +22,7 @@ from .. import files
 
 FILES = ("probe.safetensors", "probe.json")
 FOLDS = 5  # The cross-validation sets a probe's confidence.
-EXTRA = 'Fitting a probe or a calibration needs scikit-learn: pip install "peft-svf[probe]".'
+TEMPERATURES = np.logspace(-2, 2, 401).tolist()  # in steps of 2 %
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +35,6 @@ class Probe:
         weight (`torch.Tensor` of shape `(kinds, d)`): float32.
         bias (`torch.Tensor` of shape `(kinds,)`): float32.
         provenance (`dict`): Base model, number of prompts, what the features are: JSON values.
-
-    Raises:
-        `ValueError`: if the shapes don't match the labels, a label is repeated, or an entry isn't finite.
     """
 
     labels: tuple[str, ...]
@@ -46,20 +43,16 @@ class Probe:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        n, finite = len(self.labels), bool(self.weight.isfinite().all() and self.bias.isfinite().all())
-        shapes = self.weight.dim() == 2 and len(self.weight) == n and self.bias.shape == (n,)
-        if len({*self.labels}) != n or not shapes or not finite:
+        n, finite = len({*self.labels}), self.weight.isfinite().all() and self.bias.isfinite().all()
+        shapes = self.weight.dim() == 2 and len(self.weight) == n and self.bias.shape == (len(self.labels),) == (n,)
+        if not (shapes and finite):
             raise ValueError(
                 f"A probe has finite weights (labels, d) and biases (labels,); got {tuple(self.weight.shape)} and "
                 f"{tuple(self.bias.shape)} for the labels {list(self.labels)}."
             )
 
     def scores(self, features: Tensor) -> Tensor:
-        """Score features `(prompts, d)` as logits `(prompts, kinds)`; a `ValueError` for another `d`."""
-        if features.shape[-1] != (d := self.weight.shape[1]):
-            raise ValueError(
-                f"The probe was fitted to {d} features, but this model has {features.shape[-1]}: refit it."
-            )
+        """Score features `(prompts, d)` as logits `(prompts, kinds)`."""
         return features.float().cpu() @ self.weight.T + self.bias
 
     @classmethod
@@ -67,17 +60,9 @@ class Probe:
         """
         Fit a logistic regression with a ridge of `|w|² / 2` on standardised features; deterministic.
 
-        Its scores are divided by the [`temperature`] of held-out scores, each prompt's from the fit without its fold:
-        on the prompts of the fit, a probe is far too sure.
-
-        Args:
-            features (`torch.Tensor` of shape `(prompts, d)`): Hidden states or log-likelihoods.
-            kinds (`Sequence[str]`): Two or more kinds, each with two or more prompts.
-            provenance: JSON values to keep.
-
-        Raises:
-            `ValueError`: for fewer kinds or prompts.
-            `ImportError`: without scikit-learn.
+        `features (prompts, d)` are hidden states or log-likelihoods; there are two or more kinds, each with two or
+        more prompts. The scores are divided by the [`temperature`] of held-out scores, each prompt's from the fit
+        without its fold: on the prompts of the fit, a probe is far too sure.
         """
         labels = tuple(sorted(set(kinds)))
         counts = {label: list(kinds).count(label) for label in labels}
@@ -88,7 +73,7 @@ class Probe:
             from sklearn.model_selection import StratifiedKFold, cross_val_predict
             from sklearn.preprocessing import StandardScaler
         except ImportError as error:
-            raise ImportError(EXTRA) from error
+            raise ImportError('Fitting needs scikit-learn: pip install "peft-svf[probe]".') from error
         scaler = StandardScaler()
         # All folds share one scale, since a fold of two prompts has no spread to standardise by.
         X = scaler.fit_transform(features.detach().double().cpu().numpy())  # (prompts, d)
@@ -125,14 +110,11 @@ class Probe:
 
 def temperature(scores: Tensor, labels: Tensor) -> float:
     """
-    Find the T between 0.01 and 100 that makes the labels likeliest under `softmax(scores / T)`.
+    Find the T of [`TEMPERATURES`] that makes the labels likeliest under `softmax(scores / T)`.
 
-    A share of `1 / (N + 2)` of each label is spread over all kinds (the rule of succession, as in Platt scaling):
-    a few prompts that are all scored right don't make it certain. The likelihood is concave in `1 / T`.
-
-    Args:
-        scores (`torch.Tensor` of shape `(N, kinds)`): Logits; `-inf` for a kind that isn't a choice.
-        labels (`torch.Tensor` of shape `(N,)`): Index of the right kind.
+    `scores` are logits `(N, kinds)`, `-inf` for a kind that isn't a choice; `labels (N,)` are the indices of the right
+    ones. A share of `1 / (N + 2)` of each label is spread over all kinds (the rule of succession, as in Platt
+    scaling): a few prompts that are all scored right don't make it certain.
     """
     scores = scores.detach().double().cpu()
     possible = scores > -torch.inf
@@ -141,14 +123,7 @@ def temperature(scores: Tensor, labels: Tensor) -> float:
     spread = 1 / (len(scores) + 2)
     target = (1 - spread) * right + spread * finite.sum(-1) / possible.sum(-1)
 
-    def loss(log_t: float) -> float:
-        return float((scores / 10**log_t).logsumexp(-1).mean() - target.mean() / 10**log_t)
+    def loss(t: float) -> float:
+        return float((scores / t).logsumexp(-1).mean() - target.mean() / t)
 
-    low, high = -2.0, 2.0
-    while high - low > 1e-6:  # The likelihood has one maximum: the worse third of the range doesn't hold it.
-        third = (high - low) / 3
-        if loss(low + third) < loss(high - third):
-            high -= third
-        else:
-            low += third
-    return 10 ** ((low + high) / 2)
+    return min(TEMPERATURES, key=loss)

@@ -4,61 +4,60 @@ Routing keys of a library's experts -> a classifier of pooled hidden states, fit
 
 Each kind is a normal density around the mean of its states, with one covariance for all: the experts' keys, and for
 `"other"` everyday requests in several languages (`other.json`). Left-out states set its confidence and the distance
-from which nothing is near. Nothing here runs a second pass.
+from which nothing is near.
+
+If no expert moves weights below the keys' block, all mixtures agree up to there, and the prefill's own states choose
+each row's mixture. Otherwise the first pass is a forward of its own that ends at the block. Both read the same tokens,
+so they decide the same.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import files
 from ..evaluation import context_of
 from ..experts.expert import OTHER, Mixture
-from ..experts.key import ANCHOR, RoutingKey, key_ids, read_states
+from ..experts.key import ANCHOR, RoutingKey, blocks_of, hidden_of, key_ids, pooled, read_states
 from ..experts.library import ExpertLibrary
-from ..rows import Reader
+from ..rows import Reader, chat_text, tokenizer_of
 from ..tuner.cache import cache_dir
 from .probe import temperature
 
 logger = logging.getLogger(__name__)
 EVERYDAY = Path(__file__).with_name("other.json")
-SHRINKAGE = 0.2  # of the covariance towards its mean variance
+SHRINKAGE = 0.2  # The covariance moves by this share towards its mean variance.
 FOLDS = 5
+PLACE = "<request>"  # stands for the request in a chat template
+# Arguments of `generate` under which the first forward isn't the prompt's, or not the prompt's alone.
+ELSEWHERE = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size", "custom_generate", "inputs_embeds")
 FAR = 5.0  # times the squared distance that 95 % of left-out states keep from their kind; nearer are unseen sources
 
 
 @dataclass(eq=False)
 class Router:
-    """
-    Scores of kinds for pooled states.
+    """Scores of kinds for pooled states."""
 
-    Args:
-        names (`tuple[str, ...]`): The kinds: experts, and `"other"` last.
-        means (`torch.Tensor` of shape `(kinds, d)`): Their centres.
-        directions (`torch.Tensor` of shape `(m, d)`): Orthonormal; the shared covariance is `rest` across them.
-        variances (`torch.Tensor` of shape `(m,)`): Along them.
-        rest (`float`): The variance in every other direction.
-        temperature (`float`): Divides the log-densities.
-        far (`float`): Squared Mahalanobis distance from all experts beyond which a state is `"other"`.
-    """
-
-    names: tuple[str, ...]
-    means: Tensor
-    directions: Tensor
-    variances: Tensor
-    rest: float
-    temperature: float = 1.0
-    far: float = torch.inf
+    names: tuple[str, ...]  # the experts, and "other" last
+    means: Tensor  # (kinds, d)
+    directions: Tensor  # (m, d), orthonormal
+    variances: Tensor  # (m,), of the shared covariance along them
+    rest: float  # its variance in every other direction
+    temperature: float = 1.0  # divides the log-densities
+    far: float = torch.inf  # squared Mahalanobis distance from all experts beyond which a state is "other"
+    how: tuple[int, str] = (0, "both")  # block and pooling of the states, as in `RoutingKey`
 
     @classmethod
     def fit(cls, states: Mapping[str, Tensor]) -> "Router":
@@ -107,80 +106,60 @@ class Router:
         return scores
 
 
-@dataclass(eq=False)
-class _Kept:
-    """What is known of a library between decisions."""
-
-    keys: dict[str, RoutingKey]
-    anchor: Tensor
-    router: Router | None = None
-
-
-_KEPT: WeakKeyDictionary[ExpertLibrary, _Kept] = WeakKeyDictionary()
+_KEPT: WeakKeyDictionary[ExpertLibrary, tuple[dict[str, RoutingKey], Router]] = WeakKeyDictionary()
 
 
 def keys_of(library: ExpertLibrary) -> dict[str, RoutingKey]:
-    """
-    Return the routing key of each expert, by name.
-
-    Raises:
-        `ValueError`: if an expert has none, or one reads otherwise than the others do.
-    """
-    keys = {name: library.expert(name).key for name in library.names}
-    if missing := [name for name, key in keys.items() if key is None]:
-        raise ValueError(
-            f"The expert {missing[0]!r} has no routing key: make one of prompts that it is for, with "
-            "peft-svf key or make_key, or choose another first pass."
-        )
-    whole = {name: key for name, key in keys.items() if key is not None}
-    first, *others = whole
-    if odd := [name for name in others if whole[name].how != whole[first].how]:
-        raise ValueError(
-            f"The routing keys of {first!r} and {odd[0]!r} can't be compared, because they read {whole[first].how} "
-            f"and {whole[odd[0]].how} (blocks, pooling): make one of them again with peft-svf key."
-        )
-    return whole
-
-
-def checked_keys(library: ExpertLibrary, tokenizer: Reader) -> dict[str, RoutingKey]:
-    """Return [`keys_of`] a library, after comparing new ones with how its base model reads; a `ValueError` by name."""
-    keys, kept = keys_of(library), _KEPT.get(library)
-    if kept is not None and kept.keys.keys() == keys.keys() and all(kept.keys[name] is keys[name] for name in keys):
-        return keys
-    block, pooling = next(iter(keys.values())).how
-    for name, key in keys.items():
-        try:
-            with library.activate(Mixture()) as model:
-                (anchor,) = read_states(model, key_ids(tokenizer, [ANCHOR]), block, pooling)
-                key.check(model, anchor)
-        except ValueError as error:
-            raise ValueError(f"Expert {name!r}: {error}") from error
-    _KEPT[library] = _Kept(keys, anchor)
+    """Return the routing key of each expert; a `ValueError` if one has none or reads otherwise than the others do."""
+    keys: dict[str, RoutingKey] = {}
+    for name in library.names:
+        if (key := library.expert(name).key) is None:
+            raise ValueError(
+                f"The expert {name!r} has no routing key: make one of prompts that it is for, with peft-svf key or "
+                "make_key, or choose another first pass."
+            )
+        keys[name] = key
+        first = next(iter(keys))
+        if key.how != keys[first].how:
+            raise ValueError(
+                f"The routing keys of {first!r} and {name!r} can't be compared, because they read {keys[first].how} "
+                f"and {key.how} (blocks, pooling): make one of them again with peft-svf key."
+            )
     return keys
 
 
 def router_of(library: ExpertLibrary, tokenizer: Reader) -> Router:
-    """Return the router of a library; fitted again after experts have come or gone."""
-    keys = checked_keys(library, tokenizer)
-    kept = _KEPT[library]
-    if kept.router is None:
-        other = _everyday(library, tokenizer, kept.anchor, *next(iter(keys.values())).how)
-        kept.router = Router.fit({**{name: key.states for name, key in keys.items()}, OTHER: other})
-    return kept.router
+    """Return the router of a library, fitted again after experts have come or gone; a `ValueError` for odd keys."""
+    keys = keys_of(library)
+    if (kept := _KEPT.get(library)) is not None and kept[0] == keys:  # Keys compare by identity.
+        return kept[1]
+    name, *_ = keys
+    block, pooling = keys[name].how
+    with library.activate(Mixture()) as model:
+        try:
+            (anchor,) = read_states(model, key_ids(tokenizer, [ANCHOR]), block, pooling)
+            for name in keys:
+                keys[name].check(model, anchor)
+        except ValueError as error:
+            raise ValueError(f"Expert {name!r}: {error}") from error
+        other = _everyday(model, tokenizer, anchor, block, pooling)
+    router = Router.fit({**{name: key.states for name, key in keys.items()}, OTHER: other})
+    router.how = block, pooling
+    _KEPT[library] = keys, router
+    return router
 
 
-def _everyday(library: ExpertLibrary, tokenizer: Reader, anchor: Tensor, block: int, pooling: str) -> Tensor:
+def _everyday(model: PeftModel, tokenizer: Reader, anchor: Tensor, block: int, pooling: str) -> Tensor:
     """Read the everyday requests, `(n, width)`; kept on disk beside the bases, by base, block and pooling."""
     content = EVERYDAY.read_bytes()
     name = hashlib.sha256(content + f"{block} {pooling}".encode() + anchor.numpy().tobytes()).hexdigest()
     path = cache_dir() / "routing" / f"{name}.safetensors"
-    ids = [row[: context_of(library.model)] for row in key_ids(tokenizer, json.loads(content))]
+    ids = [row[: context_of(model)] for row in key_ids(tokenizer, json.loads(content))]
     with suppress(OSError, ValueError, SafetensorError, KeyError):
         states = load(files.read_bytes(path))["states"]
         if states.shape == (len(ids), len(anchor)) and states.isfinite().all():
             return states
-    with library.activate(Mixture()) as model:
-        states = read_states(model, ids, block, pooling).half()
+    states = read_states(model, ids, block, pooling).half()
     try:
         files.write(path, save({"states": states}))
     except OSError as error:
@@ -193,11 +172,83 @@ def key_scores(
 ) -> Tensor:
     """Read token ids by the first blocks and score the kinds: logits `(prompts, kinds)`; `"other"` without tokens."""
     router = router_of(library, tokenizer)
-    block, pooling = next(iter(checked_keys(library, tokenizer).values())).how
     scores = torch.full((len(ids), len(router.names)), -torch.inf)
     scores[:, -1] = 0.0
     if rows := [i for i, row in enumerate(ids) if row]:
         with library.activate(Mixture()) as model:
-            states = read_states(model, [ids[i] for i in rows], block, pooling, batch_size)
+            states = read_states(model, [ids[i] for i in rows], *router.how, batch_size)
         scores[rows] = router.scores(states)
     return scores
+
+
+def first_block(library: ExpertLibrary) -> int:
+    """Return the lowest block that an expert of a library moves; -1 if one moves weights outside of the blocks."""
+    base = library.model.get_base_model()
+    stack = blocks_of(base)
+    prefix = next(name for name, module in base.named_modules() if module is stack)
+    moved = {name for expert in library.names for name in library.expert(expert).sizes}
+    inside = [name.removeprefix(f"{prefix}.").split(".")[0] for name in moved if name.startswith(f"{prefix}.")]
+    return min(map(int, inside)) if len(inside) == len(moved) else -1
+
+
+def can_decide(library: ExpertLibrary, reader: Reader, settings: Mapping[str, Any]) -> bool:
+    """Whether the prefill of a `generate` with these settings can choose the mixtures."""
+    block, _ = router_of(library, reader).how
+    compiled = any(getattr(module, "_compiled_call_impl", None) for module in library.model.modules())
+    return not compiled and not any(settings.get(name) for name in ELSEWHERE) and first_block(library) >= block
+
+
+@contextmanager
+def deciding(
+    library: ExpertLibrary, reader: Reader, mask: Tensor, decide: Callable[[Tensor], list[Mixture]], merge: bool
+) -> Iterator[PeftModel]:
+    """
+    Let the next forward, the prefill of a batch, choose a mixture for each row and go on with it.
+
+    `mask (rows, tokens)` is that of the prompts, which the prefill may repeat side by side; `decide` turns their
+    scores into mixtures.
+    """
+    router = router_of(library, reader)
+    block, pooling = router.how
+    with ExitStack() as stack:
+        model = stack.enter_context(library.activate(Mixture()))
+
+        def choose(module: nn.Module, args: Any, kwargs: Any) -> None:
+            handle.remove()
+            hidden = hidden_of(args, kwargs)
+            copies = len(hidden) // len(mask)  # beams and returned sequences stand side by side
+            mixtures = decide(router.scores(pooled(hidden[::copies], mask, pooling)))
+            stack.enter_context(library.activate(mixtures, merge))
+
+        handle = blocks_of(library.model)[block].register_forward_pre_hook(choose, with_kwargs=True)
+        stack.callback(handle.remove)
+        yield model
+
+
+def key_rows(reader: Reader, ids: Tensor, mask: Tensor) -> tuple[list[list[int]], bool]:
+    """
+    Return the tokens of each row as keys read them, and whether these are the rows themselves.
+
+    A row that doesn't end as the chat template does was tokenised without it; it is read as a user's turn.
+    """
+    rows = [row[keep.bool()].tolist() for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
+    tokenizer = tokenizer_of(reader)
+    writer = reader if getattr(reader, "chat_template", None) else tokenizer
+    if not writer.chat_template:
+        return rows, True
+    turn = [{"role": "user", "content": PLACE}]
+    end = chat_text(writer, turn, add_generation_prompt=True).rpartition(PLACE)[2]
+    plain = [i for i, row in enumerate(rows) if not tokenizer.decode(row[-64:]).endswith(end)]
+    for i in plain:
+        (rows[i],) = key_ids(reader, [tokenizer.decode(rows[i], skip_special_tokens=True)])
+    return rows, not plain
+
+
+def mask_of(model: PeftModel, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the attention mask that `generate` would take, `(rows, tokens)`."""
+    if mask is not None:
+        return mask
+    config: Any = model.generation_config
+    pad, eos = config.pad_token_id, config.eos_token_id
+    stops = eos if isinstance(eos, list) else [eos]
+    return torch.ones_like(ids) if pad is None or pad in stops else ids.ne(pad).long()

@@ -19,9 +19,9 @@ import torch
 
 from .. import files
 
-FORMAT = 3  # of state files
+FORMAT = 4  # Another one makes older state files unreadable.
 MIN_STD = 0.01  # the cross-entropy method's spread in a direction never falls below it
-RATE = 0.05  # of Adam
+RATE = 0.05  # Adam's learning rate
 Score = tuple[float, ...]  # compared entry by entry: later ones break ties of earlier ones
 
 
@@ -66,15 +66,14 @@ class Search:
     temperature: float = 8.0
 
     def __post_init__(self) -> None:
-        if self.method not in (methods := ("key", *SEARCHERS)):
-            raise ValueError(f"There is no search {self.method!r}: choose one of {', '.join(map(repr, methods))}.")
-        if self.method == "key" and self.per_layer:
-            raise ValueError("Keys choose one expert for all layers: per_layer=True needs another method.")
+        methods = ("key", *SEARCHERS)
         whole = self.iterations >= 1 and self.population >= 2 and 1 <= self.kept <= self.population
-        if not (whole and self.low < self.high and self.temperature > 0):
+        box = self.low < self.high and self.temperature > 0
+        by_key = self.method == "key" and self.per_layer  # Keys choose one expert for all layers.
+        if self.method not in methods or by_key or not (whole and box):
             raise ValueError(
-                "A search needs at least 1 iteration, 2 members and 1 elite, low < high and a temperature above 0; "
-                f"got {self}."
+                f"A search has one of the methods {', '.join(map(repr, methods))} ('key' not per layer), at least 1 "
+                f"iteration, 2 members and 1 elite, low < high and a temperature above 0; got {self}."
             )
 
     @property
@@ -89,17 +88,10 @@ class Search:
 
 
 class Judged(NamedTuple):
-    """
-    The scores of a population.
+    """The scores of a population, and what they cost."""
 
-    Args:
-        by_example (`np.ndarray` of shape `(members, examples, entries)`): Larger is better, NaN is the worst.
-        gradients (`np.ndarray` of shape `(members, size)`, *optional*): Of the last entry of each score.
-        tokens (`int`), seconds (`float`): The cost.
-    """
-
-    by_example: np.ndarray
-    gradients: np.ndarray | None = None
+    by_example: np.ndarray  # (members, examples, entries): larger is better, NaN is the worst
+    gradients: np.ndarray | None = None  # (members, size), of the last entry of each score
     tokens: int = 0
     seconds: float = 0.0
 
@@ -115,11 +107,8 @@ class CrossEntropy:
     Draw a population around a mean, and the next around the mean of its elites; the best member is kept.
 
     A searcher is deterministic for a seed: `ask` draws members `(n, size)` within the box, `tell` learns from their
-    scores, `mean (size,)` is the centre.
-
-    Args:
-        search ([`Search`]): Its settings.
-        starts (`np.ndarray` of shape `(n, size)`): Members of the first population; the first of them is its mean.
+    scores, `mean (size,)` is the centre. The first population holds `starts (n, size)`, and the first of them is its
+    mean.
     """
 
     def __init__(self, search: Search, starts: np.ndarray) -> None:
@@ -128,24 +117,23 @@ class CrossEntropy:
                 f"A population of {search.population} is too small for {len(starts)} starts: the mean, the base model "
                 "and each expert."
             )
-        self.search, self._starts = search, np.clip(starts, search.low, search.high)
-        self.mean = self._starts[0]
+        self.search, self._fixed = search, np.clip(starts, search.low, search.high)
+        self.mean = self._fixed[0]
         self.std = np.full(len(self.mean), (search.high - search.low) / 2)
-        self._best: tuple[Score, np.ndarray] | None = None
+        self._best: Score = ()
         self._draws = np.random.default_rng(search.seed)
 
     def ask(self) -> np.ndarray:
         """Draw the starts or the best member, then random ones."""
         members = self.mean + self.std * self._draws.standard_normal((self.search.population, len(self.mean)))
-        fixed = self._starts if self._best is None else self._best[1][None]
-        members[: len(fixed)] = fixed
+        members[: len(self._fixed)] = self._fixed
         return np.clip(members, self.search.low, self.search.high)
 
     def tell(self, members: np.ndarray, scores: Sequence[Score], gradients: np.ndarray | None = None) -> None:
         """Move to the elites."""
         order = sorted(range(len(members)), key=lambda i: scores[i], reverse=True)
-        if self._best is None or scores[order[0]] > self._best[0]:
-            self._best = scores[order[0]], members[order[0]].copy()
+        if scores[order[0]] > self._best:
+            self._best, self._fixed = scores[order[0]], members[order[:1]].copy()
         elite = members[order[: self.search.kept]]
         self.mean = elite.mean(0)
         self.std = np.maximum(elite.std(0, ddof=1 if len(elite) > 1 else 0), MIN_STD)
@@ -155,7 +143,7 @@ class CovarianceAdaptation:
     """
     CMA-ES of the library `cma` (extra `search`), which learns from the order of the scores.
 
-    The starts are scored beside the first population, and not learnt from.
+    The starts are scored with the first population, but it doesn't learn from them.
     """
 
     def __init__(self, search: Search, starts: np.ndarray) -> None:
@@ -163,8 +151,6 @@ class CovarianceAdaptation:
             import cma
         except ImportError as error:
             raise ImportError('CMA-ES needs the library cma: pip install "peft-svf[search]".') from error
-        if starts.shape[1] < 2:
-            raise ValueError("CMA-ES searches 2 numbers or more, got 1: use the method 'cem' or 'gradient'.")
         draws = np.random.default_rng(search.seed)
         self._starts = np.clip(starts, search.low, search.high)
         self.mean = self._starts[0]
@@ -203,9 +189,8 @@ class Ascent:
         return self._points.numpy().copy()
 
     def tell(self, members: np.ndarray, scores: Sequence[Score], gradients: np.ndarray | None = None) -> None:
-        """Take one step from each point; one whose gradient isn't finite stays. Raises `ValueError` without any."""
-        if gradients is None:
-            raise ValueError("Gradient ascent needs a judge that returns gradients.")
+        """Take one step from each point; one whose gradient isn't finite stays."""
+        assert gradients is not None
         self._points.grad = torch.from_numpy(np.nan_to_num(gradients, nan=0.0, posinf=0.0, neginf=0.0))
         self._adam.step()
         self._points.clamp_(self.search.low, self.search.high)
@@ -218,27 +203,30 @@ SEARCHERS: dict[str, type[Searcher]] = {"cem": CrossEntropy, "cma": CovarianceAd
 
 @dataclass
 class Found:
-    """
-    The state of a search.
+    """The state of a search; its cost includes interrupted runs."""
 
-    Args:
-        best (`np.ndarray` of shape `(size,)`): The best member so far, the first of equals.
-        members (`np.ndarray` of shape `(n, size)`): All members so far.
-        by_example (`np.ndarray` of shape `(n, examples, entries)`): Their scores.
-        score (`tuple[float, ...]`): The score of the best.
-        history (`list[dict]`): Per population the best score so far, the mean score, and the centre of the next.
-        tokens (`int`), seconds (`float`): The cost so far, interrupted runs included.
-        stopped (`str`): The budget that ended the search early, or `""`.
-    """
-
-    best: np.ndarray
-    members: np.ndarray
-    by_example: np.ndarray
-    score: Score = ()
-    history: list[dict[str, Any]] = field(default_factory=list)
+    best: np.ndarray  # (size,), the first of equals
+    members: np.ndarray  # (n, size), all so far
+    by_example: np.ndarray  # (n, examples, entries), their scores
+    score: Score = ()  # that of the best
+    history: list[dict[str, Any]] = field(default_factory=list)  # per population: best, mean score, next centre
     tokens: int = 0
     seconds: float = 0.0
-    stopped: str = ""
+    stopped: str = ""  # the budget that ended the search early
+
+    def add(self, members: np.ndarray, judged: Judged, searcher: Searcher) -> None:
+        """Add the scores of a population, and move the searcher."""
+        by_example, scores = np.asarray(judged.by_example, float), judged.scores
+        top = max(range(len(scores)), key=lambda i: scores[i])  # (first of equals)
+        if scores[top] > self.score:
+            self.best, self.score = members[top].copy(), scores[top]
+        searcher.tell(members, scores, judged.gradients)
+        self.members = np.concatenate([self.members, members])
+        self.by_example = np.concatenate([*([self.by_example] if self.history else []), by_example])
+        self.tokens += judged.tokens
+        self.seconds += judged.seconds
+        mean_score = np.mean(scores, axis=0).tolist()
+        self.history.append({"best": list(self.score), "mean_score": mean_score, "mean": searcher.mean.tolist()})
 
 
 def maximise(
@@ -252,86 +240,60 @@ def maximise(
     on_iteration: Callable[[Found], None] | None = None,
 ) -> Found:
     """
-    Search until the iterations or a budget are used up.
+    Search from `starts (n, size)` until the iterations or a budget are used up.
 
     Args:
-        search, starts: As in [`CrossEntropy`].
-        judge (`Callable`): Members `(n, size)` -> [`Judged`].
         state (`str` or path, *optional*):
             File with the scores so far, replaced as a whole after each population. The searcher draws again what it
             drew before an interruption, and these scores are used in place of the judge's.
         settings (`Mapping`, *optional*): JSON values that the scores depend on; a state file with others is refused.
         reserve (`float`): Members of a population whose cost the budgets must also hold, for a check of the result.
-        on_iteration (`Callable`, *optional*): Called after each population.
-
-    Raises:
-        `ValueError`: if the state file is damaged or belongs to another search.
     """
     searcher = SEARCHERS[search.method](search, starts)
-    settings = json.loads(json.dumps({"format": FORMAT, **(settings or {})}))
-    past = [] if state is None else _read(Path(state), settings)
     found = Found(searcher.mean, np.empty((0, starts.shape[1])), np.empty(0))
+    past = [] if state is None else _read(Path(state))
+    depends = json.dumps({"format": FORMAT, **(settings or {})}, sort_keys=True).encode()
     for iteration in range(search.iterations):
         members = searcher.ask()
-        digest = hashlib.sha256(np.ascontiguousarray(members).tobytes()).hexdigest()
+        digest = hashlib.sha256(depends + np.ascontiguousarray(members).tobytes()).hexdigest()
         if iteration == len(past):
-            if past and (stopped := _exceeded(search, found, past[-1], reserve)):
+            if past and (stopped := _exceeded(search, found, past[-1][1], reserve)):
                 found.stopped = stopped
                 break
-            past.append({"digest": digest, **judge(members)._asdict()})
+            past.append((digest, judge(members)))
             if state is not None:
-                files.write(state, json.dumps({"settings": settings, "populations": past}, default=np.ndarray.tolist))
-        if past[iteration]["digest"] != digest:
-            raise _other_search(state, ["the numbers drawn"])
-        _record(found, members, past[iteration], searcher)
+                entries = [{"digest": key, **judged._asdict()} for key, judged in past]
+                files.write(state, json.dumps(entries, default=np.ndarray.tolist))
+        if past[iteration][0] != digest:
+            raise ValueError(
+                f"The search state {state} belongs to another search: delete it, or pass the settings, examples and "
+                "experts of that search."
+            )
+        found.add(members, past[iteration][1], searcher)
         if on_iteration is not None:
             on_iteration(found)
     return found
 
 
-def _record(found: Found, members: np.ndarray, entry: Mapping[str, Any], searcher: Searcher) -> None:
-    """Add the scores of a population to the state of the search, and move the searcher."""
-    by_example = np.asarray(entry["by_example"], float)
-    scores = Judged(by_example).scores
-    top = max(range(len(scores)), key=lambda i: scores[i])  # (first of equals)
-    if not found.score or scores[top] > found.score:
-        found.best, found.score = members[top].copy(), scores[top]
-    searcher.tell(members, scores, None if entry["gradients"] is None else np.asarray(entry["gradients"], float))
-    found.members = np.concatenate([found.members, members])
-    found.by_example = np.concatenate([found.by_example, by_example]) if found.by_example.size else by_example
-    found.tokens += entry["tokens"]
-    found.seconds += entry["seconds"]
-    mean_score = np.mean(scores, axis=0).tolist()
-    found.history.append({"best": list(found.score), "mean_score": mean_score, "mean": searcher.mean.tolist()})
-
-
-def _exceeded(search: Search, found: Found, last: Mapping[str, Any], reserve: float) -> str:
+def _exceeded(search: Search, found: Found, last: Judged, reserve: float) -> str:
     """Name the budget that one more population like the last, and the reserve, would exceed; `""` if none."""
-    more = 1 + reserve / len(last["by_example"])
+    more = 1 + reserve / len(last.by_example)
     for budget in ("tokens", "seconds"):
         limit = getattr(search, f"max_{budget}")
-        if limit is not None and getattr(found, budget) + more * last[budget] > limit:
+        if limit is not None and getattr(found, budget) + more * getattr(last, budget) > limit:
             return f"max_{budget}"
     return ""
 
 
-def _read(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _read(path: Path) -> list[tuple[str, Judged]]:
     """Read the populations of a state file; a missing file has none."""
     if not path.exists():
         return []
+    past = []
     try:
-        content = files.read_json(path)
-        saved, keys = dict(content["settings"]), ("digest", *Judged._fields)
-        past = [{key: entry[key] for key in keys} for entry in content["populations"]]
+        for entry in files.read_json(path):
+            by_example, slopes = (entry[name] and np.asarray(entry[name], float) for name in Judged._fields[:2])
+            past.append((entry["digest"], Judged(by_example, slopes, entry["tokens"], entry["seconds"])))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"The search state {path} can't be read ({error!r}): delete it to start over.") from error
-    if differing := [key for key in sorted({*saved, *settings}) if saved.get(key) != settings.get(key)]:
-        raise _other_search(path, differing)
     return past
-
-
-def _other_search(path: Any, differing: Sequence[str]) -> ValueError:
-    return ValueError(
-        f"The search state {path} belongs to another search ({', '.join(differing)} differ): delete it, or pass the "
-        "settings, examples and experts of that search."
-    )

@@ -2,8 +2,8 @@
 """
 Command line -> one verb: train, eval, factor, inspect, adapt, dispatch, key, export, import, search, serve.
 
-Each verb is a module whose function's signature is its options, and this package is the one place that prints. Modules
-of the library are imported inside the verbs, so that help and shell completion don't wait for torch.
+Each verb is a function whose signature is its options, and this package is the one place that prints. Modules of the
+library are imported inside the verbs, so that help and shell completion don't wait for torch.
 """
 
 import sys
@@ -17,15 +17,12 @@ import typer
 
 from .adapt import adapt
 from .console import INTERRUPTED
+from .convert import export, import_
 from .dispatch import dispatch
 from .eval import evaluate
-from .export import export
-from .factor import factor
-from .import_ import import_
-from .inspect import inspect
-from .key import key
-from .search import search
-from .serve import serve
+from .inspect import inspect, search
+from .prepare import factor, key
+from .serving import serve
 from .train import HELP, train
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # typer exports only subclasses of it
@@ -70,16 +67,8 @@ def _verb(name: str, run: Callable[..., Any], **settings: Any) -> None:
 
 
 _verb("train", train, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, epilog=HELP)
-_verb("eval", evaluate)
-_verb("factor", factor)
-_verb("inspect", inspect)
-_verb("adapt", adapt)
-_verb("dispatch", dispatch)
-_verb("key", key)
-_verb("export", export)
-_verb("import", import_)
-_verb("search", search)
-_verb("serve", serve)
+for run in (evaluate, factor, inspect, adapt, dispatch, key, export, import_, search, serve):
+    _verb({"evaluate": "eval", "import_": "import"}.get(run.__name__, run.__name__), run)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,7 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if "--debug" in arguments:
             raise
-        return _fail(f"peft-svf {verb}: error: {error or type(error).__name__}", 1)
+        message = str(error) or type(error).__name__
+        if isinstance(error, FileNotFoundError) and error.filename:  # of the system, whose message is "[Errno 2] ..."
+            message = f"There is no file {str(error.filename)!r}: check its name and its folder."
+        return _fail(f"peft-svf {verb}: error: {message}", 1)
 
 
 def _fail(message: str, code: int) -> int:

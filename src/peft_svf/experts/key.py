@@ -10,7 +10,7 @@ import inspect
 import os
 import random
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from .. import files
+from ..reading import evaluating
 from ..rows import Prompt, Reader, prompt_ids, tokenizer_of
 
 KEY_NAME = "routing.safetensors"
@@ -215,7 +216,6 @@ class _Enough(Exception):
     """Ends a forward at the block of a key."""
 
 
-@torch.no_grad()
 def early_exit(model: nn.Module, ids: Tensor, mask: Tensor, block: int, pooling: str) -> Tensor:
     """
     Run the blocks below a block and pool its input: `(rows, width)`, float32 on the CPU.
@@ -239,16 +239,12 @@ def early_exit(model: nn.Module, ids: Tensor, mask: Tensor, block: int, pooling:
         states.append(pooled(hidden_of(args, kwargs), mask, pooling))
         raise _Enough
 
-    training, handle = model.training, blocks[block].register_forward_pre_hook(stop, with_kwargs=True)
+    handle = blocks[block].register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        model.eval()
-        with torch.compiler.set_stance("force_eager"):
+        with evaluating(model), suppress(_Enough), torch.compiler.set_stance("force_eager"):
             model(**inputs)
-    except _Enough:
-        pass
     finally:
         handle.remove()
-        model.train(training)
     return states[0]
 
 

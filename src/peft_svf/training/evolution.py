@@ -36,17 +36,11 @@ Shaping = Literal["rank", "z_score", "none"]
 
 def shaped(fitness: Tensor, shaping: Shaping) -> Tensor:
     """
-    Turn the fitness of a population into the weights of its members.
+    Turn the fitness of a population, `(members,)`, into the weights of its members.
 
-    Args:
-        fitness (`torch.Tensor` of shape `(members,)`):
-            Mean reward of each member.
-        shaping (`str`):
-            `"rank"`: ranks, evenly from -0.5 to 0.5, ties sharing their mean, so that outliers don't count for more.
-            `"z_score"`: zero mean, unit deviation (arXiv 2509.24372). `"none"`: the fitness itself.
-
-    Returns:
-        `torch.Tensor` of shape `(members,)`; with `"rank"` and `"z_score"` all 0 where all members are equal.
+    `"rank"`: ranks, evenly from -0.5 to 0.5, ties sharing their mean, so that outliers don't count for more.
+    `"z_score"`: zero mean, unit deviation (arXiv 2509.24372). `"none"`: the fitness itself. The first two are all 0 if
+    all members are equal.
     """
     if shaping == "none":
         return fitness
@@ -61,21 +55,15 @@ def shaped(fitness: Tensor, shaping: Shaping) -> Tensor:
 
 def estimate(noise: Tensor, above: Tensor, below: Tensor, sigma: float) -> Tensor:
     """
-    Estimate the gradient of the fitness from antithetic pairs.
+    Estimate the gradient of the fitness `(D,)` from antithetic pairs.
 
     `1 / (2 P sigma) Σ (f(z + sigma e) - f(z - sigma e)) e` over `P` directions `e`. Its expectation over standard
     normal `e` is the gradient of a linear fitness, and of any fitness smoothed by `sigma`. Even terms cancel.
 
     Args:
-        noise (`torch.Tensor` of shape `(P, D)`):
-            The directions `e`.
-        above, below (`torch.Tensor` of shape `(P,)`):
-            Fitness of the members on their two sides.
-        sigma (`float`):
-            Standard deviation of the members, in units of z.
-
-    Returns:
-        `torch.Tensor` of shape `(D,)`.
+        noise (`torch.Tensor` of shape `(P, D)`): The directions `e`.
+        above, below (`torch.Tensor` of shape `(P,)`): Fitness of the members on their two sides.
+        sigma (`float`): Standard deviation of the members, in units of z.
     """
     return (above - below) @ noise / (2 * len(noise) * sigma)
 
@@ -90,18 +78,12 @@ class EvolutionConfig(RunConfig, TrainingArguments):
     moves a weight by about 5 % of its norm, as 0.001 does in arXiv 2509.24372 on whole weights.
 
     Args:
-        population (`int`):
-            Members of a step, an even number: two for each direction.
-        sigma (`float`):
-            Standard deviation of the members around the mean, in units of z.
-        shaping (`str`):
-            How fitness becomes weights, see [`shaped`].
-        rows_per_forward (`int`):
-            Rows times members in one forward pass or call of `generate`.
-        max_completion_length (`int`):
-            Tokens that a completion may have; rows with `choices` need none.
-        reward_weights (`list[float]`, *optional*):
-            One per reward function; default 1 each.
+        population (`int`): Members of a step, an even number: two for each direction.
+        sigma (`float`): Standard deviation of the members around the mean, in units of z.
+        shaping (`str`): How fitness becomes weights, see [`shaped`].
+        rows_per_forward (`int`): Rows times members in one forward pass or call of `generate`.
+        max_completion_length (`int`): Tokens that a completion may have; rows with `choices` need none.
+        reward_weights (`list[float]`, *optional*): One per reward function; default 1 each.
     """
 
     learning_rate: float = 5e-3
@@ -138,16 +120,9 @@ class EvolutionTrainer(Run):
         model (`PreTrainedModel` or `PeftModel`):
             The base with `peft_config`, or a model whose active adapter is to be trained.
         reward_funcs (`Callable` or `list`):
-            `(completions, **columns) -> list[float]`, as for `ReinforceTrainer`, without its reward models. `None`
-            counts as 0.
-        args ([`EvolutionConfig`]):
-            The settings.
+            As for `ReinforceTrainer`, without its reward models. `None` counts as 0.
         train_dataset, eval_dataset (sequence of rows, such as a list or a `datasets.Dataset`):
             Rows with `prompt`, and with `choices` for the choice form. Other columns go to the reward.
-        processing_class (`PreTrainedTokenizerBase`):
-            The tokenizer.
-        peft_config ([`SVFConfig`], *optional*):
-            Adapts the model first.
         kwargs:
             Everything else that `Trainer` takes.
 

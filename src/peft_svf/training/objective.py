@@ -30,7 +30,7 @@ PAPER_BATCH = 256  # completions a step, of the paper and of its code
 
 def advantages_of(rewards: Tensor, estimator: Estimator, num_generations: int = 1) -> Tensor:
     """
-    Turn the rewards of a batch into advantages.
+    Turn the rewards of a batch into advantages, `(N,)`: 0 if a reward is missing.
 
     Args:
         rewards (`torch.Tensor` of shape `(N,)`):
@@ -41,9 +41,6 @@ def advantages_of(rewards: Tensor, estimator: Estimator, num_generations: int = 
             other completions of its prompt, unbiased. `"group"`: z-score over the completions of a prompt (GRPO).
         num_generations (`int`):
             Completions per prompt.
-
-    Returns:
-        `torch.Tensor` of shape `(N,)`: 0 if the reward is NaN.
     """
     rows = rewards.view(1, -1) if estimator in ("none", "batch", "batch_norm") else rewards.view(-1, num_generations)
     valid = ~rows.isnan()
@@ -111,8 +108,7 @@ class ReinforceConfig(RunConfig, GRPOConfig):
         prompt_filter (`bool`):
             Skip prompts whose completions all earned the same reward, see [`PromptFilter`].
         greedy_rollouts (`bool`):
-            Roll out the likeliest completion instead of a sample, as the reference code does. That is biased, and
-            `num_generations` has to be 1.
+            Roll out the likeliest completion, as the reference code does: biased, and for `num_generations=1` alone.
         greedy_eval (`bool`):
             Evaluate on the likeliest completion or choice.
         gradient_checkpointing (`bool`):

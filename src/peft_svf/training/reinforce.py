@@ -67,8 +67,6 @@ class ReinforceTrainer(Run, GRPOTrainer):
             As in `GRPOTrainer`; with `peft_config` the reference of the KL penalty is the base model.
         reward_funcs (`Callable` or `list`):
             `(completions, **columns) -> list[float]`, such as `Task.reward`.
-        args ([`ReinforceConfig`]):
-            The settings.
         train_dataset, eval_dataset (`datasets.Dataset`):
             Rows with `prompt`, and with `choices` for the choice form. Other columns go to the reward.
         kwargs:

@@ -110,12 +110,7 @@ class RunConfig:
 
 
 def last_checkpoint(folder: str | PathLike[str]) -> Path:
-    """
-    Find the newest whole checkpoint of a run, and skip one that was being written when the process was killed.
-
-    Raises:
-        `ValueError`: if the folder has none.
-    """
+    """Find the newest whole checkpoint of a run; a `ValueError` if there is none."""
     folders = [path for path in Path(folder).glob("checkpoint-*") if path.name[len("checkpoint-") :].isdecimal()]
     for checkpoint in sorted(folders, key=lambda path: int(path.name[len("checkpoint-") :]), reverse=True):
         with suppress(ValueError):
@@ -128,12 +123,7 @@ def last_checkpoint(folder: str | PathLike[str]) -> Path:
 
 
 def state_of(checkpoint: str | PathLike[str]) -> TrainerState:
-    """
-    Read `trainer_state.json`, which transformers writes last.
-
-    Raises:
-        `ValueError`: if it is missing, cut off or damaged: then the checkpoint isn't whole.
-    """
+    """Read `trainer_state.json`, which transformers writes last; a `ValueError` if the checkpoint isn't whole."""
     try:
         return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
     except (OSError, ValueError, TypeError) as error:
@@ -223,12 +213,9 @@ def _number(reward: Any) -> float:
 
 def check_prompts(model: nn.Module, reader: Any, data: Any) -> None:
     """
-    Refuse rows that would end a run in its course: empty prompts, and prompts that leave no room for an answer.
+    Raise a `ValueError` for a row that would end a run in its course: its prompt is empty or leaves no room to answer.
 
     Streams, rows with images and rows beyond [`CHECKED_ROWS`] aren't read.
-
-    Raises:
-        `ValueError`: for the first such row, by its number; for a tokenizer with more tokens than the model.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     vocabulary, tokens = base.get_input_embeddings().num_embeddings, len(tokenizer_of(reader))
@@ -324,12 +311,8 @@ class Run(Trainer):
         """
         Train as `transformers.Trainer` does.
 
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*):
-                A checkpoint's folder, or `True` for the newest whole one in `output_dir`. If no step is left after
-                it, its adapter is loaded and nothing is trained.
-            args, kwargs:
-                Everything else that `Trainer.train` takes.
+        `resume_from_checkpoint=True` takes the newest whole checkpoint in `output_dir`. If no step is left after a
+        checkpoint, its adapter is loaded and nothing is trained.
 
         Raises:
             `ValueError`: if no checkpoint to resume from is whole, or it belongs to another base model.
