@@ -5,7 +5,7 @@ Make the experts of examples/experts out of trained cells of generated.py.
     python benchmarks/ship.py sentiment-svf-upper-lr0.01-seed0
     python benchmarks/ship.py     # without a cell: whom the first pass chooses, to results/demo/routing.json
 
-Each expert gets a routing key from its training prompts, and what is shipped is measured once more.
+Each expert gets a routing key from its training prompts.
 """
 
 import json
@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from generated import REQUESTS, RUNS, TEST_ROWS, TEST_TOKENS, everyday, mentioned
+from generated import REQUESTS, RUNS
 from harness import RESULTS, ROOT, header, result_of
 
 OBJECTIVES = {
@@ -24,7 +24,7 @@ OBJECTIVES = {
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DESCRIPTIONS = {
     "sentiment": "whether a review is positive or negative, in one word",
-    "subject": "the subject of a school question: math, programming or science",
+    "topic": "the subject of a school question: math, programming or science",
     "compare": "the larger of two numbers",
     "price": "the price in a message, alone",
     "email": "the e-mail address in a message, alone",
@@ -53,38 +53,36 @@ def key_prompts(name: str, rows: list[Any]) -> list[str]:
 
 
 def ship(cell: str) -> dict[str, Any]:
-    """Write one expert: offsets, key, result.json and card."""
+    """Write one expert: offsets, key, result.json and card; its figures are those of the cell and of the base's."""
     import torch
-    from peft import PeftModel
     from smollm2 import load_smollm2
 
     from peft_svf import Expert
-    from peft_svf.evaluation import evaluate, paired_difference
+    from peft_svf.evaluation import paired_difference
     from peft_svf.experts.hub import expert_card
     from peft_svf.experts.key import make_key
     from peft_svf.tasks import jsonl_task
 
     trained = result_of(RESULTS / "generated", cell)
     assert trained is not None
-    name = trained["training"]["task"]
-    (base, tokenizer), task = load_smollm2(torch.float32), jsonl_task(REQUESTS / name)
-    folder = ROOT / "examples" / "experts" / name
-    expert, strength = Expert.load(RUNS / cell / "expert", cell), trained["strength"]
-    key = make_key(base, tokenizer, key_prompts(name, task.rows("train", "generate")))
+    name, strength = trained["training"]["task"], trained["strength"]
+    untrained = result_of(RESULTS / "generated", f"{name}-base")
+    assert untrained is not None
+    (base, tokenizer), folder = load_smollm2(torch.float32), ROOT / "examples" / "experts" / name
+    rows = jsonl_task(REQUESTS / name).rows("train", "generate")
+    expert = Expert.load(RUNS / cell / "expert", cell)
+    key = make_key(base, tokenizer, key_prompts(name, rows))
     replace(expert, name=name, config=expert.config | {"description": DESCRIPTIONS[name]}, key=key).save(folder)
 
-    rows = task.rows("test", "generate", limit=TEST_ROWS)
-    model = PeftModel.from_pretrained(base, folder)
-    measured = {"expert": everyday(model, tokenizer)["mean_logp"]}
-    after = evaluate(model, tokenizer, rows, 50, task=task, max_new_tokens=TEST_TOKENS.get(name, 16))
-    with model.disable_adapter():
-        measured["base"] = everyday(model, tokenizer)["mean_logp"]
-        before = evaluate(model, tokenizer, rows, 50, task=task, max_new_tokens=TEST_TOKENS.get(name, 16))
+    before, after = summary(untrained), summary(trained)
     gain, (low, high) = paired_difference(after, before)
+    measured = {"expert": trained["everyday"]["mean_logp"], "base": untrained["everyday"]["mean_logp"]}
     fall = measured["expert"] / measured["base"] - 1
     texts = [
-        {"question": row["prompt"][-1]["content"], "base": one["completion"], "expert": other["completion"]}
-        for row, one, other in zip(rows[:3], before.records, after.records, strict=False)
+        {"question": question, "answer": answer, "base": one, "expert": other}
+        for (question, answer, one), (_, _, other) in zip(
+            untrained["test"]["texts"][:3], trained["test"]["texts"], strict=False
+        )
     ]
     result = {
         **header(trained["seed"]),
@@ -94,10 +92,7 @@ def ship(cell: str) -> dict[str, Any]:
         "expert": after.to_json(),
         "gain": gain,
         "gain_interval": [low, high],
-        "mentions": {
-            side: sum(mentioned(r["completion"], row["answer"]) for r, row in zip(s.records, rows, strict=True)) / s.n
-            for side, s in (("base", before), ("expert", after))
-        },
+        "mentions": {"base": untrained["test"]["mentions"], "expert": trained["test"]["mentions"]},
         "everyday_mean_logp": measured,
         "everyday_fall": fall,
         "texts": texts,
@@ -138,18 +133,30 @@ def ship(cell: str) -> dict[str, Any]:
     return result
 
 
+def summary(result: dict[str, Any]) -> Any:
+    """Read the test of a cell."""
+    from peft_svf.evaluation import Summary
+
+    test = result["test"]
+    records = [{"id": row, "right": bool(right)} for row, right in test["records"]]
+    fields = {key: test[key] for key in ("task", "form", "n", "accuracy", "interval", "seconds")}
+    return Summary(**fields, records=records)
+
+
 def routing() -> None:
     """Count whom the first pass chooses for 60 test requests of each kind and for everyday requests."""
     import torch
     from smollm2 import load_smollm2
 
     from peft_svf import Transformer2Model
-    from peft_svf.tasks import jsonl_task
+    from peft_svf.tasks import everyday_requests, jsonl_task
 
     experts = sorted(path for path in (ROOT / "examples" / "experts").iterdir() if path.is_dir())
     model = Transformer2Model(*load_smollm2(torch.float32), experts)
     everyday_texts = json.loads((ROOT / "benchmarks" / "everyday_requests.json").read_text())
     prompts = {"everyday": [[{"role": "user", "content": text}] for text in everyday_texts]}
+    others = everyday_requests("validation", 60)
+    prompts["everyday, from templates"] = [[{"role": "user", "content": text}] for text in others]
     for folder in sorted(REQUESTS.iterdir()):
         prompts[folder.name] = [row["prompt"] for row in jsonl_task(folder).rows("test", "generate", limit=60)]
     chosen = {kind: Counter(mixture.choice for mixture in model.first_pass(p)) for kind, p in prompts.items()}

@@ -17,7 +17,7 @@ ROWS = [
     ["rows"],
     ["tuner", "tasks", "reading"],
     ["evaluation", "experts"],
-    ["training", "adaptation", "plots"],
+    ["training", "adaptation"],
     ["two_pass", "evolution"],
     ["pipeline"],
     ["_registration"],
@@ -36,7 +36,6 @@ WINGS = {
     ],
     "experts": [
         ["key"],
-        ["saved"],
         ["expert"],
         ["base"],
         ["library", "hub", "transfer", "export", "convert"],
@@ -61,7 +60,7 @@ IDS = [str(path.relative_to(PACKAGE)) for path in FILES]
 
 
 def module_of(path: Path) -> str:
-    """`src/peft_svf/plots.py` -> "plots"; everything in `tasks/` -> "tasks"."""
+    """`src/peft_svf/rows.py` -> "rows"; everything in `tasks/` -> "tasks"."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 

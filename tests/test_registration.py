@@ -32,11 +32,7 @@ def test_the_type_leads_to_config_tuner_and_prefix():
     assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.SVF] is SVFModel
     assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.SVF] == SVFModel.prefix == "svf_"
     assert type(get_peft_config({"peft_type": "SVF", "rank": 3})) is SVFConfig
-
-
-def test_other_types_are_as_they_were():
-    assert PeftType("LORA") is PeftType.LORA
-    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] is LoraConfig
+    assert PeftType("LORA") is PeftType.LORA and PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] is LoraConfig
 
 
 def test_registering_again_changes_nothing():
@@ -68,14 +64,6 @@ def test_a_library_that_is_too_old_is_named_with_the_line_that_updates_it(name, 
     floor = re.search(r"0\.1\.2 \(needs >= ([\d.]+)\)", message)[1]
     assert f"{name} 0.1.2" in message and message.endswith(f"pip install -U '{name}>={floor}'")
     assert f'"{name}>={floor},' in (Path(__file__).parents[1] / "pyproject.toml").read_text()
-
-
-def test_a_source_tree_that_is_not_installed_has_no_floors(monkeypatch):
-    def missing(name):
-        raise _registration.PackageNotFoundError(name)
-
-    monkeypatch.setattr(_registration, "requires", missing)
-    _registration.check_versions()
 
 
 def test_push_is_wrapped_once_and_takes_svf_adapters_only(monkeypatch):

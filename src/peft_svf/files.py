@@ -113,10 +113,20 @@ def read_bytes(path: str | os.PathLike[str], limit: int = LIMIT) -> bytes:
 
 
 def read_json(path: str | os.PathLike[str], limit: int = LIMIT) -> Any:
-    """Read a JSON file from outside; errors as in [`read_bytes`], and `ValueError` for bad or deeply nested JSON."""
+    """
+    Read a JSON file from outside; errors as in [`read_bytes`], and `ValueError` for bad or deeply nested JSON.
+
+    A key that stands twice is refused: readers differ in which one counts. NaN is let in, as transformers writes it.
+    """
     content = read_bytes(path, limit)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(table := dict(pairs)) < len(pairs):
+            raise ValueError("a key stands twice")
+        return table
+
     try:
-        return json.loads(content)
+        return json.loads(content, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # also of other encodings, and of integers with too many digits
         raise ValueError(f"{path} isn't valid JSON ({error}): fetch it again.") from error
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peft_svf import Expert, Mixture
-from peft_svf.plots import (
+from peft_svf.cli.plots import (
     distances,
     draw_alpha,
     draw_decisions,
@@ -19,7 +19,7 @@ from peft_svf.plots import (
     draw_search,
     draw_z,
     new_figure,
-    size_of,
+    save_figure,
     spectrum,
 )
 
@@ -53,21 +53,14 @@ def test_distances_are_the_means_of_each_layer_and_kind():
     assert math.isnan(table[layers.index("10"), kinds.index("attn.q")])
 
 
-def test_the_experts_of_a_layer_are_one_kind():
+def test_experts_of_a_layer_are_one_kind_and_stacks_and_lone_modules_have_names():
     found = expert(layers__0__mlp__experts__0__up=3, layers__0__mlp__experts__1__up=5)
     layers, kinds, table = distances(found)
     assert (layers, kinds) == (["0"], ["mlp.experts.up"])
     assert table.item() == pytest.approx(torch.cat(list(found.offsets.values())).abs().mean().item())
-
-
-def test_layers_of_two_stacks_are_told_apart():
     layers, _, table = distances(expert(encoder__block__0__wi=3, decoder__block__0__wi=4, decoder__block__1__wi=5))
     assert layers == ["decoder.block.0", "decoder.block.1", "encoder.block.0"] and table.shape == (3, 1)
-
-
-def test_a_module_without_a_layer_has_a_row_of_its_own():
-    layers, kinds, _ = distances(expert(fc=3))
-    assert (layers, kinds) == (["-"], ["fc"])
+    assert distances(expert(fc=3))[:2] == (["-"], ["fc"])
 
 
 def test_the_spectrum_is_cut_into_parts_whose_means_are_averaged_over_weights():
@@ -119,22 +112,22 @@ def apart(axes):
 
 @pytest.mark.parametrize("count", [3, 31, 80])
 def test_labels_do_not_run_into_each_other_however_many_layers_there_are(count, axes):
-    draw_layers(axes, {f"model.layers.{i}": {"a": 0.5, "b": 1.0} for i in range(count)}, "sums")
-    assert apart(axes)
-    _, (axes,) = new_figure(1)
     draw_distances(axes, Expert("e", {f"layers.{i}.up": torch.ones(3) for i in range(count)}))
     assert apart(axes)
 
 
-@pytest.mark.parametrize("count", [3, 30, 120, 400])
-def test_labels_do_not_run_into_each_other_however_many_prompts_there_are(count):
+@pytest.mark.parametrize("count", [3, 30, 400])
+def test_labels_do_not_run_into_each_other_however_many_prompts_there_are(count, tmp_path):
     names = ["mathematics-gsm8k", "code-mbpp-python", "reasoning-arc-easy", "poetry", "history-of-europe", "other"]
-    mixtures = [Mixture({}, probabilities=dict.fromkeys(names, 1 / 6)) for _ in range(count)]
-    _, (axes,) = new_figure(1, **size_of(count, len(names)))
-    draw_probabilities(axes, ["a prompt: $5 for a pen,\n$ and \\frac for a label"] * count, mixtures)
-    assert apart(axes)
-    assert all(tick.get_rotation() > 0 for tick in axes.get_xticklabels())
-    assert len(axes.texts) == (len(names) * count if count <= 30 else 0)
+    mixtures, drawn = [Mixture({}, probabilities=dict.fromkeys(names, 1 / 6)) for _ in range(count)], []
+
+    def draw(axes):
+        drawn.append(axes)
+        draw_probabilities(axes, ["a prompt: $5 for a pen,\n$ and \\frac for a label"] * count, mixtures)
+
+    save_figure(tmp_path / "p.png", [draw], count, len(names))
+    assert apart(drawn[0])
+    assert len(drawn[0].texts) == (len(names) * count if count <= 30 else 0)
 
 
 def test_decisions_are_drawn_with_their_counts(axes):
@@ -154,10 +147,8 @@ def test_a_figure_is_made_without_the_users_backend():
 
 
 def test_z_is_drawn_around_the_base(axes):
-    draw_z(axes, [expert(a=300), Expert("b", {"a": torch.zeros(30)})])
-    mean = expert(a=300).offsets["a"].abs().mean()
-    texts = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert f"e (mean |z − 1| {mean:.3g})" in texts and "b (mean |z − 1| 0)" in texts and "base (z = 1)" in texts
+    draw_z(axes, expert(a=300))
+    assert f"{expert(a=300).offsets['a'].abs().mean():.3g}" in axes.get_title()
     low, high = axes.get_xlim()
     assert low < 1 < high
 

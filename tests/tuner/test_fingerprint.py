@@ -13,7 +13,6 @@ from peft import PeftModel, get_peft_model
 from pico import build, logits, matrix_of, randomize, svf_layers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from peft_svf import SVFConfig
 from peft_svf.tuner.cache import content_key
@@ -84,7 +83,7 @@ every_way = pytest.mark.parametrize("how", HOW)
 # --- what is written
 
 
-def test_the_fingerprint_names_the_values_of_every_adapted_weight(expert):
+def test_the_fingerprint_names_the_values_of_every_adapted_weight_and_saving_again_keeps_it(expert, tmp_path):
     entry = json.loads((expert / "adapter_config.json").read_text())
     base = build(name="pico/home")
     assert entry["base_model_name_or_path"] == "pico/home"
@@ -94,10 +93,7 @@ def test_the_fingerprint_names_the_values_of_every_adapted_weight(expert):
     for name, fingerprint in entry["fingerprint"].items():
         assert fingerprint["sha256"] == content_key(matrix_of(base.get_submodule(name)))
         assert len(fingerprint["probe"].split()) == 32
-
-
-def test_saving_again_after_loading_keeps_the_fingerprint(expert, tmp_path):
-    PeftModel.from_pretrained(build(name="pico/home"), expert).save_pretrained(tmp_path / "again")
+    PeftModel.from_pretrained(base, expert).save_pretrained(tmp_path / "again")
     assert fingerprint_of(expert) == fingerprint_of(tmp_path / "again")
 
 
@@ -166,15 +162,6 @@ def test_a_base_with_fewer_layers_is_refused_by_the_missing_module(how, expert):
     assert how == "load_adapter" or not svf_layers(base)
 
 
-@every_way
-def test_a_base_of_another_size_is_refused(how, expert):
-    base = build("qwen2", seed=3, name="pico/qwen")
-    wide = nn.Linear(24, 44, bias=False)
-    base.model.layers[0].mlp.up_proj = wide
-    with pytest.raises(ValueError, match="does not belong to this base model"):
-        load_expert(base, expert, how)
-
-
 def test_the_first_adapters_of_a_base_do_not_hide_that_another_is_foreign(expert):
     model = get_peft_model(build(seed=3, name="pico/stranger"), SVFConfig(), adapter_name="first")
     randomize(model, "first")
@@ -215,12 +202,6 @@ def test_weights_rounded_in_memory_are_refused_or_warned(how, narrow, expert):
     assert any("weights were probably rounded" in str(warning.message) for warning in caught)
 
 
-def test_a_bfloat16_base_refuses_or_warns_about_an_expert_of_the_float32_original_and_back(tmp_path):
-    make_expert(build(dtype=BF16, name="pico/home"), tmp_path)
-    with pytest.raises(ValueError, match="does not belong"):
-        load_expert(build(name="pico/home"), tmp_path)
-
-
 # --- the stored weights
 
 
@@ -257,14 +238,6 @@ def test_the_basis_of_a_narrow_load_is_that_of_the_file_to_the_bit(folder):
         assert layer.svf_fingerprint.sha256 == wide[name].svf_fingerprint.sha256
 
 
-def test_z_of_ones_on_a_narrow_load_is_that_base_to_the_bit(folder):
-    base = logits(from_disk(folder, BF16))
-    model = get_peft_model(from_disk(folder, BF16), SVFConfig())
-    assert torch.equal(logits(model), base)
-    model.merge_adapter()
-    assert torch.equal(logits(model), base)
-
-
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "opt", "qwen2"])
 def test_every_kind_of_layer_finds_its_stored_weight(kind, tmp_path):
     base = build(kind, name="pico/home")
@@ -281,12 +254,6 @@ def test_a_load_that_rounds_nothing_reads_no_stored_weight(tmp_path, monkeypatch
     get_peft_model(from_disk(tmp_path, BF16), SVFConfig())
 
 
-def test_from_memory_takes_the_loaded_weights(folder):
-    narrow = get_peft_model(from_disk(folder, BF16), SVFConfig(basis_from="memory"))
-    for layer in svf_layers(narrow).values():
-        assert layer.svf_fingerprint.sha256 == content_key(matrix_of(layer))
-
-
 def test_weights_that_were_changed_after_loading_are_not_those_of_the_file(folder):
     base = from_disk(folder, BF16)
     base.get_submodule(MODULE).weight.data.mul_(1.5)
@@ -294,6 +261,9 @@ def test_weights_that_were_changed_after_loading_are_not_those_of_the_file(folde
         get_peft_model(base, SVFConfig(basis_from="checkpoint"))
     layer = svf_layers(get_peft_model(base, SVFConfig()))[MODULE]
     assert layer.svf_fingerprint.sha256 == content_key(matrix_of(layer))
+    narrow = get_peft_model(from_disk(folder, BF16), SVFConfig(basis_from="memory"))
+    for layer in svf_layers(narrow).values():
+        assert layer.svf_fingerprint.sha256 == content_key(matrix_of(layer))
 
 
 @pytest.mark.parametrize("name", ["", "pico/home", "no/such/folder"])
@@ -331,11 +301,6 @@ def test_checkpoint_gives_the_stored_weight_only_where_it_rounds_to_the_loaded_o
     assert checkpoint.weight("no.such.weight", stored) is None
 
 
-def test_checkpoint_of_a_model_without_a_name_or_config_holds_nothing():
-    for model in (build(), nn.Linear(2, 3)):
-        assert Checkpoint(model).weight("weight", torch.zeros(3, 2)) is None
-
-
 def test_checkpoint_reads_the_hub_cache(tmp_path, monkeypatch):
     """The layout of the Hub's cache: models--org--name/snapshots/<revision>."""
     snapshot = tmp_path / "models--pico--cached" / "snapshots" / "abc"
@@ -367,18 +332,15 @@ def rewrite(folder, change):
 KEY = f"base_model.model.{MODULE}.svf_offset.weight"
 TAMPERED = {
     "wrong shape": (lambda t: t.update({KEY: torch.zeros(7)}), rf"for {MODULE} of shape \(7,\).*has 24 directions"),
-    "matrix": (lambda t: t.update({KEY: torch.zeros(24, 2)}), r"shape \(24, 2\).*has 24 directions"),
     "NaN": (lambda t: t[KEY].fill_(float("nan")), rf"for {MODULE} of shape \(24,\).*24 entries are NaN"),
     "one infinity": (lambda t: t[KEY][3:4].fill_(float("inf")), r"which 1 entries.*Use an earlier checkpoint"),
     "1e30": (lambda t: t[KEY][3:4].fill_(1e30), rf"for {MODULE} .*which 1 entries .*beyond 1e\+30"),
     "int64": (lambda t: t.update({KEY: t[KEY].long()}), rf"{MODULE} of .* and torch.int64"),
     "float8": (lambda t: t.update({KEY: t[KEY].to(torch.float8_e5m2)}), rf"{MODULE} of .* and torch.float8_e5m2"),
-    "bool": (lambda t: t.update({KEY: t[KEY] > 0}), rf"{MODULE} of .* and torch.bool"),
     "an embedding": (
         lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.zeros(53, 24)}),
         r"holds base_model.model.model.embed_tokens.weight, which isn't a z-vector.*overwrite the base model",
     ),
-    "a norm": (lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(24)}), r"holds .*norm.weight"),
     "a target's weight": (
         lambda t: t.update({f"base_model.model.{MODULE}.base_layer.weight": torch.zeros(40, 24)}),
         rf"holds base_model.model.{MODULE}.base_layer.weight",
@@ -410,18 +372,20 @@ def test_a_tampered_file_is_refused_and_leaves_the_base_or_the_first_expert_in_c
     assert torch.equal(logits(model), before)
 
 
-def test_a_tampered_file_leaves_a_head_that_would_be_saved_as_it_was(tmp_path):
-    make_expert(build("bert", name="pico/bert"), tmp_path, modules_to_save=["classifier"])
+@pytest.mark.parametrize("seed, message", [(0, "NaN, infinite"), (3, "does not belong to this base model")])
+def test_a_refused_file_leaves_modules_that_would_be_saved_as_they_were(seed, message, tmp_path):
+    config = {"modules_to_save": ["classifier"], "trainable_token_indices": {"word_embeddings": [1, 4]}}
+    make_expert(build("bert", name="pico/bert"), tmp_path, **config)
     rewrite(tmp_path, lambda tensors: next(t for key, t in tensors.items() if "svf_offset" in key).fill_(float("nan")))
-    base = build("bert", name="pico/bert")
-    before = state_of(base)
-    with pytest.raises(ValueError, match="NaN, infinite"):
+    base = build("bert", seed=seed, name="pico/bert" if seed == 0 else "pico/stranger")
+    before, modules = state_of(base), [(name, type(module)) for name, module in base.named_modules()]
+    with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(base, tmp_path)
-    assert state_of(base) == before
-    assert torch.equal(logits(base), logits(build("bert")))
+    assert state_of(base) == before and modules == [(name, type(module)) for name, module in base.named_modules()]
+    assert torch.equal(logits(base), logits(build("bert", seed=seed)))
 
 
-@pytest.mark.parametrize("case", ["an embedding", "a norm", "a target's weight"])
+@pytest.mark.parametrize("case", ["an embedding", "a target's weight"])
 def test_transformers_loads_no_base_weight_from_an_adapter_either(case, expert):
     change, message = TAMPERED[case]
     rewrite(expert, change)
@@ -439,18 +403,6 @@ def test_what_the_config_lists_is_loaded(tmp_path):
     PeftModel.from_pretrained(build(name="pico/home"), tmp_path)
 
 
-def test_a_vector_of_another_length_is_refused_by_transformers_as_well(expert):
-    rewrite(expert, TAMPERED["wrong shape"][0])
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        build(name="pico/home").load_adapter(str(expert))
-
-
-def test_missing_vectors_are_warned_about_by_name(expert):
-    rewrite(expert, lambda tensors: tensors.pop(KEY))
-    with pytest.warns(UserWarning, match=rf"missing adapter keys.*{MODULE}"):
-        PeftModel.from_pretrained(build(name="pico/home"), expert)
-
-
 @pytest.mark.parametrize("keep", [0, 5, 200, -10])
 def test_a_truncated_file_is_an_error_and_the_base_answers_as_before(keep, expert):
     path = expert / "adapter_model.safetensors"
@@ -464,10 +416,8 @@ def test_a_truncated_file_is_an_error_and_the_base_answers_as_before(keep, exper
 NOTHING = {"sha256": "0" * 64}
 FINGERPRINTS = {
     "no probe": ({"sha256": "a"}, "A fingerprint has"),
-    "text": ("text", "A fingerprint has"),
     "words": (NOTHING | {"probe": "x"}, "A fingerprint has"),
     "NaN": (NOTHING | {"probe": "nan " * 32}, "does not belong to this base model"),
-    "short": (NOTHING | {"probe": "1 2 3"}, "does not belong to this base model"),
     "empty": (NOTHING | {"probe": ""}, "does not belong to this base model"),
 }
 

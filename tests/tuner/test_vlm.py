@@ -146,17 +146,6 @@ def test_forward_and_gradient_are_those_of_the_paper_formula(kind, side):
 
 
 @every_kind
-def test_generation_with_pixel_values_is_that_of_the_filled_model(kind):
-    base, question = build(kind)
-    how = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-    plain = base.generate(**question, **how)
-    model = get_peft_model(base, SVFConfig(task_type="CAUSAL_LM")).eval()
-    assert torch.equal(model.generate(**question, **how), plain)
-    z = randomize(model, seed=1)
-    assert torch.equal(model.generate(**question, **how), fill(build(kind)[0], z).generate(**question, **how))
-
-
-@every_kind
 @pytest.mark.parametrize("by", ["peft", "transformers"])
 def test_save_then_load_is_exact(kind, by, tmp_path):
     base, question = build(kind)

@@ -12,7 +12,7 @@ a population out to the workers of a Ray cluster. Nothing here knows how a searc
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -191,7 +191,7 @@ def answer_row(example: Row) -> Row:
     return example if "choices" in example else {**example, "choices": [str(example["answer"])], "label": 0}
 
 
-class RayEvaluator:
+class RayEvaluator(AbstractContextManager):
     """
     Share a population out to the workers of a Ray cluster (extra `ray`), on this machine or many.
 
@@ -228,9 +228,6 @@ class RayEvaluator:
             sum(part.tokens for part in parts),
             max(part.seconds for part in parts),
         )
-
-    def __enter__(self) -> "RayEvaluator":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

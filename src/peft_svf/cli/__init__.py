@@ -2,8 +2,8 @@
 """
 Command line -> one verb: train, eval, factor, inspect, adapt, dispatch, key, export, import, search, serve.
 
-Each verb is a module whose function's signature is its options, and this package is the one place that prints. Modules
-of the library are imported inside the verbs, so that help and shell completion don't wait for torch.
+Each verb is a function whose signature is its options, and this package is the one place that prints. Modules of the
+library are imported inside the verbs, so that help and shell completion don't wait for torch.
 """
 
 import sys
@@ -16,16 +16,12 @@ from typing import Annotated, Any
 import typer
 
 from .adapt import adapt
-from .console import INTERRUPTED
+from .convert import export, import_
 from .dispatch import dispatch
 from .eval import evaluate
-from .export import export
-from .factor import factor
-from .import_ import import_
-from .inspect import inspect
-from .key import key
-from .search import search
-from .serve import serve
+from .inspect import inspect, search
+from .prepare import factor, key
+from .serving import serve
 from .train import HELP, train
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # typer exports only subclasses of it
@@ -60,38 +56,18 @@ def _verb(name: str, run: Callable[..., Any], **settings: Any) -> None:
         from .._registration import register
 
         register()
-        try:
-            return run(*args, **kwargs)
-        except KeyboardInterrupt as stop:
-            print(str(stop) or "Interrupted.", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from stop
+        return run(*args, **kwargs)
 
     app.command(name, **settings)(work)
 
 
 _verb("train", train, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, epilog=HELP)
-_verb("eval", evaluate)
-_verb("factor", factor)
-_verb("inspect", inspect)
-_verb("adapt", adapt)
-_verb("dispatch", dispatch)
-_verb("key", key)
-_verb("export", export)
-_verb("import", import_)
-_verb("search", search)
-_verb("serve", serve)
+for run in (evaluate, factor, inspect, adapt, dispatch, key, export, import_, search, serve):
+    _verb({"evaluate": "eval", "import_": "import"}.get(run.__name__, run.__name__), run)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """
-    Run one command.
-
-    Args:
-        argv (`Sequence[str]`, *optional*): The arguments; default those of the process.
-
-    Returns:
-        `int`: exit code; 0, 1 after an error, 2 if the command line itself is wrong, 130 after Ctrl-C.
-    """
+    """Run one command; return 0, 1 after an error, 2 if the command line itself is wrong, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = argv or ["--help"]
     verb = next((part for part in arguments if not part.startswith("-")), "")
@@ -105,7 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if "--debug" in arguments:
             raise
-        return _fail(f"peft-svf {verb}: error: {error or type(error).__name__}", 1)
+        message = str(error) or type(error).__name__
+        if isinstance(error, FileNotFoundError) and error.filename:  # of the system, whose message is "[Errno 2] ..."
+            message = f"There is no file {str(error.filename)!r}: check its name and its folder."
+        return _fail(f"peft-svf {verb}: error: {message}", 1)
 
 
 def _fail(message: str, code: int) -> int:

@@ -2,19 +2,19 @@
 """`adapt`: a few solved examples -> the mixture of experts that answers them best."""
 
 import shlex
+import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from . import options
-from .console import new_path, save_figure, shares, show_table
+from .console import new_path, shares, show_table
 from .options import option, search, weight
 from .sources import find_task, load_experts, read_examples
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from ..experts.expert import Mixture
 
 
@@ -51,33 +51,29 @@ def adapt(
     Use it with `peft-svf eval --mixture` or `pipe(..., mixture=Mixture.load(...))`.
     """
     from ..adaptation import Search
-    from ..rows import has_image
 
     out = out or Path((name or "") if per_layer else "mixture.json")
-    if not out.name:
-        raise typer.BadParameter("--per-layer makes an expert: name it by --name, or its folder by --out.")
     rows = read_examples(examples)
-    if any(map(has_image, rows)):
-        raise ValueError(f"In {examples} an example has an image: the search scores texts.")
-    if max_new_tokens and (task is None or "choices" in rows[0]):
+    if max_new_tokens and (task is None or any("choices" in row for row in rows)):
         raise typer.BadParameter("--max-new-tokens needs --task, and examples with an 'answer'.")
     new_path(out)
     two_pass = load_experts(experts, model, revision, dtype)
     name = name or (out.name if per_layer else None)
-    settings: Any = {"low": low, "high": high, "seed": seed, "max_tokens": max_tokens, "max_seconds": max_seconds}
-    settings |= {"per_layer": per_layer, "normalize": normalize, "temperature": temperature}
-    plan = Search(method, population, iterations, elites, **settings)
-    others: Any = {"holdout": _holdout(holdout), "name": name, "state": state, "batch_size": batch_size}
-    others |= {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
+    limits: Any = {"low": low, "high": high, "max_tokens": max_tokens, "max_seconds": max_seconds}
+    limits |= {"per_layer": per_layer, "normalize": normalize, "temperature": temperature, "seed": seed}
+    plan = Search(method, population, iterations, elites, **limits)
+    more: Any = {"holdout": _holdout(holdout), "name": name, "state": state, "batch_size": batch_size}
+    more |= {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
     try:
-        mixture = two_pass.adapt(rows, find_task(task) if task else None, plan, **others)
+        mixture = two_pass.adapt(rows, find_task(task) if task else None, plan, **more)
     except KeyboardInterrupt:
         how = f"goes on from {state}" if state else "starts again; with --state FILE it would go on"
-        raise KeyboardInterrupt(f"Interrupted: the same command {how}.") from None
+        print(f"Interrupted: the same command {how}.", file=sys.stderr)
+        raise
     (two_pass.library.expert(str(name)) if per_layer else mixture).save(out)
     _show(mixture, two_pass.library.names, per_layer)
-    again: list[Any] = ["--model", model] if model else []
-    again += [part for expert in ([out] if per_layer else experts) for part in ("--experts", expert)]
+    measured = [out] if per_layer else experts
+    again = ["--model", model] * bool(model) + [part for expert in measured for part in ("--experts", expert)]
     again += [] if per_layer else ["--mixture", out]
     print(f"On other questions it may be less. Measure:\n  peft-svf eval {shlex.join(map(str, again))} --task ...")
     print(f"Wrote {out}")
@@ -117,12 +113,9 @@ def _score(entries: list[float]) -> str:
 
 
 def _draw(path: Path, mixture: "Mixture", names: list[str], expert: str | None) -> None:
-    from ..plots import draw_alpha, draw_layers, draw_search
+    from .plots import draw_alpha, draw_layers, draw_search, save_figure
 
-    def weights(axes: "Axes") -> None:
-        if expert:
-            draw_layers(axes, mixture.provenance["layers"], expert)
-        else:
-            draw_alpha(axes, mixture, names)
-
-    save_figure(path, [lambda axes: draw_search(axes, mixture), weights], len(names) + 1, len(names) + 1)
+    weights: Any = partial(draw_alpha, mixture=mixture, names=names)
+    if expert:
+        weights = partial(draw_layers, layers=mixture.provenance["layers"], title=expert)
+    save_figure(path, [partial(draw_search, mixture=mixture), weights], len(names) + 1, len(names) + 1)

@@ -1,29 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers, tables, figures, commands -> what the user sees, without secrets. Knows no verb."""
+"""Numbers, tables, commands -> what the user sees, without secrets. Knows no verb."""
 
-import io
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .. import files
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
-INTERRUPTED = 130  # the exit code a shell gives a command that Ctrl-C ended
-
-
-def show_table(header: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> None:
+def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows in columns, without line breaks unless a terminal is too narrow."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=header is not None)
-    for name in header or rows[0]:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in header:
         table.add_column(Text(name))
     for row in rows:
         table.add_row(*map(Text, row))
@@ -61,19 +54,6 @@ def new_path(path: Path, option: str = "--out") -> Path:
     if path.exists():
         raise FileExistsError(f"{path} exists already: name another place by {option}.")
     return path
-
-
-def save_figure(path: Path, panels: "Sequence[Callable[[Axes], None]]", rows: int = 0, columns: int = 0) -> None:
-    """Draw panels side by side into a PNG, with room for the labels of so many rows and columns."""
-    from ..plots import new_figure, size_of
-
-    figure, axes = new_figure(len(panels), **size_of(rows, columns))
-    for draw, panel in zip(panels, axes, strict=True):
-        draw(panel)
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    files.write(path, content.getvalue())
-    print(f"Wrote {path}")
 
 
 def command(arguments: Sequence[str]) -> str:

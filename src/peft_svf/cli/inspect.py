@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`inspect`: an expert -> how far its z has moved from 1."""
+"""`inspect` and `search`: an expert -> how far its z has moved from 1; a base model -> its experts on the Hub."""
 
 import math
 from typing import Annotated
@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .console import save_figure, show_table
+from .console import show_table
 
 
 def inspect(
@@ -20,7 +20,7 @@ def inspect(
     Loads no model.
     """
     from ..experts.expert import Expert
-    from ..plots import distances, draw_distances, draw_z, spectrum
+    from .plots import distances, draw_distances, draw_z, save_figure, spectrum
 
     loaded = Expert.load(expert)
     layers, kinds, means = distances(loaded)
@@ -38,5 +38,29 @@ def inspect(
         header = [f"{100 * i / bins:.0f}-{100 * (i + 1) / bins:.0f} %" for i in range(bins)]
         show_table(header, [[f"{x:.4f}" for x in line.tolist()]])
     if plot:
-        panels = [lambda axes: draw_distances(axes, loaded), lambda axes: draw_z(axes, [loaded])]
+        panels = [lambda axes: draw_distances(axes, loaded), lambda axes: draw_z(axes, loaded)]
         save_figure(plot, panels, len(layers), len(kinds))
+
+
+def search(
+    base: Annotated[str, typer.Argument(help="Hub repository of the base model.")],
+    limit: Annotated[int, options.option("Experts at most, the most downloaded first.", min=1)] = 20,
+) -> None:
+    """List the experts and bundles of a base model on the Hub."""
+    from huggingface_hub import HfApi
+
+    tags = ["svf", f"base_model:adapter:{base}"]
+    models = list(HfApi().list_models(filter=tags, sort="downloads", limit=limit))
+    if not models:
+        raise ValueError(f"The Hub has no experts of {base!r}, or none with the tags {' and '.join(tags)}.")
+    rows = [
+        [
+            model.id,
+            "bundle" if "transformer2" in (model.tags or ()) else "expert",
+            str(model.downloads or 0),
+            str(model.likes or 0),
+            f"{model.last_modified:%Y-%m-%d}" if model.last_modified else "",
+        ]
+        for model in models
+    ]
+    show_table(["repository", "kind", "downloads", "likes", "changed"], rows)

@@ -45,16 +45,5 @@ Strategy = Annotated[
 ]
 Classifier = Annotated[str | None, first_pass("Expert trained to name the kind of a prompt.", metavar="EXPERT")]
 Probe = Annotated[Path | None, first_pass("Saved probe; with --fit, its place.", metavar="FOLDER")]
-Calibration = Annotated[Path | None, first_pass("Saved calibration; with --fit, its place.", metavar="FOLDER")]
-Fit = Annotated[
-    Path | None,
-    first_pass("Prompts with their `expert` or other: fits probe, calibration or temperature.", metavar="JSONL"),
-]
-Threshold = Annotated[float, first_pass("Below this confidence --fallback decides.", min=0, max=1)]
-Fallback = Annotated[Literal["base", "mix"], first_pass("The base, or all experts by their probabilities.")]
-Soft = Annotated[bool, first_pass("Always weight experts by their probabilities.", "--soft")]
-Read = Annotated[
-    Literal["likelihood", "channel", "generate"] | None,
-    first_pass("Score the names, score the prompt for each kind, or write a name. Default: the strategy's."),
-]
-Temperature = Annotated[float | None, first_pass("Divides the scores before the softmax. Default: 1.")]
+Fit = Annotated[Path | None, first_pass("Prompts with their `expert` or other, to fit a probe to.", metavar="JSONL")]
+Threshold = Annotated[float, first_pass("Below this confidence the base answers.", min=0, max=1)]

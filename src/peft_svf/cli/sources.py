@@ -39,32 +39,36 @@ def load_model(
     revision: str | None = None,
     dtype: str = "auto",
     *,
-    images: bool = False,
-    device: "torch.device | None" = None,
+    device: "str | torch.device | None" = None,
     trust: bool = False,
 ) -> "tuple[PreTrainedModel, Reader]":
-    """Load a base model and its reader, by default onto the accelerator; for `images`, the model has to see."""
-    from transformers import ProcessorMixin
-
+    """Load a base model and its reader, by default onto the accelerator."""
     from ..two_pass import load_model
 
     model, reader = load_model(name, dtype=dtype, revision=revision, trust_remote_code=trust)
-    if images and not isinstance(reader, ProcessorMixin):
-        raise ValueError(f"These rows have images, but {name} doesn't see: name a vision-language model.")
     return model.to(device or _accelerator()), reader
 
 
+def load_base(
+    experts: Any, model: str | None, revision: str | None, dtype: str, **settings: Any
+) -> "tuple[PreTrainedModel, Reader]":
+    """Load the base model of this name, or the one that experts name."""
+    from ..two_pass import base_of
+
+    name, own = (model, None) if model else base_of(experts)
+    return load_model(name, revision or own, dtype, **settings)
+
+
 def _accelerator() -> "torch.device":
-    """Return the accelerator, or the CPU if there is none."""
     import torch
 
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
 
 
 def named_sources(experts: Sequence[str]) -> dict[str, str]:
     """Read experts that are written `SOURCE` or `NAME=SOURCE`, sources as in [`Expert.load`]."""
-    from ..experts.saved import name_of
+    from ..experts.expert import name_of
 
     sources: dict[str, str] = {}
     for entry in experts:
@@ -83,22 +87,21 @@ def load_experts(
     revision: str | None,
     dtype: str,
     classifier: str | None = None,
-    *,
-    images: bool = False,
 ) -> "Transformer2Model":
-    """Load experts, written as in [`named_sources`], and the base model that they name; or one bundle."""
+    """Load experts, written as in [`named_sources`], over a base model, default the one they name; or a bundle."""
     from ..experts.bundle import find_bundle
     from ..experts.library import loaded
-    from ..two_pass import Transformer2Model, base_of
+    from ..two_pass import Transformer2Model
 
-    if len(experts) == 1 and not model and (folder := find_bundle(experts[0])):
-        bundle = Transformer2Model.from_pretrained(str(folder), classifier=classifier, dtype=dtype)
-        bundle.to(_accelerator())
-        return bundle
+    bundle = find_bundle(experts[0]) if len(experts) == 1 and not model else None
+    if bundle or not experts:
+        source = str(bundle) if bundle else model
+        two_pass = Transformer2Model.from_pretrained(source, classifier=classifier, dtype=dtype, revision=revision)
+        two_pass.to(_accelerator())
+        return two_pass
     named = loaded(named_sources(experts))  # so that each file is opened once
-    base, base_revision = (model, None) if model else base_of(named)
-    base_model, reader = load_model(base, revision or base_revision, dtype, images=images)
-    return Transformer2Model(base_model, reader, named, classifier)
+    base, reader = load_base(named, model, revision, dtype)
+    return Transformer2Model(base, reader, named, classifier)
 
 
 def read_mixture(entries: Sequence[str]) -> "Mixture":
@@ -113,30 +116,24 @@ def read_mixture(entries: Sequence[str]) -> "Mixture":
         try:
             alpha[name] = float(weight)
         except ValueError:
-            raise ValueError(
-                f"A mixture is a file, or expert names with weights such as math=0.7; got {entry!r}."
-            ) from None
+            what = "a file, or expert names with weights such as math=0.7"
+            raise ValueError(f"A mixture is {what}; got {entry!r}.") from None
     return Mixture(alpha)
 
 
-def read_examples(path: Path, *texts: str) -> list[dict[str, Any]]:
-    """Read rows of JSON lines, each with the fields `texts`; a prompt that is a text becomes a user's turn."""
+def read_examples(path: Path) -> list[dict[str, Any]]:
+    """Read rows of JSON lines; a prompt that is a text becomes a user's turn."""
     from ..rows import check
     from ..tasks.task import read_lines, user_turn
 
     rows = []
     for number, line in read_lines(path):
-        where = f"Line {number} of {path}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} isn't JSON: {error}.") from error
-        check(row, where)
-        if missing := [key for key in texts if not isinstance(row.get(key), str)]:
-            raise ValueError(f"{where} needs a text as {missing[0]!r}; it has {', '.join(row)}.")
+            raise ValueError(f"Line {number} of {path} isn't JSON: {error}.") from error
+        check(row, f"Line {number} of {path}")
         rows.append({**row, "prompt": user_turn(row["prompt"])})
-    if not rows:
-        raise ValueError(f"{path} is empty: it needs one JSON object a line.")
     return rows
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from .console import INTERRUPTED, command, interval, show_table, size
+from .console import command, interval, show_table, size
 from .options import option
 from .sources import find_task, load_model, rows_of, weights_of
 from .train_config import PARTS, Settings, read_settings, svf_config
@@ -61,26 +61,22 @@ def train(
 
     Ctrl-C finishes the step and saves a checkpoint, from which --resume goes on; a second Ctrl-C ends at once.
     """
-    from ..rows import has_image
+    from ..rows import tokenizer_of
     from ..tasks.task import ANSWER_TOKENS, form_of
 
-    try:
-        settings = read_settings(config, context.args)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    settings = read_settings(config, context.args)
     source, args = settings.model, settings.training
     checkpoint = _checkpoint("true" if resume else args.resume_from_checkpoint, args, dry_run)
     task = find_task(settings.script.task)
     rows = _rows(task, settings)
     if "max_completion_length" not in settings.given:
         args.max_completion_length = ANSWER_TOKENS.get(form_of(rows["train"][0]), args.max_completion_length)
-    images = any(map(has_image, rows["train"]))
-    if images and settings.script.algorithm == "evolution":
-        raise ValueError("algorithm: evolution scores texts, and these rows have images: set algorithm: reinforce.")
     trust = getattr(args, "trust_remote_code", False)  # a field of TRL's configs alone
     model, reader = load_model(
-        source.model_name_or_path, source.model_revision, source.dtype, images=images, device=args.device, trust=trust
+        source.model_name_or_path, source.model_revision, source.dtype, device=args.device, trust=trust
     )
+    if settings.script.algorithm == "evolution":
+        reader = tokenizer_of(reader)  # it scores texts: rows with images are refused below
     svf = svf_config(settings.svf, model, task.description)
     if args.process_index == 0:
         form = form_of(rows["train"][0])
@@ -95,12 +91,7 @@ def train(
 
 
 def _run(
-    trainer: Trainer,
-    task: "Task",
-    test: "Sequence[Row]",
-    settings: Settings,
-    checkpoint: str | None,
-    argv: Sequence[str],
+    trainer: Trainer, task: "Task", test: "Sequence[Row]", settings: Settings, checkpoint: str | None, argv: list[str]
 ) -> int:
     """Train, test and write the expert that the command `argv` describes."""
     from ..training.result import write_expert
@@ -132,7 +123,7 @@ def _run(
         )
         _show_result(result, args.output_dir)
     trainer.accelerator.wait_for_everyone()
-    return INTERRUPTED if interrupted else 0
+    return 130 if interrupted else 0  # as a shell reports a command that Ctrl-C ended
 
 
 def _checkpoint(chosen: str | None, config: Config, dry_run: bool) -> str | None:
@@ -148,10 +139,8 @@ def _checkpoint(chosen: str | None, config: Config, dry_run: bool) -> str | None
             raise ValueError(finished)
         return str(checkpoint)
     if not dry_run and (any(folder.glob("checkpoint-*")) or (folder / "adapter_config.json").exists()):
-        raise ValueError(
-            f"output_dir {str(folder)!r} holds another run already: go on with it by --resume, or name another folder "
-            "by --output_dir."
-        )
+        ways = "go on with it by --resume, or name another folder by --output_dir"
+        raise ValueError(f"output_dir {str(folder)!r} holds another run already: {ways}.")
     return None
 
 
@@ -174,17 +163,14 @@ def _check_rows(model: "PreTrainedModel", reader: "Reader", task: "Task", rows: 
 
     if check := getattr(config, "check_rows", None):
         check(len(rows["train"]))
-    if (limit := context_of(model)) is None:
-        return
+    limit = context_of(model) or math.inf
     answer = 0 if "choices" in rows["train"][0] else 1  # at least one token is written
     for split, some in rows.items():
         for row, length in zip(some, row_lengths(reader, some), strict=True):
             if length + answer > limit:
-                what = "its prompt alone is" if answer else "its prompt and longest choice are"
-                raise ValueError(
-                    f"{task.place(split, row)}: {what} {length} tokens, but the model's context is {limit}. Shorten "
-                    "or drop such rows."
-                )
+                what = "its prompt alone has" if answer else "its prompt and longest choice have"
+                many = f"{what} {length} tokens, but the model's context is {limit}"
+                raise ValueError(f"{task.place(split, row)}: {many}. Shorten or drop such rows.")
 
 
 def table_of(rows: "Sequence[Row]") -> Any:
@@ -204,14 +190,12 @@ def make_trainer(
     model: "PreTrainedModel", reader: "Reader", task: "Task", rows: Rows, config: Config, svf: "SVFConfig"
 ) -> Trainer:
     """Make the trainer that a config belongs to."""
-    from ..rows import tokenizer_of
     from ..training.evolution import EvolutionConfig, EvolutionTrainer
     from ..training.reinforce import ReinforceTrainer
 
     train, validation = rows["train"], rows.get("validation")
     settings: dict[str, Any] = {"peft_config": svf, "processing_class": reader}
     if isinstance(config, EvolutionConfig):
-        settings["processing_class"] = tokenizer_of(reader)
         return EvolutionTrainer(model, task.reward, config, train, validation, **settings)
     validation = validation and table_of(validation)
     return ReinforceTrainer(model, task.reward, config, table_of(train), eval_dataset=validation, **settings)
@@ -281,24 +265,21 @@ def _show_cost(
     some = rows["train"][:100]
     prompt = sum(row_lengths(reader, some)) / len(some)
     answer = 0 if "choices" in some[0] else config.max_completion_length
-    # a sample costs as much as three readings of it, forward and back; population members share no prompt
+    # A sample costs as much as three readings of it, forward and back; members of a population share no prompt.
     read = answers * (prompt + answer) if population else 4 * (prompt + answers * answer)
-    trained = steps * questions * read / (prompt + answer)
-    every = {"steps": config.eval_steps or config.logging_steps, "epoch": epoch}.get(config.eval_strategy)
-    measured = 2 * len(rows["test"]) + (int(steps // every) * len(rows["validation"]) if every else 0)
+    minutes = seconds * steps * questions * read / (prompt + answer) / 60
     shapes = weights_of(model, svf)
     numbers = sum(k for *_, k in shapes)
     bases = sum(min(out, into) * k for _, out, into, k in shapes) * {"float32": 4, "bfloat16": 2}[svf.basis_dtype]
     print(
         f"\nCost: {steps} steps x {questions} questions x {answers} answers of at most {answer or 1} tokens: about "
-        f"{seconds * trained / 60:.1f} minutes at the pace of these rows, {seconds * measured / 60:.1f} to measure "
-        f"{measured} answers. {numbers:,} multipliers z of {len(shapes)} weights; bases {size(bases)} of memory "
-        f"({svf.basis_dtype})."
+        f"{minutes:.1f} minutes at the pace of these rows, without evaluations. {numbers:,} multipliers z of "
+        f"{len(shapes)} weights; bases {size(bases)} of memory ({svf.basis_dtype})."
     )
 
 
 def _show_result(result: Mapping[str, Any], folder: str) -> None:
-    """Print what training has gained, and where it is saved."""
+    """Print the gain, and the folder that holds the expert."""
     lines = [
         [name, f"{result[name]['accuracy']:.3f}", interval(result[name]["interval"])] for name in ("base", "expert")
     ]

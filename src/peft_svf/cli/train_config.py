@@ -11,8 +11,8 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_type_hints
 
 from .. import files
@@ -82,7 +82,7 @@ class Settings(NamedTuple):
     script: ScriptArguments
     svf: SVFArguments
     training: "ReinforceConfig | EvolutionConfig"
-    given: dict[str, Any]  # what file and overrides set, as JSON, without secrets and `env`
+    given: dict[str, Any]  # what file and overrides set, as JSON, without `env`
 
 
 def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
@@ -90,16 +90,15 @@ def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
     Read a YAML file of settings; `--field value` overrides win.
 
     Raises:
-        `FileNotFoundError`: if the file is missing.
         `ImportError`: if TRL is missing; the message names the extra.
-        `ValueError`: if the file isn't a plain YAML mapping, or a setting is unknown, missing, or has a wrong value.
+        `ValueError`: if the file isn't a YAML mapping, or a setting is unknown, missing, or has a wrong value.
     """
     import torch
 
+    from ..training.evolution import EvolutionConfig
     from ..training.reinforce import ReinforceConfig  # names the extra if TRL is missing
 
     from trl import TrlParser  # isort: skip
-    from ..training.evolution import EvolutionConfig
 
     class Parser(TrlParser):
         def error(self, message: str) -> None:  # argparse would print the usage of hundreds of fields
@@ -107,35 +106,34 @@ def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
 
     content = _read_yaml(path)
     env = content.pop("env", None) or {}
-    os.environ.update({str(name): str(value) for name, value in env.items()} if isinstance(env, dict) else {})
-    algorithms = {"reinforce": ReinforceConfig, "evolution": EvolutionConfig}
     keys = [*content, *(part[2:].partition("=")[0].replace("-", "_") for part in overrides if part.startswith("--"))]
     try:
+        os.environ.update({str(name): str(value) for name, value in dict(env).items()})
         early = Parser([], allow_abbrev=False, add_help=False)
-        early.add_argument("--algorithm", default=str(content.get("algorithm", "reinforce")))
-        algorithm = early.parse_known_args(list(overrides))[0].algorithm
-        if algorithm not in algorithms:
-            raise ValueError(f"'algorithm' is 'reinforce' or 'evolution', got {algorithm!r}")
-        classes = (*PARTS, algorithms[algorithm])
-        known = {name: str(hint) for one in classes for name, hint in get_type_hints(one).items()}
+        early.add_argument("--algorithm", default=str(content.get("algorithm")))
+        evolves = early.parse_known_args(list(overrides))[0].algorithm == "evolution"
+        classes = (*PARTS, EvolutionConfig if evolves else ReinforceConfig)
+        known = {name: str(hint) for part in classes for name, hint in get_type_hints(part).items()}
         for key in keys:
             if key not in known:
-                raise ValueError(_unknown(str(key), known, {f.name for a in algorithms.values() for f in fields(a)}))
-        if "output_dir" not in keys:
-            raise ValueError("'output_dir' is missing: the folder that becomes the expert")
+                near = OTHER_NAMES.get(key) or next(iter(difflib.get_close_matches(str(key), known, n=1)), None)
+                hint = f"did you mean '{near}'?" if near else "`peft-svf train --help` lists the most used"
+                others = get_type_hints(ReinforceConfig if evolves else EvolutionConfig)
+                hint = "it belongs to the other `algorithm`" if key in others else hint
+                raise ValueError(f"unknown key '{key}': {hint}")
         parser = Parser(classes, allow_abbrev=False)
         parser.set_defaults(dataloader_pin_memory=torch.cuda.is_available())
-        if algorithm == "evolution":
+        if evolves:
             parser.set_defaults(logging_steps=10)  # TRL's default; transformers' 500 would hide most runs
-        arguments = [part for key, value in content.items() for part in _as_arguments(parser, key, value, known[key])]
-        model, script, svf, training = parser.parse_args_and_config([*arguments, *overrides])
+        actions = {action.dest: action for action in reversed(parser._actions)}  # before their `--no_...`
+        actions["output_dir"].required = True
+        arguments = [part for key, value in content.items() for part in _as_arguments(actions[key], value, known[key])]
+        model, script, svf, training = parser.parse_args_into_dataclasses([*arguments, *overrides])
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} with its overrides: {error}.".replace("..", ".")) from error
     values = {**asdict(model), **asdict(script), **asdict(svf), **training.to_dict()}
-    # paths as they were written: transformers expands the home folder
-    written = {key: value for key, value in content.items() if isinstance(values[key], str) and keys.count(key) == 1}
-    given = files.without_secrets({key: values[key] for key in keys} | written)
-    return Settings(model, script, svf, training, json.loads(json.dumps(given, default=str)))
+    given = json.dumps({key: values[key] for key in keys}, default=str)
+    return Settings(model, script, svf, training, json.loads(given))
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -147,41 +145,20 @@ def _read_yaml(path: str) -> dict[str, Any]:
     number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, "-+0123456789")
     try:
-        text = files.read_bytes(path, 1 << 20)
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):  # ten of them can fill the memory
-            raise ValueError(f"{path} uses YAML aliases (*name): write the values out.")
-        content = yaml.load(text, Loader)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"There is no settings file '{path}'.") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path} isn't valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} needs one `key: value` a line.")
-    return content
+        return dict(yaml.load(files.read_bytes(path), Loader))
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} isn't valid YAML of one `key: value` a line: {error}") from error
 
 
-def _as_arguments(parser: Any, key: str, value: Any, hint: str) -> list[str]:
+def _as_arguments(action: Any, value: Any, hint: str) -> list[str]:
     """Write a setting as arguments of a command line, so that each value is converted by its field's type."""
-    if value is None and "None" not in hint and "Optional" not in hint:
-        raise ValueError(f"'{key}' has no value: leave the line out for its default")
-    for kind in (list, dict):
-        if isinstance(value, kind) and kind.__name__ not in hint:
-            raise ValueError(f"'{key}' is one value, not a {kind.__name__}: {value}")
-    action = next(action for action in parser._actions if action.dest == key)
     if isinstance(value, list) and value and action.nargs == "+":
-        return [f"--{key}", *map(str, value)]
-    if value is None or isinstance(value, (list, dict)):
+        return [f"--{action.dest}", *map(str, value)]
+    whole = isinstance(value, (list, dict)) and type(value).__name__ in hint
+    if whole or (value is None and ("None" in hint or "Optional" in hint)):
         action.default, action.required = value, False
         return []
-    return [f"--{key}={'no' if value is False and 'bool' not in hint else value}"]  # YAML reads `no` as false
-
-
-def _unknown(key: str, known: Mapping[str, str], others: set[str]) -> str:
-    if key in others:
-        return f"'{key}' is a setting of the other algorithm: leave it out, or change `algorithm`"
-    near = OTHER_NAMES.get(key) or next(iter(difflib.get_close_matches(key, known, n=1)), None)
-    hint = f"did you mean '{near}'?" if near else "`peft-svf train --help` lists the most used"
-    return f"unknown key '{key}': {hint}"
+    return [f"--{action.dest}={'no' if value is False and 'bool' not in hint else value}"]  # YAML reads `no` as false
 
 
 def svf_config(arguments: SVFArguments, model: "PreTrainedModel", description: str | None = None) -> "SVFConfig":

@@ -57,24 +57,24 @@ def fetch(names: Iterable[str], weight_of: Callable[[str], Tensor]) -> dict[str,
 
     Args:
         weight_of (`Callable[[str], torch.Tensor]`):
-            Returns the weight `(out, in)`, or a stack `(E, out, in)`, of a name; called in this thread, so it may read
-            lazily.
+            Reads the weight `(out, in)`, or a stack `(E, out, in)`, of a name; called in this thread.
 
     Returns:
         `dict[str, tuple[Basis, Fingerprint]]`: per name the basis, on the CPU in float32 (float64 for float64).
     """
     names, keys = list(names), dict[str, str]()
-    bases: dict[str, tuple[Basis, Fingerprint]] = {}  # by key
+    bases: dict[str, Basis] = {}  # by key
     with ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(names), THREADS):  # a few at a time: upcast copies are large
             batch = names[start : start + THREADS]
             for name, (key, basis) in zip(batch, pool.map(_look_up, [weight_of(name) for name in batch]), strict=True):
                 keys[name] = key
                 if basis is not None:
-                    bases[key] = basis, Fingerprint(key, sketch(basis.Q))
+                    bases[key] = basis
     if missing := {key: name for name, key in keys.items() if key not in bases}:
         bases |= _compute(missing, weight_of)
-    return {name: bases[keys[name]] for name in names}
+    prints = {key: Fingerprint(key, sketch(basis.Q)) for key, basis in bases.items()}
+    return {name: (bases[key], prints[key]) for name, key in keys.items()}
 
 
 def usage() -> tuple[int, int]:
@@ -150,7 +150,7 @@ def _read(key: str, weight: Tensor) -> Basis | None:
     return Basis(side_of(*values.shape[-2:]), Q, S)
 
 
-def _compute(missing: dict[str, str], weight_of: Callable[[str], Tensor]) -> dict[str, tuple[Basis, Fingerprint]]:
+def _compute(missing: dict[str, str], weight_of: Callable[[str], Tensor]) -> dict[str, Basis]:
     """Compute the bases of `missing` (key -> name of a weight), batched by shape on an accelerator, and write them."""
     bases: dict[str, Basis] = {}
     todo, keep = dict(missing), True
@@ -176,7 +176,7 @@ def _compute(missing: dict[str, str], weight_of: Callable[[str], Tensor]) -> dic
     if keep:
         count, size = usage()
         logger.info(f"Basis cache {cache_dir()}: {count} entries, {size / 1e6:.0f} MB.")
-    return {key: (basis, Fingerprint(key, sketch(basis.Q))) for key, basis in bases.items()}
+    return bases
 
 
 def _computed(batch: dict[str, Tensor], keep: bool) -> dict[str, Basis]:

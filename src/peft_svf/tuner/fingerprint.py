@@ -49,12 +49,7 @@ class Fingerprint:
 
 
 class Recorded(dict[str, dict[str, str]]):
-    """
-    Fingerprints that saving an adapter has written into its live config.
-
-    Those of a file name the base that an adapter belongs to; these do not bind the config, which may start an adapter
-    on another base.
-    """
+    """Fingerprints that saving has written into a live config: unlike a file's, they don't bind it to this base."""
 
 
 def sketch(Q: Tensor) -> Tensor:
@@ -97,7 +92,7 @@ def check(
     there: str | None,
 ) -> None:
     """
-    Compare the weights that an adapter was trained on with those of the model it is loaded on.
+    Compare the weights that an adapter was trained on with a model's.
 
     Args:
         saved, own (`Mapping[str, Fingerprint]`):

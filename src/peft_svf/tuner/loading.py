@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 MISFIT = 0.35  # SmolLM2's weights in 4 bits are below 0.2 and in 3 bits below 0.3; another layer's lie above 0.4
 LARGEST = 1e30  # An offset beyond it overflows in float32; trained ones stay below 10.
 MISSING = torch.empty(0)
+PREFIX = "base_model.model."  # PEFT's, before the names of the base model's modules
 
 
 def from_file(config: SVFConfig) -> bool:
@@ -58,7 +59,7 @@ def guard_loading(tuner: Any, model: Any, adapter_name: str, config: SVFConfig) 
     """
     Check the keys of the file that transformers' `load_adapter` reads next: it would load any tensor of the base.
 
-    It calls no hook of a tuner, only this method of the model, which is guarded for one call.
+    It calls no hook of a tuner, so the model's own method is replaced for one call.
     """
     if not hasattr(model, "_hf_peft_config_loaded"):
         return
@@ -76,24 +77,22 @@ def guard_loading(tuner: Any, model: Any, adapter_name: str, config: SVFConfig) 
         try:
             _refuse_extra(adapter_name, {key for key in keys if key not in allowed or ".base_layer." in key})
         except ValueError:
-            remove(model, adapter_name)
-            del tuner.peft_config[adapter_name]
-            model._hf_peft_config_loaded = bool(tuner.peft_config)
+            tuner.withdraw(adapter_name)
             raise
+        del tuner._before[adapter_name]
         return original(*args, checkpoint_files=checkpoint_files, state_dict=state_dict, **kwargs)
 
     vars(model)["_load_pretrained_model"] = load
 
 
 def give_bases(tuner: Any, known: Known) -> None:
-    """Give every SVF layer its basis: one of `known`, one of the cache, or a new one; see `SVFModel.fetch_bases`."""
+    """Do the work of `SVFModel.fetch_bases`."""
     config = next(iter(tuner.peft_config.values()))  # The first adapter of a model decides for all.
     layers: dict[str, tuple[Any, int]] = {}
     waiting = False
     layer: Any
     for name, layer in svf_layers(tuner.model).items():
-        matrices = layer.matrices
-        needed = max((offset.weight.shape[0] // matrices for offset in layer.svf_offset.values()), default=0)
+        needed = max((len(offset.weight) // layer.matrices for offset in layer.svf_offset.values()), default=0)
         if needed > (0 if layer.svf_basis is None else layer.svf_basis.shape[-1]):
             if absent(layer):
                 waiting = True
@@ -123,15 +122,7 @@ def give_bases(tuner: Any, known: Known) -> None:
 
 
 def check_fingerprint(tuner: Any, adapter_name: str, config: SVFConfig, known: Known | None = None) -> None:
-    """
-    Compare the fingerprint of a saved adapter with the weights of a model.
-
-    Args:
-        known (`dict`, *optional*): Bases by module name of layers that have none yet.
-
-    Raises:
-        `ValueError`: if the adapter belongs to another base.
-    """
+    """Raise `ValueError` if a saved adapter belongs to another base; `known` has bases that layers get next."""
     known = known or {}
     saved = {name: Fingerprint.from_json(entry) for name, entry in (config.fingerprint or {}).items()}
     layers = {layer.weight_name(name): layer for name, layer in svf_layers(tuner.model).items()}
@@ -213,8 +204,8 @@ def tensors_to_save(
 
     PEFT saves the config next, so it gets the fingerprint of the base here.
     """
-    key, prefix = f"svf_offset.{adapter_name}.weight", _prefix(model)
-    tensors, fingerprint, size = {}, Recorded(), 0
+    key, prefix = f"svf_offset.{adapter_name}.weight", PREFIX if isinstance(model, PeftModel) else ""
+    tensors, fingerprint = {}, Recorded()
     layer: Any
     for name, layer in svf_layers(model).items():
         if adapter_name not in layer.svf_offset:
@@ -226,12 +217,8 @@ def tensors_to_save(
         fingerprint[layer.weight_name(name)] = layer.svf_fingerprint.to_json()
         if config.save_basis:
             for kind in ("svf_basis", "svf_values"):
-                tensor = getattr(layer, kind).contiguous()
-                tensors[f"{prefix}{layer.weight_name(name)}.{kind}"] = tensor
-                size += tensor.nbytes
+                tensors[f"{prefix}{layer.weight_name(name)}.{kind}"] = getattr(layer, kind).contiguous()
     config.fingerprint = fingerprint or config.fingerprint
-    if size:
-        logger.info(f"Adapter {adapter_name!r} is saved with its bases, {size / 1e6:.1f} MB.")
     return tensors
 
 
@@ -247,19 +234,17 @@ def tensors_to_load(
     try:
         shipped: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for key in [key for key in state_dict if key.endswith((".svf_basis", ".svf_values"))]:
-            name, _, kind = key.removeprefix("base_model.model.").rpartition(".")
+            name, _, kind = key.removeprefix(PREFIX).rpartition(".")
             shipped[name][kind] = state_dict.pop(key)
         renamed = _checked_keys(model, config, adapter_name, state_dict)
         if tuner is not None and (shipped or tuner._waiting):
             tuner.fetch_bases(verified_bases(tuner, adapter_name, config, shipped))
     except ValueError:
-        if tuner is not None and adapter_name in tuner._unfilled:  # An adapter that trains keeps what it has.
-            tuner._unchecked -= {adapter_name}
+        if tuner is not None and adapter_name in tuner._before:  # An adapter that trains keeps what it has.
             tuner.withdraw(adapter_name)
         raise
-    finally:
-        if tuner is not None:
-            tuner._unfilled -= {adapter_name}
+    if tuner is not None:
+        tuner._before.pop(adapter_name, None)
     return {renamed.get(key, key): value for key, value in state_dict.items()}
 
 
@@ -267,16 +252,16 @@ def _checked_keys(
     model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> dict[str, str]:
     """Map the keys of offsets, with or without PEFT's prefix or the backbone's, to the model's; refuse others."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base, prefix = (model.get_base_model(), PREFIX) if isinstance(model, PeftModel) else (model, "")
     backbone = f"{getattr(base, 'base_model_prefix', '')}."
     renamed = {}
     layer: Any
     for name, layer in svf_layers(model).items():
         names = (name, f"{backbone}{name}", name.removeprefix(backbone)) if adapter_name in layer.svf_offset else ()
-        keys = (f"{prefix}{other}.svf_offset.weight" for other in names for prefix in ("base_model.model.", ""))
+        keys = (f"{start}{other}.svf_offset.weight" for other in names for start in (PREFIX, ""))
         if key := next((key for key in keys if key in state_dict), None):
             _check_offset(state_dict[key], len(layer.svf_offset[adapter_name].weight), name, adapter_name, config)
-            renamed[key] = f"{_prefix(model)}{name}.svf_offset.{adapter_name}.weight"
+            renamed[key] = f"{prefix}{name}.svf_offset.{adapter_name}.weight"
     trained = {  # modules of `modules_to_save` and rows of `trainable_token_indices`
         f"{name}.{key}"
         for name, module in model.named_modules()
@@ -316,17 +301,17 @@ def _refuse_extra(adapter_name: str, keys: Set[str]) -> None:
         )
 
 
-def _prefix(model: nn.Module) -> str:
-    """Return what PEFT puts in front of the base model's module names in the state dict of a model."""
-    return "base_model.model." if isinstance(model, PeftModel) else ""
-
-
 def remove(model: nn.Module, adapter_name: str) -> None:
-    """Undo a half-made injection: drop the adapter's offsets, and layers that are left with none."""
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, SVFLayer)]
-    for name, layer in reversed(layers):  # wrappers of parameters lie inside each other
-        if adapter_name in layer.svf_offset:
-            del layer.svf_offset[adapter_name]
-        if not len(layer.svf_offset):
+    """Drop an adapter, and the layers and wrappers that are left without any."""
+    for name, module in reversed([*model.named_modules()]):  # wrappers of parameters are nested
+        inner: Any = None
+        if isinstance(module, SVFLayer):
+            if adapter_name in module.svf_offset:
+                del module.svf_offset[adapter_name]
+            inner = None if len(module.svf_offset) else module.base_layer
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            module.delete_adapter(adapter_name, [other for other in module.active_adapters if other != adapter_name])
+            inner = None if module._adapters else module.unload_and_optionally_merge_module(False, False, None)
+        if inner is not None:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.base_layer)
+            setattr(model.get_submodule(parent), child, inner)

@@ -7,7 +7,7 @@ Private names of PEFT were read in 0.21.2.
 
 import logging
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -15,11 +15,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _get_submodules
 from peft.utils.quantization_utils import get_quantization_kwargs
 from psutil import virtual_memory
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from . import loading
 from .config import SVFConfig
@@ -28,7 +29,7 @@ from .plans import PLANS, Plan, fast
 from .rows import TEXTS, Execution, active_rows, batch_of
 from .stacked import ParamWrapper
 from .targets import DEFAULT_TARGETS, batch_first, default_targets, reads_weight
-from .weights import Known, multiplies, onloaded, refuse_parallel, undo_cpu_packing
+from .weights import Known, multiplies, onloaded, readable, refuse_parallel, undo_cpu_packing
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,6 @@ class SVFModel(BaseTuner):
     execution: Execution
     _calls = 0
     _waiting = False  # some bases come later: their weights are on the meta device, or a file brings them
-    _unfilled: frozenset[str] = frozenset()  # adapters made for a file that has not been read yet
     _unchecked: frozenset[str] = frozenset()  # adapters whose fingerprint has not been compared yet
     _asked: tuple[Plan, int] | None = None  # by `set_plan`
 
@@ -55,6 +55,7 @@ class SVFModel(BaseTuner):
         self.__dict__["execution"] = Execution()
         self._defers = not isinstance(peft_config, SVFConfig)  # transformers does not hand a file's tensors over
         self._first = ExitStack()  # holds the first forward's context while it runs
+        self._before: dict[str, tuple[Any, Any]] = {}  # what refusing an adapter restores, until its file is read
         self._brought: dict[str, tuple[str, str]] = {}  # weight -> adapter and digest of a basis that only it may use
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
@@ -67,61 +68,61 @@ class SVFModel(BaseTuner):
                 then as it was.
         """
         config = self.peft_config[adapter_name]
-        frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        merged = {layer: list(layer.merged_adapters) for layer in svf_layers(model).values()}
-        if not svf_layers(model):
-            self._trainable_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._before[adapter_name] = (
+            [(parameter, parameter.requires_grad) for parameter in model.parameters()],
+            {layer: list(layer.merged_adapters) for layer in svf_layers(model).values()},
+        )
         try:
             refuse_parallel(model)
             if loading.from_file(config):
                 config.list_modules()
                 loading.adopt_names(model, config)
-                self._unfilled |= {adapter_name}
                 self._unchecked |= {adapter_name}
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if loading.from_file(config) and config.save_basis and self._defers:
                 self._waiting = True  # until `_remap_adapter_state_dict_for_load` has read the basis in the file
             else:
                 self.fetch_bases()
-            if not self._defers:  # transformers calls the model itself, so its first forward is watched
-                end = model.register_forward_hook(self._end_of_first, always_call=True)
-                self._watching = model.register_forward_pre_hook(self._begin_first), end
-                if loading.from_file(config):
-                    loading.guard_loading(self, model, adapter_name, config)
         except BaseException:
-            self._unfilled -= {adapter_name}
-            self._unchecked -= {adapter_name}
-            loading.remove(model, adapter_name)
-            self.peft_config.pop(adapter_name, None)
-            for parameter, requires_grad in frozen:
-                parameter.requires_grad_(requires_grad)
-            for layer, names in merged.items():
-                if names and not layer.merged:  # PEFT unmerges before it adds an adapter
-                    layer.merge(adapter_names=names)
-            if hasattr(model, "_hf_peft_config_loaded") and not hasattr(model, "peft_config"):
-                # transformers' `add_adapter` sets it before it comes here
-                model._hf_peft_config_loaded = False  # type: ignore[assignment]
+            self.withdraw(adapter_name)
             raise
+        if not self._defers:  # transformers calls the model itself, so its first forward is watched
+            end = model.register_forward_hook(self._end_of_first, always_call=True)
+            self._watching = model.register_forward_pre_hook(self._begin_first), end
+        if not loading.from_file(config):
+            del self._before[adapter_name]
+        elif not self._defers:
+            loading.guard_loading(self, model, adapter_name, config)
+
+    def withdraw(self, adapter_name: str) -> None:
+        """Take back an adapter that is refused: the model is as it was before."""
+        model: Any = self.model
+        frozen, merged = self._before.pop(adapter_name)
+        self._unchecked -= {adapter_name}
+        loading.remove(model, adapter_name)
+        self.peft_config.pop(adapter_name, None)
+        for parameter, requires_grad in frozen:
+            parameter.requires_grad_(requires_grad)
+        for layer, names in merged.items():
+            if names and not layer.merged:  # PEFT unmerges before it adds an adapter
+                layer.merge(adapter_names=names)
+        if not self.peft_config:
+            vars(model).pop("peft_config", None)
+            if hasattr(model, "_hf_peft_config_loaded"):  # transformers sets it before it comes here
+                model._hf_peft_config_loaded = False
 
     def fetch_bases(self, known: Known | None = None) -> None:
         """
-        Give every SVF layer its basis, from the cache or by computing it; layers that have theirs are left alone.
+        Give every SVF layer without a basis its own: one of `known`, by module name, one of the cache, or a new one.
 
-        Fingerprints of loaded adapters are compared first: a refusal changes no layer. Weights on the meta device get
-        no basis until they are loaded; then the next forward of the `PeftModel` does it.
-
-        Args:
-            known (`dict`, *optional*):
-                Verified bases by module name that an adapter has brought along.
-
-        Raises:
-            `ValueError`: if an adapter's fingerprint names another base, or needs more directions than are known.
+        Fingerprints of loaded adapters are compared first, and a `ValueError` for another base changes no layer.
+        Weights on the meta device get their basis once they are loaded, by the next forward of the `PeftModel`.
         """
         loading.give_bases(self, known or {})
         self._follow(*(self._asked or (next(iter(self.peft_config.values())).plan, 1)))
 
     def check_fingerprint(self, adapter_name: str, config: SVFConfig) -> None:
-        """Raise a `ValueError` if a saved adapter belongs to another base; without a fingerprint it fits any."""
+        """Raise `ValueError` if a saved adapter belongs to another base; without a fingerprint it fits any."""
         loading.check_fingerprint(self, adapter_name, config)
 
     def set_plan(self, plan: Plan, forwards_per_step: int = 1) -> None:
@@ -155,7 +156,11 @@ class SVFModel(BaseTuner):
             layer._known = (layer.base_weight,)
 
     def _link(self) -> None:
-        self.execution.entries = tuple(weakref.ref(module) for module in _entries(self.model))
+        """Note the modules that a batch enters by: the model, and an encoder, which generation runs on its own."""
+        model: Any = self.model
+        encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        entries = [model, model.get_encoder()] if encodes and hasattr(model, "get_encoder") else [model]
+        self.execution.entries = tuple(map(weakref.ref, entries))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
@@ -163,29 +168,20 @@ class SVFModel(BaseTuner):
 
     def svf_memory(self) -> dict[str, dict[str, int]]:
         """
-        Count the bytes that SVF keeps beside the base model.
+        Count the bytes that SVF adds to the base model, by module name and as `"total"`.
 
-        Returns:
-            `dict`: by module name, and as `"total"`, the bytes of `basis`, of `merged` and `factored` (kept from the
-            first forward that needs them), of `pristine` weights that `merge_adapter` has replaced, and of `offsets`.
+        They are those of `basis`, of `merged` and `factored` (kept from the first forward that needs them), of
+        `pristine` weights that `merge_adapter` has replaced, and of `offsets`.
         """
         memory = {name: layer.svf_bytes() for name, layer in svf_layers(self.model).items()}
         kinds = ("basis", "merged", "pristine", "factored", "offsets")
         return memory | {"total": {kind: sum(of[kind] for of in memory.values()) for kind in kinds}}
 
     def train(self, mode: bool = True) -> "SVFModel":
-        """Switch between training and evaluation; see [`undo_cpu_packing`] for what else training takes."""
+        """Switch between training, which needs weights as bitsandbytes loads them, and evaluation."""
         for module in self.model.modules() if mode else ():
             undo_cpu_packing(module)
         return super().train(mode)
-
-    def withdraw(self, adapter_name: str) -> None:
-        """Take back an adapter whose file was refused: the others go on, and after the first the base is as it was."""
-        if len(self.peft_config) > 1:
-            self.delete_adapter(adapter_name)
-            return
-        for name, parameter in self.unload().named_parameters():
-            parameter.requires_grad_(name in self._trainable_before)
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """
@@ -229,7 +225,26 @@ class SVFModel(BaseTuner):
             named = peft_config.target_parameters
             targets = set() if named else default_targets(self.model, model_config.get("model_type"))
             peft_config.target_modules = targets  # type: ignore[assignment]
+        elif peft_config.target_modules == "all-linear":
+            found: Any = _maybe_include_all_linear_layers(peft_config, self.model)
+            peft_config.target_modules = self._suited(found.target_modules)  # type: ignore[assignment]
         return peft_config
+
+    def _suited(self, names: set[str]) -> set[str]:
+        """Leave out of `"all-linear"` what can't be adapted, and say so: nobody has named it."""
+        places = Counter(child for module in self.model.modules() for child in module._modules.values())
+        unsuited = set()
+        for name in names:
+            parent, target, child = _get_submodules(self.model, name)
+            weight = target._parameters.get("weight")
+            if isinstance(target, BaseTunerLayer) or not (weight is None or readable(weight)):
+                continue  # Left out, a packed base would have next to nothing adapted: it is refused instead.
+            if places[target] > 1 or self._unsuited(target, child, parent, None):
+                unsuited.add(name)
+        if unsuited:
+            shown = ", ".join(sorted(unsuited)[:4]) + (", ..." if len(unsuited) > 4 else "")
+            logger.warning(f"'all-linear' leaves out {len(unsuited)} modules that SVF can't adapt: {shown}")
+        return names - unsuited
 
     def _create_and_replace(
         self,
@@ -374,14 +389,14 @@ class SVFModel(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Select what is saved of one adapter; PEFT saves the config next, so it gets the fingerprint here."""
+        """Select what is saved of one adapter."""
         return loading.tensors_to_save(model, config, adapter_name, state_dict)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Map the keys of a file to those of the model and refuse vectors that do not fit or are not finite."""
+        """Map the keys of a file to the model's; refuse vectors that do not fit or are not finite."""
         return loading.tensors_to_load(model, config, adapter_name, state_dict)
 
 
@@ -395,19 +410,13 @@ def _room(layers: list[SVFLayer]) -> bool:
     return all(2 * count <= free[device.type](device) for device, count in needed.items() if device.type in free)
 
 
-def _entries(model: nn.Module) -> list[nn.Module]:
-    """The modules that a batch enters by: the model, and an encoder, which generation runs on its own."""
-    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return [model, model.get_encoder()] if encodes and hasattr(model, "get_encoder") else [model]  # type: ignore[operator]
-
-
 def _unchanged(layers: list[SVFLayer]) -> bool:
     """Whether all merged weights were built from the offsets in force, with one comparison for each device."""
     pairs: dict[torch.device, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for layer in layers:
         built, now = layer.svf_merged.offset, layer._active_offset()  # type: ignore[union-attr]
-        if now is None or (built.shape, built.device) != (now.shape, now.device):
-            return False
+        if now is None or isinstance(now, DTensor) or (built.shape, built.device) != (now.shape, now.device):
+            return False  # FSDP shards z between forwards
         pairs[now.device].append((built, now.detach()))
     return all(torch.equal(*map(torch.cat, zip(*known, strict=True))) for known in pairs.values())
 

@@ -335,14 +335,9 @@ def _offset_gradient(
 
 def diagonal(a: Tensor, b: Tensor, Q: Tensor) -> Tensor:
     """
-    The diagonal of `Q^T a^T b Q`: through the r x r product where that is less work, else through thin ones.
+    The diagonal `(k,)` of `Q^T a^T b Q` in float32 (float64): through the r x r product if that is less work.
 
-    Args:
-        a, b (`torch.Tensor` of shape `(T, r)`): Rows are tokens.
-        Q (`torch.Tensor` of shape `(r, k)`): Columns to project on.
-
-    Returns:
-        `torch.Tensor` of shape `(k,)` in float32, or float64.
+    The rows of `a` and `b` `(T, r)` are tokens; `Q` is `(r, k)`.
     """
     (T, r), k = a.shape, Q.shape[1]
     a, b = fast(a), fast(b)

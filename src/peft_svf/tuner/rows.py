@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ TEXTS = ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids", "decoder_i
 @dataclass(frozen=True, eq=False)
 class Rows:
     """
-    Offsets `(n, k)` that stand in place of the adapters' in one layer; an empty tensor is the base model.
+    Offsets `(n, k)` that replace the adapters' in one layer; an empty tensor is the base model.
 
     With an index, offset `index[i]` belongs to row i of the batch, or to token i of a packed one; in generation each
     row may be repeated side by side, as beams are. Without, the offsets share the batch out in equal parts.
@@ -110,10 +109,6 @@ def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int
     return batch.shape[0], tokens
 
 
-def _note_batch(module: nn.Module, args: Any, kwargs: dict[str, Any], execution: Execution) -> None:
-    execution.batch = batch_of(args, kwargs) or execution.batch
-
-
 class ActiveRows:
     """The open context of [`active_rows`]."""
 
@@ -170,7 +165,10 @@ def active_rows(
     """
     active = ActiveRows(layers, merge)
     execution, batch = active.execution, active.execution.batch
-    note = partial(_note_batch, execution=execution)
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        execution.batch = batch_of(args, kwargs) or execution.batch
+
     with ExitStack() as hooks:
         for entry in execution.entries:
             if (module := entry()) is not None:

@@ -10,18 +10,18 @@ import asyncio
 import inspect
 import json
 import logging
-import math
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import quote
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from jinja2 import TemplateError
 from prometheus_client import generate_latest
+from pydantic import BaseModel, Field, ValidationError
 from starlette.exceptions import HTTPException
 from transformers import PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -40,7 +40,6 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"
 OURS = ("expert", "mixture")
 LENGTHS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-RANGES = {"temperature": (0, 2), "top_p": (1e-6, 1), "frequency_penalty": (-0.99, 2)}
 # Fields that transformers would ignore although the answer should change, with the values that change nothing.
 IGNORED: dict[str, Any] = {
     **dict.fromkeys(("audio", "background", "echo", "function_call", "functions", "logprobs", "max_tool_calls")),
@@ -55,17 +54,37 @@ IGNORED: dict[str, Any] = {
     "web_search_options": None,
 }
 WRONG = (ArithmeticError, AttributeError, LookupError, TemplateError, TypeError, ValueError)  # in what a client sent
+Count = Annotated[int, Field(ge=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=100)]
+
+
+class Fields(BaseModel, extra="allow", strict=True):
+    """The fields of a request whose values are checked here; the others are transformers'."""
+
+    model: str | None = None
+    expert: str | None = None
+    mixture: str | dict[str, Any] | None = None
+    messages: list[dict[str, Any]] | None = Field(None, min_length=1)
+    prompt: str | None = None
+    max_completion_tokens: Count | None = None
+    max_tokens: Count | None = None
+    max_output_tokens: Count | None = None
+    seed: int | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=1e-6, le=1)
+    frequency_penalty: float | None = Field(None, ge=-0.99, le=2)
+
+
+class Addition(BaseModel):
+    """The body of `POST /v1/experts`."""
+
+    source: str
+    name: str | None = None
 
 
 def build(engine: Engine, rules: Rules, folder: Path | None = None) -> Gate:
-    """
-    Build the ASGI application.
-
-    Args:
-        engine ([`Engine`]): It is stopped when the application ends.
-        rules ([`Rules`]): Keys and limits.
-        folder (`Path`, *optional*): Experts in it may be added by `POST /v1/experts`, by their folders' names.
-    """
+    """Build the ASGI application, which stops the engine when it ends; admins may add the experts in `folder`."""
     models, metrics, library = _Models(engine), Metrics(), engine.model.library
     for name in library.names:
         models.check_name(name)
@@ -74,57 +93,56 @@ def build(engine: Engine, rules: Rules, folder: Path | None = None) -> Gate:
     app.state.engine = engine
     # Not the routes that load and drop models for anyone who asks.
     app.router.routes[:] = [r for r in app.routes if getattr(r, "path", "") in (*ANSWERS, "/v1/models", "/health")]
-    for kind in (Refused, HTTPException, RequestValidationError, CBWorkerDeadError, Exception):
+    for kind in (HTTPException, RequestValidationError, CBWorkerDeadError, ValueError, OSError, Exception):
         app.add_exception_handler(kind, _failure)
 
+    def check_admin(request: HTTPRequest) -> None:
+        if not bears(request.scope, rules.admin_keys):
+            raise Refused(403, "Experts are added and removed with an admin key.")
+
     @app.get("/v1/models/{name:path}")
-    def model(name: str) -> JSONResponse:
-        return JSONResponse(models.find(name))
+    def model(name: str) -> dict[str, Any]:
+        return models.find(name)
 
     @app.get("/metrics")
     def show_metrics() -> PlainTextResponse:
         return PlainTextResponse(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
 
-    async def change(request: HTTPRequest, work: Callable[[], Any]) -> JSONResponse:
-        if not bears(request.scope, rules.admin_keys):
-            raise Refused(403, "Experts are added and removed with an admin key.")
-        try:
-            await asyncio.to_thread(work)
-        except (ValueError, OSError) as error:
-            raise Refused(400, str(error)) from error
-        return JSONResponse({"object": "list", "data": models.list_models()})
+    @app.post("/v1/experts", dependencies=[Depends(check_admin)])
+    def add(body: Addition) -> dict[str, Any]:
+        # looked up among names, so that none is ever joined to a path
+        sources = {path.name: path for path in folder.iterdir() if path.is_dir()} if folder else {}
+        if body.source not in sources:
+            raise Refused(400, f"There is no expert {body.source!r} in the server's folder.")
+        engine.add(sources[body.source], models.check_name(body.name or body.source))
+        return {"object": "list", "data": models.list_models()}
 
-    @app.post("/v1/experts")
-    async def add(request: HTTPRequest, body: dict[str, Any]) -> JSONResponse:
-        source, name = body.get("source"), body.get("name") or body.get("source")
-
-        def work() -> None:
-            # looked up among names, so that none is ever joined to a path
-            sources = {path.name: path for path in folder.iterdir() if path.is_dir()} if folder else {}
-            if not isinstance(source, str) or source not in sources:
-                raise ValueError(f"There is no expert {source!r} in the server's folder.")
-            models.check_name(name)
-            engine.add(sources[source], name)
-
-        return await change(request, work)
-
-    @app.delete("/v1/experts/{name:path}")
-    async def remove(request: HTTPRequest, name: str) -> JSONResponse:
-        return await change(request, lambda: engine.remove(name))
+    @app.delete("/v1/experts/{name:path}", dependencies=[Depends(check_admin)])
+    def remove(name: str) -> dict[str, Any]:
+        engine.remove(name)
+        return {"object": "list", "data": models.list_models()}
 
     return Gate(app, rules, metrics)
 
 
 async def _failure(request: HTTPRequest, error: Any) -> JSONResponse:
     """Answer an error in OpenAI's form."""
-    status, message, code = 500, "The server failed at this request.", getattr(error, "code", None)
+    status, message = 500, "The server failed at this request."
     if isinstance(error, HTTPException):
         status, message = 400 if error.status_code == 422 else error.status_code, error.detail
-    elif isinstance(error, RequestValidationError):
-        status, message = 400, "The body isn't a JSON object."
-    elif isinstance(error, (Refused, CBWorkerDeadError)):
-        status, message = getattr(error, "status", 503), str(error)
-    return JSONResponse(error_body(status, message, code), status)
+    elif isinstance(error, CBWorkerDeadError):
+        status, message = 503, str(error)
+    elif isinstance(error, (RequestValidationError, ValueError, OSError)):
+        status, message = 400, _message(error)
+    return JSONResponse(error_body(status, message, getattr(error, "code", None)), status)
+
+
+def _message(error: Exception) -> str:
+    """Describe an error in what a client sent; of several fields that pydantic refuses, the first."""
+    if isinstance(error, (ValidationError, RequestValidationError)):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))!r}: {first['msg']}."
+    return f"{error}{' is missing' if isinstance(error, KeyError) else ''}"[:1000] or type(error).__name__
 
 
 class _Models(ModelManager):
@@ -144,17 +162,18 @@ class _Models(ModelManager):
 
     get_gen_models = list_models  # its name in transformers 5.23
 
-    def find(self, name: Any) -> dict[str, Any]:
+    def find(self, name: str) -> dict[str, Any]:
         """Describe the model of a name."""
         listed = {entry["id"]: entry for entry in self.list_models()}
-        if not isinstance(name, str) or name not in listed:
+        if name not in listed:
             raise Refused(404, f"There is no model {name!r}; there are {', '.join(listed)}.", "model_not_found")
         return listed[name]
 
-    def check_name(self, name: Any) -> None:
-        """Raise a `ValueError` if no expert can have a name here."""
-        if not isinstance(name, str) or not name.isprintable() or name in (AUTO, "base", self.base_name):
+    def check_name(self, name: str) -> str:
+        """Return a name that an expert may have here; else a `ValueError`."""
+        if not name.isprintable() or name in (AUTO, "base", self.base_name):
             raise ValueError(f"No expert of a server can be called {name!r}: give it another name.")
+        return name
 
     def shutdown(self) -> None:
         self.engine.stop()
@@ -185,22 +204,22 @@ class _Handler(BaseHandler):
     ends: str = "data: [DONE]\n\n"  # of a stream
 
     def prompt(self, body: Mapping[str, Any]) -> Prompt:
-        """What the first pass reads."""
-        raise NotImplementedError
+        """Return what the first pass reads."""
+        return self.get_processor_inputs_from_messages(body["messages"], Modality.LLM)
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         request, engine = REQUEST.get(), self.generation_state.engine
         request.model = str(body.get("model") or AUTO)[:200]
         try:
+            Fields.model_validate(body)
             plain = {"stream": False, **{name: value for name, value in body.items() if name not in OURS}}
             self._validate_request(plain)
-            prompt = self.prompt(body)
-            request.mixture = await self._mixture(body, prompt)
+            request.mixture = await self._mixture(body, self.prompt(body))
             request.offsets = await asyncio.to_thread(engine.offsets, request.mixture)
             response = await super().handle_request(plain, request_id)  # type: ignore[misc]
         except WRONG as error:
             logger.debug("A request was refused.", exc_info=True)
-            raise Refused(400, f"{error}"[:1000] or type(error).__name__) from error
+            raise Refused(400, _message(error)) from error
         record = request.mixture.record()
         dispatch = {"mixture": record.pop("alpha", None), **record}
         if isinstance(response, JSONResponse):
@@ -218,28 +237,14 @@ class _Handler(BaseHandler):
             return await engine.choose(prompt)
         if not given:
             given = {"expert": OTHER if name in ("base", OTHER, models.base_name) else models.find(name)["id"]}
-        if not (isinstance(given.get("expert", ""), str) and isinstance(given.get("mixture", ""), (str, dict))):
-            raise ValueError("'expert' is a name, 'mixture' a name or weights such as {\"math\": 0.7}.")
         return (await asyncio.to_thread(engine.model.first_pass, [prompt], **given))[0]
 
     def _validate_request(self, body: dict[str, Any]) -> None:
         known: set[str] = getattr(self._valid_params_class, "__mutable_keys__", set()) - {"generation_config"}
-        if unknown := sorted(set(body) - known):
-            raise ValueError(f"Unknown field {unknown[0]!r}.")
-        for name in sorted(self._unused_fields & set(IGNORED)):
-            if body.get(name) and body[name] != IGNORED[name]:
+        ignored = self._unused_fields & set(IGNORED)
+        for name, value in sorted(body.items()):
+            if name not in known or (name in ignored and value and value != IGNORED[name]):
                 raise ValueError(f"{name!r} isn't supported.")
-        for name, (low, high) in RANGES.items():
-            value = body.get(name)
-            if value is not None and not (_number(value) and low <= value <= high):
-                raise ValueError(f"{name!r} is a number from {low} to {high}.")
-        for name in (*LENGTHS, "seed"):
-            value = body.get(name)
-            if value is not None and (type(value) is not int or (value < 1 and name != "seed")):
-                raise ValueError(f"{name!r} is a {'positive ' if name != 'seed' else ''}whole number.")
-        stop = _listed(body.get("stop"))
-        if len(stop) > 4 or not all(isinstance(text, str) and 0 < len(text) <= 100 for text in stop):
-            raise ValueError("'stop' is a text or up to four, of at most 100 characters each.")
         taken = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
         if wrong := sorted(set(body.get("chat_template_kwargs") or {}) & set(taken)):
             raise ValueError(f"'chat_template_kwargs' can't set {wrong[0]!r}.")
@@ -250,7 +255,8 @@ class _Handler(BaseHandler):
 
     def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         request, temperature = REQUEST.get(), body.get("temperature")
-        request.seed, request.stop = body.get("seed"), tuple(_listed(body.get("stop")))
+        request.seed, stop = body.get("seed"), body.get("stop") or ()
+        request.stop = (stop,) if isinstance(stop, str) else tuple(stop)
         request.max_new_tokens = next((body[name] for name in LENGTHS if body.get(name) is not None), None)
         changed = {"seed": None, "temperature": temperature or None}  # transformers' own seed is the process'
         config = super()._build_generation_config({**body, **changed}, *args, **kwargs)
@@ -265,22 +271,13 @@ class _Handler(BaseHandler):
                 raise ValueError("Images come as data: URLs; this server opens no addresses and no files.")
         return read
 
-    def _read(self, messages: Any) -> Prompt:
-        turns = messages if isinstance(messages, list) else []
-        if not turns or not all(isinstance(turn, dict) and "role" in turn for turn in turns):
-            raise ValueError("'messages' is a list of objects, each with 'role' and 'content'.")
-        return self.get_processor_inputs_from_messages(turns, Modality.LLM)
-
 
 class _Chats(_Handler, ChatCompletionHandler):
-    def prompt(self, body: Mapping[str, Any]) -> Prompt:
-        return self._read(body.get("messages"))
+    pass
 
 
 class _Completions(_Handler, CompletionHandler):
     def prompt(self, body: Mapping[str, Any]) -> Prompt:
-        if not isinstance(body.get("prompt"), str):
-            raise ValueError("'prompt' is a text.")
         return body["prompt"]
 
 
@@ -288,15 +285,7 @@ class _Responses(_Handler, ResponseHandler):
     ends = ""
 
     def prompt(self, body: Mapping[str, Any]) -> Prompt:
-        return self._read(self._normalize_input(body))  # type: ignore[arg-type]
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return super().prompt({"messages": self._normalize_input(body)})  # type: ignore[arg-type]
 
 
 async def _with_dispatch(events: AsyncIterator[str], dispatch: dict[str, Any], end: str) -> AsyncIterator[str]:

@@ -2,8 +2,7 @@
 """
 Requests, each with a mixture -> tokens, by transformers' continuous batching with a z-vector per request.
 
-Internals of transformers' serving and of its continuous batching are used here and in `app`, read in 5.23.0; a test
-lists them.
+Internals of transformers' serving and of its continuous batching are used here and in `app`, read in 5.23.0.
 """
 
 import asyncio
@@ -12,10 +11,11 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import lru_cache
 from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
@@ -84,6 +84,7 @@ class Job:
     processors: LogitsProcessorList
     sample: bool
     generator: torch.Generator
+    ids: Tensor  # (1, prompt + new tokens), those of the prompt and of the answer so far
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Job":
         return self  # transformers copies it when a request gives up its cache and starts again
@@ -106,8 +107,9 @@ class _Sampler(ContinuousBatchingLogitsProcessor):
         for row, state in enumerate(self.states):
             job: Job = state.logit_processor_kwargs["job"]
             if job.processors:
-                ids = torch.tensor([state.initial_tokens + state.generated_tokens], device=scores.device)
-                scores[row] = job.processors(ids, scores[row, None])[0]
+                length = len(state.initial_tokens) + len(state.generated_tokens)
+                job.ids[0, length - 1] = (state.generated_tokens or state.initial_tokens)[-1]
+                scores[row] = job.processors(job.ids[:, :length], scores[row, None])[0]
             if job.sample:  # the largest of scores with Gumbel noise is a draw from their softmax
                 noise = torch.empty(scores.shape[1]).exponential_(generator=job.generator)
                 scores[row] -= noise.log().to(scores.device)
@@ -182,22 +184,16 @@ class Engine(BaseGenerateManager):
     Generates for the handlers of transformers' server, which see it as their one generation manager.
 
     Text models run in a continuous batch, models that see images one request at a time. Everything else that runs the
-    model or changes its experts (first passes, `add`, `remove`) happens between two steps of the batch.
-
-    Args:
-        model ([`Transformer2Model`]): Base model with experts.
-        capacity ([`Capacity`]): Limits of the batch.
-
-    Raises:
-        `ValueError`: if experts move weights that can't differ within a packed batch.
+    model or changes its experts (first passes, `add`, `remove`) happens between two steps of the batch. Experts that
+    move weights which can't differ within a packed batch are refused by a `ValueError`.
     """
 
     def __init__(self, model: Transformer2Model, capacity: Capacity = Capacity()) -> None:
         self.model, self.capacity = model, capacity
         self.context = context_of(model.library.model)
-        self._arrived: SimpleQueue[tuple[Prompt, asyncio.Future[Mixture]]] = SimpleQueue()
+        self._arrived: SimpleQueue[tuple[Prompt, Future[Mixture]]] = SimpleQueue()
         self._worker = ThreadPoolExecutor(1, "first-pass")
-        self._mixed: dict[frozenset[tuple[str, float]], dict[str, Tensor]] = {}
+        self._mixed = lru_cache(KEPT)(self._mix)  # equal mixtures of a step share their offsets
         self._layers = model.library.layers()
         self._table: tuple[dict[int, dict[str, Tensor]], dict[str, Tensor]] = ({}, {})  # of the last step
         self._alone = GenerateManager()
@@ -228,30 +224,29 @@ class Engine(BaseGenerateManager):
 
     async def choose(self, prompt: Prompt) -> Mixture:
         """Run the first pass for a prompt, together with what else has arrived."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Mixture] = loop.create_future()
+        future: Future[Mixture] = Future()
         self._arrived.put((prompt, future))
-        self._worker.submit(self._choose_all, loop)
-        return await future
+        self._worker.submit(self._choose_all)
+        return await asyncio.wrap_future(future)
 
-    def _choose_all(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _choose_all(self) -> None:
         arrived = []
         while not self._arrived.empty():  # only this thread takes from it
-            arrived.append(self._arrived.get())
-        self._decide(arrived, loop)
-
-    def _decide(self, arrived: Sequence[tuple[Prompt, Any]], loop: asyncio.AbstractEventLoop) -> None:
-        """Settle the futures of prompts; one that fails fails alone."""
+            prompt, future = self._arrived.get()
+            if future.set_running_or_notify_cancel():  # else its client has left
+                arrived.append((prompt, future))
         try:
             outcomes: Sequence[Any] = self.first_pass([prompt for prompt, _ in arrived]) if arrived else []
-        except Exception as error:
-            if len(arrived) > 1:
-                for entry in arrived:
-                    self._decide([entry], loop)
-                return
-            outcomes = [error]
+        except Exception:  # one that fails, fails alone
+            outcomes = [self._outcome(prompt) for prompt, _ in arrived]
         for (_, future), outcome in zip(arrived, outcomes, strict=True):
-            loop.call_soon_threadsafe(_settle, future, outcome)
+            future.set_exception(outcome) if isinstance(outcome, Exception) else future.set_result(outcome)
+
+    def _outcome(self, prompt: Prompt) -> Mixture | Exception:
+        try:
+            return self.first_pass([prompt])[0]
+        except Exception as error:
+            return error
 
     def first_pass(self, prompts: Sequence[Prompt]) -> list[Mixture]:
         """Choose the mixture of each prompt, between two steps of the batch."""
@@ -260,17 +255,15 @@ class Engine(BaseGenerateManager):
 
     def offsets(self, mixture: Mixture) -> dict[str, Tensor]:
         """Mix the offsets of each layer, `(1, k)`; a request keeps them, also if an expert is removed meanwhile."""
-        key = frozenset(mixture.alpha.items())
         with self.model.library.lock:
-            if key not in self._mixed:
-                if len(self._mixed) >= KEPT:
-                    self._mixed.pop(next(iter(self._mixed)))
-                alpha = torch.tensor([list(mixture.alpha.values())])  # (1, experts)
-                self._mixed[key] = self.model.library.mix(list(mixture.alpha), lambda _: alpha)
-            return self._mixed[key]
+            return self._mixed(tuple(mixture.alpha.items()))
+
+    def _mix(self, shares: tuple[tuple[str, float], ...]) -> dict[str, Tensor]:
+        alpha = torch.tensor([[weight for _, weight in shares]])  # (1, experts)
+        return self.model.library.mix([name for name, _ in shares], lambda _: alpha)
 
     def add(self, source: Any, name: str | None = None) -> str:
-        """Add an expert between two steps; return its name. Raises `ValueError` as the library does."""
+        """Add an expert between two steps; return its name."""
         with self.between_steps():
             name = self.model.library.add(source, name)
             try:
@@ -281,10 +274,10 @@ class Engine(BaseGenerateManager):
             return name
 
     def remove(self, name: str) -> None:
-        """Remove an expert; requests that run with it are answered. Raises `ValueError` as the library does."""
+        """Remove an expert; requests that run with it are answered."""
         with self.between_steps():
             self.model.library.remove(name)
-            self._mixed.clear()
+            self._mixed.cache_clear()
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
@@ -295,7 +288,7 @@ class Engine(BaseGenerateManager):
     def _check_layers(self) -> None:
         """Run a packed batch of two mixtures, so that a layer that can't tell its tokens apart raises `ValueError`."""
         self._layers = self.model.library.layers()
-        self._mixed.clear()
+        self._mixed.cache_clear()
         self._table = {}, {}  # a new expert may move more directions of a weight
         if self.model.processor is not None:
             return
@@ -374,23 +367,23 @@ class Engine(BaseGenerateManager):
         return cut(text, request.stop), request.prompt_tokens, request.tokens
 
     def _fit(self, inputs: Any, config: GenerationConfig, request: Request) -> None:
-        """Settle how many tokens a request may add; a `ValueError` if it doesn't fit."""
-        ids, most, asked = inputs["input_ids"], self.capacity.new_tokens, request.max_new_tokens
-        length = ids.shape[-1] if isinstance(ids, Tensor) else len(ids)
-        room = min(self.context or self.capacity.cache_tokens, self.capacity.cache_tokens) - length
-        if asked is not None and asked > most:
-            raise ValueError(f"This server writes at most {most} tokens, not {asked}.")
-        if room < (asked or 1):
-            raise ValueError(f"The prompt has {length} tokens and leaves room for {max(room, 0)}, not {asked or 1}.")
-        config.max_new_tokens, request.prompt_tokens = asked or min(most, room), length
+        """Set how many tokens a request may add; a `ValueError` if it doesn't fit."""
+        length, least = torch.as_tensor(inputs["input_ids"]).shape[-1], request.max_new_tokens or 1
+        cache = self.capacity.cache_tokens
+        most = min(self.capacity.new_tokens, min(self.context or cache, cache) - length)
+        if most < least:
+            raise ValueError(f"After a prompt of {length} tokens, an answer has at most {max(most, 0)}, not {least}.")
+        config.max_new_tokens, request.prompt_tokens = request.max_new_tokens or most, length
 
     def _job(self, ids: list[int], config: GenerationConfig, request: Request) -> Job:
+        room = torch.tensor([[*ids, *[0] * config.max_new_tokens]], device=self.base.device)
         processors = self.base._get_logits_processor(config, len(ids))
         if processors:  # what a request sets wrongly fails here, not in a step of all
-            processors(torch.tensor([ids]), torch.zeros(1, self.base.config.get_text_config().vocab_size))
+            size = self.base.config.get_text_config().vocab_size
+            processors(room[:, : len(ids)], torch.zeros(1, size, device=room.device))
         generator = torch.Generator()
         generator.manual_seed(request.seed % 2**63) if request.seed is not None else generator.seed()
-        return Job(request.offsets, processors, bool(config.do_sample), generator)
+        return Job(request.offsets, processors, bool(config.do_sample), generator, room)
 
     def _answerer(self, request: Request, inputs: Any) -> tuple[Any, dict[str, Any]]:
         """Stand in for the model if requests are answered one at a time: generate with the request's mixture."""
@@ -403,18 +396,11 @@ class Engine(BaseGenerateManager):
             self.model.answer([request.mixture], **kwargs)
 
         def follow(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-            request.tokens, request.first = (
-                ids[0].tolist()[request.prompt_tokens :],
-                request.first or time.perf_counter(),
-            )
+            request.tokens = ids[0, request.prompt_tokens :].tolist()
+            request.first = request.first or time.perf_counter()
             return torch.full((len(ids),), cancelled.is_set(), device=ids.device)
 
         return SimpleNamespace(generate=generate), {**inputs, "stopping_criteria": [follow]}
-
-
-def _settle(future: "asyncio.Future[Any]", outcome: Any) -> None:
-    if not future.done():  # its client may have left
-        future.set_exception(outcome) if isinstance(outcome, Exception) else future.set_result(outcome)
 
 
 def _stack(layer: SVFLayer, parts: Sequence[Tensor | None]) -> Tensor:

@@ -16,7 +16,11 @@ from dataclasses import dataclass
 from hmac import compare_digest
 from typing import Any
 
+from fastapi import Request as HTTPRequest
+from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from .engine import REQUEST, Request
 
@@ -33,29 +37,21 @@ Send = Callable[[Message], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Rules:
-    """
-    Who may ask, and how much.
+    """Who may ask, and how much."""
 
-    Args:
-        keys, admin_keys (`tuple[str, ...]`): API keys; without any, everyone may ask, and nobody changes experts.
-        pending (`int`): Requests at once, those that wait for a slot included.
-        body_bytes (`int`): Size of a request's body.
-        seconds (`float`): Time for a request, its answer included.
-    """
-
-    keys: tuple[str, ...] = ()
-    admin_keys: tuple[str, ...] = ()
-    pending: int = 96
+    keys: tuple[str, ...] = ()  # without any, everyone may ask
+    admin_keys: tuple[str, ...] = ()  # without any, nobody changes experts
+    pending: int = 96  # requests at once, those that wait for a slot included
     body_bytes: int = 4 << 20
-    seconds: float = 300.0
+    seconds: float = 300.0  # for a request, its answer included
 
 
-class Refused(Exception):
-    """A request that ends here, with an HTTP status and a message for its client."""
+class Refused(HTTPException):
+    """A request that ends here: an HTTP status, a message and an error code for its client."""
 
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code = status, code
+    def __init__(self, status: int, message: str, code: str | None = None, headers: Any = None) -> None:
+        super().__init__(status, message, headers)
+        self.code = code
 
 
 def error_body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
@@ -65,7 +61,7 @@ def error_body(status: int, message: str, code: str | None = None) -> dict[str, 
 
 
 def bears(scope: Message, keys: Iterable[str]) -> bool:
-    """Whether a request bears one of the keys, compared in a time that tells nothing of them."""
+    """Check for one of the keys, in a time that doesn't depend on where they differ."""
     header = dict(scope["headers"]).get(b"authorization", b"")
     return any(compare_digest(header, b"Bearer " + key.encode()) for key in keys)
 
@@ -86,7 +82,7 @@ class Metrics:
     def count(self, path: str, request: Request, status: int, start: float) -> None:
         """Count a finished request, and log it without its texts."""
         seconds, expert, strategy = time.perf_counter() - start, "", request.mixture.strategy
-        facts: dict[str, Any] = {"path": path, "status": status, "seconds": round(seconds, 3)}
+        facts = {"path": path, "status": status, "seconds": round(seconds, 3)}
         if request.prompt_tokens:
             expert, numbers = request.mixture.choice, {"prompt": request.prompt_tokens, "new": len(request.tokens)}
             for kind, number in numbers.items():
@@ -118,9 +114,10 @@ class Gate:
         try:
             if path != "/health" and self.rules.keys and not bears(scope, self.rules.keys + self.rules.admin_keys):
                 raise Refused(401, "This server needs an API key: Authorization: Bearer KEY.", "invalid_api_key")
-            body = await asyncio.wait_for(self._read(receive), self.rules.seconds)
+            body = await asyncio.wait_for(self._read(scope, receive), self.rules.seconds)
             if counted and self.pending >= self.rules.pending:
-                raise Refused(429, f"{self.pending} requests are running or waiting: try again later.", "busy")
+                message, wait = f"{self.pending} requests are running or waiting: try again later.", self.recent
+                raise Refused(429, message, "busy", {"retry-after": str(math.ceil(wait))})
             self.pending += counted
             self.metrics.pending.set(self.pending)
             try:
@@ -131,20 +128,19 @@ class Gate:
         except asyncio.TimeoutError:
             await answer.refuse(Refused(408, "The body did not arrive in time."))
         except Refused as error:
-            await answer.refuse(error, str(math.ceil(self.recent)))
+            await answer.refuse(error)
+        except ClientDisconnect:
+            answer.status = LEFT
         finally:
             REQUEST.reset(token)
             if counted and answer.status == 200:
                 self.recent += (time.perf_counter() - start - self.recent) / 8
             self.metrics.count(path if path in PATHS else "other", request, answer.status, start)
 
-    async def _read(self, receive: Receive) -> bytes:
-        body, more = b"", True
-        while more:
-            message = await receive()
-            body, more = body + message.get("body", b""), message.get("more_body", False)
-            if message["type"] == "http.disconnect":
-                raise Refused(LEFT, "The client left.")
+    async def _read(self, scope: Message, receive: Receive) -> bytes:
+        body = b""
+        async for part in HTTPRequest(scope, receive).stream():
+            body += part
             if len(body) > self.rules.body_bytes:
                 raise Refused(413, f"The body has more than {self.rules.body_bytes} bytes.")
         return body
@@ -163,9 +159,12 @@ class Gate:
         running = asyncio.ensure_future(self.app(scope, replay, answer))
         try:
             await asyncio.wait({running, left}, timeout=self.rules.seconds, return_when=asyncio.FIRST_COMPLETED)
-            if running.done() or answer.whole:  # a server tells of a connection that ends after an answer as well
+            if running.done() or answer.whole:  # a connection that ends after its answer is no client that left
                 return await running
-            raise Refused(LEFT, "The client left.") if left.done() else Refused(504, "The answer took too long.")
+            if left.done():
+                raise ClientDisconnect
+            # A retry would take as long again.
+            raise Refused(504, "The answer took too long.", headers={"x-should-retry": "false"})
         finally:
             if not running.done():
                 request.cancel()
@@ -175,7 +174,7 @@ class Gate:
 
 
 class _Answer:
-    """Sends the messages of an answer, and knows how far it has come."""
+    """Sends the messages of an answer, and keeps how far it has come."""
 
     def __init__(self, send: Send) -> None:
         self.send, self.status, self.streams, self.whole = send, 0, False, False
@@ -187,22 +186,16 @@ class _Answer:
         self.whole = message["type"] == "http.response.body" and not message.get("more_body")
         await self.send(message)
 
-    async def refuse(self, error: Refused, wait: str = "1") -> None:
-        """End with an error: as an event if a stream has begun, not at all if nobody listens."""
-        begun, self.status = self.status, error.status
-        if error.status == LEFT:
-            return
-        content = json.dumps(error_body(error.status, str(error), error.code)).encode()
+    async def refuse(self, error: Refused) -> None:
+        """End with an error: as an event if a stream has begun."""
+        begun, self.status = self.status, error.status_code
+        content = error_body(error.status_code, error.detail, error.code)
         if begun:
-            content = b"data: " + content + b"\n\n" if self.streams else b""
+            event = f"data: {json.dumps(content)}\n\n".encode() if self.streams else b""
+            await self.send({"type": "http.response.body", "body": event, "more_body": False})
         else:
-            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-            if error.status == 429:
-                headers.append((b"retry-after", wait.encode()))
-            if error.status == 504:
-                headers.append((b"x-should-retry", b"false"))  # it would take as long again
-            await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
-        await self.send({"type": "http.response.body", "body": content, "more_body": False})
+            response = JSONResponse(content, error.status_code, error.headers)
+            await response({"type": "http"}, None, self.send)  # type: ignore[arg-type]  # it reads nothing
 
 
 async def _leaving(receive: Receive) -> Message:

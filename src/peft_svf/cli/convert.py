@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`export`: an expert or a mixture -> a merged checkpoint, a LoRA or a GGUF file for other engines."""
+"""`export` and `import`: experts -> checkpoints, LoRAs and GGUF files for other engines, and the way back."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,7 +9,7 @@ import typer
 from . import options
 from .console import new_path, show_table
 from .options import option
-from .sources import load_model, named_sources, read_mixture
+from .sources import load_base, load_model, named_sources, read_mixture
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes in vLLM 0.29 to 0.32
 
@@ -34,12 +34,9 @@ def export(
 
     The base is loaded once, on the CPU.
     """
-    import torch
-
     from ..experts.export import export_lora, export_merged
     from ..experts.gguf import export_gguf
     from ..experts.library import loaded
-    from ..two_pass import base_of
 
     if rank is not None and energy is not None:
         raise typer.BadParameter("--rank and --energy exclude each other.")
@@ -48,8 +45,7 @@ def export(
     if len(named) > 1 and not mixture:
         raise typer.BadParameter("Several experts are exported as a mixture: give each a weight by --mixture.")
     expert = read_mixture(mixture).expert(named) if mixture else next(iter(named.values()))
-    name, base_revision = (model, None) if model else base_of([expert])
-    base, reader = load_model(name, revision or base_revision, dtype, device=torch.device("cpu"))
+    base, reader = load_base([expert], model, revision, dtype, device="cpu")
     if to == "lora":
         report = export_lora(expert, base, out, energy if rank is None else rank, force)
         lines = [[kind, str(of["rank"]), f"{of['error']:.2%}"] for kind, of in report.items()]
@@ -62,4 +58,41 @@ def export(
         export_merged(expert, base, out, reader)
     else:
         export_gguf(expert, base, out, reader, type)
+    print(f"Wrote {out}")
+
+
+def import_(
+    source: Annotated[str, typer.Argument(help="File (.pt), or folder or repository of a LoRA or a model.")],
+    model: Annotated[str, option("Base model: folder or Hub repository.")],
+    out: Annotated[Path, option("New folder, whose name is the expert's.")],
+    description: Annotated[str, option("What it is good at, for the first pass.")] = "",
+    revision: options.Revision = None,
+    dtype: options.Dtype = "auto",
+) -> None:
+    """
+    Make an expert of what another method has trained.
+
+    learnable_params.pt and policy_params.pt of the original project become equal weights. Of a LoRA or a fully tuned
+    model, the expert is the nearest that z-vectors can express; the share of the change that it explains is shown.
+    """
+    from peft import PeftConfig, PeftModel
+
+    from ..experts.convert import import_reference, nearest_expert
+
+    new_path(out)
+    base, _ = load_model(model, revision, dtype, device="cpu")
+    if source.endswith((".pt", ".pth")):
+        expert = import_reference(source, base, out.name, description)
+    else:
+        try:
+            PeftConfig.from_pretrained(source)
+        except ValueError:
+            tuned, _ = load_model(source, None, dtype, device="cpu")
+            expert = nearest_expert(tuned, out.name, base, description)
+        else:
+            adapted = PeftModel.from_pretrained(base, source)
+            expert = nearest_expert(adapted, out.name, description=description)
+        explained = expert.provenance["explained"]
+        show_table(["kind", "explained"], [[kind, f"{share:.1%}"] for kind, share in explained.items()])
+    expert.save(out)
     print(f"Wrote {out}")

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experts and decisions -> figures. Needs matplotlib (`pip install 'peft-svf[demo]'`); loads no model."""
 
+import io
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .experts.expert import OTHER, Expert, Mixture
-from .tuner.targets import block_of
+from .. import files
+from ..experts.expert import OTHER, Expert, Mixture
+from ..tuner.targets import block_of
+from .console import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,20 +25,26 @@ MOST_NUMBERED = 30  # rows whose cells show their numbers
 PARTS = ("accuracy", "log-likelihood")  # the parts of a search's score
 
 
-def size_of(rows: int = 0, columns: int = 0) -> dict[str, float]:
-    """Return the size in inches of a panel with room for the labels of so many rows and columns."""
-    return {"height": max(3.8, 1.6 + 0.2 * min(rows, MOST_ROWS)), "width": max(4.8, 2.6 + 0.45 * columns)}
+def save_figure(path: Path, panels: "Sequence[Callable[[Axes], None]]", rows: int = 0, columns: int = 0) -> None:
+    """Draw panels side by side into a PNG, with room for the labels of so many rows and columns."""
+    height, width = max(3.8, 1.6 + 0.2 * min(rows, MOST_ROWS)), max(4.8, 2.6 + 0.45 * columns)
+    figure, axes = new_figure(len(panels), height, width)
+    for draw, panel in zip(panels, axes, strict=True):
+        draw(panel)
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    files.write(path, content.getvalue())
+    print(f"Wrote {path}")
 
 
 def new_figure(columns: int, height: float = 3.8, width: float = 4.8) -> "tuple[Figure, list[Axes]]":
-    """Make a figure of panels side by side, without touching the user's backend or open figures."""
+    """Make a figure of panels of this size in inches, without touching the user's backend or open figures."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Figures need matplotlib: pip install 'peft-svf[demo]'") from error
     figure = Figure(figsize=(width * columns, height), layout="constrained", dpi=150)
-    axes: Any = figure.subplots(1, columns, squeeze=False)[0]
-    return figure, list(axes)
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
 def spectrum(expert: Expert, bins: int) -> Tensor | None:
@@ -70,13 +80,13 @@ def distances(expert: Expert) -> tuple[list[str], list[str], Tensor]:
         cells[("", -1) if block == module else (stack, int(number))][kind].append(offset)
     layers = sorted(cells)
     kinds = list(dict.fromkeys(kind for row in cells.values() for kind in row))
-    means = [
-        [torch.cat(cells[x][k]).abs().mean() if k in cells[x] else torch.tensor(torch.nan) for k in kinds]
-        for x in layers
-    ]
+    table = torch.full((len(layers), len(kinds)), torch.nan)
+    for i, layer in enumerate(layers):
+        for kind, offsets in cells[layer].items():
+            table[i, kinds.index(kind)] = torch.cat(offsets).abs().mean()
     alone = len({stack for stack, _ in layers}) == 1  # an encoder-decoder has two stacks
     labels = ["-" if number < 0 else str(number) if alone else f"{stack}.{number}" for stack, number in layers]
-    return labels, kinds, torch.stack([torch.stack(row) for row in means])
+    return labels, kinds, table
 
 
 def draw_distances(axes: "Axes", expert: Expert) -> None:
@@ -86,16 +96,13 @@ def draw_distances(axes: "Axes", expert: Expert) -> None:
     axes.set(ylabel="layer", title=f"{expert.name}: distance from the base")
 
 
-def draw_z(axes: "Axes", experts: Sequence[Expert]) -> None:
-    """Draw how the multipliers z of each expert are distributed around the base model's 1."""
-    z = {expert.name: 1 + torch.cat(list(expert.offsets.values())) for expert in experts}
-    reach = max(1e-3, *(float((values - 1).abs().max()) for values in z.values()))
-    for name, values in z.items():
-        label = f"{name} (mean |z − 1| {float((values - 1).abs().mean()):.3g})"
-        axes.hist(values.numpy(), bins=81, range=(1 - reach, 1 + reach), histtype="step", density=True, label=label)
+def draw_z(axes: "Axes", expert: Expert) -> None:
+    """Draw how the multipliers z of an expert are distributed around the base model's 1."""
+    z = 1 + torch.cat(list(expert.offsets.values()))
+    reach, mean = max(1e-3, float((z - 1).abs().max())), float((z - 1).abs().mean())
+    axes.hist(z.numpy(), bins=81, range=(1 - reach, 1 + reach), histtype="step", density=True, label="expert")
     axes.axvline(1, color="black", linewidth=0.8, linestyle=":", label="base (z = 1)")
-    axes.set(xlabel="multiplier z", ylabel="density", title="z-vectors")
-    axes.margins(y=0.3)  # room for the legend
+    axes.set(xlabel="multiplier z", ylabel="density", title=f"z-vectors, mean |z − 1| {mean:.3g}")
     axes.legend(loc="upper left", fontsize="small")
 
 
@@ -135,17 +142,11 @@ def draw_alpha(axes: "Axes", mixture: Mixture, names: Sequence[str] = ()) -> Non
 
 
 def draw_probabilities(axes: "Axes", prompts: Sequence[str], mixtures: Sequence[Mixture]) -> None:
-    """
-    Draw the probability of each expert for each prompt, the chosen one in bold; a colour scale beyond 30 prompts.
-
-    The panel needs the size that [`size_of`] returns; `mixtures` are those that `dispatch` returns for the prompts.
-    """
+    """Draw the probability of each expert for each prompt, the chosen one in bold; colours alone beyond 30 prompts."""
     rows = [mixture.record()["probabilities"] for mixture in mixtures]
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = torch.tensor([[row.get(name, 0.0) for name in names] for row in rows])
-    lines = [" ".join(text.split()) for text in prompts]
-    labels = [line if len(line) <= 30 else line[:29] + "…" for line in lines]
-    _draw_table(axes, table, labels, names, "probability", 0, 1, MOST_ROWS)
+    _draw_table(axes, table, [short(text, 30) for text in prompts], names, "probability", 0, 1, MOST_ROWS)
     if len(mixtures) <= MOST_NUMBERED:
         texts = [[f"{x:.2f}" for x in row] for row in table.tolist()]
         _write(axes, table, texts, [names.index(mixture.choice) for mixture in mixtures])
@@ -171,7 +172,7 @@ def _draw_table(
     table: Tensor,
     rows: Sequence[str],
     columns: Sequence[str],
-    what: str,
+    label: str,
     low: float | None = 0,
     high: float | None = None,
     most: int = 16,
@@ -181,7 +182,7 @@ def _draw_table(
     every = math.ceil(len(rows) / most)
     axes.set_yticks(range(0, len(rows), every), rows[::every], parse_math=False)  # a "$" is a dollar
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
-    axes.figure.colorbar(image, ax=axes, label=what)
+    axes.figure.colorbar(image, ax=axes, label=label)
 
 
 def _write(axes: "Axes", table: Tensor, texts: Sequence[Sequence[str]], bold: Sequence[int] = ()) -> None:
