@@ -36,7 +36,6 @@ WINGS = {
     ],
     "experts": [
         ["key"],
-        ["saved"],
         ["expert"],
         ["base"],
         ["library", "hub", "transfer", "export", "convert"],
