@@ -160,7 +160,7 @@ def test_a_step_has_the_ratios_that_the_counts_of_the_plans_give():
 
 def test_the_tables_of_the_page_are_the_ones_the_formulas_give():
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
-    for table in (f.memory_table, f.step_table, f.decode_table, f.factorise_table):
-        assert table() in page, f"{table.__name__} has changed: python benchmarks/formulas.py"
+    for table in f.TABLES:
+        assert "\n".join(table()) in page, f"{table.__name__} has changed: python benchmarks/formulas.py"
     one_mlp_weight = break_even(f.LLAMA_3_8B.mlp, f.LLAMA_3_8B.hidden, f.LLAMA_3_8B.hidden)
     assert f"from {round(one_mlp_weight, -2):,.0f} tokens" in page
