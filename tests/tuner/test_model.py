@@ -322,16 +322,15 @@ def test_a_mixed_batch_that_cannot_be_is_refused_and_leaves_no_trace():
     model, z_a, _ = with_two()
     with pytest.raises(ValueError, match=r"non-existing adapter.*: c, d"):
         logits(model, adapter_names=["a", "c", "d"])
-    with pytest.raises(ValueError, match="offsets for 2 rows, but the batch has 3"):
+    with pytest.raises(ValueError, match="got 2 and 3"):
         logits(model, adapter_names=["a", "b"])
-    model.merge_adapter()
+    with pytest.raises(ValueError, match="training mode"):
+        logits(model.train(), adapter_names=["a", "b", "a"])
+    model.eval().merge_adapter()
     with pytest.raises(ValueError, match="unmerge_adapter"):
         logits(model, adapter_names=["a", "b", "a"])
     model.unmerge_adapter()
     close(logits(model), expected("llama", z_a))
-
-
-# --- names
 
 
 # --- save and load
