@@ -149,12 +149,14 @@ def routing() -> None:
     from smollm2 import load_smollm2
 
     from peft_svf import Transformer2Model
-    from peft_svf.tasks import jsonl_task
+    from peft_svf.tasks import everyday_requests, jsonl_task
 
     experts = sorted(path for path in (ROOT / "examples" / "experts").iterdir() if path.is_dir())
     model = Transformer2Model(*load_smollm2(torch.float32), experts)
     everyday_texts = json.loads((ROOT / "benchmarks" / "everyday_requests.json").read_text())
     prompts = {"everyday": [[{"role": "user", "content": text}] for text in everyday_texts]}
+    others = everyday_requests("validation", 60)
+    prompts["everyday, from templates"] = [[{"role": "user", "content": text}] for text in others]
     for folder in sorted(REQUESTS.iterdir()):
         prompts[folder.name] = [row["prompt"] for row in jsonl_task(folder).rows("test", "generate", limit=60)]
     chosen = {kind: Counter(mixture.choice for mixture in model.first_pass(p)) for kind, p in prompts.items()}

@@ -57,31 +57,11 @@ def answers(model, texts=(), **kwargs):
 # --- the second pass
 
 
-def test_an_explicit_expert_answers_as_that_expert_alone(model, folders, no_first_pass):
-    for name in ("math", "code"):
-        assert answers(model, expert=name) == answers(alone(folders[name]))
-    assert answers(model, expert="math") != answers(model, expert="code")
-
-
 def test_other_answers_as_the_base(model, no_first_pass):
     expected = answers(base())
     for nothing in ({"expert": "other"}, {"mixture": {}}, {"mixture": Mixture()}, {"mixture": {"other": 1.0}}):
         assert answers(model, **nothing) == expected
-    assert answers(model, expert="math") != expected
-
-
-@pytest.mark.parametrize(
-    "chosen",
-    [
-        {"expert": ["math", "other", "code"]},
-        {"mixture": ({"math": 0.7, "code": 0.3}, Mixture(), {"code": -0.5})},
-    ],
-    ids=["experts", "mixtures"],
-)
-def test_a_batch_with_a_choice_for_each_row_answers_as_one_by_one(chosen, model, no_first_pass):
-    ((kind, choices),) = chosen.items()
-    singles = [answers(model, [text], **{kind: choice})[0] for text, choice in zip(TEXTS, choices, strict=True)]
-    assert answers(model, **chosen) == singles
+    assert expected != answers(model, expert="math") != answers(model, expert="code") != expected
 
 
 def test_the_two_passes_are_a_decision_and_a_generation_with_it(model):
@@ -157,10 +137,10 @@ def test_however_it_generates_an_expert_answers_as_that_expert_alone(option, new
 
 
 @pytest.mark.parametrize("option", sorted(set(options()) - {"assisted", "prompt lookup"}))
-def test_however_it_generates_rows_stay_with_their_experts(option, model, no_first_pass):
-    each, settings = ["math", "other", "code"], options()[option]
-    together = answers(model, expert=each, **settings)
-    singles = [answers(model, [text], expert=name, **settings) for text, name in zip(TEXTS, each, strict=True)]
+def test_however_it_generates_rows_stay_with_their_mixtures(option, model, no_first_pass):
+    each, settings = ("math", {"math": 0.7, "code": 0.3}, {"code": -0.5}), options()[option]
+    together = answers(model, mixture=each, **settings)
+    singles = [answers(model, [text], mixture=one, **settings) for text, one in zip(TEXTS, each, strict=True)]
     assert together == [answer for answered in singles for answer in answered]
 
 
@@ -338,6 +318,8 @@ def test_adapt_takes_a_search_or_its_fields(model):
     assert answers(model, mixture=found) == answers(model, mixture=dict(found.alpha))
     with pytest.raises(ValueError, match="a search or its fields, not both"):
         model.adapt(EXAMPLES, search=BRIEF, iterations=1)
+    with pytest.raises(TypeError, match="no argument 'temperature': these examples generate nothing"):
+        model.adapt(EXAMPLES, temperature=2.0)
 
 
 def test_what_adapt_found_is_used_by_its_name(folders, no_first_pass):

@@ -2,7 +2,7 @@
 """
 Files that are written whole or not at all, and files from outside that are read within bounds.
 
-Knows nothing of what stands in them, and nothing of the rest of the package.
+This module doesn't know their contents or the rest of the package.
 """
 
 import glob
@@ -37,7 +37,7 @@ def write(path: str | os.PathLike[str], content: str | bytes) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.writing")
-    for stale in target.parent.glob(f".{glob.escape(target.name)}.*.writing"):  # of a process that was killed
+    for stale in target.parent.glob(f".{glob.escape(target.name)}.*.writing"):  # left by a process that was killed
         with suppress(OSError):  # another process may be cleaning up too
             if time.time() - stale.stat().st_mtime > STALE:
                 stale.unlink()
@@ -113,10 +113,20 @@ def read_bytes(path: str | os.PathLike[str], limit: int = LIMIT) -> bytes:
 
 
 def read_json(path: str | os.PathLike[str], limit: int = LIMIT) -> Any:
-    """Read a JSON file from outside; errors as in [`read_bytes`], and `ValueError` for bad or deeply nested JSON."""
+    """
+    Read a JSON file from outside; errors as in [`read_bytes`], and `ValueError` for bad or deeply nested JSON.
+
+    A key that stands twice is refused: readers differ in which one counts. NaN is let in, as transformers writes it.
+    """
     content = read_bytes(path, limit)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(table := dict(pairs)) < len(pairs):
+            raise ValueError("a key stands twice")
+        return table
+
     try:
-        return json.loads(content)
+        return json.loads(content, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # also of other encodings, and of integers with too many digits
         raise ValueError(f"{path} isn't valid JSON ({error}): fetch it again.") from error
 
@@ -130,7 +140,7 @@ def without_secrets(value: Any) -> Any:
     """
     Drop entries whose name is a secret's, at any depth, and replace secrets inside texts by dots.
 
-    Texts lose tokens of the Hub, passwords in URLs, values after a secret's name and those of the environment.
+    A text loses Hub tokens, passwords in URLs, values that follow a secret's name, and secrets of the environment.
     """
     if isinstance(value, Mapping):
         return {key: without_secrets(inner) for key, inner in value.items() if not SECRET_NAME.search(str(key))}

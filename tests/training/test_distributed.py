@@ -84,6 +84,12 @@ def worker(rank, folder):
     except TypeError as error:
         found["merge"] = str(error)
 
+    evaluated = adapt(seed=2, task_type="CAUSAL_LM").eval()
+    found["whole logits"] = logits(evaluated, {"input_ids": batch()})  # keeps merged weights
+    fully_shard(evaluated.base_model)  # the root isn't part of the base, nor is z whole when the call begins
+    evaluated.add_adapter("second", SVFConfig())
+    found["root logits"] = logits(evaluated, {"input_ids": batch()})
+
     del factorised[:]
     base = build("llama", seed=1, name="pico/llama")  # not in the cache yet
     for block in base.model.layers:
@@ -122,6 +128,12 @@ def test_sharded_weights_are_never_copied_whole(ranks):
         assert found["fsdp served by"] == {"narrow"}
         assert found["fsdp kept"] == 0
         assert "sharded weight cannot be merged" in found["merge"]
+
+
+@pytest.mark.slow
+def test_a_model_that_has_answered_is_sharded_at_its_root_and_takes_another_adapter(ranks):
+    for found in ranks[0]:
+        torch.testing.assert_close(found["root logits"], found["whole logits"], rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow

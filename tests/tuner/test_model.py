@@ -3,6 +3,7 @@
 
 import copy
 import logging
+import re
 
 import oracle
 import pytest
@@ -12,6 +13,7 @@ from peft import PeftModel, TaskType, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from pico import CONFIGS, build, fill, inputs, logits, matrix_of, own_methods, randomize, svf_layers
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from peft_svf import SVFConfig
 from peft_svf.tuner.model import DEFAULT_TARGETS
@@ -602,6 +604,47 @@ def test_targets_that_cannot_be_adapted_are_refused_and_the_model_is_as_it_was(c
         model.set_adapter("b")
     else:
         assert not hasattr(base, "peft_config") and not getattr(base, "_hf_peft_config_loaded", False)
+
+
+class Spelled(nn.Linear):
+    """A linear layer with a forward of its own that is the same product, as Falcon has."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+class Rounding(nn.Linear):
+    """A linear layer that isn't the product with its weight."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.bfloat16().float(), self.bias)
+
+
+class Odd(nn.Module):
+    """Linear layers that SVF adapts, reads in vain, can't read, or would rescale in one place of two."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain, self.spelled, self.rounding = nn.Linear(8, 8), Spelled(8, 8), Rounding(8, 8)
+        self.attention, self.here = nn.MultiheadAttention(8, 2), nn.Linear(8, 8)
+        self.there = self.here
+
+    def forward(self, x):
+        x = self.rounding(self.spelled(torch.tanh(self.plain(x))))
+        return self.there(torch.tanh(self.here(self.attention(x, x, x)[0])))
+
+
+def test_all_linear_leaves_out_what_cannot_be_adapted_and_says_so(caplog):
+    base, x = Odd().eval(), torch.randn(5, 3, 8)
+    model = get_peft_model(copy.deepcopy(base), SVFConfig(target_modules="all-linear")).eval()
+    assert set(svf_layers(model)) == {"plain", "spelled"} == model.peft_config["default"].target_modules
+    (record,) = caplog.records
+    assert re.search(r"leaves out 3 modules .*: attention\.out_proj, here, rounding$", record.message)
+    wanted = fill(base, randomize(model))(x)
+    close(model(x), wanted)
+    close(model.merge_and_unload()(x), wanted)
+    with pytest.raises(ValueError, match=r"rounding is not supported: it is a Rounding"):
+        get_peft_model(base, SVFConfig(target_modules=["plain", "rounding"]))
 
 
 @pytest.mark.parametrize("adapters", [1, 2])

@@ -12,7 +12,7 @@ a population out to the workers of a Ray cluster. Nothing here knows how a searc
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -143,23 +143,22 @@ class Judge:
 
     def _completions(self, members: np.ndarray, task: Task) -> tuple[np.ndarray, int]:
         """Score the completion of each member for each example `(members, examples)`; count the tokens."""
-        vectors, tokens = torch.tensor(members, dtype=torch.float64), 0
+        vectors, tokens = torch.tensor(members, dtype=torch.float64), sum(self._prompt_tokens) * len(members)
         scores = np.zeros((len(members), len(self.rows)))
         device = next(self.library.model.parameters()).device
         # Rows draw in turn, so with sampling each member has the batches to itself.
         for places, examples in self._blocks(len(members), 1 if self.generation.get("do_sample") else self.batch_size):
-            pairs = [(m, e) for m in places for e in examples]
-            prompts = [self.examples[e]["prompt"] for _, e in pairs]
+            rows = [self.examples[e] for e in examples] * len(places)
             with (
                 torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
                 torch.no_grad(),
-                self._rowwise(vectors, [m for m, _ in pairs]) as model,
+                self._rowwise(vectors, places) as model,
             ):
                 torch.manual_seed(self.seed)
-                texts = complete(model, self.tokenizer, prompts, **self.generation)
-            for (m, e), text in zip(pairs, texts, strict=True):
-                scores[m, e] = task.grade(text, self.examples[e])
-                tokens += self._prompt_tokens[e] + self._count(text)
+                texts = complete(model, self.tokenizer, [row["prompt"] for row in rows], **self.generation)
+            grades = [task.grade(text, row) for text, row in zip(texts, rows, strict=True)]
+            scores[np.ix_(places, examples)] = np.reshape(grades, (len(places), -1))
+            tokens += sum(map(self._count, texts))
         return scores, tokens
 
     def _blocks(self, members: int, most: int) -> Iterator[tuple[range, range]]:
@@ -171,8 +170,8 @@ class Judge:
                 yield range(members)[first : first + together], range(len(self.rows))[start : start + count]
 
     @contextmanager
-    def _rowwise(self, vectors: Tensor, places: Sequence[int]) -> Iterator[PeftModel]:
-        """Give row i, or part i of the rows, the mixture of `vectors[places[i]]`; gradients flow to it."""
+    def _rowwise(self, vectors: Tensor, places: range) -> Iterator[PeftModel]:
+        """Give part i of the rows the mixture of `vectors[places[i]]`; gradients flow to it."""
         weights = self.weights.alpha(vectors)[list(places)]  # (rows, blocks or 1, experts)
         with self.library.activate(Mixture()) as model:
             offsets = self.library.mix(self.weights.names, lambda module: weights[:, self.weights.block(module)])
@@ -191,7 +190,7 @@ def answer_row(example: Row) -> Row:
     return example if "choices" in example else {**example, "choices": [str(example["answer"])], "label": 0}
 
 
-class RayEvaluator:
+class RayEvaluator(AbstractContextManager):
     """
     Share a population out to the workers of a Ray cluster (extra `ray`), on this machine or many.
 
@@ -228,9 +227,6 @@ class RayEvaluator:
             sum(part.tokens for part in parts),
             max(part.seconds for part in parts),
         )
-
-    def __enter__(self) -> "RayEvaluator":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -7,7 +7,7 @@ Private names of PEFT were read in 0.21.2.
 
 import logging
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -15,11 +15,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _get_submodules
 from peft.utils.quantization_utils import get_quantization_kwargs
 from psutil import virtual_memory
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from . import loading
 from .config import SVFConfig
@@ -28,7 +29,7 @@ from .plans import PLANS, Plan, fast
 from .rows import TEXTS, Execution, active_rows, batch_of
 from .stacked import ParamWrapper
 from .targets import DEFAULT_TARGETS, batch_first, default_targets, reads_weight
-from .weights import Known, multiplies, onloaded, refuse_parallel, undo_cpu_packing
+from .weights import Known, multiplies, onloaded, readable, refuse_parallel, undo_cpu_packing
 
 logger = logging.getLogger(__name__)
 
@@ -224,7 +225,26 @@ class SVFModel(BaseTuner):
             named = peft_config.target_parameters
             targets = set() if named else default_targets(self.model, model_config.get("model_type"))
             peft_config.target_modules = targets  # type: ignore[assignment]
+        elif peft_config.target_modules == "all-linear":
+            found: Any = _maybe_include_all_linear_layers(peft_config, self.model)
+            peft_config.target_modules = self._suited(found.target_modules)  # type: ignore[assignment]
         return peft_config
+
+    def _suited(self, names: set[str]) -> set[str]:
+        """Leave out of `"all-linear"` what can't be adapted, and say so: nobody has named it."""
+        places = Counter(child for module in self.model.modules() for child in module._modules.values())
+        unsuited = set()
+        for name in names:
+            parent, target, child = _get_submodules(self.model, name)
+            weight = target._parameters.get("weight")
+            if isinstance(target, BaseTunerLayer) or not (weight is None or readable(weight)):
+                continue  # Left out, a packed base would have next to nothing adapted: it is refused instead.
+            if places[target] > 1 or self._unsuited(target, child, parent, None):
+                unsuited.add(name)
+        if unsuited:
+            shown = ", ".join(sorted(unsuited)[:4]) + (", ..." if len(unsuited) > 4 else "")
+            logger.warning(f"'all-linear' leaves out {len(unsuited)} modules that SVF can't adapt: {shown}")
+        return names - unsuited
 
     def _create_and_replace(
         self,
@@ -407,8 +427,8 @@ def _unchanged(layers: list[SVFLayer]) -> bool:
     pairs: dict[torch.device, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for layer in layers:
         built, now = layer.svf_merged.offset, layer._active_offset()  # type: ignore[union-attr]
-        if now is None or (built.shape, built.device) != (now.shape, now.device):
-            return False
+        if now is None or isinstance(now, DTensor) or (built.shape, built.device) != (now.shape, now.device):
+            return False  # FSDP shards z between forwards
         pairs[now.device].append((built, now.detach()))
     return all(torch.equal(*map(torch.cat, zip(*known, strict=True))) for known in pairs.values())
 

@@ -10,6 +10,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -98,13 +99,11 @@ def refuse_split(weight: Tensor, whole: bool = True) -> None:
 
 def refuse_parallel(model: nn.Module) -> None:
     """Raise `ValueError` for a model with weights that tensor parallelism has split over processes."""
-    split = any((getattr(module, "_tp_size", None) or 1) > 1 for module in model.modules())  # by transformers
-    sharded = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
-    if sharded:
-        from torch.distributed.fsdp import FSDPModule
-
-        fsdp = any(isinstance(module, FSDPModule) for module in model.modules())  # which is one of the ways to split
-        split |= any(sum(not place.is_replicate() for place in tensor.placements) > fsdp for tensor in sharded)
+    modules = list(model.modules())
+    split = any((getattr(module, "_tp_size", None) or 1) > 1 for module in modules)  # by transformers
+    fsdp = any(hasattr(module, "_is_fsdp_managed_module") for module in modules)  # which is one of the ways to split
+    for tensor in model.parameters():
+        split |= isinstance(tensor, DTensor) and sum(not place.is_replicate() for place in tensor.placements) > fsdp
     if split:
         raise ValueError(PARALLEL)
 
@@ -120,7 +119,25 @@ def multiplies(module: nn.Module) -> bool:
     forward, replaced = type(module).forward, vars(module).get("forward")
     if replaced is not None and getattr(replaced, "__func__", None) is not forward and not hasattr(module, "_hf_hook"):
         return False  # accelerate's hook sets an instance's forward too, and leaves the class's when it goes
-    return forward in (nn.Linear.forward, Conv1D.forward) and readable(module._parameters.get("weight"))
+    return is_product(type(module)) and readable(module._parameters.get("weight"))
+
+
+@cache
+def is_product(kind: type[nn.Module]) -> bool:
+    """Whether a class's forward is the product with `weight` plus `bias`; Falcon's own is, which a probe shows."""
+    if kind.forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    if not issubclass(kind, nn.Linear):
+        return False
+    probe: Any = kind.__new__(kind)
+    nn.Module.__init__(probe)  # without what the class adds: a scale that its forward uses is missed
+    weight, bias, x = (torch.linspace(-2, 1, n, device="cpu").exp() for n in (12, 3, 8))
+    probe.weight, probe.bias, x = nn.Parameter(weight.view(3, 4)), nn.Parameter(bias), x.view(2, 4)
+    try:
+        with torch.no_grad():
+            return torch.allclose(probe.forward(x), nn.functional.linear(x, probe.weight, probe.bias))
+    except Exception:  # It needs more than a weight and a bias.
+        return False
 
 
 def readable(weight: Tensor | None) -> bool:
