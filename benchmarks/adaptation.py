@@ -22,13 +22,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from harness import RESULTS, ROOT, Cell, result_of, run_cells
+from harness import RESULTS, ROOT, Cell, parser_of, result_of, run_cells
+from smollm2 import load_smollm2
 
 from peft_svf import Expert, Mixture, Transformer2Model
 from peft_svf.adaptation import FirstPass, Search, dispatch, fit_calibration, fit_probe, fit_temperature
@@ -82,8 +83,6 @@ def fingerprint() -> str:
 @functools.cache
 def load(dtype: torch.dtype = torch.bfloat16) -> Transformer2Model:
     """Load the base model with the experts and the classifier; bases have the model's dtype."""
-    from smollm2 import load_smollm2
-
     base, tokenizer = load_smollm2(dtype)
     kept = {"basis_dtype": str(dtype).removeprefix("torch.")}
     experts = {name: Expert.load(folder) for name, folder in FOLDERS.items()}
@@ -140,18 +139,15 @@ def first_pass_of(way: str, seed: int) -> FirstPass:
     """Return a way's `FirstPass`, fitted if it says so."""
     settings, model = dict(WAYS[way]), load()
     fit, (prompts, kinds) = settings.pop("fit", None), validation(seed)
-    library, tokenizer = model.library, model.tokenizer
+    asked = model.library, model.tokenizer, prompts
     if fit == "probe":
-        return FirstPass(**settings, probe=fit_probe(library, tokenizer, prompts, kinds))
+        return FirstPass(**settings, probe=fit_probe(*asked, kinds))
+    plain = FirstPass(**settings)
     if fit == "temperature":
-        temperature = fit_temperature(library, tokenizer, prompts, kinds, FirstPass(**settings))
-        return FirstPass(**settings, temperature=temperature)
+        return replace(plain, temperature=fit_temperature(*asked, kinds, plain))
     if fit:
-        labels = kinds if fit == "labelled" else None
-        return FirstPass(
-            **settings, calibration=fit_calibration(library, tokenizer, prompts, labels, FirstPass(**settings))
-        )
-    return FirstPass(**settings)
+        return replace(plain, calibration=fit_calibration(*asked, kinds if fit == "labelled" else None, plain))
+    return plain
 
 
 def judge(way: str, seed: int) -> dict[str, Any]:
@@ -325,21 +321,18 @@ def cells(folder: Path, seed: int) -> list[Cell]:
     return [Cell(name, functools.partial(measure, *given, seed)) for name, measure, *given in made]
 
 
-def options(doc: str) -> argparse.ArgumentParser:
-    """Make the parser of the options that adaptation.py and transfer.py share."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(doc: str | None) -> argparse.ArgumentParser:
+    """Make the parser of the options that adaptation.py, routing.py and transfer.py share."""
+    parser, out = parser_of(doc), RESULTS / "adaptation" / fingerprint()
     parser.add_argument("--minutes", type=float, default=20, help="minutes after which no further cell begins")
-    parser.add_argument("--only", default="", help="part of the name of the cells to run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS / "adaptation" / fingerprint(), help="folder of the results"
-    )
+    parser.add_argument("--out", type=Path, default=out, help="folder of the results")
     return parser
 
 
 def main() -> None:
     """Run the missing cells."""
-    args = options(__doc__ or "").parse_args()
+    args = options(__doc__).parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     sys.exit(bool(run_cells(cells(args.out, args.seed), args.out, args.only, args.minutes, args.seed)))
 

@@ -13,12 +13,7 @@ from torch import Tensor, nn
 
 
 class DenseWeight:
-    """
-    One weight in dense form.
-
-    Args:
-        layer (`nn.Linear`): Gets a separate weight `(out, in)`, overwritten in every step, with a dense gradient.
-    """
+    """One weight in dense form: `layer` gets a separate one, overwritten in every step, with a dense gradient."""
 
     def __init__(self, layer: nn.Linear) -> None:
         self.U, self.S, self.Vt = torch.linalg.svd(layer.weight.detach().float(), full_matrices=False)
@@ -48,24 +43,8 @@ class DenseWeight:
         self.layer.weight.grad = None
 
 
-class DenseForm:
-    """A model whose linear layers with names ending in one of `targets` are in dense form, in place."""
-
-    def __init__(self, model: nn.Module, targets: list[str]) -> None:
-        model.requires_grad_(False)
-        named = [m for name, m in model.named_modules() if name.rpartition(".")[2] in targets]
-        self.weights = [DenseWeight(module) for module in named if isinstance(module, nn.Linear)]
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Return the trained vectors."""
-        return [weight.p for weight in self.weights]
-
-    def refresh(self) -> None:
-        """Compose all weights, before the forward."""
-        for weight in self.weights:
-            weight.refresh()
-
-    def project(self) -> None:
-        """Carry all dense gradients to the trained vectors, after the backward."""
-        for weight in self.weights:
-            weight.project()
+def dense_form(model: nn.Module, targets: list[str]) -> list[DenseWeight]:
+    """Put the linear layers of a model whose names end in one of `targets` into dense form, in place."""
+    model.requires_grad_(False)
+    named = [m for name, m in model.named_modules() if name.rpartition(".")[2] in targets]
+    return [DenseWeight(module) for module in named if isinstance(module, nn.Linear)]

@@ -13,6 +13,7 @@ import statistics
 
 import torch
 from harness import RESULTS, Cell, run_cells
+from smollm2 import NAME, load_smollm2
 
 from peft_svf.tuner.basis import factorize
 from peft_svf.tuner.fingerprint import ACCEPT, REFUSE, distance, sketch
@@ -26,8 +27,6 @@ NAMES = [
 
 def measure() -> dict[str, object]:
     """Measure the distances by case."""
-    from smollm2 import NAME, load_smollm2
-
     model, cases = load_smollm2()[0], {}
     for i, name in enumerate(NAMES):
         stored = model.get_submodule(name).weight.detach().float()

@@ -6,12 +6,14 @@ Shapes of a model -> numbers of parameters, bytes and flops of SVF and of LoRA: 
 against small real models. Nothing here needs a model, or any package.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 BF16, FP32 = 2, 4  # bytes
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 QV, ALL = ("q_proj", "v_proj"), (*ATTENTION, *MLP)
+TARGETS = {"q, v": QV, "MLP": MLP, "all linear": ALL}
 
 
 @dataclass(frozen=True)
@@ -58,123 +60,112 @@ MODELS = (LLAMA_3_8B, LLAMA_3_70B, QWEN3_235B)
 
 def weights(model: Architecture, targets: Iterable[str] = ALL) -> list[Shape]:
     """The linear weights of a model that have one of these names; of stacked experts, each matrix."""
-    queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    attention, mlps = model.layers, model.layers * model.experts
-    shapes = [
-        Shape("q_proj", queries, model.hidden, attention),
-        Shape("k_proj", keys, model.hidden, attention),
-        Shape("v_proj", keys, model.hidden, attention),
-        Shape("o_proj", model.hidden, queries, attention),
-        Shape("down_proj", model.hidden, model.mlp, mlps),
-    ]
+    hidden, queries, keys = model.hidden, model.heads * model.head_dim, model.kv_heads * model.head_dim
+    sizes = {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden)}
+    sizes |= {"o_proj": (hidden, queries), "down_proj": (hidden, model.mlp)}
     if model.experts > 1:  # transformers stacks the experts and fuses gate and up into one matrix: (E, 2 mlp, hidden)
-        shapes.append(Shape("gate_up_proj", 2 * model.mlp, model.hidden, mlps))
+        sizes["gate_up_proj"] = (2 * model.mlp, hidden)
     else:
-        shapes += [Shape(name, model.mlp, model.hidden, mlps) for name in ("gate_proj", "up_proj")]
-    chosen = set(targets)
-    return [shape for shape in shapes if shape.name in chosen]
+        sizes |= dict.fromkeys(("gate_proj", "up_proj"), (model.mlp, hidden))
+    count = {name: model.layers * (1 if name in ATTENTION else model.experts) for name in sizes}
+    return [Shape(name, *size, count[name]) for name, size in sizes.items() if name in set(targets)]
 
 
-def _sum(shapes: Iterable[Shape], of: Callable[[Shape], int]) -> int:
+def _sum(shapes: Sequence[Shape], of: Callable[[Shape], int]) -> int:
     return sum(shape.count * of(shape) for shape in shapes)
 
 
-def entries(shapes: Iterable[Shape]) -> int:
+def entries(shapes: Sequence[Shape]) -> int:
     """Entries of the weights themselves."""
     return _sum(shapes, lambda s: s.entries)
 
 
-def svf_parameters(shapes: Iterable[Shape], rank: int | None = None) -> int:
+def svf_parameters(shapes: Sequence[Shape], rank: int | None = None) -> int:
     """Trained numbers of SVF: one for each singular value that it moves."""
     return _sum(shapes, lambda s: min(s.r, rank or s.r))
 
 
-def lora_parameters(shapes: Iterable[Shape], rank: int = 16) -> int:
+def lora_parameters(shapes: Sequence[Shape], rank: int = 16) -> int:
     """Trained numbers of LoRA."""
     return _sum(shapes, lambda s: rank * (s.tall + s.wide))
 
 
-def basis_bytes(shapes: Iterable[Shape], itemsize: int = BF16, rank: int | None = None) -> int:
+def basis_bytes(shapes: Sequence[Shape], itemsize: int = BF16, rank: int | None = None) -> int:
     """Resident bytes of the bases: `Q (r, k)` in their dtype and `S (k,)` in float32."""
     return _sum(shapes, lambda s: (itemsize * s.r + FP32) * min(s.r, rank or s.r))
 
 
-def merged_bytes(shapes: Iterable[Shape], itemsize: int = BF16) -> int:
+def merged_bytes(shapes: Sequence[Shape], itemsize: int = BF16) -> int:
     """Bytes of the merged plan's `W'` or of the factored plan's second factor, beside weights and bases."""
     return itemsize * entries(shapes)
 
 
-def dense_bytes(shapes: Iterable[Shape], itemsize: int = BF16) -> dict[str, int]:
+def dense_bytes(shapes: Sequence[Shape], itemsize: int = BF16) -> dict[str, int]:
     """Bytes of the dense form beside the weights: U, S and V, a copy of the base, a dense gradient."""
-    shapes = list(shapes)
     factors = _sum(shapes, lambda s: s.r * (s.tall + s.wide) + s.r)
     return {"factors": itemsize * factors, "base": itemsize * entries(shapes), "gradient": itemsize * entries(shapes)}
 
 
-def cache_bytes(shapes: Iterable[Shape]) -> int:
+def cache_bytes(shapes: Sequence[Shape]) -> int:
     """Bytes on disk of the basis cache: Q and S in float32, without headers."""
     return _sum(shapes, lambda s: FP32 * (s.r * s.r + s.r))
 
 
-def forward_flops(shapes: Iterable[Shape], tokens: int = 1) -> int:
+def forward_flops(shapes: Sequence[Shape], tokens: int = 1) -> int:
     """Flops of the frozen products of a forward; a backward to the activations has as many."""
     return 2 * tokens * entries(shapes)
 
 
-def narrow_flops(shapes: Iterable[Shape], tokens: int = 1, rank: int | None = None) -> int:
+def narrow_flops(shapes: Sequence[Shape], tokens: int = 1, rank: int | None = None) -> int:
     """Flops that the narrow plan adds to a forward, and as many again to a backward."""
     return _sum(shapes, lambda s: 4 * tokens * s.r * min(s.r, rank or s.r))
 
 
-def factored_flops(shapes: Iterable[Shape], tokens: int = 1) -> int:
+def factored_flops(shapes: Sequence[Shape], tokens: int = 1) -> int:
     """Flops of a forward through the two factors, instead of [`forward_flops`]."""
     return _sum(shapes, lambda s: 2 * tokens * (s.r * s.r + s.entries))
 
 
-def merge_flops(shapes: Iterable[Shape]) -> int:
+def merge_flops(shapes: Sequence[Shape]) -> int:
     """Flops of building `W'`: an r x r product and one with the weight."""
     return _sum(shapes, lambda s: 2 * s.r**3 + 2 * s.r * s.entries)
 
 
-def gradient_flops(shapes: Iterable[Shape], tokens: int) -> int:
+def gradient_flops(shapes: Sequence[Shape], tokens: int) -> int:
     """Flops that the gradient of z adds to a backward in the merged plan, by the cheaper of two ways."""
     return _sum(shapes, lambda s: min(2 * tokens * s.r**2 + 2 * s.r**3, 4 * tokens * s.r**2))
 
 
-def compose_flops(shapes: Iterable[Shape]) -> int:
+def compose_flops(shapes: Sequence[Shape]) -> int:
     """Flops of one composition `U diag(S z) V^T` in the dense form, the diagonal as a matrix; three in a step."""
     return _sum(shapes, lambda s: 2 * s.tall * s.r * s.r + 2 * s.r * s.entries)
 
 
-def lora_flops(shapes: Iterable[Shape], tokens: int = 1, rank: int = 16) -> int:
+def lora_flops(shapes: Sequence[Shape], tokens: int = 1, rank: int = 16) -> int:
     """Flops that LoRA adds to a forward; it adds twice as many to a backward."""
     return _sum(shapes, lambda s: 2 * tokens * rank * (s.tall + s.wide))
 
 
-def step_flops(shapes: Iterable[Shape], method: str, tokens: int) -> int:
+def step_flops(shapes: Sequence[Shape], method: str, tokens: int) -> int:
     """Flops of the adapted products in one training step, all tokens in one backward, and of what changes with z."""
-    shapes = list(shapes)
     frozen = 2 * forward_flops(shapes, tokens)
-    flops = {
+    return {
         "frozen": frozen,
         "merged": frozen + gradient_flops(shapes, tokens) + merge_flops(shapes),
         "narrow": frozen + 2 * narrow_flops(shapes, tokens),
         "factored": 2 * factored_flops(shapes, tokens),
         "lora": frozen + 3 * lora_flops(shapes, tokens),
         "dense": frozen + forward_flops(shapes, tokens) + 3 * compose_flops(shapes),
-    }
-    return flops[method]
+    }[method]
 
 
-def step_ratio(shapes: Iterable[Shape], method: str, tokens: int) -> float:
+def step_ratio(shapes: Sequence[Shape], method: str, tokens: int) -> float:
     """Flops of a training step over those of the frozen products."""
-    shapes = list(shapes)
     return step_flops(shapes, method, tokens) / step_flops(shapes, "frozen", tokens)
 
 
-def decode_bytes(shapes: Iterable[Shape], plan: str, rows: int, itemsize: int = BF16) -> int:
+def decode_bytes(shapes: Sequence[Shape], plan: str, rows: int, itemsize: int = BF16) -> int:
     """Bytes of weights, bases and offsets that a decoding step reads, with an offset in float32 for each row."""
-    shapes = list(shapes)
     read = itemsize * entries(shapes)
     if plan == "base":
         return read
@@ -184,12 +175,12 @@ def decode_bytes(shapes: Iterable[Shape], plan: str, rows: int, itemsize: int = 
     return read + square + FP32 * rows * svf_parameters(shapes, rank)
 
 
-def eigh_seconds(shapes: Iterable[Shape], nanoseconds: float = 0.40) -> float:
+def eigh_seconds(shapes: Sequence[Shape], nanoseconds: float = 0.40) -> float:
     """Seconds of one CPU thread for `eigh`, at `nanoseconds * r^3`: 0.40 was measured for r of 1024 and 2048."""
     return _sum(shapes, lambda s: s.r**3) * nanoseconds * 1e-9
 
 
-def factorise_product_flops(shapes: Iterable[Shape]) -> int:
+def factorise_product_flops(shapes: Sequence[Shape]) -> int:
     """Float64 flops of the Gram matrices and of `W Q`, beside `eigh`."""
     return _sum(shapes, lambda s: 4 * s.r * s.entries)
 
@@ -203,27 +194,28 @@ def human(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def table(head: list[str], rows: Iterable[list[str]]) -> str:
-    """A Markdown table."""
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """Write a Markdown table as lines, with an empty one at the end."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines] + [""]
 
 
-def memory_table() -> str:
+def by_targets(
+    models: Iterable[Architecture], names: Iterable[str] = TARGETS
+) -> Iterator[tuple[str, str, list[Shape]]]:
+    """Yield the model's name, the name of the targets and their weights."""
+    return ((model.name, name, weights(model, TARGETS[name])) for model in models for name in names)
+
+
+def memory_table() -> list[str]:
     """Parameters and bytes of every model and choice of targets."""
     rows = []
-    for model in MODELS:
-        for name, targets in (("q, v", QV), ("MLP", MLP), ("all linear", ALL)):
-            shapes = weights(model, targets)
-            dense = dense_bytes(shapes)
-            rows.append(
-                [
-                    model.name, name, f"{svf_parameters(shapes):,}", human(FP32 * svf_parameters(shapes)),
-                    f"{lora_parameters(shapes):,}", human(BF16 * entries(shapes)), human(basis_bytes(shapes)),
-                    human(basis_bytes(shapes, rank=64)), human(merged_bytes(shapes)), human(dense["factors"]),
-                    human(sum(dense.values())), human(cache_bytes(shapes)),
-                ]
-            )  # fmt: skip
+    for model, name, shapes in by_targets(MODELS):
+        dense, numbers = dense_bytes(shapes), svf_parameters(shapes)
+        sizes = (FP32 * numbers, BF16 * entries(shapes), basis_bytes(shapes), basis_bytes(shapes, rank=64))
+        sizes += (merged_bytes(shapes), dense["factors"], sum(dense.values()), cache_bytes(shapes))
+        expert, *others = map(human, sizes)
+        rows.append([model, name, f"{numbers:,}", expert, f"{lora_parameters(shapes):,}", *others])
     head = [
         "model", "targets", "z", "an expert", "LoRA r=16", "W", "bases", "bases, k=64", "+ merged or factored",
         "U, S, V", "dense form in all", "cache on disk",
@@ -231,47 +223,37 @@ def memory_table() -> str:
     return table(head, rows)
 
 
-def step_table(tokens: Iterable[int] = (2048, 16384, 65536)) -> str:
+def step_table(tokens: Sequence[int] = (2048, 16384, 65536)) -> list[str]:
     """Flops of a training step over the frozen products, by plan and tokens; dense models only."""
     rows = []
-    for model in (LLAMA_3_8B, LLAMA_3_70B):
-        for name, targets in (("MLP", MLP), ("all linear", ALL)):
-            shapes = weights(model, targets)
-            for count in tokens:
-                ratios = [
-                    step_ratio(shapes, method, count) for method in ("merged", "narrow", "factored", "lora", "dense")
-                ]
-                rows.append([model.name, name, f"{count:,}", *(f"{ratio:.2f}" for ratio in ratios)])
+    for model, name, shapes in by_targets((LLAMA_3_8B, LLAMA_3_70B), ("MLP", "all linear")):
+        for count in tokens:
+            ratios = (step_ratio(shapes, way, count) for way in ("merged", "narrow", "factored", "lora", "dense"))
+            rows.append([model, name, f"{count:,}", *(f"{ratio:.2f}" for ratio in ratios)])
     return table(["model", "targets", "tokens", "merged", "narrow", "factored", "LoRA r=16", "dense form"], rows)
 
 
-def decode_table(rows_of_batch: int = 64) -> str:
+def decode_table(rows_of_batch: int = 64) -> list[str]:
     """Bytes that a decoding step reads of the adapted weights, over those of the base."""
     rows = []
-    for model in (LLAMA_3_8B, LLAMA_3_70B):
-        for name, targets in (("MLP", MLP), ("all linear", ALL)):
-            shapes = weights(model, targets)
-            base = decode_bytes(shapes, "base", rows_of_batch)
-            ratios = [
-                decode_bytes(shapes, plan, rows_of_batch) / base
-                for plan in ("base", "factored", "narrow", "truncated")
-            ]
-            rows.append([model.name, name, human(base), *(f"{ratio:.2f}" for ratio in ratios)])
+    for model, name, shapes in by_targets((LLAMA_3_8B, LLAMA_3_70B), ("MLP", "all linear")):
+        read = [decode_bytes(shapes, plan, rows_of_batch) for plan in ("base", "factored", "narrow", "truncated")]
+        rows.append([model, name, human(read[0]), *(f"{some / read[0]:.2f}" for some in read)])
     return table(["model", "targets", "base reads", "merged", "factored", "narrow", "k=64"], rows)
 
 
-def factorise_table() -> str:
+def factorise_table() -> list[str]:
     """Time of one CPU thread in `eigh` for all bases, and the float64 products beside it."""
-    rows = []
-    for model in MODELS:
-        cells = [
-            f"{eigh_seconds(shapes) / 3600:.2g} h + {factorise_product_flops(shapes) / 1e12:,.0f} Tflop"
-            for shapes in (weights(model, targets) for targets in (QV, MLP, ALL))
-        ]
-        rows.append([model.name, *cells])
-    return table(["model", "q, v", "MLP", "all linear"], rows)
+    rows: dict[str, list[str]] = {}
+    for model, _, shapes in by_targets(MODELS):
+        cell = f"{eigh_seconds(shapes) / 3600:.2g} h + {factorise_product_flops(shapes) / 1e12:,.0f} Tflop"
+        rows.setdefault(model, [model]).append(cell)
+    return table(["model", *TARGETS], rows.values())
+
+
+TABLES = (memory_table, step_table, decode_table, factorise_table)
 
 
 if __name__ == "__main__":
-    for each in (memory_table, step_table, decode_table, factorise_table):
-        print(f"<!-- {each.__name__} -->\n{each()}\n")
+    for tabulate in TABLES:
+        print(f"<!-- {tabulate.__name__} -->", *tabulate(), sep="\n")

@@ -11,18 +11,15 @@ interrupted cell goes on from its last checkpoint in runs/generated, where its a
 checkpoint.
 """
 
-import argparse
 import json
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import RESULTS, ROOT, Cell, result_of, run_cells
+from harness import RESULTS, ROOT, run_trainings
 
 from peft_svf.tasks.task import plain
 
@@ -348,20 +345,5 @@ def padded(pairs: Sequence[tuple[list[int], list[int]]]) -> tuple[Any, Any]:
     return ids, torch.stack(answered)
 
 
-def main() -> None:
-    """Run the missing cells, each in its own process."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="part of the name of the cells to run")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)  # the one cell of a process
-    args = parser.parse_args()
-    trainings = {training.name: training for training in cells()}
-    if args.cell:
-        cell = trainings[args.cell]
-        sys.exit(bool(run_cells([Cell(cell.name, lambda: measure(cell))], FOLDER, seed=cell.seed)))
-    for name in trainings:
-        if args.only in name and result_of(FOLDER, name) is None:
-            subprocess.run([sys.executable, __file__, "--cell", name])
-
-
 if __name__ == "__main__":
-    main()
+    run_trainings(__doc__, cells(), measure, FOLDER)

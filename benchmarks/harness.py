@@ -6,6 +6,7 @@ Contestants of a race run in one process, in a new random order in each repetiti
 machine hits all of them. A ratio is formed within a repetition; reports give its median and range over repetitions.
 """
 
+import argparse
 import gc
 import json
 import math
@@ -14,16 +15,19 @@ import platform
 import random
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from peft_svf import files
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -63,28 +67,16 @@ def cuda_clock(run: Callable[[], Any], inner: int) -> float:
 
 @dataclass
 class Race:
-    """
-    The measurements of one race.
+    """The measurements of one race."""
 
-    Args:
-        case (`str`): Case of the benchmark, `"B2"`.
-        key (`str`): Name of the race within the run, `"B2/mlp"`.
-        title (`str`): Heading on the page.
-        about (`dict`): Shapes, tokens, dtypes.
-        clock (`str`): Name of the clock.
-        inner (`int`): Calls per sample.
-        samples (`dict[str, list[float]]`): Seconds per call; entry i of every contestant is from repetition i.
-        not_available (`dict[str, str]`): Contestants that did not run, with the reason.
-    """
-
-    case: str
-    key: str
-    title: str
-    about: dict[str, Any] = field(default_factory=dict)
+    case: str  # "B2"
+    key: str  # "B2/mlp"
+    title: str  # on the page
+    about: dict[str, Any] = field(default_factory=dict)  # shapes, tokens, dtypes
     clock: str = ""
-    inner: int = 1
-    samples: dict[str, list[float]] = field(default_factory=dict)
-    not_available: dict[str, str] = field(default_factory=dict)
+    inner: int = 1  # calls per sample
+    samples: dict[str, list[float]] = field(default_factory=dict)  # seconds per call; entry i is of repetition i
+    not_available: dict[str, str] = field(default_factory=dict)  # contestants that did not run, with the reason
 
 
 def race(
@@ -168,26 +160,17 @@ def machine() -> dict[str, Any]:
 
 def header(seed: int) -> dict[str, Any]:
     """Record what every result file carries: command, start, seed, versions, machine."""
-    from peft_svf.files import versions
-
     return {
         "command": shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seed": seed,
-        "versions": {"python": platform.python_version(), **versions()},
+        "versions": {"python": platform.python_version(), **files.versions()},
         "machine": machine(),
     }
 
 
 class Run:
-    """
-    One run of the speed benchmark and its file, which is written after every race.
-
-    Args:
-        folder (`Path`): Folder of the file, whose name is the start time; an existing file is left alone.
-        settings (`dict`): What the run was asked for, the seed among it.
-        prefix (`str`): Beginning of the file's name.
-    """
+    """One run of the speed benchmark and its file: a new one, named for the start, written after every race."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], prefix: str = "speed") -> None:
         self.start = time.monotonic()
@@ -220,8 +203,6 @@ class Run:
 
     def write(self) -> None:
         """Write the file."""
-        from peft_svf import files
-
         self.content["seconds"] = round(time.monotonic() - self.start, 1)
         files.write(self.path, json.dumps(self.content, indent=1))
 
@@ -234,14 +215,7 @@ class Cell(NamedTuple):
 
 
 def run_cells(cells: Sequence[Cell], folder: Path, only: str = "", minutes: float = 60, seed: int = 0) -> list[str]:
-    """
-    Run the cells without a file, in their order, until the minutes are over.
-
-    Returns:
-        `list[str]`: names of the cells that raised; their traceback is printed and the others go on.
-    """
-    from peft_svf import files
-
+    """Run the cells without a file until the minutes are over; return the names of those that raised."""
     start, failed = time.monotonic(), []
     missing = [cell for cell in cells if only in cell.name and not (folder / f"{cell.name}.json").exists()]
     print(f"{len(missing)} of {len(cells)} cells to run, {minutes:g} minutes", flush=True)
@@ -267,3 +241,23 @@ def result_of(folder: Path, name: str) -> dict[str, Any] | None:
     """Read the result of a cell; `None` if it was not run."""
     path = folder / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """Make the parser of a benchmark that has cells."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="part of the name of the cells to run")
+    return parser
+
+
+def run_trainings(doc: str | None, trainings: Iterable[Any], measure: Callable[[Any], Any], folder: Path) -> None:
+    """Run the trainings without a result, each in its own process."""
+    parser = parser_of(doc)
+    parser.add_argument("--cell", help=argparse.SUPPRESS)  # the one of a process
+    args, cells = parser.parse_args(), {training.name: training for training in trainings}
+    if args.cell:
+        cell = cells[args.cell]
+        sys.exit(bool(run_cells([Cell(cell.name, lambda: measure(cell))], folder, seed=cell.seed)))
+    for name in cells:
+        if args.only in name and result_of(folder, name) is None:
+            subprocess.run([sys.executable, sys.argv[0], "--cell", name])

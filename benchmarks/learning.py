@@ -10,18 +10,16 @@ All see the same questions in the same order, as many steps and the same test ro
 its last checkpoint in runs/learning. Validation, the reward of the likeliest choice, chooses the checkpoint.
 """
 
-import argparse
 import hashlib
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
-from harness import RESULTS, Cell, run_cells
+from harness import RESULTS, run_trainings
+from smollm2 import load_smollm2
 
 FOLDER = RESULTS / "learning"
 CELLS = Path(__file__).with_name("learning_cells.json")
@@ -32,35 +30,21 @@ TARGETS: dict[str, Any] = {"mlp": MLP, "qv": QV, "both": MLP + QV, "all": "all-l
 
 @dataclass(frozen=True)
 class Training:
-    """
-    One training run; method "base" is the untrained model on the test rows.
+    """One training run; method "base" is the untrained model on the test rows."""
 
-    Args:
-        task (`str`): Name of the task, in its choice form.
-        method (`str`): What is trained and at which of `TARGETS`, such as "svf-mlp".
-        lr (`float`): Learning rate.
-        seed (`int`): Seed of the questions' order, of sampled answers and of an adapter's start.
-        learner (`str`): "reinforce"; "sft", next-token loss on the right answer; "evolution".
-        steps, questions (`int`): Optimizer steps, and questions in each.
-        samples (`int`): Answers per question: sampled ones, or members of the population.
-        eval_steps (`int`): Steps between validations.
-        test_rows (`int`): Rows of the test split at most.
-        temperature, beta, baseline: Of REINFORCE, as in `ReinforceConfig` (baseline: `advantage_estimator`).
-    """
-
-    task: str
-    method: str
+    task: str  # in its choice form
+    method: str  # what is trained and at which of `TARGETS`, such as "svf-mlp"
     lr: float = 0.0
-    seed: int = 0
-    learner: str = "reinforce"
+    seed: int = 0  # of the questions' order, of sampled answers and of an adapter's start
+    learner: str = "reinforce"  # or "sft", next-token loss on the right answer, or "evolution"
     steps: int = 30
-    questions: int = 16
-    samples: int = 16
+    questions: int = 16  # in each step
+    samples: int = 16  # answers per question: sampled ones, or members of the population
     eval_steps: int = 10
     test_rows: int = 1000
     temperature: float = 1.0
     beta: float = 0.0
-    baseline: str = "rloo"
+    baseline: str = "rloo"  # `advantage_estimator` of `ReinforceConfig`
 
     @property
     def setting(self) -> tuple[float, float]:
@@ -88,14 +72,7 @@ def read_trainings() -> list[Training]:
     return [Training(**entry) for entry in json.loads(CELLS.read_text())]
 
 
-def smollm2() -> tuple[Any, Any]:
-    """Load SmolLM2-135M and its tokenizer."""
-    from smollm2 import load_smollm2
-
-    return load_smollm2()
-
-
-def measure(cell: Training, base: Callable[[], tuple[Any, Any]] = smollm2) -> dict[str, Any]:
+def measure(cell: Training, base: Callable[[], tuple[Any, Any]] = load_smollm2) -> dict[str, Any]:
     """Train a cell, or go on with it, and test it."""
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -139,17 +116,15 @@ def adapter(method: str) -> Any:
     from peft_svf import SVFConfig
 
     kind, _, where = method.partition("-")
-    common = {"task_type": "CAUSAL_LM", "target_modules": TARGETS[where]}
-    inside = [name for name in TARGETS[where] if name == "down_proj"]
-    made: dict[str, Callable[[], Any]] = {
-        "svf": lambda: SVFConfig(**common),
-        "svf_rank16": lambda: SVFConfig(**common, rank=16),
-        "svf_rank64": lambda: SVFConfig(**common, rank=64),
-        "lora16": lambda: LoraConfig(**common, r=16, lora_alpha=32),
-        "tinylora": lambda: TinyLoraConfig(**common),
-        "ia3": lambda: IA3Config(**common, feedforward_modules=inside),
-    }
-    return made[kind]()
+    config, more = {
+        "svf": (SVFConfig, {}),
+        "svf_rank16": (SVFConfig, {"rank": 16}),
+        "svf_rank64": (SVFConfig, {"rank": 64}),
+        "lora16": (LoraConfig, {"r": 16, "lora_alpha": 32}),
+        "tinylora": (TinyLoraConfig, {}),
+        "ia3": (IA3Config, {"feedforward_modules": [name for name in TARGETS[where] if name == "down_proj"]}),
+    }[kind]
+    return config(task_type="CAUSAL_LM", target_modules=TARGETS[where], **more)
 
 
 def questions(cell: Training, task: Any) -> list[dict[str, Any]]:
@@ -260,20 +235,5 @@ def tokens_read(model: Any) -> Any:
     return counter
 
 
-def main() -> None:
-    """Run the missing cells, each in its own process."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="part of the name of the cells to run")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)  # the one cell of a process
-    args = parser.parse_args()
-    trainings = {training.name: training for training in read_trainings()}
-    if args.cell:
-        cell = trainings[args.cell]
-        sys.exit(bool(run_cells([Cell(cell.name, lambda: measure(cell))], FOLDER, seed=cell.seed)))
-    for name in trainings:
-        if args.only in name and not (FOLDER / f"{name}.json").exists():
-            subprocess.run([sys.executable, __file__, "--cell", name])
-
-
 if __name__ == "__main__":
-    main()
+    run_trainings(__doc__, read_trainings(), measure, FOLDER)

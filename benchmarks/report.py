@@ -11,21 +11,21 @@ import math
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adaptation import fingerprint
+from formulas import table
 from harness import RESULTS, ROOT, ratio
+from learning import CHANGES, Training, read_trainings
+from scipy.stats import t as student
+
+from peft_svf.cli.plots import draw_decisions, new_figure
 
 PAGES = ROOT / "docs" / "results"
 NINETY_FIVE = 1.959964  # standard normal
 Result = dict[str, Any]
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    """Write a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines] + [""]
 
 
 def save(figure: Any, path: Path, text: str) -> list[str]:
@@ -78,25 +78,20 @@ def speed_page(path: Path) -> Path:
             rows += [[name, "", f"not available: {reason}"] for name, reason in race["not_available"].items()]
             lines += table(["", "ms", f"over {first}"], rows)
         for key, value in facts.items():
-            lines += [f"**{key.partition('/')[2].replace('_', ' ')}**", "", *fact_table(value)]
+            lines += [f"**{key.partition('/')[2].replace('_', ' ')}**", "", *table(["", ""], flat(value))]
     out.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     return out
 
 
-def fact_table(value: Any) -> list[str]:
-    """Show a fact, one number a line; keys of nested dicts are joined."""
-    if not isinstance(value, dict):
-        return [str(value), ""]
-    flat = {
-        (key, inner): x for key, v in value.items() for inner, x in (v if isinstance(v, dict) else {"": v}).items()
-    }
-    return table(["", ""], [[" ".join(filter(None, map(str, key))), x] for key, x in flat.items()])
+def flat(value: Any, *names: str) -> list[list[Any]]:
+    """List a fact, one number a row; keys of nested dicts are joined."""
+    if isinstance(value, dict):
+        return [row for key, inner in value.items() for row in flat(inner, *names, key)]
+    return [[" ".join(names), value]]
 
 
 def speed_figure(result: Result, path: Path) -> list[str]:
     """Draw bars of whole operations: steps, decoding, generation."""
-    from peft_svf.cli.plots import new_figure
-
     keys = ("B2/mlp", "B2/all", "B4/model", "B6/merged")
     races = [race for race in result["races"] if race["key"] in keys and race["samples"]]
     if not races:
@@ -129,17 +124,12 @@ LEARNERS = {"reinforce": "", "sft": ", next-token loss", "evolution": ", evoluti
 
 def mean_and_half(differences: Sequence[Sequence[float]]) -> tuple[float, float]:
     """
-    Return the mean of paired differences of several seeds and the half width of its 95 % interval.
+    Return the mean of paired differences `(k seeds, n rows)` and the half width of its 95 % interval.
 
-    `sqrt((1.96 s_rows / sqrt(n))² + (t s_seeds / sqrt(k))²)`: `s_rows` is the deviation over the `n` test rows of the
-    difference averaged over the `k` seeds, `s_seeds` that of the seeds' means, `t` Student's with `k - 1` degrees of
+    `sqrt((1.96 s_rows / sqrt(n))² + (t s_seeds / sqrt(k))²)`: `s_rows` is the deviation over the test rows of the
+    difference averaged over the seeds, `s_seeds` that of the seeds' means, `t` Student's with `k - 1` degrees of
     freedom. One seed has the interval of the rows alone.
-
-    Args:
-        differences (sequence of sequences): For each seed a row of `n` differences.
     """
-    from scipy.stats import t as student
-
     seeds = [statistics.mean(row) for row in differences]
     rows = [statistics.mean(column) for column in zip(*differences, strict=True)]
     half, k = NINETY_FIVE * statistics.pstdev(rows) / math.sqrt(len(rows)), len(seeds)
@@ -162,8 +152,6 @@ def gain(pairs: Sequence[tuple[Result, Result]]) -> str:
 
 def label(training: Any) -> str:
     """Name what a cell trains."""
-    from learning import CHANGES, Training
-
     method, _, where = training.method.partition("-")
     changed = [name for name in CHANGES if getattr(training, name) != getattr(Training, name)]
     budget = [f"{getattr(training, name)} {name}" for name in changed]
@@ -176,23 +164,20 @@ def chosen_setting(trainings: Sequence[Any], results: Mapping[str, Result]) -> t
 
     Of equal settings the one with more seeds wins, then the lower one.
     """
-    seeds = {
-        s: {t.seed: results[t.name] for t in trainings if t.setting == s}
-        for s in sorted({t.setting for t in trainings})
-    }
+    seeds: dict[tuple[float, float], dict[int, float]] = {s: {} for s in sorted({t.setting for t in trainings})}
+    for t in trainings:
+        seeds[t.setting][t.seed] = results[t.name]["best_validation"]
     shared = set.intersection(*map(set, seeds.values()))
 
     def rank(setting: tuple[float, float]) -> tuple[float, int]:
-        counted = [r["best_validation"] for seed, r in seeds[setting].items() if seed in shared or not shared]
-        return statistics.mean(counted), len(seeds[setting])
+        rewards = [reward for seed, reward in seeds[setting].items() if seed in shared or not shared]
+        return statistics.mean(rewards), len(seeds[setting])
 
     return max(seeds, key=rank)
 
 
 def learning_page(trainings: Sequence[Any], results: Mapping[str, Result], folder: Path) -> str:
     """Write the page of the learning benchmark; figures go into the folder."""
-    from learning import Training
-
     lines = [
         "# Does it learn?", "",
         "SmolLM2-135M-Instruct in bfloat16 on a CPU, choice form: the policy is a softmax over log-likelihoods of "
@@ -221,14 +206,9 @@ def learning_page(trainings: Sequence[Any], results: Mapping[str, Result], folde
             runs, lora = seeds[kind], seeds.get("lora16-mlp", {}) if kind != "lora16-mlp" else {}
             both = [(runs[seed], lora[seed]) for seed in sorted(runs.keys() & lora.keys())]
             accuracy = f"{statistics.mean(r['test']['accuracy'] for r in runs.values()):.3f}"
-            row = [
-                label(training),
-                f"{max(r['trainable'] for r in runs.values()):,}",
-                written(settings[kind]),
-                len(runs),
-            ]
+            trained = f"{max(r['trainable'] for r in runs.values()):,}"
             gains = gain([(r, base) for r in runs.values()]), gain(both) if both else ""
-            rows.append([*row, accuracy, *gains])
+            rows.append([label(training), trained, written(settings[kind]), len(runs), accuracy, *gains])
         head = ["method", "trained numbers", "lr", "seeds", "test", "gain on the base", "gain on LoRA r=16, MLP"]
         lines += [*table(head, rows), "Every cell; * marks the setting that validation chose:", ""]
         rows = []
@@ -253,8 +233,6 @@ def written(setting: tuple[float, float]) -> str:
 
 def curves(done: Sequence[Any], settings: Mapping[str, Any], results: Mapping[str, Result], path: Path) -> list[str]:
     """Draw validation accuracy by optimizer step; chosen settings are strong, others faint."""
-    from peft_svf.cli.plots import new_figure
-
     figure, (axes,) = new_figure(1, height=6.0)
     kinds = list(dict.fromkeys(t.kind for t in done))
     for t in done:
@@ -362,8 +340,6 @@ def routing_part(results: Mapping[str, Result]) -> list[str]:
 
 def first_pass_part(results: Mapping[str, Result]) -> list[str]:
     """Show accuracy, calibration, cost and confusion of each first pass."""
-    from peft_svf.cli.plots import draw_decisions, new_figure
-
     done = {r["way"]: r for name, r in results.items() if name.startswith("dispatch-") and "way" in r}
     cost, rows = results.get("dispatch-cost", {}).get("ways", {}), []
     for way, r in done.items():
@@ -525,25 +501,26 @@ def generated_page(found: Mapping[str, Result]) -> str:
     ]).rstrip() + "\n"  # fmt: skip
 
 
+def read(folder: Path) -> dict[str, Result]:
+    """Read the result files below a folder, by name."""
+    paths = sorted(folder.rglob("*.json"))
+    return {path.relative_to(folder).with_suffix("").as_posix(): json.loads(path.read_text()) for path in paths}
+
+
 def main() -> None:
     """Write the pages."""
     if len(sys.argv) > 1:
         print(*(speed_page(Path(name)) for name in sys.argv[1:]))
         return
-    from adaptation import fingerprint
-    from learning import read_trainings
-
-    found = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / "learning").glob("*.json"))}
-    (PAGES / "learning.md").write_text(learning_page(read_trainings(), found, PAGES))
-    generated = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / "generated").glob("*.json"))}
-    (PAGES / "generated.md").write_text(generated_page(generated))
     folder = RESULTS / "adaptation" / fingerprint()
-    paths = sorted(folder.rglob("*.json"))
-    shared = {f"routing/{path.stem}": json.loads(path.read_text()) for path in folder.parent.glob("routing/*.json")}
-    cells = shared | {
-        path.relative_to(folder).with_suffix("").as_posix(): json.loads(path.read_text()) for path in paths
+    adaptation = read(folder) | {f"routing/{name}": r for name, r in read(folder.with_name("routing")).items()}
+    pages = {
+        "learning": learning_page(read_trainings(), read(RESULTS / "learning"), PAGES),
+        "generated": generated_page(read(RESULTS / "generated")),
+        "adaptation": adaptation_page(adaptation, folder.relative_to(ROOT).as_posix()),
     }
-    (PAGES / "adaptation.md").write_text(adaptation_page(cells, folder.relative_to(ROOT).as_posix()))
+    for name, page in pages.items():
+        (PAGES / f"{name}.md").write_text(page)
     print("Wrote docs/results/learning.md, generated.md and adaptation.md")
 
 

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adaptation import EXPERTS, SOURCES, held_out, measures, questions
+from adaptation import EXPERTS, SOURCES, held_out, measures, options, questions
 from harness import RESULTS, Cell, Race, race, ratio, result_of, run_cells, wall_clock
+from smollm2 import load_smollm2
 
 from peft_svf import Expert, Transformer2Model
 from peft_svf.adaptation.router import EVERYDAY, Router
@@ -36,14 +37,9 @@ CHOICE_EXPERTS = RESULTS / "adaptation" / "c4d8e52972a6"  # what each expert alo
 TRAINED_ON = {"code": "mbpp", "math": "gsm8k", "reasoning": "arc_easy"}
 BLOCKS, SIZES, DRAWS = (5, 10, 15), (8, 16, 32, 64), 3  # of 30 blocks; prompts of a key
 TASKS, SHOTS, SHOT_DRAWS = ("svamp", "arc_challenge", "math", "humaneval"), (3, 5, 10), 5
-NEW_TOKENS, WORDS = 1, (20, 120)
+NEW_TOKENS = 1
 
-
-def base(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """Load the base model and its tokenizer."""
-    from smollm2 import load_smollm2
-
-    return load_smollm2(dtype)
+base = functools.partial(load_smollm2, torch.float32)
 
 
 def training_prompts(task: str, count: int) -> list[str]:
@@ -201,9 +197,7 @@ def ttft(seed: int) -> dict[str, Any]:
 
 def main() -> None:
     """Run the missing cells."""
-    from adaptation import options
-
-    args = options(__doc__ or "").parse_args()
+    args = options(__doc__).parse_args()
     out = OUT if args.out.parent == OUT.parent else args.out
     cells = [Cell(run.__name__, functools.partial(run, args.seed)) for run in (keys, few_shot, ttft)]
     sys.exit(bool(run_cells(cells, out, args.only, args.minutes, args.seed)))

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
-from harness import RESULTS, ROOT, Cell, run_cells
+from harness import RESULTS, ROOT, Cell, parser_of, run_cells
 
 SUBJECTS = ("a lighthouse", "the tides", "bread", "chess", "a long winter", "maps", "the violin", "an old bridge")
 
@@ -96,10 +96,8 @@ def serving(settings: argparse.Namespace) -> Iterator[Load]:
                     except Exception:
                         if process.poll() is not None:
                             raise RuntimeError((Path(folder) / "log").read_text()[-2000:]) from None
-                names = [expert.name for expert in experts]
-                few = settings.tiny
-                size = (8, 1, 2.0) if few else (64, 3, 60 * settings.minutes)
-                yield Load(client, psutil.Process(process.pid), names, *size)
+                size = (8, 1, 2.0) if settings.tiny else (64, 3, 60 * settings.minutes)
+                yield Load(client, psutil.Process(process.pid), [expert.name for expert in experts], *size)
             finally:
                 process.terminate()
 
@@ -148,10 +146,8 @@ def throughput(load: Load) -> dict[str, Any]:
             row[name] = tokens / (time.perf_counter() - start)
         rows.append(row)
         print({name: round(value, 1) for name, value in row.items()}, flush=True)
-    over = {
-        name: statistics.median(row["8 mixtures"] / row[name] for row in rows)
-        for name in ("one after another", "base")
-    }
+    others = ("one after another", "base")
+    over = {name: statistics.median(row["8 mixtures"] / row[name] for row in rows) for name in others}
     return {"new_tokens": load.new_tokens, "tokens_per_second": rows, "ratio": over}
 
 
@@ -182,12 +178,11 @@ CELLS = {"throughput": throughput, "first-token": first_token, "memory": memory}
 
 def main(arguments: list[str] | None = None) -> list[str]:
     """Run the cells that have no file; return the names of those that failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--tiny", action="store_true", help="a random model, and little of everything")
     parser.add_argument("--threads", type=int, default=2, help="of the server (default: 2)")
     parser.add_argument("--dtype", default="auto", help="of the model (default: the checkpoint's, bfloat16)")
     parser.add_argument("--minutes", type=float, default=10, help="of the memory's cell (default: 10)")
-    parser.add_argument("--only", default="", help="cells whose names contain this")
     parser.add_argument("--out", type=Path, default=RESULTS / "serving", help="folder of the results")
     settings = parser.parse_args(arguments)
     about = {"dtype": settings.dtype, "threads": settings.threads, "tiny": settings.tiny}

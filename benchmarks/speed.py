@@ -18,6 +18,7 @@ import hashlib
 import os
 import tempfile
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import cached_property, partial
@@ -27,10 +28,11 @@ from unittest.mock import patch
 
 import formulas
 import torch
-from dense_form import DenseForm
+from dense_form import dense_form
 from harness import RESULTS, NotAvailable, Race, Run, cpu_clock, cuda_clock, race, wall_clock
 from peft import IA3Config, LoraConfig, PeftConfig, TinyLoraConfig, get_peft_model
 from safetensors.torch import load
+from smollm2 import load_smollm2
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -69,16 +71,14 @@ class Bench:
             return llama(formulas.Architecture("tiny", 128, 160, 2, 4, 2, 32), self.settings.device)
         if self.settings.device == "cuda":
             return llama(formulas.LLAMA_3_8B, "cuda")
-        return smollm2()
+        return load_smollm2(BF16)[0].eval().requires_grad_(False)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """The shapes (out, in) of single layers."""
         if self.settings.tiny:
             return [(96, 72), (72, 96)]
-        if self.settings.device == "cuda":
-            return LARGE
-        return SMALL[2:] if self.small else SMALL
+        return LARGE if self.settings.device == "cuda" else SMALL[2:] if self.small else SMALL
 
     def randn(self, *shape: int) -> Tensor:
         """Draw bfloat16 numbers on the device."""
@@ -95,13 +95,6 @@ class Bench:
         limits = {"least": 2 if self.small else 3, "most": 2 if self.settings.tiny else most}
         limits |= {"budget": budget / 10 if self.small else budget, "sample": 0.0005 if self.small else 0.002}
         self.run.add(race(done, contestants, clock=clock, seed=self.settings.seed, **limits))
-
-
-def smollm2() -> Any:
-    """Load SmolLM2-135M-Instruct (see examples/smollm2.py) in bfloat16, frozen."""
-    from smollm2 import load_smollm2
-
-    return load_smollm2(BF16)[0].eval().requires_grad_(False)
 
 
 def llama(shape: formulas.Architecture, device: str = "cpu") -> Any:
@@ -204,12 +197,9 @@ def reflection(r: int, device: Any = "cpu", dtype: torch.dtype = BF16) -> Tensor
     return (torch.eye(r, device=device) - 2 * torch.outer(v, v)).to(dtype)
 
 
-class OneLayer(nn.Module):
-    """A model of a single linear layer, which PEFT can adapt."""
-
-    def __init__(self, fc: nn.Linear) -> None:
-        super().__init__()
-        self.fc = fc
+def one_layer(fc: nn.Linear) -> nn.Module:
+    """Make a model of a single linear layer, which PEFT can adapt."""
+    return nn.Sequential(OrderedDict(fc=fc))
 
 
 def layer_of(bench: Bench, m: int, n: int, dtype: torch.dtype = BF16) -> tuple[nn.Linear, Tensor, Tensor]:
@@ -226,8 +216,8 @@ def adapted_layer(fc: nn.Linear, name: str, Q: Tensor, S: Tensor) -> nn.Module:
     if name == BASE:
         return fc
     if not name.startswith("SVF"):
-        return get_peft_model(OneLayer(fc), config, **kwargs).base_model.model.fc
-    return stand_in(OneLayer(fc), config, Q, S).base_model.model.fc
+        return get_peft_model(one_layer(fc), config, **kwargs).base_model.model.fc
+    return stand_in(one_layer(fc), config, Q, S).base_model.model.fc
 
 
 def insisting(run: Callable[[], Any], model: nn.Module, name: str) -> Callable[[], Any]:
@@ -275,18 +265,14 @@ def training_step(base: nn.Module, name: str, targets: list[str], embedded: list
     """
     One optimizer step of a contestant: all micro-batches, the work that a new z needs, AdamW.
 
-    The gradient runs down to the embeddings in all contestants, as it does through all but the first layer of a model.
-
-    Args:
-        base (`nn.Module`): A model that takes `inputs_embeds`.
-        embedded (`list[torch.Tensor]` of shape `(batch, length, hidden)`): Micro-batches.
-        g (`torch.Tensor`, same shape): Gradient of the loss by the last hidden state.
+    The gradient runs from `g`, that of the last hidden state, down to the embedded micro-batches `(batch, length,
+    hidden)` in all contestants, as it does through all but the first layer of a model.
     """
-    dense = None
+    dense = []
     if name == DENSE:
         model = sharing(base)
-        dense = DenseForm(model, targets)
-        trained = dense.parameters()
+        dense = dense_form(model, targets)
+        trained = [weight.p for weight in dense]
     else:
         model = sharing(base) if name == BASE else adapted(base, name, targets)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -296,13 +282,13 @@ def training_step(base: nn.Module, name: str, targets: list[str], embedded: list
     optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
 
     def step() -> None:
-        if dense is not None:
-            dense.refresh()
+        for weight in dense:
+            weight.refresh()
         for batch in embedded:
             hidden = batch.detach().requires_grad_()
             model(inputs_embeds=hidden, use_cache=False)[0].backward(g)
-        if dense is not None:
-            dense.project()
+        for weight in dense:
+            weight.project()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
@@ -357,7 +343,7 @@ def b4(bench: Bench) -> None:
                         stack.enter_context(active_rows({"fc": layer}, {"fc": offsets}, torch.arange(rows)))
                     contestants[name] = insisting(partial(layer, x), layer, name)
                 names = [str(row) for row in range(rows)]
-                lora = lora_rows(OneLayer(fc), ["fc"], rows).base_model.model.fc
+                lora = lora_rows(one_layer(fc), ["fc"], rows).base_model.model.fc
                 contestants["LoRA r=16, one adapter per row"] = partial(lora, x, adapter_names=names)
                 about = {"out": m, "in": n, "rows": rows, "dtype": "bfloat16"}
                 title = f"Decoding layer {m}x{n}, {rows} rows, a mixture each"
@@ -467,12 +453,8 @@ def b7(bench: Bench) -> None:
     cut = trunk(bench.model, 2 if bench.small else 6)
     weights = [module.weight.detach() for module in linears(cut, TARGETS["all"]).values()]
 
-    def each(run: Callable[[Tensor], Any]) -> Callable[[], None]:
-        def all_of_them() -> None:
-            for weight in weights[:14]:
-                run(weight)
-
-        return all_of_them
+    def each(run: Callable[[Tensor], Any]) -> Callable[[], Any]:
+        return lambda: [run(weight) for weight in weights[:14]]
 
     svd = partial(torch.linalg.svd, full_matrices=False)
     contestants: Contestants = {"torch.linalg.svd, float64": each(lambda w: svd(w.double()))}

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from adaptation import FOLDERS, options, questions, score
 from harness import ROOT, Cell, run_cells
+from smollm2 import load_smollm2
 from transformers import AutoModelForCausalLM
 
 from peft_svf import Expert, Transformer2Model, files
@@ -43,8 +44,6 @@ def sibling(seed: int) -> tuple[Path, dict[str, Any]]:
     folder = ROOT / "runs" / "adaptation" / f"sibling-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
     if (folder / "sibling.json").exists():
         return folder, files.read_json(folder / "sibling.json")
-    from smollm2 import load_smollm2
-
     model, tokenizer = load_smollm2(torch.float32)
     rows, losses, batch = get_task("gsm8k").load("train"), [], int(SIBLING["batch"])
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -85,8 +84,6 @@ class Pair:
     @functools.cached_property
     def source(self) -> Transformer2Model:
         """SmolLM2-135M with the experts of examples/."""
-        from smollm2 import load_smollm2
-
         model, tokenizer = load_smollm2()
         return Transformer2Model(model, tokenizer, {name: Expert.load(folder) for name, folder in FOLDERS.items()})
 
@@ -152,7 +149,7 @@ def cells(target: str | None, seed: int) -> list[Cell]:
 
 def main() -> None:
     """Run the missing cells."""
-    parser = options(__doc__ or "")
+    parser = options(__doc__)
     parser.add_argument("--target", help="Hub id or folder; default the sibling, which the first cell makes")
     args: argparse.Namespace = parser.parse_args()
     if args.target and args.out == parser.get_default("out"):

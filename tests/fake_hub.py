@@ -2,14 +2,12 @@
 """
 A Hub on loopback: HTTP requests of the real `huggingface_hub` client in, repositories on disk out.
 
-It speaks what huggingface_hub 2.4 asks when it creates, uploads, lists and downloads model repositories. Files smaller
-than `lfs_from` bytes are "regular", so an installed hf_xet stays out of it; larger ones go through LFS, which the
-client does only with `HF_HUB_DISABLE_XET=1`. The client reads `HF_ENDPOINT` when it is imported: use it in a process
-that was started with `FakeHub.environment()`.
+It speaks what huggingface_hub 2.4 asks when it creates, uploads, lists and downloads repositories of small files. The
+client reads `HF_ENDPOINT` when it is imported: use it in a process that was started with `FakeHub.environment()`.
 
     root/<owner>/<name>/refs.json            branch -> commit id
-    root/<owner>/<name>/commits/<id>.json    parent, summary, description, files: {path: {"oid", "size", "lfs"}}
-    root/blobs/<oid>                         content, by git's id (regular) or by sha256 (LFS)
+    root/<owner>/<name>/commits/<id>.json    parent, summary, description, files: {path: {"oid", "size"}}
+    root/blobs/<oid>                         content, by git's id
 """
 
 import base64
@@ -26,20 +24,10 @@ TOKEN = "hf_loopback"
 
 
 class FakeHub:
-    """
-    Serve repositories from a folder; a context manager.
+    """Serve repositories from a folder, `root`; a context manager."""
 
-    Args:
-        root (`pathlib.Path`):
-            Where repositories are kept.
-        lfs_from (`int`):
-            Size in bytes from which a file is sent to LFS.
-    """
-
-    def __init__(self, root: Path, lfs_from: int = 10 << 20) -> None:
+    def __init__(self, root: Path) -> None:
         self.root = root
-        self.lfs_from = lfs_from
-        self.requests: list[str] = []  # "POST /api/repos/create", in order of arrival
         self.lock = threading.Lock()
         (root / "blobs").mkdir(parents=True, exist_ok=True)
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -62,6 +50,7 @@ class FakeHub:
             "HF_HOME": str(home),
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_XET": "1",  # uploads through xet open a pull request by another address
             "NO_PROXY": "127.0.0.1",
             "no_proxy": "127.0.0.1",
         }
@@ -107,7 +96,7 @@ class FakeHub:
     def store_blob(self, content: bytes) -> dict:
         oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         (self.root / "blobs" / oid).write_bytes(content)
-        return {"oid": oid, "size": len(content), "lfs": False}
+        return {"oid": oid, "size": len(content)}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -120,8 +109,6 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/branch/(?P<revision>[^/]+)", "branch"),
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)", "preupload"),
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)", "commit"),
-        ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
-        ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", "lfs_put"),
         ("GET", r"/api/models", "list_models"),
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?", "info"),
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(/(?P<path>.+))?", "tree"),
@@ -135,21 +122,20 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
-        self.body = self._read_body()
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         with self.hub.lock:
-            self.hub.requests.append(f"{self.command} {url.path}")
             for method, pattern, action in self.ROUTES:
                 if method == self.command and (match := re.fullmatch(pattern, url.path)):
                     groups = {name: unquote(value) for name, value in match.groupdict().items() if value}
                     writes = method == "POST" and action != "validate"
                     if writes and self.headers.get("Authorization") != f"Bearer {TOKEN}":
                         return self._error(401, "RepoNotFound", "Invalid credentials")
-                    if action in ("create", "validate", "lfs_batch", "lfs_put", "list_models"):
+                    if action in ("create", "validate", "list_models"):
                         return getattr(self, action)(**groups)
                     return self._in_repo(action, **groups)
         self._error(404, "EntryNotFound", f"no such address: {self.command} {url.path}")
 
-    do_POST = do_PUT = do_HEAD = do_GET
+    do_POST = do_HEAD = do_GET
 
     def _in_repo(self, action: str, repo: str, revision: str = "main", **groups: str) -> None:
         """Answer for one revision of one repository, or say which of the two is missing."""
@@ -184,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         files = [
             {
                 "path": file["path"],
-                "uploadMode": "lfs" if file["size"] >= self.hub.lfs_from else "regular",
+                "uploadMode": "regular",
                 "shouldIgnore": False,
                 "oid": commit["files"].get(file["path"], {}).get("oid"),
             }
@@ -192,34 +178,15 @@ class _Handler(BaseHTTPRequestHandler):
         ]
         self._json({"files": files})
 
-    def lfs_batch(self, repo: str) -> None:
-        objects = [
-            {"oid": o["oid"], "size": o["size"], "actions": {"upload": {"href": f"{self.hub.url}/lfs/{o['oid']}"}}}
-            for o in json.loads(self.body)["objects"]
-        ]
-        self._json({"transfer": "basic", "objects": objects})
-
-    def lfs_put(self, oid: str) -> None:
-        if hashlib.sha256(self.body).hexdigest() != oid:
-            return self._error(422, "BadChecksum", "content does not match its sha256")
-        (self.hub.root / "blobs" / oid).write_bytes(self.body)
-        self._json({})
-
     def commit(self, repo: str, revision: str, sha: str, commit: dict) -> None:
         files, header = dict(commit["files"]), {}
         for line in self.body.splitlines():
             entry = json.loads(line)
-            key, value = entry["key"], entry["value"]
-            if key == "header":
-                header = value
-            elif key == "file":
-                files[value["path"]] = self.hub.store_blob(base64.b64decode(value["content"]))
-            elif key == "lfsFile":
-                if not (self.hub.root / "blobs" / value["oid"]).exists():
-                    return self._error(422, "LfsMissing", f"{value['path']} was not uploaded")
-                files[value["path"]] = {"oid": value["oid"], "size": value["size"], "lfs": True}
+            if entry["key"] == "header":
+                header = entry["value"]
             else:
-                files = {p: f for p, f in files.items() if not f"{p}/".startswith(value["path"].rstrip("/") + "/")}
+                content = base64.b64decode(entry["value"]["content"])
+                files[entry["value"]["path"]] = self.hub.store_blob(content)
         is_pr = "create_pr" in self.query
         branch = f"refs/pr/{sum(ref.startswith('refs/pr/') for ref in self.hub.refs(repo)) + 1}" if is_pr else revision
         new = {"parent": sha, "summary": header["summary"], "description": header["description"], "files": files}
@@ -246,45 +213,17 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"_id": repo, "id": repo, "sha": sha, "private": False, "tags": [], "siblings": siblings})
 
     def tree(self, repo: str, revision: str, sha: str, commit: dict, path: str = "") -> None:
-        folder = f"{path.rstrip('/')}/" if path else ""
-        inside = {p: f for p, f in commit["files"].items() if p.startswith(folder)}
-        if folder and not inside:
-            return self._error(404, "EntryNotFound", f"{path} does not exist")
-        parents = {p[: m.start()] for p in inside for m in re.finditer("/", p) if m.start() >= len(folder)}
-        entries = [{"type": "directory", "path": p, "oid": "0" * 40, "size": 0} for p in sorted(parents)]
-        for name, file in sorted(inside.items()):
-            lfs = {"lfs": {"oid": file["oid"], "size": file["size"], "pointerSize": 130}} if file["lfs"] else {}
-            entries.append({"type": "file", "path": name, "oid": file["oid"], "size": file["size"], **lfs})
-        if self.query.get("recursive", ["false"])[0].lower() != "true":
-            entries = [entry for entry in entries if "/" not in entry["path"][len(folder) :]]
-        self._json(entries)
+        files = sorted(commit["files"].items())
+        self._json([{"type": "file", "path": name, **file} for name, file in files if f"{name}/".startswith(path)])
 
     def resolve(self, repo: str, revision: str, sha: str, commit: dict, path: str) -> None:
-        file = commit["files"].get(path)
-        if file is None:
+        if (file := commit["files"].get(path)) is None:
             return self._error(404, "EntryNotFound", f"{path} does not exist")
         content = (self.hub.root / "blobs" / file["oid"]).read_bytes()
-        headers = {"X-Repo-Commit": sha, "ETag": f'"{file["oid"]}"', "Accept-Ranges": "bytes"}
-        if file["lfs"]:
-            headers |= {"X-Linked-Etag": f'"{file["oid"]}"', "X-Linked-Size": str(file["size"])}
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if asked:
-            first, last = int(asked[1]), int(asked[2] or len(content) - 1)
-            headers["Content-Range"] = f"bytes {first}-{min(last, len(content) - 1)}/{len(content)}"
-            content = content[first : last + 1]
-        self._send(206 if asked else 200, content, "application/octet-stream", headers)
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{file["oid"]}"'}
+        self._send(200, content, "application/octet-stream", headers)
 
     # Bytes.
-
-    def _read_body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        body = b""
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            body += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return body
 
     def _json(self, value: object, status: int = 200) -> None:
         self._send(status, json.dumps(value).encode(), "application/json", {})

@@ -8,13 +8,12 @@ import subprocess
 import sys
 
 import pytest
-import seeing
 import tiny_experts
 import torch
 from command_line import run, write_rows
 from safetensors.torch import load_file
 from tiny_model import tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM
 
 from peft_svf import Expert, Mixture, Transformer2Model
 from peft_svf.cli import main
@@ -104,7 +103,6 @@ def test_a_usage_error_is_one_line_and_code_2(home, both, tmp_path, capsys):
         ("dispatch", *both): "There are no prompts",
         ("dispatch", *both, home / "code", "Sort a list"): "is an expert, not a prompt: write --experts before each",
         ("dispatch", *both, "--strategy", "prompt", "--probe", "p", "--", "x"): "--probe goes with --strategy probe",
-        ("adapt", *both, *few, "--per-layer"): "name it by --name",
         ("adapt", *both, *few, "--max-new-tokens", 3): "needs --task",
         ("export", home / "math", "--to", "lora", "--out", "x", "--rank", 1, "--energy", 0.5): "exclude each other",
         ("export", home / "math", home / "code", "--to", "lora", "--out", tmp_path / "x"): "a weight by --mixture",
@@ -135,6 +133,7 @@ def test_a_failure_is_one_line_and_code_1(home, both, tmp_path, capsys):
         ("eval", "--experts", f"base={home / 'math'}", *task): "can't be called 'base'",
         ("adapt", *both, "--examples", tmp_path / "bad.jsonl"): "line 2",
         ("adapt", *both, "--examples", tmp_path / "broken.jsonl"): "isn't JSON",
+        ("adapt", *both, "--examples", home / "rows.jsonl", "--per-layer"): "name another place by --out",
         ("dispatch", *both, "--strategy", "classifier", "--", "x"): "needs a classifier",
         ("dispatch", *both, "--fit", home / "rows.jsonl", "--", "x"): "'None'",
     }
@@ -195,20 +194,6 @@ def test_eval_of_a_one_hot_mixture_is_that_expert_and_two_passes_answer_each_row
     # above the threshold of 1 is nothing: each row falls back to the base
     assert mixture["summaries"]["two_pass"]["accuracy"] == mixture["summaries"]["base"]["accuracy"]
     assert mixture["first_pass"]["chosen"] == {"other": len(mixture["summaries"]["two_pass"]["records"])}
-
-
-def test_eval_measures_answers_about_images(home, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("PEFT_SVF_DATA", str(tmp_path / "data"))
-    seeing.write_textvqa(tmp_path / "data")
-    seeing.model(name=str(tmp_path / "base")).save_pretrained(tmp_path / "base")
-    seeing.processor().save_pretrained(tmp_path / "base")
-    tiny_experts.write(tmp_path, "seer", seed=1, of=AutoModelForImageTextToText.from_pretrained(tmp_path / "base"))
-    short = ["--task", "textvqa", "--max-new-tokens", 4, "--out", tmp_path / "r.json"]
-    code, _, err = run(capsys, "eval", "--experts", tmp_path / "seer", *short)
-    assert code == 0, err
-    assert json.loads((tmp_path / "r.json").read_text())["summaries"].keys() == {"base", "seer"}
-    code, _, err = run(capsys, "eval", "--model", home / "base", *short[:-1], tmp_path / "s.json")
-    assert code == 1 and "has an image" in err
 
 
 # --- factor, inspect

@@ -3,14 +3,11 @@
 
 import asyncio
 import copy
-import dataclasses
-import inspect
 from types import SimpleNamespace
 
 import pytest
 import tiny_experts
 import torch
-import transformers
 from tiny_model import tiny_tokenizer
 
 from peft_svf import Expert, Mixture, Transformer2Model
@@ -172,51 +169,6 @@ def test_a_stream_never_shows_the_beginning_of_a_stop(text, parts):
         queue.put_nowait(part)
     shown = [queue.get_nowait() for _ in range(queue.qsize())]
     assert shown.pop() is None and "".join(shown) == engine.cut(text, queue.stops)
-
-
-def test_transformers_still_has_what_the_server_uses():
-    from transformers.cli.serving import model_manager, response, server, utils
-    from transformers.generation.continuous_batching import (
-        cb_logits_processors,
-        continuous_api,
-        input_outputs,
-        requests,
-    )
-
-    manager = continuous_api.ContinuousBatchingManager
-    names = "_create_batch_processor _generation_step _run_generation_loop add_request cancel_request pause start stop"
-    used = {
-        manager: f"{names} is_running register_result_handler",
-        continuous_api.OutputRouter: "deliver deliver_batch",
-        continuous_api.BackgroundThreadStatus: "acquire_pause",
-        cb_logits_processors.ContinuousBatchingLogitsProcessorList: "check_kwargs prepare_tensor_args",
-        input_outputs.ContinuousBatchingIOs: "prepare_batch_tensors get_model_kwargs",
-        requests.RequestState: "get_request_config",
-        requests.FutureRequestState: "state query_length",
-        requests.GenerationOutput: "is_finished",
-        utils.BaseGenerateManager: "init_cb generate_streaming generate_non_streaming stop",
-        utils.GenerateManager: "generate_streaming generate_non_streaming",
-        utils.GenerationState: "use_continuous_batching get_manager is_cb_alive",
-        utils.CBStreamer: "put end cancel",
-        utils.BaseHandler: "_validate_request _resolve_model _build_generation_config _unused_fields "
-        "_valid_params_class get_processor_inputs_from_messages",
-        response.ResponseHandler: "_normalize_input",
-        model_manager.ModelManager: "shutdown get_model_modality",
-    }
-    missing = [
-        f"{owner.__name__}.{name}"
-        for owner, names in used.items()
-        for name in names.split()
-        if not hasattr(owner, name)
-    ]
-    assert not missing, f"transformers {transformers.__version__} has changed: cli/serving/engine.py uses {missing}"
-    assert hasattr(model_manager.ModelManager, "get_gen_models") or hasattr(model_manager.ModelManager, "list_models")
-    taken = list(inspect.signature(server.build_server).parameters)
-    assert taken[:7] == ["model_manager", "chat_handler", "completion_handler", "response_handler",
-                         "transcription_handler", "systemone_handler", "generation_state"]  # fmt: skip
-    assert "logit_processor_kwargs" in inspect.signature(manager.add_request).parameters
-    assert {field.name for field in dataclasses.fields(requests.RequestState)} >= {
-        "logit_processor_kwargs", "initial_tokens", "generated_tokens"}  # fmt: skip
 
 
 def test_an_expert_of_higher_rank_may_come_while_others_write(tmp_path, folders, reference):

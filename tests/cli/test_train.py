@@ -93,8 +93,7 @@ def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one(home, expert, t
 def test_the_second_interrupt_ends_at_once(home, tmp_path, capsys, monkeypatch):
     interrupt(monkeypatch, times=2)
     over = ["--output_dir", tmp_path / "out", "--eval_strategy", "no"]
-    code, _, err = run(capsys, "train", home / "reinforce.yaml", *over)
-    assert code == 130 and err.splitlines()[-1] == "Interrupted."
+    assert run(capsys, "train", home / "reinforce.yaml", *over)[0] == 130
     assert not (tmp_path / "out" / "checkpoint-1").exists()
 
 

@@ -87,9 +87,9 @@ def test_places_outside_of_a_bundle_are_no_folders_of_it(model, tmp_path):
     model.save_pretrained(tmp_path / "bundle")
     listed = tmp_path / "bundle" / "transformer2_config.json"
     content = json.loads(listed.read_text())
-    content["experts"]["math"] = "../../etc"
+    content["experts"]["math"] = "../../nowhere"
     listed.write_text(json.dumps(content))
-    with pytest.raises(FileNotFoundError, match=r"'\.\./\.\./etc' is neither"):
+    with pytest.raises(FileNotFoundError, match=r"'\.\./\.\./nowhere' is neither"):
         Transformer2Model.from_pretrained(str(tmp_path / "bundle"))
     del content["experts"]
     listed.write_text(json.dumps(content))

@@ -57,9 +57,9 @@ def test_files_that_are_no_expert_of_the_original_are_refused_and_never_run(tmp_
     base = pico.build("llama", name="base")
     good = {name: torch.zeros(24) for name in mlp(base)}
     contents = {
-        "more than tensors": {"x": Payload()},
+        "tensors alone": {"x": Payload()},
         "isn't a learnable_params.pt": {"adaptive_weights": torch.zeros(3)},
-        "24 singular values, and .* 7 logits": {**good, mlp(base)[0]: torch.zeros(7)},
+        "a logit for each singular value": {**good, mlp(base)[0]: torch.zeros(7)},
     }
     for message, content in contents.items():
         torch.save(content, tmp_path / "params.pt", pickle_module=pickle)

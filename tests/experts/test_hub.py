@@ -174,20 +174,19 @@ def command(*argv) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    # The base model's weights are large enough for LFS, the experts' are not.
-    with FakeHub(tmp_path_factory.mktemp("hub"), lfs_from=20_000) as hub:
+    with FakeHub(tmp_path_factory.mktemp("hub")) as hub:
         yield hub
 
 
 @pytest.fixture(scope="module")
 def client(hub, tmp_path_factory):
     """Run a function of this module in the client process: `client(push, "me/expert")`."""
-    environment = hub.environment(tmp_path_factory.mktemp("home")) | {"HF_HUB_DISABLE_XET": "1"}
+    environment = hub.environment(tmp_path_factory.mktemp("home"))
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=use, initargs=(environment,)) as pool:
 
         def run(function, *args, **kwargs):
-            return pool.submit(function, *args, **kwargs).result(timeout=120)
+            return pool.submit(function, *args, **kwargs).result(timeout=300)
 
         run(push_base)
         yield run
@@ -205,38 +204,23 @@ def card_of(hub, repo, revision="main") -> ModelCard:
     return ModelCard(hub.read(repo, "README.md", revision).decode())
 
 
-def test_push_is_one_commit_of_three_files(hub, client):
-    _, oid = client(push, "me/expert")
-    assert hub.files("me/expert") == THREE_FILES
-    assert hub.history("me/expert") == ["Upload SVF expert"]
-    assert hub.commit("me/expert")[0] == oid
-    assert all("svf_offset" in key for key in load(hub.read("me/expert", "adapter_model.safetensors")))
-
-
-def test_expert_from_the_hub_gives_identical_logits(hub, client):
-    pushed, other = client(push, "me/math", seed=3)[0], client(push, "me/code", seed=4)[0]
-    assert client(logits_of_expert_from_hub, "me/math") == pushed != other
-    assert client(logits_of_expert_from_hub, "me/code") == other
-
-
-def test_snippet_of_the_card_runs_as_printed(hub, client):
-    pushed, _ = client(push, "me/printed", seed=4)
-    code = re.search(r"```python\n(.*?)```", card_of(hub, "me/printed").text, re.DOTALL)[1]
-    assert code.startswith("import peft_svf")
-    assert client(logits_of_snippet, code) == pushed
-
-
-def test_card_names_base_revision_dtype_and_fingerprint(hub, client):
-    client(push, "me/card", tags=["mine"], task="counting", results=[{"task": "count", "value": 0.5}], license="mit")
-    card, (base_commit, _) = card_of(hub, "me/card"), hub.commit("me/base")
+def test_push_is_one_commit_of_three_files_that_load_as_the_card_says(hub, client):
+    facts = {"tags": ["mine"], "task": "counting", "results": [{"task": "count", "value": 0.5}], "license": "mit"}
+    pushed, oid = client(push, "me/math", seed=3, **facts)
+    assert hub.files("me/math") == THREE_FILES and hub.history("me/math") == ["Upload SVF expert"]
+    assert hub.commit("me/math")[0] == oid
+    assert all("svf_offset" in key for key in load(hub.read("me/math", "adapter_model.safetensors")))
+    assert client(logits_of_expert_from_hub, "me/math") == pushed != client(push, "me/code", seed=4)[0]
+    card = card_of(hub, "me/math")
+    code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
+    assert code.startswith("import peft_svf") and client(logits_of_snippet, code) == pushed
     data = card.data.to_dict()
     assert data["base_model"] == "me/base" and data["base_model_relation"] == "adapter"
     assert data["library_name"] == "peft" and data["pipeline_tag"] == "text-generation" and data["license"] == "mit"
     assert {"svf", "transformer-squared", "z-vector", "base_model:adapter:me/base", "mine"} <= set(data["tags"])
     assert data["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.5
-    assert "An expert for counting" in card.text
-    assert base_commit in card.text and "`float32`" in card.text and "sha256:" in card.text
-    assert "2501.06252" in card.text
+    assert "An expert for counting" in card.text and "2501.06252" in card.text
+    assert hub.commit("me/base")[0] in card.text and "`float32`" in card.text and "sha256:" in card.text
 
 
 def test_a_second_push_replaces_its_own_card_and_keeps_one_that_a_person_wrote(hub, client):
@@ -256,34 +240,23 @@ def test_a_second_push_replaces_its_own_card_and_keeps_one_that_a_person_wrote(h
     assert card_of(hub, "me/again").text.strip() == "# Another"
 
 
-def test_card_of_a_blank_template_does_not_count_as_edited(hub, client):
-    client(push_lora, "me/was-lora")
-    assert "[More Information Needed]" in card_of(hub, "me/was-lora").text
-    client(push, "me/was-lora")
-    assert "import peft_svf" in card_of(hub, "me/was-lora").text
-
-
-def test_lora_push_goes_through_untouched(hub, client):
+def test_lora_push_goes_through_untouched_and_its_blank_card_is_no_persons(hub, client):
     client(push_lora, "me/lora")
-    assert hub.files("me/lora") == THREE_FILES
+    assert hub.files("me/lora") == THREE_FILES and hub.history("me/lora") == ["Upload model"]
     assert "peft_svf" not in card_of(hub, "me/lora").text
     assert json.loads(hub.read("me/lora", "adapter_config.json"))["peft_type"] == "LORA"
-    assert hub.history("me/lora") == ["Upload model"]
+    client(push, "me/lora")
+    assert "import peft_svf" in card_of(hub, "me/lora").text
 
 
-def test_base_in_a_folder_is_refused_by_name_before_anything_is_written(hub, client, tmp_path):
-    with pytest.raises(ValueError, match=re.escape(repr(str(tmp_path)))) as error:
+def test_base_in_a_folder_is_refused_and_its_hub_id_goes_into_the_uploaded_config_only(hub, client, tmp_path):
+    with pytest.raises(ValueError, match=f'{re.escape(repr(str(tmp_path)))}.*\n?.*base_model="org/name"'):
         client(push_expert_on_folder, str(tmp_path), "me/local")
-    assert 'base_model="org/name"' in str(error.value)
     assert hub.refs("me/local") is None
-
-
-def test_base_model_argument_goes_into_the_uploaded_config_only(hub, client, tmp_path):
-    own_word = client(push_expert_on_folder, str(tmp_path), "me/named", base_model="me/base", base_revision="main")
-    assert own_word == str(tmp_path)
+    live = client(push_expert_on_folder, str(tmp_path), "me/named", base_model="me/base", base_revision="main")
+    assert live == str(tmp_path) and str(tmp_path) not in str(card_of(hub, "me/named"))
     config = json.loads(hub.read("me/named", "adapter_config.json"))
     assert (config["base_model_name_or_path"], config["revision"]) == ("me/base", "main")
-    assert str(tmp_path) not in str(card_of(hub, "me/named"))
 
 
 def test_named_adapter_lands_at_the_top(hub, client):
@@ -294,25 +267,18 @@ def test_named_adapter_lands_at_the_top(hub, client):
     assert stored["base_model.model.model.layers.1.mlp.down_proj.svf_offset.weight"].tolist() == offsets
 
 
-def test_push_to_a_branch_leaves_main_alone(hub, client):
+def test_push_to_a_branch_and_a_pull_request_leave_main_alone(hub, client):
     client(push, "me/branched")
     before = hub.commit("me/branched")
     pushed, _ = client(push, "me/branched", seed=7, revision="next")
+    client(push, "me/branched", seed=8, create_pr=True, commit_message="A better z")
     assert hub.commit("me/branched") == before
     assert client(logits_of_expert_from_hub, "me/branched", revision="next") == pushed
-
-
-def test_pull_request_leaves_main_alone(hub, client):
-    client(push, "me/asked", create_pr=True, commit_message="A better z")
-    assert hub.files("me/asked") == []
-    assert hub.history("me/asked", "refs/pr/1") == ["A better z"]
+    assert hub.history("me/branched", "refs/pr/1") == ["A better z", "Upload SVF expert"]
 
 
 def test_z_that_is_not_finite_is_refused_before_anything_is_written(hub, client):
-    with pytest.raises(
-        ValueError,
-        match=r"z is not finite or beyond 10000 in 1 of 6 weights.*`model\.layers\.0\.mlp\.up_proj`",
-    ):
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.up_proj.*isn't a vector of finite"):
         client(push_with_nan, "me/broken")
     assert hub.refs("me/broken") is None
 
@@ -336,7 +302,7 @@ def test_subfolder_and_revision_in_one_name_give_the_files_of_one_commit(hub, cl
     )
     assert code == 0, shown
     code, shown = client(command, "dispatch", "3 + 4", "--experts", "me/zoo::code@v9")
-    assert code == 1 and "no revision 'v9'" in shown
+    assert code == 1 and "Revision Not Found" in shown and "v9" in shown
 
 
 def test_bundle_is_one_commit_and_the_pipeline_loads_it_by_its_name(hub, client, experts):
@@ -399,23 +365,20 @@ def test_z_statistics_are_those_of_the_stored_offsets(saved_expert):
     assert "| all | 6 | 30 | 0.4167 | 0.5000 | 0.5000 to 1.2500 |" in text
 
 
-def test_card_of_another_adapter_type_is_refused(tmp_path):
+def test_a_card_of_another_adapter_or_of_a_base_without_a_hub_id_is_refused(saved_expert, tmp_path):
     get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds no SVF expert"):
         expert_card(tmp_path, base_model="me/base")
-
-
-@pytest.mark.parametrize("base_model", [None, "./weights", "a/b/c"])
-def test_base_model_argument_must_be_a_hub_id(saved_expert, base_model):
-    with pytest.raises(ValueError, match=re.escape(repr(base_model))):
-        expert_card(saved_expert, base_model=base_model)
+    for base_model in (None, "./weights", "a/b/c"):
+        with pytest.raises(ValueError, match=re.escape(repr(base_model))):
+            expert_card(saved_expert, base_model=base_model)
 
 
 def test_unknown_adapter_and_several_active_ones_are_refused_by_name():
     model = moved_expert(tiny_llama())
-    with pytest.raises(ValueError, match=r"no SVF adapter 'code'.*\['default'\]"):
+    with pytest.raises(ValueError, match=r"\['code'\] isn't one SVF adapter.*\['default'\]"):
         push_expert(model, "me/code", adapter_name="code")
     model.add_adapter("math", SVFConfig(task_type="CAUSAL_LM"))
     model.base_model.set_adapter(["default", "math"])
-    with pytest.raises(ValueError, match=r"\['default', 'math'\] are active"):
+    with pytest.raises(ValueError, match=r"\['default', 'math'\] isn't one SVF adapter"):
         push_expert(model, "me/both")

@@ -8,14 +8,13 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import oracle
 import pico
 import pytest
 import tiny_experts
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load, save_file
-from tiny_experts import GREEDY, alone, assert_same, base, ids, state, write
+from tiny_experts import alone, assert_same, base, ids, state, write
 from tiny_model import tiny_tokenizer
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -30,12 +29,6 @@ from peft_svf.tuner.layer import Linear, SVFLayer
 FP32, BF16 = torch.float32, torch.bfloat16
 WEIGHTS = "adapter_model.safetensors"
 TEXTS = ("one two", "3 + 4 =", "x = [];")
-STRANGERS = [
-    "of another base",
-    "a folder that is not there",
-    "with vectors that are too short",
-    "with too few vectors",
-]
 MIXED = [{"math": 0.7, "code": 0.3}, {}, {"code": 1.0}]
 MANY = [{"e5": 1.0}, {"e2": 0.5, "e0": 0.5}, {}]
 
@@ -52,7 +45,7 @@ def folders(folders_in):
 
 @pytest.fixture(scope="module")
 def strangers(tmp_path_factory):
-    """Experts that do not belong to the base model, or not into a library."""
+    """Experts that don't belong to the base model, or not into a library, with what their refusal names."""
     folder = tmp_path_factory.mktemp("strangers")
     other_base = base(seed=9, name="another-base")
     damaged = Expert.load(write(folder, "longer", seed=4))
@@ -62,7 +55,6 @@ def strangers(tmp_path_factory):
         "called other": (write(folder, "other", seed=4), "'other'"),
         "a folder that is not there": (folder / "nowhere", "nowhere"),
         "with vectors that are too short": (Expert("short", offsets, damaged.config), "length 5"),
-        "with too few vectors": (Expert("few", dict(list(offsets.items())[1:]), damaged.config), "no z-vector"),
     }
 
 
@@ -93,8 +85,7 @@ def test_folders_experts_and_names_of_ones_own_make_the_same_library(folders):
     paths = [folders["math"], folders["code"]]
     made = [
         ExpertLibrary(base(), paths),
-        ExpertLibrary(base(), [str(path) for path in paths]),
-        ExpertLibrary(base(), [Expert.load(path) for path in paths]),
+        ExpertLibrary(base(), [str(paths[0]), Expert.load(paths[1])]),
         ExpertLibrary(base(), {"math": paths[0], "code": Expert.load(paths[1], "anything")}),
     ]
     expected = one_mixture(made[0], {"math": 1.0})
@@ -102,16 +93,11 @@ def test_folders_experts_and_names_of_ones_own_make_the_same_library(folders):
         assert library.names == ["code", "math"]
         assert library.descriptions == {"code": "about code", "math": "about math"}
         assert torch.equal(one_mixture(library, {"math": 1.0}), expected)
-    renamed = ExpertLibrary(base(), {"sums": paths[0]})
-    assert renamed.names == ["sums"] and torch.equal(one_mixture(renamed, {"sums": 1.0}), expected)
-
-
-def test_any_name_is_an_expert(folders):
     names = ["a.b", "keys", "50%", "one two/three", "Ω"]
-    library = ExpertLibrary(base(), dict.fromkeys(names, folders["math"]))
-    expected = one_mixture(library, {"keys": 1.0})
-    assert library.names == sorted(names) and not torch.equal(expected, logits(base()))
-    assert all(torch.equal(one_mixture(library, {name: 1.0}), expected) for name in names)
+    renamed = ExpertLibrary(base(), dict.fromkeys(names, paths[0]))
+    assert renamed.names == sorted(names)
+    assert all(torch.equal(one_mixture(renamed, {name: 1.0}), expected) for name in names)
+    assert ExpertLibrary(base(), paths[0]).names == ["math"]
 
 
 def test_the_adapters_of_a_peft_model_are_experts(folders):
@@ -141,48 +127,30 @@ def test_the_base_model_of_an_expert_keeps_its_name(folders):
     assert library.expert("math").base_model == tiny_experts.BASE
 
 
-def test_experts_of_different_ranks_and_modules_are_mixed(folders, tmp_path):
-    low = write(tmp_path, "low", seed=6, rank=5, target_modules=["q_proj", "up_proj"])
-    library = ExpertLibrary(base(), [folders["math"], low])
-    alpha = {"math": 0.5, "low": 0.25}
-    offsets = Mixture(alpha).offsets({"math": Expert.load(folders["math"]), "low": Expert.load(low)})
-    filled = pico.fill(base(), {name: 1 + offset.double() for name, offset in offsets.items()})
-    torch.testing.assert_close(one_mixture(library, alpha), logits(filled), atol=2e-4, rtol=1e-4)
-
-
 # --- mixtures in the model
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
-def test_a_one_hot_mixture_answers_as_that_expert_alone_to_the_bit(dtype, folders_in):
-    folders = folders_in[dtype]
-    library = ExpertLibrary(base(dtype=dtype), [folders["math"], folders["code"]])
-    for name in library.names:
-        expected = logits(alone(folders[name], dtype))
-        assert torch.equal(one_mixture(library, {name: 1.0}, merge=True), expected)
-        assert not torch.equal(expected, logits(base(dtype=dtype)))
-
-
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
-def test_no_mixture_answers_as_the_base_to_the_bit(dtype, folders_in):
-    folders = folders_in[dtype]
+def test_one_hot_is_that_expert_alone_and_none_is_the_base_to_the_bit(dtype, folders_in):
+    folders, expected = folders_in[dtype], logits(base(dtype=dtype))
     library = ExpertLibrary(base(dtype=dtype), [folders["math"], folders["code"]], folders["kinds"])
-    expected = logits(base(dtype=dtype))
-    assert torch.equal(one_mixture(library, {}), expected)
+    for name in library.names:
+        alone_ = logits(alone(folders[name], dtype))
+        assert torch.equal(one_mixture(library, {name: 1.0}, merge=True), alone_) and not torch.equal(alone_, expected)
     assert torch.equal(one_mixture(library, {"math": 0.0, "other": 1.0}), expected)
     assert torch.equal(with_mixture(library, {"math": 1.0}, {}, {"code": 0.5})[1], expected[1])
+    assert torch.equal(logits(library.model), expected)
 
 
-def test_a_mixture_answers_with_the_weights_of_the_oracle(library, folders):
-    alpha = {"math": 0.7, "code": -0.4}
-    offsets = Mixture(alpha).offsets({name: Expert.load(folders[name]) for name in alpha})
+def test_a_mixture_of_any_ranks_and_modules_answers_with_the_weights_of_the_oracle(folders, tmp_path):
+    low = write(tmp_path, "low", seed=6, rank=5, target_modules=["q_proj", "up_proj"])
+    library = ExpertLibrary(base(), [folders["math"], low])
+    alpha = {"math": 0.5, "low": -0.25}
+    offsets = Mixture(alpha).offsets({name: library.expert(name) for name in alpha})
     filled = pico.fill(base(), {name: 1 + offset.double() for name, offset in offsets.items()})
     torch.testing.assert_close(one_mixture(library, alpha), logits(filled), atol=2e-4, rtol=1e-4)
-    weight = filled.model.layers[0].mlp.up_proj.weight
-    z = 1 + offsets["model.layers.0.mlp.up_proj"].double()
-    torch.testing.assert_close(
-        weight.double(), oracle.rescaled(base().model.layers[0].mlp.up_proj.weight, z), atol=1e-6, rtol=0
-    )
+    merged = one_mixture(library, alpha, merge=True)
+    torch.testing.assert_close(merged, one_mixture(library, alpha), atol=1e-4, rtol=1e-4)
 
 
 def test_rows_with_mixtures_of_their_own_answer_as_one_by_one(library):
@@ -190,69 +158,36 @@ def test_rows_with_mixtures_of_their_own_answer_as_one_by_one(library):
     for row, (alpha, text) in enumerate(zip(MIXED, TEXTS, strict=True)):
         torch.testing.assert_close(together[row : row + 1], one_mixture(library, alpha, text), atol=1e-4, rtol=1e-4)
     assert len({str(row[-1].topk(5).values.tolist()) for row in together}) == 3
-
-
-def test_a_batch_that_agrees_answers_as_one_mixture_to_the_bit(library):
     assert torch.equal(with_mixture(library, *[MIXED[0]] * 3), one_mixture(library, MIXED[0]))
-
-
-def test_the_rows_must_fit_the_batch(library):
-    with pytest.raises(ValueError, match="offsets for 3 rows, but the batch has 2"):
-        with_mixture(library, *MIXED, texts=TEXTS[:2])
-
-
-def test_merged_and_unmerged_weights_answer_alike_and_rows_are_never_merged(library):
-    for alpha in ({"math": 1.0}, {"math": 0.5, "code": -0.3}):
-        merged = one_mixture(library, alpha, merge=True)
-        torch.testing.assert_close(merged, one_mixture(library, alpha), atol=1e-4, rtol=1e-4)
-    with library.activate([Mixture(alpha) for alpha in MIXED], merge=True) as model:
-        assert torch.equal(logits(model), with_mixture(library, *MIXED))
-
-
-def test_outside_of_activate_the_model_is_the_base_to_the_bit(library):
-    assert torch.equal(logits(library.model), logits(base()))
+    with library.activate([Mixture(alpha) for alpha in MIXED], merge=True) as model:  # rows are never merged
+        assert torch.equal(logits(model), together)
     assert all(layer.svf_merged is None for layer in library.layers().values()), "a second copy of the base's weights"
-    one_mixture(library, {"math": 1.0}, merge=True)
-    assert torch.equal(logits(library.model), logits(base()))
 
 
 def test_merged_or_disabled_adapters_are_refused(folders):
     library = ExpertLibrary(PeftModel.from_pretrained(base(), str(folders["math"]), adapter_name="math"))
     library.model.merge_adapter(["math"])
-    with pytest.raises(ValueError, match="merged: unmerge_adapter"), library.activate(Mixture()):
-        pass
+    with pytest.raises(ValueError, match="merged or disabled"):
+        one_mixture(library, {})
     library.model.unmerge_adapter()
-    with (
-        library.model.disable_adapter(),
-        pytest.raises(ValueError, match="disabled"),
-        library.activate(Mixture({"math": 1.0})),
-    ):
-        pass
+    with library.model.disable_adapter(), pytest.raises(ValueError, match="merged or disabled"):
+        one_mixture(library, {"math": 1.0})
     assert torch.equal(one_mixture(library, {}), logits(base()))
 
 
 # --- afterwards
 
 
-def rows_of(library):
-    return [module.rows for module in library.model.modules() if isinstance(module, SVFLayer)]
-
-
-def test_leaving_activate_restores_the_model(library):
+def test_leaving_activate_restores_the_model_also_after_an_exception(library):
     before, expected = state(library.model), logits(library.model)
     with library.activate([Mixture(alpha) for alpha in MIXED]) as model:
         assert not torch.equal(logits(model), expected)
-    assert torch.equal(logits(library.model), expected) and rows_of(library) == [None] * len(rows_of(library))
-    assert_same(library.model, before)
-
-
-def test_an_exception_restores_the_model(library):
-    before, expected = state(library.model), logits(library.model)
     with pytest.raises(KeyError), library.activate(Mixture({"math": 1.0})):
         raise KeyError
-    with pytest.raises(ValueError, match="rows"):
+    with pytest.raises(ValueError, match="offsets for 3 rows, but the batch has 2"):
         with_mixture(library, *MIXED, texts=TEXTS[:2])
     assert torch.equal(logits(library.model), expected)
+    assert all(module.rows is None for module in library.model.modules() if isinstance(module, SVFLayer))
     assert_same(library.model, before)
 
 
@@ -265,30 +200,7 @@ def test_the_inner_of_two_contexts_counts_and_the_outer_comes_back(library):
         assert torch.equal(logits(model), outer)
 
 
-def test_the_weights_stay_those_of_the_base_to_the_bit(library):
-    pristine = {name: parameter.clone() for name, parameter in base().named_parameters()}
-    with_mixture(library, *MIXED)
-    with library.activate(Mixture({"math": 1.0})) as model:
-        model.generate(**ids(*TEXTS), **GREEDY)
-    for name, parameter in library.model.get_base_model().named_parameters():
-        if "svf_offset" not in name:
-            assert torch.equal(parameter, pristine[name.replace(".base_layer", "")]), name
-
-
 # --- who may do what, and interruptions
-
-
-def test_another_thread_cannot_close_a_context_and_its_owner_still_can(library):
-    expected = logits(base())
-    context = library.activate(Mixture({"math": 1.0}))
-    context.__enter__()
-    with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="opened by another thread"):
-        pool.submit(context.__exit__, None, None, None).result()
-    assert torch.equal(logits(library.model), one_mixture(library, {"math": 1.0}))
-    context.__exit__(None, None, None)
-    with ThreadPoolExecutor(1) as pool:
-        assert torch.equal(pool.submit(one_mixture, library, {}).result(timeout=60), expected)
-    assert torch.equal(logits(library.model), expected)
 
 
 def test_two_coroutines_of_one_thread_are_refused_instead_of_mixed(library):
@@ -356,12 +268,12 @@ def test_an_interruption_at_any_line_leaves_neither_rows_nor_lock(tmp_path):
             assert pool.submit(library.lock.acquire, timeout=5).result(), step
             pool.submit(library.lock.release).result()
             step += 1
-    assert step > 30
+    assert step > 20
 
 
 # --- stacked weights
 
-PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+PARAMETERS, LINEAR = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], {"target_modules": ["q_proj"]}
 
 
 def mixture_of_experts():
@@ -376,7 +288,7 @@ def mixture_of_experts():
 
 def test_stacked_experts_are_mixed(tmp_path):
     settings = {"both": {"target_parameters": PARAMETERS}, "one": {"target_parameters": PARAMETERS[1:]}}
-    settings["linear"] = {"target_modules": ["q_proj"]}
+    settings["linear"] = LINEAR
     paths = [
         write(tmp_path, name, seed=i, of=mixture_of_experts(), scale=0.3, **config)
         for i, (name, config) in enumerate(settings.items())
@@ -396,8 +308,25 @@ def test_stacked_experts_are_mixed(tmp_path):
         torch.testing.assert_close(together[row : row + 1], one_mixture(library, alpha, text), atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="Weights per layer can't mix experts of stacked weights"):
         few_shot(library, tiny_tokenizer(), [{"prompt": "1", "answer": "2"}], Search(per_layer=True), name="layers")
-    with pytest.raises(ValueError, match=r"'both' moves stacked weights, mlp\.experts.*only z-vectors of linear"):
+    with pytest.raises(ValueError, match=r"no linear weight .*mlp\.experts, .*'both' moves: stacked weights"):
         transfer_expert(library.expert("both"), mixture_of_experts(), mixture_of_experts())
+
+
+def test_stacked_experts_that_cannot_be_added_change_nothing(tmp_path):
+    other = mixture_of_experts()
+    torch.nn.init.normal_(other.model.layers[1].mlp.experts.down_proj)
+    other.name_or_path = "another-moe"
+    foreign = write(tmp_path, "foreign", of=other, target_parameters=PARAMETERS)
+    library = ExpertLibrary(mixture_of_experts(), [write(tmp_path, "q", of=mixture_of_experts(), **LINEAR)])
+    before, expected = state(library.model), logits(library.model)
+    with pytest.raises(ValueError, match="does not belong"):
+        library.add(foreign)
+    short = Expert.load(write(tmp_path, "short", of=mixture_of_experts(), target_parameters=PARAMETERS))
+    offsets = {name: offset[:5] for name, offset in short.offsets.items()}
+    with pytest.raises(ValueError, match="length 5"):
+        library.add(Expert("short", offsets, short.config))
+    assert_same(library.model, before)
+    assert torch.equal(logits(library.model), expected)
 
 
 # --- the classifier
@@ -461,20 +390,16 @@ def test_an_added_expert_may_move_other_weights_and_more_directions(folders, tmp
         library.add(write(tmp_path, "more", target_modules=["o_proj"]))
 
 
-@pytest.mark.parametrize("what", [*STRANGERS, "called other", "a damaged file", "one of the same name"])
-def test_an_expert_that_cannot_be_added_changes_nothing(what, library, folders, strangers, tmp_path):
+def test_an_expert_that_cannot_be_added_changes_nothing(library, folders, strangers, tmp_path):
     damaged = write(tmp_path, "damaged", seed=4)
     (damaged / WEIGHTS).write_bytes((damaged / WEIGHTS).read_bytes()[:-9])
-    more = {
-        "a damaged file": (damaged, "'damaged'.*is damaged"),
-        "one of the same name": (folders["math"], "is called 'math'"),
-    }
-    source, message = (strangers | more)[what]
     expected, before = one_mixture(library, {"math": 1.0}), state(library.model)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        library.add(source)
-    assert library.names == ["code", "math"] and torch.equal(one_mixture(library, {"math": 1.0}), expected)
-    assert_same(library.model, before)
+    known = [(damaged, "'damaged'.*is damaged"), (folders["math"], "is called 'math'")]
+    for source, message in [*strangers.values(), *known]:
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            library.add(source)
+        assert library.names == ["code", "math"] and torch.equal(one_mixture(library, {"math": 1.0}), expected)
+        assert_same(library.model, before)
 
 
 def test_files_that_change_or_go_away_are_named(library, tmp_path):
@@ -487,7 +412,7 @@ def test_files_that_change_or_go_away_are_named(library, tmp_path):
     tensors = {key: tensor * math.nan for key, tensor in load(whole).items()}
     save_file(tensors, folder / WEIGHTS)
     expected, before = one_mixture(library, {"math": 1.0}), state(library.model)
-    with pytest.raises(ValueError, match=r"'moving'.*z is not finite"):
+    with pytest.raises(ValueError, match=r"'moving'.*isn't a vector of finite"):
         one_mixture(library, {"moving": 0.5, "math": 0.5})
     (folder / WEIGHTS).unlink()
     with pytest.raises(FileNotFoundError, match="moving"):
@@ -496,13 +421,6 @@ def test_files_that_change_or_go_away_are_named(library, tmp_path):
     assert_same(library.model, before)
     (folder / WEIGHTS).write_bytes(whole)
     one_mixture(library, {"moving": 1.0})
-
-
-def test_the_last_expert_stays(library):
-    library.remove("code")
-    with pytest.raises(ValueError, match="last expert"):
-        library.remove("math")
-    assert library.names == ["math"]
 
 
 def test_a_named_mixture_is_kept_beside_the_experts(library, folders, tmp_path):
@@ -520,23 +438,23 @@ def test_a_named_mixture_is_kept_beside_the_experts(library, folders, tmp_path):
 
 def test_names_are_unique_over_experts_and_mixtures(library, folders):
     library.add_mixture("sums", Mixture({"math": 0.5}))
-    for add in (library.add_mixture, lambda name, _: library.add(folders["math"], name)):
-        with pytest.raises(ValueError, match=r"A mixture of this library is called 'sums': give another name"):
-            add("sums", Mixture())
-        with pytest.raises(ValueError, match="can be called 'other'"):
-            add("other", Mixture())
-    with pytest.raises(ValueError, match="An expert of this library is called 'math'"):
-        library.add_mixture("math", Mixture())
+    taken = {"sums": "A mixture of this library is called 'sums'", "other": "The base model .* is called 'other'"}
+    for name, message in (taken | {"math": "An expert of this library is called 'math'"}).items():
+        for add in (library.add_mixture, lambda name, _: library.add(folders["math"], name)):
+            with pytest.raises(ValueError, match=message):
+                add(name, Mixture())
     with pytest.raises(ValueError, match="no expert 'maths'; there are code, math, other, the mixture"):
         library.add_mixture("new", Mixture({"maths": 1.0}))
 
 
-def test_an_expert_of_a_named_mixture_stays_as_long_as_that_does(library):
+def test_the_last_expert_and_one_of_a_named_mixture_stay(library):
     library.add_mixture("sums", Mixture({"math": 0.5}))
-    with pytest.raises(ValueError, match=r"'math' is in the mixture 'sums': remove that first"):
+    with pytest.raises(ValueError, match=r"'math' is in the mixture 'sums'"):
         library.remove("math")
     library.remove("sums")
     library.remove("math")
+    with pytest.raises(ValueError, match="'code' is the last expert"):
+        library.remove("code")
     assert library.names == ["code"]
 
 
@@ -566,7 +484,7 @@ def test_the_expert_used_longest_ago_makes_room_and_is_read_again(tmp_path):
     assert torch.equal(with_mixture(library, *MANY), with_mixture(free, *MANY))
 
 
-@pytest.mark.parametrize("held", [1, 2, 5])
+@pytest.mark.parametrize("held", [1, 5])
 def test_a_mixture_of_more_experts_than_the_limit_holds_is_that_mixture(held, tmp_path):
     folders = many(tmp_path, 5) | {"low": write(tmp_path, "low", seed=6, rank=5, target_modules=["q_proj", "up_proj"])}
     free = ExpertLibrary(base(), folders)
@@ -578,14 +496,8 @@ def test_a_mixture_of_more_experts_than_the_limit_holds_is_that_mixture(held, tm
         assert library.nbytes <= held * each
     torch.testing.assert_close(with_mixture(library, *rows), with_mixture(free, *rows), atol=1e-5, rtol=1e-5)
     assert library.nbytes <= held * each and len(library.in_memory) >= held
-
-
-def test_a_limit_below_one_expert_is_refused_and_the_model_is_as_it_was(folders):
-    model = base()
-    before = state(model)
-    with pytest.raises(ValueError, match=r"limit_bytes=100 is too small: one expert takes [0-9]+ bytes"):
-        ExpertLibrary(model, [folders["math"]], limit_bytes=100)
-    assert_same(model, before)
+    tight = ExpertLibrary(base(), folders, limit_bytes=1)  # one always fits
+    assert torch.equal(one_mixture(tight, rows[1]), one_mixture(library, rows[1])) and len(tight.in_memory) == 1
 
 
 def test_hundreds_of_experts_add_no_adapter_to_the_model(tmp_path):
@@ -708,19 +620,19 @@ def test_a_failure_at_any_step_leaves_every_bit_as_it_was(step, folders, monkeyp
 
 
 @pytest.mark.parametrize("adapters", [0, 1])
-@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("at", [1, 3])
 def test_a_library_that_cannot_be_made_leaves_every_bit_as_it_was(at, adapters, folders, tmp_path, monkeypatch):
     model = get_peft_model(base(), SVFConfig(target_modules=["q_proj"]), adapter_name="mine") if adapters else base()
     before, calls = state(model), []
-    real = ExpertLibrary._check_sizes
+    real = ExpertLibrary._admit
 
-    def breaks(self, expert, sizes):
+    def breaks(self, expert):
+        real(self, expert)
         calls.append(expert.name)
         if len(calls) == at:
             raise RuntimeError("in the middle")
-        real(self, expert, sizes)
 
-    monkeypatch.setattr(ExpertLibrary, "_check_sizes", breaks)
+    monkeypatch.setattr(ExpertLibrary, "_admit", breaks)
     other = write(tmp_path, "other weights", target_modules=["o_proj"])
     with pytest.raises(RuntimeError, match="in the middle"):
         ExpertLibrary(model, [folders["math"], folders["code"], other])
@@ -737,45 +649,29 @@ def peft_base(folders):
 
 
 @pytest.mark.parametrize("came_as", ["plain model", "PeftModel"])
-@pytest.mark.parametrize(
-    "place, what",
-    [
-        *((place, what) for place in ("first", "last", "classifier") for what in STRANGERS),
-        ("first", "called other"),  # a classifier is never chosen: it may be called anything
-    ],
-)
-def test_an_expert_that_does_not_fit_is_refused_and_the_model_is_as_it_was(what, place, came_as, folders, strangers):
-    stranger, message = strangers[what]
+@pytest.mark.parametrize("place", ["first", "last", "classifier"])
+def test_an_expert_that_does_not_fit_is_refused_and_the_model_is_as_it_was(place, came_as, folders, strangers):
     model = base().train() if came_as == "plain model" else peft_base(folders)
-    before = state(model)
-    good = [folders["code"], folders["kinds"]]
-    sources = {"first": [stranger, *good], "last": [*good, stranger], "classifier": good}[place]
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        ExpertLibrary(model, sources, classifier=stranger if place == "classifier" else None)
-    assert_same(model, before)
+    before, good = state(model), [folders["code"], folders["kinds"]]
+    for what, (stranger, message) in strangers.items():
+        if what == "called other" and place == "classifier":
+            continue  # a classifier is never chosen: it may be called anything
+        sources = {"first": [stranger, *good], "last": [*good, stranger], "classifier": good}[place]
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            ExpertLibrary(model, sources, classifier=stranger if place == "classifier" else None)
+        assert_same(model, before)
     library = ExpertLibrary(model, [folders["code"]])
     assert library.names == (["code"] if came_as == "plain model" else ["code", "math", "mine"])
 
 
-def test_no_experts_or_one_path_are_refused():
-    model = base()
-    before = state(model)
-    for nothing in ([], {}):
-        with pytest.raises(ValueError, match="no experts"):
-            ExpertLibrary(model, nothing)
-    with pytest.raises(ValueError, match="a list or a dict of experts, got 'mine'"):
-        ExpertLibrary(model, "mine")
-    assert_same(model, before)
-
-
-def test_two_experts_of_one_name_are_refused(folders):
+def test_no_experts_and_two_of_one_name_are_refused(folders):
+    with pytest.raises(ValueError, match="no experts"):
+        ExpertLibrary(base(), {})
     model = peft_base(folders)
     before = state(model)
     with pytest.raises(ValueError, match=r"An expert of this library is called 'math'.*dict"):
         ExpertLibrary(model, [folders["math"]])
     assert_same(model, before)
-    with pytest.raises(ValueError, match="is called 'code'"):
-        ExpertLibrary(base(), [folders["code"], Expert.load(folders["math"], "code")])
 
 
 @pytest.mark.parametrize("config", [LoraConfig(), SVFConfig(modules_to_save=["lm_head"])], ids=["LoRA", "head"])

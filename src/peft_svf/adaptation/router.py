@@ -139,7 +139,7 @@ def router_of(library: ExpertLibrary, tokenizer: Reader) -> Router:
         try:
             (anchor,) = read_states(model, key_ids(tokenizer, [ANCHOR]), block, pooling)
             for name in keys:
-                keys[name].check(model, anchor)
+                keys[name].check(anchor)
         except ValueError as error:
             raise ValueError(f"Expert {name!r}: {error}") from error
         other = _everyday(model, tokenizer, anchor, block, pooling)

@@ -16,7 +16,6 @@ from typing import Annotated, Any
 import typer
 
 from .adapt import adapt
-from .console import INTERRUPTED
 from .convert import export, import_
 from .dispatch import dispatch
 from .eval import evaluate
@@ -57,11 +56,7 @@ def _verb(name: str, run: Callable[..., Any], **settings: Any) -> None:
         from .._registration import register
 
         register()
-        try:
-            return run(*args, **kwargs)
-        except KeyboardInterrupt as stop:
-            print(str(stop) or "Interrupted.", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from stop
+        return run(*args, **kwargs)
 
     app.command(name, **settings)(work)
 
@@ -72,15 +67,7 @@ for run in (evaluate, factor, inspect, adapt, dispatch, key, export, import_, se
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """
-    Run one command.
-
-    Args:
-        argv (`Sequence[str]`, *optional*): The arguments; default those of the process.
-
-    Returns:
-        `int`: exit code; 0, 1 after an error, 2 if the command line itself is wrong, 130 after Ctrl-C.
-    """
+    """Run one command; return 0, 1 after an error, 2 if the command line itself is wrong, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = argv or ["--help"]
     verb = next((part for part in arguments if not part.startswith("-")), "")

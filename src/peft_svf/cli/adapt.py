@@ -2,6 +2,7 @@
 """`adapt`: a few solved examples -> the mixture of experts that answers them best."""
 
 import shlex
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -52,8 +53,6 @@ def adapt(
     from ..adaptation import Search
 
     out = out or Path((name or "") if per_layer else "mixture.json")
-    if not out.name:
-        raise typer.BadParameter("--per-layer makes an expert: name it by --name, or its folder by --out.")
     rows = read_examples(examples)
     if max_new_tokens and (task is None or any("choices" in row for row in rows)):
         raise typer.BadParameter("--max-new-tokens needs --task, and examples with an 'answer'.")
@@ -69,7 +68,8 @@ def adapt(
         mixture = two_pass.adapt(rows, find_task(task) if task else None, plan, **more)
     except KeyboardInterrupt:
         how = f"goes on from {state}" if state else "starts again; with --state FILE it would go on"
-        raise KeyboardInterrupt(f"Interrupted: the same command {how}.") from None
+        print(f"Interrupted: the same command {how}.", file=sys.stderr)
+        raise
     (two_pass.library.expert(str(name)) if per_layer else mixture).save(out)
     _show(mixture, two_pass.library.names, per_layer)
     measured = [out] if per_layer else experts

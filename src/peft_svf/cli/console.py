@@ -8,8 +8,6 @@ from pathlib import Path
 
 from .. import files
 
-INTERRUPTED = 130  # the exit code a shell gives a command that Ctrl-C ended
-
 
 def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows in columns, without line breaks unless a terminal is too narrow."""

@@ -68,7 +68,7 @@ def _accelerator() -> "torch.device":
 
 def named_sources(experts: Sequence[str]) -> dict[str, str]:
     """Read experts that are written `SOURCE` or `NAME=SOURCE`, sources as in [`Expert.load`]."""
-    from ..experts.saved import name_of
+    from ..experts.expert import name_of
 
     sources: dict[str, str] = {}
     for entry in experts:

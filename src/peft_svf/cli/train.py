@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from .console import INTERRUPTED, command, interval, show_table, size
+from .console import command, interval, show_table, size
 from .options import option
 from .sources import find_task, load_model, rows_of, weights_of
 from .train_config import PARTS, Settings, read_settings, svf_config
@@ -123,7 +123,7 @@ def _run(
         )
         _show_result(result, args.output_dir)
     trainer.accelerator.wait_for_everyone()
-    return INTERRUPTED if interrupted else 0
+    return 130 if interrupted else 0  # as a shell reports a command that Ctrl-C ended
 
 
 def _checkpoint(chosen: str | None, config: Config, dry_run: bool) -> str | None:

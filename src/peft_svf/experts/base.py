@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A base model -> the weights that an expert names, one at a time, each with its basis. Changes no model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from peft import PeftModel
@@ -11,10 +11,19 @@ from transformers.pytorch_utils import Conv1D
 
 from ..tuner.basis import Basis
 from ..tuner.cache import content_key, fetch
-from ..tuner.fingerprint import Fingerprint, check
+from ..tuner.fingerprint import Fingerprint
 from ..tuner.layer import SVFLayer
 from ..tuner.weights import FLOATS, NARROW, Checkpoint
 from .expert import Expert
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise `ValueError` for a model that has adapters, which would count as its own weights or be left out."""
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "This model has adapters already: load the base model again, or, for a library, pass the PeftModel that "
+            "was made of it (of a pipeline: pipe.model.library.model)."
+        )
 
 
 def weights_in(model: nn.Module, config: Mapping[str, Any]) -> dict[str, str]:
@@ -36,7 +45,7 @@ class BaseWeights:
 
     Args:
         model (`torch.nn.Module`): The base model; of a `PeftModel` its base, with adapters left aside.
-        config (`Mapping[str, Any]`): That of the expert, which names stacked weights.
+        config (`Mapping[str, Any]`): That of the expert, if its stacked weights count as well.
     """
 
     def __init__(self, model: nn.Module, config: Mapping[str, Any] = {}) -> None:
@@ -47,25 +56,21 @@ class BaseWeights:
         self._checkpoint = Checkpoint(base)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._stacked or name in self._modules
-
-    def path(self, name: str) -> str:
-        """What fingerprints call a weight: its module, or of a stacked weight its parameter."""
-        return self._stacked.get(name, name)
+        return name in self._stacked or isinstance(self._linear(name), (nn.Linear, Conv1D))
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a weight `(out, in)` or `(E, out, in)`, in the parameter's memory; refuse a packed or absent one."""
-        layer, inner = self._modules.get(name), self._linear(name)
+        layer, inner, weight = self._modules.get(name), self._linear(name), None
         if name in self._stacked:
             weight = self._parameters[self._stacked[name]].detach()
-        elif not isinstance(inner, (nn.Linear, Conv1D)) or inner.weight.dtype not in FLOATS:
-            raise ValueError(f"{name} of {self.name} is a {type(inner).__name__}: pass the base that isn't quantised.")
-        elif isinstance(layer, SVFLayer):
-            weight = layer.logical_weight()
-        else:
-            weight = inner.weight.detach().T if isinstance(inner, Conv1D) else inner.weight.detach()
-        if weight.is_meta:
-            raise ValueError(f"{name} is offloaded: load the model on the CPU, without `device_map`.")
+        elif name in self and inner.weight.dtype in FLOATS:
+            plain = inner.weight.detach().T if isinstance(inner, Conv1D) else inner.weight.detach()
+            weight = layer.logical_weight() if isinstance(layer, SVFLayer) else plain
+        if weight is None or weight.is_meta:
+            raise ValueError(
+                f"{name} of {self.name}, a {type(inner).__name__}, has no linear weight in memory: load the base on "
+                "the CPU, and not quantised."
+            )
         return weight
 
     def stored(self, name: str) -> Tensor:
@@ -78,27 +83,30 @@ class BaseWeights:
         stored = self._checkpoint.weight(parameter, weight.T if turned else weight)
         return weight if stored is None else stored.T if turned else stored
 
-    def _linear(self, name: str) -> Any:
+    def _linear(self, name: Any) -> Any:
         layer = self._modules.get(name)
         return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
-    def bases(self, names: Iterable[str]) -> dict[str, tuple[Basis, Fingerprint]]:
-        """Fetch the bases of weights from the cache, or compute them."""
-        return fetch(names, self.stored)
+    def basis(self, name: str) -> tuple[Basis, Fingerprint]:
+        """Fetch the basis of a weight from the cache, or compute it."""
+        return fetch([name], self.stored)[name]
+
+    def check_names(self, expert: Expert) -> None:
+        """Raise `ValueError` if this model lacks a weight that an expert moves."""
+        if missing := sorted(name for name in expert.offsets if name not in self):
+            stacks = expert.config.get("target_parameters") and not self._stacked
+            way_out = "stacked weights go into merged checkpoints only" if stacks else f"load {expert.base_model!r}"
+            raise ValueError(
+                f"{self.name or 'The model'} has no linear weight {missing[0]}, which expert {expert.name!r} moves: "
+                f"{way_out}."
+            )
 
     def check(self, expert: Expert) -> None:
         """Raise `ValueError` unless this is the expert's base; only of weights that differ a basis is looked at."""
-        if missing := sorted(name for name in expert.offsets if name not in self):
-            raise ValueError(
-                f"{self.name or 'The model'} has no {missing[0]}, which expert {expert.name!r} moves: load its base, "
-                f"{expert.base_model!r}."
-            )
-        saved = {name: Fingerprint.from_json(f) for name, f in (expert.config.get("fingerprint") or {}).items()}
-        others = [
-            name
-            for name in sorted(expert.offsets)
-            if (path := self.path(name)) in saved and content_key(self.stored(name)) != saved[path].sha256
-        ]
-        own = {self.path(name): self.bases([name])[name][1] for name in others}
-        names: Any = {"adapter": expert.name, "here": self.name or "the model", "there": expert.base_model}
-        check(saved, own, absent=[], **names)
+        self.check_names(expert)
+        saved, weights = expert.fingerprints, dict[str, Fingerprint]()
+        for name in sorted(expert.offsets):
+            path = self._stacked.get(name, name)  # as fingerprints name it
+            if path in saved and content_key(self.stored(name)) != saved[path].sha256:
+                weights[path] = self.basis(name)[1]
+        expert.check_base(weights, self.name or "the model")

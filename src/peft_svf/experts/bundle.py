@@ -2,9 +2,8 @@
 """
 A library, with its mixtures and the settings of a first pass <-> one folder or Hub repository: a bundle.
 
-`transformer2_config.json` lists what is in it; each expert lies in a folder of its own, and the base model is only
-named. `adapter_config.json` names it too, by which transformers and the Hub know whose bundle it is. What the settings
-mean is unknown here.
+`transformer2_config.json` lists the contents. Each expert has its folder; the base model is only named, also in
+`adapter_config.json`, where transformers and the Hub look for it. What the settings mean is unknown here.
 """
 
 import json
@@ -12,88 +11,84 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub import CommitInfo, ModelCard, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from peft.utils import CONFIG_NAME
 
 from .. import files
-from .expert import Expert, Mixture
-from .hub import CARD_NAME, TAGS, base_id, table, task_type, upload
+from .expert import Mixture
+from .hub import CARD_NAME, base_id, card_data, table, task_type, upload
 from .library import ExpertLibrary, Source
-from .saved import download
 
 BUNDLE_NAME = "transformer2_config.json"
 PLAIN = re.compile(r"\w[\w.-]*")  # names that can be a folder's
 CARD = """\
-# {name}
+---
+{{ card_data }}
+---
 
-Experts of `{base}` between which a first pass chooses, request by request (Transformer², arXiv 2501.06252).
+# {{ name }}
+
+Experts of `{{ base }}` between which a first pass chooses, request by request (Transformer², arXiv 2501.06252).
 
 ```python
 import peft_svf  # pip install peft-svf; the import registers the pipeline
 from transformers import pipeline
 
-answer = pipeline("transformer2", model="{repo_id}")
+answer = pipeline("transformer2", model="{{ repo_id }}")
 print(answer("What is 7 + 8?", return_dispatch=True))
 ```
 
-{experts}
+{{ experts }}
 """
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """
-    What a bundle holds.
-
-    Args:
-        base_model, revision (`str`, *optional*): The base that its experts belong to.
-        experts (`dict[str, ...]`): Folders inside the bundle, or repositories, by name.
-        classifier (folder or repository, *optional*): The expert of the first pass.
-        mixtures (`dict[str, Mixture]`): Named mixtures.
-        first_pass (`dict[str, Any]`): Settings; a `Path` is the folder of a part that was saved by itself.
-    """
+    """What a bundle holds: experts are folders inside it, or repositories."""
 
     base_model: str | None
     revision: str | None
     experts: dict[str, Source]
-    classifier: Source | None = None
-    mixtures: dict[str, Mixture] = field(default_factory=dict)
-    first_pass: dict[str, Any] = field(default_factory=dict)
+    classifier: Source | None
+    mixtures: dict[str, Mixture]
+    first_pass: dict[str, Any]  # settings; a `Path` is the folder of a part that was saved by itself
 
 
-def save_bundle(library: ExpertLibrary, folder: str | os.PathLike[str], first_pass: Mapping[str, Any]) -> None:
-    """Write a library and the settings of its first pass; the list of contents comes last."""
-    target = Path(folder)
-    names = {name: name if PLAIN.fullmatch(name) else f"expert {i}" for i, name in enumerate(library.names)}
-    experts = {name: library.expert(name) for name in names}
-    for name, expert in experts.items():
-        expert.save(target / "experts" / names[name])
-    if library.classifier:
-        library._experts[library.classifier].save(target / "classifier")
-    settings: dict[str, Any] = {}
+def save_bundle(
+    library: ExpertLibrary,
+    folder: str | os.PathLike[str],
+    first_pass: Mapping[str, Any],
+    base_model: str | None = None,
+) -> None:
+    """Write a library and the settings of its first pass; `base_model` is another name for the experts' base."""
+    target, (base, revision) = Path(folder), _base(library)
+    named = {"base_model_name_or_path": base_model or base, "revision": revision}
+    renamed = {"base_model_name_or_path": base_model} if base_model else {}
+    places = {n: f"experts/{n if PLAIN.fullmatch(n) else f'expert {i}'}" for i, n in enumerate(library.names)}
+    classifier = {library.classifier: "classifier"} if library.classifier else {}
+    for name, place in (places | classifier).items():
+        expert = library._experts[name]
+        replace(expert, config=expert.config | renamed).save(target / place)
+    settings = dict(first_pass)
     for key, value in first_pass.items():
         if hasattr(value, "save"):
             value.save(target / key)
-        settings[key] = {"folder": key} if hasattr(value, "save") else value
-    base, revision = _base(library, experts)
-    content = {
-        "base_model_name_or_path": base,
-        "revision": revision,
-        "experts": {name: f"experts/{place}" for name, place in names.items()},
-        "classifier": "classifier" if library.classifier else None,
+            settings[key] = {"folder": key}
+    content = named | {
+        "experts": places,
+        "classifier": classifier.get(library.classifier),
         "mixtures": {name: asdict(mixture) for name, mixture in library.mixtures.items()},
         "first_pass": settings,
         "versions": files.versions(),
     }
-    config = {"peft_type": "SVF", "base_model_name_or_path": base, "revision": revision}
-    config["task_type"] = task_type(next(iter(experts.values())).config) or None
+    config = {"peft_type": "SVF", "task_type": task_type(library.expert(library.names[0]).config) or None} | named
     files.write(target / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
-    files.write(target / BUNDLE_NAME, json.dumps(content, indent=2) + "\n")
+    files.write(target / BUNDLE_NAME, json.dumps(content, indent=2) + "\n")  # last, so that all is there
 
 
 def push_bundle(
@@ -108,41 +103,30 @@ def push_bundle(
     """
     Upload a library as a bundle with a card, in one commit.
 
-    Args:
-        base_model (`str`, *optional*): Hub id of the base, if the experts name a local folder.
-        license (`str`, *optional*): For the card.
-        options: As in [`push_expert`]: `private`, `token`, `revision`, `create_pr`, `commit_message`.
-
-    Raises:
-        `ValueError`: if no Hub id of the base is known; nothing is uploaded then.
+    `base_model` is the Hub id of the base if the experts name a local folder; without any, nothing is uploaded and a
+    `ValueError` raised. `options` are those of [`push_expert`]: `private`, `token`, `revision`, `create_pr`, ...
     """
-    base = base_id(_base(library, {name: library.expert(name) for name in library.names})[0], base_model)
+    base = base_id(_base(library)[0], base_model)
+    rows = [{"expert": name, "good at": text or None} for name, text in library.descriptions.items()]
+    facts = {"name": repo_id.split("/")[-1], "base": base, "repo_id": repo_id, "experts": table(rows)}
+    card = ModelCard.from_template(card_data(base, license, ["transformer2"]), template_str=CARD, **facts)
     with tempfile.TemporaryDirectory() as scratch:
-        save_bundle(library, scratch, first_pass)
-        for path in Path(scratch).rglob("*_config.json"):
-            config = files.read_json(path) | {"base_model_name_or_path": base}
-            files.write(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
-        tags = [*TAGS, "transformer2", f"base_model:adapter:{base}"]
-        data = ModelCardData(
-            base_model=base, base_model_relation="adapter", library_name="peft", license=license, tags=tags
-        )
-        rows = [{"expert": name, "good at": text or None} for name, text in library.descriptions.items()]
-        text = CARD.format(name=repo_id.split("/")[-1], base=base, repo_id=repo_id, experts=table(rows))
-        (Path(scratch) / CARD_NAME).write_text(str(ModelCard(f"---\n{data}\n---\n\n{text}")), encoding="utf-8")
+        save_bundle(library, scratch, first_pass, base)
+        card.save(Path(scratch) / CARD_NAME)
         return upload(Path(scratch), repo_id, **{"commit_message": "Upload SVF experts", **options})
 
 
 def find_bundle(
     source: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None
 ) -> Path | None:
-    """Return the folder of a bundle, downloaded from one commit if it lies on the Hub; `None` for anything else."""
+    """Return the folder of a bundle, downloaded from one commit of the Hub if need be; `None` for anything else."""
     if os.path.isdir(source):
         return Path(source) if (Path(source) / BUNDLE_NAME).is_file() else None
     try:
         listed = hf_hub_download(str(source), BUNDLE_NAME, revision=revision, token=token)
     except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
         return None
-    return download(str(source), revision=Path(listed).parent.name, token=token)
+    return Path(snapshot_download(str(source), revision=Path(listed).parent.name, token=token))
 
 
 def read_bundle(folder: Path) -> Bundle:
@@ -170,9 +154,9 @@ def read_bundle(folder: Path) -> Bundle:
         raise ValueError(f"{folder / BUNDLE_NAME} is damaged ({error!r}): fetch it again.") from error
 
 
-def _base(library: ExpertLibrary, experts: Mapping[str, Expert]) -> tuple[str | None, str | None]:
+def _base(library: ExpertLibrary) -> tuple[str | None, str | None]:
     """Name the base of a library and its revision: as its experts do, else as the model itself."""
-    for expert in experts.values():
-        if expert.base_model:
+    for name in library.names:
+        if (expert := library.expert(name)).base_model:
             return expert.base_model, expert.config.get("revision")
     return getattr(library.model.get_base_model(), "name_or_path", None) or None, None

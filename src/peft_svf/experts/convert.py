@@ -10,6 +10,7 @@ import os
 import pickle
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from .base import BaseWeights
 from .expert import Expert
 
 LISTED = "learnable_params_module_list."  # keys of `policy_params.pt`: numbers in the order of the model's weights
-SMALLEST = 1e-12  # of the largest squared singular value: what lies below has no direction to rescale
+SMALLEST = 1e-12  # Squared singular values below this share of the largest have no direction to rescale.
 
 
 def import_reference(path: str | os.PathLike[str], model: PreTrainedModel, name: str, description: str = "") -> Expert:
@@ -35,35 +36,26 @@ def import_reference(path: str | os.PathLike[str], model: PreTrainedModel, name:
     It holds a logit per singular value: `z = m * sum(S) / sum(S * m)` with `m = sigmoid(logits)`, rounded to bfloat16
     as the original does. The rescaling keeps each weight's nuclear norm.
 
-    Args:
-        path (`str` or path): The file, of tensors alone.
-        model (`PreTrainedModel`): The base model that it was trained on; the file doesn't name it.
-        name, description (`str`): Of the expert.
-
-    Raises:
-        `ValueError`: if the file holds more than tensors, or doesn't fit the model.
+    The file doesn't name its base, `model`. Raises `ValueError` if it holds more than tensors, or doesn't fit that.
     """
-    try:
+    content: Any = None
+    with suppress(pickle.UnpicklingError):  # of more than tensors, which would be run
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors, which would be run while it is read: refused.") from error
-    weights = BaseWeights(model)
+    weights, offsets, prints = BaseWeights(model), dict[str, Tensor](), dict[str, Fingerprint]()
     logits = _named(content, model) if isinstance(content, dict) else {}
     if not logits or not all(
-        isinstance(p, Tensor) and p.dim() == 1 and module in weights for module, p in logits.items()
+        isinstance(p, Tensor) and module in weights and p.shape == (min(weights[module].shape),)
+        for module, p in logits.items()
     ):
         raise ValueError(
-            f"{path} isn't a learnable_params.pt or policy_params.pt of {weights.name}: it should hold one vector of "
-            "logits for each MLP weight."
+            f"{path} isn't a learnable_params.pt or policy_params.pt of {weights.name}: it should hold tensors alone, "
+            "a logit for each singular value of each MLP weight."
         )
-    offsets, prints = {}, {}
     for module, logit in sorted(logits.items()):
-        basis, prints[module] = weights.bases([module])[module]
+        basis, prints[module] = weights.basis(module)
         S, mask = basis.S.double(), torch.sigmoid(logit.detach()).to(torch.bfloat16).double()
-        if len(mask) != len(S):
-            raise ValueError(f"{module} has {len(S)} singular values, and {path} {len(mask)} logits: another base.")
         offsets[module] = (mask * (S.sum() / (S * mask).sum()) - 1).float()
-    return _expert(name, description, offsets, prints, weights, {"imported": "self-adaptive-llms"})
+    return Expert(name, offsets, _config(weights, description, prints), {"imported": "self-adaptive-llms"})
 
 
 def nearest_expert(
@@ -87,10 +79,10 @@ def nearest_expert(
         `ValueError`: if nothing has changed in linear weights, or the models don't fit.
     """
     weights = BaseWeights(tuned if base is None else base)
-    offsets, prints = {}, dict[str, Fingerprint]()
+    offsets, prints = dict[str, Tensor](), dict[str, Fingerprint]()
     change, kept = defaultdict[str, float](float), defaultdict[str, float](float)
     for module, delta in _added(tuned) if base is None else _differences(tuned, base, change):
-        basis, prints[module] = weights.bases([module])[module]
+        basis, prints[module] = weights.basis(module)
         W, D, Q = exact(weights.stored(module)).cpu(), exact(delta).cpu(), basis.Q
         W, D = (W @ Q, D @ Q) if basis.side == "in" else (W.T @ Q, D.T @ Q)  # columns S_i u_i or S_i v_i
         squares = W.square().sum(0)  # (r,)
@@ -101,7 +93,8 @@ def nearest_expert(
     if not offsets:
         raise ValueError("No linear weight has changed: is it the same model?")
     explained = {kind: round(kept[kind] / change[kind], 4) for kind in kept}
-    return _expert(name, description, offsets, prints, weights, {"imported": "nearest z", "explained": explained})
+    provenance = {"imported": "nearest z", "explained": explained}
+    return Expert(name, offsets, _config(weights, description, prints), provenance)
 
 
 def _named(content: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
@@ -120,12 +113,8 @@ def _added(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
         raise ValueError(f"Adapter {adapter!r} does more than add to linear weights: merge it, and import the model.")
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, BaseTunerLayer):
-            if not isinstance(inner := layer.get_base_layer(), (nn.Linear, Conv1D)):
-                raise ValueError(
-                    f"Adapter {adapter!r} moves {name}, a {type(inner).__name__}: z-vectors move linear layers."
-                )
             delta = layer.get_delta_weight(adapter).detach()  # type: ignore[operator]
-            yield name, delta.T if isinstance(inner, Conv1D) else delta
+            yield name, delta.T if isinstance(layer.get_base_layer(), Conv1D) else delta
 
 
 def _differences(tuned: nn.Module, base: nn.Module, change: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
@@ -134,30 +123,19 @@ def _differences(tuned: nn.Module, base: nn.Module, change: dict[str, float]) ->
     for name, parameter in tuned.named_parameters():
         if name not in before or before[name].shape != parameter.shape:
             raise ValueError(f"The base has no {name} {tuple(parameter.shape)} as the tuned model has: load its base.")
-        delta = parameter.detach().float() - before[name].detach().float()
-        module = modules[name.rpartition(".")[0]]
-        if not delta.any():
-            continue
-        if isinstance(module, (nn.Linear, Conv1D)) and name.endswith(".weight"):
-            yield name.removesuffix(".weight"), delta.T if isinstance(module, Conv1D) else delta
+        delta, owner = parameter.detach().float() - before[name].detach().float(), modules[name.rpartition(".")[0]]
+        if isinstance(owner, (nn.Linear, Conv1D)) and name.endswith(".weight") and delta.any():
+            yield name.removesuffix(".weight"), delta.T if isinstance(owner, Conv1D) else delta
         else:
             change["all"] += float(delta.double().square().sum())
 
 
-def _expert(
-    name: str,
-    description: str,
-    offsets: dict[str, Tensor],
-    prints: dict[str, Fingerprint],
-    weights: BaseWeights,
-    provenance: dict[str, Any],
-) -> Expert:
-    config = {
+def _config(weights: BaseWeights, description: str, prints: dict[str, Fingerprint]) -> dict[str, Any]:
+    return {
         "peft_type": "SVF",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": weights.name,
         "description": description,
         "fingerprint": {module: entry.to_json() for module, entry in prints.items()},
-        "target_modules": sorted(offsets),
+        "target_modules": sorted(prints),
     }
-    return Expert(name, offsets, config, provenance)

@@ -2,17 +2,19 @@
 """
 z-vectors as values: `Expert`, offsets of one base model by weight, and `Mixture`, weights over experts.
 
-An expert comes from a folder or a Hub repository that `save_pretrained`, `push_to_hub` or [`Expert.save`] wrote.
-Experts add up as the paper's formula does: `0.7 * math + 0.3 * code`. A mixture is the same sum by name; every
-adaptation strategy returns one. Nothing here loads a model.
+An expert is read from a folder or a Hub repository that `save_pretrained`, `push_to_hub` or [`Expert.save`] wrote;
+nothing from a file is run. Experts add up as in the paper's formula: `0.7 * math + 0.3 * code`. A mixture is the same
+sum by name; every adaptation strategy returns one. Nothing here loads a model.
 """
 
 import json
 import os
+import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import reduce
+from functools import cached_property, reduce
 from numbers import Real
 from operator import add
 from pathlib import Path
@@ -20,28 +22,51 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, snapshot_download
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save
 from torch import Tensor
 
 from .. import files
+from ..tuner.config import SVFConfig
 from ..tuner.fingerprint import Fingerprint, check
-from .key import KEY_NAME, RoutingKey
-from .saved import (
-    LARGEST,
-    SavedOffsets,
-    check_modules,
-    check_offsets,
-    folder_of,
-    name_of,
-    naming,
-    read_config,
-    read_offsets,
-)
+from ..tuner.weights import FLOATS
+from .key import KEY_NAME, RoutingKey, read_tensors
 
 OTHER = "other"  # the base model, in decisions and as an explicit choice
 PREFIX = "base_model.model."  # PEFT puts it in front of the base model's module names
+SOURCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:::(?P<subfolder>[^@]+))?(?:@(?P<revision>\S+))?")
+OFFSET_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.svf_offset\.weight")
+LARGEST = 1e4  # abs(z - 1) and mixture weights end here; trained z stay between 0 and 2, and float16 ends at 65504
+LIMIT = 16 << 30  # bytes of a weights file
+
+
+class SavedOffsets(Mapping[str, Tensor]):
+    """The offsets of a saved expert by weight: `sizes` are known, values are read on first use."""
+
+    def __init__(self, name: str, folder: Path, sizes: dict[str, int]) -> None:
+        self.name, self.folder, self.sizes = name, folder, sizes
+
+    def __getitem__(self, module: str) -> Tensor:
+        return self._values[module]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @cached_property
+    def _values(self) -> dict[str, Tensor]:
+        return self.read()
+
+    def read(self) -> dict[str, Tensor]:
+        """Read the values without keeping them. Raises `ValueError` if the file is damaged or has other sizes now."""
+        with naming(self.name, self.folder):
+            offsets = read_offsets(self.folder)[0]
+            if self.sizes != {module: len(offset) for module, offset in offsets.items()}:
+                raise ValueError(f"{SAFETENSORS_WEIGHTS_NAME} has changed since it was loaded. Load it again.")
+        return offsets
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +98,7 @@ class Expert:
     def __post_init__(self) -> None:
         if not isinstance(self.offsets, SavedOffsets):
             with naming(self.name):
-                check_offsets(self.offsets)
+                _check_offsets(self.offsets)
 
     @property
     def z(self) -> dict[str, Tensor]:
@@ -97,10 +122,17 @@ class Expert:
         """What the expert is good at, in a few words; may be empty."""
         return self.config.get("description") or ""
 
+    @property
+    def fingerprints(self) -> dict[str, Fingerprint]:
+        """Fingerprints of the base's weights, by module; by parameter if they are stacked."""
+        return {name: Fingerprint.from_json(entry) for name, entry in (self.config.get("fingerprint") or {}).items()}
+
+    def check_base(self, weights: Mapping[str, Fingerprint], name: str) -> None:
+        """Raise `ValueError` if the weights of a model are another base's; those that it lacks aren't compared."""
+        check(self.fingerprints, weights, absent=[], adapter=self.name, here=name, there=self.base_model)
+
     def __mul__(self, weight: float) -> "Expert":
-        if not isinstance(weight, Real):
-            return NotImplemented
-        return _combined([(float(weight), self)])
+        return _combined((float(weight), self)) if isinstance(weight, Real) else NotImplemented
 
     __rmul__ = __mul__
 
@@ -108,22 +140,18 @@ class Expert:
         return -1.0 * self
 
     def __add__(self, other: "Expert") -> "Expert":
-        if not isinstance(other, Expert):
-            return NotImplemented
-        return _combined([(1.0, self), (1.0, other)])
+        return _combined((1.0, self), (1.0, other)) if isinstance(other, Expert) else NotImplemented
 
     def __sub__(self, other: "Expert") -> "Expert":
         return self + -other if isinstance(other, Expert) else NotImplemented
 
     def __eq__(self, other: object) -> bool:
-        """Whether two experts of one base have the same z; a weight that one does not move has z = 1."""
+        """Whether two experts of one base have the same z; a weight that one of them doesn't move has z = 1."""
         if not isinstance(other, Expert):
             return NotImplemented
-        if self.base_model != other.base_model:
-            return False
         none = torch.zeros(0)
         pairs = ((self.offsets.get(m, none), other.offsets.get(m, none)) for m in {*self.offsets, *other.offsets})
-        return all(torch.equal(*_padded(a, b)) for a, b in pairs)
+        return self.base_model == other.base_model and all(torch.equal(*_padded(a, b)) for a, b in pairs)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -163,7 +191,12 @@ class Expert:
                     f"it holds more than z-vectors, first {min(others)!r}, and cannot be mixed. If you trust it, load "
                     "it with PeftModel.from_pretrained instead."
                 )
-            check_modules(offsets, config)
+            # The fingerprint names the parameter of a stacked weight, and the file its module.
+            listed = config.get("fingerprint") or offsets
+            modules = sorted(module if module in offsets else module.rpartition(".")[0] for module in listed)
+            if modules != sorted(module.replace(".base_layer", "") for module in offsets):
+                odd = min({*listed} ^ {*offsets})
+                raise ValueError(f"config and weights do not name the same modules, first {odd}: fetch it again.")
             key = RoutingKey.load(folder)
         sizes = {module: len(offset) for module, offset in offsets.items()}
         return cls(name, SavedOffsets(name, folder, sizes) if lazy else offsets, config, provenance, key)
@@ -181,7 +214,7 @@ class Expert:
         text = json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n"  # PEFT keeps targets in sets
         contents: dict[str, str | bytes] = {SAFETENSORS_WEIGHTS_NAME: save(tensors, metadata), CONFIG_NAME: text}
         if self.key is None:
-            (Path(folder) / KEY_NAME).unlink(missing_ok=True)  # of an expert that was saved here before
+            (Path(folder) / KEY_NAME).unlink(missing_ok=True)  # left by an expert that was saved here before
         else:
             contents[KEY_NAME] = self.key.to_bytes()
         files.write_together(folder, contents)
@@ -215,8 +248,7 @@ class Mixture:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, weight in self.alpha.items():
-            _check_weight(name, weight)
+        _check_weights(self.alpha)
         kept = {name: float(weight) for name, weight in self.alpha.items() if weight and name != OTHER}
         object.__setattr__(self, "alpha", kept)
 
@@ -228,16 +260,13 @@ class Mixture:
 
     def record(self) -> dict[str, Any]:
         """Return the decision with the fields of transformers' `decision` pipeline, and the weights."""
-        return {
-            "choice": self.choice,
-            "confidence": self.confidence,
-            "probabilities": self.probabilities or {self.choice: 1.0},
-            "alpha": self.alpha,
-        }
+        probabilities = self.probabilities or {self.choice: 1.0}
+        facts = {"choice": self.choice, "confidence": self.confidence, "probabilities": probabilities}
+        return facts | {"alpha": self.alpha}
 
     def offsets(self, experts: Mapping[str, Expert]) -> dict[str, Tensor]:
         """Mix the offsets of experts by weight of the base model, each `(k,)`."""
-        return _summed([(weight, experts[name].offsets) for name, weight in self.alpha.items()])
+        return _summed((weight, experts[name].offsets) for name, weight in self.alpha.items())
 
     def expert(self, experts: Mapping[str, Expert]) -> Expert:
         """
@@ -258,48 +287,109 @@ class Mixture:
     def load(cls, path: str | os.PathLike[str]) -> "Mixture":
         """Read a mixture that [`Mixture.save`] wrote. Raises `ValueError` if the file holds none."""
         try:
-            content = files.read_json(path)
-            if "alpha" not in content:
-                raise ValueError("'alpha', the weights by expert, is missing")
-            return cls(**content)
-        except (TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path} holds no mixture: {error}.") from error
+            content = dict(files.read_json(path))
+            return cls(content.pop("alpha"), **content)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} holds no mixture: {error!r}.") from error
 
 
-def _combined(terms: Sequence[tuple[float, Expert]]) -> Expert:
-    """Add up experts of one base model; the sum is named for its terms."""
-    experts = [expert for _, expert in terms]
-    first, last = experts[0], experts[-1]
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the `adapter_config.json` of an expert. Raises `ValueError` for what [`SVFConfig`] refuses."""
+    config = files.read_json(folder / CONFIG_NAME)
+    if not isinstance(config, dict) or config.get("peft_type") != "SVF":
+        raise ValueError(f"{folder} holds no SVF expert: {CONFIG_NAME} names another PEFT type.")
+    SVFConfig.from_peft_type(**config)  # PEFT warns of settings that this version does not have
+    return config
+
+
+def read_offsets(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """
+    Read the weights file of an expert.
+
+    Returns `z - 1` by module, each `(k,)` float32; its other tensors by key; the expert's provenance. Raises
+    `ValueError` if the file is damaged, or holds no offsets or none that could be.
+    """
+    others, metadata = read_tensors(folder / SAFETENSORS_WEIGHTS_NAME, LIMIT)
+    keys = {match["module"]: key for key in sorted(others) if (match := OFFSET_KEY.fullmatch(key))}
+    if not keys:
+        raise ValueError(f"{SAFETENSORS_WEIGHTS_NAME} holds no offsets, only {sorted(others)[:3]}.")
+    offsets = {module: others.pop(key) for module, key in keys.items()}
+    _check_offsets(offsets)
+    provenance = json.loads(metadata.get("provenance", "{}"))
+    return {module: offset.float() for module, offset in offsets.items()}, others, provenance
+
+
+def _check_offsets(offsets: Mapping[str, Tensor]) -> None:
+    """Refuse offsets that aren't vectors, or are so large that they can only be damage, with a `ValueError`."""
+    for module, offset in offsets.items():
+        if offset.dim() != 1 or offset.dtype not in FLOATS or not (offset.abs() <= LARGEST).all():  # NaN too
+            raise ValueError(
+                f"the offset for {module}, of shape {tuple(offset.shape)} and dtype {offset.dtype}, isn't a vector of "
+                f"finite floating point numbers up to {LARGEST:g}."
+            )
+
+
+def name_of(source: str | os.PathLike[str]) -> str:
+    """Name an expert after the last part of its folder, subfolder or repository."""
+    place, subfolder, _ = _split(source)
+    return os.path.basename(os.path.abspath(subfolder or place))  # works for "." as well
+
+
+def folder_of(source: str | os.PathLike[str], subfolder: str | None, revision: str | None, token: Any) -> Path:
+    """Return the folder of an expert's files, after downloading them from one commit if they are on the Hub."""
+    place, inside, at = _split(source)
+    subfolder, folder = subfolder or inside, Path(place)
+    if not folder.is_dir():
+        if not SOURCE.fullmatch(place) or place.startswith("."):
+            raise FileNotFoundError(f"{str(source)!r} is neither a folder nor the id of a Hub repository.")
+        names = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, KEY_NAME)
+        patterns = [f"{subfolder}/{name}" if subfolder else name for name in names]
+        folder = Path(snapshot_download(place, revision=revision or at, token=token, allow_patterns=patterns))
+    return folder / subfolder if subfolder else folder
+
+
+def _split(source: str | os.PathLike[str]) -> tuple[str, str | None, str | None]:
+    """Split `org/zoo::code@v2` into repository, subfolder and revision; a folder stays whole."""
+    match = None if os.path.isdir(source) else SOURCE.fullmatch(str(source))
+    return (match["repo"], match["subfolder"], match["revision"]) if match else (str(source), None, None)
+
+
+@contextmanager
+def naming(name: str, folder: Path | None = None) -> Iterator[None]:
+    """Name the expert in the error about its files or values."""
+    try:
+        yield
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"Expert {name!r}{f' in {folder}' if folder else ''}: {error}") from error
+
+
+def _combined(*terms: tuple[float, Expert]) -> Expert:
+    """Add up one or two experts of one base model; the sum is named for its terms."""
+    first, last = terms[0][1], terms[-1][1]
     shares: dict[str, float] = defaultdict(float)
     for weight, expert in terms:
         for name, part in (expert.provenance.get("sum") or {expert.name: 1.0}).items():
             shares[name] += weight * part
-    for name, weight in shares.items():
-        _check_weight(name, weight)
-    prints = [expert.config.get("fingerprint") or {} for expert in (first, last)]
-    saved = [{module: Fingerprint.from_json(entry) for module, entry in entries.items()} for entries in prints]
-    here = last.base_model or last.name
-    check(saved[0], saved[1], absent=[], adapter=first.name, here=here, there=first.base_model)
-    ranks: list[Any] = [expert.config.get("rank") for expert in experts]
-    rank = None if None in ranks else max(ranks)
-    offsets = _summed([(weight, expert.offsets) for weight, expert in terms])
-    parameters = [set(expert.config.get("target_parameters") or ()) for expert in (first, last)]
-    widest = {module for expert in experts if expert.config.get("rank") == rank for module in expert.offsets}
-    if parameters[0] != parameters[1] or (len(set(ranks)) > 1 and (parameters[0] or set(offsets) != widest)):
+    _check_weights(shares)
+    first.check_base(last.fingerprints, last.base_model or last.name)
+    rank, stacks = first.config.get("rank"), first.config.get("target_parameters") or ()
+    if rank != last.config.get("rank") or set(stacks) != set(last.config.get("target_parameters") or ()):
         raise ValueError(
-            f"{' and '.join(repr(expert.name) for expert in experts)} have ranks {ranks} and move different or "
+            f"{first.name!r} and {last.name!r} have the ranks {rank} and {last.config.get('rank')}, or move different "
             "stacked weights: mix them in an ExpertLibrary, where the base model gives the sizes."
         )
+    offsets = _summed((weight, expert.offsets) for weight, expert in terms)
     # PEFT nests one wrapper per parameter of a module, so a file calls them `experts`, `experts.base_layer`, ...
-    owners = tuple(f".{parameter.rpartition('.')[0]}" for parameter in parameters[0])
+    owners = tuple(f".{parameter.rpartition('.')[0]}" for parameter in stacks)
     linear = [name for name in offsets if not f".{name.replace('.base_layer', '')}".endswith(owners)]
     unset = dict.fromkeys(("description", "exclude_modules", "layers_to_transform", "layers_pattern"))
-    targets = {"rank": rank, "target_modules": sorted(linear), "fingerprint": {**prints[1], **prints[0]} or None}
+    prints = {**(last.config.get("fingerprint") or {}), **(first.config.get("fingerprint") or {})}
+    config = first.config | unset | {"target_modules": sorted(linear), "fingerprint": prints or None}
     name = " + ".join(name if weight == 1 else f"{weight:g} * {name}" for name, weight in shares.items())
-    return Expert(name.replace("+ -", "- "), offsets, first.config | unset | targets, {"sum": dict(shares)})
+    return Expert(name.replace("+ -", "- "), offsets, config, {"sum": dict(shares)})
 
 
-def _summed(terms: Sequence[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+def _summed(terms: Iterator[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
     """Compute `Σ αᵢ (zᵢ - 1)` by weight, `(k,)` of the longest."""
     total: dict[str, Tensor] = {}
     for weight, offsets in terms:
@@ -309,14 +399,15 @@ def _summed(terms: Sequence[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Te
     return total
 
 
-def _padded(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Give two offsets the same length: directions that one does not move have z = 1."""
-    size = max(len(one), len(other))
-    return F.pad(one, (0, size - len(one))), F.pad(other, (0, size - len(other)))
+def _padded(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Give two offsets the same length: directions that one of them doesn't move have z = 1."""
+    size = max(len(a), len(b))
+    return F.pad(a, (0, size - len(a))), F.pad(b, (0, size - len(b)))
 
 
-def _check_weight(name: str, weight: Any) -> None:
-    if not isinstance(weight, Real) or not abs(float(weight)) <= LARGEST:  # NaN compares as false
-        raise ValueError(
-            f"The mixture weight of {name!r} must be a finite number, at most {LARGEST:g} in size; got {weight!r}."
-        )
+def _check_weights(alpha: Mapping[str, Any]) -> None:
+    for name, weight in alpha.items():
+        if not isinstance(weight, Real) or not abs(float(weight)) <= LARGEST:  # NaN compares as false
+            raise ValueError(
+                f"The mixture weight of {name!r} must be a finite number, at most {LARGEST:g} in size; got {weight!r}."
+            )

@@ -3,7 +3,7 @@
 Expert + base model -> files that other engines read: a merged checkpoint, a LoRA, a GGUF file.
 
 Weights are handled one at a time, so the model is in memory once. A mixture is exported like an expert: it is one,
-`0.7 * math + 0.3 * code`. What engines do with the files, and what was run, stands in docs/how_to/share.md.
+`0.7 * math + 0.3 * code`. docs/how_to/share.md lists the engines, and what was run.
 """
 
 import json
@@ -18,19 +18,18 @@ from typing import Any
 import torch
 from huggingface_hub.utils import tqdm
 from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..rows import Reader
 from ..tuner.basis import Basis, exact, rescale
-from .base import BaseWeights
+from .base import BaseWeights, refuse_adapters
 from .expert import PREFIX, Expert
 
-MISSING = 0.05  # of the change of one kind of weight: what a truncated LoRA may leave out
+MISSING = 0.05  # A truncated LoRA may leave out this share of the change of one kind of weight.
 
 
 def merge_expert(expert: Expert, model: PreTrainedModel) -> None:
@@ -45,11 +44,17 @@ def merge_expert(expert: Expert, model: PreTrainedModel) -> None:
         `ValueError`: if the expert belongs to another base, or moves a weight that the model uses in two places; the
             model is then as it was.
     """
-    weights = _weights(expert, model)
-    _refuse_shared(weights, expert, model)
+    refuse_adapters(model)
+    weights, places = BaseWeights(model, expert.config), defaultdict[int, list[str]](list)
+    weights.check(expert)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places[parameter.data_ptr()].append(name)
+    for name in expert.offsets:
+        if len(shared := places[weights[name].data_ptr()]) > 1:
+            raise ValueError(f"{shared[0]} and {shared[1]} share one weight: z of {name} would rescale both.")
     for name, offset in _progress(expert, "Merging"):
-        weight, (basis, _) = weights[name], weights.bases([name])[name]
-        Q, offset = _used(basis, offset)
+        weight = weights[name]
+        Q, offset = _used(weights.basis(name)[0], offset)
         weight.copy_(rescale(weight, Q.to(weight.device), offset.to(weight.device)))
 
 
@@ -68,7 +73,7 @@ def export_merged(
         `FileExistsError`: if the folder exists.
         `ValueError`: as in [`merge_expert`].
     """
-    with _new(folder) as scratch:
+    with new_place(folder) as scratch:
         merge_expert(expert, model)
         model.save_pretrained(scratch)
         if reader is not None:
@@ -103,17 +108,14 @@ def export_lora(
 
     Raises:
         `FileExistsError`: if the folder exists.
-        `ValueError`: for another base, stacked weights, a rank of 0, or a larger error without `force`.
+        `ValueError`: for another base, stacked weights, or a larger error without `force`.
     """
-    if stacks := expert.config.get("target_parameters"):
-        raise ValueError(f"Expert {expert.name!r} moves stacked weights ({stacks[0]}): export it merged.")
-    if rank is not None and not (rank >= 1 if isinstance(rank, int) else 0 < rank < 1):
-        raise ValueError(f"A rank is a number of directions, or a share between 0 and 1; got {rank}.")
-    weights, factors = _weights(expert, model), dict[str, Tensor]()
-    ranks: dict[str, int] = {}
+    refuse_adapters(model)
+    weights, factors, ranks = BaseWeights(model), dict[str, Tensor](), dict[str, int]()
+    weights.check(expert)
     squares: dict[str, list[tuple[float, float, int]]] = defaultdict(list)
     for name, offset in _progress(expert, "Factoring"):
-        A, B, change, missed = _factors(weights.stored(name), weights.bases([name])[name][0], offset, rank)
+        A, B, change, missed = _factors(weights.stored(name), weights.basis(name)[0], offset, rank)
         factors |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
         ranks[name] = len(A)
         squares[name.rpartition(".")[2]].append((change, missed, len(A)))
@@ -128,29 +130,25 @@ def export_lora(
             f"{MISSING:.0%}. Keep more directions (all of them, at most {max(expert.sizes.values())}, are exact), or "
             "train the expert with SVFConfig(rank=...); force=True (--force) writes it anyway."
         )
-    with _new(folder) as scratch:
-        _lora_config(expert, model, ranks).save_pretrained(str(scratch))
-        metadata = {"format": "pt", "svf_expert": expert.name, "relative_error": json.dumps(report)}
-        save_file(factors, scratch / SAFETENSORS_WEIGHTS_NAME, metadata)
-    return report
-
-
-def _lora_config(expert: Expert, model: nn.Module, ranks: dict[str, int]) -> LoraConfig:
-    """Make the config of a LoRA with a scale of 1 everywhere, whether an engine reads the patterns or only `r`."""
     largest = max(ranks.values())
     smaller = {name: rank for name, rank in ranks.items() if rank != largest}
-    return LoraConfig(
+    config = LoraConfig(
         task_type=expert.config.get("task_type"),
         base_model_name_or_path=expert.base_model,
         revision=expert.config.get("revision"),
         inference_mode=True,
         r=largest,
-        lora_alpha=largest,
+        lora_alpha=largest,  # a scale of 1 everywhere, whether an engine reads the patterns or only `r`
         rank_pattern=smaller,
         alpha_pattern=smaller,
         target_modules=sorted(ranks),
         fan_in_fan_out=all(isinstance(model.get_submodule(name), Conv1D) for name in ranks),
     )
+    with new_place(folder) as scratch:
+        config.save_pretrained(str(scratch))
+        metadata = {"format": "pt", "svf_expert": expert.name, "relative_error": json.dumps(report)}
+        save_file(factors, scratch / SAFETENSORS_WEIGHTS_NAME, metadata)
+    return report
 
 
 def _factors(
@@ -184,36 +182,17 @@ def _used(basis: Basis, offset: Tensor) -> tuple[Tensor, Tensor]:
     return basis.Q[..., : offset.shape[-1]], offset
 
 
-def _weights(expert: Expert, model: nn.Module) -> BaseWeights:
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError("This model has adapters: load the base model anew, and export from that.")
-    weights = BaseWeights(model, expert.config)
-    weights.check(expert)
-    return weights
-
-
-def _refuse_shared(weights: BaseWeights, expert: Expert, model: nn.Module) -> None:
-    places: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        places[parameter.data_ptr()].append(name)
-    for name in expert.offsets:
-        if len(shared := places[weights[name].data_ptr()]) > 1:
-            raise ValueError(f"{shared[0]} and {shared[1]} share one weight: z of {name} would rescale both.")
-
-
 def _progress(expert: Expert, what: str) -> Any:
     return tqdm(sorted(expert.offsets.items()), desc=what, unit="weight", name="peft_svf.export")
 
 
 @contextmanager
-def _new(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Make a folder that gets its name when it is whole; refuse one that exists."""
+def new_place(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Make a file or folder that gets its name when it is whole; refuse one that exists, before hours of work."""
     target = Path(path).absolute()
     if target.exists():
         raise FileExistsError(f"{path} exists already: name another place.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        content = Path(scratch) / target.name
-        content.mkdir()
-        yield content
-        content.rename(target)
+        yield Path(scratch) / target.name
+        (Path(scratch) / target.name).rename(target)

@@ -8,8 +8,6 @@ converter's job, and refused with the commands that run it.
 
 import json
 import os
-import tempfile
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .expert import Expert
-from .export import merge_expert
+from .export import merge_expert, new_place
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 MARKS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -59,19 +57,16 @@ def export_gguf(
         import gguf
     except ImportError as error:
         raise ImportError('GGUF files need the gguf package: pip install "peft-svf[gguf]".') from error
-    if (target := Path(path).absolute()).exists():
-        raise FileExistsError(f"{path} exists already: name another place.")
     split = _covered(model, tokenizer, path, dtype)
-    merge_expert(expert, model)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        writer = gguf.GGUFWriter(Path(scratch) / "model.gguf", model.config.model_type)
+    with new_place(path) as file:
+        merge_expert(expert, model)
+        writer = gguf.GGUFWriter(file, model.config.model_type, use_temp_file=True)
         _add_config(writer, model, expert.name, gguf.LlamaFileType[TYPES[dtype][1]])
         _add_tokenizer(writer, tokenizer, model.config.vocab_size, split)
-        tokenizer.save_pretrained(scratch)
-        gguf.SpecialVocab(scratch, load_merges=True, n_vocab=model.config.vocab_size).add_to_gguf(writer, quiet=True)
+        tokenizer.save_pretrained(file.parent)
+        words = gguf.SpecialVocab(file.parent, load_merges=True, n_vocab=model.config.vocab_size)
+        words.add_to_gguf(writer, quiet=True)
         _write(writer, model, gguf.GGMLQuantizationType[TYPES[dtype][0]])
-        (Path(scratch) / "model.gguf").rename(target)
 
 
 def _covered(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Any, dtype: str) -> str:
@@ -134,26 +129,22 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int, s
 
 
 def _write(writer: Any, model: PreTrainedModel, packed: Any) -> None:
-    """Write header, names and shapes, then the tensors one at a time."""
+    """Pack the tensors one at a time into the writer's temporary file, then write all."""
     import gguf
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[model.config.model_type.upper()], model.config.num_hidden_layers)
-    tied = model.config.tie_word_embeddings
-    kept = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
-    kinds = {}
-    for name, tensor in kept.items():
+    tensors = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    for name, tensor in tqdm(tensors.items(), desc="Writing", unit="tensor", name="peft_svf.export"):
         whole = tensor.dim() == 1 or (packed == gguf.GGMLQuantizationType.Q8_0 and tensor.shape[-1] % 32)
-        kind = kinds[name] = gguf.GGMLQuantizationType.F32 if whole else packed
-        shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
-        stored = np.dtype(np.uint8)
-        bytes_of = int(np.prod(shape))
-        writer.add_tensor_info(names.get_name(name, (".weight", ".bias")), shape, stored, bytes_of, kind)
+        kind = gguf.GGMLQuantizationType.F32 if whole else packed
+        values = np.ascontiguousarray(_interleaved(name, tensor, model.config).float().cpu().numpy())
+        stored = gguf.quants.quantize(values, kind)
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), stored, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for name, tensor in tqdm(kept.items(), desc="Writing", unit="tensor", name="peft_svf.export"):
-        values = _interleaved(name, tensor, model.config).float().cpu().numpy()
-        writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(values), kinds[name]))
+    writer.write_tensors_to_file()
     writer.close()
 
 

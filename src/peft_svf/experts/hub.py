@@ -2,9 +2,8 @@
 """
 An SVF adapter in a model -> a repository on the Hub: offsets, config and a card, in one commit.
 
-`push_expert` uploads; `expert_card` fills in `expert_card.md` from a saved adapter. PEFT's own `push_to_hub`
-overwrites the card with a blank one (peft 0.21.2, transformers 5.23), so `import peft_svf` sends SVF adapters here
-instead. Nothing here loads a model; what the card says about training and results is the caller's.
+`expert_card` fills in `expert_card.md` from a saved adapter. PEFT's own `push_to_hub` overwrites the card with a blank
+one (peft 0.21.2, transformers 5.23), so `import peft_svf` sends SVF adapters here instead. Nothing here loads a model.
 """
 
 import hashlib
@@ -35,16 +34,15 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
 from .. import files
-from .expert import Expert
+from .expert import Expert, read_config, read_offsets
 from .key import RoutingKey
-from .saved import read_config, read_offsets
 
 logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("expert_card.md")
 TAGS = ("svf", "transformer-squared", "z-vector")
-HIDDEN = {"value", "interval", "dataset", "benchmark"}  # keys of a result that are no columns
+HIDDEN = {"value", "interval", "dataset", "benchmark"}  # keys of a result that get no column
 FACTS = {"task", "training", "results", "license", "tags"}
 OURS = ("[More Information Needed]", "arXiv 2501.06252")  # texts of PEFT's blank card and of this package's
 
@@ -74,12 +72,9 @@ def push_expert(
     What is wrong on this side is refused before anything is written to the Hub. The model stays as it is.
 
     Args:
-        model (`PeftModel` or [`Expert`]):
-            Model with the adapter, or an expert, which brings its routing key along.
-        repo_id (`str`):
-            Repository to write to, created if it does not exist.
-        adapter_name (`str`, *optional*):
-            Default: the active adapter. It lands at the top of the repository whatever its name.
+        model (`PeftModel` or [`Expert`]): Model with the adapter, or an expert, which brings its routing key along.
+        repo_id (`str`): Repository to write to, created if it does not exist.
+        adapter_name (`str`, *optional*): Default: the active adapter. It lands at the top of the repository.
         base_model, base_revision (`str`, *optional*):
             Hub id and commit of the base model, if the adapter's config names none or a local folder. They are written
             into the uploaded config as well.
@@ -95,7 +90,12 @@ def push_expert(
     if isinstance(model, Expert):
         base, name, configured = None, "default", model.base_model
     else:
-        base, name = model.get_base_model(), _chosen_adapter(model, adapter_name)
+        base, active = model.get_base_model(), [adapter_name] if adapter_name else model.active_adapters
+        if len(active) != 1 or getattr(model.peft_config.get(active[0]), "peft_type", None) != "SVF":
+            raise ValueError(
+                f"{active} isn't one SVF adapter of this model: pass adapter_name=..., one of {[*model.peft_config]}."
+            )
+        name = active[0]
         configured = model.peft_config[name].base_model_name_or_path or getattr(base, "name_or_path", None)
     base_model = base_id(configured, base_model)
     facts = {name: facts_and_options.pop(name) for name in FACTS & facts_and_options.keys()}
@@ -141,8 +141,7 @@ def push_to_hub(model: PeftModel, repo_id: str, *, max_shard_size: Any = None, *
     """
     Do what `model.push_to_hub(repo_id, ...)` does for an SVF adapter; `import peft_svf` puts it there.
 
-    Takes the arguments of transformers' `push_to_hub` and of [`push_expert`]; `max_shard_size` has no effect, because
-    an expert is one file.
+    An expert is one file, so transformers' `max_shard_size` has no effect.
     """
     return push_expert(model, repo_id, **{key: value for key, value in kwargs.items() if value is not None})
 
@@ -152,7 +151,6 @@ def expert_card(
     *,
     repo_id: str | None = None,
     base_model: str | None = None,
-    base_revision: str | None = None,
     base_dtype: torch.dtype | str | None = None,
     task: str | None = None,
     training: Mapping[str, Any] | None = None,
@@ -161,13 +159,12 @@ def expert_card(
     tags: Sequence[str] = (),
 ) -> ModelCard:
     """
-    Write the card of a saved expert, from its two files and what the caller knows of its training.
+    Write the card of a saved expert, from its files and what the caller knows of its training.
 
     Args:
-        folder (`str` or path): Folder of the two files.
+        folder (`str` or path): Folder of the expert.
         repo_id (`str`, *optional*): Repository that the snippets load; default the name of the folder.
-        base_model, base_revision (`str`, *optional*):
-            Hub id and commit of the base model, if not the config's or, for the commit, the local Hub cache's.
+        base_model (`str`, *optional*): Hub id of the base model, if not the config's.
         base_dtype (`torch.dtype` or `str`, *optional*): Dtype in which the base was loaded.
         task (`str`, *optional*): What the expert was trained on; default the config's `description`.
         training (`Mapping[str, Any]`, *optional*): What repeats the run, in order: data, steps, seed, command, ...
@@ -176,61 +173,55 @@ def expert_card(
             base model's value), `interval` (two numbers, 95 %), `n`. `dataset` is its id on the Hub. `benchmark`, the
             id of a task of that dataset's `eval.yaml`, puts the value on the dataset's board: for answers that were
             generated, on the whole test split. Any other key becomes a column.
-        license (`str`, *optional*): Identifier such as `"apache-2.0"`.
-        tags (`Sequence[str]`): Tags besides the card's own.
+        license (`str`, *optional*), tags (`Sequence[str]`): For the metadata, such as `"apache-2.0"`.
 
     Raises:
         `ValueError`: if the folder holds no SVF expert, z is not finite, or no Hub id of the base is known.
     """
     folder = Path(folder)
-    config = read_config(folder)
-    offsets, others, _ = read_offsets(folder)
+    config, (offsets, others, _) = read_config(folder), read_offsets(folder)
     base_model = base_id(config.get("base_model_name_or_path"), base_model)
     base_class, pipeline_tag = TASK_TYPES.get(task_type(config), ("AutoModel", None))
     repo_id = repo_id or folder.resolve().name
     hashes = {module: entry["sha256"] for module, entry in (config.get("fingerprint") or {}).items()}
-    data = ModelCardData(
-        base_model=base_model,
-        base_model_relation="adapter",
-        library_name="peft",  # the Hub knows no other name; the tag `svf` tells these apart
-        pipeline_tag=pipeline_tag,
-        license=license,
-        tags=[*TAGS, f"base_model:adapter:{base_model}", *tags],
-        model_name=repo_id.split("/")[-1],
-        eval_results=[_measured(row, pipeline_tag) for row in results] or None,
-    )
+    measured = [_measured(row, pipeline_tag) for row in results] or None
+    facts = {"pipeline_tag": pipeline_tag, "model_name": repo_id.split("/")[-1], "eval_results": measured}
+    cached = try_to_load_from_cache(base_model, "config.json")  # its folder is the commit, which transformers forgets
+    kinds: dict[str, list[torch.Tensor]] = defaultdict(list)
+    for module, offset in offsets.items():
+        kinds[f"`{module.rpartition('.')[2]}`"].append(offset)
+    kinds["all"] = [*offsets.values()]
     return ModelCard.from_template(
-        data,
+        card_data(base_model, license, tags, **facts),
         template_path=str(TEMPLATE),
         repo_id=repo_id,
         base_class=base_class,
         two_pass=base_class == "AutoModelForCausalLM",
         task=task or config.get("description"),
-        revision=base_revision or config.get("revision") or _cached_commit(base_model),
+        revision=config.get("revision") or (Path(cached).parent.name if isinstance(cached, str) else None),
         dtype=str(base_dtype).removeprefix("torch.") if base_dtype else None,
         digest=hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest() if hashes else None,
         numbers=f"{sum(map(len, offsets.values())):,}",
         weights=len(offsets),
         rank=config.get("rank"),
-        key=RoutingKey.load(Path(folder)),
+        key=RoutingKey.load(folder),
         others=sum(tensor.numel() for tensor in others.values()),
         training={key: files.public(str(value)) for key, value in (training or {}).items() if value is not None},
         results=table([_result_row(row) for row in results]),
-        z=table(_z_rows(offsets)),
+        z={kind: (len(members), torch.cat(members)) for kind, members in kinds.items()},
     )
 
 
-def _chosen_adapter(model: PeftModel, name: str | None) -> str:
-    """Return the name of the adapter to upload, by default the only active one; it must exist and be SVF."""
-    if name is None:
-        if len(model.active_adapters) != 1:
-            raise ValueError(
-                f"A repository holds one expert and {model.active_adapters} are active: pass adapter_name=..."
-            )
-        name = model.active_adapters[0]
-    if name not in model.peft_config or model.peft_config[name].peft_type != "SVF":
-        raise ValueError(f"There is no SVF adapter {name!r} in this model; its adapters are {[*model.peft_config]}.")
-    return name
+def card_data(base_model: str, license: str | None, tags: Sequence[str], **facts: Any) -> ModelCardData:
+    """Make the metadata by which the Hub finds a card, its base and its pipeline."""
+    return ModelCardData(
+        base_model=base_model,
+        base_model_relation="adapter",
+        library_name="peft",  # the Hub knows no other name; the tag `svf` tells these apart
+        license=license,
+        tags=[*TAGS, f"base_model:adapter:{base_model}", *tags],
+        **facts,
+    )
 
 
 def base_id(configured: str | None, chosen: str | None) -> str:
@@ -258,7 +249,7 @@ def _save(model: PeftModel | Expert, name: str, scratch: Path, base_model: str, 
             model.save_pretrained(str(scratch), selected_adapters=[name])
         finally:
             model.peft_config[name].base_model_name_or_path = before  # PEFT fills it in while saving
-    folder = scratch if name == "default" else scratch / name  # where PEFT puts it
+    folder = scratch if name == "default" else scratch / name  # PEFT puts it there
     config = read_config(folder) | {"base_model_name_or_path": base_model}
     if base_revision is not None:
         config["revision"] = base_revision
@@ -282,12 +273,6 @@ def task_type(config: Mapping[str, Any]) -> str:
     """Return the PEFT task type; an adapter made without one has that of its base class."""
     base_class = (config.get("auto_mapping") or {}).get("base_model_class", "")
     return config.get("task_type") or ("CAUSAL_LM" if base_class.endswith(("ForCausalLM", "LMHeadModel")) else "")
-
-
-def _cached_commit(base_model: str) -> str | None:
-    """Find the commit of a base model's `main` in the local Hub cache: transformers 5.23 does not keep it."""
-    cached = try_to_load_from_cache(base_model, "config.json")
-    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def _measured(row: Mapping[str, Any], pipeline_tag: str | None) -> EvalResult:
@@ -322,27 +307,10 @@ def _result_row(row: Mapping[str, Any]) -> dict[str, Any]:
     return first | values | {key: row[key] for key in row if key not in HIDDEN | {*first, *values}}
 
 
-def _z_rows(offsets: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
-    """Summarise z by kind of weight (`up_proj`, `q_proj`, ...), and all together."""
-    kinds: dict[str, list[torch.Tensor]] = defaultdict(list)
-    for module, offset in offsets.items():
-        kinds[f"`{module.rsplit('.', 1)[-1]}`"].append(offset)
-    rows = []
-    for kind, members in {**kinds, "all": [*offsets.values()]}.items():
-        d = torch.cat(members)  # (numbers of this kind,)
-        size = {"kind": kind, "weights": len(members), "numbers": d.numel()}
-        distance = {"mean abs(z - 1)": f"{d.abs().mean():.4f}", "max abs(z - 1)": f"{d.abs().max():.4f}"}
-        rows.append(size | distance | {"z": f"{1 + d.min():.4f} to {1 + d.max():.4f}"})
-    return rows
-
-
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Write rows as a Markdown table, without the columns that are empty in every row."""
-    order = [
-        key
-        for key in dict.fromkeys(key for row in rows for key in row)
-        if any(row.get(key) is not None for row in rows)
-    ]
+    filled = {key for row in rows for key in row if row[key] is not None}
+    order = [key for key in dict.fromkeys(key for row in rows for key in row) if key in filled]
     lines = [order, ["---"] * len(order), *([_cell(row.get(key)) for key in order] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else ""
 

@@ -2,8 +2,8 @@
 """
 Prompts of one kind -> a `RoutingKey`: what the base model makes of them in its first blocks.
 
-The keys of several experts tell whose kind of request a prompt is. A key holds pooled hidden states, no text, and lies
-beside its expert as `routing.safetensors`. Nothing here knows how a library decides.
+The keys of several experts show whose kind of request a prompt is. A key holds pooled hidden states, no text, and is
+stored beside its expert as `routing.safetensors`. Nothing here knows how a library decides.
 """
 
 import inspect
@@ -29,10 +29,19 @@ KEY_NAME = "routing.safetensors"
 POOLINGS = ("both", "mean", "last")
 SHARE = 6  # a key reads a sixth of the blocks; half of them decide better and cost more (results/adaptation.md)
 LIMIT = 64  # prompts of a key
-BYTES = 32 << 20  # of a file; 64 states of width 16,384 take 2 MB
-LARGEST = 65504.0  # of float16
+BYTES = 32 << 20  # limit of a file; 64 states of width 16,384 take 2 MB
+LARGEST = 65504.0  # the largest float16
 ANCHOR = "The quick brown fox jumps over the lazy dog."
-APART = 0.5  # of the spread of a key's states: what rounding and quantisation move the anchor stays below
+APART = 0.5  # Rounding and quantisation move the anchor by less than this share of the spread of a key's states.
+
+
+def read_tensors(path: Path, limit: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors and the metadata of a safetensors file from outside. Raises `ValueError` if it is damaged."""
+    content = files.read_bytes(path, limit)  # into memory, because a mapped file may change under its tensors
+    try:
+        return load(content), files.metadata_of(content)
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} is damaged ({error}): fetch it again.") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,18 +66,19 @@ class RoutingKey:
 
     def __post_init__(self) -> None:
         shapes = tuple(self.states.shape), tuple(self.anchor.shape)
-        if self.states.dim() != 2 or not self.states.numel() or shapes[1] != shapes[0][1:]:
-            raise ValueError(f"a routing key needs states (n, width) and an anchor (width,); got {shapes}.")
-        if not (self.states.isfinite().all() and self.anchor.isfinite().all()):
-            raise ValueError("the states of a routing key must be finite: make it again with peft-svf key.")
-        if self.pooling not in POOLINGS or self.block < 1:
-            raise ValueError(f"a routing key has a block from 1 and a pooling of {POOLINGS}; got {self.how}.")
+        finite = bool(self.states.isfinite().all() and self.anchor.isfinite().all())
+        whole = self.states.dim() == 2 and self.states.numel() > 0 and shapes[1] == shapes[0][1:]
+        if not (whole and finite and self.block >= 1 and self.pooling in POOLINGS):
+            raise ValueError(
+                f"a routing key has finite states (n, width), an anchor (width,), a block from 1 and a pooling of "
+                f"{POOLINGS}; got {shapes}, {'finite' if finite else 'not finite'}, and {self.how}."
+            )
         for name in ("states", "anchor"):
             object.__setattr__(self, name, getattr(self, name).detach().cpu().half().contiguous())
 
     @property
     def how(self) -> tuple[int, str]:
-        """The block and the pooling: states of one kind alone can be compared."""
+        """The block and the pooling: only states that agree in both can be compared."""
         return self.block, self.pooling
 
     def to_bytes(self) -> bytes:
@@ -78,40 +88,25 @@ class RoutingKey:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "RoutingKey | None":
-        """Read the key of an expert's folder, `None` if it has none; a `ValueError` if the file is damaged."""
+        """Read the key of an expert's folder, `None` if it has none. Raises `ValueError` if the file is damaged."""
         try:
-            content = files.read_bytes(Path(folder) / KEY_NAME, BYTES)
+            tensors, facts = read_tensors(Path(folder) / KEY_NAME, BYTES)
         except FileNotFoundError:
             return None
-        try:
-            tensors, facts = load(content), files.metadata_of(content)
-            return cls(tensors["states"], tensors["anchor"], int(facts["block"]), facts["pooling"])
-        except (SafetensorError, RecursionError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{KEY_NAME} is damaged ({error}): fetch it again, or delete it.") from error
+        states, anchor = (tensors.get(name, torch.zeros(0)) for name in ("states", "anchor"))
+        return cls(states, anchor, int(facts.get("block", 0)), facts.get("pooling", ""))
 
-    def check(self, model: nn.Module, anchor: Tensor) -> None:
-        """
-        Refuse a base model that reads differently from the one that made the key.
-
-        Args:
-            anchor (`torch.Tensor` of shape `(width,)`): The anchor's state in `model`, pooled as the key's.
-
-        Raises:
-            `ValueError`: for another width or depth, or an anchor that lies elsewhere.
-        """
-        depth, width = len(blocks_of(model)), self.states.shape[1]
-        if self.block >= depth or len(anchor) != width:
-            raise ValueError(
-                f"its routing key has states of width {width} after {self.block} blocks, but this model has {depth} "
-                f"blocks and its states width {len(anchor)}: make it again with make_key or peft-svf key."
-            )
-        states = self.states.float()
+    def check(self, anchor: Tensor) -> None:
+        """Raise `ValueError` if a model, in which the anchor has this state, reads otherwise than the key's base."""
+        states, apart = self.states.float(), float("inf")
         spread = (states - states.mean(0)).square().sum(-1).mean().sqrt()
-        apart = (self.anchor.float() - anchor.float().cpu()).norm()
-        if len(states) > 1 and not apart <= APART * spread:
+        if alike := anchor.shape == self.anchor.shape:
+            apart = float((self.anchor.float() - anchor.float().cpu()).norm())
+        if not alike or (len(states) > 1 and not apart <= APART * spread):
             raise ValueError(
-                f"its routing key comes from another base model or chat template: a fixed text lies {apart:.3g} from "
-                f"where it was, and the key's own prompts {spread:.3g} from their mean. Make it again with make_key."
+                f"its routing key, of width {states.shape[1]}, comes from another base model or chat template: a "
+                f"fixed text lies {apart:.3g} from where it was, and the key's own prompts {spread:.3g} from their "
+                "mean. Make it again with make_key or peft-svf key."
             )
 
 
@@ -147,7 +142,7 @@ def make_key(
     if not ids:
         raise ValueError("A routing key needs prompts: pass some that its expert is for.")
     drawn = random.Random(seed).sample(ids, min(limit, len(ids)))
-    block = default_block(model) if block is None else block
+    block = max(1, len(blocks_of(model)) // SHARE) if block is None else block
     with ExitStack() as stack:
         if isinstance(model, PeftModel):
             stack.enter_context(model.disable_adapter())
@@ -155,18 +150,8 @@ def make_key(
     return RoutingKey(states[:-1], states[-1], block, pooling)
 
 
-def default_block(model: nn.Module) -> int:
-    """Return the block of a key unless told otherwise: a sixth of the depth, at least 1."""
-    return max(1, len(blocks_of(model)) // SHARE)
-
-
 def blocks_of(model: nn.Module) -> nn.ModuleList:
-    """
-    Find the stack of blocks that reads text.
-
-    Raises:
-        `ValueError`: if the model is an encoder-decoder, or has no such stack.
-    """
+    """Find the stack of blocks that reads text. Raises `ValueError` if there is none, as in an encoder-decoder."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     config = getattr(base, "config", None)
     if config is not None and not getattr(config, "is_encoder_decoder", False):
@@ -197,7 +182,7 @@ def read_states(
     model: nn.Module, ids: Sequence[Sequence[int]], block: int, pooling: str = "both", batch_size: int = 16
 ) -> Tensor:
     """
-    Read token ids, a list for each prompt, up to a block, those of similar length together.
+    Read token ids, a list for each prompt, up to a block; prompts of similar length share a batch.
 
     Returns `(prompts, width)`, float32 on the CPU. Raises as [`early_exit`].
     """

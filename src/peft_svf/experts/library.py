@@ -12,26 +12,23 @@ import difflib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import count
 from os import PathLike
-from types import TracebackType
 from typing import Any
 
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..tuner.config import SVFConfig
-from ..tuner.fingerprint import Fingerprint, check
 from ..tuner.layer import SVFLayer, svf_layers
+from ..tuner.loading import remove
 from ..tuner.rows import active_rows
-from .base import weights_in
-from .expert import OTHER, Expert, Mixture
-from .saved import SavedOffsets
+from .base import refuse_adapters, weights_in
+from .expert import OTHER, Expert, Mixture, SavedOffsets
 
 Source = str | PathLike[str] | Expert
 CLASSIFIER = "classifier: "  # prefix that keeps the classifier's name from clashing with an expert's
@@ -56,13 +53,12 @@ class ExpertLibrary:
             An expert for the first pass only: it names the kind of a question. No mixture contains it.
         limit_bytes (`int`, *optional*):
             Memory for z-vectors. If it is used up, the expert used longest ago makes room and is read again when it
-            is needed. An [`Expert`] whose values were read before stays in the CPU's memory as well.
+            is needed; one always fits. An [`Expert`] whose values were read before stays in the CPU's memory as well.
 
     Raises:
         `FileNotFoundError`: if a folder or file is missing.
         `ValueError`: if there are no experts, two have one name, a name is `"other"`, an expert belongs to another
-            base model or is damaged, adapters of the model cannot be mixed, or the limit is too small for one expert.
-            The model is then as it was.
+            base model or is damaged, or adapters of the model cannot be mixed. The model is then as it was.
     """
 
     def __init__(
@@ -72,38 +68,36 @@ class ExpertLibrary:
         classifier: Source | None = None,
         limit_bytes: int | None = None,
     ) -> None:
-        lazy = limit_bytes is not None
-        experts = loaded(experts, lazy)
-        admitted = [*_own(model), *(experts.values() if isinstance(experts, Mapping) else experts)]
-        if not admitted:
-            raise ValueError("There are no experts: pass experts=[...], folders or Hub repositories of SVF adapters.")
-        self.classifier: str | None = None
-        if classifier is not None:
-            chosen = _load(classifier, None, lazy)
-            self.classifier = CLASSIFIER + chosen.name
-            admitted.append(replace(chosen, name=self.classifier))
         self.model: PeftModel = model  # type: ignore[assignment]
-        self.lock = threading.RLock()
         self.limit_bytes = limit_bytes
+        self.lock = threading.RLock()
+        self.classifier: str | None = None
         self._open: tuple[Any, ...] = ()  # the tasks whose `activate` contexts are open, the innermost last
         self._experts: dict[str, Expert] = {}
         self._mixtures: dict[str, Mixture] = {}
         self._loaded: OrderedDict[str, dict[str, Tensor]] = OrderedDict()  # the one used longest ago first
         self._hosts: list[str] = []
-        trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        try:
+        experts = loaded(experts, self._lazy)
+        admitted = [*_own(model), *(experts.values() if isinstance(experts, Mapping) else experts)]
+        if not admitted:
+            raise ValueError("There are no experts: pass experts=[...], folders or Hub repositories of SVF adapters.")
+        if classifier is not None:
+            chosen = _load(classifier, None, self._lazy)
+            self.classifier = CLASSIFIER + chosen.name
+            admitted.append(replace(chosen, name=self.classifier))
+        with ExitStack() as undo:
+            for parameter in model.parameters():
+                undo.callback(parameter.requires_grad_, parameter.requires_grad)
+            undo.callback(lambda: self._drop_hosts(0) if self.model is model else self.model.unload())
             for expert in admitted:
                 self.check_name(expert.name)
                 self._admit(expert)
-        except BaseException:
-            if self.model is model:
-                self._drop_hosts(0)
-            else:
-                self.model.unload()
-            for parameter, requires_grad in trainable:
-                parameter.requires_grad_(requires_grad)
-            raise
+            undo.pop_all()
         self.model.eval()
+
+    @property
+    def _lazy(self) -> bool:
+        return self.limit_bytes is not None
 
     @property
     def names(self) -> list[str]:
@@ -122,7 +116,7 @@ class ExpertLibrary:
 
     @property
     def nbytes(self) -> int:
-        """The memory of the z-vectors, in bytes; at most the limit."""
+        """The memory of the z-vectors, in bytes; at most the limit, or one expert's."""
         return sum(offset.nbytes for offsets in self._loaded.values() for offset in offsets.values())
 
     @property
@@ -145,7 +139,7 @@ class ExpertLibrary:
         return self._experts[name]
 
     def check_experts(self, names: Iterable[str]) -> None:
-        """Raise a `ValueError` if there is no expert of a name; it lists all names, or the closest of more than 20."""
+        """Raise a `ValueError` if an expert is unknown; it lists all names, or the closest of more than 20."""
         if not (unknown := sorted(set(names) - set(self.names))):
             return
         known = f"there are {', '.join(self.choices)}"
@@ -156,12 +150,11 @@ class ExpertLibrary:
 
     def check_name(self, name: str) -> None:
         """Raise a `ValueError` if a new expert or mixture can't have a name."""
-        if name == OTHER:
-            raise ValueError(f"No expert can be called {OTHER!r}: that name stands for the base model.")
-        if name in self._experts or name in self._mixtures:
+        kinds = {"An expert": self._experts, "A mixture": self._mixtures, "The base model": (OTHER,)}
+        if taken := [kind for kind, names in kinds.items() if name in names]:
             raise ValueError(
-                f"{'An expert' if name in self._experts else 'A mixture'} of this library is called {name!r}: give "
-                "another name, as the key of a dict (on the command line NAME=EXPERT), or remove it first."
+                f"{taken[0]} of this library is called {name!r}: give another name, as the key of a dict (on the "
+                "command line NAME=EXPERT), or remove it first."
             )
 
     def add(self, source: Source, name: str | None = None) -> str:
@@ -175,15 +168,12 @@ class ExpertLibrary:
         Raises:
             `FileNotFoundError`, `ValueError`: as in the constructor. Library and model are then as they were.
         """
-        expert = _load(source, name, self.limit_bytes is not None)
-        with self.lock:
+        expert = _load(source, name, self._lazy)
+        with self.lock, ExitStack() as undo:
             self.check_name(expert.name)
-            before = len(self._hosts)
-            try:
-                self._admit(expert)
-            except BaseException:
-                self._drop_hosts(before)
-                raise
+            undo.callback(self._drop_hosts, len(self._hosts))
+            self._admit(expert)
+            undo.pop_all()
         return expert.name
 
     def add_mixture(self, name: str, mixture: Mixture | str | PathLike[str]) -> None:
@@ -210,16 +200,14 @@ class ExpertLibrary:
                 del self._mixtures[name]
                 return
             self.check_experts([name])
-            if using := [key for key, mixture in self._mixtures.items() if name in mixture.alpha]:
-                raise ValueError(f"{name!r} is in the mixture {using[0]!r}: remove that first.")
-            if len(self.names) == 1:
-                raise ValueError(f"{name!r} is the last expert of this library: add another one first.")
+            using = [f"in the mixture {key!r}" for key, mixture in self._mixtures.items() if name in mixture.alpha]
+            if using or len(self.names) == 1:
+                raise ValueError(f"{name!r} is {(using or ['the last expert of this library'])[0]}: it stays.")
             del self._experts[name]
             self._loaded.pop(name, None)
 
-    def activate(
-        self, mixtures: Mixture | Sequence[Mixture], merge: bool = False
-    ) -> AbstractContextManager[PeftModel]:
+    @contextmanager
+    def activate(self, mixtures: Mixture | Sequence[Mixture], merge: bool = False) -> Iterator[PeftModel]:
         """
         Give the model one mixture, or each row of a batch its own, while the context is open.
 
@@ -235,26 +223,21 @@ class ExpertLibrary:
 
         Raises:
             `ValueError`: if a mixture names an expert that isn't here, or adapters are merged or disabled.
-            `RuntimeError`: if another coroutine of this thread has a context open, or another thread or coroutine
-                closes this one; it then stays open until its owner does.
+            `RuntimeError`: if another coroutine of this thread has a context open.
         """
-        return _Owned(self._activated([mixtures] if isinstance(mixtures, Mixture) else list(mixtures), merge))
-
-    @contextmanager
-    def _activated(self, rows: Sequence[Mixture], merge: bool) -> Iterator[PeftModel]:
+        rows = [mixtures] if isinstance(mixtures, Mixture) else list(mixtures)
+        names = list(dict.fromkeys(name for mixture in rows for name in mixture.alpha))
+        alpha = torch.tensor([[mixture.alpha.get(name, 0.0) for name in names] for mixture in rows])
+        if len(rows) > 0 and bool((alpha == alpha[0]).all()):  # (B, experts)
+            alpha = alpha[:1]  # the batch agrees
         with self.lock:
             self.refuse_other_coroutine()
-            names = list(dict.fromkeys(name for mixture in rows for name in mixture.alpha))
-            alpha = torch.tensor([[mixture.alpha.get(name, 0.0) for name in names] for mixture in rows])
-            if len(rows) > 0 and bool((alpha == alpha[0]).all()):  # (B, experts)
-                alpha = alpha[:1]  # the batch agrees
-            layers = self.layers()
-            for layer in layers.values():
-                if layer.merged or layer.disable_adapters:
-                    state = "merged: unmerge_adapter()" if layer.merged else "disabled: enable them"
-                    raise ValueError(f"No mixture can be active while the model's adapters are {state} first.")
+            layers, before = self.layers(), self._open
+            if any(layer.merged or layer.disable_adapters for layer in layers.values()):
+                raise ValueError(
+                    "No mixture can be active while adapters are merged or disabled: unmerge or enable them."
+                )
             offsets = self.mix(names, lambda _: alpha)
-            before = self._open
             try:
                 try:
                     self._open = (*before, _task())
@@ -275,14 +258,10 @@ class ExpertLibrary:
 
     def mix(self, names: Sequence[str], alpha: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """
-        Mix the offsets of each SVF layer; gradients flow to the weights.
+        Mix the offsets of experts for each SVF layer; gradients flow to the weights.
 
-        Args:
-            names (`Sequence[str]`): The experts.
-            alpha (`Callable`): Layer's name -> weights `(B, experts)`.
-
-        Returns:
-            Per layer `(B, k)`, float32, or float64 for such a model; empty if no expert reaches it.
+        `alpha` maps a layer's name to the weights `(B, experts)`. Returns per layer `(B, k)`, float32, or float64 for
+        such a model; empty if no expert reaches it.
         """
         with self.lock:
             layers = self.layers()
@@ -319,20 +298,18 @@ class ExpertLibrary:
 
     def layers(self) -> dict[str, SVFLayer]:
         """The SVF layers by the name of the base model's weight; of a stacked one the parameter's."""
-        return {layer.weight_name(name): layer for name, layer in svf_layers(self.model).items()}
+        return _layers(self.model)
 
     def _admit(self, expert: Expert) -> None:
         """Check an expert against the base model, give the model the layers it needs, and list it."""
         names = weights_in(self.model, expert.config)
         sizes = {names.get(module, module): size for module, size in expert.sizes.items()}
-        if missing := sorted(set(expert.config.get("fingerprint") or sizes) - set(sizes)):
-            raise ValueError(f"Expert {expert.name!r} has no z-vector for {missing[0]}, which its config targets.")
-        if self.limit_bytes is not None and self.limit_bytes < (needed := 4 * sum(sizes.values())):
-            raise ValueError(f"limit_bytes={self.limit_bytes} is too small: one expert takes {needed} bytes.")
         bases = ((name, layer, layer.svf_basis) for name, layer in self.layers().items())
         widths = {name: layer.size_of(Q.shape[-1]) for name, layer, Q in bases if Q is not None}
         if all(size <= widths.get(module, 0) for module, size in sizes.items()):
-            self._check_fingerprint(expert)
+            weights = {name: layer.svf_fingerprint for name, layer in self.layers().items() if layer.svf_fingerprint}
+            here = getattr(self.model.get_base_model(), "name_or_path", "") or type(self.model).__name__
+            expert.check_base(weights, here)
         elif self._open:
             raise ValueError(
                 f"Expert {expert.name!r} moves weights that no expert here has moved yet: add it outside of "
@@ -340,10 +317,6 @@ class ExpertLibrary:
             )
         else:
             self._add_host(expert, sizes, set(names.values()))  # PEFT compares the fingerprints
-        self._check_sizes(expert, sizes)
-        self._experts[expert.name] = expert
-
-    def _check_sizes(self, expert: Expert, sizes: Mapping[str, int]) -> None:
         layers = self.layers()
         for module, size in sizes.items():
             directions = layers[module].size_of(expert.config.get("rank")) if module in layers else 0
@@ -352,11 +325,13 @@ class ExpertLibrary:
                     f"Expert {expert.name!r} has a z-vector of length {size} for {module}, but this model has "
                     f"{directions} directions there. It was trained on {expert.base_model!r}; load the matching base."
                 )
+        self._experts[expert.name] = expert
 
     def _add_host(self, expert: Expert, sizes: Mapping[str, int], stacked: set[str]) -> None:
         """Put the layers of an expert into the model, as an adapter with z = 1 that is never active."""
-        names = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"))
-        values = {**expert.config, **names, "inference_mode": True, "init_weights": True}
+        unset = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"))
+        values = {**expert.config, **unset, "inference_mode": True, "init_weights": True}
+        values["fingerprint"] = {n: f for n, f in (expert.config.get("fingerprint") or {}).items() if n in sizes}
         # exact names: a regular expression from a file is never run
         values["target_modules"] = sorted(set(sizes) - stacked) or None
         values["target_parameters"] = sorted(set(sizes) & stacked) or None
@@ -367,7 +342,7 @@ class ExpertLibrary:
         if isinstance(self.model, PeftModel):
             self.model.add_adapter(name, host)
         else:
-            # not get_peft_model: it writes this model's name over that of the expert's base
+            # get_peft_model would replace the name of the expert's base by this model's
             kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(host.task_type, PeftModel)
             self.model = kind(self.model, host, adapter_name=name)
         self._hosts.append(name)
@@ -376,46 +351,11 @@ class ExpertLibrary:
                 layer.set_adapter([])  # outside of `activate` it is the base layer and nothing else
                 layer.train(self.model.training)
 
-    def _check_fingerprint(self, expert: Expert) -> None:
-        saved = expert.config.get("fingerprint") or {}
-        check(
-            {name: Fingerprint.from_json(entry) for name, entry in saved.items()},
-            {name: layer.svf_fingerprint for name, layer in self.layers().items() if layer.svf_fingerprint},
-            absent=[],  # every module that it names has a layer here
-            adapter=expert.name,
-            here=getattr(self.model.get_base_model(), "name_or_path", "") or type(self.model).__name__,
-            there=expert.base_model,
-        )
-
     def _drop_hosts(self, first: int) -> None:
         """Take the latest layers out of the model again, because their expert was refused."""
         while len(self._hosts) > first:
-            self.model.delete_adapter(self._hosts.pop())
-            for path, layer in self.layers().items():
-                if not len(layer.svf_offset):
-                    parent, _, child = path.rpartition(".")
-                    setattr(self.model.get_base_model().get_submodule(parent), child, layer.base_layer)
-
-
-class _Owned(AbstractContextManager[PeftModel]):
-    """A context that only the thread and the coroutine that opened it can close."""
-
-    def __init__(self, context: AbstractContextManager[PeftModel]) -> None:
-        self._context = context
-        self._owner: tuple[int, Any] | None = None
-
-    def __enter__(self) -> PeftModel:
-        self._owner = threading.get_ident(), _task()
-        return self._context.__enter__()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        if self._owner != (threading.get_ident(), _task()):
-            raise RuntimeError(
-                "This context was opened by another thread or coroutine and stays open until that one closes it."
-            )
-        return self._context.__exit__(kind, error, trace)
+            self.model.delete_adapter(name := self._hosts.pop())
+            remove(self.model, name)
 
 
 def _task() -> "asyncio.Task[Any] | None":
@@ -423,14 +363,14 @@ def _task() -> "asyncio.Task[Any] | None":
     return None if asyncio._get_running_loop() is None else asyncio.current_task()
 
 
+def _layers(model: nn.Module) -> dict[str, SVFLayer]:
+    return {layer.weight_name(name): layer for name, layer in svf_layers(model).items()}
+
+
 def _own(model: PreTrainedModel | PeftModel) -> list[Expert]:
     """Return the adapters of a model as experts, with the values they have now; refuse those that are more than z."""
     if not isinstance(model, PeftModel):
-        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            raise ValueError(
-                "This model has adapters already, but isn't a PeftModel: pass the PeftModel that was made of it (of a "
-                "pipeline: pipe.model.library.model), or load the base model again and pass them as experts=[...]."
-            )
+        refuse_adapters(model)
         return []
     experts = []
     for name, config in model.peft_config.items():
@@ -442,17 +382,12 @@ def _own(model: PreTrainedModel | PeftModel) -> list[Expert]:
         if name.startswith(HOST):
             continue
         paths = {weight: path for path, weight in weights_in(model, config.to_dict()).items()}
-        layers = {layer.weight_name(path): layer for path, layer in svf_layers(model).items()}
-        layers = {module: layer for module, layer in layers.items() if name in layer.svf_offset}
-        holders: dict[str, Any] = {
-            paths.get(module, module): layer.svf_offset[name] for module, layer in layers.items()
-        }
-        offsets = {path: holder.weight.detach().float().cpu().clone() for path, holder in holders.items()}
-        known = {module: layer.svf_fingerprint for module, layer in layers.items()}
-        prints = {module: entry.to_json() for module, entry in known.items() if entry is not None}
+        layers: dict[str, Any] = {n: layer for n, layer in _layers(model).items() if name in layer.svf_offset}
+        values = {n: layer.svf_offset[name].weight.detach().float().cpu().clone() for n, layer in layers.items()}
+        prints = {n: layer.svf_fingerprint.to_json() for n, layer in layers.items() if layer.svf_fingerprint}
         base = config.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", None)
         facts = {"fingerprint": prints or None, "base_model_name_or_path": base}
-        experts.append(Expert(name, offsets, config.to_dict() | facts))
+        experts.append(Expert(name, {paths.get(n, n): z for n, z in values.items()}, config.to_dict() | facts))
     return experts
 
 
@@ -462,10 +397,11 @@ def _load(source: Source, name: str | None, lazy: bool) -> Expert:
     return Expert.load(source, name, lazy=lazy)
 
 
-def loaded(sources: Sequence[Source] | Mapping[str, Source], lazy: bool = False) -> list[Expert] | dict[str, Expert]:
-    """Load experts; `lazy` keeps no values in memory, as a library with a limit needs it."""
-    if isinstance(sources, (str, PathLike)):
-        raise ValueError(f"experts is a list or a dict of experts, got {str(sources)!r}.")
+def loaded(
+    sources: Source | Sequence[Source] | Mapping[str, Source], lazy: bool = False
+) -> list[Expert] | dict[str, Expert]:
+    """Load experts, or one; `lazy` keeps no values in memory, as a library with a limit needs it."""
     if isinstance(sources, Mapping):
         return {name: _load(source, name, lazy) for name, source in sources.items()}
-    return [_load(source, None, lazy) for source in sources]
+    several = [sources] if isinstance(sources, (str, PathLike, Expert)) else sources
+    return [_load(source, None, lazy) for source in several]

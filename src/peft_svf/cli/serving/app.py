@@ -84,14 +84,7 @@ class Addition(BaseModel):
 
 
 def build(engine: Engine, rules: Rules, folder: Path | None = None) -> Gate:
-    """
-    Build the ASGI application.
-
-    Args:
-        engine ([`Engine`]): It is stopped when the application ends.
-        rules ([`Rules`]): Keys and limits.
-        folder (`Path`, *optional*): Experts in it may be added by `POST /v1/experts`, by their folders' names.
-    """
+    """Build the ASGI application, which stops the engine when it ends; admins may add the experts in `folder`."""
     models, metrics, library = _Models(engine), Metrics(), engine.model.library
     for name in library.names:
         models.check_name(name)
@@ -100,7 +93,7 @@ def build(engine: Engine, rules: Rules, folder: Path | None = None) -> Gate:
     app.state.engine = engine
     # Not the routes that load and drop models for anyone who asks.
     app.router.routes[:] = [r for r in app.routes if getattr(r, "path", "") in (*ANSWERS, "/v1/models", "/health")]
-    for kind in (Refused, HTTPException, RequestValidationError, CBWorkerDeadError, Exception):
+    for kind in (HTTPException, RequestValidationError, CBWorkerDeadError, ValueError, OSError, Exception):
         app.add_exception_handler(kind, _failure)
 
     def check_admin(request: HTTPRequest) -> None:
@@ -121,16 +114,11 @@ def build(engine: Engine, rules: Rules, folder: Path | None = None) -> Gate:
         sources = {path.name: path for path in folder.iterdir() if path.is_dir()} if folder else {}
         if body.source not in sources:
             raise Refused(400, f"There is no expert {body.source!r} in the server's folder.")
-        try:
-            engine.add(sources[body.source], models.check_name(body.name or body.source))
-        except (ValueError, OSError) as error:
-            raise Refused(400, str(error)) from error
+        engine.add(sources[body.source], models.check_name(body.name or body.source))
         return {"object": "list", "data": models.list_models()}
 
     @app.delete("/v1/experts/{name:path}", dependencies=[Depends(check_admin)])
     def remove(name: str) -> dict[str, Any]:
-        if name not in library.names:
-            raise Refused(400, f"There is no expert {name!r}.")
         engine.remove(name)
         return {"object": "list", "data": models.list_models()}
 
@@ -139,20 +127,22 @@ def build(engine: Engine, rules: Rules, folder: Path | None = None) -> Gate:
 
 async def _failure(request: HTTPRequest, error: Any) -> JSONResponse:
     """Answer an error in OpenAI's form."""
-    status, message, code = 500, "The server failed at this request.", getattr(error, "code", None)
+    status, message = 500, "The server failed at this request."
     if isinstance(error, HTTPException):
         status, message = 400 if error.status_code == 422 else error.status_code, error.detail
-    elif isinstance(error, RequestValidationError):
-        status, message = 400, _first(error)
     elif isinstance(error, CBWorkerDeadError):
         status, message = 503, str(error)
-    return JSONResponse(error_body(status, message, code), status)
+    elif isinstance(error, (RequestValidationError, ValueError, OSError)):
+        status, message = 400, _message(error)
+    return JSONResponse(error_body(status, message, getattr(error, "code", None)), status)
 
 
-def _first(error: ValidationError | RequestValidationError) -> str:
-    """Describe the first field that pydantic refuses."""
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))!r}: {first['msg']}."
+def _message(error: Exception) -> str:
+    """Describe an error in what a client sent; of several fields that pydantic refuses, the first."""
+    if isinstance(error, (ValidationError, RequestValidationError)):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))!r}: {first['msg']}."
+    return f"{error}{' is missing' if isinstance(error, KeyError) else ''}"[:1000] or type(error).__name__
 
 
 class _Models(ModelManager):
@@ -229,8 +219,7 @@ class _Handler(BaseHandler):
             response = await super().handle_request(plain, request_id)  # type: ignore[misc]
         except WRONG as error:
             logger.debug("A request was refused.", exc_info=True)
-            message = _first(error) if isinstance(error, ValidationError) else f"{error}"[:1000]
-            raise Refused(400, message or type(error).__name__) from error
+            raise Refused(400, _message(error)) from error
         record = request.mixture.record()
         dispatch = {"mixture": record.pop("alpha", None), **record}
         if isinstance(response, JSONResponse):

@@ -2,8 +2,7 @@
 """
 Requests, each with a mixture -> tokens, by transformers' continuous batching with a z-vector per request.
 
-Internals of transformers' serving and of its continuous batching are used here and in `app`, read in 5.23.0; a test
-lists them.
+Internals of transformers' serving and of its continuous batching are used here and in `app`, read in 5.23.0.
 """
 
 import asyncio
@@ -185,14 +184,8 @@ class Engine(BaseGenerateManager):
     Generates for the handlers of transformers' server, which see it as their one generation manager.
 
     Text models run in a continuous batch, models that see images one request at a time. Everything else that runs the
-    model or changes its experts (first passes, `add`, `remove`) happens between two steps of the batch.
-
-    Args:
-        model ([`Transformer2Model`]): Base model with experts.
-        capacity ([`Capacity`]): Limits of the batch.
-
-    Raises:
-        `ValueError`: if experts move weights that can't differ within a packed batch.
+    model or changes its experts (first passes, `add`, `remove`) happens between two steps of the batch. Experts that
+    move weights which can't differ within a packed batch are refused by a `ValueError`.
     """
 
     def __init__(self, model: Transformer2Model, capacity: Capacity = Capacity()) -> None:
@@ -270,7 +263,7 @@ class Engine(BaseGenerateManager):
         return self.model.library.mix([name for name, _ in shares], lambda _: alpha)
 
     def add(self, source: Any, name: str | None = None) -> str:
-        """Add an expert between two steps; return its name. Raises `ValueError` as the library does."""
+        """Add an expert between two steps; return its name."""
         with self.between_steps():
             name = self.model.library.add(source, name)
             try:
@@ -281,7 +274,7 @@ class Engine(BaseGenerateManager):
             return name
 
     def remove(self, name: str) -> None:
-        """Remove an expert; requests that run with it are answered. Raises `ValueError` as the library does."""
+        """Remove an expert; requests that run with it are answered."""
         with self.between_steps():
             self.model.library.remove(name)
             self._mixed.cache_clear()
@@ -379,9 +372,7 @@ class Engine(BaseGenerateManager):
         cache = self.capacity.cache_tokens
         most = min(self.capacity.new_tokens, min(self.context or cache, cache) - length)
         if most < least:
-            raise ValueError(
-                f"After a prompt of {length} tokens this server writes {max(most, 0)} at most, not {least}."
-            )
+            raise ValueError(f"After a prompt of {length} tokens, an answer has at most {max(most, 0)}, not {least}.")
         config.max_new_tokens, request.prompt_tokens = request.max_new_tokens or most, length
 
     def _job(self, ids: list[int], config: GenerationConfig, request: Request) -> Job:

@@ -37,21 +37,13 @@ Send = Callable[[Message], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Rules:
-    """
-    Who may ask, and how much.
+    """Who may ask, and how much."""
 
-    Args:
-        keys, admin_keys (`tuple[str, ...]`): API keys; without any, everyone may ask, and nobody changes experts.
-        pending (`int`): Requests at once, those that wait for a slot included.
-        body_bytes (`int`): Size of a request's body.
-        seconds (`float`): Time for a request, its answer included.
-    """
-
-    keys: tuple[str, ...] = ()
-    admin_keys: tuple[str, ...] = ()
-    pending: int = 96
+    keys: tuple[str, ...] = ()  # without any, everyone may ask
+    admin_keys: tuple[str, ...] = ()  # without any, nobody changes experts
+    pending: int = 96  # requests at once, those that wait for a slot included
     body_bytes: int = 4 << 20
-    seconds: float = 300.0
+    seconds: float = 300.0  # for a request, its answer included
 
 
 class Refused(HTTPException):
