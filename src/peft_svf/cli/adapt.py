@@ -83,7 +83,7 @@ def adapt(
         names = two_pass.library.names
         draw: Any = partial(draw_alpha, mixture=mixture, names=names)
         if per_layer:
-            draw = partial(draw_layers, layers=mixture.provenance["layers"], title=name)
+            draw = partial(draw_layers, layers=mixture.provenance["layers"], title=str(name))
         save_figure(plot, draw, len(names) + 1, len(names) + 1)
 
 
