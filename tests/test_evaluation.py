@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft import get_peft_model
 from tiny_model import tiny_model, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from peft_svf import SVFConfig, evaluation
@@ -26,6 +27,7 @@ from peft_svf.evaluation import (
 )
 from peft_svf.reading import cache_name
 from peft_svf.rows import check, prompt_text
+from peft_svf.rows import prompt_ids as encoded_prompts
 from peft_svf.tasks import get_task
 from peft_svf.tuner.layer import svf_layers
 from peft_svf.tuner.rows import active_rows
@@ -247,6 +249,15 @@ def test_a_chat_without_a_template_is_its_lines():
     assert prompt_text(bare, [{"role": "system", "content": "s"}, *chat("u")]) == "s\nu\n"
     assert prompt_text(TOKENIZER, chat("u")) == "<u>u<end><a>"
     assert prompt_text(TOKENIZER, "as it is") == "as it is"
+
+
+def test_a_text_begins_with_the_tokenizer_s_own_tokens_and_a_chat_with_its_template_s():
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = "<s>"
+    begin = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.convert_tokens_to_ids("<s>"))])
+    tokenizer.backend_tokenizer.post_processor = begin
+    encoded = [tokenizer.convert_ids_to_tokens(ids) for ids in encoded_prompts(tokenizer, ["ab", chat("b?")])]
+    assert encoded == [["<s>", "a", "b"], ["<u>", "b", "?", "<end>", "<a>"]]
 
 
 # --- evaluate

@@ -44,7 +44,7 @@ class Summary:
         interval (`tuple[float, float]`): 95 % Wilson interval of the accuracy; grades between 0 and 1 vary less.
         seconds (`float`): Wall clock.
         records (`list[dict]`): Per question `id`, `right`, and the choice with its probability, or the completion with
-            its `score`, the grade from 0 to 1. With rotations it is the mean, beside a list of `completions`.
+            its `score`, the grade from 0 to 1. With rotations the mean `score`, and a list of `completions`.
         balanced_accuracy (`float`, *optional*): Mean of the classes' recalls, if the answers are classes: at most 20
             letters or labels, each of five rows or more on average.
         classes (`dict[str, dict[str, int]]`): By class, how many rows have it as their answer (`n`), how many of these
@@ -87,7 +87,7 @@ def paired_difference(one: Summary, other: Summary) -> tuple[float, tuple[float,
         raise ValueError(f"Only summaries of the same rows compare: {one.task} ({one.n}), {other.task} ({other.n}).")
     gaps = [_grade(a) - _grade(b) for a, b in zip(one.records, other.records, strict=True)]
     mean, half = fmean(gaps), NINETY_FIVE * pstdev(gaps) / math.sqrt(one.n)
-    half = max(half, 3 / one.n)  # rule of three: rows that are all alike leave that much open
+    half = max(half, 3 / one.n)  # rule of three, if all rows agree
     return mean, (max(-1.0, mean - half), min(1.0, mean + half))
 
 
@@ -102,15 +102,15 @@ def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row],
         model (`PreTrainedModel` or `PeftModel`):
             Causal language model; gradient checkpointing must be off, because it drops the cache.
         tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`):
-            Its tokenizer, or its processor, of which the text side is used.
+            Its tokenizer, or its processor.
         rows (`Sequence[Mapping]`):
-            Each with `prompt` (chat or text) and `choices` (texts), of which rows may have different numbers.
+            Each with `prompt` (chat or text) and `choices` (texts); rows may have different numbers of choices.
         members (`int`):
             How many adapters the model has at once (`SVFLayer.rows` of as many offsets): each scores all rows.
 
     Returns:
-        `torch.Tensor` of shape `(members * rows, choices)`, float32, the rows of the first member first; `-inf` where
-        a row has fewer choices.
+        `torch.Tensor` of shape `(members * rows, choices)`, float32, the rows of the first member first; `-inf` if a
+        row has fewer choices.
 
     Raises:
         `ValueError`: if a prompt or a choice is empty, if a row has an image, if a prompt with its longest choice
@@ -125,7 +125,7 @@ def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row],
     read = read_prompts(model, prompts, pad_id(tokenizer), members)
     first = read.logits.float().log_softmax(-1)  # (M * N, vocabulary): the first token of every choice
     places = [(n, k) for n, choices in enumerate(options) for k in range(len(choices))]
-    places.sort(key=lambda place: len(options[place[0]][place[1]]))  # choices alike in length share a forward
+    places.sort(key=lambda place: len(options[place[0]][place[1]]))  # equal lengths share a forward
     scores = torch.full((members * len(rows), max(map(len, options))), float("-inf"), device=device)
     for group in _batches(places, len(rows)):
         flat = [options[n][k] for n, k in group] * members
@@ -200,7 +200,7 @@ def evaluate(
             Grades completions; default the task that each row names.
         rotations (`int`, defaults to 1):
             Ask each question of the form "letter" so many times, each time with its options moved by one place. The
-            accuracy is the mean over all, and its interval that of so many questions.
+            accuracy is the mean over all; its interval counts questions, not rotations.
         generation:
             As in [`complete`], for rows whose answers are written; `max_new_tokens` follows their form.
 
@@ -217,7 +217,7 @@ def evaluate(
     if "generation_config" not in generation:
         generation.setdefault("max_new_tokens", ANSWER_TOKENS.get(form))
     by_place = dict[int, dict[str, Any]]()
-    order = sorted(range(len(rows)), key=lambda i: len(str(rows[i]["prompt"])))  # alike in length: less padding
+    order = sorted(range(len(rows)), key=lambda i: len(str(rows[i]["prompt"])))  # less padding
     bar = tqdm(order, desc="Evaluating", leave=False, name="peft_svf.evaluation")
     with evaluating(model):
         for places in _batches(bar, batch_size):

@@ -2,7 +2,7 @@
 """
 Files that are written whole or not at all, and files from outside that are read within bounds.
 
-Knows nothing of what stands in them, and nothing of the rest of the package.
+This module doesn't know their contents or the rest of the package.
 """
 
 import glob
@@ -37,7 +37,7 @@ def write(path: str | os.PathLike[str], content: str | bytes) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.writing")
-    for stale in target.parent.glob(f".{glob.escape(target.name)}.*.writing"):  # of a process that was killed
+    for stale in target.parent.glob(f".{glob.escape(target.name)}.*.writing"):  # left by a process that was killed
         with suppress(OSError):  # another process may be cleaning up too
             if time.time() - stale.stat().st_mtime > STALE:
                 stale.unlink()
@@ -140,7 +140,7 @@ def without_secrets(value: Any) -> Any:
     """
     Drop entries whose name is a secret's, at any depth, and replace secrets inside texts by dots.
 
-    Texts lose tokens of the Hub, passwords in URLs, values after a secret's name and those of the environment.
+    A text loses Hub tokens, passwords in URLs, values that follow a secret's name, and secrets of the environment.
     """
     if isinstance(value, Mapping):
         return {key: without_secrets(inner) for key, inner in value.items() if not SECRET_NAME.search(str(key))}

@@ -8,12 +8,10 @@ import pico
 import pytest
 import torch
 from peft import get_peft_model
-from tiny_model import tiny_model, tiny_tokenizer
-from tokenizers.processors import TemplateProcessing
+from tiny_model import tiny_model
 from trainers import (
     CHOICE_ROWS,
     FORMS,
-    TEXT_ROWS,
     TOKENIZER,
     Evolving,
     environment,
@@ -23,7 +21,6 @@ from trainers import (
     right_choice,
     same,
     trained_z,
-    uneven,
 )
 from transformers import (
     AutoModelForCausalLM,
@@ -191,23 +188,6 @@ def test_a_run_logs_its_population(tmp_path):
     assert log["reward"] == pytest.approx(-log["loss"], abs=1e-4)
     assert log["reward_best"] > log["reward"] and log["reward_std"] > 0
     assert log["z/mean_distance_from_1"] == pytest.approx(float(trained_z(trainer).abs().mean()))
-
-
-def test_completions_continue_plain_text_behind_the_beginning_of_text(tmp_path):
-    """As generation in TRL does: the tokenizer's own special tokens, where no chat template writes them."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.bos_token = "<s>"
-    begin = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.convert_tokens_to_ids("<s>"))])
-    tokenizer.backend_tokenizer.post_processor = begin
-    trainer, seen = evolution_of(tmp_path, TEXT_ROWS, uneven), []
-    trainer.processing_class = tokenizer
-    trainer.model.generate = lambda input_ids, **_: (seen.append(input_ids), input_ids)[1]
-    trainer._complete([{"prompt": "ab"}, {"prompt": TEXT_ROWS[1]["prompt"]}])
-    texts = [tokenizer.convert_ids_to_tokens(row) for row in seen[0].tolist()]
-    assert [[t for t in text if t != "<pad>"] for text in texts] == [
-        ["<s>", "a", "b"],
-        ["<u>", "b", "?", "<end>", "<a>"],
-    ]
 
 
 # --- what is refused

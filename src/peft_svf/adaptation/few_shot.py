@@ -124,7 +124,7 @@ def _checked(
         check(row, f"{what} {i}", answered=True)
         rows.append({key: value for key, value in row.items() if value is not None})
     if len({"choices" in row for row in [*rows, *like]}) != 1:
-        raise ValueError(f"{what}s must have one form, 'choices' with 'label' in all or 'answer' in all; got {rows}.")
+        raise ValueError(f"{what}s must have one form, 'choices' with 'label' in all or 'answer' in all.")
     limit = context_of(library.model)
     for i, tokens in enumerate(row_lengths(tokenizer, [answer_row(row) for row in rows])):
         if limit is not None and tokens > limit:

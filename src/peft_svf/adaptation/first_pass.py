@@ -76,7 +76,7 @@ class FirstPass:
     probe: Probe | None = None
 
     def __post_init__(self) -> None:
-        mistakes = {
+        mistakes: dict[str, Any] = {
             f"A first pass has no {name}={getattr(self, name)!r}: choose one of "
             f"{', '.join(repr(option) for option in options if option)}.": getattr(self, name) not in options
             for name, options in OPTIONS.items()

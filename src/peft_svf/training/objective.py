@@ -91,10 +91,10 @@ class PromptFilter(TrainerCallback, ExportableState):
 @dataclass
 class ReinforceConfig(RunConfig, GRPOConfig):
     """
-    TRL's `GRPOConfig` with the settings that make it REINFORCE on z-vectors, those of [`RunConfig`] and a few more.
+    TRL's `GRPOConfig` with the settings that make it REINFORCE on z-vectors, and the settings of [`RunConfig`].
 
     A step is `per_device_train_batch_size * gradient_accumulation_steps` completions; each prompt has
-    `num_generations` of them. Learning rate and clipping are those of the code of arXiv 2501.06252; under Adam,
+    `num_generations` of them. Learning rate and clipping come from the code of arXiv 2501.06252; under Adam,
     clipping gives all batches the same weight.
 
     Args:

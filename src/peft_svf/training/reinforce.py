@@ -46,8 +46,8 @@ class Batch:
     """The state that the hooks of one rollout share."""
 
     inputs: list[dict[str, Any]]  # the row of each completion
-    numbers: list[int] = field(default_factory=list)  # with a filter: the rows of all processes' prompts
-    rows: list[dict[str, Any]] = field(default_factory=list)  # choice form: distinct rows; a place stands for a prompt
+    numbers: list[int] = field(default_factory=list)  # with a filter: row numbers of all prompts
+    rows: list[dict[str, Any]] = field(default_factory=list)  # choice form: distinct rows, by "prompt token"
     rewards: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # (N, functions), of all processes
     prompts: Prompts | None = None  # answers of one token: what was read, and the reading that they were drawn from
     read: Reading | None = None
@@ -325,7 +325,7 @@ class ReinforceTrainer(Run, GRPOTrainer):
         return torch.cat([part[0] for part in parts]), entropies, None
 
     def _kept_reading(self, prompts: Prompts) -> tuple[Prompts, Reading | None]:
-        """Look prompts, which TRL has shuffled, up in the rollout that kept its graph; it is used once."""
+        """Find prompts, which TRL has shuffled, in the rollout that kept its graph; the graph is used once."""
         batch = self._batches["train"]
         kept, read, batch.prompts, batch.read = batch.prompts, batch.read, None, None
         if kept is None:
@@ -369,7 +369,7 @@ def _grouped(parts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
 
 
 def _columns(dataset: Any) -> Sequence[str]:
-    """List the columns of any dataset; those of a stream may be known from its first row alone."""
+    """List the columns of a dataset; a stream may reveal them only in its first row."""
     if dataset is None:
         return ()
     return getattr(dataset, "column_names", None) or list(next(iter(dataset), {}))

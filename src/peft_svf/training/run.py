@@ -348,7 +348,7 @@ class Run(Trainer):
         return TrainOutput(self.state.global_step, 0.0, {})
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter as transformers does, and beside it, unless it is a checkpoint, a routing key."""
+        """Save the adapter as transformers does, and with a final one a routing key."""
         super().save_model(output_dir, _internal_call)
         if not _internal_call:
             self.save_key(output_dir or self.args.output_dir)
@@ -372,7 +372,7 @@ class Run(Trainer):
         if peft_config is not None:
             return
         name = model.active_adapters[0] if isinstance(model, PeftModel) else None
-        frozen = not any(parameter.requires_grad for parameter in model.parameters())
+        frozen = name is not None and not any(parameter.requires_grad for parameter in model.parameters())
         for wrong, message in (
             (name is None, "A plain model would be trained whole: pass peft_config=SVFConfig(), or a PeftModel."),
             (
