@@ -59,7 +59,7 @@ class HumanEval(CodeTask):
 
     def score(self, completion: str, row: Mapping[str, Any]) -> float:
         """Run prompt and code block together: a function in the block takes the place of the one in the prompt."""
-        # a docstring alone is a body, so the prompt is a program whether the block goes on with it or starts anew
+        # A docstring is a body, so the prompt is a program whether the block continues it or defines the function.
         return float(run_python(f"{row['start'].rstrip()}\n{code_block(completion)}", row["tests"]).ok)
 
 

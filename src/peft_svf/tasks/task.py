@@ -33,7 +33,7 @@ LARGEST = 4 << 30  # bytes of a data set, unpacked
 DATA_VARIABLE = "PEFT_SVF_DATA"
 SPLITS = ("train", "validation", "test")
 FORMS = ("choice", "generate")
-ANSWER_TOKENS = {"letter": 1, "calculation": 16, "generate": 256}  # that an answer may have, unless set otherwise
+ANSWER_TOKENS = {"letter": 1, "calculation": 16, "generate": 256}  # limits of an answer, unless set otherwise
 
 Record = dict[str, Any]
 Chat = list[dict[str, Any]]
@@ -144,7 +144,7 @@ class Task(ABC):
         return plain("\n".join(str(message["content"]) for message in self.row(raw)["prompt"]))
 
     def from_hub(self, record: Record) -> Record:
-        """Rename the Hub's fields to those of the files. The default changes nothing."""
+        """Rename the Hub's fields as in the files. The default changes nothing."""
         return record
 
     def ask(self, raw: Record, prompt: str | Chat, **columns: Any) -> Record:
