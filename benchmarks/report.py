@@ -440,6 +440,21 @@ def transfer_part(results: Mapping[str, Result]) -> list[str]:
     return lines
 
 
+def shipped_table() -> list[str]:
+    """Show the experts of examples/experts by their result files."""
+    rows = []
+    for path in sorted((ROOT / "examples" / "experts").glob("*/result.json")):
+        result = json.loads(path.read_text())
+        (low, high), mentions = result["gain_interval"], result["mentions"]
+        rows.append([
+            f"[{path.parent.name}](../../examples/experts/{path.parent.name})", result["expert"]["n"],
+            f"{result['base']['accuracy']:.3f}", f"{result['expert']['accuracy']:.3f}",
+            f"{result['gain']:+.3f} [{low:+.3f}, {high:+.3f}]",
+            f"{mentions['base']:.3f}, {mentions['expert']:.3f}", f"{result['everyday_fall']:.1%}",
+        ])  # fmt: skip
+    return table(["expert", "n", "base", "expert", "gain, 95 %", "mentions", "everyday answers fall by"], rows)
+
+
 def generated_page(found: Mapping[str, Result]) -> str:
     """Write the page of answers in text: accuracy, mentions, and the likelihood of everyday answers."""
     kinds: dict[tuple[str, str, str], list[Result]] = {}
@@ -476,6 +491,7 @@ def generated_page(found: Mapping[str, Result]) -> str:
         "everyday requests other than the test's chose: the base's answers to those may become at most 1.5 % less "
         "likely. The runs on rewards were not scaled.", "",
         "Made by `python benchmarks/report.py`; `python benchmarks/generated.py` runs the missing cells.", "",
+        "## Shipped experts", "", *shipped_table(), "## Every cell", "",
         *table(["task", "learner", "method", "strength", "base", "right, by seed", "gain, 95 %", "n"], rows),
         "A single seed has the interval of its rows alone: it says nothing of the spread over seeds.", "",
         "## What else changes", "",

@@ -155,3 +155,10 @@ def test_import_brings_no_extra_along():
     assert "peft_svf" in added
     assert not added & {"trl", "datasets", "matplotlib", "bitsandbytes", "gguf", "pandas", "lm_eval", "fastapi"}
     assert not everything & {"trl", "datasets", "matplotlib"}
+
+
+def test_evolution_strategies_have_a_short_path():
+    from peft_svf import evolution, training
+
+    assert evolution.EvolutionConfig is training.EvolutionConfig
+    assert evolution.EvolutionTrainer is training.EvolutionTrainer

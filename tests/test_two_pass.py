@@ -318,6 +318,8 @@ def test_adapt_takes_a_search_or_its_fields(model):
     assert answers(model, mixture=found) == answers(model, mixture=dict(found.alpha))
     with pytest.raises(ValueError, match="a search or its fields, not both"):
         model.adapt(EXAMPLES, search=BRIEF, iterations=1)
+    with pytest.raises(TypeError, match="no argument 'temperature': these examples generate nothing"):
+        model.adapt(EXAMPLES, temperature=2.0)
 
 
 def test_what_adapt_found_is_used_by_its_name(folders, no_first_pass):

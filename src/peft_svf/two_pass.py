@@ -121,8 +121,9 @@ class Transformer2Model:
         if not experts and (folder := find_bundle(model or "", kwargs.get("revision"), kwargs.get("token"))):
             bundle = read_bundle(folder)
             model, experts, mixtures = bundle.base_model, bundle.experts, bundle.mixtures
-            parts = {key: Probe.load(v) if isinstance(v, Path) else v for key, v in bundle.first_pass.items()}
-            classifier, first_pass = classifier or bundle.classifier, first_pass or FirstPass(**parts)
+            parts = bundle.first_pass.items()
+            settings: Any = {key: Probe.load(part) if isinstance(part, Path) else part for key, part in parts}
+            classifier, first_pass = classifier or bundle.classifier, first_pass or FirstPass(**settings)
             kwargs["revision"] = bundle.revision
         experts = loaded(experts, lazy=limit_bytes is not None)  # opens each file once
         if model is None:
@@ -386,12 +387,12 @@ class Transformer2Model:
         Args:
             examples, task: As in [`few_shot`].
             search ([`Search`], *optional*): How to search. Instead, its fields may be among the other arguments.
-            kwargs: Fields of [`Search`], and arguments of [`few_shot`].
+            kwargs: Fields of [`Search`] but `temperature`, which is `generate`'s here; arguments of [`few_shot`].
 
         Raises:
             `ValueError`: if both `search` and fields of it are given, and as [`few_shot`].
         """
-        settings = {name: kwargs.pop(name) for name in vars(SEARCH) if name in kwargs}
+        settings = {name: kwargs.pop(name) for name in (vars(SEARCH).keys() & kwargs.keys()) - {"temperature"}}
         if search is not None and settings:
             raise ValueError(f"Give a search or its fields, not both; got {search} and {settings}.")
         search = Search(**settings) if search is None else search

@@ -227,16 +227,10 @@ def test_a_fitted_temperature_makes_the_kinds_likelier(library):
             fit_temperature(library, tokenizer, prompts, given, FirstPass(read=read))
 
 
-def test_a_soft_decision_weighs_the_experts_by_their_probabilities(library):
-    for hard, soft in zip(*(decide(library, PROMPTS, soft=soft) for soft in (False, True)), strict=True):
-        assert soft.alpha == {name: p for name, p in soft.probabilities.items() if name != "other"}
-        assert soft.record() == {**hard.record(), "alpha": soft.alpha}
-
-
 @pytest.mark.parametrize("fallback", ["base", "mix"])
-def test_below_the_threshold_the_fallback_decides(fallback, library):
+def test_a_soft_decision_weighs_by_probability_and_below_the_threshold_the_fallback_decides(fallback, library):
     free = decide(library, PROMPTS)
-    for limit in (sorted(m.confidence for m in free)[2], 1.01):
+    for limit in (0.0, sorted(m.confidence for m in free)[2], 1.01):
         settings = {"threshold": limit, "fallback": fallback}
         hard, soft = (decide(library, PROMPTS, soft=soft, **settings) for soft in (False, True))
         for reference, mixture, mixed in zip(free, hard, soft, strict=True):
@@ -245,6 +239,8 @@ def test_below_the_threshold_the_fallback_decides(fallback, library):
             sure = reference.confidence >= limit
             assert mixture.alpha == (reference.alpha if sure else instead)
             assert mixed.alpha == (weights if sure else instead)
+            if sure:
+                assert mixed.record() == {**mixture.record(), "alpha": weights}
             assert (mixture.confidence, mixture.probabilities) == (reference.confidence, reference.probabilities)
 
 

@@ -23,7 +23,7 @@ from ..evaluation import context_of, row_lengths
 from ..experts.expert import OTHER, Expert, Mixture
 from ..experts.key import key_ids
 from ..experts.library import ExpertLibrary
-from ..rows import Row, check
+from ..rows import Reader, Row, check
 from ..tasks import Task
 from ..tuner.targets import block_of
 from .first_pass import FirstPass, decide
@@ -112,11 +112,7 @@ def few_shot(
 
 
 def _checked(
-    library: ExpertLibrary,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Iterable[Row],
-    what: str,
-    like: Sequence[Row] = (),
+    library: ExpertLibrary, tokenizer: Reader, examples: Iterable[Row], what: str, like: Sequence[Row] = ()
 ) -> list[Row]:
     """Return the examples; a `ValueError` if one is malformed, too long for the context, or of another form."""
     rows: list[Row] = []
@@ -124,7 +120,7 @@ def _checked(
         check(row, f"{what} {i}", answered=True)
         rows.append({key: value for key, value in row.items() if value is not None})
     if len({"choices" in row for row in [*rows, *like]}) != 1:
-        raise ValueError(f"{what}s must have one form, 'choices' with 'label' in all or 'answer' in all; got {rows}.")
+        raise ValueError(f"{what}s must have one form, 'choices' with 'label' in all or 'answer' in all.")
     limit = context_of(library.model)
     for i, tokens in enumerate(row_lengths(tokenizer, [answer_row(row) for row in rows])):
         if limit is not None and tokens > limit:

@@ -76,7 +76,7 @@ class FirstPass:
     probe: Probe | None = None
 
     def __post_init__(self) -> None:
-        mistakes = {
+        mistakes: dict[str, Any] = {
             f"A first pass has no {name}={getattr(self, name)!r}: choose one of "
             f"{', '.join(repr(option) for option in options if option)}.": getattr(self, name) not in options
             for name, options in OPTIONS.items()
@@ -358,11 +358,7 @@ def fit_calibration(
 
 
 def fit_probe(
-    library: ExpertLibrary,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    kinds: Sequence[str],
-    batch_size: int = 16,
+    library: ExpertLibrary, tokenizer: Reader, prompts: Sequence[Prompt], kinds: Sequence[str], batch_size: int = 16
 ) -> Probe:
     """Fit a linear probe on the base model's hidden states to two or more prompts of each kind."""
     with library.lock:

@@ -143,23 +143,22 @@ class Judge:
 
     def _completions(self, members: np.ndarray, task: Task) -> tuple[np.ndarray, int]:
         """Score the completion of each member for each example `(members, examples)`; count the tokens."""
-        vectors, tokens = torch.tensor(members, dtype=torch.float64), 0
+        vectors, tokens = torch.tensor(members, dtype=torch.float64), sum(self._prompt_tokens) * len(members)
         scores = np.zeros((len(members), len(self.rows)))
         device = next(self.library.model.parameters()).device
         # Rows draw in turn, so with sampling each member has the batches to itself.
         for places, examples in self._blocks(len(members), 1 if self.generation.get("do_sample") else self.batch_size):
-            pairs = [(m, e) for m in places for e in examples]
-            prompts = [self.examples[e]["prompt"] for _, e in pairs]
+            rows = [self.examples[e] for e in examples] * len(places)
             with (
                 torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
                 torch.no_grad(),
-                self._rowwise(vectors, [m for m, _ in pairs]) as model,
+                self._rowwise(vectors, places) as model,
             ):
                 torch.manual_seed(self.seed)
-                texts = complete(model, self.tokenizer, prompts, **self.generation)
-            for (m, e), text in zip(pairs, texts, strict=True):
-                scores[m, e] = task.grade(text, self.examples[e])
-                tokens += self._prompt_tokens[e] + self._count(text)
+                texts = complete(model, self.tokenizer, [row["prompt"] for row in rows], **self.generation)
+            grades = [task.grade(text, row) for text, row in zip(texts, rows, strict=True)]
+            scores[np.ix_(places, examples)] = np.reshape(grades, (len(places), -1))
+            tokens += sum(map(self._count, texts))
         return scores, tokens
 
     def _blocks(self, members: int, most: int) -> Iterator[tuple[range, range]]:
@@ -171,8 +170,8 @@ class Judge:
                 yield range(members)[first : first + together], range(len(self.rows))[start : start + count]
 
     @contextmanager
-    def _rowwise(self, vectors: Tensor, places: Sequence[int]) -> Iterator[PeftModel]:
-        """Give row i, or part i of the rows, the mixture of `vectors[places[i]]`; gradients flow to it."""
+    def _rowwise(self, vectors: Tensor, places: range) -> Iterator[PeftModel]:
+        """Give part i of the rows the mixture of `vectors[places[i]]`; gradients flow to it."""
         weights = self.weights.alpha(vectors)[list(places)]  # (rows, blocks or 1, experts)
         with self.library.activate(Mixture()) as model:
             offsets = self.library.mix(self.weights.names, lambda module: weights[:, self.weights.block(module)])
