@@ -48,24 +48,15 @@ def test_the_shapes_are_those_of_the_model_class(arch):
     assert f.entries(shapes) == sum(m.weight.numel() for m in linears)
 
 
-def test_the_shapes_of_a_mixture_of_experts_are_those_of_the_model_class():
-    config = pico.config("qwen3_moe")
+def test_shapes_and_bytes_of_stacked_experts_are_those_of_the_model():
     arch = f.Architecture("pico", pico.WIDTH, 32, pico.LAYERS, pico.HEADS, pico.KV_HEADS, 6, experts=4, active=2)
-    sizes = {}
-    for name, parameter in AutoModelForCausalLM.from_config(config).named_parameters():
-        if ".self_attn." in name and parameter.dim() == 2:
-            sizes["attention"] = sizes.get("attention", 0) + parameter.numel()
-        if ".mlp.experts." in name:
-            sizes["mlp"] = sizes.get("mlp", 0) + parameter.numel()
-    assert sizes == {"attention": f.entries(f.weights(arch, f.ATTENTION)), "mlp": f.entries(f.weights(arch, f.MLP))}
-
-
-def test_bytes_of_stacked_experts_are_those_that_the_model_counts():
-    arch = f.Architecture("pico", pico.WIDTH, 32, pico.LAYERS, pico.HEADS, pico.KV_HEADS, 6, experts=4, active=2)
+    model, shapes = pico.build("qwen3_moe"), f.weights(arch, f.MLP)
+    matrices = [(name, p.numel()) for name, p in model.named_parameters() if p.dim() > 1]
+    assert f.entries(shapes) == sum(size for name, size in matrices if ".mlp.experts." in name)
+    assert f.entries(f.weights(arch, f.ATTENTION)) == sum(size for name, size in matrices if ".self_attn." in name)
     stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     config = SVFConfig(target_parameters=stacks, basis_dtype="bfloat16")
-    total = get_peft_model(pico.build("qwen3_moe"), config).base_model.svf_memory()["total"]
-    shapes = f.weights(arch, f.MLP)
+    total = get_peft_model(model, config).base_model.svf_memory()["total"]
     assert total["basis"] == f.basis_bytes(shapes)
     assert total["offsets"] == f.FP32 * f.svf_parameters(shapes)
 
@@ -95,13 +86,9 @@ def test_bytes_are_those_that_the_model_counts_on_its_tensors(targets):
         pico.randomize(model, scale=0.1)
         pico.logits(model)
         totals[plan] = model.base_model.svf_memory()["total"]
-    own = {"basis": f.basis_bytes(shapes, in_float32), "merged": 0, "pristine": 0, "factored": 0}
-    own["offsets"] = f.FP32 * f.svf_parameters(shapes)
-    assert totals == {
-        "narrow": own,
-        "merged": own | {"merged": f.merged_bytes(shapes, in_float32)},
-        "factored": own | {"factored": f.merged_bytes(shapes, in_float32)},
-    }
+    kept = {"basis": f.basis_bytes(shapes, in_float32), "merged": 0, "pristine": 0, "factored": 0}
+    kept["offsets"], built = f.FP32 * f.svf_parameters(shapes), f.merged_bytes(shapes, in_float32)
+    assert totals == {"narrow": kept, "merged": kept | {"merged": built}, "factored": kept | {"factored": built}}
     cut = adapted(targets, rank=5).base_model.svf_memory()["total"]
     assert cut["basis"] == f.basis_bytes(shapes, rank=5)
 

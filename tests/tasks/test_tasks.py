@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the tasks: splits share nothing, choices give nothing away, checks tell right from wrong."""
 
-import ast
 import collections
 import gzip
 import importlib.metadata
@@ -45,12 +44,7 @@ SPLITS = ("train", "validation", "test")
 CHANCE = 0.25  # 4 choices; of ARC's few rows with 3 or 5 the guessers below gain less than 0.01
 
 # Made by hand, in the fields of each task's files.
-ARC = {
-    "id": "a1",
-    "question": "What do bees make?",
-    "choices": ["honey", "milk", "a long chair", "wax"],
-    "answer": 0,
-}
+ARC = {"id": "a1", "question": "What do bees make?", "choices": ["honey", "milk", "a long chair", "wax"], "answer": 0}
 SVAMP = {
     "id": "s1",
     "question": "Ann had 78 red pens and 15 caps. She lost 9 pens. How many pens are left?",
@@ -100,6 +94,11 @@ def choice_rows():
     return {name: TASKS[name].rows("test", folder=DATA) for name in NAMES}  # none of the images' tasks is there
 
 
+def columns(row, count):
+    """The columns of so many equal rows, as TRL passes them."""
+    return {field: [value] * count for field, value in row.items()}
+
+
 def write(folder, name, file, records):
     (folder / name).mkdir(parents=True, exist_ok=True)
     with gzip.open(folder / name / f"{file}.jsonl.gz", "wt") as lines:
@@ -109,9 +108,12 @@ def write(folder, name, file, records):
 # Names and files ----------------------------------------------------------------------------------------------------
 
 
-def test_every_task_is_found_by_its_name():
-    assert all(get_task(name).name == name for name in TASKS)
-    assert all(isinstance(task, Task) and task.description for task in TASKS.values())
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_is_found_by_its_name_and_its_file_opens_with_an_example(name):
+    task = get_task(name)
+    assert task.name == name and task.description
+    text = sys.modules[type(task).__module__].__doc__.lower()
+    assert all(word in text for word in ("prompt (", "reward", "source", "licence"))
 
 
 @pytest.mark.parametrize(
@@ -155,10 +157,7 @@ def test_without_a_folder_the_hub_has_the_same_fields(hub):
     question = {"id": "a1", "question": ARC["question"], "answerKey": "1"}
     body = {"Body": "Ann had 78 red pens and 15 caps. She lost 9 pens.", "Question": "How many pens are left?"}
     published = {
-        ("allenai/ai2_arc", "ARC-Easy", "test"): {
-            **question,
-            "choices": {"text": ARC["choices"], "label": ["1", "2", "3", "4"]},
-        },
+        ("allenai/ai2_arc", "ARC-Easy", "test"): question | {"choices": {"text": ARC["choices"], "label": [*"1234"]}},
         ("ChilleD/SVAMP", None, "train+test"): {"ID": "s1", **body, "Equation": "( 78.0 - 9.0 )", "Answer": "69.0"},
     }
     hub(lambda path, config, split: [published[path, config, split]] if (path, config, split) in published else [])
@@ -334,13 +333,12 @@ def test_wrong_answers_of_math_have_the_shape_of_the_right_one():
 
 
 def test_helpers_and_names_of_unseen_programs_are_hidden_too():
-    question, found = get_task("humaneval").question(HUMANEVAL, ()), get_task("humaneval").program(HUMANEVAL)
+    question, solve = get_task("humaneval").question(HUMANEVAL), "def solve(numbers):\n    return "
     assert "solve([1])" in question and "all_more" not in question
-    assert found == (
-        "def helper(n):\n    return n + 1\n\ndef solve(numbers):\n    return [helper(n) for n in numbers]"
-    )
-    assert get_task("mbpp_pro").question(MBPP_PRO, ()) == "Given a list of numbers, double each."
-    assert get_task("mbpp_pro").program(MBPP_PRO) == "def solve(numbers):\n    return [helper(n) for n in numbers]"
+    solve += "[helper(n) for n in numbers]"
+    assert get_task("humaneval").program(HUMANEVAL) == f"def helper(n):\n    return n + 1\n\n{solve}"
+    assert get_task("mbpp_pro").question(MBPP_PRO) == "Given a list of numbers, double each."
+    assert get_task("mbpp_pro").program(MBPP_PRO) == solve
 
 
 # Letters, calculations, solved examples -----------------------------------------------------------------------------
@@ -352,17 +350,11 @@ def test_a_letter_names_the_option_that_a_seed_put_there():
         row = task.make_row({**ARC, "id": "a1"}, "letter", seed=seed)
         assert row["options"]["ABCD".index(row["answer"])] == "honey"
         text = row["prompt"][-1]["content"]
-        assert (
-            text.endswith(f"\nD. {row['options'][3]}\nAnswer with one letter.") and f"{row['answer']}. honey\n" in text
-        )
-        columns = {field: [value] * 4 for field, value in row.items()}
+        assert text.endswith(f"\nD. {row['options'][3]}\nAnswer with one letter.")
+        assert f"{row['answer']}. honey\n" in text
         wrong = "ABCD".replace(row["answer"], "")[0]
-        assert task.reward([f" {row['answer']}", wrong, f"{row['answer']}n ant", ""], **columns) == [
-            1.0,
-            -1.0,
-            -1.0,
-            -1.0,
-        ]
+        answers = [f" {row['answer']}", wrong, f"{row['answer']}n ant", ""]
+        assert task.reward(answers, **columns(row, 4)) == [1.0, -1.0, -1.0, -1.0]
         seen.add(row["answer"])
     assert len(seen) > 2
 
@@ -378,26 +370,13 @@ def test_rotations_put_the_right_option_at_each_letter_once():
         rotated(get_task("arc_easy").choice_row({**ARC, "id": "a1"}), 1)
 
 
-CALCULATIONS = [
-    *(("8 + 3 =", 11), ("8+3=12 apples", 11), ("(6 * 12) - 30\nso 42", 42), ("-3 + 2 × -4", -11), ("7 / 2", 3.5)),
-    *(("$1,200 x 2.", 2400), ("2 - 3 - 4", -5), ("12 / 2 * 3", 18), ("42", 42), ("8 +", None), ("8 3", None)),
-    *(("7 / (3 - 3)", None), ("(8", None), ("8)", None), ("", None), ("8 + three", None), ("__import__('os')", None)),
-    *(("2 ** 9", None), ("(" * 5000, None), ("1+" * 5000 + "1", None)),
-]
-
-
-@pytest.mark.parametrize(("text", "value"), CALCULATIONS)
-def test_a_calculation_has_its_value_or_none(text, value):
-    assert calculated(text) == value
-
-
 @pytest.mark.parametrize(("name", "raw", "solution"), [("svamp", SVAMP, "78 - 9"), ("gsm8k", GSM8K, "(6 * 12) - 30")])
 def test_a_calculation_is_graded_by_its_value(name, raw, solution):
     task = get_task(name)
     row = task.make_row({**raw, "id": "1"}, "calculation")
     assert row["calculation"] == task.solved(raw, row) == solution
-    columns = {field: [value] * 3 for field, value in row.items()}
-    assert task.reward([solution, f"{row['answer']} + 0 = 3", "78 + 9"], **columns) == [1.0, 1.0, -1.0]
+    answers = [solution, f"{row['answer']} + 0 = 3", "78 + 9"]
+    assert task.reward(answers, **columns(row, 3)) == [1.0, 1.0, -1.0]
 
 
 def test_a_record_whose_calculation_does_not_give_its_answer_has_none():
@@ -408,9 +387,8 @@ def test_a_record_whose_calculation_does_not_give_its_answer_has_none():
 @pytest.mark.parametrize("form", ["choice", "generate", "letter"])
 def test_shots_are_solved_training_rows_before_each_question(form, tmp_path):
     for split in SPLITS:
-        write(
-            tmp_path, "arc_easy", split, [{**ARC, "id": f"{split}{i}", "question": f"{split} {i}?"} for i in range(6)]
-        )
+        records = [{**ARC, "id": f"{split}{i}", "question": f"{split} {i}?"} for i in range(6)]
+        write(tmp_path, "arc_easy", split, records)
     task, made = get_task("arc_easy"), {}
     for split in SPLITS:
         made[split] = task.rows(split, form, folder=tmp_path, system="Be brief.", shots=2, seed=len(split))
@@ -485,9 +463,8 @@ def test_no_problem_of_the_programming_test_sets_is_trained_on():
     ids = {record["task_id"] for records in trained.values() for record in records}
     assert len(source) == 378 and max(source[number] for number in numbers) <= 510
     assert ids.isdisjoint(source[number] for number in numbers)
-    questions = {
-        plain(get_task("humaneval").question(r, ()).split("\n")[0]) for r in get_task("humaneval").load("test", DATA)
-    }
+    task = get_task("humaneval")
+    questions = {plain(task.question(raw).split("\n")[0]) for raw in task.load("test", DATA)}
     assert len(questions) > 100 and not questions & texts
 
 
@@ -527,7 +504,7 @@ def test_the_dispatch_prompt_has_the_kinds_first_and_the_question_after_them():
 
 # The generated form and the reward ----------------------------------------------------------------------------------
 
-DOUBLE = "def double_it(n): return n"
+DOUBLE, MORE = "def double_it(n): return n", "def all_more(a): return "
 CHECKED = [
     ("arc_easy", ARC, "Bees make honey. The answer is (A).", "The answer is (B)."),
     ("arc_easy", ARC, "A", "D) glass"),
@@ -542,12 +519,7 @@ CHECKED = [
     ("gsm8k", GSM8K, "The answer is $42.00, of 72 eggs.", "The answer is 4.2"),
     ("mbpp", MBPP, f"Sure:\n```python\n{DOUBLE} + n\n```\nDone.", f"```\n{DOUBLE}\n```"),
     ("mbpp", MBPP, "def double_it(n): return 2 * n", "print('passed'); exit(0)"),
-    (
-        "humaneval",
-        HUMANEVAL,
-        "```python\ndef all_more(a): return [x + 1 for x in a]\n```",
-        "def all_more(a): return a",
-    ),
+    ("humaneval", HUMANEVAL, f"```python\n{MORE}[x + 1 for x in a]\n```", f"{MORE}a"),
     ("humaneval", HUMANEVAL, "    return [one(n) for n in numbers]", "    return numbers"),
     ("mbpp_pro", MBPP_PRO, "def double_all(a): return [2 * n for n in a]", "def double_it(n): return 2 * n"),
     ("textvqa", VQA, "The Dakota.", "Nikon"),
@@ -559,10 +531,9 @@ CHECKED = [
 @pytest.mark.parametrize(("name", "raw", "right", "wrong"), CHECKED)
 def test_a_right_completion_earns_one_and_a_wrong_one_minus_one(name, raw, right, wrong):
     row = TASKS[name].row({"id": "1", **raw})
-    columns = {field: [value] * 2 for field, value in row.items()}
-    assert TASKS[name].reward([right, wrong], **columns) == [1.0, -1.0]
     chats = [[{"role": "assistant", "content": text}] for text in (right, wrong)]
-    assert TASKS[name].reward(chats, **columns, trainer_state=None) == [1.0, -1.0]
+    assert TASKS[name].reward([right, wrong], **columns(row, 2)) == [1.0, -1.0]
+    assert TASKS[name].reward(chats, **columns(row, 2), trainer_state=None) == [1.0, -1.0]
 
 
 MATH_CHECKED = [
@@ -597,21 +568,9 @@ def test_the_published_answer_is_right(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_in_the_choice_form_only_the_right_choice_to_the_letter_is_right(name, choice_rows):
-    row = choice_rows[name][0]
-    columns = {field: [value] * len(row["choices"]) for field, value in row.items()}
-    expected = [1.0 if index == row["label"] else -1.0 for index in range(len(row["choices"]))]
-    assert TASKS[name].reward(row["choices"], **columns) == expected
-
-
-NUMBERS = [
-    *(("1,234,567", 1234567), ("It costs $3.50.", 3.5), ("So x = -7", -7), ("from 3 to 5-2", 2), (".5", 0.5)),
-    *(("The answer is: **12**, not 13", 12), ("#### 8\nThanks 9", 8), ("about 40% of it", 40), ("none", None)),
-]
-
-
-@pytest.mark.parametrize(("text", "number"), NUMBERS)
-def test_the_final_number_is_read_as_people_write_it(text, number):
-    assert final_number(text) == number
+    row, count = choice_rows[name][0], len(choice_rows[name][0]["choices"])
+    expected = [1.0 if index == row["label"] else -1.0 for index in range(count)]
+    assert TASKS[name].reward(row["choices"], **columns(row, count)) == expected
 
 
 def test_a_format_reward_is_one_where_the_pattern_is_found():
@@ -621,6 +580,38 @@ def test_a_format_reward_is_one_where_the_pattern_is_found():
     assert reward([[{"role": "assistant", "content": text}] for text in texts]) == [1.0, 0.0, 0.0, 0.0]
     assert reward([[{"role": "assistant", "content": None}]]) == [0.0]
     assert format_reward("^<a>.*</a>$")(["<a>\n</a>", "<a>"]) == [1.0, 0.0]
+
+
+READ = {
+    calculated: {
+        **{"8 + 3 =": 11, "8+3=12 apples": 11, "(6 * 12) - 30\nso 42": 42, "-3 + 2 × -4": -11, "7 / 2": 3.5},
+        **{"$1,200 x 2.": 2400, "2 - 3 - 4": -5, "12 / 2 * 3": 18, "42": 42},
+        **dict.fromkeys(["8 +", "8 3", "7 / (3 - 3)", "(8", "8)", "", "8 + three", "__import__('os')", "2 ** 9"]),
+        **dict.fromkeys(["(" * 5000, "1+" * 5000 + "1"]),
+    },
+    final_number: {
+        **{"1,234,567": 1234567, "It costs $3.50.": 3.5, "So x = -7": -7, "from 3 to 5-2": 2, ".5": 0.5, "none": None},
+        **{"The answer is: **12**, not 13": 12, "#### 8\nThanks 9": 8, "about 40% of it": 40},
+    },
+    boxed: {
+        r"\boxed{3}. No: \boxed{\dfrac12}": ["3", r"\dfrac12"],
+        r"\boxed {\frac{1}{2}}": [r"\frac{1}{2}"],
+        r"\boxed{\left\{ 1 \right.}": [r"\left\{ 1 \right."],
+        r"\boxed{\boxed{7}}": [r"\boxed{7}"],
+        r"a } \boxed{8}": ["8"],
+        r"\boxed{9": [],
+    },
+    normalised: {  # as the VQA evaluation does
+        **{"The  Two dogs.": "2 dogs", "none": "0", "1,000": "1000", "$3.50": "$3.50", "U.S.A.": "usa"},
+        **{"stop-sign": "stop sign", "yes, sir!": "yes sir", "don't": "dont", "it's": "its", "a\nball": "ball"},
+        "women's": "women's",
+    },
+}
+
+
+@pytest.mark.parametrize("reader", READ, ids=lambda reader: reader.__name__)
+def test_a_reader_finds_what_a_text_says(reader):
+    assert {text: reader(text) for text in READ[reader]} == READ[reader]
 
 
 READERS = {  # what a reader does with a model's text, and texts that backtracking regular expressions are slow on
@@ -658,21 +649,6 @@ def test_thousands_of_digits_are_a_number_and_a_wrong_one(digits):
         assert get_task("gsm8k").score(text, {"answer": "42"}) == (text[-2:] == "42")
 
 
-BOXES = {
-    r"\boxed{3}. No: \boxed{\dfrac12}": ["3", r"\dfrac12"],
-    r"\boxed {\frac{1}{2}}": [r"\frac{1}{2}"],
-    r"\boxed{\left\{ 1 \right.}": [r"\left\{ 1 \right."],
-    r"\boxed{\boxed{7}}": [r"\boxed{7}"],
-    r"a } \boxed{8}": ["8"],
-    r"\boxed{9": [],
-}
-
-
-@pytest.mark.parametrize("text", BOXES)
-def test_boxes_are_read_to_their_matching_brace(text):
-    assert boxed(text) == BOXES[text]
-
-
 # Questions about images ---------------------------------------------------------------------------------------------
 
 
@@ -681,18 +657,6 @@ def test_vqa_accuracy_is_a_third_per_person_up_to_one(matches, accuracy):
     people = ["yes"] * matches + ["no"] * (10 - matches)
     assert vqa_accuracy("Yes", people) == get_task("okvqa").score("yes", {"answers": people}) == accuracy
     assert get_task("okvqa").reward(["yes"], answers=[people]) == pytest.approx([2 * accuracy - 1])
-
-
-NORMALISED = [
-    *(("The  Two dogs.", "2 dogs"), ("none", "0"), ("1,000", "1000"), ("$3.50", "$3.50"), ("U.S.A.", "usa")),
-    *(("stop-sign", "stop sign"), ("yes, sir!", "yes sir"), ("don't", "dont"), ("it's", "its"), ("a\nball", "ball")),
-    ("women's", "women's"),
-]
-
-
-@pytest.mark.parametrize(("answer", "form"), NORMALISED)
-def test_answers_are_normalised_as_the_vqa_evaluation_does(answer, form):
-    assert normalised(answer) == form
 
 
 def picture(size):
@@ -706,7 +670,7 @@ def textvqa_folder(folder):
     images = [f"{number:016x}" for number in range(40)]
     for file, ids in (("train", images[:30]), ("val", images[30:])):
         data = [
-            {"image_id": image, "question_id": f"{image}-{k}", "question": f"What is {k}?", "answers": VQA["answers"]}
+            {"answers": VQA["answers"], "image_id": image, "question_id": f"{image}-{k}", "question": f"What is {k}?"}
             for image in ids
             for k in (0, 1)
         ]
@@ -800,11 +764,10 @@ def test_a_jsonl_of_choices_has_both_forms(tmp_path):
     assert {row["label"] for row in rows} == {0, 1, 2}
     for row in rows:
         assert row["choices"][row["label"]] == right[row["prompt"][0]["content"]]
-        columns = {field: [value] * 3 for field, value in row.items()}
-        assert sorted(task.reward(row["choices"], **columns)) == [-1.0, -1.0, 1.0]
+        assert sorted(task.reward(row["choices"], **columns(row, 3))) == [-1.0, -1.0, 1.0]
     (row, *_) = task.rows("test", "generate")
     text = right[row["prompt"][0]["content"]]
-    assert task.reward([f" {text.upper()}.", "x"], **{f: [v] * 2 for f, v in row.items()}) == [1.0, -1.0]
+    assert task.reward([f" {text.upper()}.", "x"], **columns(row, 2)) == [1.0, -1.0]
 
 
 def test_a_jsonl_of_answers_compares_numbers_by_value_and_texts_by_letters(tmp_path):
@@ -813,11 +776,11 @@ def test_a_jsonl_of_answers_compares_numbers_by_value_and_texts_by_letters(tmp_p
     wanted = int(row["answer"])
     assert row["level"] in (0, 1) and row["task"] == "sums"
     answers = [f"so it is {wanted}.0", str(wanted + 1)]
-    assert task.reward(answers, **{field: [value] * 2 for field, value in row.items()}) == [1.0, -1.0]
+    assert task.reward(answers, **columns(row, 2)) == [1.0, -1.0]
     with pytest.raises(ValueError, match="has no form 'choice'; it has generate"):
         task.rows("train")
     strict = jsonl_task(tmp_path / "sums.jsonl", score=lambda text, row: text == "always this")
-    assert strict.reward(["always this"], **{field: [value] for field, value in row.items()}) == [1.0]
+    assert strict.reward(["always this"], **columns(row, 1)) == [1.0]
 
 
 def test_a_folder_of_jsonl_files_keeps_its_splits_and_refuses_a_prompt_of_the_test(tmp_path):
@@ -839,8 +802,8 @@ WRONG_LINES = [
     ({"prompt": "a"}, "expected 'answer'"),  # the other rules of `rows.check` have their test
     ({"prompt": "a", "choices": ["x"], "label": 0}, "two or more"),
     ({"prompt": "a", "answer": "b", "id": "7"}, "its id '7' is also that of line 1"),
-    ('{"prompt": "a", "answer": NaN}', "not JSON: NaN isn't a number"),
-    ('{"prompt": "a", "answer": "b", "level": Infinity}', "not JSON: Infinity isn't a number"),
+    ('{"prompt": "a", "answer": NaN}', "not JSON: .*'NaN'"),
+    ('{"prompt": "a", "answer": "b", "level": Infinity}', "not JSON: .*'Infinity'"),
     ({"prompt": "a", "answer": "b", "completions": 1}, "cannot be called 'completions'"),
     ({"prompt": "a", "answer": "b", "self": 1}, "cannot be called 'self'"),
 ]
@@ -932,11 +895,3 @@ def test_an_entry_point_adds_a_task_and_is_loaded_only_when_asked_for(monkeypatc
     assert type(get_task("puzzle")).__name__ == "Puzzle" and get_task("puzzle") is get_task("puzzle")
     with pytest.raises(ValueError, match=r"no task 'arc'; there are .*puzzle"):
         get_task("arc")
-
-
-def test_every_task_file_opens_with_an_example():
-    folder = Path(registry.__file__).parent
-    for name in TASKS:
-        module = sys.modules[type(TASKS[name]).__module__]
-        text = ast.get_docstring(ast.parse((folder / Path(module.__file__).name).read_text()))
-        assert all(word in text.lower() for word in ("prompt (", "reward", "source", "licence")), name

@@ -32,6 +32,10 @@ REFUSED = {
         {"target_modules": ".*up_proj", "layers_to_transform": [0]},
         "`layers_to_transform` cannot be used when `target_modules` is a str",
     ),
+    "all-linear and layers": (
+        {"target_modules": "all-linear", "layers_to_transform": 0},
+        "`layers_to_transform` cannot",
+    ),
     "pattern without layers": (
         {"target_modules": ["up_proj"], "layers_pattern": "layers"},
         "`layers_to_transform` must also be specified",

@@ -162,6 +162,29 @@ def test_a_base_with_fewer_layers_is_refused_by_the_missing_module(how, expert):
     assert how == "load_adapter" or not svf_layers(base)
 
 
+BARE, HEADED = hf.AutoModel, hf.AutoModelForTokenClassification  # the latter has no pooler
+
+
+@pytest.mark.parametrize("made, used, lacks", [(BARE, HEADED, r"bert\.pooler"), (HEADED, BARE, "classifier")])
+def test_an_expert_goes_from_a_backbone_to_a_model_with_a_head_and_back(made, used, lacks, tmp_path):
+    build("bert", name="pico/home").save_pretrained(tmp_path / "base")
+    model = get_peft_model(
+        from_disk(tmp_path / "base", FP32, made), SVFConfig(target_modules=["query", "intermediate.dense"])
+    )
+    z = randomize(model)
+    model.save_pretrained(tmp_path / "expert")
+    loaded = PeftModel.from_pretrained(from_disk(tmp_path / "base", FP32, used), tmp_path / "expert")
+    assert len(svf_layers(loaded)) == len(z)
+    for name, layer in svf_layers(loaded).items():
+        bare = name.removeprefix("bert.")
+        assert torch.equal(layer.svf_offset["default"].weight.double() + 1, z[bare if bare in z else f"bert.{bare}"])
+    get_peft_model(from_disk(tmp_path / "base", FP32, made), SVFConfig(target_modules="all-linear")).save_pretrained(
+        tmp_path / "whole"
+    )
+    with pytest.raises(ValueError, match=f"which has a module {lacks}.*has none"):
+        PeftModel.from_pretrained(from_disk(tmp_path / "base", FP32, used), tmp_path / "whole")
+
+
 def test_the_first_adapters_of_a_base_do_not_hide_that_another_is_foreign(expert):
     model = get_peft_model(build(seed=3, name="pico/stranger"), SVFConfig(), adapter_name="first")
     randomize(model, "first")

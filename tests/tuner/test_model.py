@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 import transformers as hf
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftModel, TaskType, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from pico import CONFIGS, build, fill, inputs, logits, matrix_of, own_methods, randomize, svf_layers
 from safetensors.torch import load_file, save_file
@@ -173,19 +173,6 @@ def test_compile_takes_one_graph_and_sees_a_change_of_z():
     assert len(graphs) == 1
 
 
-# --- rank
-
-
-@pytest.mark.parametrize("ranks", [(3, None), (None, 3), (3, 7), (7, 3)], ids=str)
-def test_adapters_of_different_rank_live_in_one_model(ranks):
-    model = adapt("llama", "a", rank=ranks[0])
-    model.add_adapter("b", SVFConfig(rank=ranks[1]))
-    z = {name: randomize(model, name, seed=seed) for seed, name in enumerate("ab")}
-    for name in "abab":
-        model.set_adapter(name)
-        close(logits(model), expected("llama", z[name]))
-
-
 # --- several adapters
 
 
@@ -337,32 +324,15 @@ def test_a_mixed_batch_that_cannot_be_is_refused_and_leaves_no_trace():
     model, z_a, _ = with_two()
     with pytest.raises(ValueError, match=r"non-existing adapter.*: c, d"):
         logits(model, adapter_names=["a", "c", "d"])
-    with pytest.raises(ValueError, match="offsets for 2 rows, but the batch has 3"):
+    with pytest.raises(ValueError, match="got 2 and 3"):
         logits(model, adapter_names=["a", "b"])
-    model.merge_adapter()
+    with pytest.raises(ValueError, match="training mode"):
+        logits(model.train(), adapter_names=["a", "b", "a"])
+    model.eval().merge_adapter()
     with pytest.raises(ValueError, match="unmerge_adapter"):
         logits(model, adapter_names=["a", "b", "a"])
     model.unmerge_adapter()
     close(logits(model), expected("llama", z_a))
-
-
-# --- names
-
-
-@pytest.mark.parametrize("name", ["expert-1", "mlp"])
-@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
-def test_offsets_and_gradients_of_a_named_adapter_are_trainable_after_loading(name, low_cpu_mem_usage, tmp_path):
-    adapt("llama", "x", seed=1).save_pretrained(tmp_path)
-    model = PeftModel.from_pretrained(
-        build("llama", name="pico/llama"),
-        tmp_path / "x",
-        adapter_name=name,
-        is_trainable=True,
-        low_cpu_mem_usage=low_cpu_mem_usage,
-    )
-    ids = inputs(model)
-    model(**ids, labels=ids["input_ids"]).loss.backward()
-    assert all(layer.svf_offset[name].weight.grad is not None for layer in svf_layers(model).values())
 
 
 # --- save and load
@@ -382,7 +352,12 @@ def same_offsets(a, b):
 @pytest.mark.parametrize("how", ["peft", "low_cpu_mem_usage", "transformers"])
 def test_save_then_load_is_exact(kind, dtype, how, tmp_path):
     model = adapt(kind, dtype=dtype, seed=1)
+    before = logits(model)
+    if how == "peft":  # of a merged model the same is saved
+        model.merge_adapter()
     model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    same_offsets(stored, {f"base_model.model.{key}.svf_offset.weight": value for key, value in offsets(model).items()})
     base = build(kind, dtype=dtype, name=f"pico/{kind}")
     if how == "transformers":
         base.load_adapter(str(tmp_path))
@@ -390,21 +365,7 @@ def test_save_then_load_is_exact(kind, dtype, how, tmp_path):
         base = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=how == "low_cpu_mem_usage")
         assert not any(parameter.requires_grad for parameter in base.parameters())
     same_offsets(offsets(base), offsets(model))
-    assert torch.equal(logits(base), logits(model))
-
-
-@pytest.mark.parametrize("config", [{}, {"rank": 4}, ALL_LINEAR, {"basis_dtype": "bfloat16"}], ids=str)
-@pytest.mark.parametrize("merged", [False, True])
-def test_the_file_holds_the_offsets_and_nothing_else(config, merged, tmp_path):
-    model = adapt("llama", dtype=torch.bfloat16, seed=1, **config)
-    before = logits(model)
-    if merged:
-        model.merge_adapter()
-    model.save_pretrained(tmp_path)
-    stored = load_file(tmp_path / "adapter_model.safetensors")
-    same_offsets(stored, {f"base_model.model.{key}.svf_offset.weight": value for key, value in offsets(model).items()})
-    loaded = PeftModel.from_pretrained(build("llama", dtype=torch.bfloat16, name="pico/llama"), tmp_path)
-    assert torch.equal(logits(loaded), before)
+    assert torch.equal(logits(base), before)
 
 
 def by_state_dict(model, folder):
@@ -522,6 +483,14 @@ def test_modules_to_save_follow_a_mixed_batch():
 # --- targets
 
 
+def test_the_parameter_count_of_the_paper_on_llama_3_8b():
+    sizes = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    with torch.device("meta"):
+        base = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, num_attention_heads=32, num_key_value_heads=8))
+        model = get_peft_model(base, SVFConfig(target_modules=["q_proj", "v_proj"]))
+    assert model.get_nb_trainable_parameters()[0] == 163_840
+
+
 DEFAULTS = {
     **dict.fromkeys(["llama", "qwen2", "gemma3_text"], ({"gate_proj", "up_proj", "down_proj"}, 6)),
     "gpt2": ({"c_fc", "c_proj"}, 4),
@@ -560,26 +529,6 @@ def test_layers_to_transform_applies_to_the_default_targets(kind, name):
     names = list(svf_layers(adapt(kind, layers_to_transform=[1])))
     assert names and all(name in found for found in names)
     assert len(names) * 2 == len(svf_layers(adapt(kind)))
-
-
-def test_the_paper_parameter_count_on_llama_3_8b():
-    config = hf.LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    )
-    counts = []
-    for peft_config in (
-        SVFConfig(target_modules=["q_proj", "v_proj"]),
-        LoraConfig(r=16, target_modules=["q_proj", "v_proj"]),
-    ):
-        with torch.device("meta"):
-            model = hf.LlamaForCausalLM(config)
-            counts.append(get_peft_model(model, peft_config, low_cpu_mem_usage=True).get_nb_trainable_parameters()[0])
-    assert counts == [163_840, 6_815_744]
 
 
 def test_bases_of_a_model_on_the_meta_device_come_once_its_weights_are_loaded():

@@ -314,8 +314,7 @@ def test_an_evil_basis_is_refused_on_its_own_base_and_changes_nothing(config, fo
     with pytest.raises(ValueError, match=r"brought along for model.layers.1.mlp.up_proj does not fit the weight here"):
         PeftModel.from_pretrained(base, tmp_path)
     assert not svf_layers(base)
-    adapt(load(folder), **config).save_pretrained(tmp_path / "good")
-    model = PeftModel.from_pretrained(base, tmp_path / "good", adapter_name="good")
+    model = adapt(base, **config)
     before = {name: layer.svf_basis for name, layer in svf_layers(model).items()}
     model.load_adapter(tmp_path, "evil")  # uses the basis that is there
     assert all(layer.svf_basis is before[name] for name, layer in svf_layers(model).items())

@@ -9,10 +9,10 @@ MATH: competition problems whose answer is a formula.
     answer                   "\frac{1}{2}"
     completion               "... so it is \boxed{0.5}."                  reward 1.0; without a formula -1.0
 
-In the generated form formulas are compared by value with `math-verify` (extra `eval`), in the main thread, as it
-limits its time by a signal. In the choice form the wrong answers are those of other problems of the split in the same
-shape, digit for digit, drawn as often as they occur, so that length and frequency give little away. Answers
-whose shape occurs less than four times are in the generated form only.
+In the generated form `math-verify` (extra `eval`) compares formulas by value, in the main thread, as it limits its
+time by a signal. In the choice form the wrong answers come from other problems of the split and have the same shape,
+digit for digit; they are drawn as often as they occur, so that length and frequency give little away. Answers whose
+shape occurs less than four times are in the generated form only.
 
 Splits: test is MATH-500 (Lightman et al. 2023, arXiv 2305.20050). The 4500 problems of the published test set outside
 it are for training and adaptation: by a hash of the problem 1 in 10 is validation, the others train.
@@ -31,8 +31,8 @@ from typing import Any
 from .task import Folder, HubSource, Record, Task, form_of
 
 LONGEST = 400  # characters of a formula that is compared; the longest published answer has 159
-SECONDS = 3  # for reading or comparing one formula
-# spellings that print alike, which must not distinguish two answers of one shape
+SECONDS = 3  # until reading or comparing a formula stops
+# Spellings that print the same must not distinguish two answers.
 _SPELLINGS = {r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\left": "", r"\right": "", r"\!": "", r"\,": "", " ": ""}
 
 
@@ -56,7 +56,7 @@ class Math(Task):
         """Deal the published test set by the problems' hashes; MATH-500 is taken out in [`Task.load`]."""
         if split == "test":
             return records
-        # on the Hub the published train set lies in the same file
+        # The Hub has the published train set in the same file.
         records = [record for record in records if not str(record.get("unique_id", "")).startswith("train/")]
         validation = split == "validation"
         return [record for record in records if (int(record["id"].rsplit("-", 1)[1], 16) % 10 == 0) == validation]
@@ -65,13 +65,13 @@ class Math(Task):
         """Return a hash of the problem: the same in either file and on the Hub."""
         return f"math-{hashlib.sha256(record['problem'].encode()).hexdigest()[:12]}"
 
-    def question(self, raw: Record, choices: Sequence[str]) -> str:
+    def question(self, raw: Record) -> str:
         return raw["problem"]
 
     def options(self, raw: Record, pool: Sequence[Record], rng: random.Random) -> tuple[str, list[str]] | None:
         right, shape = _printed(raw["answer"])
         alike = [text for text, other in (_printed(record["answer"]) for record in pool) if other == shape]
-        rng.shuffle(alike)  # with repetitions: a frequent answer is a wrong choice as often as it's a right one
+        rng.shuffle(alike)  # repetitions stay: a frequent answer is a wrong choice as often as a right one
         wrong = [text for text in dict.fromkeys(alike) if text != right][:3]
         return (right, wrong) if len(wrong) == 3 else None
 
@@ -124,7 +124,7 @@ def same_value(text: str, solution: str) -> bool:
 
 @functools.lru_cache(maxsize=8192)
 def _printed(answer: str) -> tuple[str, str]:
-    """Spell an answer as all are spelled, and give its shape: the same with every digit a 9."""
+    """Return an answer in the common spelling, and its shape: the same with every digit a 9."""
     for spelling, common in _SPELLINGS.items():
         answer = answer.replace(spelling, common)
     return answer, re.sub(r"\d", "9", answer)

@@ -23,7 +23,7 @@ There is one split, test. Source: HumanEval (Chen et al. 2021, arXiv 2107.03374)
 import ast
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from .program import ENTRY, HELPER, CodeTask, code_block
@@ -43,7 +43,7 @@ class HumanEval(CodeTask):
     def identify(self, record: Record, place: str) -> str:
         return str(record["task_id"])
 
-    def question(self, raw: Record, choices: Sequence[str]) -> str:
+    def question(self, raw: Record) -> str:
         text = ast.get_docstring(_functions(raw["prompt"])[raw["entry_point"]]) or ""
         for name, neutral in _neutral(raw).items():
             text = re.sub(rf"\b{name}\b", neutral, text)
@@ -59,7 +59,7 @@ class HumanEval(CodeTask):
 
     def score(self, completion: str, row: Mapping[str, Any]) -> float:
         """Run prompt and code block together: a function in the block takes the place of the one in the prompt."""
-        # a docstring alone is a body, so the prompt is a program whether the block goes on with it or starts anew
+        # A docstring is a body, so the prompt is a program whether the block continues it or defines the function.
         return float(run_python(f"{row['start'].rstrip()}\n{code_block(completion)}", row["tests"]).ok)
 
 

@@ -27,7 +27,7 @@ from .word_problem import final_number
 
 TAKEN = {"completions", "prompts", "self"}  # arguments of a reward function, so no fields
 _NUMBER = re.compile(r"\s*[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)\s*")
-SHARES = {"test": 20, "validation": 10}  # percent of a single file; the rest is train
+TEST, HELD_OUT = 20, 30  # percent of a single file: test, and test with validation
 
 
 class Line(NamedTuple):
@@ -76,19 +76,18 @@ def jsonl_task(
 
 
 class _JsonlTask(Task):
-    """Rows of a file or a folder; records are the lines, each with an id."""
+    """The rows of a file or a folder."""
 
     def __init__(self, path: Path, name: str, kind: str, description: str, score: Callable[[str, Row], float]) -> None:
         self.name, self.kind, self.description, self._score = name, kind, description, score
-        splits = _read_splits(path)
         self._lines: dict[str, dict[str, Line]] = {}  # split -> id -> line
-        for split, lines in splits.items():
+        for split, lines in _read_splits(path).items():
             for index, line in enumerate(lines):
                 id = line.record.get("id")
                 line.record["id"] = f"{name}-{split}-{index}" if id is None else str(id)
             self._lines[split] = {line.record["id"]: line for line in lines}
-        self.files = {split: split for split in splits}
-        choices = all("choices" in line.record for lines in splits.values() for line in lines)
+        self.files = {split: split for split in self._lines}
+        choices = all("choices" in line.record for lines in self._lines.values() for line in lines.values())
         self.forms = (*FORMS, "letter") if choices else ("generate",)
 
     def _records(self, split: str, folder: Folder) -> list[Record]:
@@ -144,7 +143,7 @@ def _read(path: Path) -> list[Line]:
     for number, text in read_lines(path):
         place = f"'{path}', line {number}"
         try:
-            record = json.loads(text, parse_constant=_refuse_constant)
+            record = json.loads(text, parse_constant=int)  # refuses NaN and Infinity, which aren't JSON
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}: not JSON: {error}.") from None
         check(record, place, answered=True)
@@ -159,17 +158,12 @@ def _read(path: Path) -> list[Line]:
     return lines
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} isn't a number")
-
-
 def _cut(path: Path, lines: list[Line]) -> dict[str, list[Line]]:
     """Deal the lines of one file by hashes of their prompts, so that equal prompts stay together."""
     splits: dict[str, list[Line]] = {split: [] for split in SPLITS}
     for line in lines:
         share = int(hashlib.sha256(line.item.encode()).hexdigest(), 16) % 100
-        test, held_out = SHARES["test"], SHARES["test"] + SHARES["validation"]
-        splits["test" if share < test else "validation" if share < held_out else "train"].append(line)
+        splits["test" if share < TEST else "validation" if share < HELD_OUT else "train"].append(line)
     if empty := [split for split, part in splits.items() if not part]:
         raise ValueError(
             f"'{path}' has {len(lines)} lines, too few to cut: nothing falls to {' and '.join(empty)}. Add lines, "

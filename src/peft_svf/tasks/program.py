@@ -26,7 +26,7 @@ class CodeTask(Task):
     """A problem that a program solves; subclasses read question, program and asserts."""
 
     kind = "code"
-    max_characters = 300  # of a program in the choice form
+    max_characters = 300  # limit of a program in the choice form
 
     @abstractmethod
     def source(self, raw: Record) -> tuple[str, dict[str, str]] | None:
@@ -37,13 +37,13 @@ class CodeTask(Task):
         right = self.program(raw)
         if right is None:
             return None
-        question = self.question(raw, ())
-        programs = {self.program(other) for other in pool if not _alike(question, self.question(other, ()))}
+        question = self.question(raw)
+        programs = {self.program(other) for other in pool if not _alike(question, self.question(other))}
         others = {code for code in programs if code is not None and code != right}
 
         def distance(code: str) -> tuple[int, str]:
-            # a line counts as ten characters: the programs of one row should look alike on the page as well; the code
-            # itself settles ties, so that the order of the file plays no part
+            # A line counts as ten characters, so that the programs of a row look equally long on the page. The code
+            # settles ties, so that the order of the file doesn't matter.
             return abs(len(code) - len(right)) + 10 * abs(code.count("\n") - right.count("\n")), code
 
         ranked = sorted(others, key=distance)
@@ -51,7 +51,7 @@ class CodeTask(Task):
         above = [code for code in ranked if len(code) > len(right)][:8]
         if len(below) + len(above) < 3:
             return None
-        # the rank among the four lengths is drawn first, as no rank may be the better guess
+        # The rank among the four lengths is drawn first, as no rank may be the better guess.
         shorter = max(min(rng.randrange(4), len(below)), 3 - len(above))
         return right, rng.sample(below, shorter) + rng.sample(above, 3 - shorter)
 
@@ -123,6 +123,6 @@ def _parsed(code: str) -> ast.Module | None:
 
 
 def _alike(one: str, two: str) -> bool:
-    # problems that share half of their words often accept each other's programs
+    # Problems that share half of their words often accept each other's programs.
     words, others = set(one.lower().split()), set(two.lower().split())
     return len(words & others) > 0.6 * len(words | others)

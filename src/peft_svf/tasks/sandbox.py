@@ -232,10 +232,12 @@ def _mode() -> str:
     for mode in MODES[:-1]:
         with tempfile.TemporaryDirectory(prefix="svf-sandbox-") as folder, suppress(OSError):
             command = [*_command(mode, folder), "-c", "pass"]
-            done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, env={"PATH": TOOLS}, timeout=10
-            )
-            if done.returncode == 0:
+            if (
+                subprocess.run(
+                    command, stdin=subprocess.DEVNULL, capture_output=True, env={"PATH": TOOLS}, timeout=10
+                ).returncode
+                == 0
+            ):
                 return mode
     return "none"
 
@@ -283,8 +285,8 @@ def _python(readable: bool) -> str:
         if not readable or all(parent.stat().st_mode & 1 for parent in Path(python).resolve().parents):
             return python
     raise RuntimeError(
-        f"The sandbox never runs programs as root, and no other user can start {sys.executable}. Install Python "
-        "outside of /root, install bubblewrap, or run as another user."
+        f"The sandbox never runs programs as root, and no other user can start {sys.executable}: install bubblewrap, "
+        "or Python outside of /root, or run as another user."
     )
 
 
@@ -337,13 +339,7 @@ def _collect(
 
 
 def _usage(root: int) -> tuple[float, int]:
-    """
-    Sum what a process and its descendants use.
-
-    Returns:
-        `tuple[float, int]`: Processor time in seconds, ended children included; bytes of private pages and of files in
-        memory that they hold open.
-    """
+    """Sum the seconds of a process and its descendants, and the bytes of their pages and open files in memory."""
     ticks, total, files, waiting = 0, 0, dict[int, int](), [root]
     while waiting:
         path = Path("/proc", str(waiting.pop()))

@@ -164,7 +164,7 @@ def normalised(answer: str) -> str:
     text = " ".join(answer.lower().split())
     glued = re.search(r"\d,\d", text) is not None
     for mark in _PUNCTUATION:
-        # beside a space, and wherever a number is written with commas, a mark is dropped; inside a word it parts
+        # Next to a space, or if a number is written with commas, a mark is dropped; inside a word it becomes a space.
         beside = f"{mark} " in text or f" {mark}" in text
         text = text.replace(mark, "" if glued or beside else " ")
     text = re.sub(r"\.(?!\d)", "", text)

@@ -20,7 +20,7 @@ Calculation = tuple[Fraction, str, Fraction]  # a, one of "+-*/", b
 
 _NUMBER = re.compile(r"(?<![\w.])(-?)\s?\$?(\d[\d,]*(?:\.\d+)?|\.\d+)")
 _STATED = re.compile(r"(?:####|answer\s+is)[\s:*]*(-?\s?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+))", re.IGNORECASE)
-_DIGITS = 64  # that are read of a number; no answer has more, and exact arithmetic on thousands of them is slow
+_DIGITS = 64  # that count in a number: no answer has more, and exact arithmetic on thousands of them is slow
 _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 TOKEN = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+|[-+*/()]")
 _SPELLED = str.maketrans("×x÷−", "**/-")
@@ -30,7 +30,7 @@ _VALUES = {word: value for value, word in enumerate(_WORDS, 1)} | {"half": 2, "t
 
 
 class WordProblem(Task):
-    """A problem whose answer is one number; subclasses read the number and the solution's steps."""
+    """A problem whose answer is one number; a subclass reads the number and the steps of the solution."""
 
     kind = "math"
     forms = (*FORMS, "calculation")

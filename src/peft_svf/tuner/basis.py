@@ -119,12 +119,7 @@ def rescale(weight: Tensor, Q: Tensor, offset: Tensor) -> Tensor:
 
     Returns:
         `torch.Tensor` of shape `(..., out, in)` in the dtype of `weight`, computed in float32 (float64 for float64).
-
-    Raises:
-        `ValueError`: if `offset` does not have one entry per column of `Q`.
     """
-    if offset.shape != (*Q.shape[:-2], Q.shape[-1]):
-        raise ValueError(f"The offset has shape {tuple(offset.shape)}, but the basis has {Q.shape[-1]} directions.")
     wide = exact(weight)
     Q, offset = Q.to(wide.dtype), offset.to(wide.dtype).unsqueeze(-2)
     if side_of(*weight.shape[-2:]) == "in":

@@ -92,13 +92,13 @@ class SVFConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(names := getattr(self, name), list):
                 setattr(self, name, set(names))  # as PEFT's tuners keep it
-        regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
         rank = self.rank
         checks = [
             # PEFT would ignore the first two without a word
             (
-                regex and self.layers_to_transform is not None,
-                "`layers_to_transform` cannot be used when `target_modules` is a str (regex): put it in the regex.",
+                isinstance(self.target_modules, str) and self.layers_to_transform is not None,
+                "`layers_to_transform` cannot be used when `target_modules` is a str (a regex or 'all-linear'): list "
+                "name endings, or put it in the regex.",
             ),
             (
                 self.layers_pattern is not None and self.layers_to_transform is None,

@@ -85,8 +85,12 @@ class SVFLayer(nn.Module, BaseTunerLayer):
     other_param_names = ()
     base_layer: Any
     bias: Any
-    get_base_layer: Any
-    _cast_input_dtype: Any  # methods of `BaseTunerLayer`, which has no types
+    in_features: int
+    out_features: int
+    get_base_layer: Any  # this and the next three are methods of `BaseTunerLayer`, which has no types
+    set_base_weight: Any
+    set_adapter: Any
+    _cast_input_dtype: Any
     svf_offset: Any  # an `nn.ModuleDict` of `Offset`, a type that mypy cannot write
     svf_basis: Tensor | None = None
     svf_values: Tensor | None = None
@@ -95,7 +99,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
     svf_chosen: Plan | None = None
     svf_merged: Merged | None = None
     svf_factored: Factored | None = None
-    matrices = 1  # of a stack
+    matrices = 1  # A stack of experts has several.
     _pristine: Any = None  # what merging has replaced
     _known: tuple[Tensor, ...] = ()  # the base parameter when the plan was set, see `_plain`
     _ran = 0  # number of the model's call in which this layer ran last
@@ -121,7 +125,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
 
     @property
     def rows(self) -> Rows | None:
-        """What stands in place of the adapters' offsets, if anything does."""
+        """The offsets that replace the adapters' for now, if any."""
         rows = self.execution.rows
         return rows.get(self) if rows else None
 
@@ -163,7 +167,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move an offset and the basis beside the weight. Unlike PEFT's, it leaves offsets in float32."""
+        """Move an offset and the basis to where the weight is. Unlike PEFT's, it leaves offsets in float32."""
         device = device or self.base_layer_device()
         offset = self.svf_offset[adapter_name]
         if not offset.weight.is_meta:
@@ -186,7 +190,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
         self.svf_merged = self.svf_factored = None
 
     def svf_bytes(self) -> dict[str, int]:
-        """Count what this layer keeps in memory beside its base layer, in bytes."""
+        """Count the bytes that this layer adds to its base layer."""
         Q, merged, factored = self.svf_basis, self.svf_merged, self.svf_factored
         factors = [] if factored is None else [factored.first, factored.second]
         kept: dict[str, list[Tensor | None]] = {

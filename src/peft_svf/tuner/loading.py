@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 MISFIT = 0.35  # SmolLM2's weights in 4 bits are below 0.2 and in 3 bits below 0.3; another layer's lie above 0.4
 LARGEST = 1e30  # An offset beyond it overflows in float32; trained ones stay below 10.
 MISSING = torch.empty(0)
+OURS = (".svf_offset.weight", ".svf_basis", ".svf_values")  # what keys of a file end with
 PREFIX = "base_model.model."  # PEFT's, before the names of the base model's modules
 
 
@@ -41,18 +42,17 @@ def adopt_names(model: nn.Module, config: SVFConfig) -> None:
     """
     Rename the modules of a loaded config, if a backbone's adapter comes to the model with a head or the other way.
 
-    Their names differ by the prefix of the backbone; the weights are compared as always.
+    Their names differ by the prefix of the backbone; the weights are compared as always. A model that lacks a few of
+    the modules, such as a pooler, is refused for these.
     """
     saved, prefix = config.fingerprint or {}, f"{getattr(model, 'base_model_prefix', '')}."
     names = {name.replace(".base_layer", "") for name, _ in [*model.named_modules(), *model.named_parameters()]}
-    if prefix == "." or saved.keys() <= names:
-        return
     longer = {f"{prefix}{name}": entry for name, entry in saved.items()}
     shorter = {name.removeprefix(prefix): entry for name, entry in saved.items()}
-    for renamed in (longer, shorter):
-        if renamed.keys() <= names:
-            config.fingerprint = renamed
-            config.select_listed()
+    renamed = max(saved, longer, shorter, key=lambda entries: len(entries.keys() & names))
+    if renamed is not saved and prefix != ".":
+        config.fingerprint = renamed
+        config.select_listed()
 
 
 def guard_loading(tuner: Any, model: Any, adapter_name: str, config: SVFConfig) -> None:
@@ -73,9 +73,9 @@ def guard_loading(tuner: Any, model: Any, adapter_name: str, config: SVFConfig) 
         for path in checkpoint_files or ():
             with safe_open(path, "pt") as file:
                 keys |= set(file.keys())
-        allowed = {key for key in keys if ".svf_" in key or any(part in f".{key}" for part in saved_whole)}
+        whole = {key for key in keys if any(part in f".{key}" for part in saved_whole) and ".base_layer." not in key}
         try:
-            _refuse_extra(adapter_name, {key for key in keys if key not in allowed or ".base_layer." in key})
+            _refuse_extra(adapter_name, {key for key in keys - whole if not key.endswith(OURS)})
         except ValueError:
             tuner.withdraw(adapter_name)
             raise
@@ -233,7 +233,7 @@ def tensors_to_load(
         )
     try:
         shipped: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        for key in [key for key in state_dict if key.endswith((".svf_basis", ".svf_values"))]:
+        for key in [key for key in state_dict if key.endswith(OURS[1:])]:
             name, _, kind = key.removeprefix(PREFIX).rpartition(".")
             shipped[name][kind] = state_dict.pop(key)
         renamed = _checked_keys(model, config, adapter_name, state_dict)

@@ -328,11 +328,7 @@ class SVFModel(BaseTuner):
                 stack.enter_context(self._calling(batch_of(args, texts)))
             if names is not None:
                 layers = svf_layers(self.model)
-                known = {BASE}.union(*(layer.svf_offset for layer in layers.values()))
-                if unknown := sorted(set(names) - known):
-                    raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-                if any(layer.merged for layer in layers.values()):
-                    raise ValueError("Cannot pass `adapter_names` while adapters are merged: call `unmerge_adapter`.")
+                self._check_names(names, batch_of(args, kwargs))
                 unique = list(dict.fromkeys(names))
                 offsets = {name: layer.named_offsets(unique) for name, layer in layers.items()}
                 index = torch.tensor([unique.index(name) for name in names])
@@ -344,6 +340,22 @@ class SVFModel(BaseTuner):
                         hook = partial(_pass_names, names=repeated)
                         stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
+
+    def _check_names(self, names: list[str], batch: tuple[int, int | None] | None) -> None:
+        """Raise `ValueError`, in PEFT's words, for `adapter_names` that can't be served."""
+        layers, rows = svf_layers(self.model).values(), batch[0] if batch else len(names)
+        unknown = sorted(set(names) - {BASE}.union(*(layer.svf_offset for layer in layers)))
+        checks = {
+            "Cannot pass `adapter_names` when the model is in training mode.": self.training,
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}": unknown,
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.": any(
+                layer.merged for layer in layers
+            ),
+            "Length of `adapter_names` should be the same as the number of inputs, "
+            f"but got {len(names)} and {rows} respectively.": len(names) != rows,
+        }
+        for message in (message for message, wrong in checks.items() if wrong):
+            raise ValueError(message)
 
     def _begin_first(self, *_: Any) -> None:
         self._first.enter_context(self._calling(None))
@@ -401,7 +413,7 @@ class SVFModel(BaseTuner):
 
 
 def _room(layers: list[SVFLayer]) -> bool:
-    """Whether a second copy of the adapted weights takes at most half of the memory that is free beside them."""
+    """Whether a second copy of the adapted weights takes at most half of the free memory."""
     needed: dict[torch.device, int] = defaultdict(int)
     for layer in layers:
         weight = layer.base_weight

@@ -29,7 +29,7 @@ class Rows:
     row may be repeated side by side, as beams are. Without, the offsets share the batch out in equal parts.
     """
 
-    name: str  # of the layer, for messages
+    name: str  # messages name the layer
     offsets: Tensor
     index: Tensor | None = None  # (B,) or (B * T,); None if it is 0, 1, 2, ...
     indexed: bool = False  # each row, or token, has an offset of its own
@@ -38,7 +38,7 @@ class Rows:
 
     @property
     def mixed(self) -> bool:
-        """Whether rows differ: several offsets, of which each row has its own."""
+        """Whether rows differ: each has one of several offsets."""
         return len(self.offsets) > 1
 
     def of(self, lead: torch.Size, execution: "Execution") -> Tensor:
@@ -82,7 +82,7 @@ class Execution:
     generating: bool = False  # the same z serves many forwards, in training mode too
     trusted: bool = False  # the merged weights are known to be built from the offsets in force
     announced: set[Plan] = field(default_factory=set)  # plans that the log has mentioned
-    rows: dict[Any, Rows] = field(default_factory=dict)  # what stands in place of the adapters' offsets
+    rows: dict[Any, Rows] = field(default_factory=dict)  # offsets that replace the adapters', by layer
     entries: "tuple[weakref.ref[nn.Module], ...]" = ()  # the modules that a batch enters by
     called: int | None = None  # rows of the batch that generation was called with
     batch: tuple[int, int | None] | None = None  # rows and tokens of the batch that runs
@@ -130,11 +130,10 @@ class ActiveRows:
             if offset is None or not offset.numel():
                 offset = torch.zeros(0, 0)
             offset = offset[None] if offset.dim() == 1 else offset
-            several = len(offset) > 1
+            several, place = len(offset) > 1, None
             any_base = several and bool((offset == 0).all(-1).any())
-            place = None if index is None or not several else index.to(offset.device)
-            if place is not None and in_order and len(place) == len(offset):
-                place = None  # spares a look-up for each forward
+            if index is not None and several and not (in_order and len(index) == len(offset)):
+                place = index.to(offset.device)  # in order it would be a look-up for nothing
             rows[layer] = Rows(name, offset, place, index is not None, self.merge, any_base)
         if self.execution.rows is not self.rows:
             raise RuntimeError("Rows can be set only while their context is the innermost open one.")

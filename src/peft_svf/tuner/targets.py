@@ -35,7 +35,7 @@ ARCHITECTURES: dict[str, list[str] | str] = {  # MLP weights -> model types
 }
 DEFAULT_TARGETS = {model_type: targets for types, targets in ARCHITECTURES.items() for model_type in types.split()}
 ATTENTION = ["q_proj", "v_proj"]
-# Kernels of these read weights of their projections; WavLM hands those of its attention to a fused function.
+# Kernels of these models read the weights of their projections; WavLM hands its attention's to a fused function.
 READERS = {
     **dict.fromkeys(["mamba", "falcon_mamba"], "dt_proj out_proj"),
     **dict.fromkeys(["mamba2", "falcon_h1", "nemotron_h"], "out_proj"),
