@@ -586,7 +586,11 @@ BAD_TARGETS = {
         {"target_modules": ["up_proj", "lm_head"]},
         r"lm_head is the output head and shares its weight",
     ),
-    "NaN": ({"hurt": True}, {"target_modules": ["up_proj", "v_proj"]}, "NaN or infinite"),
+    "NaN": (
+        {"hurt": True},
+        {"target_modules": ["up_proj", "v_proj"]},
+        r"^model\.layers\.1\.self_attn\.v_proj: .*NaN or",
+    ),
 }
 
 
