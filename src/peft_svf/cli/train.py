@@ -256,7 +256,7 @@ def _show_cost(reader: "Reader", rows: "Sequence[Row]", config: Config, seconds:
 
     population = getattr(config, "population", None)
     answers = population or config.num_generations
-    questions = config.train_batch_size * config.gradient_accumulation_steps * config.world_size  # of evolution
+    questions = config.train_batch_size * config.gradient_accumulation_steps * config.world_size  # evolution's
     questions = getattr(config, "generation_batch_size", questions * answers) // answers
     epoch = max(1, len(rows) // questions)
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * epoch)
