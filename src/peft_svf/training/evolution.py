@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ..evaluation import choice_logps, complete
-from ..reading import shared_prompts
+from ..evaluation.reading import shared_prompts
 from ..rows import Row
 from ..tuner.config import SVFConfig
 from ..tuner.layer import SVFLayer, svf_layers
