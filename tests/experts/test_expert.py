@@ -6,12 +6,16 @@ import json
 import math
 import os
 import re
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pico
 import pytest
 import tiny_experts
 import torch
+from huggingface_hub import errors
+from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_experts import write
@@ -186,6 +190,41 @@ def test_adapters_that_are_more_than_z_are_refused(tmp_path):
     folder = write(tmp_path, "head", target_modules=["up_proj"], modules_to_save=["lm_head"])
     with pytest.raises(ValueError, match=r"'head'.*more than z-vectors.*PeftModel.from_pretrained"):
         Expert.load(folder)
+
+
+def response(status):
+    return HfHubHTTPError("broken", response=SimpleNamespace(status_code=status, headers={}, request=None))
+
+
+@pytest.mark.parametrize("error", [response(503), ConnectionResetError()], ids=["503", "reset"])
+def test_a_download_that_breaks_once_is_tried_again(error, folders, monkeypatch):
+    answers = iter([error, str(folders["math"])])
+
+    def snapshot(repo_id, **options):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(module, "snapshot_download", snapshot)
+    monkeypatch.setattr(module, "WAITS", (0,))
+    assert Expert.load("me/math").name == "math"
+
+
+MISSING = {
+    "private or gated, run `hf auth login`": errors.RepositoryNotFoundError("", response=Mock()),
+    "no revision 'v9'": errors.RevisionNotFoundError("", response=Mock()),
+    "HF_HUB_OFFLINE is set": errors.LocalEntryNotFoundError(""),
+}
+
+
+@pytest.mark.parametrize("message", MISSING)
+def test_a_repository_that_is_missing_is_not_tried_again_and_the_way_out_is_named(message, monkeypatch):
+    snapshot = Mock(side_effect=MISSING[message])
+    monkeypatch.setattr(module, "snapshot_download", snapshot)
+    with pytest.raises(FileNotFoundError, match=rf"me/nothing.*{message}"):
+        Expert.load("me/nothing@v9")
+    assert snapshot.call_count == 1
 
 
 @pytest.mark.parametrize("source", ["nowhere", "./no/where", "/no/where", "~/where", "a/b/c"])

@@ -15,12 +15,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, ModelCard, hf_hub_download, snapshot_download
+from huggingface_hub import CommitInfo, ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from peft.utils import CONFIG_NAME
 
 from .. import files
-from .expert import Mixture
+from .expert import Mixture, download
 from .hub import CARD_NAME, base_id, card_data, table, task_type, upload
 from .library import ExpertLibrary, Source
 
@@ -126,7 +126,7 @@ def find_bundle(
         listed = hf_hub_download(str(source), BUNDLE_NAME, revision=revision, token=token)
     except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
         return None
-    return Path(snapshot_download(str(source), revision=Path(listed).parent.name, token=token))
+    return download(str(source), revision=Path(listed).parent.name, token=token)
 
 
 def read_bundle(folder: Path) -> Bundle:

@@ -10,6 +10,7 @@ sum by name; every adaptation strategy returns one. Nothing here loads a model.
 import json
 import os
 import re
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from huggingface_hub import CommitInfo, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save
 from torch import Tensor
@@ -39,6 +46,8 @@ SOURCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:::(?P<subfolder>[^@]+))?(?:@(?
 OFFSET_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.svf_offset\.weight")
 LARGEST = 1e4  # abs(z - 1) and mixture weights end here; trained z stay between 0 and 2, and float16 ends at 65504
 LIMIT = 16 << 30  # bytes of a weights file
+WAITS = (1, 2, 4)  # seconds before a download that broke is tried again
+TRANSIENT = (408, 429, 500, 502, 503, 504)  # HTTP status codes that pass
 
 
 class SavedOffsets(Mapping[str, Tensor]):
@@ -344,8 +353,50 @@ def folder_of(source: str | os.PathLike[str], subfolder: str | None, revision: s
             raise FileNotFoundError(f"{str(source)!r} is neither a folder nor the id of a Hub repository.")
         names = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, KEY_NAME)
         patterns = [f"{subfolder}/{name}" if subfolder else name for name in names]
-        folder = Path(snapshot_download(place, revision=revision or at, token=token, allow_patterns=patterns))
+        folder = download(place, revision=revision or at, token=token, allow_patterns=patterns)
     return folder / subfolder if subfolder else folder
+
+
+def download(repo_id: str, **options: Any) -> Path:
+    """
+    Download files of a repository, all from one commit; a broken connection or a busy server is asked again.
+
+    Raises:
+        `FileNotFoundError`: if repository or revision don't exist, aren't open to this user, or can't be reached and
+            aren't in the cache; with the way out.
+    """
+    try:
+        for wait in WAITS:
+            try:
+                return Path(snapshot_download(repo_id, **options))
+            except Exception as error:  # of httpx, of the Hub, or of the system
+                if not _passes(error):
+                    raise
+            time.sleep(wait)
+        return Path(snapshot_download(repo_id, **options))
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{repo_id} on the Hub has no revision {options['revision']!r}.") from error
+    except RepositoryNotFoundError as error:  # also a gated one
+        raise FileNotFoundError(
+            f"The Hub shows no repository {repo_id!r}: check its name; if it is private or gated, run `hf auth login` "
+            "or pass token=..."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{repo_id!r} isn't in the cache, and the Hub can't be reached or HF_HUB_OFFLINE is set: run "
+            f"`hf download {repo_id}` once with a connection, or name a folder."
+        ) from error
+
+
+def _passes(error: BaseException | None) -> bool:
+    """Whether an error, or one that caused it, is of a kind that passes: a broken connection or a busy server."""
+    while error is not None:
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        broken = any(kind.__name__ in ("TransportError", "StreamError") for kind in type(error).__mro__)  # httpx's
+        if status in TRANSIENT or broken or isinstance(error, (ConnectionError, TimeoutError)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _split(source: str | os.PathLike[str]) -> tuple[str, str | None, str | None]:
