@@ -47,7 +47,6 @@ SOURCES = {  # source -> kind; the test split of the task of that name
     "mbpp": "code", "humaneval": "code", "gsm8k": "math", "svamp": "math", "math": "math", "arc_easy": "reasoning",
     "arc_challenge": "reasoning", "everyday": "other", "written by hand": "other",
 }  # fmt: skip
-UNSEEN = ("humaneval", "math", "written by hand")  # by the classifier, in training
 NAMES = {"strategy": "prompt", "read": "likelihood"}
 WAYS: dict[str, dict[str, Any]] = {  # settings of `FirstPass`, and what is fitted; "prompt" is the library's default
     "names": NAMES,

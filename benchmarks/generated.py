@@ -29,12 +29,12 @@ REQUESTS = ROOT / "examples" / "data" / "requests"
 LENGTHS = {"sentiment": 6, "compare": 10, "subject": 8, "price": 12, "email": 16}  # of sampled answers
 TEST_TOKENS = {"calculate": 48}  # of test answers; 16 in other tasks
 TASKS = ("sentiment", "price", "compare", "subject")
-SOLVED = (  # tasks learned from right answers, with learning rate, steps and everyday answers in each
-    ("price", 0.003, 12, 3), ("subject", 0.003, 12, 3), ("subject", 0.01, 20, 3), ("subject", 0.004, 24, 8),
-    ("calculate", 0.004, 24, 8), ("compare", 0.004, 16, 8), ("email", 0.004, 12, 8), ("language", 0.004, 12, 8),
-    ("sentiment", 0.004, 12, 8), ("price", 0.004, 12, 8),
-    ("topic", 0.004, 24, 8), ("topic", 0.006, 24, 8),
-)  # fmt: skip
+SOLVED = {  # tasks learned from right answers: learning rate, steps, and everyday answers in each
+    "shipped": (("price", 0.003, 12, 3), ("topic", 0.006, 24, 8), ("email", 0.004, 12, 8)),
+    "tried once": (
+        ("subject", 0.003, 12, 3), ("subject", 0.01, 20, 3), ("calculate", 0.004, 24, 8), ("compare", 0.004, 16, 8),
+    ),
+}  # fmt: skip
 TEST_ROWS = 200
 STRENGTHS = (1.0, 0.8, 0.65)  # of which validation chooses one, after training
 MOST_LOSS = 0.015  # of the likelihood of the base's everyday answers
@@ -92,12 +92,14 @@ def cells() -> Iterator[Training]:
         yield Training(task, "base")
         yield Training(task, "svf-upper", 0.01)
     solved: dict[str, Any] = {"questions": 16, "samples": 1, "learner": "sft"}
-    for task, lr, steps, retained in SOLVED:
-        yield Training(task, "base")
-        for seed in range(3):
-            yield Training(task, "svf-upper", lr, seed, steps, retained=retained, **solved)
-        for lora_lr in (3e-4, 1e-3):
-            yield Training(task, "lora16-upper", lora_lr, 0, steps, retained=retained, **solved)
+    for kind, settings in SOLVED.items():
+        for task, lr, steps, retained in settings:
+            yield Training(task, "base")
+            for seed in range(3 if kind == "shipped" else 1):
+                yield Training(task, "svf-upper", lr, seed, steps, retained=retained, **solved)
+            if kind == "shipped":
+                for lora_lr in (1e-3, 3e-4):
+                    yield Training(task, "lora16-upper", lora_lr, 0, steps, retained=retained, **solved)
     for seed in range(3):
         yield Training("sentiment", "svf-upper", 0.01, seed, steps=20)
     yield Training("compare", "svf-upper", 0.01, steps=20)

@@ -440,6 +440,21 @@ def transfer_part(results: Mapping[str, Result]) -> list[str]:
     return lines
 
 
+def shipped_table() -> list[str]:
+    """Show the experts of examples/experts by their result files."""
+    rows = []
+    for path in sorted((ROOT / "examples" / "experts").glob("*/result.json")):
+        result = json.loads(path.read_text())
+        (low, high), mentions = result["gain_interval"], result["mentions"]
+        rows.append([
+            f"[{path.parent.name}](../../examples/experts/{path.parent.name})", result["expert"]["n"],
+            f"{result['base']['accuracy']:.3f}", f"{result['expert']['accuracy']:.3f}",
+            f"{result['gain']:+.3f} [{low:+.3f}, {high:+.3f}]",
+            f"{mentions['base']:.3f}, {mentions['expert']:.3f}", f"{result['everyday_fall']:.1%}",
+        ])  # fmt: skip
+    return table(["expert", "n", "base", "expert", "gain, 95 %", "mentions", "everyday answers fall by"], rows)
+
+
 def generated_page(found: Mapping[str, Result]) -> str:
     """Write the page of answers in text: accuracy, mentions, and the likelihood of everyday answers."""
     kinds: dict[tuple[str, str, str], list[Result]] = {}
@@ -452,19 +467,20 @@ def generated_page(found: Mapping[str, Result]) -> str:
             kinds.setdefault((training["task"], learner, name), []).append(result)
     rows, falls = [], []
     for (task, learner, name), results in sorted(kinds.items()):
-        base = found.get(f"{task}-base")
-        if base is None:
-            continue
-        tests = [result["test"] for result in results]
-        fall = [result["everyday"]["mean_logp"] / base["everyday"]["mean_logp"] - 1 for result in results]
+        base, tests = found.get(f"{task}-base"), [result["test"] for result in results]
+        untouched = found["sentiment-base"]["everyday"]["mean_logp"]  # the same in every base cell
+        fall = [result["everyday"]["mean_logp"] / untouched - 1 for result in results]
         strengths = ", ".join(f"{result.get('strength', 1):g}" for result in results)
         accuracies = ", ".join(f"{test['accuracy']:.3f}" for test in tests)
-        gains = gain([(result, base) for result in results])
+        before, gains, mentioned = "not run", "", ""
+        if base is not None:
+            before, mentioned = (f"{base['test'][key]:.3f}" for key in ("accuracy", "mentions"))
+            gains = gain([(result, base) for result in results])
         shown = [task, learner, name]
-        rows.append([*shown, strengths, f"{base['test']['accuracy']:.3f}", accuracies, gains, tests[0]["n"]])
+        rows.append([*shown, strengths, before, accuracies, gains, tests[0]["n"]])
         mentions = ", ".join(f"{test['mentions']:.3f}" for test in tests)
         losses = ", ".join(f"{f:.1%}" for f in fall)
-        falls.append([*shown, f"{base['test']['mentions']:.3f}", mentions, losses])
+        falls.append([*shown, mentioned, mentions, losses])
     return "\n".join([
         "# Answers in text", "",
         "SmolLM2-135M-Instruct in float32, one CPU thread: MLP weights from block 5 on (*svf-upper*, *lora16-upper*) "
@@ -474,8 +490,10 @@ def generated_page(found: Mapping[str, Result]) -> str:
         "sentences of their own; *right* is a greedy text that is the answer and nothing else, or ends with the right "
         "number. Where the strength isn't 1, what was trained was scaled by it afterwards, as validation rows and "
         "everyday requests other than the test's chose: the base's answers to those may become at most 1.5 % less "
-        "likely. The runs on rewards were not scaled.", "",
+        "likely. The runs on rewards were not scaled; the shipped *sentiment* is the first of two with 10 steps, at "
+        "0.75.", "",
         "Made by `python benchmarks/report.py`; `python benchmarks/generated.py` runs the missing cells.", "",
+        "## Shipped experts", "", *shipped_table(), "## Every cell", "",
         *table(["task", "learner", "method", "strength", "base", "right, by seed", "gain, 95 %", "n"], rows),
         "A single seed has the interval of its rows alone: it says nothing of the spread over seeds.", "",
         "## What else changes", "",

@@ -125,9 +125,7 @@ def tiny(folder: Path) -> tuple[Path, list[Path]]:
     return folder / "base", [folder / "math", folder / "code"]
 
 
-def at_once(
-    load: Load, clients: int, call: Callable[[int, dict[str, float]], Any], mixtures: Sequence[Any]
-) -> list[Any]:
+def at_once(clients: int, call: Callable[[int, dict[str, float]], Any], mixtures: Sequence[Any]) -> list[Any]:
     """Make calls from as many threads."""
     with ThreadPoolExecutor(clients) as pool:
         return list(pool.map(call, range(len(mixtures)), mixtures))

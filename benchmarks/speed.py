@@ -42,7 +42,7 @@ from peft_svf.tuner.layer import SVFLayer, svf_layers
 from peft_svf.tuner.rows import active_rows
 
 Contestants = dict[str, Callable[[], Any] | NotAvailable]
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16 = torch.bfloat16
 BASE, DENSE = "base", "dense form"
 LORA, LORA_BASE_DTYPE, TINYLORA, IA3 = "LoRA r=16, as shipped", "LoRA r=16, base dtype", "TinyLoRA", "IA3"
 AUTO, MERGED, NARROW, FACTORED, TRUNCATED = "SVF auto", "SVF merged", "SVF narrow", "SVF factored", "SVF k=64"

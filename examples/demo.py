@@ -34,7 +34,6 @@ EVERYDAY = (
     "Write a short thank-you note to my teacher.",
 )
 SHOWN = 2  # questions of each task whose answers are printed
-TOKENS = {"calculate": 48}  # of an answer, 16 in other tasks
 
 
 def main() -> None:
@@ -100,9 +99,8 @@ def compare(pipe: Any, task: Any, count: int) -> dict[str, Any]:
     """Answer held-out questions of a task by the base and by what the first pass chooses; print some."""
     rows = task.rows("test", "generate", limit=count)
     prompts = [row["prompt"] for row in rows]
-    tokens = TOKENS.get(task.name, 16)
-    before, _ = answer(pipe, prompts, tokens, expert="other")
-    after, choices = answer(pipe, prompts, tokens)
+    before, _ = answer(pipe, prompts, 16, expert="other")
+    after, choices = answer(pipe, prompts, 16)
     right = {
         way: [task.score(text, row) == 1 for text, row in zip(texts, rows, strict=True)]
         for way, texts in (("base", before), ("routed", after))

@@ -15,8 +15,9 @@ PACKAGE = ROOT / "src" / "peft_svf"
 ROWS = [
     ["files"],
     ["rows"],
-    ["tuner", "tasks", "reading"],
-    ["evaluation", "experts"],
+    ["tuner", "tasks"],
+    ["evaluation"],
+    ["experts"],
     ["training", "adaptation"],
     ["two_pass", "evolution"],
     ["pipeline"],

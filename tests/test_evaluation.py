@@ -25,7 +25,7 @@ from peft_svf.evaluation import (
     paired_difference,
     wilson,
 )
-from peft_svf.reading import cache_name
+from peft_svf.evaluation.reading import cache_name
 from peft_svf.rows import check, prompt_text
 from peft_svf.rows import prompt_ids as encoded_prompts
 from peft_svf.tasks import get_task

@@ -37,10 +37,10 @@ from .adaptation.probe import Probe
 from .adaptation.router import can_decide, deciding, key_rows, key_scores, mask_of
 from .adaptation.search import Search
 from .evaluation import Summary, context_of, wilson
+from .evaluation.reading import CACHES
 from .experts.bundle import find_bundle, push_bundle, read_bundle, save_bundle
 from .experts.expert import OTHER, Mixture
 from .experts.library import ExpertLibrary, Source, loaded
-from .reading import CACHES
 from .rows import Prompt, Reader, Row, tokenizer_of
 from .tasks import Task
 

@@ -404,7 +404,7 @@ def test_what_the_check_scores_counts_and_is_kept_within_the_budget(settings, li
     "examples, name, message",
     [
         ([], "sums", "must have one form"),
-        (CHOICES, "other", "can be called 'other'"),
+        (CHOICES, "other", "is called 'other'"),
         (CHOICES, "math", "called 'math'"),
         (CHOICES, None, r"name=\.\.\."),
     ],

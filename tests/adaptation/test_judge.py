@@ -237,11 +237,11 @@ with RayEvaluator(functools.partial(broken, folders), workers=2) as shared:  # o
 @pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra ray")
 def test_two_ray_workers_score_as_this_process_and_raise_their_errors_here(folders, tmp_path):
     (tmp_path / "driver.py").write_text(RAY)
-    root = Path(__file__).parents[2]
+    root, parts = Path(__file__).parents[2], ("src", "examples", "tests", "tests/adaptation")
     done = subprocess.run(
         [sys.executable, "driver.py", str(folders["code"].parent)],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(str(root / part) for part in ("src", "examples", "tests"))},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(str(root / part) for part in parts)},
         capture_output=True,
         text=True,
         timeout=300,

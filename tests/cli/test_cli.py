@@ -104,8 +104,6 @@ def test_a_usage_error_is_one_line_and_code_2(home, both, tmp_path, capsys):
         ("dispatch", *both, home / "code", "Sort a list"): "is an expert, not a prompt: write --experts before each",
         ("dispatch", *both, "--strategy", "prompt", "--probe", "p", "--", "x"): "--probe goes with --strategy probe",
         ("adapt", *both, *few, "--max-new-tokens", 3): "needs --task",
-        ("export", home / "math", "--to", "lora", "--out", "x", "--rank", 1, "--energy", 0.5): "exclude each other",
-        ("export", home / "math", home / "code", "--to", "lora", "--out", tmp_path / "x"): "a weight by --mixture",
         ("serve",): "Name a base model with --experts, or a bundle",
         ("serve", home / "base", "--api-keys", tmp_path / "keys"): "holds no key",
     }

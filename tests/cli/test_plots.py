@@ -16,8 +16,6 @@ from peft_svf.cli.plots import (
     draw_distances,
     draw_layers,
     draw_probabilities,
-    draw_search,
-    draw_z,
     new_figure,
     save_figure,
     spectrum,
@@ -110,12 +108,6 @@ def apart(axes):
     return len(boxes) > 2 and not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
 
 
-@pytest.mark.parametrize("count", [3, 31, 80])
-def test_labels_do_not_run_into_each_other_however_many_layers_there_are(count, axes):
-    draw_distances(axes, Expert("e", {f"layers.{i}.up": torch.ones(3) for i in range(count)}))
-    assert apart(axes)
-
-
 @pytest.mark.parametrize("count", [3, 30, 400])
 def test_labels_do_not_run_into_each_other_however_many_prompts_there_are(count, tmp_path):
     names = ["mathematics-gsm8k", "code-mbpp-python", "reasoning-arc-easy", "poetry", "history-of-europe", "other"]
@@ -125,7 +117,7 @@ def test_labels_do_not_run_into_each_other_however_many_prompts_there_are(count,
         drawn.append(axes)
         draw_probabilities(axes, ["a prompt: $5 for a pen,\n$ and \\frac for a label"] * count, mixtures)
 
-    save_figure(tmp_path / "p.png", [draw], count, len(names))
+    save_figure(tmp_path / "p.png", draw, count, len(names))
     assert apart(drawn[0])
     assert len(drawn[0].texts) == (len(names) * count if count <= 30 else 0)
 
@@ -144,25 +136,6 @@ def test_a_figure_is_made_without_the_users_backend():
     figure, axes = new_figure(3)
     assert len(axes) == 3 and figure.canvas.manager is None
     assert matplotlib.get_backend(auto_select=False) == before
-
-
-def test_z_is_drawn_around_the_base(axes):
-    draw_z(axes, expert(a=300))
-    assert f"{expert(a=300).offsets['a'].abs().mean():.3g}" in axes.get_title()
-    low, high = axes.get_xlim()
-    assert low < 1 < high
-
-
-@pytest.mark.parametrize("moving, label", [(0, "accuracy on"), (1, "log-likelihood on")])
-def test_the_course_of_a_search_is_the_first_part_of_the_score_that_differs(moving, label, axes):
-    history = [
-        {"best": [0.0, -3.0], "mean_score": [0.0 + 0.1 * (moving == 0), -4.0]},
-        {"best": [0.0, -1.0], "mean_score": [0.0, -2.0]},
-    ]
-    draw_search(axes, Mixture({"a": 0.7}, "few-shot", provenance={"history": history}))
-    expected = [[entry[key][moving] for entry in history] for key in ("best", "mean_score")]
-    assert [list(line.get_ydata()) for line in axes.lines] == expected and axes.get_ylabel().startswith(label)
-    assert all(tick == int(tick) for tick in axes.get_xticks()) and axes.get_legend()
 
 
 def test_bars_are_the_weights_and_what_is_left_for_the_base(axes):

@@ -306,7 +306,7 @@ def test_stacked_experts_are_mixed(tmp_path):
     together = with_mixture(library, *mixed)
     for row, (alpha, text) in enumerate(zip(mixed, TEXTS, strict=True)):
         torch.testing.assert_close(together[row : row + 1], one_mixture(library, alpha, text), atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="Weights per layer can't mix experts of stacked weights"):
+    with pytest.raises(ValueError, match="no experts of stacked weights"):
         few_shot(library, tiny_tokenizer(), [{"prompt": "1", "answer": "2"}], Search(per_layer=True), name="layers")
     with pytest.raises(ValueError, match=r"no linear weight .*mlp\.experts, .*'both' moves: stacked weights"):
         transfer_expert(library.expert("both"), mixture_of_experts(), mixture_of_experts())
@@ -367,11 +367,8 @@ def test_an_added_expert_answers_as_one_of_the_first_and_a_removed_one_is_gone(l
     assert torch.equal(one_mixture(library, {"math": 1.0}), before)
     library.remove("math")
     assert library.names == ["code", "kinds"]
-    with (
-        pytest.raises(ValueError, match=r"no expert 'math'.*code, kinds, other"),
-        library.activate(Mixture({"math": 1.0})),
-    ):
-        pass
+    with pytest.raises(ValueError, match=r"no expert 'math'.*code, kinds, other"):
+        one_mixture(library, {"math": 1.0})
     library.add(folders["code"], "math")
     assert torch.equal(one_mixture(library, {"math": 1.0}), one_mixture(library, {"code": 1.0}))
 
@@ -461,15 +458,6 @@ def test_the_last_expert_and_one_of_a_named_mixture_stay(library):
 # --- hundreds of experts
 
 
-def test_experts_in_folders_are_read_when_they_are_needed(tmp_path):
-    library = ExpertLibrary(base(), many(tmp_path, 5))
-    assert library.in_memory == [] and library.nbytes == 0
-    one_mixture(library, {"e3": 1.0})
-    assert library.in_memory == ["e3"]
-    with_mixture(library, {"e1": 1.0}, {"e3": 0.5}, {"e0": 1.0})
-    assert set(library.in_memory) == {"e0", "e1", "e3"}
-
-
 def test_the_expert_used_longest_ago_makes_room_and_is_read_again(tmp_path):
     folders = many(tmp_path, 6)
     free = ExpertLibrary(base(), folders)
@@ -484,26 +472,20 @@ def test_the_expert_used_longest_ago_makes_room_and_is_read_again(tmp_path):
     assert torch.equal(with_mixture(library, *MANY), with_mixture(free, *MANY))
 
 
-@pytest.mark.parametrize("held", [1, 5])
-def test_a_mixture_of_more_experts_than_the_limit_holds_is_that_mixture(held, tmp_path):
-    folders = many(tmp_path, 5) | {"low": write(tmp_path, "low", seed=6, rank=5, target_modules=["q_proj", "up_proj"])}
-    free = ExpertLibrary(base(), folders)
-    each = 4 * sum(layer.svf_basis.shape[-1] for layer in free.layers().values())
-    library = ExpertLibrary(base(), folders, limit_bytes=held * each)
-    rows = [{"e0": 0.5, "low": 0.25}, dict.fromkeys(folders, 0.2), {}]
+def test_a_mixture_of_more_experts_than_the_limit_holds_is_that_mixture(tmp_path):
+    folders = many(tmp_path, 3) | {"low": write(tmp_path, "low", seed=6, rank=5, target_modules=["q_proj", "up_proj"])}
+    free, tight = ExpertLibrary(base(), folders), ExpertLibrary(base(), folders, limit_bytes=1)  # one always fits
+    rows = [{"e0": 0.5, "low": 0.25}, dict.fromkeys(folders, 0.25), {}]
     for alpha in rows:
-        torch.testing.assert_close(one_mixture(library, alpha), one_mixture(free, alpha), atol=1e-5, rtol=1e-5)
-        assert library.nbytes <= held * each
-    torch.testing.assert_close(with_mixture(library, *rows), with_mixture(free, *rows), atol=1e-5, rtol=1e-5)
-    assert library.nbytes <= held * each and len(library.in_memory) >= held
-    tight = ExpertLibrary(base(), folders, limit_bytes=1)  # one always fits
-    assert torch.equal(one_mixture(tight, rows[1]), one_mixture(library, rows[1])) and len(tight.in_memory) == 1
+        torch.testing.assert_close(one_mixture(tight, alpha), one_mixture(free, alpha), atol=1e-5, rtol=1e-5)
+        assert len(tight.in_memory) == 1
+    torch.testing.assert_close(with_mixture(tight, *rows), with_mixture(free, *rows), atol=1e-5, rtol=1e-5)
 
 
-def test_hundreds_of_experts_add_no_adapter_to_the_model(tmp_path):
-    one = Expert.load(write(tmp_path, "one"))
-    library = ExpertLibrary(base(), {f"e{i}": one for i in range(300)})
-    assert len(library.names) == 300 and len(library.model.peft_config) == 1
+def test_hundreds_of_experts_add_no_adapter_and_are_read_when_they_are_needed(tmp_path):
+    expert = Expert.load(write(tmp_path, "expert"))
+    library = ExpertLibrary(base(), {f"e{i}": expert for i in range(300)})
+    assert len(library.names) == 300 and len(library.model.peft_config) == 1 and library.nbytes == 0
     with_mixture(library, *({f"e{i}": 1.0} for i in range(3)))
     assert library.in_memory == ["e0", "e1", "e2"]
 
@@ -511,14 +493,7 @@ def test_hundreds_of_experts_add_no_adapter_to_the_model(tmp_path):
 # --- while it answers
 
 
-def test_an_active_mixture_outlives_its_expert(library):
-    with library.activate(Mixture({"math": 1.0})) as model:
-        expected = logits(model)
-        library.remove("math")
-        assert torch.equal(logits(model), expected)
-
-
-def test_removal_waits_for_the_request_that_runs(library):
+def test_removal_waits_for_other_requests_and_leaves_an_active_mixture_alone(library):
     with library.lock:
         thread = threading.Thread(target=library.remove, args=("math",))
         thread.start()
@@ -526,8 +501,11 @@ def test_removal_waits_for_the_request_that_runs(library):
         assert thread.is_alive() and library.names == ["code", "math"]
         one_mixture(library, {"math": 1.0})
     thread.join()
-    with pytest.raises(ValueError, match="no expert 'math'"):
-        one_mixture(library, {"math": 1.0})
+    library.add(library.expert("code"), "again")
+    with library.activate(Mixture({"code": 1.0})) as model:
+        expected = logits(model)
+        library.remove("code")
+        assert torch.equal(logits(model), expected)
 
 
 def test_experts_come_and_go_while_others_answer(tmp_path):
@@ -590,7 +568,6 @@ def test_a_compiled_model_has_no_graph_per_expert(tmp_path):
 
 
 STEPS = {
-    "keeping": (ExpertLibrary, "_offsets"),
     "mixing": (ExpertLibrary, "mix"),
     "giving rows": (rows_module, "Rows"),
     "a layer": (Linear, "forward"),
@@ -667,11 +644,8 @@ def test_an_expert_that_does_not_fit_is_refused_and_the_model_is_as_it_was(place
 def test_no_experts_and_two_of_one_name_are_refused(folders):
     with pytest.raises(ValueError, match="no experts"):
         ExpertLibrary(base(), {})
-    model = peft_base(folders)
-    before = state(model)
     with pytest.raises(ValueError, match=r"An expert of this library is called 'math'.*dict"):
-        ExpertLibrary(model, [folders["math"]])
-    assert_same(model, before)
+        ExpertLibrary(peft_base(folders), [folders["math"]])
 
 
 @pytest.mark.parametrize("config", [LoraConfig(), SVFConfig(modules_to_save=["lm_head"])], ids=["LoRA", "head"])

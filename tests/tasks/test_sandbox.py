@@ -170,7 +170,8 @@ def test_an_endless_run_is_stopped_in_time(code):
     assert time.monotonic() - started < 4
 
 
-def test_time_that_others_use_is_not_the_programs():
+def test_time_that_others_use_is_not_the_programs(monkeypatch):
+    monkeypatch.setattr(sandbox, "PATIENCE", 60)  # a busy machine must not decide
     assert run_python("import time; time.sleep(0.6)", timeout=0.5).ok
     children = "import os\nfor _ in range(3):\n    if os.fork() == 0:\n        while True: pass\nos.wait()"
     assert run_python(children, timeout=0.5).reason == "used more than 0.5 s of processor time"

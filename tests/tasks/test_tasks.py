@@ -333,11 +333,11 @@ def test_wrong_answers_of_math_have_the_shape_of_the_right_one():
 
 
 def test_helpers_and_names_of_unseen_programs_are_hidden_too():
-    question, solve = get_task("humaneval").question(HUMANEVAL, ()), "def solve(numbers):\n    return "
+    question, solve = get_task("humaneval").question(HUMANEVAL), "def solve(numbers):\n    return "
     assert "solve([1])" in question and "all_more" not in question
     solve += "[helper(n) for n in numbers]"
     assert get_task("humaneval").program(HUMANEVAL) == f"def helper(n):\n    return n + 1\n\n{solve}"
-    assert get_task("mbpp_pro").question(MBPP_PRO, ()) == "Given a list of numbers, double each."
+    assert get_task("mbpp_pro").question(MBPP_PRO) == "Given a list of numbers, double each."
     assert get_task("mbpp_pro").program(MBPP_PRO) == solve
 
 
@@ -464,7 +464,7 @@ def test_no_problem_of_the_programming_test_sets_is_trained_on():
     assert len(source) == 378 and max(source[number] for number in numbers) <= 510
     assert ids.isdisjoint(source[number] for number in numbers)
     task = get_task("humaneval")
-    questions = {plain(task.question(raw, ()).split("\n")[0]) for raw in task.load("test", DATA)}
+    questions = {plain(task.question(raw).split("\n")[0]) for raw in task.load("test", DATA)}
     assert len(questions) > 100 and not questions & texts
 
 

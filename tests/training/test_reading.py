@@ -13,7 +13,7 @@ from trainers import trainer_of as reinforce
 from trl.trainer.utils import add_fused_lm_head
 
 from peft_svf import SVFConfig
-from peft_svf.reading import (
+from peft_svf.evaluation.reading import (
     can_share,
     checkpoints_activations,
     completion_logps,

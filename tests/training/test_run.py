@@ -15,6 +15,7 @@ from trainers import (
     TEXT_ROWS,
     TOKENIZER,
     TRAINERS,
+    flat,
     likeliest,
     offsets,
     random_rows,
@@ -110,14 +111,19 @@ def test_a_model_that_cannot_be_trained_as_asked_is_refused(trainer_of, tmp_path
 
 
 @both
-def test_a_run_that_loses_the_base_text_ends_and_that_checkpoint_is_not_the_best(trainer_of, tmp_path, monkeypatch):
+def test_a_run_that_loses_the_base_text_ends_with_the_best_checkpoint_before(trainer_of, tmp_path, monkeypatch):
     losses = iter([0.01, 0.03])
     monkeypatch.setattr(BaseText, "loss", lambda text, model, reader: next(losses))
     every = dict.fromkeys(("eval_strategy", "save_strategy"), "steps") | {"eval_steps": 1, "save_steps": 1}
+    every |= {"load_best_model_at_end": True, "learning_rate": 0.1, "svf": SVFConfig()}
     trainer = trainer_of(tmp_path, TEXT_ROWS, uneven, eval_rows=TEXT_ROWS, keep_text=0.02, max_steps=5, **every)
     trainer.train()
     assert [e["eval_text_loss"] for e in trainer.state.log_history if "eval_text_loss" in e] == [0.01, 0.03]
     assert (trainer.state.global_step, trainer.state.best_global_step) == (2, 1)
+    folders = (tmp_path / f"checkpoint-{step}" for step in (1, 2))
+    best, last = (flat(offsets(PeftModel.from_pretrained(soft_model(), f, is_trainable=True))) for f in folders)
+    assert torch.equal(best, trained_z(trainer)) and not torch.equal(last, trained_z(trainer))
+    assert (tmp_path / "checkpoint-1" / "adapter_model.safetensors").stat().st_size < 20_000
 
 
 ONE = {"num_generations": 1, "advantage_estimator": "batch"}

@@ -23,7 +23,7 @@ from ..evaluation import context_of, row_lengths
 from ..experts.expert import OTHER, Expert, Mixture
 from ..experts.key import key_ids
 from ..experts.library import ExpertLibrary
-from ..rows import Row, check
+from ..rows import Reader, Row, check
 from ..tasks import Task
 from ..tuner.targets import block_of
 from .first_pass import FirstPass, decide
@@ -112,11 +112,7 @@ def few_shot(
 
 
 def _checked(
-    library: ExpertLibrary,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Iterable[Row],
-    what: str,
-    like: Sequence[Row] = (),
+    library: ExpertLibrary, tokenizer: Reader, examples: Iterable[Row], what: str, like: Sequence[Row] = ()
 ) -> list[Row]:
     """Return the examples; a `ValueError` if one is malformed, too long for the context, or of another form."""
     rows: list[Row] = []

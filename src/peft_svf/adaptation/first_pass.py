@@ -358,11 +358,7 @@ def fit_calibration(
 
 
 def fit_probe(
-    library: ExpertLibrary,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    kinds: Sequence[str],
-    batch_size: int = 16,
+    library: ExpertLibrary, tokenizer: Reader, prompts: Sequence[Prompt], kinds: Sequence[str], batch_size: int = 16
 ) -> Probe:
     """Fit a linear probe on the base model's hidden states to two or more prompts of each kind."""
     with library.lock:

@@ -47,7 +47,7 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     if not debug:
-        warnings.filterwarnings("ignore", category=FutureWarning)  # from libraries to their callers
+        warnings.filterwarnings("ignore", category=FutureWarning)  # they are meant for the callers of libraries
 
 
 def _verb(name: str, run: Callable[..., Any], **settings: Any) -> None:
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in arguments:
             raise
         message = str(error) or type(error).__name__
-        if isinstance(error, FileNotFoundError) and error.filename:  # of the system, whose message is "[Errno 2] ..."
+        if isinstance(error, FileNotFoundError) and error.filename:  # its own message is "[Errno 2] ..."
             message = f"There is no file {str(error.filename)!r}: check its name and its folder."
         return _fail(f"peft-svf {verb}: error: {message}", 1)
 

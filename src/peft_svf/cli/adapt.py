@@ -78,7 +78,13 @@ def adapt(
     print(f"On other questions it may be less. Measure:\n  peft-svf eval {shlex.join(map(str, again))} --task ...")
     print(f"Wrote {out}")
     if plot:
-        _draw(plot, mixture, two_pass.library.names, str(name) if per_layer else None)
+        from .plots import draw_alpha, draw_layers, save_figure
+
+        names = two_pass.library.names
+        draw: Any = partial(draw_alpha, mixture=mixture, names=names)
+        if per_layer:
+            draw = partial(draw_layers, layers=mixture.provenance["layers"], title=str(name))
+        save_figure(plot, draw, len(names) + 1, len(names) + 1)
 
 
 def _holdout(text: str) -> Any:
@@ -110,12 +116,3 @@ def _show(mixture: "Mixture", names: list[str], per_layer: bool) -> None:
 
 def _score(entries: list[float]) -> str:
     return " ".join(f"{entry:.3f}" for entry in entries)
-
-
-def _draw(path: Path, mixture: "Mixture", names: list[str], expert: str | None) -> None:
-    from .plots import draw_alpha, draw_layers, draw_search, save_figure
-
-    weights: Any = partial(draw_alpha, mixture=mixture, names=names)
-    if expert:
-        weights = partial(draw_layers, layers=mixture.provenance["layers"], title=expert)
-    save_figure(path, [partial(draw_search, mixture=mixture), weights], len(names) + 1, len(names) + 1)

@@ -100,6 +100,6 @@ def _draw(path: Path, texts: list[str], mixtures: "list[Mixture]", kinds: list[A
         counts: dict[str, Counter[str]] = {kind: Counter() for kind in sorted(kinds)}
         for kind, mixture in zip(kinds, mixtures, strict=True):
             counts[kind][mixture.choice] += 1
-        save_figure(path, [lambda axes: draw_decisions(axes, counts, "first pass")], count, count)
+        save_figure(path, lambda axes: draw_decisions(axes, counts, "first pass"), count, count)
     else:
-        save_figure(path, [lambda axes: draw_probabilities(axes, texts, mixtures)], len(texts), count)
+        save_figure(path, lambda axes: draw_probabilities(axes, texts, mixtures), len(texts), count)

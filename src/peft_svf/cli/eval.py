@@ -69,7 +69,7 @@ def evaluate(
     out = new_path(out or Path(f"eval-{benchmark.name}-{datetime.now():%Y%m%d-%H%M%S}.json"))
     rows = rows_of(benchmark, split, str(form), limit, system=system, shots=shots)
     generation = {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
-    result = {"command": command(context.obj), "task": benchmark.name, "form": form, "split": split}
+    result: dict[str, Any] = {"command": command(context.obj), "task": benchmark.name, "form": form, "split": split}
     result |= {"experts": experts, "mixture": alpha and alpha.alpha, "first_pass": None, "text_loss": {}}
 
     def measure(model: Any, reader: Any, some: "Sequence[Row]" = rows) -> "Summary":

@@ -20,7 +20,7 @@ def inspect(
     Loads no model.
     """
     from ..experts.expert import Expert
-    from .plots import distances, draw_distances, draw_z, save_figure, spectrum
+    from .plots import distances, draw_distances, save_figure, spectrum
 
     loaded = Expert.load(expert)
     layers, kinds, means = distances(loaded)
@@ -38,8 +38,7 @@ def inspect(
         header = [f"{100 * i / bins:.0f}-{100 * (i + 1) / bins:.0f} %" for i in range(bins)]
         show_table(header, [[f"{x:.4f}" for x in line.tolist()]])
     if plot:
-        panels = [lambda axes: draw_distances(axes, loaded), lambda axes: draw_z(axes, loaded)]
-        save_figure(plot, panels, len(layers), len(kinds))
+        save_figure(plot, lambda axes: draw_distances(axes, loaded), len(layers), len(kinds))
 
 
 def search(

@@ -22,15 +22,12 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 150  # the tallest panel; with more rows, only some are labelled
 MOST_NUMBERED = 30  # rows whose cells show their numbers
-PARTS = ("accuracy", "log-likelihood")  # the parts of a search's score
 
 
-def save_figure(path: Path, panels: "Sequence[Callable[[Axes], None]]", rows: int = 0, columns: int = 0) -> None:
-    """Draw panels side by side into a PNG, with room for the labels of so many rows and columns."""
-    height, width = max(3.8, 1.6 + 0.2 * min(rows, MOST_ROWS)), max(4.8, 2.6 + 0.45 * columns)
-    figure, axes = new_figure(len(panels), height, width)
-    for draw, panel in zip(panels, axes, strict=True):
-        draw(panel)
+def save_figure(path: Path, draw: "Callable[[Axes], None]", rows: int = 0, columns: int = 0) -> None:
+    """Draw a panel into a PNG, with room for the labels of so many rows and columns."""
+    figure, axes = new_figure(1, max(3.8, 1.6 + 0.2 * min(rows, MOST_ROWS)), max(4.8, 2.6 + 0.45 * columns))
+    draw(axes[0])
     content = io.BytesIO()
     figure.savefig(content, format="png")
     files.write(path, content.getvalue())
@@ -96,16 +93,6 @@ def draw_distances(axes: "Axes", expert: Expert) -> None:
     axes.set(ylabel="layer", title=f"{expert.name}: distance from the base")
 
 
-def draw_z(axes: "Axes", expert: Expert) -> None:
-    """Draw how the multipliers z of an expert are distributed around the base model's 1."""
-    z = 1 + torch.cat(list(expert.offsets.values()))
-    reach, mean = max(1e-3, float((z - 1).abs().max())), float((z - 1).abs().mean())
-    axes.hist(z.numpy(), bins=81, range=(1 - reach, 1 + reach), histtype="step", density=True, label="expert")
-    axes.axvline(1, color="black", linewidth=0.8, linestyle=":", label="base (z = 1)")
-    axes.set(xlabel="multiplier z", ylabel="density", title=f"z-vectors, mean |z − 1| {mean:.3g}")
-    axes.legend(loc="upper left", fontsize="small")
-
-
 def draw_layers(axes: "Axes", layers: Mapping[str, Mapping[str, float]], title: str) -> None:
     """Draw the weight of each expert in each block of a model, as in `provenance["layers"]` of a mixture."""
     names, alone = list(next(iter(layers.values()))), len({block.rpartition(".")[0] for block in layers}) == 1
@@ -114,20 +101,6 @@ def draw_layers(axes: "Axes", layers: Mapping[str, Mapping[str, float]], title: 
     low, high = min(0.0, float(weights.min())), max(1.0, float(weights.max()))
     _draw_table(axes, weights, labels, names, "weight α", low, high)
     axes.set(ylabel="layer", title=title)
-
-
-def draw_search(axes: "Axes", mixture: Mixture) -> None:
-    """Draw the course of a few-shot search: the best score so far and the population's mean score by iteration."""
-    history = mixture.provenance["history"]
-    # The later parts of a score decide ties, so the first part that differs between members is drawn.
-    courses = {key: list(zip(*(entry[key] for entry in history), strict=True)) for key in ("best", "mean_score")}
-    parts = range(len(courses["best"]))
-    part = next((i for i in parts if len({*courses["best"][i], *courses["mean_score"][i]}) > 1), 0)
-    for key, label in (("best", "best so far"), ("mean_score", "mean of the population")):
-        axes.plot(range(1, len(history) + 1), courses[key][part], marker="o", markersize=3, label=label)
-    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
-    axes.set(xlabel="iteration", ylabel=f"{PARTS[part]} on the examples", title="few-shot search")
-    axes.legend()
 
 
 def draw_alpha(axes: "Axes", mixture: Mixture, names: Sequence[str] = ()) -> None:

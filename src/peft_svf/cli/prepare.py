@@ -11,7 +11,7 @@ import typer
 from . import options
 from .console import show_table, size
 from .options import option
-from .sources import load_base, load_model, read_examples, weights_of
+from .sources import load_base, load_model, read_examples
 from .train_config import SVFArguments, svf_config
 
 
@@ -31,22 +31,22 @@ def factor(
     from peft import get_peft_model
 
     from ..tuner.cache import cache_dir, usage
+    from ..tuner.layer import svf_layers
 
     before, _ = usage()
     base, _ = load_model(model, revision, dtype)
-    svf = svf_config(SVFArguments(target_modules=target_modules), base)
-    shapes = weights_of(base, svf)
     start = time.perf_counter()
-    get_peft_model(base, svf)
+    layers = svf_layers(get_peft_model(base, svf_config(SVFArguments(target_modules=target_modules), base)))
     seconds = time.perf_counter() - start
-    kinds = Counter((name.rpartition(".")[2], out, into) for name, out, into, _ in shapes)
+    named = layers.items()
+    kinds = Counter((name.rpartition(".")[2], layer.out_features, layer.in_features) for name, layer in named)
     lines = [
         [kind, str(count), f"{out} x {into}", str(r := min(out, into)), size(count * 4 * r * r)]
         for (kind, out, into), count in kinds.items()
     ]
     show_table(["kind", "weights", "shape", "directions", "on disk"], lines)
     entries, total = usage()
-    print(f"{entries - before} of {len(shapes)} computed in {seconds:.1f} s, the others were cached or are equal.")
+    print(f"{entries - before} of {len(layers)} computed in {seconds:.1f} s, the others were cached or are equal.")
     print(f"Cache {cache_dir()}: {entries} entries, {size(total)}.")
 
 

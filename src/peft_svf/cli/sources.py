@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from ..experts.expert import Mixture
     from ..rows import Reader
     from ..tasks import Task
-    from ..tuner.config import SVFConfig
     from ..two_pass import Transformer2Model
 
 
@@ -135,21 +134,3 @@ def read_examples(path: Path) -> list[dict[str, Any]]:
         check(row, f"Line {number} of {path}")
         rows.append({**row, "prompt": user_turn(row["prompt"])})
     return rows
-
-
-def weights_of(model: "PreTrainedModel", svf: "SVFConfig") -> list[tuple[str, int, int, int]]:
-    """List name, both sizes and number of multipliers of the weights that a config targets; factors nothing."""
-    from dataclasses import replace
-
-    import torch
-    from peft import get_peft_model
-
-    from ..tuner.layer import svf_layers
-
-    with torch.device("meta"):  # the shapes alone
-        shell = type(model)(model.config)
-    layers: dict[str, Any] = svf_layers(get_peft_model(shell, replace(svf)))
-    return [
-        (name, *layer.get_base_layer().weight.shape, len(layer.svf_offset["default"].weight))
-        for name, layer in layers.items()
-    ]

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from .console import command, interval, show_table, size
+from .console import command, interval, show_table
 from .options import option
-from .sources import find_task, load_model, rows_of, weights_of
+from .sources import find_task, load_model, rows_of
 from .train_config import PARTS, Settings, read_settings, svf_config
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def train(
         print(f"{task.name}, {form} form: " + ", ".join(f"{len(some)} {split}" for split, some in rows.items()))
     _check_rows(model, reader, task, rows, args)
     if dry_run:
-        _show_cost(model, reader, rows, args, svf, _show_sample(model, reader, task, rows["train"], args))
+        _show_cost(reader, rows["train"], args, _show_sample(model, reader, task, rows["train"], args))
         return 0
     trainer = make_trainer(model, reader, task, rows, args, svf)
     trainer.routing = settings.script.routing
@@ -250,31 +250,25 @@ def _show_sample(
     return summary.seconds / len(some)
 
 
-def _show_cost(
-    model: "PreTrainedModel", reader: "Reader", rows: Rows, config: Config, svf: "SVFConfig", seconds: float
-) -> None:
+def _show_cost(reader: "Reader", rows: "Sequence[Row]", config: Config, seconds: float) -> None:
     """Print an estimate of a run from the lengths of 100 rows, and the `seconds` that the base takes for one."""
     from ..evaluation import row_lengths
 
     population = getattr(config, "population", None)
     answers = population or config.num_generations
-    questions = config.train_batch_size * config.gradient_accumulation_steps * config.world_size  # of evolution
+    questions = config.train_batch_size * config.gradient_accumulation_steps * config.world_size  # evolution's
     questions = getattr(config, "generation_batch_size", questions * answers) // answers
-    epoch = max(1, len(rows["train"]) // questions)
+    epoch = max(1, len(rows) // questions)
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * epoch)
-    some = rows["train"][:100]
+    some = rows[:100]
     prompt = sum(row_lengths(reader, some)) / len(some)
     answer = 0 if "choices" in some[0] else config.max_completion_length
     # A sample costs as much as three readings of it, forward and back; members of a population share no prompt.
     read = answers * (prompt + answer) if population else 4 * (prompt + answers * answer)
     minutes = seconds * steps * questions * read / (prompt + answer) / 60
-    shapes = weights_of(model, svf)
-    numbers = sum(k for *_, k in shapes)
-    bases = sum(min(out, into) * k for _, out, into, k in shapes) * {"float32": 4, "bfloat16": 2}[svf.basis_dtype]
     print(
         f"\nCost: {steps} steps x {questions} questions x {answers} answers of at most {answer or 1} tokens: about "
-        f"{minutes:.1f} minutes at the pace of these rows, without evaluations. {numbers:,} multipliers z of "
-        f"{len(shapes)} weights; bases {size(bases)} of memory ({svf.basis_dtype})."
+        f"{minutes:.1f} minutes at the pace of these rows, without evaluations."
     )
 
 

@@ -94,13 +94,12 @@ def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
         `ValueError`: if the file isn't a YAML mapping, or a setting is unknown, missing, or has a wrong value.
     """
     import torch
+    from transformers import HfArgumentParser
 
     from ..training.evolution import EvolutionConfig
-    from ..training.reinforce import ReinforceConfig  # names the extra if TRL is missing
+    from ..training.reinforce import ReinforceConfig
 
-    from trl import TrlParser  # isort: skip
-
-    class Parser(TrlParser):
+    class Parser(HfArgumentParser):
         def error(self, message: str) -> None:  # argparse would print the usage of hundreds of fields
             raise ValueError(message)
 

@@ -81,7 +81,7 @@ def save_bundle(
             settings[key] = {"folder": key}
     content = named | {
         "experts": places,
-        "classifier": classifier.get(library.classifier),
+        "classifier": "classifier" if library.classifier else None,
         "mixtures": {name: asdict(mixture) for name, mixture in library.mixtures.items()},
         "first_pass": settings,
         "versions": files.versions(),

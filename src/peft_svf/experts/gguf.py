@@ -60,7 +60,7 @@ def export_gguf(
     split = _covered(model, tokenizer, path, dtype)
     with new_place(path) as file:
         merge_expert(expert, model)
-        writer = gguf.GGUFWriter(file, model.config.model_type, use_temp_file=True)
+        writer = gguf.GGUFWriter(file, model.config.model_type)
         _add_config(writer, model, expert.name, gguf.LlamaFileType[TYPES[dtype][1]])
         _add_tokenizer(writer, tokenizer, model.config.vocab_size, split)
         tokenizer.save_pretrained(file.parent)
@@ -129,22 +129,25 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int, s
 
 
 def _write(writer: Any, model: PreTrainedModel, packed: Any) -> None:
-    """Pack the tensors one at a time into the writer's temporary file, then write all."""
+    """Write header, names and shapes, then the tensors one at a time, so that the model is in memory once."""
     import gguf
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[model.config.model_type.upper()], model.config.num_hidden_layers)
-    tensors = model.state_dict()
+    tensors, kinds = model.state_dict(), {}
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
-    for name, tensor in tqdm(tensors.items(), desc="Writing", unit="tensor", name="peft_svf.export"):
+    for name, tensor in tensors.items():
         whole = tensor.dim() == 1 or (packed == gguf.GGMLQuantizationType.Q8_0 and tensor.shape[-1] % 32)
-        kind = gguf.GGMLQuantizationType.F32 if whole else packed
-        values = np.ascontiguousarray(_interleaved(name, tensor, model.config).float().cpu().numpy())
-        stored = gguf.quants.quantize(values, kind)
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), stored, raw_dtype=kind)
+        kinds[name] = gguf.GGMLQuantizationType.F32 if whole else packed
+        shape = gguf.quant_shape_to_byte_shape(tensor.shape, kinds[name])
+        stored, size = np.dtype(np.uint8), int(np.prod(shape))
+        writer.add_tensor_info(names.get_name(name, (".weight", ".bias")), shape, stored, size, kinds[name])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    for name, tensor in tqdm(tensors.items(), desc="Writing", unit="tensor", name="peft_svf.export"):
+        values = np.ascontiguousarray(_interleaved(name, tensor, model.config).float().cpu().numpy())
+        writer.write_tensor_data(gguf.quants.quantize(values, kinds[name]))
     writer.close()
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from .. import files
-from ..reading import evaluating
+from ..evaluation.reading import evaluating
 from ..rows import Prompt, Reader, prompt_ids, tokenizer_of
 
 KEY_NAME = "routing.safetensors"

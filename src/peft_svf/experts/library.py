@@ -150,7 +150,7 @@ class ExpertLibrary:
 
     def check_name(self, name: str) -> None:
         """Raise a `ValueError` if a new expert or mixture can't have a name."""
-        kinds = {"An expert": self._experts, "A mixture": self._mixtures, "The base model": (OTHER,)}
+        kinds = {"An expert": {*self._experts}, "A mixture": {*self._mixtures}, "The base model": {OTHER}}
         if taken := [kind for kind, names in kinds.items() if name in names]:
             raise ValueError(
                 f"{taken[0]} of this library is called {name!r}: give another name, as the key of a dict (on the "

@@ -39,7 +39,7 @@ def get_task(name: str) -> Task:
         if not points:
             raise ValueError(f"There is no task '{name}'; there are {', '.join(task_names())}.")
         task = points[0].load()
-        return register_task(task() if isinstance(task, type) else task)
+        TASKS[name] = register_task(task() if isinstance(task, type) else task)
     return TASKS[name]
 
 

@@ -65,7 +65,7 @@ class Math(Task):
         """Return a hash of the problem: the same in either file and on the Hub."""
         return f"math-{hashlib.sha256(record['problem'].encode()).hexdigest()[:12]}"
 
-    def question(self, raw: Record, choices: Sequence[str]) -> str:
+    def question(self, raw: Record) -> str:
         return raw["problem"]
 
     def options(self, raw: Record, pool: Sequence[Record], rng: random.Random) -> tuple[str, list[str]] | None:

@@ -23,7 +23,7 @@ There is one split, test. Source: HumanEval (Chen et al. 2021, arXiv 2107.03374)
 import ast
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from .program import ENTRY, HELPER, CodeTask, code_block
@@ -43,7 +43,7 @@ class HumanEval(CodeTask):
     def identify(self, record: Record, place: str) -> str:
         return str(record["task_id"])
 
-    def question(self, raw: Record, choices: Sequence[str]) -> str:
+    def question(self, raw: Record) -> str:
         text = ast.get_docstring(_functions(raw["prompt"])[raw["entry_point"]]) or ""
         for name, neutral in _neutral(raw).items():
             text = re.sub(rf"\b{name}\b", neutral, text)

@@ -19,8 +19,6 @@ Splits by task_id as published: 11-510 test, 511-600 validation, 601-974 train.
 Source: MBPP (Austin et al. 2021, arXiv 2108.07732). Licence: CC BY 4.0.
 """
 
-from collections.abc import Sequence
-
 from .program import ENTRY, CodeTask, entry_of
 from .task import SPLITS, HubSource, Record, plain
 
@@ -39,7 +37,7 @@ class Mbpp(CodeTask):
         """Return the problem without its asserts: three of the train set are in the test set with other asserts."""
         return plain(raw["text"])
 
-    def question(self, raw: Record, choices: Sequence[str]) -> str:
+    def question(self, raw: Record) -> str:
         return raw["text"]
 
     def source(self, raw: Record) -> tuple[str, dict[str, str]] | None:

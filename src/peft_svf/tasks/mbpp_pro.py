@@ -24,7 +24,7 @@ There is one split, test. Source: MBPP-Pro (Yu et al. 2024, arXiv 2412.21199). L
 
 import ast
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from .program import ENTRY, HELPER, CodeTask, entry_of
 from .task import HubSource, Record
@@ -49,7 +49,7 @@ class MbppPro(CodeTask):
     def identify(self, record: Record, place: str) -> str:
         return f"{self.name}-{record['id']}"
 
-    def question(self, raw: Record, choices: Sequence[str]) -> str:
+    def question(self, raw: Record) -> str:
         """Return the second problem's text, the comments above its signature."""
         lines = [line.lstrip("# ") for line in raw["new_problem"].splitlines() if line.startswith("#")]
         text = " ".join(filter(None, lines))

@@ -37,8 +37,8 @@ class CodeTask(Task):
         right = self.program(raw)
         if right is None:
             return None
-        question = self.question(raw, ())
-        programs = {self.program(other) for other in pool if not _alike(question, self.question(other, ()))}
+        question = self.question(raw)
+        programs = {self.program(other) for other in pool if not _alike(question, self.question(other))}
         others = {code for code in programs if code is not None and code != right}
 
         def distance(code: str) -> tuple[int, str]:

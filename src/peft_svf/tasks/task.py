@@ -115,8 +115,8 @@ class Task(ABC):
         """Make a row of the generated form: `prompt` (a chat), `answer`, `id`, `task` and what `score` needs."""
         return self.ask(raw, raw["prompt"], answer=raw["answer"])
 
-    def question(self, raw: Record, choices: Sequence[str]) -> str:
-        """Return the user's text of the choice form. The default is the bare question, without the choices."""
+    def question(self, raw: Record) -> str:
+        """Return the user's text of the choice form. The default is the bare question."""
         return raw["question"]
 
     def options(self, raw: Record, pool: Sequence[Record], rng: random.Random) -> tuple[str, list[str]] | None:
@@ -140,7 +140,7 @@ class Task(ABC):
         return f"Task '{self.name}', {split} row {row['id']!r}"
 
     def item(self, raw: Record) -> str:
-        """Return what makes two records the same item: the prompt of the generated form, but for case and spaces."""
+        """Return what two records of the same item share: by default the prompt, but for case and spaces."""
         return plain("\n".join(str(message["content"]) for message in self.row(raw)["prompt"]))
 
     def from_hub(self, record: Record) -> Record:
@@ -196,18 +196,11 @@ class Task(ABC):
         Make the rows of a split, in an order that the seed fixes; all have `prompt`, `id` and `task`.
 
         Args:
-            split (`str`):
-                "train", "validation" or "test".
-            form (`str`):
-                One of `forms`. Rows of "choice" have `choices` and `label`; all others have `answer`.
-            limit (`int`, *optional*):
-                Keep the first rows only; a larger limit contains a smaller one.
-            seed (`int`):
-                Fixes the order of rows, the distractors and the place of the right choice.
-            folder (`str` or path, *optional*):
-                As in [`Task.load`].
-            system (`str`, *optional*):
-                System prompt of rows that have none.
+            split (`str`), folder (`str` or path, *optional*): As in [`Task.load`].
+            form (`str`): One of `forms`. Rows of "choice" have `choices` and `label`; all others have `answer`.
+            limit (`int`, *optional*): Keep the first rows only; a larger limit contains a smaller one.
+            seed (`int`): Fixes the order of rows, the distractors and the place of the right choice.
+            system (`str`, *optional*): System prompt of rows that have none.
             shots (`int`):
                 How many solved examples, turns of user and assistant, precede each question. They come from the
                 training split, of which no row asks them, and are the same for all rows, splits and seeds: runs
@@ -264,7 +257,7 @@ class Task(ABC):
         right, wrong = options
         choices = [right, *wrong]
         rng.shuffle(choices)
-        return self.ask(raw, self.question(raw, choices), choices=choices, label=choices.index(right))
+        return self.ask(raw, self.question(raw), choices=choices, label=choices.index(right))
 
     def grade(self, completion: str, row: Mapping[str, Any]) -> float:
         """Grade an answer to a row of any form from 0 to 1; [`Task.score`] grades the free text of "generate"."""

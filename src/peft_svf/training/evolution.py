@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ..evaluation import choice_logps, complete
-from ..reading import shared_prompts
+from ..evaluation.reading import shared_prompts
 from ..rows import Row
 from ..tuner.config import SVFConfig
 from ..tuner.layer import SVFLayer, svf_layers
@@ -286,7 +286,8 @@ class EvolutionTrainer(Run):
         total = self.accelerator.reduce(total, reduction="sum")
         metrics = {f"{metric_key_prefix}_reward": (total[0] / total[1]).item()}
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        control: Any = self.control  # type: ignore[has-type]
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -307,9 +308,8 @@ def _trained_layers(model: Any) -> dict[SVFLayer, str]:
     layers: dict[SVFLayer, str] = {}
     ready = True
     for layer in svf_layers(model).values():
-        trained = [
-            n for n in layer.active_adapters if n in layer.svf_offset and layer.svf_offset[n].weight.requires_grad
-        ]
+        active: Any = layer.active_adapters
+        trained = [n for n in active if n in layer.svf_offset and layer.svf_offset[n].weight.requires_grad]
         ready &= not layer.merged and not layer.disable_adapters and len(trained) <= 1
         if trained:
             layers[layer] = trained[0]

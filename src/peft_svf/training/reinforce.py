@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ..evaluation import choice_logps
-from ..reading import (
+from ..evaluation.reading import (
     Prompts,
     Reading,
     can_share,

@@ -125,8 +125,16 @@ def last_checkpoint(folder: str | PathLike[str]) -> Path:
 def state_of(checkpoint: str | PathLike[str]) -> TrainerState:
     """Read `trainer_state.json`, which transformers writes last; a `ValueError` if the checkpoint isn't whole."""
     try:
-        return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-    except (OSError, ValueError, TypeError) as error:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        counters = [state.global_step]
+        for saved in state.stateful_callbacks.values():
+            for part in saved if isinstance(saved, list) else [saved]:
+                counters += [value for name, value in part["attributes"].items() if name.endswith("counter")]
+                counters += [count for pair in part["attributes"].get("record", {}).values() for count in pair]
+        if not all(type(count) is int and count >= 0 for count in counters) or not math.isfinite(state.epoch or 0):
+            raise ValueError("its counters are damaged")
+        return state
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{str(checkpoint)!r} isn't a whole checkpoint ({error}). Name an earlier one, or --resume (in Python "
             "resume_from_checkpoint=True) alone for the newest whole one."

@@ -170,6 +170,8 @@ def _compute(missing: dict[str, str], weight_of: Callable[[str], Tensor]) -> dic
                     f"The basis cache {cache_dir()} cannot be written ({error}); bases are computed again next time."
                 )
                 bases |= _computed(batch, keep)
+            except ValueError as error:  # It knows no names.
+                raise ValueError(f"{', '.join(todo[key] for key in batch)}: {error}") from error
             for key in batch:
                 del todo[key]
                 bar.update()

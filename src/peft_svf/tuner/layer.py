@@ -156,8 +156,8 @@ class SVFLayer(nn.Module, BaseTunerLayer):
         return self.matrices * min(rank or self.directions, self.directions)
 
     def weight_name(self, name: str) -> str:
-        """What fingerprints call the weight of the layer with this module name."""
-        return name
+        """What files call the weight of the layer with this module name, inside a LoRA added later too."""
+        return name.replace(".base_layer", "")
 
     def update_layer(self, adapter_name: str, config: SVFConfig) -> None:
         """Add the offset of an adapter, 0 everywhere (z = 1) unless `config.init_weights` is `False`."""

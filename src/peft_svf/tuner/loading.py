@@ -211,7 +211,8 @@ def tensors_to_save(
         if adapter_name not in layer.svf_offset:
             continue
         offset = state_dict.get(f"{prefix}{name}.{key}", layer.svf_offset[adapter_name].weight.detach())
-        tensors[f"{prefix}{name}.{key}"] = offset.full_tensor() if isinstance(offset, DTensor) else offset
+        stored = name if hasattr(layer, "parameter_name") else layer.weight_name(name)
+        tensors[f"{prefix}{stored}.{key}"] = offset.full_tensor() if isinstance(offset, DTensor) else offset
         if layer.svf_fingerprint is None or layer.svf_basis is None or layer.svf_values is None:
             continue
         fingerprint[layer.weight_name(name)] = layer.svf_fingerprint.to_json()
@@ -257,7 +258,9 @@ def _checked_keys(
     renamed = {}
     layer: Any
     for name, layer in svf_layers(model).items():
-        names = (name, f"{backbone}{name}", name.removeprefix(backbone)) if adapter_name in layer.svf_offset else ()
+        if adapter_name not in layer.svf_offset:
+            continue
+        names = (name, layer.weight_name(name), f"{backbone}{name}", name.removeprefix(backbone))
         keys = (f"{start}{other}.svf_offset.weight" for other in names for start in (PREFIX, ""))
         if key := next((key for key in keys if key in state_dict), None):
             _check_offset(state_dict[key], len(layer.svf_offset[adapter_name].weight), name, adapter_name, config)

@@ -201,7 +201,7 @@ class _Handler(BaseHandler):
 
     model_manager: _Models
     generation_state: _State
-    ends: str = "data: [DONE]\n\n"  # of a stream
+    ends: str = "data: [DONE]\n\n"  # the last event of a stream
 
     def prompt(self, body: Mapping[str, Any]) -> Prompt:
         """Return what the first pass reads."""

@@ -68,7 +68,7 @@ class Request:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     prompt_tokens: int = 0
-    tokens: Sequence[int] = ()  # of the answer so far
+    tokens: Sequence[int] = ()  # written so far
     first: float | None = None  # time of the first token
     cancel: Callable[[], None] = field(default=lambda: None)
 
@@ -84,7 +84,7 @@ class Job:
     processors: LogitsProcessorList
     sample: bool
     generator: torch.Generator
-    ids: Tensor  # (1, prompt + new tokens), those of the prompt and of the answer so far
+    ids: Tensor  # (1, prompt + new tokens): the prompt and the answer so far
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Job":
         return self  # transformers copies it when a request gives up its cache and starts again
@@ -195,7 +195,7 @@ class Engine(BaseGenerateManager):
         self._worker = ThreadPoolExecutor(1, "first-pass")
         self._mixed = lru_cache(KEPT)(self._mix)  # equal mixtures of a step share their offsets
         self._layers = model.library.layers()
-        self._table: tuple[dict[int, dict[str, Tensor]], dict[str, Tensor]] = ({}, {})  # of the last step
+        self._table: tuple[dict[int, dict[str, Tensor]], dict[str, Tensor]] = ({}, {})  # the last step's
         self._alone = GenerateManager()
         self.batch: _Batch | None = None
         self.cache_bytes = 0

@@ -159,7 +159,7 @@ class Gate:
         running = asyncio.ensure_future(self.app(scope, replay, answer))
         try:
             await asyncio.wait({running, left}, timeout=self.rules.seconds, return_when=asyncio.FIRST_COMPLETED)
-            if running.done() or answer.whole:  # a connection that ends after its answer is no client that left
+            if running.done() or answer.whole:  # the end of a connection is reported after an answer, too
                 return await running
             if left.done():
                 raise ClientDisconnect

@@ -23,10 +23,10 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..rows import Prompt, Reader, Row, check, encode, has_image, pad_id, prompt_ids, prompt_of, tokenizer_of
+from ..tasks import Task, get_task
+from ..tasks.task import ANSWER_TOKENS, form_of, rotated, user_turn
 from .reading import context_of, evaluating, read_on, read_prompts, repeated, shared_prompts, unwrapped
-from .rows import Prompt, Reader, Row, check, encode, has_image, pad_id, prompt_ids, prompt_of, tokenizer_of
-from .tasks import Task, get_task
-from .tasks.task import ANSWER_TOKENS, form_of, rotated, user_turn
 
 NINETY_FIVE = NormalDist().inv_cdf(0.975)
 
