@@ -26,8 +26,9 @@ class SVFConfig(PeftConfig):
 
     Args:
         target_modules (`list[str] | str`, *optional*):
-            Names or name endings of the modules, a regex that matches whole names, or `"all-linear"`. Default: the MLP
-            weights of the architecture (the paper's choice); if these are fused experts, attention q and v.
+            Names or name endings of the modules, a regex that matches whole names, or `"all-linear"`, which
+            leaves out what can't be adapted and names it in the log. Default: the MLP weights of the architecture (the
+            paper's choice); if these are fused experts, attention q and v.
         target_parameters (`list[str]`, *optional*):
             Name endings of parameters that are matrices, or stacks of them as in fused mixture-of-experts modules:
             `"mlp.experts.gate_up_proj"`. With these and without `target_modules`, no modules are targeted.
