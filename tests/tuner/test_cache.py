@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import socket
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -313,3 +314,45 @@ def test_two_processes_at_once_compute_each_entry_once_and_a_third_reads_them(fo
     assert sum(calls) == 4
     get({str(i): matrix((6 + i, 5), seed=i) for i in range(4)})
     assert computed == []
+
+
+def test_writing_to_an_entry_changes_no_basis_that_was_read(folder):
+    weight = matrix((11, 7))
+    get({"a": weight})
+    basis = get({"a": weight})["a"][0]
+    before = basis.Q.clone()
+    with open(entry_of(weight), "r+b") as file:
+        file.write(bytes(entry_of(weight).stat().st_size))
+    assert torch.equal(basis.Q, before)
+
+
+def test_a_flip_that_stays_unseen_changes_no_number_beyond_the_rounding_of_float32(folder):
+    weight = matrix((11, 7))
+    whole = get({"a": weight})["a"][0]
+    content = entry_of(weight).read_bytes()
+    for place in range(len(content) - 4 * (49 + 7), len(content), 3):
+        for bit in (0, 3, 7):
+            entry_of(weight).write_bytes(content)
+            flip_a_bit(entry_of(weight), place, bit)
+            basis = get({"a": weight})["a"][0]
+            torch.testing.assert_close(basis.Q, whole.Q, rtol=0, atol=1e-4)
+            torch.testing.assert_close(basis.S, whole.S, rtol=1e-4, atol=1e-4)
+
+
+def test_pruning_beside_loading_crashes_neither(folder, weights):
+    expected = get(weights)
+    stop = threading.Event()
+
+    def keep_pruning():
+        while not stop.is_set():
+            prune()
+
+    thread = threading.Thread(target=keep_pruning)
+    thread.start()
+    try:
+        for _ in range(25):
+            assert all(torch.equal(get(weights)[name][0].Q, basis.Q) for name, (basis, _) in expected.items())
+            usage()
+    finally:
+        stop.set()
+        thread.join()

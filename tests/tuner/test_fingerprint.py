@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from pico import build, logits, matrix_of, randomize, svf_layers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from peft_svf import SVFConfig
 from peft_svf.tuner.cache import content_key
@@ -459,3 +460,32 @@ def test_a_damaged_fingerprint_is_refused_and_the_base_stays_as_it_was(case, exp
 def test_an_adapter_without_a_fingerprint_is_taken_as_it_is(expert):
     edit(expert, fingerprint=None)
     PeftModel.from_pretrained(build(seed=3, name="pico/stranger"), expert)
+
+
+@every_way
+def test_a_base_of_another_size_is_refused(how, expert):
+    base = build("qwen2", seed=3, name="pico/qwen")
+    wide = nn.Linear(24, 44, bias=False)
+    base.model.layers[0].mlp.up_proj = wide
+    with pytest.raises(ValueError, match="does not belong to this base model"):
+        load_expert(base, expert, how)
+
+
+def test_a_bfloat16_base_refuses_or_warns_about_an_expert_of_the_float32_original_and_back(tmp_path):
+    make_expert(build(dtype=BF16, name="pico/home"), tmp_path)
+    with pytest.raises(ValueError, match="does not belong"):
+        load_expert(build(name="pico/home"), tmp_path)
+
+
+def test_z_of_ones_on_a_narrow_load_is_that_base_to_the_bit(folder):
+    base = logits(from_disk(folder, BF16))
+    model = get_peft_model(from_disk(folder, BF16), SVFConfig())
+    assert torch.equal(logits(model), base)
+    model.merge_adapter()
+    assert torch.equal(logits(model), base)
+
+
+def test_missing_vectors_are_warned_about_by_name(expert):
+    rewrite(expert, lambda tensors: tensors.pop(KEY))
+    with pytest.warns(UserWarning, match=rf"missing adapter keys.*{MODULE}"):
+        PeftModel.from_pretrained(build(name="pico/home"), expert)

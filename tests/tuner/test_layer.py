@@ -305,3 +305,20 @@ def test_a_weight_that_torch_has_split_over_processes_is_refused(tmp_path):
             model(torch.randn(2, 5))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_rows_that_do_not_divide_the_batch_are_refused_and_forgotten():
+    model, layer, _ = adapted()
+    with pytest.raises(ValueError, match="offsets for 3 rows, but the batch has 4"), rows_of(layer, torch.zeros(3, 7)):
+        model(tokens(layer, 4, 2))
+    assert layer.rows is None
+
+
+@pytest.mark.parametrize("values", [torch.zeros(2, 0, 5), torch.zeros(2, 7, 5).to(torch.float8_e4m3fn)])
+def test_a_stack_that_cannot_be_read_is_refused_by_the_name_of_its_parameter(values):
+    base = nn.Module()
+    base.experts = nn.Module()
+    base.experts.stack = nn.Parameter(values, requires_grad=False)
+    with pytest.raises(ValueError, match="parameter 'stack' of Module has shape"):
+        get_peft_model(base, SVFConfig(target_parameters=["experts.stack"]))
+    assert not svf_layers(base)

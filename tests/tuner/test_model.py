@@ -707,3 +707,87 @@ def test_replicas_of_data_parallel_training_compute_the_same():
                     del module._parameters[name]
                     object.__setattr__(module, name, parameter.detach().clone())
     torch.testing.assert_close(logits(model), expected)
+
+
+def test_training_lowers_the_loss_and_the_next_forward_sees_every_step():
+    model = adapt("llama").train()
+    ids = inputs(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2, weight_decay=0.0)
+    losses = []
+    for _ in range(8):
+        loss = model(**ids, labels=ids["input_ids"]).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert len(set(losses)) == 8 and losses[-1] < losses[0] - 0.3
+
+
+def test_a_mixed_batch_of_different_ranks_and_modules_equals_one_by_one():
+    model = adapt("llama", "a", rank=3)
+    model.add_adapter("b", SVFConfig(**ALL_LINEAR))
+    z = {name: randomize(model, name, seed=seed) for seed, name in enumerate("ab")}
+    ids = inputs(model, batch=2)
+    together = logits(model, ids, adapter_names=["a", "b"])
+    for row, name in enumerate("ab"):
+        close(together[row], expected("llama", z[name], ids)[row])
+
+
+@pytest.mark.parametrize("name", ["expert-1", "mlp"])
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_offsets_and_gradients_of_a_named_adapter_are_trainable_after_loading(name, low_cpu_mem_usage, tmp_path):
+    adapt("llama", "x", seed=1).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(
+        build("llama", name="pico/llama"),
+        tmp_path / "x",
+        adapter_name=name,
+        is_trainable=True,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+    ids = inputs(model)
+    model(**ids, labels=ids["input_ids"]).loss.backward()
+    assert all(layer.svf_offset[name].weight.grad is not None for layer in svf_layers(model).values())
+
+
+SELECTED = {
+    "a default is a regex": ("bert", {}, r"bert\.encoder\.layer\.[01]\.(intermediate|output)\.dense", 4),
+    "excluded": ("llama", {"exclude_modules": ["layers.0.mlp.up_proj"]}, r"(?!.*0\.mlp\.up_proj).*\.mlp\..*", 5),
+    "a regex matches whole names": (
+        "llama",
+        {"target_modules": r".*\.0\.self_attn\.[qv]_proj"},
+        r".*\.0\..*[qv]_proj",
+        2,
+    ),
+    "all linear without the head": ("llama", ALL_LINEAR, r"model\.layers\..*_proj", 14),
+}
+
+
+@pytest.mark.parametrize("case", SELECTED)
+def test_the_modules_that_a_config_selects(case):
+    kind, config, pattern, count = SELECTED[case]
+    names = list(svf_layers(adapt(kind, **config)))
+    assert len(names) == count and all(re.fullmatch(pattern, name) for name in names)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer")  # PEFT's, before ours
+@pytest.mark.parametrize("case", [case for case in BAD_TARGETS if case != "NaN"])
+def test_a_second_adapter_that_is_refused_leaves_the_first_as_it_is(case):
+    base_kwargs, config, message = BAD_TARGETS[case]
+    model = get_peft_model(build("llama", **base_kwargs), SVFConfig(), adapter_name="a").eval()
+    randomize(model, "a")
+    before, layers = logits(model), set(svf_layers(model))
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter("b", SVFConfig(**config))
+    assert list(model.peft_config) == ["a"] and set(svf_layers(model)) == layers
+    assert [parameter.requires_grad for parameter in model.parameters()] == trainable
+    assert torch.equal(logits(model), before)
+    model.add_adapter("b", SVFConfig())
+    model.set_adapter("b")
+
+
+def test_an_untied_output_head_can_be_a_target():
+    base = build("llama", tie_word_embeddings=False)
+    model = get_peft_model(base, SVFConfig(target_modules=["lm_head"])).eval()
+    z = randomize(model)
+    close(logits(model), logits(fill(build("llama", tie_word_embeddings=False), z)))

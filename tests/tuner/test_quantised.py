@@ -438,3 +438,32 @@ def test_no_error_of_the_base_is_hidden_by_the_reading_of_packed_weights(monkeyp
     monkeypatch.setattr(layer.Linear, "logical_weight", lambda *_: (_ for _ in ()).throw(TypeError("other")))
     with pytest.raises(TypeError, match="other"):
         get_peft_model(base, SVFConfig(target_modules=["fc"]))
+
+
+def test_training_on_four_bits_lowers_the_loss_and_moves_nothing_but_z(folder):
+    adapter = adapt(load(folder, "4-bit")).train()
+    ids = inputs(adapter)
+    packed = [svf.base_layer.weight.data.clone() for svf in svf_layers(adapter).values()]
+    optimizer = torch.optim.AdamW([p for p in adapter.parameters() if p.requires_grad], lr=5e-2, weight_decay=0.0)
+    losses = []
+    for _ in range(6):
+        loss = adapter(**ids, labels=ids["input_ids"]).loss
+        losses.append(loss.detach().item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] - 0.2
+    assert all(
+        torch.equal(svf.base_layer.weight.data, p) for svf, p in zip(svf_layers(adapter).values(), packed, strict=True)
+    )
+
+
+def test_a_basis_of_another_base_is_refused_and_leaves_no_trace(folder, tmp_path):
+    save_with_basis(folder, tmp_path)
+    base = load(folder)
+    torch.manual_seed(1)
+    base.model.layers[1].mlp.up_proj.weight.data.normal_(std=0.2)
+    base.config._name_or_path = ""
+    with pytest.raises(ValueError, match=r"brought along for model.layers.1.mlp.up_proj does not fit the weight here"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert not svf_layers(base)

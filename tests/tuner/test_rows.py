@@ -9,6 +9,7 @@ import transformers as hf
 from peft import get_peft_model
 from pico import build, inputs, one_layer, own_methods, randomize, rows_of, svf_layers
 from torch import nn
+from transformers.generation import ContinuousBatchingConfig
 
 from peft_svf import SVFConfig
 from peft_svf.tuner import layer as layer_module
@@ -252,3 +253,44 @@ def test_a_model_with_the_config_of_another_kind_is_adapted():
     base = one_layer("linear", 7, 5)
     base.config = hf.T5Config()
     assert get_peft_model(base, SVFConfig(target_modules=["fc"]))(torch.randn(2, 5)).shape == (2, 7)
+
+
+def test_continuous_batching_answers_each_request_with_its_own_offsets():
+    model = adapt("llama")
+    base, layers = model.get_base_model(), svf_layers(model)
+    offsets = {
+        name: 0.5 * torch.randn(3, layer.directions).index_fill_(0, torch.tensor(2), 0)
+        for name, layer in layers.items()
+    }
+    prompts = [torch.randint(5, 40, (length,)).tolist() for length in (9, 1, 4, 6, 2)]
+    which = {f"r{i}": i % 3 for i in range(len(prompts))}
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    engine = ContinuousBatchingConfig(
+        num_blocks=16, max_batch_tokens=8, allow_block_sharing=False, use_async_batching=False
+    )
+    with active_rows(layers, {}) as active:
+
+        def set_rows(*_):
+            batch = manager.batch_processor.inputs_and_outputs
+            lengths = torch.tensor([request.query_length for request in batch.requests_in_batch])
+            places = torch.tensor([which[request.state.request_id] for request in batch.requests_in_batch])
+            active.set(offsets, places.repeat_interleave(lengths))
+
+        hook = base.register_forward_pre_hook(set_rows)
+        manager = base.init_continuous_batching(hf.GenerationConfig(**options), continuous_batching_config=engine)
+        manager.start()
+        try:
+            for name, prompt in zip(which, prompts, strict=True):
+                manager.add_request(prompt, request_id=name)
+            answers = [manager.get_result(timeout=60) for _ in prompts]
+        finally:
+            manager.stop(block=True)
+            hook.remove()
+    assert all(answer is not None and answer.error is None for answer in answers)
+    base.set_attn_implementation("sdpa")
+    for answer in answers:
+        place = which[answer.request_id]
+        with torch.no_grad(), active_rows(layers, {name: table[place] for name, table in offsets.items()}):
+            prompt = torch.tensor([answer.prompt_ids])
+            expected = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
+        assert answer.generated_tokens == expected[0, len(answer.prompt_ids) :].tolist()
