@@ -203,6 +203,17 @@ def test_the_inner_of_two_contexts_counts_and_the_outer_comes_back(library):
 # --- who may do what, and interruptions
 
 
+def test_another_thread_cannot_close_a_context_and_its_owner_still_can(library):
+    expected, context = logits(base()), library.activate(Mixture({"math": 1.0}))
+    context.__enter__()
+    with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="opened by another thread"):
+        pool.submit(context.__exit__, None, None, None).result()
+    assert torch.equal(logits(library.model), one_mixture(library, {"math": 1.0}))
+    context.__exit__(None, None, None)
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(one_mixture, library, {}).result(timeout=60), expected)
+
+
 def test_two_coroutines_of_one_thread_are_refused_instead_of_mixed(library):
     expected = one_mixture(library, {"math": 1.0})
 

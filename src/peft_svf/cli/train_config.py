@@ -144,8 +144,11 @@ def _read_yaml(path: str) -> dict[str, Any]:
     number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, "-+0123456789")
     try:
-        return dict(yaml.load(files.read_bytes(path), Loader))
-    except (yaml.YAMLError, TypeError, ValueError) as error:
+        content = files.read_bytes(path, 1 << 20)
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, Loader)):
+            raise ValueError("write out its aliases (*name), ten of which can fill the memory")
+        return dict(yaml.load(content, Loader))
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} isn't valid YAML of one `key: value` a line: {error}") from error
 
 
@@ -153,8 +156,9 @@ def _as_arguments(action: Any, value: Any, hint: str) -> list[str]:
     """Write a setting as arguments of a command line, so that each value is converted by its field's type."""
     if isinstance(value, list) and value and action.nargs == "+":
         return [f"--{action.dest}", *map(str, value)]
-    whole = isinstance(value, (list, dict)) and type(value).__name__ in hint
-    if whole or (value is None and ("None" in hint or "Optional" in hint)):
+    if value is None or isinstance(value, (list, dict)):
+        if type(value).__name__.removesuffix("Type") not in hint.replace("Optional", "None"):
+            raise ValueError(f"'{action.dest}' is one value, not {'empty' if value is None else value}")
         action.default, action.required = value, False
         return []
     return [f"--{action.dest}={'no' if value is False and 'bool' not in hint else value}"]  # YAML reads `no` as false

@@ -12,7 +12,7 @@ import difflib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from itertools import count
 from os import PathLike
@@ -206,8 +206,9 @@ class ExpertLibrary:
             del self._experts[name]
             self._loaded.pop(name, None)
 
-    @contextmanager
-    def activate(self, mixtures: Mixture | Sequence[Mixture], merge: bool = False) -> Iterator[PeftModel]:
+    def activate(
+        self, mixtures: Mixture | Sequence[Mixture], merge: bool = False
+    ) -> AbstractContextManager[PeftModel]:
         """
         Give the model one mixture, or each row of a batch its own, while the context is open.
 
@@ -223,9 +224,13 @@ class ExpertLibrary:
 
         Raises:
             `ValueError`: if a mixture names an expert that isn't here, or adapters are merged or disabled.
-            `RuntimeError`: if another coroutine of this thread has a context open.
+            `RuntimeError`: if another coroutine of this thread has a context open, or another thread or coroutine
+                closes this one; it then stays open until its owner does.
         """
-        rows = [mixtures] if isinstance(mixtures, Mixture) else list(mixtures)
+        return _Owned(self._activated([mixtures] if isinstance(mixtures, Mixture) else list(mixtures), merge))
+
+    @contextmanager
+    def _activated(self, rows: Sequence[Mixture], merge: bool) -> Iterator[PeftModel]:
         names = list(dict.fromkeys(name for mixture in rows for name in mixture.alpha))
         alpha = torch.tensor([[mixture.alpha.get(name, 0.0) for name in names] for mixture in rows])
         if len(rows) > 0 and bool((alpha == alpha[0]).all()):  # (B, experts)
@@ -356,6 +361,24 @@ class ExpertLibrary:
         while len(self._hosts) > first:
             self.model.delete_adapter(name := self._hosts.pop())
             remove(self.model, name)
+
+
+class _Owned(AbstractContextManager[PeftModel]):
+    """A context that only the thread and the coroutine that opened it can close."""
+
+    def __init__(self, context: AbstractContextManager[PeftModel]) -> None:
+        self._context = context
+
+    def __enter__(self) -> PeftModel:
+        self._owner = threading.get_ident(), _task()
+        return self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        if self._owner != (threading.get_ident(), _task()):
+            raise RuntimeError(
+                "This context was opened by another thread or coroutine and stays open until that one closes it."
+            )
+        return self._context.__exit__(*error)
 
 
 def _task() -> "asyncio.Task[Any] | None":
