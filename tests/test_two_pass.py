@@ -477,6 +477,7 @@ def test_the_revision_that_the_experts_name_is_loaded(saved, monkeypatch):
         ([{}, {"base_model_name_or_path": "elsewhere"}], r"several base models: .*elsewhere.*model=\"<base model>\""),
         ([{"revision": "abc"}, {"revision": "def"}], "several base models: .*revision abc, revision def"),
         ([{"base_model_name_or_path": None}], r"no base model. Write pipeline\(\"transformer2\", model="),
+        ([{"base_model_name_or_path": "tiny (a wheel)"}], r"neither a folder nor a Hub repository: pass .* model="),
         ([], "no base model"),
     ],
 )

@@ -96,6 +96,7 @@ X, KINDS = clouds(2)
     [
         (lambda: Probe.fit(X[:-1], KINDS[:-1]), r"two or more prompts each; got \{'code': 2, 'math': 2, 'other': 1\}"),
         (lambda: Probe.fit(X[:2], KINDS[:2]), r"two or more kinds .*\{'code': 2\}"),
+        (lambda: Probe.fit(X, KINDS).scores(torch.zeros(1, 7)), "fitted to 5 features, but this model has 7"),
         (lambda: Probe(("a", "b"), torch.full((2, 3), math.nan), torch.zeros(2)), "finite weights"),
         (lambda: Probe(("a", "a"), torch.zeros(2, 3), torch.zeros(2)), "for the labels"),
         (lambda: Probe(("a", "b"), torch.zeros(2, 3), torch.zeros(3)), r"biases \(labels,\); got \(2, 3\) and \(3,\)"),

@@ -86,7 +86,7 @@ def test_early_stopping_goes_on_counting(tmp_path):
     assert again.state.global_step == 4  # the first is the best, then three no better: one of them before, two now
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut off", '"global_step": -3', '"epoch": "two"', "counter"])
+@pytest.mark.parametrize("damage", ["missing", "cut off", '"global_step": -3', '"epoch": "two"', "counter", "depth"])
 def test_a_checkpoint_that_was_being_written_or_is_damaged_is_passed_over(damage, tmp_path):
     rows = random_rows(24)
     settings = {**RUN, **SAVED, "max_steps": 3}
@@ -98,6 +98,8 @@ def test_a_checkpoint_that_was_being_written_or_is_damaged_is_passed_over(damage
         state.unlink()
     elif damage == "cut off":
         state.write_text(state.read_text()[:200])
+    elif damage == "depth":
+        state.write_text("[" * 100_000)
     elif damage == "counter":
         broken = {"EarlyStoppingCallback": {"args": {}, "attributes": {"early_stopping_patience_counter": "1"}}}
         state.write_text(json.dumps({**json.loads(state.read_text()), "stateful_callbacks": broken}))

@@ -261,6 +261,13 @@ class Doubling(nn.Linear):
         return 2 * super().forward(x)
 
 
+class Scaled(nn.Linear):
+    scale = 1.0
+
+    def forward(self, x):
+        return self.scale * super().forward(x)
+
+
 def with_weight(change):
     fc = nn.Linear(5, 7)
     change(fc)
@@ -276,6 +283,7 @@ UNREADABLE = {
     "weight norm": lambda: with_weight(nn.utils.parametrizations.weight_norm),
     "pruned": lambda: with_weight(lambda fc: prune.l1_unstructured(fc, "weight", 3)),
     "a forward of the class": lambda: Doubling(5, 7),
+    "a scale of the instance": lambda: vars(fc := Scaled(5, 7)).update(scale=0.5) or fc,
     "a forward of the instance": lambda: with_weight(lambda fc: setattr(fc, "forward", lambda x: 2 * x @ fc.weight.T)),
     "convolution": lambda: nn.Conv2d(3, 4, 2),
 }
@@ -322,3 +330,11 @@ def test_a_stack_that_cannot_be_read_is_refused_by_the_name_of_its_parameter(val
     with pytest.raises(ValueError, match="parameter 'stack' of Module has shape"):
         get_peft_model(base, SVFConfig(target_parameters=["experts.stack"]))
     assert not svf_layers(base)
+
+
+def test_a_rank_beyond_every_weight_moves_all_directions_and_says_so(caplog):
+    with caplog.at_level("WARNING", logger="peft_svf.tuner.model"):
+        model = get_peft_model(build("llama"), SVFConfig(rank=10**18))
+    largest = max(layer.directions for layer in svf_layers(model).values())
+    assert f"rank=1000000000000000000 is beyond all {largest} singular values" in caplog.text
+    assert model.peft_config["default"].rank is None
