@@ -271,6 +271,9 @@ def test_what_does_not_fit_the_model_is_refused(model, folders, no_first_pass):
     model.generate(torch.full((1, limit - 1), 50), expert="math", max_new_tokens=1)
     with pytest.raises(ValueError, match="2 prompts for 3 rows"):
         model.answer([Mixture()] * 2, **inputs())
+    for texts in ("a text", ["two", "texts"], torch.tensor([3, 4])):
+        with pytest.raises(TypeError, match=r"reads token ids, a tensor .* call generate\(\*\*tokenizer"):
+            model.generate(texts)
     with pytest.raises(ValueError, match="needs a classifier"):
         Transformer2Model(base(), tokenizer, [folders["math"]], first_pass="classifier")
 

@@ -5,6 +5,7 @@ Files that are written whole or not at all, and files from outside that are read
 This module doesn't know their contents or the rest of the package.
 """
 
+import errno
 import glob
 import gzip
 import json
@@ -47,6 +48,10 @@ def write(path: str | os.PathLike[str], content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OSError(errno.ENOSPC, f"The disk is full; the old {target.name} is intact", str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

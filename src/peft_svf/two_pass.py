@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel
 from torch import Tensor
 from transformers import (
@@ -272,11 +273,18 @@ class Transformer2Model:
 
         Raises:
             `ValueError`: if a first pass has nothing to read, and as the two passes.
+            `TypeError`: for texts in the place of token ids.
         """
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         explicit = expert is not None or mixture is not None
         if prompts is None and not explicit and ids is None:
             raise ValueError("The first pass has nothing to read: pass input_ids, prompts=, expert= or mixture=.")
+        if ids is not None and not (isinstance(ids, Tensor) and ids.dim() == 2):
+            raise TypeError(
+                f"generate reads token ids, a tensor (rows, tokens), and got a {type(ids).__name__}: call "
+                'generate(**tokenizer(texts, return_tensors="pt", padding=True)), or pass texts to '
+                'pipeline("transformer2", model=...).'
+            )
         mixtures: list[Mixture] = []
 
         def note(chosen: list[Mixture]) -> None:
@@ -455,4 +463,12 @@ def base_of(experts: Sequence[Source] | Mapping[str, Source]) -> tuple[str, str 
             f"The experts name {'several base models: ' + named if names else 'no base model'}. Write "
             'pipeline("transformer2", model="<base model>", experts=[...]).'
         )
+    try:
+        if not os.path.isdir(names[0]):
+            validate_repo_id(names[0])
+    except HFValidationError:
+        raise ValueError(
+            f"The experts were trained on {names[0]!r}, which is neither a folder nor a Hub repository: pass the base "
+            "model as model=... (on the command line --model). examples/smollm2.py builds that of examples/."
+        ) from None
     return names[0], revisions[0] if revisions else None

@@ -133,6 +133,8 @@ WRONG = [  # config, settings, message
     (ReinforceConfig, {"reward_clip": -1}, "`reward_clip` must be 0 or more"),
     (ReinforceConfig, {"stop_after_dead_steps": 0}, "`stop_after_dead_steps` must be 1 or more; got 0"),
     (ReinforceConfig, {"metric_for_best_model": "accuracy"}, "`metric_for_best_model` must be 'eval_reward' or"),
+    (ReinforceConfig, {"metric_for_best_model": "eval_text_loss"}, "`metric_for_best_model` must be 'eval_reward' or"),
+    (EvolutionConfig, {"metric_for_best_model": "eval_reward_std"}, "`metric_for_best_model` must be 'eval_reward'"),
     (ReinforceConfig, {"advantage_estimator": "mean"}, "`advantage_estimator` must be one of .*'rloo'.*; got 'mean'"),
     (ReinforceConfig, {"kl_direction": "both"}, "`kl_direction` must be one of .*'policy_ref', 'ref_policy'"),
     (ReinforceConfig, {"greedy_rollouts": True}, "`greedy_rollouts` must be False with more than one completion"),

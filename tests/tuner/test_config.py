@@ -28,6 +28,7 @@ REFUSED = {
     "dtype": ({"basis_dtype": "float16"}, "`basis_dtype` must be one of auto, float32, bfloat16; got 'float16'"),
     "source": ({"basis_from": None}, "`basis_from` must be one of auto, checkpoint, memory; got None"),
     "plan": ({"plan": "fast"}, "`plan` must be one of .*; got 'fast'"),
+    "fingerprint": ({"fingerprint": ["abc"]}, "`fingerprint` must be a dict"),
     "regex and layers": (
         {"target_modules": ".*up_proj", "layers_to_transform": [0]},
         "`layers_to_transform` cannot be used when `target_modules` is a str",

@@ -409,8 +409,8 @@ def test_a_refused_file_leaves_modules_that_would_be_saved_as_they_were(seed, me
     assert torch.equal(logits(base), logits(build("bert", seed=seed)))
 
 
-@pytest.mark.parametrize("case", ["an embedding", "a target's weight"])
-def test_transformers_loads_no_base_weight_from_an_adapter_either(case, expert):
+@pytest.mark.parametrize("case", TAMPERED)
+def test_transformers_loads_no_damaged_z_and_no_base_weight_from_an_adapter_either(case, expert):
     change, message = TAMPERED[case]
     rewrite(expert, change)
     base = build(name="pico/home")

@@ -52,7 +52,11 @@ class Probe:
             )
 
     def scores(self, features: Tensor) -> Tensor:
-        """Score features `(prompts, d)` as logits `(prompts, kinds)`."""
+        """Score features `(prompts, d)` as logits `(prompts, kinds)`; a `ValueError` for another `d`."""
+        if features.shape[-1] != (d := self.weight.shape[1]):
+            raise ValueError(
+                f"The probe was fitted to {d} features, but this model has {features.shape[-1]}: refit it."
+            )
         return features.float().cpu() @ self.weight.T + self.bias
 
     @classmethod

@@ -86,6 +86,7 @@ class EvolutionConfig(RunConfig, TrainingArguments):
         reward_weights (`list[float]`, *optional*): One per reward function; default 1 each.
     """
 
+    measured = "reward"
     learning_rate: float = 5e-3
     max_grad_norm: float = 0.0
     remove_unused_columns: bool = False

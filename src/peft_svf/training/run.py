@@ -9,6 +9,7 @@ import functools
 import inspect
 import logging
 import math
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence, Sized
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..evaluation import BaseText, context_of
 from ..experts.key import KEY_NAME, make_key
-from ..files import write
+from ..files import read_json, write
 from ..rows import has_image, prompt_ids, tokenizer_of
 from ..tasks import everyday_requests
 from ..tuner.config import SVFConfig
@@ -82,6 +83,7 @@ class RunConfig:
             is reported with the way out.
     """
 
+    measured: ClassVar[str] = "reward|reward_std|rewards/.+"  # what an evaluation knows; another ends the run at it
     lr_scheduler_type: str = "cosine"
     metric_for_best_model: str | None = "eval_reward"
     restore_callback_states_from_checkpoint: bool = True  # early stopping and the filter go on counting
@@ -99,8 +101,9 @@ class RunConfig:
             value = settings.get(name)
             yield name, value is None or value >= least, f"{least} or more"
         yield "max_steps", settings["max_steps"] != 0, "a number of steps, or -1 for all of num_train_epochs"
-        best = "'eval_reward' or another reward, which an evaluation measures"
-        yield "metric_for_best_model", "reward" in str(self.metric_for_best_model), best
+        best = str(self.metric_for_best_model).removeprefix("eval_")
+        expected = "'eval_reward' or another reward, which an evaluation measures"
+        yield "metric_for_best_model", re.fullmatch(self.measured, best) is not None, expected
 
     def check(self) -> None:
         """Raise a `ValueError` for the first rule that a setting breaks, before TRL and transformers rewrite any."""
@@ -125,7 +128,8 @@ def last_checkpoint(folder: str | PathLike[str]) -> Path:
 def state_of(checkpoint: str | PathLike[str]) -> TrainerState:
     """Read `trainer_state.json`, which transformers writes last; a `ValueError` if the checkpoint isn't whole."""
     try:
-        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        read_json(path := Path(checkpoint) / TRAINER_STATE_NAME)  # neither nested too deep nor a pipe
+        state = TrainerState.load_from_json(str(path))
         counters = [state.global_step]
         for saved in state.stateful_callbacks.values():
             for part in saved if isinstance(saved, list) else [saved]:

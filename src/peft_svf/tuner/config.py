@@ -110,6 +110,9 @@ class SVFConfig(PeftConfig):
                 f"`rank` is the number of singular values to move, at least 1, or None for all; got {rank!r}.",
             ),
         ]
+        marks = self.fingerprint
+        wrong = not isinstance(marks, dict | None)
+        checks.append((wrong, f"`fingerprint` must be a dict by module name or None; got {marks!r:.80}."))
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             checks.append((value not in allowed, f"`{name}` must be one of {', '.join(allowed)}; got {value!r}."))

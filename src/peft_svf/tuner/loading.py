@@ -57,7 +57,7 @@ def adopt_names(model: nn.Module, config: SVFConfig) -> None:
 
 def guard_loading(tuner: Any, model: Any, adapter_name: str, config: SVFConfig) -> None:
     """
-    Check the keys of the file that transformers' `load_adapter` reads next: it would load any tensor of the base.
+    Check the file that transformers' `load_adapter` reads next: it would load any z, and any tensor of the base.
 
     It calls no hook of a tuner, so the model's own method is replaced for one call.
     """
@@ -70,17 +70,21 @@ def guard_loading(tuner: Any, model: Any, adapter_name: str, config: SVFConfig) 
     def load(*args: Any, checkpoint_files: Any = None, state_dict: Any = None, **kwargs: Any) -> Any:
         del vars(model)["_load_pretrained_model"]
         keys = set(state_dict or {})
+        offsets = {key: value for key, value in (state_dict or {}).items() if key.endswith(OURS[0])}
         for path in checkpoint_files or ():
             with safe_open(path, "pt") as file:
                 keys |= set(file.keys())
+                offsets |= {key: file.get_tensor(key) for key in file.keys() if key.endswith(OURS[0])}  # noqa: SIM118
         whole = {key for key in keys if any(part in f".{key}" for part in saved_whole) and ".base_layer." not in key}
         try:
             _refuse_extra(adapter_name, {key for key in keys - whole if not key.endswith(OURS)})
-        except ValueError:
+            _checked_keys(model, config, adapter_name, offsets)
+            loaded = original(*args, checkpoint_files=checkpoint_files, state_dict=state_dict, **kwargs)
+        except BaseException:
             tuner.withdraw(adapter_name)
             raise
         del tuner._before[adapter_name]
-        return original(*args, checkpoint_files=checkpoint_files, state_dict=state_dict, **kwargs)
+        return loaded
 
     vars(model)["_load_pretrained_model"] = load
 

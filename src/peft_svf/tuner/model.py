@@ -79,6 +79,10 @@ class SVFModel(BaseTuner):
                 loading.adopt_names(model, config)
                 self._unchecked |= {adapter_name}
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            most = max(layer.directions for layer in svf_layers(model).values() if adapter_name in layer.svf_offset)
+            if config.rank is not None and config.rank > most:
+                logger.warning(f"rank={config.rank} is beyond all {most} singular values of any weight; all move.")
+                config.rank = None
             if loading.from_file(config) and config.save_basis and self._defers:
                 self._waiting = True  # until `_remap_adapter_state_dict_for_load` has read the basis in the file
             else:
@@ -190,11 +194,13 @@ class SVFModel(BaseTuner):
         The weights α are any finite numbers, one per adapter. An adapter that has the new name already stays as it is.
 
         Raises:
-            `ValueError`: for a weight that isn't finite, lengths that differ, or adapters that share a module of
-                `modules_to_save`.
+            `ValueError`: for an unknown adapter, a weight that isn't finite, lengths that differ, or adapters that
+                share a module of `modules_to_save`.
         """
         if adapter_name in self.peft_config:
             return
+        if unknown := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"Adapter {unknown[0]!r} does not exist. There are: {', '.join(self.peft_config)}.")
         configs = [self.peft_config[name] for name in adapters]
         if not adapters or len(adapters) != len(weights) or not torch.tensor(weights).float().isfinite().all():
             raise ValueError(f"A mixture needs a finite weight per adapter, got {weights} for {adapters}.")

@@ -10,7 +10,6 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -119,23 +118,25 @@ def multiplies(module: nn.Module) -> bool:
     forward, replaced = type(module).forward, vars(module).get("forward")
     if replaced is not None and getattr(replaced, "__func__", None) is not forward and not hasattr(module, "_hf_hook"):
         return False  # accelerate's hook sets an instance's forward too, and leaves the class's when it goes
-    return is_product(type(module)) and readable(module._parameters.get("weight"))
+    return readable(module._parameters.get("weight")) and is_product(module)
 
 
-@cache
-def is_product(kind: type[nn.Module]) -> bool:
-    """Whether a class's forward is the product with `weight` plus `bias`; Falcon's own is, which a probe shows."""
+def is_product(module: nn.Module) -> bool:
+    """Whether a module's forward is the product with `weight` plus `bias`; Falcon's own is, which a probe shows."""
+    kind: Any = type(module)
     if kind.forward in (nn.Linear.forward, Conv1D.forward):
         return True
-    if not issubclass(kind, nn.Linear):
+    if not isinstance(module, nn.Linear):
         return False
-    probe: Any = kind.__new__(kind)
-    nn.Module.__init__(probe)  # without what the class adds: a scale that its forward uses is missed
+    probe = kind.__new__(kind)
     weight, bias, x = (torch.linspace(-2, 1, n, device="cpu").exp() for n in (12, 3, 8))
-    probe.weight, probe.bias, x = nn.Parameter(weight.view(3, 4)), nn.Parameter(bias), x.view(2, 4)
+    parameters = {"weight": nn.Parameter(weight.view(3, 4)), "bias": nn.Parameter(bias)}
+    # All else, such as a scale that its forward uses, is the module's own.
+    probe.__dict__ = {**vars(module), "_parameters": {**module._parameters, **parameters}}
     try:
         with torch.no_grad():
-            return torch.allclose(probe.forward(x), nn.functional.linear(x, probe.weight, probe.bias))
+            y = probe.forward(x := x.view(2, 4))
+            return torch.allclose(y, nn.functional.linear(x, probe.weight, probe.bias))
     except Exception:  # It needs more than a weight and a bias.
         return False
 
