@@ -116,6 +116,7 @@ def test_a_usage_error_is_one_line_and_code_2(home, both, tmp_path, capsys):
 def test_a_failure_is_one_line_and_code_1(home, both, tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x", "answer": "y"}\n{"prompt": 3}\n')
     (tmp_path / "broken.jsonl").write_text('{"prompt"')
+    (tmp_path / "empty.jsonl").write_text("\n")
     task, base = ["--task", home / "rows.jsonl"], ["--model", home / "base"]
     wrong = {
         ("train", "nothing.yaml"): "There is no file 'nothing.yaml': check its name",
@@ -131,6 +132,7 @@ def test_a_failure_is_one_line_and_code_1(home, both, tmp_path, capsys):
         ("eval", "--experts", f"base={home / 'math'}", *task): "can't be called 'base'",
         ("adapt", *both, "--examples", tmp_path / "bad.jsonl"): "line 2",
         ("adapt", *both, "--examples", tmp_path / "broken.jsonl"): "isn't JSON",
+        ("adapt", *both, "--examples", tmp_path / "empty.jsonl"): "is empty: it needs one JSON object a line",
         ("adapt", *both, "--examples", home / "rows.jsonl", "--per-layer"): "name another place by --out",
         ("dispatch", *both, "--strategy", "classifier", "--", "x"): "needs a classifier",
         ("dispatch", *both, "--fit", home / "rows.jsonl", "--", "x"): "'None'",

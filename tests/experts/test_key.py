@@ -119,6 +119,7 @@ FACTS = {"block": "1", "pooling": "mean"}
 DAMAGED = {
     "nan": ({**GOOD, "states": torch.full((2, 3), torch.nan)}, FACTS, "not finite"),
     "infinite": ({**GOOD, "anchor": torch.full((3,), torch.inf)}, FACTS, "not finite"),
+    "beyond float16": ({**GOOD, "states": torch.full((2, 3), 1e6)}, FACTS, "not finite"),
     "empty": ({**GOOD, "states": torch.ones(0, 3)}, FACTS, "states"),
     "flat": ({**GOOD, "states": torch.ones(3)}, FACTS, "states"),
     "another width": ({**GOOD, "anchor": torch.ones(4)}, FACTS, "states"),

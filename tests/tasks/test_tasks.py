@@ -405,10 +405,21 @@ def test_shots_are_solved_training_rows_before_each_question(form, tmp_path):
             assert task.grade(answer["content"], graded) == 1
 
 
-def test_a_task_without_training_rows_has_no_shots(tmp_path):
+def test_a_task_without_training_rows_or_with_images_has_no_shots(tmp_path):
     write(tmp_path, "humaneval", "test", [HUMANEVAL])
     with pytest.raises(ValueError, match="has no split 'train'"):
         get_task("humaneval").rows("test", "generate", folder=tmp_path, shots=1)
+    textvqa_folder(tmp_path)
+    with pytest.raises(ValueError, match="images, which take no solved examples"):
+        get_task("textvqa").rows("test", "generate", folder=tmp_path, shots=1)
+
+
+@pytest.mark.parametrize(("module", "task"), [("datasets", "gsm8k"), ("math_verify", "math")])
+def test_a_missing_library_is_named_with_its_extra(module, task, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delenv("PEFT_SVF_DATA", raising=False)
+    with pytest.raises(ImportError, match=r"pip install 'peft-svf\[eval\]'"):
+        get_task(task).load("test") if task == "gsm8k" else get_task(task).score("$1$", {"answer": "1"})
 
 
 def test_a_system_prompt_stays_away_from_rows_that_have_one(tmp_path):

@@ -133,4 +133,6 @@ def read_examples(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"Line {number} of {path} isn't JSON: {error}.") from error
         check(row, f"Line {number} of {path}")
         rows.append({**row, "prompt": user_turn(row["prompt"])})
+    if not rows:
+        raise ValueError(f"{path} is empty: it needs one JSON object a line.")
     return rows

@@ -410,7 +410,7 @@ def naming(name: str, folder: Path | None = None) -> Iterator[None]:
     """Name the expert in the error about its files or values."""
     try:
         yield
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"Expert {name!r}{f' in {folder}' if folder else ''}: {error}") from error
 
 

@@ -66,7 +66,7 @@ class RoutingKey:
 
     def __post_init__(self) -> None:
         shapes = tuple(self.states.shape), tuple(self.anchor.shape)
-        finite = bool(self.states.isfinite().all() and self.anchor.isfinite().all())
+        finite = all(bool((part.abs() <= LARGEST).all()) for part in (self.states, self.anchor))  # NaN isn't
         whole = self.states.dim() == 2 and self.states.numel() > 0 and shapes[1] == shapes[0][1:]
         if not (whole and finite and self.block >= 1 and self.pooling in POOLINGS):
             raise ValueError(

@@ -111,8 +111,10 @@ def boxed(text: str) -> list[str]:
 
 def same_value(text: str, solution: str) -> bool:
     """Compare the last formulas of a completion and of a solution, in boxes or between dollar signs, by value."""
-    from math_verify import parse, verify  # type: ignore[import-untyped, unused-ignore]
-
+    try:
+        from math_verify import parse, verify  # type: ignore[import-untyped, unused-ignore]
+    except ImportError as error:
+        raise ImportError("Task 'math' compares formulas by math-verify: pip install 'peft-svf[eval]'.") from error
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError(
             "Task 'math' scores generated answers in the main thread only: `math-verify` stops a formula after "

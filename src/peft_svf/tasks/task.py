@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..files import read_bytes
+from ..rows import has_image
 
 LETTERS = string.ascii_uppercase
 LARGEST = 4 << 30  # bytes of a data set, unpacked
@@ -234,6 +235,8 @@ class Task(ABC):
         made = ((raw, self.make_row(raw, form, raws)) for raw in shuffled(raws, f"{self.name}:shots"))
         turns, ids = Chat(), set[str]()
         for raw, row in islice(((raw, row) for raw, row in made if row is not None), count):
+            if has_image(row):  # the picture of the question would stand in an example
+                raise ValueError(f"Task '{self.name}' has images, which take no solved examples: set shots=0.")
             turns += [*_without_system(row["prompt"]), {"role": "assistant", "content": self.solved(raw, row)}]
             ids.add(row["id"])
         return turns, ids
@@ -311,10 +314,14 @@ class Task(ABC):
         way_out = f"Pass folder=... or set {DATA_VARIABLE} to a folder with '{self.name}/{file}.jsonl.gz'."
         if self.hub is None or file not in self.hub.splits:
             raise FileNotFoundError(f"{name} has no '{file}' on the Hub. {way_out}")
-        import datasets
-
         try:
+            import datasets
+
             table = datasets.load_dataset(self.hub.path, self.hub.config, split=self.hub.splits[file])
+        except ImportError as error:
+            raise ImportError(
+                f"{name} reads the Hub by `datasets`: pip install 'peft-svf[eval]'. {way_out}"
+            ) from error
         except Exception as error:  # `datasets` raises many kinds, and the way out is the same for all
             raise ConnectionError(f"{name} couldn't read '{self.hub.path}' from the Hub: {error} {way_out}") from error
         return file, self._hub_records(table)
