@@ -296,8 +296,13 @@ class Transformer2Model:
 
         with self.library.lock:
             images = any(kwargs.get(name) is not None for name in ("pixel_values", "inputs_embeds"))
-            reads_ids = not explicit and not images and ids is not None and ids.shape[1]
-            if reads_ids and (settings := self._settings_of(first_pass)).strategy == "key":
+            reads_ids = not explicit and not images
+            if (
+                reads_ids
+                and ids is not None
+                and ids.shape[1]
+                and (settings := self._settings_of(first_pass)).strategy == "key"
+            ):
                 output = self._answer_by_key(settings, ids, kwargs, note)
             else:
                 if prompts is None and explicit:
