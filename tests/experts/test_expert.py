@@ -124,7 +124,7 @@ DAMAGES = {
     ),
     "weights lack a module": (lambda f: edit_weights(f, without_one), f"first {UP}"),
     "config lacks a module": (fingerprint_without_a_module, f"first {UP}"),
-    "fingerprint a number": (lambda f: edit_config(f, fingerprint=5), "not iterable"),
+    "fingerprint a number": (lambda f: edit_config(f, fingerprint=5), "must be a dict"),
     "another tensor": (lambda f: edit_weights(f, lambda t: t | {"lm_head.weight": torch.ones(2)}), "more than z-vec"),
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import PeftModel, get_peft_model
-from pico import VOCABULARY, inputs, logits, own_methods, svf_layers
+from pico import VOCABULARY, inputs, logits, svf_layers
 
 from peft_svf import SVFConfig
 
@@ -149,7 +149,6 @@ def test_save_then_load_is_exact_and_another_base_is_refused(kind, tmp_path):
     assert torch.equal(logits(other), before) and not svf_layers(other)
 
 
-@own_methods
 @all_kinds
 def test_transformers_own_load_adapter_takes_an_expert_of_several_stacks(kind, tmp_path):
     model = get_peft_model(build(kind, name="pico/moe"), SVFConfig(target_parameters=EXPERTS))
