@@ -296,9 +296,9 @@ class Transformer2Model:
 
         with self.library.lock:
             images = any(kwargs.get(name) is not None for name in ("pixel_values", "inputs_embeds"))
-            no_ids = explicit or images or ids is None or not ids.shape[1]
-            settings = None if no_ids else self._settings_of(first_pass)
-            if settings is not None and settings.strategy == "key":
+            reads_ids = not (explicit or images or ids is None) and ids.shape[1] > 0
+            settings = self._settings_of(first_pass) if reads_ids else None
+            if settings is not None and ids is not None and settings.strategy == "key":
                 output = self._answer_by_key(settings, ids, kwargs, note)
             else:
                 if prompts is None and explicit:
