@@ -50,12 +50,17 @@ def test_z_of_ones_is_the_model_and_unmerging_restores_it_to_the_bit(model_and_t
     assert all(torch.equal(parameter, before[name]) for name, parameter in bare.named_parameters())
 
 
+# What the gradient of the smallest twentieth of directions may be off by, which a bfloat16 basis rounds more.
+SMALL = {"float32": 3e-2, "auto": 1e-1}
+
+
 @pytest.mark.parametrize("plan", ["merged", "narrow", "factored"])
+@pytest.mark.parametrize("basis_dtype", SMALL)
 @pytest.mark.parametrize("module", ["mlp.gate_proj", "mlp.down_proj", "self_attn.q_proj", "self_attn.v_proj"])
-def test_the_gradient_of_z_on_real_weights_in_bfloat16(model_and_tokenizer, module, plan):
+def test_the_gradient_of_z_on_real_weights_in_bfloat16(model_and_tokenizer, module, basis_dtype, plan):
     """Real spectra have condition numbers up to 5e4; the small directions must have their gradient as well."""
     model, _ = model_and_tokenizer
-    config = SVFConfig(target_modules=[f"layers.3.{module}"], plan=plan)
+    config = SVFConfig(target_modules=[f"layers.3.{module}"], plan=plan, basis_dtype=basis_dtype)
     layer = next(iter(svf_layers(get_peft_model(model, config).train()).values()))
     weight = layer.base_layer.weight.data
     z = 1 + 0.1 * torch.randn(layer.directions, generator=torch.Generator().manual_seed(0))
@@ -71,7 +76,7 @@ def test_the_gradient_of_z_on_real_weights_in_bfloat16(model_and_tokenizer, modu
     assert float(((found - dz).abs() / dz.abs()).median()) < 2e-2
     small = slice(-len(dz) // 20, None)
     if plan == "merged":
-        assert float((found - dz)[small].norm() / dz[small].norm()) < 3e-2
+        assert float((found - dz)[small].norm() / dz[small].norm()) < SMALL[basis_dtype]
     assert float((x.grad.double() - dx).norm() / dx.norm()) < 1e-2
 
 
