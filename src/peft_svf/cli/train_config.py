@@ -129,7 +129,8 @@ def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
         arguments = [part for key, value in content.items() for part in _as_arguments(actions[key], value, known[key])]
         model, script, svf, training = parser.parse_args_into_dataclasses([*arguments, *overrides])
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} with its overrides: {error}.".replace("..", ".")) from error
+        message = str(error).rstrip(".")
+        raise ValueError(f"{path} with its overrides: {message}{'' if message.endswith('?') else '.'}") from error
     values = {**asdict(model), **asdict(script), **asdict(svf), **training.to_dict()}
     given = json.dumps({key: values[key] for key in keys}, default=str)
     return Settings(model, script, svf, training, json.loads(given))
@@ -146,7 +147,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     try:
         content = files.read_bytes(path, 1 << 20)
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, Loader)):
-            raise ValueError("write out its aliases (*name), ten of which can fill the memory")
+            raise ValueError("write out its aliases (*name), ten of which can fill the memory.")
         return dict(yaml.load(content, Loader))
     except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} isn't valid YAML of one `key: value` a line: {error}") from error
