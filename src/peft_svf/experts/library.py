@@ -200,9 +200,10 @@ class ExpertLibrary:
                 del self._mixtures[name]
                 return
             self.check_experts([name])
-            using = [f"in the mixture {key!r}" for key, mixture in self._mixtures.items() if name in mixture.alpha]
-            if using or len(self.names) == 1:
-                raise ValueError(f"{name!r} is {(using or ['the last expert of this library'])[0]}: it stays.")
+            uses = [f"in the mixture {key!r}: remove that" for key, m in self._mixtures.items() if name in m.alpha]
+            uses += ["the last expert of this library: add another"] * (len(self.names) == 1)
+            if uses:
+                raise ValueError(f"{name!r} is {uses[0]} first.")
             del self._experts[name]
             self._loaded.pop(name, None)
 
