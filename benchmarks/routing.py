@@ -6,7 +6,7 @@ Do routing keys send requests to the right expert, and what does it cost? SmolLM
     python benchmarks/routing.py --only qwen        # the same for Qwen2.5-Coder-0.5B (a folder in PEFT_SVF_QWEN)
     python benchmarks/routing.py --only qwen --states FOLDER    # keeps what it has read there, and goes on with it
     python benchmarks/routing.py --only few_shot    # the expert that a few examples point to: 2 CPU minutes
-    python benchmarks/routing.py --only ttft        # seconds to the first token, and of later ones: 10 minutes
+    python benchmarks/routing.py --only ttft        # CPU seconds of the first tokens: 4 minutes
     python benchmarks/routing.py --only memory      # of a first pass
 
 A cell writes `results/adaptation/routing/<cell>.json` once. Keys are made of training questions (code: MBPP, math:
@@ -25,7 +25,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -51,7 +50,7 @@ BLOCKS, SIZES, DRAWS = (5, 10, 15), (8, 16, 32, 64), 3  # of 30 blocks; prompts 
 QWEN, QWEN_BLOCKS = os.environ.get("PEFT_SVF_QWEN", "Qwen/Qwen2.5-Coder-0.5B-Instruct"), (4, 8)  # of 24 blocks
 SHRINKAGES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8)
 TASKS, SHOTS, SHOT_DRAWS = ("svamp", "arc_challenge", "math", "humaneval"), (3, 5, 10), 5
-NEW_TOKENS = 8
+NEW_TOKENS, REPEATS = 6, 3
 
 base = functools.partial(load_smollm2, torch.float32)
 
@@ -205,9 +204,9 @@ def few_shot(seed: int) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def ttft(seed: int) -> dict[str, Any]:
+def ttft(seed: int, rows: int) -> dict[str, Any]:
     """
-    Time the first token of answers of up to 64 and the tokens after it: the base, a named expert, each first pass.
+    Time the first tokens of answers that may have 64: the base, a named expert, routing in flight and by early exit.
 
     The experts are the base's own directions moved at random in the blocks from the key's on, which costs what trained
     ones cost; `early exit` has experts that move lower blocks as well. The request before was answered by the same
@@ -229,42 +228,35 @@ def ttft(seed: int) -> dict[str, Any]:
         moved = {name: {weight: 0.02 * torch.randn(sizes[weight]) for weight in names} for name in made}
         return [Expert(name, moved[name], facts | {"target_modules": list(names)}, key=made[name]) for name in made]
 
-    plain = [replace(expert, key=None) for expert in experts(list(sizes))]
-    kinds = replace(plain[0], name="kinds")  # stands for a trained classifier
-    models = {"in flight": Transformer2Model(model, tokenizer, experts(upper))}
-    models["early exit"] = Transformer2Model(base()[0], tokenizer, experts(list(sizes)))
-    models["classifier"] = Transformer2Model(base()[0], tokenizer, plain, kinds)
-    bare, races = base()[0], dict[str, Any]()
-    ways: dict[str, tuple[Any, str | None, dict[str, Any]]] = {"base": (bare, None, {})}  # model, before, arguments
-    ways["named expert"] = models["in flight"], "math", {"expert": "math"}
-    ways["named expert, another before"] = models["in flight"], "code", {"expert": "math"}
-    for name in models:
-        ways[name] = models[name], "math", {}
-    ways["in flight, another before"] = models["in flight"], "code", {}
-    for rows, repeats in ((1, 4), (8, 2)):
-        chats = [[{"role": "user", "content": text}] for text in texts["math"][:rows]]
-        some: dict[str, Any] = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-        inputs = tokenizer.apply_chat_template(chats, padding=True, tokenizer_kwargs={"padding_side": "left"}, **some)
-        short = tokenizer.apply_chat_template(chats[0], max_length=16, truncation=True, **some)
-        if rows == 1:  # it takes minutes for eight
-            prompts = {"prompts": [chats[0][0]["content"]], "first_pass": "prompt"}
-            ways["prompt"] = models["in flight"], "math", prompts
-        done: dict[str, list[list[float]]] = {name: [] for name in ways if rows == 1 or name != "prompt"}
-        for repeat in range(repeats + 1):  # the first warms up
-            for name in random.Random(repeat).sample(list(done), len(done)):
-                asked, before, arguments = ways[name]
-                if before:
-                    tokens_of(asked, short, 2, expert=before)
-                done[name].append(tokens_of(asked, inputs, NEW_TOKENS, **arguments))
-        first = {name: [seconds[0] for seconds in runs[1:]] for name, runs in done.items()}
-        second = {name: [seconds[1] for seconds in runs[1:]] for name, runs in done.items()}
-        later = {name: [statistics.mean(seconds[2:]) for seconds in runs[1:]] for name, runs in done.items()}
-        races[str(rows)] = {"tokens": int(inputs["input_ids"].shape[1]), "seconds": first}
-        races[str(rows)] |= {"second_seconds": second, "later_seconds": later}
-        for part, samples in {"": first, "second_": second, "later_": later}.items():
-            races[str(rows)][f"{part}over_base"] = {name: ratio(samples, name, "base") for name in samples}
-            print(races[str(rows)][f"{part}over_base"], flush=True)
-    return {"rows": races, "dtype": "float32", "clock": "CPU seconds of one thread"}
+    upper_model = Transformer2Model(model, tokenizer, experts(upper))
+    whole_model = Transformer2Model(base()[0], tokenizer, experts(list(sizes)))
+    ways: dict[str, tuple[Any, str | None, dict[str, Any]]] = {  # model, expert of the request before, arguments
+        "base": (base()[0], None, {}),
+        "named expert": (upper_model, "math", {"expert": "math"}),
+        "named expert, another before": (upper_model, "code", {"expert": "math"}),
+        "in flight": (upper_model, "math", {}),
+        "in flight, another before": (upper_model, "code", {}),
+        "early exit": (whole_model, "math", {}),
+    }
+    chats = [[{"role": "user", "content": text}] for text in texts["math"][:rows]]
+    some: dict[str, Any] = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    inputs = tokenizer.apply_chat_template(chats, padding=True, tokenizer_kwargs={"padding_side": "left"}, **some)
+    short = tokenizer.apply_chat_template(chats[0], max_length=16, truncation=True, **some)
+    done: dict[str, list[list[float]]] = {name: [] for name in ways}
+    for repeat in range(REPEATS + 1):  # the first warms up
+        for name in random.Random(repeat).sample(list(ways), len(ways)):
+            asked, before, arguments = ways[name]
+            if before:
+                tokens_of(asked, short, 2, expert=before)
+            done[name].append(tokens_of(asked, inputs, NEW_TOKENS, **arguments))
+    parts = {
+        "first": {name: [seconds[0] for seconds in runs[1:]] for name, runs in done.items()},
+        "second": {name: [seconds[1] for seconds in runs[1:]] for name, runs in done.items()},
+        "later": {name: [statistics.mean(seconds[2:]) for seconds in runs[1:]] for name, runs in done.items()},
+    }
+    over_base = {part: {name: ratio(s, name, "base") for name in ways} for part, s in parts.items()}
+    facts = {"rows": rows, "tokens": int(inputs["input_ids"].shape[1]), "dtype": "float32"}
+    return {**facts, "clock": "CPU seconds of one thread", "seconds": parts, "over_base": over_base}
 
 
 def memory(seed: int) -> dict[str, Any]:
@@ -316,7 +308,8 @@ def main() -> None:
         name: functools.partial(keys, load=load, blocks=blocks, folder=args.states and args.states / name)
         for name, (load, blocks) in models.items()
     }
-    runs |= {"few_shot": few_shot, "ttft": ttft, "memory": memory}
+    runs |= {"few_shot": few_shot, "memory": memory}
+    runs |= {f"ttft-{rows}": functools.partial(ttft, rows=rows) for rows in (1, 8)}
     cells = [Cell(name, functools.partial(run, args.seed)) for name, run in runs.items()]
     sys.exit(bool(run_cells(cells, out, args.only, args.minutes, args.seed)))
 
