@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import PeftModel, get_peft_model
-from pico import VOCABULARY, inputs, logits, svf_layers
+from pico import VOCABULARY, checkpoint, inputs, logits, svf_layers
 
 from peft_svf import SVFConfig
 
@@ -116,9 +116,7 @@ def test_the_gradient_is_the_oracles_and_no_base_weight_keeps_one(kind, checkpoi
     z = randomize(model)
     model.train()
     if checkpointing:
-        base = model.base_model.model
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        checkpoint(model.base_model.model, {"use_reentrant": False})
     ids = inputs(model)
     model(**ids, labels=ids["input_ids"], use_cache=False).loss.backward()
     plain = expected(kind, z).train()
