@@ -537,27 +537,6 @@ def test_layers_to_transform_applies_to_the_default_targets(kind, name):
     assert len(names) * 2 == len(svf_layers(adapt(kind)))
 
 
-def test_bases_of_a_model_on_the_meta_device_come_once_its_weights_are_loaded():
-    with torch.device("meta"):
-        empty = hf.LlamaForCausalLM(CONFIGS["llama"]())
-        model = get_peft_model(empty, SVFConfig())
-    assert all(layer.svf_basis is None for layer in svf_layers(model).values())
-    base = build("llama")
-    model.to_empty(device="cpu")
-    plain = {key.replace(".base_layer", ""): key for key in model.base_model.model.state_dict()}
-    model.base_model.model.load_state_dict(
-        {plain[key]: value for key, value in base.state_dict().items()}, strict=False
-    )
-    for layer in svf_layers(model).values():
-        layer.svf_offset["default"].weight.data.zero_()
-    model.base_model.fetch_bases()
-    z = randomize(model)
-    layer = svf_layers(model)["model.layers.0.mlp.up_proj"]
-    x = torch.randn(5, 24)
-    wanted = oracle.output(matrix_of(layer), None, z["model.layers.0.mlp.up_proj"], x)
-    close(layer(x).double(), wanted)
-
-
 # --- bad input
 
 
