@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -112,8 +113,9 @@ DAMAGES = {
 
 
 def test_damaged_files_are_refused_with_expert_and_folder(tmp_path):
+    whole = write(tmp_path, "whole", target_modules=["up_proj"])
     for name, (harm, message) in DAMAGES.items():
-        folder = write(tmp_path, name, target_modules=["up_proj"])
+        folder = shutil.copytree(whole, tmp_path / name)
         harm(folder)
         with pytest.raises(ValueError, match=f"Expert '{name}' in {re.escape(str(folder))}.*{message}"):
             Expert.load(folder)
@@ -284,13 +286,10 @@ def test_a_one_hot_mixture_is_that_expert_to_the_bit(loaded):
     assert all(mixed[name] is not offset for name, offset in loaded["math"].offsets.items())
 
 
-def test_a_mixture_without_weights_is_the_base(loaded):
+def test_a_mixture_without_weights_and_the_weight_of_other_are_the_base(loaded):
     for alpha in ({}, {"math": 0.0}, {"math": 0, "code": 0.0}, {"other": 1.0}):
         mixture = Mixture(alpha)
         assert mixture.alpha == {} and mixture.choice == "other" and mixture.offsets(loaded) == {}
-
-
-def test_other_among_the_weights_is_the_base():
     assert Mixture({"math": 0.5, "other": 0.5}) == Mixture({"math": 0.5})
 
 
