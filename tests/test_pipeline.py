@@ -94,8 +94,12 @@ def more_options(tokenizer):
     }
 
 
-CALLS = [(inputs, options) for inputs in INPUTS for options in OPTIONS]
-CALLS += [(inputs, options) for inputs in ("texts", "chats") for options in more_options(None)]
+CALLS = [(inputs, "default") for inputs in INPUTS] + [
+    (inputs, options)
+    for inputs in ("text", "texts", "chats")
+    for options in ({**OPTIONS, **more_options(None)} if inputs != "text" else OPTIONS)
+    if options != "default"
+]
 
 
 @pytest.mark.parametrize("inputs, options", CALLS)
