@@ -169,6 +169,46 @@ def test_the_decision_beside_tensors(pipe):
     assert sorted(output) == ["dispatch", "generated_token_ids"]
 
 
+# --- choices
+
+WORDS = ["yes", "no", "7"]
+BY_ROW = [["7", "8"], ["pass", "return", "yield"], ["Once", "No"]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("inputs", ["text", "texts", "chat", "chats", "history"])
+def test_choices_are_answered_with_probabilities_however_prompts_come(inputs, batch_size, pipe):
+    given = INPUTS[inputs]
+    several = inputs.endswith("s")
+    for choices in (WORDS, BY_ROW) if several else (WORDS,):
+        expected, mixtures = pipe.model.choose(given if several else [given], choices)
+        outputs = pipe(given, choices=choices, batch_size=batch_size, return_dispatch=True, **GREEDY)
+        for (output,), record, mixture in zip(outputs if several else [outputs], expected, mixtures, strict=True):
+            dispatch = output.pop("dispatch")
+            assert dispatch["choice"] == mixture.choice and dispatch["alpha"] == mixture.alpha
+            assert list(output) == ["choice", "confidence", "probabilities"]
+            assert output["choice"] == record["choice"]
+            assert output["probabilities"] == pytest.approx(record["probabilities"], abs=1e-5)
+
+
+def test_choices_go_with_experts_generators_and_what_else_a_prompt_begins_with(pipe, monkeypatch):
+    expert = ["math", "other", "code"]
+    expected, _ = pipe.model.choose(TEXTS, BY_ROW, expert=expert)
+    found = pipe(TEXTS, choices=BY_ROW, expert=expert, batch_size=2)
+    for (one,), other in zip(found, expected, strict=True):
+        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
+    lazily = list(pipe((text for text in TEXTS), choices=WORDS, expert="math"))
+    assert lazily == pipe(TEXTS, choices=WORDS, expert="math")
+    prefilled = [*CHATS[0], {"role": "assistant", "content": "It is "}]
+    (begun,) = pipe(prefilled, choices=WORDS, expert="math")
+    (plain,) = pipe(CHATS[0], choices=WORDS, expert="math")
+    assert begun["probabilities"] != pytest.approx(plain["probabilities"], abs=1e-3)
+    monkeypatch.setattr(pipe.tokenizer, "chat_template", TEMPLATE)
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    (with_tools,) = pipe(CHATS[0], choices=WORDS, expert="math", tools=tools)
+    assert with_tools["probabilities"] != pytest.approx(plain["probabilities"], abs=1e-3)
+
+
 # --- other ways in
 
 
@@ -326,6 +366,11 @@ def test_the_model_that_experts_name_is_loaded_as_the_call_asks(folders, tmp_pat
         (TEXTS, {"expert": ["math", "maths", "other"]}, "no expert 'maths'"),
         (TEXTS, {"expert": "math", "mixture": {"math": 1.0}}, "not both"),
         (TEXTS, {"expert": ["math"] * 3, "mixture": {"math": 1.0}}, "not both"),
+        (TEXTS, {"choices": [["a", "b"]] * 2}, "There are 3 prompts, but choices for 2"),
+        (TEXTS[0], {"choices": ["a", "a"]}, "'choices' has 'a' twice"),
+        (TEXTS[0], {"choices": []}, "'choices' must be a list of texts that aren't empty"),
+        (TEXTS[0], {"choices": "yes"}, "'choices' must be a list of texts"),
+        (TEXTS[0], {"choices": [1, 2]}, "'choices' must be a list of texts"),
         ("x" * 600, {}, "The prompt has 600 tokens, but the model's context is 512"),
     ],
 )
