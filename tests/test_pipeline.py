@@ -94,12 +94,9 @@ def more_options(tokenizer):
     }
 
 
-CALLS = [(inputs, "default") for inputs in INPUTS] + [
-    (inputs, options)
-    for inputs in ("text", "texts", "chats")
-    for options in ({**OPTIONS, **more_options(None)} if inputs != "text" else OPTIONS)
-    if options != "default"
-]
+CALLS = [(inputs, "default") for inputs in INPUTS]
+CALLS += [(inputs, options) for inputs in ("text", "texts", "chats") for options in OPTIONS if options != "default"]
+CALLS += [(inputs, options) for inputs in ("texts", "chats") for options in more_options(None)]
 
 
 @pytest.mark.parametrize("inputs, options", CALLS)
