@@ -429,14 +429,3 @@ def test_no_error_of_the_base_is_hidden_by_the_reading_of_packed_weights(monkeyp
     monkeypatch.setattr(layer.Linear, "logical_weight", lambda *_: (_ for _ in ()).throw(TypeError("other")))
     with pytest.raises(TypeError, match="other"):
         get_peft_model(base, SVFConfig(target_modules=["fc"]))
-
-
-def test_a_basis_of_another_base_is_refused_and_leaves_no_trace(folder, tmp_path):
-    save_with_basis(folder, tmp_path)
-    base = load(folder)
-    torch.manual_seed(1)
-    base.model.layers[1].mlp.up_proj.weight.data.normal_(std=0.2)
-    base.config._name_or_path = ""
-    with pytest.raises(ValueError, match=r"brought along for model.layers.1.mlp.up_proj does not fit the weight here"):
-        PeftModel.from_pretrained(base, tmp_path)
-    assert not svf_layers(base)
