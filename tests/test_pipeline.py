@@ -39,15 +39,10 @@ OPTIONS = {
 NAMES = ["code", "math", "other"]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return tiny_experts.write_all(tmp_path_factory.mktemp("experts"))
-
-
 def make(folders, **kwargs):
     paths = [folders["math"], folders["code"]]
-    given = {"experts": paths, "classifier": folders["kinds"]} | kwargs
-    return pipeline("transformer2", model=base(), tokenizer=tiny_tokenizer(), **given)
+    given = {"model": base(), "experts": paths, "classifier": folders["kinds"]} | kwargs
+    return pipeline("transformer2", tokenizer=tiny_tokenizer(), **given)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +94,8 @@ def more_options(tokenizer):
     }
 
 
-CALLS = [(inputs, options) for inputs in INPUTS for options in OPTIONS]
+CALLS = [(inputs, "default") for inputs in INPUTS]
+CALLS += [(inputs, options) for inputs in ("text", "texts", "chats") for options in OPTIONS if options != "default"]
 CALLS += [(inputs, options) for inputs in ("texts", "chats") for options in more_options(None)]
 
 
@@ -402,21 +398,12 @@ def test_a_pipeline_without_experts_is_refused():
 # --- compiled
 
 
-def test_a_compiled_model_answers_alike_and_has_no_graph_per_expert(folders, pipe):
-    torch._dynamo.reset()
-    graphs = []
-
-    def counting(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
+def test_a_compiled_model_answers_alike_and_has_no_graph_per_expert(graphs, folders, pipe):
     model = base()
-    model.compile(backend=counting, dynamic=True)
+    model.compile(backend=graphs.backend, dynamic=True)
     with pytest.raises(ValueError, match=r"wrapped hides its modules.*model\.compile\(\)"):
-        Transformer2Model(torch.compile(model, backend=counting), tiny_tokenizer(), [folders["math"]])
-    compiled = pipeline(
-        "transformer2", model=model, tokenizer=tiny_tokenizer(), experts=[folders["math"], folders["code"]]
-    )
+        Transformer2Model(torch.compile(model, backend=graphs.backend), tiny_tokenizer(), [folders["math"]])
+    compiled = make(folders, model=model)
     counts = []
     for name in ("math", "code"):
         assert compiled(TEXTS[0], expert=name, **GREEDY) == pipe(TEXTS[0], expert=name, **GREEDY)

@@ -7,7 +7,6 @@ import math
 import threading
 
 import pytest
-import tiny_experts
 import torch
 from tiny_experts import GREEDY, alone, assert_same, base, state, write
 from tiny_model import tiny_tokenizer
@@ -21,11 +20,6 @@ from peft_svf.tuner.layer import Linear, SVFLayer
 
 TEXTS = ["What is 3 + 4?", "def", "Tell me a story."]
 tokenizer = tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return tiny_experts.write_all(tmp_path_factory.mktemp("experts"))
 
 
 @pytest.fixture(scope="module")
@@ -476,6 +470,7 @@ def breaking(real, at):
 STEPS = {
     "first pass": (first_pass, "choice_logps", 1),
     "decision": (first_pass, "Mixture", 2),
+    "mixing": (ExpertLibrary, "mix", 1),
     "reading an expert": (ExpertLibrary, "_offsets", 1),
     "activation": (rows_module, "Rows", 5),
     "first layer": (Linear, "forward", 1),
