@@ -259,11 +259,9 @@ def _show_sample(
         print(f"\nThe base's answer to it:\n{summary.records[0]['completion']}")
     print(f"\nThe base is right on {summary.accuracy:.0%} of the first {len(some)} training rows.")
     if summary.accuracy in (0, 1) and not isinstance(config, SupervisedConfig):
-        print(
-            "If all answers to a question earn the same reward, it teaches nothing: take an easier or harder task",
-            end="",
-        )
-        print(",\nor learn from right answers by `algorithm: sft`." if generation and not summary.accuracy else ".")
+        print("If all answers to a question earn the same reward, it teaches nothing: take an easier or harder task.")
+        if generation and not summary.accuracy:
+            print("`algorithm: sft` learns from right answers instead.")
     return summary.seconds / len(some)
 
 
