@@ -80,8 +80,8 @@ def build(
     """
     Build a tiny random model of a kind of `CONFIGS` in evaluation mode; another seed is another base.
 
-    `name` is what it says it was loaded from. `model_class` is an Auto class; the default is the causal model, BERT with
-    a classification head, T5 whole.
+    `name` is what it says it was loaded from. `model_class` is an Auto class; default the causal model, BERT with a
+    classification head, T5 whole.
     """
     auto = model_class or CLASSES.get(kind, hf.AutoModelForCausalLM)
     torch.manual_seed(seed)
