@@ -34,8 +34,7 @@ def export(
 
     The base is loaded once, on the CPU.
     """
-    from ..experts.export import export_lora, export_merged
-    from ..experts.gguf import export_gguf
+    from ..experts.export import export_gguf, export_lora, export_merged
     from ..experts.library import loaded
 
     if rank is not None and energy is not None:

@@ -23,7 +23,7 @@ from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..tuner.config import SVFConfig
+from ..tuner.config import SVFConfig, selecting
 from ..tuner.layer import SVFLayer, svf_layers
 from ..tuner.loading import remove
 from ..tuner.rows import active_rows
@@ -335,13 +335,10 @@ class ExpertLibrary:
 
     def _add_host(self, expert: Expert, sizes: Mapping[str, int], stacked: set[str]) -> None:
         """Put the layers of an expert into the model, as an adapter with z = 1 that is never active."""
-        unset = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"))
-        values = {**expert.config, **unset, "inference_mode": True, "init_weights": True}
-        values["fingerprint"] = {n: f for n, f in (expert.config.get("fingerprint") or {}).items() if n in sizes}
-        # exact names: a regular expression from a file is never run
-        values["target_modules"] = sorted(set(sizes) - stacked) or None
-        values["target_parameters"] = sorted(set(sizes) & stacked) or None
-        host = SVFConfig.from_peft_type(**values)
+        prints = {name: entry for name, entry in (expert.config.get("fingerprint") or {}).items() if name in sizes}
+        values = {"fingerprint": prints, "modules_to_save": None, "inference_mode": True, "init_weights": True}
+        values |= selecting(set(sizes) - stacked, sorted(set(sizes) & stacked))  # never by a file's expression
+        host = SVFConfig.from_peft_type(**expert.config | values)
         taken = getattr(self.model, "peft_config", {})
         name = next(name for i in count() if (name := f"{HOST}{i}") not in taken)
         before = set(self.layers())

@@ -25,10 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from .arc import ArcChallenge, ArcEasy
-from .gsm8k import Gsm8k
-from .mbpp import Mbpp
-from .svamp import Svamp
+from .programs import Mbpp
 from .task import DATA_VARIABLE, Chat, Folder, Record, Task, shuffled, user_turn
+from .word_problems import Gsm8k, Svamp
 
 KINDS: dict[str, str] = {
     "code": "a program to write",

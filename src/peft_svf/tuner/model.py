@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from . import loading
-from .config import SVFConfig
+from .config import SVFConfig, selecting
 from .layer import BASE, Linear, SVFLayer, svf_layers
 from .plans import PLANS, Plan, fast
 from .rows import TEXTS, Execution, active_rows, batch_of
@@ -213,9 +213,8 @@ class SVFModel(BaseTuner):
         self.peft_config[adapter_name] = replace(
             configs[0],
             # by name: the union of two configs' fields may select other modules
-            target_modules={name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)},
-            target_parameters=stacks or None,
-            **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")),
+            **selecting((name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)), stacks),
+            modules_to_save=None,
             rank=None if None in ranks else max(ranks),
             fingerprint=None,
             init_weights=True,
