@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..files import extra
 from ..tuner.basis import Basis, exact
 from ..tuner.fingerprint import Fingerprint
 from .base import BaseWeights
@@ -171,10 +172,8 @@ def match(similarity: Tensor) -> Tensor:
 
     `similarity (r, r)` -> the column of each row, `(r,)`.
     """
-    try:
+    with extra("transfer", "mode='aligned' needs scipy"):
         from scipy.optimize import linear_sum_assignment
-    except ImportError as error:
-        raise ImportError('mode="aligned" needs scipy: pip install "peft-svf[transfer]".') from error
     return torch.from_numpy(linear_sum_assignment(similarity.numpy(), maximize=True)[1])
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from ..files import extra
 from ..rows import Reader
 from ..tuner.basis import Basis, exact, rescale
 from .base import BaseWeights, refuse_adapters
@@ -187,10 +188,8 @@ def export_gguf(
         `ValueError`: if architecture or tokenizer aren't covered, with the commands that convert them; and as in
             [`merge_expert`].
     """
-    try:
+    with extra("gguf", "GGUF files need the gguf package"):
         import gguf
-    except ImportError as error:
-        raise ImportError('GGUF files need the gguf package: pip install "peft-svf[gguf]".') from error
     split = _covered(model, tokenizer, path, dtype)
     with new_place(path) as file:
         merge_expert(expert, model)

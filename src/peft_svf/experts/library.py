@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..tuner.config import SVFConfig, selecting
-from ..tuner.layer import SVFLayer, svf_layers
+from ..tuner.layer import SVFLayer, svf_weights
 from ..tuner.loading import remove
 from ..tuner.rows import active_rows
 from .base import refuse_adapters, weights_in
@@ -304,7 +304,7 @@ class ExpertLibrary:
 
     def layers(self) -> dict[str, SVFLayer]:
         """The SVF layers by the name of the base model's weight; of a stacked one the parameter's."""
-        return _layers(self.model)
+        return svf_weights(self.model)
 
     def _admit(self, expert: Expert) -> None:
         """Check an expert against the base model, give the model the layers it needs, and list it."""
@@ -384,10 +384,6 @@ def _task() -> "asyncio.Task[Any] | None":
     return None if asyncio._get_running_loop() is None else asyncio.current_task()
 
 
-def _layers(model: nn.Module) -> dict[str, SVFLayer]:
-    return {layer.weight_name(name): layer for name, layer in svf_layers(model).items()}
-
-
 def _own(model: PreTrainedModel | PeftModel) -> list[Expert]:
     """Return the adapters of a model as experts, with the values they have now; refuse those that are more than z."""
     if not isinstance(model, PeftModel):
@@ -403,7 +399,7 @@ def _own(model: PreTrainedModel | PeftModel) -> list[Expert]:
         if name.startswith(HOST):
             continue
         paths = {weight: path for path, weight in weights_in(model, config.to_dict()).items()}
-        layers: dict[str, Any] = {n: layer for n, layer in _layers(model).items() if name in layer.svf_offset}
+        layers: dict[str, Any] = {n: layer for n, layer in svf_weights(model).items() if name in layer.svf_offset}
         values = {n: layer.svf_offset[name].weight.detach().float().cpu().clone() for n, layer in layers.items()}
         prints = {n: layer.svf_fingerprint.to_json() for n, layer in layers.items() if layer.svf_fingerprint}
         base = config.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", None)

@@ -26,7 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..files import read_bytes
+from ..files import extra, read_bytes
 from ..rows import check, has_image
 
 LETTERS = string.ascii_uppercase
@@ -314,14 +314,10 @@ class Task(ABC):
         way_out = f"Pass folder=... or set {DATA_VARIABLE} to a folder with '{self.name}/{file}.jsonl.gz'."
         if self.hub is None or file not in self.hub.splits:
             raise FileNotFoundError(f"{name} has no '{file}' on the Hub. {way_out}")
-        try:
+        with extra("eval", f"{name} reads the Hub by `datasets`. {way_out}"):
             import datasets
-
+        try:
             table = datasets.load_dataset(self.hub.path, self.hub.config, split=self.hub.splits[file])
-        except ImportError as error:
-            raise ImportError(
-                f"{name} reads the Hub by `datasets`: pip install 'peft-svf[eval]'. {way_out}"
-            ) from error
         except Exception as error:  # `datasets` raises many kinds, and the way out is the same for all
             raise ConnectionError(f"{name} couldn't read '{self.hub.path}' from the Hub: {error} {way_out}") from error
         return file, self._hub_records(table)

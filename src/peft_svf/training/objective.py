@@ -16,12 +16,11 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import is_torch_bf16_gpu_available
 
+from ..files import extra
 from .run import RunConfig
 
-try:
+with extra("train", "Training needs TRL and datasets"):
     from trl import GRPOConfig
-except ImportError as error:
-    raise ImportError("Training needs TRL and datasets: pip install 'peft-svf[train]'") from error
 
 Estimator = Literal["none", "batch", "batch_norm", "rloo", "group"]
 Direction = Literal["policy_ref", "ref_policy"]

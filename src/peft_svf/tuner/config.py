@@ -56,7 +56,8 @@ class SVFConfig(PeftConfig):
             How the layers compute. `"auto"` decides for each forward: on a merged copy of the weight in inference and
             in training steps of enough tokens, by two thin products beside the base layer otherwise, through the two
             factors of the weight if the rows of a batch differ. `"merged"`, `"narrow"`, `"factored"` request one.
-            The first adapter of a model decides, `model.set_plan` changes it; it isn't saved with an expert.
+            The first adapter of a model decides, `model.set_plan` changes it; it isn't saved with an expert. If you
+            write to a base weight through `.data`, which torch doesn't count, call `set_plan` to drop its copies.
         basis_from (`str`):
             `"memory"`: the basis of the weights as loaded. `"checkpoint"`: of the stored weights, an error if no file
             holds them. `"auto"`: of the stored ones if loading has rounded them and the file is on this machine.

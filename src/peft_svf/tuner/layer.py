@@ -65,6 +65,11 @@ def svf_layers(model: nn.Module) -> dict[str, "SVFLayer"]:
     return layers
 
 
+def svf_weights(model: nn.Module) -> dict[str, "SVFLayer"]:
+    """Find the SVF layers of a model by what files call their weights; of a stacked weight it is the parameter."""
+    return {layer.weight_name(name): layer for name, layer in svf_layers(model).items()}
+
+
 class SVFLayer(nn.Module, BaseTunerLayer):
     """
     The state of an adapted module and everything PEFT asks of it.
@@ -99,6 +104,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
     svf_chosen: Plan | None = None
     svf_merged: Merged | None = None
     svf_factored: Factored | None = None
+    parameter_name: str | None = None  # of a stacked weight in its module
     matrices = 1  # A stack of experts has several.
     _pristine: Any = None  # what merging has replaced
     _known: tuple[Tensor, ...] = ()  # the base parameter when the plan was set, see `_plain`

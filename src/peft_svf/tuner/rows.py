@@ -155,7 +155,8 @@ def active_rows(
             in n equal parts of consecutive rows.
         index (`torch.Tensor` of shape `(B,)` or `(B * T,)`, *optional*):
             The offset of each row of the batch, or of each token, row by row, as in several sequences packed into one
-            row. In generation rows may be repeated side by side. One offset alone serves all rows.
+            row. In generation rows may be repeated side by side. One offset alone serves all rows. Offsets of tokens
+            need all tokens in every layer: `logits_to_keep` is refused if `lm_head` is adapted.
         merge (`bool`):
             Many forwards will follow: if the rows share one offset, a merged copy of the weight pays.
 

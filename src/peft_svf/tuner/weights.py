@@ -192,7 +192,7 @@ def reader(model: nn.Module, layers: Mapping[str, Any], source: str) -> Callable
         if checkpoint is None or not (required or packed or checkpoint.rounds_to(loaded.dtype)):
             return loaded
         turned = isinstance(layer.get_base_layer(), Conv1D)
-        parameter = name if hasattr(layer, "parameter_name") else f"{name}.weight"
+        parameter = name if layer.parameter_name else f"{name}.weight"
         stored = checkpoint.weight(parameter, loaded, packed, turned)
         if stored is None and required:
             raise ValueError(
