@@ -77,12 +77,12 @@ class ExpertLibrary:
         self._mixtures: dict[str, Mixture] = {}
         self._loaded: OrderedDict[str, dict[str, Tensor]] = OrderedDict()  # the one used longest ago first
         self._hosts: list[str] = []
-        experts = loaded(experts, self._lazy)
-        admitted = [*_own(model), *(experts.values() if isinstance(experts, Mapping) else experts)]
+        lazy = limit_bytes is not None
+        admitted = [*_own(model), *loaded(experts, lazy)]
         if not admitted:
             raise ValueError("There are no experts: pass experts=[...], folders or Hub repositories of SVF adapters.")
         if classifier is not None:
-            chosen = _load(classifier, None, self._lazy)
+            (chosen,) = loaded(classifier, lazy)
             self.classifier = CLASSIFIER + chosen.name
             admitted.append(replace(chosen, name=self.classifier))
         with ExitStack() as undo:
@@ -94,10 +94,6 @@ class ExpertLibrary:
                 self._admit(expert)
             undo.pop_all()
         self.model.eval()
-
-    @property
-    def _lazy(self) -> bool:
-        return self.limit_bytes is not None
 
     @property
     def names(self) -> list[str]:
@@ -168,7 +164,7 @@ class ExpertLibrary:
         Raises:
             `FileNotFoundError`, `ValueError`: as in the constructor. Library and model are then as they were.
         """
-        expert = _load(source, name, self._lazy)
+        (expert,) = loaded({name: source} if name else source, self.limit_bytes is not None)
         with self.lock, ExitStack() as undo:
             self.check_name(expert.name)
             undo.callback(self._drop_hosts, len(self._hosts))
@@ -408,17 +404,14 @@ def _own(model: PreTrainedModel | PeftModel) -> list[Expert]:
     return experts
 
 
-def _load(source: Source, name: str | None, lazy: bool) -> Expert:
-    if isinstance(source, Expert):
-        return replace(source, name=name or source.name)
-    return Expert.load(source, name, lazy=lazy)
-
-
-def loaded(
-    sources: Source | Sequence[Source] | Mapping[str, Source], lazy: bool = False
-) -> list[Expert] | dict[str, Expert]:
-    """Load experts, or one; `lazy` keeps no values in memory, as a library with a limit needs it."""
-    if isinstance(sources, Mapping):
-        return {name: _load(source, name, lazy) for name, source in sources.items()}
-    several = [sources] if isinstance(sources, (str, PathLike, Expert)) else sources
-    return [_load(source, None, lazy) for source in several]
+def loaded(sources: Source | Sequence[Source] | Mapping[str, Source], lazy: bool = False) -> list[Expert]:
+    """Load experts, named by themselves or by keys; `lazy` keeps no values, as a library with a limit needs it."""
+    if isinstance(sources, (str, PathLike, Expert)):
+        sources = [sources]
+    named = sources.items() if isinstance(sources, Mapping) else ((None, source) for source in sources)
+    return [
+        replace(source, name=name or source.name)
+        if isinstance(source, Expert)
+        else Expert.load(source, name, lazy=lazy)
+        for name, source in named
+    ]

@@ -9,7 +9,7 @@ object is a [`Task`] or a subclass of it.
 
 from importlib.metadata import entry_points
 
-from .arc import ArcChallenge, ArcEasy
+from .arc import CHALLENGE, EASY
 from .competition_math import Math
 from .dispatch import Dispatch, dispatch_prompt, everyday_requests
 from .own import jsonl_task
@@ -23,7 +23,7 @@ GROUP = "peft_svf.tasks"
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        *(ArcEasy(), ArcChallenge(), Gsm8k(), Svamp(), Math()),
+        *(EASY, CHALLENGE, Gsm8k(), Svamp(), Math()),
         *(Mbpp(), MbppPro(), HumanEval(), TextVqa(), OkVqa(), Dispatch()),
     )
 }

@@ -28,14 +28,15 @@ from .plans import (
     Load,
     Merged,
     Plan,
+    capturing,
     choose,
     factored_linear,
     fast,
     fold,
+    key_of,
     merged_linear,
     split,
     transforming,
-    version_of,
 )
 from .rows import Execution, Rows
 from .weights import held_weight, offloaded, onloaded, refuse_split, undo_cpu_packing
@@ -360,20 +361,6 @@ class SVFLayer(nn.Module, BaseTunerLayer):
         if y.dtype not in (torch.bfloat16, torch.float16) or self.quantization_backend is not None:
             return y - self.bias
         return F.linear(x, self.base_weight.T if isinstance(base, Conv1D) else self.base_weight)
-
-
-def capturing(x: Tensor) -> bool:
-    """
-    Whether a CUDA graph is being captured: nothing may wait for the device, and replays must see later values of z.
-
-    The narrow plan reads z from the adapter's parameter itself, or from the tensor given to [`active_rows`].
-    """
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def key_of(weight: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Identifies a base weight and the dtype it is used in."""
-    return weight.data_ptr(), version_of(weight), dtype, weight.device
 
 
 def _untouched(base: nn.Module) -> bool:

@@ -145,6 +145,20 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def key_of(weight: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Identify a base weight and the dtype it is used in, up to writes through `.data`, which torch doesn't count."""
+    return weight.data_ptr(), version_of(weight), dtype, weight.device
+
+
+def capturing(x: Tensor) -> bool:
+    """
+    Whether a CUDA graph is being captured: nothing may wait for the device, and replays must see later values of z.
+
+    The narrow plan reads z from the adapter's parameter itself, or from the tensor given to [`active_rows`].
+    """
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def fold(
     weight: Tensor,
     bias: Tensor | None,
