@@ -43,7 +43,7 @@ def import_reference(path: str | os.PathLike[str], model: PreTrainedModel, name:
     The file doesn't name its base, `model`. Raises `ValueError` if it holds more than tensors, or doesn't fit that.
     """
     content: Any = None
-    with suppress(pickle.UnpicklingError):  # of more than tensors, which would be run
+    with suppress(pickle.UnpicklingError):  # more than tensors, which unpickling would run
         content = torch.load(path, map_location="cpu", weights_only=True)
     weights, offsets, prints = BaseWeights(model), dict[str, Tensor](), dict[str, Fingerprint]()
     logits = _named(content, model) if isinstance(content, dict) else {}

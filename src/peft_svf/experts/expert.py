@@ -369,7 +369,7 @@ def download(repo_id: str, **options: Any) -> Path:
         for wait in WAITS:
             try:
                 return Path(snapshot_download(repo_id, **options))
-            except Exception as error:  # of httpx, of the Hub, or of the system
+            except Exception as error:  # httpx, the Hub and the system raise their own
                 if not _passes(error):
                     raise
             time.sleep(wait)

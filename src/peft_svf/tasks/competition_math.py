@@ -43,7 +43,7 @@ class Math(Task):
     name = "math"
     kind = "math"
     description = "competition mathematics"
-    published_names = True  # "test.jsonl.gz" is the published test set, of which MATH-500 is a part
+    published_names = True  # "test.jsonl.gz" is the published test set, which contains MATH-500
     files: Mapping[str, str] = {"train": "test", "validation": "test", "test": "math500"}
     hub = HubSource("nlile/hendrycks-MATH-benchmark", None, {"test": "train", "math500": "test"})
 

@@ -31,8 +31,8 @@ from .sandbox import run_python
 from .task import SPLITS, HubSource, Record, Task, form_of, plain
 
 ENTRY, HELPER = "solve", "helper"
-FROM_MBPP_TEST = 231  # ids of MBPP-Pro below are of MBPP's task_ids 2 to 510, those from here on of 511 and above
-TWINS = (57, 191)  # of MBPP-Pro, worded like MBPP's task_ids 569, of validation, and 928, of train
+FROM_MBPP_TEST = 231  # Smaller ids of MBPP-Pro belong to MBPP's task_ids 2 to 510, the others to 511 and above.
+TWINS = (57, 191)  # These ids are worded like MBPP's task_ids 569 (validation) and 928 (train).
 _BLOCK = re.compile(r"```(?:[ \t]*(?:python|py))?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 _CALLED = re.compile(r"\b([A-Za-z_]\w*)\s*\(")
 

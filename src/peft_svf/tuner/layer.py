@@ -105,7 +105,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
     svf_chosen: Plan | None = None
     svf_merged: Merged | None = None
     svf_factored: Factored | None = None
-    parameter_name: str | None = None  # of a stacked weight in its module
+    parameter_name: str | None = None  # what its module calls a stacked weight
     matrices = 1  # A stack of experts has several.
     _pristine: Any = None  # what merging has replaced
     _known: tuple[Tensor, ...] = ()  # the base parameter when the plan was set, see `_plain`

@@ -29,7 +29,7 @@ from torch import Tensor
 Plan = Literal["auto", "merged", "narrow", "factored"]
 PLANS = ("auto", "merged", "narrow", "factored")
 
-TAIL = 0.1  # of the median S: below it the gradient of z drowns in the rounding of g W (10-40 % in bfloat16)
+TAIL = 0.1  # share of the median S below which the gradient of z drowns in the rounding of g W (10-40 % in bfloat16)
 FEW = 32  # tokens for which upcasting a square factor of 576 to 4096 costs about what it saves
 TRANSPOSED_IS_SLOW = 2048  # directions from which a CPU takes 2.4 times as long for a transposed factor (at 4096)
 SMALL_Z = {torch.bfloat16: 0.25, torch.float16: 0.25, torch.float32: 1e-3, torch.float64: 1e-6}

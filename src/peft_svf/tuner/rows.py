@@ -78,7 +78,7 @@ class Execution:
 
     plan: Plan = "auto"  # as the user chose it; [`choose`] decides for each forward
     room: bool = True  # there is memory for a second copy of the adapted weights
-    forwards: int = 1  # of an optimizer step
+    forwards: int = 1  # in an optimizer step
     generating: bool = False  # the same z serves many forwards, in training mode too
     trusted: bool = False  # the merged weights are known to be built from the offsets in force
     announced: set[Plan] = field(default_factory=set)  # plans that the log has mentioned
