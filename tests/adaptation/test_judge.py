@@ -12,7 +12,7 @@ import pico
 import pytest
 import tiny_experts
 import torch
-from tiny_experts import assert_same, base, state
+from tiny_experts import base
 from tiny_model import tiny_tokenizer
 
 from peft_svf import ExpertLibrary, Mixture
@@ -43,16 +43,6 @@ class Digits(Task):
 
 GENERATION = {"task": Digits(), "generation": {"max_new_tokens": 4}}
 FORMS = {"choices": (CHOICES, {}), "answers": (ANSWERS, {}), "checked": (ANSWERS, GENERATION)}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return tiny_experts.write_all(tmp_path_factory.mktemp("experts"))
-
-
-@pytest.fixture(scope="module")
-def library(folders):
-    return ExpertLibrary(base(), [folders["math"], folders["code"]])
 
 
 def judge(library, examples, blocks=(), normalize=False, **settings):
@@ -173,21 +163,6 @@ def test_sampled_completions_see_the_same_random_numbers_and_leave_torchs_alone(
     random = torch.get_rng_state()
     one, two = (judge(library, ANSWERS, seed=3, **sampled)(MEMBERS).scores for _ in range(2))
     assert one == two and torch.equal(torch.get_rng_state(), random)
-
-
-def test_an_exception_leaves_the_model_as_it_was(library, monkeypatch):
-    before = state(library.model)
-
-    def fail(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(evaluator, "choice_logps", fail)
-    with pytest.raises(KeyboardInterrupt):
-        judge(library, CHOICES)(MEMBERS)
-    assert_same(library.model, before)
-    with library.activate(Mixture()) as model:
-        ids = tiny_experts.ids("after")
-        assert torch.equal(model(**ids).logits, base()(**ids).logits)
 
 
 RAY = """

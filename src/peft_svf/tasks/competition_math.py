@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..files import extra
-from .task import Folder, HubSource, Record, Task, form_of
+from .task import Folder, HubSource, Record, Task
 
 LONGEST = 400  # characters of a formula that is compared; the longest published answer has 159
 SECONDS = 3  # until reading or comparing a formula stops
@@ -79,10 +79,6 @@ class Math(Task):
     def row(self, raw: Record) -> Record:
         text = f"{raw['problem']}\nThink step by step and put the answer into \\boxed{{}}."
         return self.ask(raw, text, answer=raw["answer"])
-
-    def solved(self, raw: Record, row: Mapping[str, Any]) -> str:
-        """Show the published solution, which ends in a box."""
-        return raw["solution"] if form_of(row) == "generate" and "solution" in raw else super().solved(raw, row)
 
     def score(self, completion: str, row: Mapping[str, Any]) -> float:
         """Compare the last boxed formula, without a box the last formula, by value; the bare answer is right, too."""

@@ -125,8 +125,10 @@ class Task(ABC):
         return None
 
     def solved(self, raw: Record, row: Mapping[str, Any]) -> str:
-        """Write the answer to a row as a solved example shows it. The default is the bare answer."""
-        return row["choices"][row["label"]] if form_of(row) == "choice" else str(row["answer"])
+        """Write the answer to a row as an example shows it: by default the record's `solution`, or the bare answer."""
+        if form_of(row) == "choice":
+            return row["choices"][row["label"]]
+        return str(raw["solution"] if form_of(row) == "generate" and raw.get("solution") else row["answer"])
 
     def cut(self, split: str, records: list[Record]) -> list[Record]:
         """Take one split out of a file of several splits. The default takes every record."""
@@ -192,6 +194,7 @@ class Task(ABC):
         folder: Folder = None,
         system: str | None = None,
         shots: int = 0,
+        solved: bool = False,
     ) -> list[Record]:
         """
         Make the rows of a split, in an order that the seed fixes; all have `prompt`, `id` and `task`.
@@ -206,13 +209,15 @@ class Task(ABC):
                 How many solved examples, turns of user and assistant, precede each question. They come from the
                 training split, of which no row asks them, and are the same for all rows, splits and seeds: runs
                 compare, and a model reads them once for a whole batch. Rows with images take none.
+            solved (`bool`): Add the column `solution`, a text as [`Task.solved`] writes it.
         """
         if form not in self.forms:
             raise ValueError(f"Task '{self.name}' has no form '{form}'; it has {', '.join(self.forms)}.")
         examples, shown = self._examples(form, shots, folder) if shots else ([], set[str]())
         raws = self.load(split, folder)
-        made = (self.make_row(raw, form, raws, seed) for raw in shuffled(raws, f"{self.name}:{seed}"))
-        rows = (row for row in made if row is not None and row["id"] not in shown)
+        made = ((raw, self.make_row(raw, form, raws, seed)) for raw in shuffled(raws, f"{self.name}:{seed}"))
+        kept = ((raw, row) for raw, row in made if row is not None and row["id"] not in shown)
+        rows = (row | {"solution": self.solved(raw, row)} if solved else row for raw, row in kept)
         return [_framed(row, system, examples) for row in islice(rows, limit)]
 
     def make_row(self, raw: Record, form: str, pool: Sequence[Record] = (), seed: int = 0) -> Record | None:

@@ -99,7 +99,8 @@ class WordProblem(Task):
         """Write the calculation, or a solution that ends as the generated form asks for."""
         form = form_of(row)
         if form == "generate":
-            return f"{self.calculation(raw)} = {row['answer']}. The answer is {row['answer']}."
+            worked, last = self.calculation(raw), f"The answer is {row['answer']}."
+            return f"{worked} = {row['answer']}. {last}" if worked else last
         return row["calculation"] if form == "calculation" else super().solved(raw, row)
 
     def grade(self, completion: str, row: Mapping[str, Any]) -> float:
