@@ -6,8 +6,8 @@ Make `requests/<task>/{train,validation,test}.jsonl.gz`: short requests whose an
 
 Validation and test have wordings, names, products and numbers of their own, so that no phrase can be learned by heart
 and validation chooses what carries over to other words; *compare*, *subject* and *calculate* validate on the wordings
-of training. Lines are those of `peft_svf.tasks.jsonl_task`: a text is right if it is the answer, apart from case, spaces
-and a full stop, or if it ends with the right number.
+of training. Lines are those of `peft_svf.tasks.jsonl_task`: a text is right if it is the answer, apart from case,
+spaces and a full stop, or if it ends with the right number.
 """
 
 import gzip
@@ -159,7 +159,8 @@ NAMES = {
 HOSTS = {
     "train": [
         "mail.org", "example.com", "shop.net", "school.edu", "post.de", "inbox.io", "river.fr", "lake.ca",
-        "north.co.uk", "blue-sky.com", "atlas.info", "cafe21.net", "clinic.org", "town.se", "studio.tv", "harbor.us", "fastmail.dev",
+        "north.co.uk", "blue-sky.com", "atlas.info", "cafe21.net", "clinic.org", "town.se", "studio.tv",
+        "harbor.us", "fastmail.dev",
     ],
     "validation": ["library.org", "sunset.it", "kiosk.com", "team.ai"],
     "test": ["office.com", "garden.org", "museum.net", "bakery.co"],
