@@ -5,9 +5,9 @@ Make `requests/<task>/{train,validation,test}.jsonl.gz`: short requests whose an
     PEFT_SVF_DATA=<folder with the full files> python examples/data/make_requests.py
 
 Validation and test have wordings, names, products and numbers of their own, so that no phrase can be learned by heart
-and validation chooses what carries over to other words; *compare*, *subject* and *calculate* validate on the wordings
-of training. Lines are those of `peft_svf.tasks.jsonl_task`: a text is right if it is the answer, apart from case,
-spaces and a full stop, or if it ends with the right number.
+and validation chooses what carries over to other words; *compare*, *subject*, *topic* and *calculate* validate on the
+wordings of training. Lines are those of `peft_svf.tasks.jsonl_task`: a text is right if it is the answer, apart from
+case, spaces and a full stop, or if it ends with the right number.
 """
 
 import gzip
@@ -304,20 +304,10 @@ SUBJECT = {
 TOPIC = {
     "train": [
         *SUBJECT["train"],
-        *SUBJECT["test"],
         "Math, programming or science? {question}",
+        *SUBJECT["test"],
         "Label the text as math, programming or science.\n\nText: {question}\nLabel:",
         "Which teacher should answer '{question}', the one for math, programming or science? One word, please.",
-        "Science, math or programming? Choose one for this task: {question}",
-        "'{question}' Tell me whether that is programming, science or math.",
-        "Read the question and answer only with its subject: programming, math or science.\n\n{question}",
-        "{question}\nSubject (science, programming, math):",
-        'In which class would you hear this, science, math or programming? "{question}"',
-        "Put a tag on this exercise. The tags are programming, math and science. {question}",
-    ],
-    "validation": [
-        "Our forum has three rooms: math, programming and science. Where does this go? {question}",
-        "'{question}' Who can help, somebody from science, programming or math? Name the field only.",
     ],
     "test": [
         "Please file this under math, programming or science: '{question}' One word will do.",
@@ -345,9 +335,10 @@ def subject(split: str, draw: random.Random) -> Row:
 
 
 def topic(split: str, draw: random.Random) -> Row:
-    """Ask for the subject of a question, in more wordings; validation and test have others."""
+    """Ask for the subject of a question, in more wordings, none of which the test has."""
     question, answer = question_of(split, draw)
-    return {"prompt": draw.choice(TOPIC[split]).format(question=question), "answer": answer}
+    template = draw.choice(TOPIC["test" if split == "test" else "train"])
+    return {"prompt": template.format(question=question), "answer": answer}
 
 
 SENTENCES = {
