@@ -191,7 +191,7 @@ def test_in_a_browser_both_answers_appear_and_nothing_of_an_expert_runs(model, a
         view = browser.new_page(viewport={"width": 420, "height": 900})
         strangers, errors = [], []
         view.on("request", lambda request: strangers.append(request.url) if address not in request.url + "/" else None)
-        view.on("pageerror", errors.append)
+        view.on("pageerror", lambda error: errors.append(error))
         view.goto(address)
         view.get_by_placeholder("Ask something").fill("What is 3 + 4?")
         view.keyboard.press("Enter")

@@ -55,7 +55,7 @@ def demo(
     In a clone of the repository, without arguments, it takes SmolLM2-135M-Instruct and the experts of examples/.
     """
     try:
-        import gradio  # noqa: F401
+        import gradio
     except ImportError as error:
         raise ImportError(f"The page needs more packages: pip install 'peft-svf[demo]' ({error}).") from error
     try:
@@ -74,7 +74,10 @@ def demo(
         experts, dtype, requests = [*map(str, folders)], "float32", {f.name: _requests(f.name) for f in folders}
     page = build(load_experts(experts, model, revision, dtype), requests, new_tokens)
     print(f"Open http://{host}:{port} in a browser; Ctrl-C ends it.", flush=True)
-    page.launch(server_name=host, server_port=port, share=False, quiet=True, show_error=True, footer_links=[])
+    font = gradio.themes.LocalFont("Source Sans Pro", weights=(400, 700))  # Gradio's 600 has no Latin
+    theme = gradio.themes.Default(font=[font, "sans-serif"])
+    settings = {"share": False, "quiet": True, "show_error": True, "footer_links": [], "theme": theme}
+    page.launch(server_name=host, server_port=port, **settings)
 
 
 def _requests(name: str) -> list[dict[str, str]]:
