@@ -249,5 +249,5 @@ def test_two_ray_workers_score_as_this_process_and_raise_their_errors_here(folde
 
 def test_ray_is_asked_for_by_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ImportError, match=r'pip install "peft-svf\[ray\]"'):
+    with pytest.raises(ImportError, match=r"pip install 'peft-svf\[ray\]'"):
         RayEvaluator(base)

@@ -132,7 +132,7 @@ def test_a_failure_is_one_line_and_code_1(home, both, tmp_path, capsys):
         ("eval", *both, *task, "--experts", f"math={home / 'code'}"): "Two experts are called 'math'",
         ("eval", "--experts", f"base={home / 'math'}", *task): "can't be called 'base'",
         ("adapt", *both, "--examples", tmp_path / "bad.jsonl"): "line 2",
-        ("adapt", *both, "--examples", tmp_path / "broken.jsonl"): "isn't JSON",
+        ("adapt", *both, "--examples", tmp_path / "broken.jsonl"): "not JSON",
         ("adapt", *both, "--examples", tmp_path / "empty.jsonl"): "is empty: it needs one JSON object a line",
         ("adapt", *both, "--examples", home / "rows.jsonl", "--per-layer"): "name another place by --out",
         ("dispatch", *both, "--strategy", "classifier", "--", "x"): "needs a classifier",

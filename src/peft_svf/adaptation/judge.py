@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from ..evaluation import choice_logps, complete
 from ..experts.expert import OTHER, Mixture
 from ..experts.library import ExpertLibrary
+from ..files import extra
 from ..rows import Row, prompt_text
 from ..tasks import Task
 from ..tuner.rows import active_rows
@@ -230,10 +231,8 @@ class RayEvaluator(AbstractContextManager):
     """
 
     def __init__(self, factory: Callable[[], Any], workers: int = 2, **options: Any) -> None:
-        try:
+        with extra("ray", "RayEvaluator needs the library ray"):
             import ray
-        except ImportError as error:
-            raise ImportError('RayEvaluator needs the library ray: pip install "peft-svf[ray]".') from error
         self._ray = ray
         actor = ray.remote(**{"num_cpus": 1, **options})(_Worker)
         self._workers = [actor.remote(factory) for _ in range(workers)]

@@ -36,10 +36,8 @@ def save_figure(path: Path, draw: "Callable[[Axes], None]", rows: int = 0, colum
 
 def new_figure(columns: int, height: float = 3.8, width: float = 4.8) -> "tuple[Figure, list[Axes]]":
     """Make a figure of panels of this size in inches, without touching the user's backend or open figures."""
-    try:
+    with files.extra("demo", "Figures need matplotlib"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Figures need matplotlib: pip install 'peft-svf[demo]'") from error
     figure = Figure(figsize=(width * columns, height), layout="constrained", dpi=150)
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
