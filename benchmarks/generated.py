@@ -259,92 +259,43 @@ def adapter(method: str) -> Any:
 def trainer_of(cell: Training, model: Any, tokenizer: Any, task: Any, folder: Path) -> Any:
     """Make the trainer of a cell."""
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
 
     from peft_svf.tasks import jsonl_task
-    from peft_svf.training import ReinforceConfig, ReinforceTrainer
+    from peft_svf.training import ReinforceConfig, ReinforceTrainer, SupervisedConfig, SupervisedTrainer
 
     common: dict[str, Any] = {
         "output_dir": str(folder), "max_steps": cell.steps, "learning_rate": cell.lr, "seed": cell.seed,
         "max_grad_norm": 1.0, "per_device_train_batch_size": cell.questions * cell.samples, "save_steps": 5,
         "save_total_limit": 2, "logging_steps": 1, "report_to": "none", "bf16": False, "dataloader_pin_memory": False,
+        "retention": cell.retain, "retention_rows": cell.retained,
     }  # fmt: skip
-    rows, retained = task.rows("train", "generate"), base_answers(model, tokenizer)
+    rows = task.rows("train", "generate")
+    ours: dict[str, Any] = {"processing_class": tokenizer, "peft_config": adapter(cell.method)}
     if cell.learner == "sft":
-        solved = [
-            {
-                "prompt": row["prompt"],
-                "completion": [{"role": "assistant", "content": row.get("solution", row["answer"])}],
-            }
-            for row in rows
-        ]
-        return retaining(SFTTrainer, cell, retained)(
-            model, args=SFTConfig(**common, activation_checkpointing=False), train_dataset=Dataset.from_list(solved),
-            processing_class=tokenizer, peft_config=adapter(cell.method),
+        args = SupervisedConfig(**common, lr_scheduler_type="linear")
+        trainer: Any = SupervisedTrainer(model, args, Dataset.from_list(rows), **ours)
+    else:
+        args = ReinforceConfig(
+            **common, beta=cell.beta, num_generations=cell.samples, temperature=cell.temperature,
+            max_completion_length=LENGTHS[cell.task], per_device_eval_batch_size=64, eval_strategy="steps",
+            eval_steps=5, load_best_model_at_end=True,
         )  # fmt: skip
-    args = ReinforceConfig(
-        **common, beta=cell.beta, num_generations=cell.samples, temperature=cell.temperature,
-        max_completion_length=LENGTHS[cell.task], per_device_eval_batch_size=64, eval_strategy="steps", eval_steps=5,
-        load_best_model_at_end=True,
-    )  # fmt: skip
-    labels = {row["answer"] for row in rows}
-    graded = jsonl_task(REQUESTS / cell.task, score=share_of_answer(labels if len(labels) < 5 else set()))
-    check = Dataset.from_list(task.rows("validation", "generate", limit=48))
-    return retaining(ReinforceTrainer, cell, retained)(
-        model, graded.reward, args, Dataset.from_list(rows), eval_dataset=check, processing_class=tokenizer,
-        peft_config=adapter(cell.method),
-    )  # fmt: skip
+        labels = {row["answer"] for row in rows}
+        graded = jsonl_task(REQUESTS / cell.task, score=share_of_answer(labels if len(labels) < 5 else set()))
+        check = Dataset.from_list(task.rows("validation", "generate", limit=48))
+        trainer = ReinforceTrainer(model, graded.reward, args, Dataset.from_list(rows), eval_dataset=check, **ours)
+    trainer.retained_prompts = retained_prompts()
+    return trainer
 
 
-def retaining(trainer: type, cell: Training, retained: list[tuple[list[int], list[int]]]) -> type:
-    """Make a trainer whose loss has KL(base ‖ policy) on everyday answers of the base, a few in each step."""
-    import torch
-
-    class Retaining(trainer):  # type: ignore[valid-type, misc]
-        def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-            loss = super().compute_loss(model, *args, **kwargs)
-            if not (cell.retain and model.training):
-                return loss
-            start = self.state.global_step * cell.retained
-            ids, answered = padded([retained[i % len(retained)] for i in range(start, start + cell.retained)])
-            with torch.no_grad(), model.disable_adapter():
-                base = model(input_ids=ids).logits[answered].log_softmax(-1)  # (tokens, vocabulary)
-            policy = model(input_ids=ids).logits[answered].log_softmax(-1)
-            divergence = torch.nn.functional.kl_div(policy, base, log_target=True, reduction="batchmean")
-            self._metrics["train"]["retention/kl"].append(divergence.item())
-            return loss + cell.retain * divergence
-
-    return Retaining
-
-
-def base_answers(model: Any, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
-    """Return tokens of everyday requests and of the base's answers to them."""
-    from peft_svf.evaluation import complete
-    from peft_svf.rows import prompt_ids
+def retained_prompts() -> list[str]:
+    """List the requests whose answers by the base are kept: everyday ones and questions of science."""
     from peft_svf.tasks import everyday_requests, get_task
 
-    path, questions = RUNS / "retained.json", everyday_requests("train", 64)
     science = get_task("arc_easy").rows("validation", "generate", limit=32, folder=ROOT / "examples" / "data")
-    questions += [row["prompt"][-1]["content"].split("\n")[0] for row in science]
+    questions = everyday_requests("train", 64) + [row["prompt"][-1]["content"].split("\n")[0] for row in science]
     random.Random(0).shuffle(questions)
-    prompts = [[{"role": "user", "content": text}] for text in questions]
-    if not path.exists():
-        batches = (prompts[i : i + 24] for i in range(0, len(prompts), 24))
-        answers = [text for batch in batches for text in complete(model, tokenizer, batch, max_new_tokens=24)]
-        path.write_text(json.dumps(answers))
-    answers = [tokenizer(text, add_special_tokens=False).input_ids for text in json.loads(path.read_text())]
-    return list(zip(prompt_ids(tokenizer, prompts), answers, strict=True))
-
-
-def padded(pairs: Sequence[tuple[list[int], list[int]]]) -> tuple[Any, Any]:
-    """Return questions with answers as tokens `(N, T)`, and where the next token is one of the answer's."""
-    import torch
-
-    length = max(len(question) + len(answer) for question, answer in pairs)
-    ids = torch.tensor([q + a + [0] * (length - len(q) - len(a)) for q, a in pairs])
-    places = torch.arange(length)
-    answered = [(places >= len(q) - 1) & (places < len(q) + len(a) - 1) for q, a in pairs]
-    return ids, torch.stack(answered)
+    return questions
 
 
 if __name__ == "__main__":
