@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 from ..rows import Prompt, Reader, Row, check, encode, has_image, pad_id, prompt_ids, prompt_of, tokenizer_of
 from ..tasks import Task, get_task
 from ..tasks.task import ANSWER_TOKENS, form_of, rotated, user_turn
-from .reading import context_of, evaluating, read_on, read_prompts, repeated, shared_prompts, unwrapped
+from .reading import context_of as context_of
+from .reading import evaluating, read_on, read_prompts, repeated, shared_prompts, unwrapped
 
 NINETY_FIVE = NormalDist().inv_cdf(0.975)
 
@@ -372,19 +373,3 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
-
-
-__all__ = [
-    "NINETY_FIVE",
-    "BaseText",
-    "Summary",
-    "choice_logps",
-    "complete",
-    "confidence_of",
-    "context_of",
-    "evaluate",
-    "paired_difference",
-    "row_lengths",
-    "score_choices",
-    "wilson",
-]
