@@ -3,10 +3,15 @@
 
 import asyncio
 import base64
+import importlib.util
 import io
 import json
 import logging
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -516,3 +521,101 @@ def test_the_verb_serves_a_bundle_to_those_with_a_key(folder, tmp_path, monkeypa
     assert (answers["half"], answers["status"], answers["stranger"]) == ({"math": 0.5, "code": 0.5}, 400, 401)
     lines = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
     assert len(lines) == 4 and KEY not in err and "3 + 4" not in err
+
+
+@pytest.fixture
+def sums(reference, tmp_path):
+    """A folder of two harnesses' tasks, of whose four questions the expert answers three as its target."""
+    questions = [f"What is {a} + {b}?" for a in range(4) for b in range(4)]
+    rows = [(text, alone(reference, "math", [{"role": "user", "content": text}])) for text in questions]
+    rows = [row for row in rows if row[1].isalnum()][:4]
+    rows[0] = (rows[0][0], "something else")
+    assert len(rows) == 4
+    lines = [json.dumps({"input": question, "target": target}) for question, target in rows]
+    (tmp_path / "sums.jsonl").write_text("\n".join(lines))
+    page = (ROOT / "docs" / "how_to" / "serve.md").read_text()
+    for name in ("sums.yaml", "sums.py"):
+        code = page.split(f'title="{name}"\n')[1].split("```")[0]
+        (tmp_path / name).write_text(code)
+    return tmp_path
+
+
+def harness(package, folder, *arguments, **environment):
+    """Run a harness in a process of its own."""
+    if not importlib.util.find_spec(package):
+        pytest.skip(f"{package} isn't installed")
+    call = [sys.executable, "-m", package, *arguments]
+    done = subprocess.run(call, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_lm_eval_measures_what_the_expert_answers(gate, sums):
+    with loopback(gate) as url:
+        model = f"model=math,base_url={url}/chat/completions,num_concurrent=4,tokenizer_backend=none"
+        task = ["--tasks", "sums", "--include_path", ".", "--apply_chat_template", "--output_path", "out"]
+        harness("lm_eval", sums, "--model", "local-chat-completions", "--model_args", model, *task, OPENAI_API_KEY=KEY)
+    results = json.loads(next((sums / "out").rglob("results_*.json")).read_text())["results"]["sums"]
+    assert results["exact_match,none"] == 0.75
+
+
+@pytest.mark.slow
+def test_inspect_measures_what_the_expert_answers(gate, sums):
+    with loopback(gate) as url:
+        model = ["--model", "openai-api/svf/math", "--log-format", "json", "--log-dir", "out", "--display", "none"]
+        harness("inspect_ai", sums, "eval", "sums.py", *model, SVF_BASE_URL=url, SVF_API_KEY=KEY)
+    scores = json.loads(next((sums / "out").rglob("*.json")).read_text())["results"]["scores"]
+    assert scores[0]["metrics"]["accuracy"]["value"] == 0.75
+
+
+@contextmanager
+def example(tmp_path, name, *arguments, **environment):
+    """An example on a port of this machine, in a process of its own; a client once it answers."""
+    openai = pytest.importorskip("openai")
+    tiny_experts.base(name="").save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    of = tiny_experts.base(name=str(tmp_path / "base"))
+    experts = [tiny_experts.write(tmp_path, expert, tiny_experts.SEEDS[expert], of) for expert in ("math", "code")]
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = place.getsockname()[1]
+    call = [sys.executable, str(ROOT / "examples" / name), *arguments, tmp_path / "base", *experts, "--port", port]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    with subprocess.Popen([*map(str, call)], env=environment) as process:
+        try:
+            with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, timeout=60, max_retries=0) as asks:
+                for _ in range(300):
+                    time.sleep(1)
+                    assert process.poll() is None
+                    try:
+                        asks.chat.completions.create(model="math", **ASK)
+                        break
+                    except openai.OpenAIError:
+                        pass
+                yield asks
+        finally:
+            process.send_signal(signal.SIGINT)
+
+
+@pytest.mark.slow
+def test_ray_serve_answers_from_replicas(reference, tmp_path):
+    pytest.importorskip("ray")
+    pytest.importorskip("grpc", reason="needs ray[serve]")
+    patience = {"RAY_raylet_start_wait_time_s": "240", "RAY_USAGE_STATS_ENABLED": "0", "PEFT_SVF_API_KEYS": KEY}
+    with example(tmp_path, "serve_ray.py", **patience) as asks:
+        for name in ("math", "code", "math", "code"):
+            answer = asks.chat.completions.create(model=name, **ASK)
+            assert answer.choices[0].message.content == alone(reference, name)
+            chunks = asks.chat.completions.create(model=name, stream=True, **ASK)
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == alone(reference, name)
+
+
+@pytest.mark.slow
+def test_a_gateway_hands_requests_to_the_expert_of_another_engine(gate, reference, tmp_path):
+    with loopback(gate) as url, example(tmp_path, "gateway.py", url) as asks:
+        mixture = reference.first_pass([ASK["messages"]])[0]
+        answer = asks.chat.completions.create(model="auto", **ASK)
+        assert answer.choices[0].message.content == alone(reference, mixture.choice)
+        chunks = asks.chat.completions.create(model="code", stream=True, **ASK)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == alone(reference, "code")
