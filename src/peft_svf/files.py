@@ -14,8 +14,8 @@ import re
 import stat
 import time
 import zlib
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,15 @@ def public(value: Any) -> Any:
         if folder.strip(os.sep):  # a root is part of every path
             text = text.replace(json.dumps(folder)[1:-1], short)
     return json.loads(text)
+
+
+@contextmanager
+def extra(name: str, need: str) -> Iterator[None]:
+    """Name the extra of this package that brings what is imported in the context, if it is missing."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f"{need} ({error}): pip install 'peft-svf[{name}]'.") from error
 
 
 def versions() -> dict[str, str]:

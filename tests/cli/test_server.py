@@ -4,7 +4,6 @@
 import asyncio
 import base64
 import importlib.util
-import io
 import json
 import logging
 import os
@@ -474,9 +473,7 @@ def test_a_model_that_sees_answers_one_request_at_a_time(tmp_path_factory, strea
     experts = [tiny_experts.write(folder, "math", 2, seeing.model(name="seeing"), target_modules=seeing.LANGUAGE)]
     model = Transformer2Model(base, seeing.processor(), experts)
     gate = app.build(Engine(model, CAPACITY), RULES)
-    file = io.BytesIO()
-    seeing.IMAGES[0].save(file, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    url = "data:image/png;base64," + base64.b64encode(seeing.png(seeing.IMAGES[0])).decode()
     part = {"type": "image_url", "image_url": {"url": url}}
     messages = [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]
     inputs = model.processor.apply_chat_template(

@@ -100,7 +100,7 @@ def by_hand(trainer, members, rows, reward):
                 each = [reward([[{"content": text}]], **columns)[0] for text in row["choices"]]
                 rewards.append(sum(float(a) * b for a, b in zip(p, each, strict=True)))
             else:
-                rewards.append(reward([[{"content": trainer._complete([row])[0]}]], **columns)[0])
+                rewards.append(reward([[{"content": trainer.answers([row])[0]}]], **columns)[0])
         found.append(sum(rewards) / len(rewards))
     alone(trainer, start)
     return torch.tensor(found)

@@ -72,12 +72,10 @@ class Probe:
         counts = {label: list(kinds).count(label) for label in labels}
         if len(labels) < 2 or min(counts.values()) < 2:
             raise ValueError(f"A probe is fitted to two or more kinds with two or more prompts each; got {counts}.")
-        try:
+        with files.extra("probe", "Fitting needs scikit-learn"):
             from sklearn.linear_model import LogisticRegression
             from sklearn.model_selection import StratifiedKFold, cross_val_predict
             from sklearn.preprocessing import StandardScaler
-        except ImportError as error:
-            raise ImportError('Fitting needs scikit-learn: pip install "peft-svf[probe]".') from error
         scaler = StandardScaler()
         # All folds share one scale, since a fold of two prompts has no spread to standardise by.
         X = scaler.fit_transform(features.detach().double().cpu().numpy())  # (prompts, d)

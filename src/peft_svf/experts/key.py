@@ -27,7 +27,7 @@ from ..rows import Prompt, Reader, prompt_ids, tokenizer_of
 
 KEY_NAME = "routing.safetensors"
 POOLINGS = ("both", "mean", "last")
-SHARE = 6  # a key reads a sixth of the blocks; half of them decide better and cost more (results/adaptation.md)
+SHARE = 6  # a key reads a sixth of the blocks; half of them decide better and cost more (docs/results.md)
 LIMIT = 64  # prompts of a key
 BYTES = 32 << 20  # limit of a file; 64 states of width 16,384 take 2 MB
 LARGEST = 65504.0  # the largest float16

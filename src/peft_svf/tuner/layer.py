@@ -28,14 +28,15 @@ from .plans import (
     Load,
     Merged,
     Plan,
+    capturing,
     choose,
     factored_linear,
     fast,
     fold,
+    key_of,
     merged_linear,
     split,
     transforming,
-    version_of,
 )
 from .rows import Execution, Rows
 from .weights import held_weight, offloaded, onloaded, refuse_split, undo_cpu_packing
@@ -63,6 +64,11 @@ def svf_layers(model: nn.Module) -> dict[str, "SVFLayer"]:
             name = name.removeprefix("module.") if hasattr(model, "module") else name
             layers[name.removeprefix("base_model.model.")] = module
     return layers
+
+
+def svf_weights(model: nn.Module) -> dict[str, "SVFLayer"]:
+    """Find the SVF layers of a model by what files call their weights; of a stacked weight it is the parameter."""
+    return {layer.weight_name(name): layer for name, layer in svf_layers(model).items()}
 
 
 class SVFLayer(nn.Module, BaseTunerLayer):
@@ -99,6 +105,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
     svf_chosen: Plan | None = None
     svf_merged: Merged | None = None
     svf_factored: Factored | None = None
+    parameter_name: str | None = None  # what its module calls a stacked weight
     matrices = 1  # A stack of experts has several.
     _pristine: Any = None  # what merging has replaced
     _known: tuple[Tensor, ...] = ()  # the base parameter when the plan was set, see `_plain`
@@ -354,20 +361,6 @@ class SVFLayer(nn.Module, BaseTunerLayer):
         if y.dtype not in (torch.bfloat16, torch.float16) or self.quantization_backend is not None:
             return y - self.bias
         return F.linear(x, self.base_weight.T if isinstance(base, Conv1D) else self.base_weight)
-
-
-def capturing(x: Tensor) -> bool:
-    """
-    Whether a CUDA graph is being captured: nothing may wait for the device, and replays must see later values of z.
-
-    The narrow plan reads z from the adapter's parameter itself, or from the tensor given to [`active_rows`].
-    """
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def key_of(weight: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Identifies a base weight and the dtype it is used in."""
-    return weight.data_ptr(), version_of(weight), dtype, weight.device
 
 
 def _untouched(base: nn.Module) -> bool:

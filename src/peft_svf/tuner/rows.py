@@ -87,7 +87,7 @@ class Execution:
 
     plan: Plan = "auto"  # as the user chose it; [`choose`] decides for each forward
     room: bool = True  # there is memory for a second copy of the adapted weights
-    forwards: int = 1  # of an optimizer step
+    forwards: int = 1  # in an optimizer step
     generating: bool = False  # the same z serves many forwards, in training mode too
     trusted: bool = False  # the merged weights are known to be built from the offsets in force
     announced: set[Plan] = field(default_factory=set)  # plans that the log has mentioned
@@ -163,7 +163,8 @@ def active_rows(
             in n equal parts of consecutive rows.
         index (`torch.Tensor` of shape `(B,)` or `(B * T,)`, *optional*):
             The offset of each row of the batch, or of each token, row by row, as in several sequences packed into one
-            row. In generation rows may be repeated side by side. One offset alone serves all rows.
+            row. In generation rows may be repeated side by side. One offset alone serves all rows. Offsets of tokens
+            need all tokens in every layer: `logits_to_keep` is refused if `lm_head` is adapted.
         merge (`bool`):
             Many forwards will follow: if the rows share one offset, a merged copy of the weight pays.
 
