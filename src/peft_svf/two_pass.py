@@ -517,8 +517,7 @@ def load_model(name: str, **kwargs: Any) -> tuple[PreTrainedModel, Reader]:
 
 def base_of(experts: Sequence[Source] | Mapping[str, Source]) -> tuple[str, str | None]:
     """Return the base model that experts name, with its revision if any; a `ValueError` for none or several."""
-    experts = loaded(experts)
-    configs = [expert.config for expert in (experts.values() if isinstance(experts, dict) else experts)]
+    configs = [expert.config for expert in loaded(experts)]
     names = sorted({config["base_model_name_or_path"] for config in configs if config.get("base_model_name_or_path")})
     revisions = sorted({str(config["revision"]) for config in configs if config.get("revision")})
     if len(names) != 1 or len(revisions) > 1:

@@ -17,8 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from peft_svf import Expert, SVFConfig
-from peft_svf.experts.export import export_lora, export_merged, merge_expert
-from peft_svf.experts.gguf import export_gguf
+from peft_svf.experts.export import export_gguf, export_lora, export_merged, merge_expert
 
 EXAMPLE = Path(__file__).parents[2] / "benchmarks" / "experts" / "math"
 KINDS = ["llama", "qwen2", "gpt2"]

@@ -13,7 +13,7 @@ from tiny_experts import base, write
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from peft_svf import Expert, ExpertLibrary, SVFConfig
-from peft_svf.experts.transfer import match, transfer_expert
+from peft_svf.experts.convert import match, transfer_expert
 
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"  # sides "in" and "out"
 MODES = ["ordered", "shuffled", "aligned"]

@@ -29,10 +29,10 @@ from peft_svf.tasks import (
 from peft_svf.tasks.competition_math import boxed
 from peft_svf.tasks.dispatch import everyday
 from peft_svf.tasks.own import same_answer
-from peft_svf.tasks.program import code_block
+from peft_svf.tasks.programs import code_block
 from peft_svf.tasks.task import plain, read_jsonl, rotated
 from peft_svf.tasks.vqa import normalised, vqa_accuracy
-from peft_svf.tasks.word_problem import calculated, final_number
+from peft_svf.tasks.word_problems import calculated, final_number
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "data"
 DATA = Path(os.environ.get("PEFT_SVF_DATA") or EXAMPLES)
@@ -807,7 +807,7 @@ WRONG_LINES = [
     ([1], "expected an object"),
     ({"prompt": "a"}, "expected 'answer'"),  # the other rules of `rows.check` have their test
     ({"prompt": "a", "choices": ["x"], "label": 0}, "two or more"),
-    ({"prompt": "a", "answer": "b", "id": "7"}, "its id '7' is also that of line 1"),
+    ({"prompt": "a", "answer": "b", "id": "7"}, r"its id '7' is also that of '.*mine\.jsonl', line 1"),
     ('{"prompt": "a", "answer": NaN}', "not JSON: .*'NaN'"),
     ('{"prompt": "a", "answer": "b", "level": Infinity}', "not JSON: .*'Infinity'"),
     ({"prompt": "a", "answer": "b", "completions": 1}, "cannot be called 'completions'"),

@@ -28,6 +28,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..files import extra
 from .task import Folder, HubSource, Record, Task
 
 LONGEST = 400  # characters of a formula that is compared; the longest published answer has 159
@@ -42,7 +43,7 @@ class Math(Task):
     name = "math"
     kind = "math"
     description = "competition mathematics"
-    published_names = True  # "test.jsonl.gz" is the published test set, of which MATH-500 is a part
+    published_names = True  # "test.jsonl.gz" is the published test set, which contains MATH-500
     files: Mapping[str, str] = {"train": "test", "validation": "test", "test": "math500"}
     hub = HubSource("nlile/hendrycks-MATH-benchmark", None, {"test": "train", "math500": "test"})
 
@@ -107,10 +108,8 @@ def boxed(text: str) -> list[str]:
 
 def same_value(text: str, solution: str) -> bool:
     """Compare the last formulas of a completion and of a solution, in boxes or between dollar signs, by value."""
-    try:
+    with extra("eval", "Task 'math' compares formulas by math-verify"):
         from math_verify import parse, verify  # type: ignore[import-untyped, unused-ignore]
-    except ImportError as error:
-        raise ImportError("Task 'math' compares formulas by math-verify: pip install 'peft-svf[eval]'.") from error
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError(
             "Task 'math' scores generated answers in the main thread only: `math-verify` stops a formula after "

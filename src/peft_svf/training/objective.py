@@ -15,12 +15,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..files import extra
 from .retention import RetentionConfig
 
-try:
+with extra("train", "Training needs TRL and datasets"):
     from trl import GRPOConfig, SFTConfig
-except ImportError as error:
-    raise ImportError("Training needs TRL and datasets: pip install 'peft-svf[train]'") from error
 
 Estimator = Literal["none", "batch", "batch_norm", "rloo", "group"]
 Direction = Literal["policy_ref", "ref_policy"]
