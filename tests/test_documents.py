@@ -87,9 +87,13 @@ def clone(hub, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "examples", raising=False)
     monkeypatch.setenv("PEFT_SVF_SMOLLM2", str(hub / "smollm2"))
     monkeypatch.setenv("PEFT_SVF_DATA", str(ROOT / "examples" / "data"))
-    monkeypatch.setattr(
-        huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **_: huggingface_hub.RepoUrl(repo_id)
-    )
+    (tmp_path / "empty").mkdir()
+
+    def create_repo(self, repo_id, **_):
+        publish(repo_id, tmp_path / "empty", again=False)
+        return huggingface_hub.RepoUrl(repo_id)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
     monkeypatch.setattr(
         huggingface_hub.HfApi,
         "upload_folder",

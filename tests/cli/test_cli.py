@@ -23,7 +23,20 @@ from peft_svf.evaluation import evaluate
 from peft_svf.experts import make_key
 from peft_svf.tuner.cache import cache_dir, usage
 
-VERBS = ["train", "eval", "factor", "inspect", "adapt", "dispatch", "key", "export", "import", "search", "serve"]
+VERBS = [
+    "train",
+    "eval",
+    "factor",
+    "inspect",
+    "adapt",
+    "dispatch",
+    "key",
+    "export",
+    "import",
+    "search",
+    "serve",
+    "demo",
+]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +80,7 @@ def test_help_version_and_usage_errors_import_no_torch(argv):
         "import sys; sys.argv = ['peft-svf', *sys.argv[1:]]; sys.orig_argv = ['python', *sys.argv]\n"
         "from peft_svf.cli import main; main()\n"
         "names = {name.split('.')[0] for name in sys.modules}\n"
-        "print(sorted(names & {'torch', 'peft', 'transformers', 'trl', 'numpy', 'fastapi', 'uvicorn'}))"
+        "print(sorted(names & {'torch', 'peft', 'transformers', 'trl', 'numpy', 'fastapi', 'uvicorn', 'gradio'}))"
     )
     done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr

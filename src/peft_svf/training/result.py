@@ -87,9 +87,11 @@ def write_expert(
         "z": {"numbers": sum(p.numel() for key, p in model.named_parameters() if ".svf_offset.default." in key), **z},
         "curve": [entry for entry in state.log_history if {"loss", "eval_reward", "reward"} & entry.keys()],
     }
+    base_model = base_model or name
+    facts = result["card"] = _card_facts(result, trainer.args, base_model) if base_model else {}
     files.write(folder / RESULT_NAME, json.dumps(result, indent=1))
-    if base_model := base_model or name:
-        facts = {"base_dtype": model.get_base_model().dtype, **_card_facts(result, trainer.args, base_model)}
+    if base_model:
+        facts = {"base_dtype": model.get_base_model().dtype, **facts}
         card = expert_card(folder, base_model=_card_name(base_model), license=license, **facts)
         files.write(folder / CARD_NAME, str(card))
     return result
