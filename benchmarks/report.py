@@ -379,7 +379,7 @@ def cost_tables(mixed: Result, speeds: Mapping[str, Result]) -> dict[str, str]:
         for r in (r for r in speed["races"] if r["key"] in TIMED):
             first, *others = r["samples"]
             ratios = [f"{way} {ratio(r['samples'], way, first).median:.2f}" for way in others if way in CONTESTANTS]
-            page = f"[{speed['machine']['processor'].split(' @')[0]}](../benchmarks/results/speed/{name}.md)"
+            page = f"[{speed['machine']['processor'].split(' @')[0]}](../benchmarks/results/speed/{name}.json)"
             times.append([r["title"], page, "; ".join(ratios)])
     over = mixed["ratio_to_base"]["mixed batch"]
     return {

@@ -88,7 +88,7 @@ class SVFModel(AdapterLoader):
         for layer in layers.values():
             layer.execution = execution
             layer.svf_merged = layer.svf_factored = None
-            layer._known = (layer.base_weight,)
+            layer._planned_for = (layer.base_weight,)
 
     def _link(self) -> None:
         """Note the modules that a batch enters by: the model, and an encoder, which generation runs on its own."""
