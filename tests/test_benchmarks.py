@@ -285,6 +285,9 @@ def test_the_page_is_what_the_files_say():
 def test_a_tiny_server_is_measured(tmp_path):
     import serving
 
-    assert serving.main(["--tiny", "--threads", "1", "--out", str(tmp_path)]) == []
-    ratio = json.loads((tmp_path / "throughput.json").read_text())["ratio"]
-    assert set(ratio) == {"one after another", "base"} and all(value > 0 for value in ratio.values())
+    short = ["--tiny", "--threads", "1", "--minutes", "0.2", "--leaving", "20"]
+    assert serving.main([*short, "--out", str(tmp_path)]) == []
+    ratios = json.loads((tmp_path / "throughput.json").read_text())["ratio"]
+    assert all(set(ratio) == {"one after another", "base"} for ratio in ratios.values())
+    counts = json.loads((tmp_path / "soak.json").read_text())["counts"]
+    assert counts["wrong answers"] == 0 < counts["answers"] and counts["left"] >= 20

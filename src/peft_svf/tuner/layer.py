@@ -149,6 +149,11 @@ class SVFLayer(nn.Module, BaseTunerLayer):
         return min(self.in_features, self.out_features)
 
     @property
+    def columns(self) -> int:
+        """The number of directions in the basis, 0 without one."""
+        return 0 if self.svf_basis is None else self.svf_basis.shape[-1]
+
+    @property
     def base_weight(self) -> Tensor:
         """The parameter that holds the base weight, as the base layer keeps it; if the layer is packed, packed."""
         return held_weight(self.get_base_layer())
@@ -515,7 +520,8 @@ class Linear(SVFLayer):
             return self.svf_merged
 
     def extra_repr(self) -> str:
-        kept = self.directions if self.svf_basis is None else self.svf_basis.shape[-1]
         chosen = f" ({self.svf_chosen})" if self.execution.plan == "auto" and self.svf_chosen else ""
-        svf = f"side={self.side!r}, directions={kept}, plan={self.execution.plan + chosen!r}"
+        svf = (
+            f"side={self.side!r}, directions={self.columns or self.directions}, plan={self.execution.plan + chosen!r}"
+        )
         return ", ".join(filter(None, [quantization_extra_repr(self), svf]))
