@@ -14,7 +14,7 @@ RUN := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help test test-slow test-hub vllm check format docs demo announce bench generated learning adaptation wheel clean
+.PHONY: help test test-slow test-hub vllm check format docs demo announce bench generated learning adaptation results wheel clean
 .SECONDARY:
 
 help:
@@ -26,9 +26,8 @@ help:
 	@echo "make check       ruff and mypy; make format fixes what ruff can fix"
 	@echo "make docs        build the documentation site in site/"
 	@echo "make bench       time SVF, LoRA, TinyLoRA, IA3 and the dense form: 15 minutes on two free cores"
-	@echo "make learning    the training runs that have no result yet, then their page"
-	@echo "make generated   the runs on generated text that have no result yet, then their page"
-	@echo "make adaptation  the adaptation runs that have no result yet, then their page"
+	@echo "make generated   the runs on generated text that have no result yet; also make learning and make adaptation"
+	@echo "make results     docs/results.md from the result files"
 	@echo "make wheel       build the wheel and import it in a clean environment"
 	@echo "make clean       remove the environment and everything built"
 
@@ -88,14 +87,14 @@ bench: $(VENV)/demo.stamp $(VENV)/train.stamp
 
 generated: $(VENV)/demo.stamp $(VENV)/train.stamp
 	$(RUN) benchmarks/generated.py $(GENERATED_ARGS)
-	$(RUN) benchmarks/report.py
 
 learning: $(VENV)/demo.stamp $(VENV)/train.stamp
 	env -u OMP_NUM_THREADS $(RUN) benchmarks/learning.py $(LEARNING_ARGS)
-	$(RUN) benchmarks/report.py
 
 adaptation: $(VENV)/demo.stamp $(VENV)/train.stamp $(VENV)/search.stamp
 	$(RUN) benchmarks/adaptation.py $(ADAPTATION_ARGS)
+
+results: $(VENV)/demo.stamp $(VENV)/train.stamp $(VENV)/search.stamp
 	$(RUN) benchmarks/report.py
 
 wheel: $(VENV)/torch.stamp

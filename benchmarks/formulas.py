@@ -164,17 +164,6 @@ def step_ratio(shapes: Sequence[Shape], method: str, tokens: int) -> float:
     return step_flops(shapes, method, tokens) / step_flops(shapes, "frozen", tokens)
 
 
-def decode_bytes(shapes: Sequence[Shape], plan: str, rows: int, itemsize: int = BF16) -> int:
-    """Bytes of weights, bases and offsets that a decoding step reads, with an offset in float32 for each row."""
-    read = itemsize * entries(shapes)
-    if plan == "base":
-        return read
-    rank = 64 if plan == "truncated" else None
-    passes = 1 if plan == "factored" else 2  # the narrow plan multiplies by Q, then by its transpose
-    square = _sum(shapes, lambda s: passes * itemsize * s.r * min(s.r, rank or s.r))
-    return read + square + FP32 * rows * svf_parameters(shapes, rank)
-
-
 def eigh_seconds(shapes: Sequence[Shape], nanoseconds: float = 0.40) -> float:
     """Seconds of one CPU thread for `eigh`, at `nanoseconds * r^3`: 0.40 was measured for r of 1024 and 2048."""
     return _sum(shapes, lambda s: s.r**3) * nanoseconds * 1e-9
@@ -224,22 +213,13 @@ def memory_table() -> list[str]:
 
 
 def step_table(tokens: Sequence[int] = (2048, 16384, 65536)) -> list[str]:
-    """Flops of a training step over the frozen products, by plan and tokens; dense models only."""
+    """Flops of a training step over the frozen products, by plan and tokens."""
     rows = []
-    for model, name, shapes in by_targets((LLAMA_3_8B, LLAMA_3_70B), ("MLP", "all linear")):
+    for model, name, shapes in by_targets([LLAMA_3_8B], ("MLP", "all linear")):
         for count in tokens:
             ratios = (step_ratio(shapes, way, count) for way in ("merged", "narrow", "factored", "lora", "dense"))
             rows.append([model, name, f"{count:,}", *(f"{ratio:.2f}" for ratio in ratios)])
     return table(["model", "targets", "tokens", "merged", "narrow", "factored", "LoRA r=16", "dense form"], rows)
-
-
-def decode_table(rows_of_batch: int = 64) -> list[str]:
-    """Bytes that a decoding step reads of the adapted weights, over those of the base."""
-    rows = []
-    for model, name, shapes in by_targets((LLAMA_3_8B, LLAMA_3_70B), ("MLP", "all linear")):
-        read = [decode_bytes(shapes, plan, rows_of_batch) for plan in ("base", "factored", "narrow", "truncated")]
-        rows.append([model, name, human(read[0]), *(f"{some / read[0]:.2f}" for some in read)])
-    return table(["model", "targets", "base reads", "merged", "factored", "narrow", "k=64"], rows)
 
 
 def factorise_table() -> list[str]:
@@ -251,7 +231,7 @@ def factorise_table() -> list[str]:
     return table(["model", *TARGETS], rows.values())
 
 
-TABLES = (memory_table, step_table, decode_table, factorise_table)
+TABLES = (memory_table, step_table, factorise_table)
 
 
 if __name__ == "__main__":

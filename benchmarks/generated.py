@@ -15,7 +15,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,12 @@ from peft_svf.tasks.task import plain
 FOLDER = RESULTS / "generated"
 RUNS = Path("runs/generated")
 REQUESTS = ROOT / "examples" / "data" / "requests"
-LENGTHS = {"sentiment": 6, "compare": 10, "subject": 8, "price": 12, "email": 16}  # of sampled answers
+LENGTHS = {"compare": 10, "subject": 8}  # of sampled answers
 TEST_TOKENS = {"calculate": 48}  # of test answers; 16 in other tasks
-TASKS = ("sentiment", "price", "compare", "subject")
-SOLVED = {  # tasks learned from right answers: learning rate, steps, and everyday answers in each
-    "shipped": (("price", 0.003, 12, 3), ("topic", 0.006, 24, 8), ("email", 0.004, 12, 8)),
-    "tried once": (
-        ("subject", 0.003, 12, 3), ("subject", 0.01, 20, 3), ("calculate", 0.004, 24, 8), ("compare", 0.004, 16, 8),
-    ),
-}  # fmt: skip
 TEST_ROWS = 200
 STRENGTHS = (1.0, 0.8, 0.65)  # of which validation chooses one, after training
 MOST_LOSS = 0.015  # of the likelihood of the base's everyday answers
-MLP = ["gate_proj", "up_proj", "down_proj"]
+MLP, ATTENTION = ["gate_proj", "up_proj", "down_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"]
 UPPER = list(range(5, 30))  # blocks behind the first sixth
 NEAR = [  # requests near the tasks, and far from them, whose answers a person reads
     "What is 3 * 14?", "Which is larger, 62 or 59?", "Wie heißt die Hauptstadt von Frankreich?", "Write a poem.",
@@ -53,7 +46,8 @@ class Training:
 
     Args:
         task (`str`): Folder of the requests.
-        method (`str`): "svf", "svf-upper" (`UPPER`), "lora16", or "base".
+        method (`str`): "svf" or "lora16" on the MLP weights, "svf-upper" on those of `UPPER`, "svf-all-upper" on all
+            linear weights there, and so on; or "base".
         lr (`float`): Learning rate.
         seed (`int`): Seed of the questions' order, of sampled answers and of an adapter's start.
         steps, questions, samples (`int`): Optimizer steps, questions in each, answers per question.
@@ -86,31 +80,44 @@ class Training:
         return f"{self.task}-{learner}{self.method}{setting}{budget}"
 
 
+def solved(task: str, method: str, lr: float, steps: int, retained: int, **settings: Any) -> Training:
+    """Describe a training on right answers."""
+    return Training(
+        task,
+        method,
+        lr,
+        steps=steps,
+        retained=retained,
+        **{"questions": 16, "samples": 1, "learner": "sft"} | settings,
+    )
+
+
+SHIPPED = (
+    solved("price", "svf-all-upper", 0.004, 20, 6, questions=12, retain=40.0),
+    solved("email", "svf-all-upper", 0.006, 20, 6, questions=12),
+    solved("language", "svf-all-upper", 0.004, 20, 6, questions=12, retain=40.0),
+    solved("sentiment", "svf-upper", 0.005, 20, 8),
+    solved("topic", "svf-upper", 0.006, 24, 8),
+)
+TRIED = (
+    solved("subject", "svf-upper", 0.003, 12, 3),
+    solved("subject", "svf-upper", 0.01, 20, 3),
+    solved("calculate", "svf-upper", 0.004, 24, 8),
+    solved("compare", "svf-upper", 0.004, 16, 8),
+    Training("subject", "svf-upper", 0.01),
+    Training("compare", "svf-upper", 0.01, steps=20),
+)
+
+
 def cells() -> Iterator[Training]:
     """Yield every cell, in the order in which they run."""
-    for task in TASKS:
-        yield Training(task, "base")
-        yield Training(task, "svf-upper", 0.01)
-    solved: dict[str, Any] = {"questions": 16, "samples": 1, "learner": "sft"}
-    for kind, settings in SOLVED.items():
-        for task, lr, steps, retained in settings:
-            yield Training(task, "base")
-            for seed in range(3 if kind == "shipped" else 1):
-                yield Training(task, "svf-upper", lr, seed, steps, retained=retained, **solved)
-            if kind == "shipped":
-                for lora_lr in (1e-3, 3e-4):
-                    yield Training(task, "lora16-upper", lora_lr, 0, steps, retained=retained, **solved)
-    for seed in range(3):
-        yield Training("sentiment", "svf-upper", 0.01, seed, steps=20)
-    yield Training("compare", "svf-upper", 0.01, steps=20)
-    yield Training("sentiment", "lora16-upper", 1e-3)
-    for seed in (1, 2):
-        for task in TASKS:
-            yield Training(task, "svf-upper", 0.01, seed)
-        yield Training("sentiment", "lora16-upper", 1e-3, seed)
-    for task in TASKS[:2]:
-        yield Training(task, "svf", 0.01)
-        yield Training(task, "lora16-upper", 3e-4)
+    for training in (*SHIPPED, *TRIED):
+        yield Training(training.task, "base")
+        yield training
+    for training in SHIPPED:
+        yield from (replace(training, seed=seed) for seed in (1, 2))
+        lora = training.method.replace("svf", "lora16")
+        yield from (replace(training, method=lora, lr=lr) for lr in (1e-3, 3e-4))
 
 
 def measure(cell: Training) -> dict[str, Any]:
@@ -250,7 +257,8 @@ def adapter(method: str) -> Any:
 
     from peft_svf import SVFConfig
 
-    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": MLP}
+    targets = MLP + ATTENTION if "-all" in method else MLP
+    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": targets}
     if method.endswith("-upper"):
         common["layers_to_transform"] = UPPER
     return LoraConfig(**common, r=16, lora_alpha=32) if method.startswith("lora16") else SVFConfig(**common)
@@ -259,92 +267,43 @@ def adapter(method: str) -> Any:
 def trainer_of(cell: Training, model: Any, tokenizer: Any, task: Any, folder: Path) -> Any:
     """Make the trainer of a cell."""
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
 
     from peft_svf.tasks import jsonl_task
-    from peft_svf.training import ReinforceConfig, ReinforceTrainer
+    from peft_svf.training import ReinforceConfig, ReinforceTrainer, SupervisedConfig, SupervisedTrainer
 
     common: dict[str, Any] = {
         "output_dir": str(folder), "max_steps": cell.steps, "learning_rate": cell.lr, "seed": cell.seed,
         "max_grad_norm": 1.0, "per_device_train_batch_size": cell.questions * cell.samples, "save_steps": 5,
         "save_total_limit": 2, "logging_steps": 1, "report_to": "none", "bf16": False, "dataloader_pin_memory": False,
+        "retention": cell.retain, "retention_rows": cell.retained,
     }  # fmt: skip
-    rows, retained = task.rows("train", "generate"), base_answers(model, tokenizer)
+    rows = task.rows("train", "generate")
+    ours: dict[str, Any] = {"processing_class": tokenizer, "peft_config": adapter(cell.method)}
     if cell.learner == "sft":
-        solved = [
-            {
-                "prompt": row["prompt"],
-                "completion": [{"role": "assistant", "content": row.get("solution", row["answer"])}],
-            }
-            for row in rows
-        ]
-        return retaining(SFTTrainer, cell, retained)(
-            model, args=SFTConfig(**common, activation_checkpointing=False), train_dataset=Dataset.from_list(solved),
-            processing_class=tokenizer, peft_config=adapter(cell.method),
+        args = SupervisedConfig(**common, lr_scheduler_type="linear")
+        trainer: Any = SupervisedTrainer(model, args, Dataset.from_list(rows), **ours)
+    else:
+        args = ReinforceConfig(
+            **common, beta=cell.beta, num_generations=cell.samples, temperature=cell.temperature,
+            max_completion_length=LENGTHS[cell.task], per_device_eval_batch_size=64, eval_strategy="steps",
+            eval_steps=5, load_best_model_at_end=True,
         )  # fmt: skip
-    args = ReinforceConfig(
-        **common, beta=cell.beta, num_generations=cell.samples, temperature=cell.temperature,
-        max_completion_length=LENGTHS[cell.task], per_device_eval_batch_size=64, eval_strategy="steps", eval_steps=5,
-        load_best_model_at_end=True,
-    )  # fmt: skip
-    labels = {row["answer"] for row in rows}
-    graded = jsonl_task(REQUESTS / cell.task, score=share_of_answer(labels if len(labels) < 5 else set()))
-    check = Dataset.from_list(task.rows("validation", "generate", limit=48))
-    return retaining(ReinforceTrainer, cell, retained)(
-        model, graded.reward, args, Dataset.from_list(rows), eval_dataset=check, processing_class=tokenizer,
-        peft_config=adapter(cell.method),
-    )  # fmt: skip
+        labels = {row["answer"] for row in rows}
+        graded = jsonl_task(REQUESTS / cell.task, score=share_of_answer(labels if len(labels) < 5 else set()))
+        check = Dataset.from_list(task.rows("validation", "generate", limit=48))
+        trainer = ReinforceTrainer(model, graded.reward, args, Dataset.from_list(rows), eval_dataset=check, **ours)
+    trainer.retained_prompts = retained_prompts()
+    return trainer
 
 
-def retaining(trainer: type, cell: Training, retained: list[tuple[list[int], list[int]]]) -> type:
-    """Make a trainer whose loss has KL(base ‖ policy) on everyday answers of the base, a few in each step."""
-    import torch
-
-    class Retaining(trainer):  # type: ignore[valid-type, misc]
-        def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-            loss = super().compute_loss(model, *args, **kwargs)
-            if not (cell.retain and model.training):
-                return loss
-            start = self.state.global_step * cell.retained
-            ids, answered = padded([retained[i % len(retained)] for i in range(start, start + cell.retained)])
-            with torch.no_grad(), model.disable_adapter():
-                base = model(input_ids=ids).logits[answered].log_softmax(-1)  # (tokens, vocabulary)
-            policy = model(input_ids=ids).logits[answered].log_softmax(-1)
-            divergence = torch.nn.functional.kl_div(policy, base, log_target=True, reduction="batchmean")
-            self._metrics["train"]["retention/kl"].append(divergence.item())
-            return loss + cell.retain * divergence
-
-    return Retaining
-
-
-def base_answers(model: Any, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
-    """Return tokens of everyday requests and of the base's answers to them."""
-    from peft_svf.evaluation import complete
-    from peft_svf.rows import prompt_ids
+def retained_prompts() -> list[str]:
+    """List the requests whose answers by the base are kept: everyday ones and questions of science."""
     from peft_svf.tasks import everyday_requests, get_task
 
-    path, questions = RUNS / "retained.json", everyday_requests("train", 64)
     science = get_task("arc_easy").rows("validation", "generate", limit=32, folder=ROOT / "examples" / "data")
-    questions += [row["prompt"][-1]["content"].split("\n")[0] for row in science]
+    questions = everyday_requests("train", 64) + [row["prompt"][-1]["content"].split("\n")[0] for row in science]
     random.Random(0).shuffle(questions)
-    prompts = [[{"role": "user", "content": text}] for text in questions]
-    if not path.exists():
-        batches = (prompts[i : i + 24] for i in range(0, len(prompts), 24))
-        answers = [text for batch in batches for text in complete(model, tokenizer, batch, max_new_tokens=24)]
-        path.write_text(json.dumps(answers))
-    answers = [tokenizer(text, add_special_tokens=False).input_ids for text in json.loads(path.read_text())]
-    return list(zip(prompt_ids(tokenizer, prompts), answers, strict=True))
-
-
-def padded(pairs: Sequence[tuple[list[int], list[int]]]) -> tuple[Any, Any]:
-    """Return questions with answers as tokens `(N, T)`, and where the next token is one of the answer's."""
-    import torch
-
-    length = max(len(question) + len(answer) for question, answer in pairs)
-    ids = torch.tensor([q + a + [0] * (length - len(q) - len(a)) for q, a in pairs])
-    places = torch.arange(length)
-    answered = [(places >= len(q) - 1) & (places < len(q) + len(a) - 1) for q, a in pairs]
-    return ids, torch.stack(answered)
+    return questions
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 """
 Result files -> pages and figures. Nothing is measured here, and no number on a page has another source.
 
-    python benchmarks/report.py                    # docs/results/learning.md, generated.md and adaptation.md
+    python benchmarks/report.py                    # docs/results.md
     python benchmarks/report.py FILE.json ...      # the page beside a file of the speed benchmark
 """
 
@@ -10,28 +10,34 @@ import json
 import math
 import statistics
 import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from string import Template
 from typing import Any
 
+import formulas
 from adaptation import fingerprint
-from formulas import table
 from harness import RESULTS, ROOT, ratio
 from learning import CHANGES, Training, read_trainings
 from scipy.stats import t as student
 
-from peft_svf.cli.plots import draw_decisions, new_figure
+from peft_svf.cli.plots import new_figure
 
-PAGES = ROOT / "docs" / "results"
+PAPER = json.loads((RESULTS / "paper.json").read_text())
+METHODS = ("svf-mlp", "lora16-mlp", "ia3-mlp", "tinylora-mlp")  # side by side; all else is an ablation
+UNSEEN = {"svamp": "SVAMP", "arc_challenge": "ARC-Challenge", "math": "MATH-500", "humaneval": "HumanEval"}
+TRANSFER = ("arc_easy", "gsm8k", "mbpp")
+FIRST_PASSES = ("probe", "classifier", "prompt", "prompt, fitted", "names", "names, fitted")
+SHOTS = (3, 5, 10)
+SHIPPED = ROOT / "examples" / "experts"
+TIMED = ("B2/mlp", "B2/all", "B4/model", "B6/merged", "B6/beside")  # races of the speed benchmark, and who is shown
+CONTESTANTS = (
+    "SVF auto", "SVF auto, 8 experts", "SVF narrow", "dense form",
+    "LoRA r=16, as shipped", "LoRA r=16, base dtype", "LoRA r=16, 16 adapters",
+)  # fmt: skip
 NINETY_FIVE = 1.959964  # standard normal
 Result = dict[str, Any]
-
-
-def save(figure: Any, path: Path, text: str) -> list[str]:
-    """Write a figure beside its page and return the lines that show it."""
-    figure.savefig(path)
-    return [f"![{text}]({path.name})", ""]
 
 
 # --- speed
@@ -76,9 +82,9 @@ def speed_page(path: Path) -> Path:
                 for name, samples in race["samples"].items()
             ]
             rows += [[name, "", f"not available: {reason}"] for name, reason in race["not_available"].items()]
-            lines += table(["", "ms", f"over {first}"], rows)
+            lines += formulas.table(["", "ms", f"over {first}"], rows)
         for key, value in facts.items():
-            lines += [f"**{key.partition('/')[2].replace('_', ' ')}**", "", *table(["", ""], flat(value))]
+            lines += [f"**{key.partition('/')[2].replace('_', ' ')}**", "", *formulas.table(["", ""], flat(value))]
     out.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     return out
 
@@ -108,10 +114,12 @@ def speed_figure(result: Result, path: Path) -> list[str]:
         axes.invert_yaxis()
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set(xlabel=f"time over {first}", title=race["title"])
-    return save(figure, path.with_name(f"{path.stem}-steps.png"), "Time of whole operations over the frozen base's")
+    picture = path.with_name(f"{path.stem}-steps.png")
+    figure.savefig(picture)
+    return [f"![Time of whole operations over the frozen base's]({picture.name})", ""]
 
 
-# --- learning
+# --- gains
 
 
 NAMES = {
@@ -138,15 +146,20 @@ def mean_and_half(differences: Sequence[Sequence[float]]) -> tuple[float, float]
     return statistics.mean(seeds), half
 
 
-def gain(pairs: Sequence[tuple[Result, Result]]) -> str:
-    """Write the gain of results over others, seed by seed on the same rows."""
+def difference(pairs: Sequence[tuple[Result, Result]]) -> tuple[float, float]:
+    """Return the gain of results over others, seed by seed on the same rows, and half its 95 % interval."""
     differences = []
     for one, other in pairs:
         before = dict(other["test"]["records"])
         if set(before) != {row for row, _ in one["test"]["records"]}:
             raise SystemExit("Two results were tested on different rows: run one of them again.")
         differences.append([float(right - before[row]) for row, right in one["test"]["records"]])
-    mean, half = mean_and_half(differences)
+    return mean_and_half(differences)
+
+
+def gain(pairs: Sequence[tuple[Result, Result]]) -> str:
+    """Write [`difference`] with its interval."""
+    mean, half = difference(pairs)
     return f"{mean:+.3f} [{max(-1.0, mean - half):+.3f}, {min(1.0, mean + half):+.3f}]"
 
 
@@ -176,368 +189,257 @@ def chosen_setting(trainings: Sequence[Any], results: Mapping[str, Result]) -> t
     return max(seeds, key=rank)
 
 
-def learning_page(trainings: Sequence[Any], results: Mapping[str, Result], folder: Path) -> str:
-    """Write the page of the learning benchmark; figures go into the folder."""
-    lines = [
-        "# Does it learn?", "",
-        "SmolLM2-135M-Instruct in bfloat16 on a CPU, choice form: the policy is a softmax over log-likelihoods of "
-        f"the given answers. All methods see the same questions in the same order, {Training.steps} steps of "
-        f"{Training.questions} questions unless the table shows others, {Training.samples} sampled answers a question "
-        "(reward +1 or -1, the mean of the others as baseline), and the same test rows. T is the temperature of the "
-        "policy, 1 unless it is given. Validation chooses learning rate, temperature and checkpoint; the test split "
-        "chooses nothing. Gains are paired over test rows, with 95 % intervals that include the spread of seeds.", "",
-        "Made by `python benchmarks/report.py` from `benchmarks/results/learning/`; `python benchmarks/learning.py` "
-        "runs the missing cells.", "",
-    ]  # fmt: skip
-    for task in dict.fromkeys(training.task for training in trainings):
-        of_task = [t for t in trainings if t.task == task and t.method != "base"]
-        base, done = results.get(f"{task}-base"), [t for t in of_task if t.name in results]
-        lines += [f"## {task}", ""]
-        if base is None or not done:
-            lines += ["Not run.", ""]
-            continue
-        low, high = base["test"]["interval"]
-        lines += [f"Base {base['test']['accuracy']:.3f} [{low:.3f}, {high:.3f}], n = {base['test']['n']}.", ""]
-        kinds = {t.kind: t for t in done}
-        settings = {kind: chosen_setting([t for t in done if t.kind == kind], results) for kind in kinds}
-        seeds = {k: {t.seed: results[t.name] for t in done if (t.kind, t.setting) == (k, settings[k])} for k in kinds}
-        rows = []
-        for kind, training in kinds.items():
-            runs, lora = seeds[kind], seeds.get("lora16-mlp", {}) if kind != "lora16-mlp" else {}
-            both = [(runs[seed], lora[seed]) for seed in sorted(runs.keys() & lora.keys())]
-            accuracy = f"{statistics.mean(r['test']['accuracy'] for r in runs.values()):.3f}"
-            trained = f"{max(r['trainable'] for r in runs.values()):,}"
-            gains = gain([(r, base) for r in runs.values()]), gain(both) if both else ""
-            rows.append([label(training), trained, written(settings[kind]), len(runs), accuracy, *gains])
-        head = ["method", "trained numbers", "lr", "seeds", "test", "gain on the base", "gain on LoRA r=16, MLP"]
-        lines += [*table(head, rows), "Every cell; * marks the setting that validation chose:", ""]
-        rows = []
-        for t in of_task:
-            r, row = results.get(t.name), [label(t), written(t.setting), t.seed]
-            if r is None:
-                rows.append([*row, "not run", "", "", "", ""])
-                continue
-            row[1] += " *" if t.setting == settings[t.kind] else ""
-            tokens = max((entry.get("tokens", 0) for entry in r["curve"]), default=0)
-            shown = f"{(r['best_validation'] + 1) / 2:.3f}", f"{r['test']['accuracy']:.3f}", gain([(r, base)])
-            rows.append([*row, r["best_step"], *shown, f"{tokens:,}" if tokens else ""])
-        head = ["method", "lr", "seed", "best step", "validation", "test", "gain on the base", "tokens read"]
-        lines += table(head, rows) + curves(done, settings, results, folder / f"learning-{task}.png")
-    return "\n".join(lines).rstrip() + "\n"
-
-
 def written(setting: tuple[float, float]) -> str:
     """Write a learning rate and a temperature."""
     return f"{setting[0]:g}" + (f", T = {setting[1]:g}" if setting[1] != 1 else "")
 
 
-def curves(done: Sequence[Any], settings: Mapping[str, Any], results: Mapping[str, Result], path: Path) -> list[str]:
-    """Draw validation accuracy by optimizer step; chosen settings are strong, others faint."""
-    figure, (axes,) = new_figure(1, height=6.0)
-    kinds = list(dict.fromkeys(t.kind for t in done))
-    for t in done:
-        strong, i = t.setting == settings[t.kind], kinds.index(t.kind)
-        points = [(e["step"], (e["eval_reward"] + 1) / 2) for e in results[t.name]["curve"] if "eval_reward" in e]
-        style = {"color": f"C{i % 10}", "ls": "-" if i < 10 else "--", "alpha": 0.9 if strong else 0.25}
-        name = label(t) if strong and label(t) not in axes.get_legend_handles_labels()[1] else None
-        axes.plot(*zip(*points, strict=True), marker="o", ms=3, lw=1.2, label=name, **style)
-    axes.set(xlabel="optimizer step", ylabel="validation accuracy")
-    figure.legend(fontsize=6, loc="outside lower center", ncols=2)
-    return save(figure, path, "Validation accuracy while training")
+def verdict(pairs: Sequence[tuple[Result, Result]]) -> str:
+    """Say what the interval of [`gain`] allows; a single seed allows nothing about seeds."""
+    mean, half = difference(pairs)
+    seen = "better" if mean - half > 0 else "worse" if mean + half < 0 else "open"
+    return seen if len(pairs) > 1 else f"{seen}, one seed"
 
 
-# --- adaptation
+# --- docs/results.md: one function for each table of results_page.md
+
+
+def published(part: str) -> str:
+    """Write a table of the paper, each figure over its base's in parentheses."""
+    rows: list[list[str]] = []
+    base: list[float] = []
+    for name, *figures in PAPER[part]["rows"]:
+        base = base if name.startswith("+") else figures
+        ratios = ["" if base is figures else f" ({x / y:.2f})" for x, y in zip(figures, base, strict=True)]
+        rows.append([name, *(f"{x:.2f}{ratio}" for x, ratio in zip(figures, ratios, strict=True))])
+    return written_table(["", *PAPER[part]["tasks"]], rows)
+
+
+def generated_tables(results: Mapping[str, Result]) -> dict[str, str]:
+    """Show every cell of generated.py, its seeds together, beside the base and LoRA with the same budget."""
+    kinds: dict[tuple[Any, ...], dict[int, Result]] = {}
+    for r in comparable(results):
+        t = r["training"]
+        learner = "right answers" if t.get("learner") == "sft" else "rewards"
+        budget = (t["steps"], t["questions"], t["samples"], t.get("retained", 3), t.get("retain", 0.0))
+        kinds.setdefault((t["task"], learner, budget, t["method"], t["lr"]), {})[t["seed"]] = r
+    rows, verdicts = [], defaultdict[str, list[str]](list)
+    for (task, learner, budget, method, lr), seeds in sorted(kinds.items()):
+        base, where = results[f"{task}-base"], (task, learner, budget, method.replace("svf", "lora16"))
+        lora = best_lora(kinds, where) if "svf" in method else {}
+        pairs, rivals = [(r, base) for r in seeds.values()], [(r, lora[s]) for s, r in seeds.items() if s in lora]
+        if "svf" in method:
+            verdicts[f"over the base {verdict(pairs)}"].append(task)
+        if rivals:
+            verdicts[f"over LoRA {verdict(rivals)}"].append(task)
+        right = ", ".join(f"{r['test']['accuracy']:.3f}" for r in seeds.values())
+        fall = statistics.mean(r["everyday"]["mean_logp"] / base["everyday"]["mean_logp"] - 1 for r in seeds.values())
+        mentions = statistics.mean(r["test"]["mentions"] for r in seeds.values())
+        rows.append([
+            task, learner, f"{method}, lr {lr:g}, {' × '.join(map(str, budget[:3]))}",
+            f"{max(r.get('trainable', 0) for r in seeds.values()):,}",
+            f"{base['test']['accuracy']:.3f} ({base['test']['mentions']:.3f})", f"{right} ({mentions:.3f})",
+            gain(pairs), verdict(pairs), gain(rivals) if rivals else "", f"{fall:.1%}",
+        ])  # fmt: skip
+    head = [
+        "task",
+        "learned from",
+        "method",
+        "numbers",
+        "base",
+        "right, by seed",
+        "gain, 95 %",
+        "verdict",
+        "over LoRA",
+        "fall",
+    ]
+    shipped = [(path.parent.name, json.loads(path.read_text())) for path in SHIPPED.glob("*/result.json")]
+    return {
+        "generated": written_table(head, rows),
+        "verdicts": "\n".join(
+            f"- SVF {kind}: {', '.join(f'{t} ({n})' if n > 1 else t for t, n in Counter(tasks).items())}"
+            for kind, tasks in sorted(verdicts.items())
+        ),
+        "shipped": "; ".join(
+            f"*{name}* {r['base']['accuracy']:.3f} to {r['expert']['accuracy']:.3f}" for name, r in sorted(shipped)
+        ),
+    }  # fmt: skip
+
+
+def comparable(results: Mapping[str, Result], really: bool = True) -> list[Result]:
+    """Return the trained cells whose test requests are their base's, or the others: texts can change, ids stay."""
+    chosen = []
+    for r in (r for r in results.values() if r["training"]["method"] != "base"):
+        tests = [other["test"] for other in (r, results.get(f"{r['training']['task']}-base")) if other]
+        asked = [([row[0] for row in test["records"]], [text[0] for text in test["texts"]]) for test in tests]
+        if (len(asked) == 2 and asked[0] == asked[1]) is really:
+            chosen.append(r)
+    return chosen
+
+
+def best_lora(kinds: Mapping[tuple[Any, ...], dict[int, Result]], where: tuple[Any, ...]) -> dict[int, Result]:
+    """Return the seeds of the LoRA that was trained on the same with the same budget, at its best validated rate."""
+    rates = [seeds for (*place, _), seeds in kinds.items() if tuple(place) == where]
+    return max(rates, key=lambda s: statistics.mean(r.get("best_validation", 0) for r in s.values()), default={})
+
+
+def choice_tables(trainings: Sequence[Any], results: Mapping[str, Result]) -> dict[str, str]:
+    """Show the choice form of learning.py: methods side by side, and what differs from SVF in one respect."""
+    tables: dict[str, list[Any]] = {"choices": [], "ablations": []}
+    for task in dict.fromkeys(t.task for t in trainings):
+        base = results[f"{task}-base"]
+        done = [t for t in trainings if t.task == task and t.method != "base" and t.name in results]
+        kinds = {t.kind: t for t in done}
+        settings = {kind: chosen_setting([t for t in done if t.kind == kind], results) for kind in kinds}
+        seeds = {k: {t.seed: results[t.name] for t in done if (t.kind, t.setting) == (k, settings[k])} for k in kinds}
+        for kind, training in kinds.items():
+            runs, lora = seeds[kind], seeds.get("lora16-mlp", {}) if kind != "lora16-mlp" else {}
+            pairs, rivals = [(r, base) for r in runs.values()], [(r, lora[s]) for s, r in runs.items() if s in lora]
+            tables["choices" if kind in METHODS else "ablations"].append([
+                task, label(training), f"{max(r['trainable'] for r in runs.values()):,}", written(settings[kind]),
+                len(runs), f"{base['test']['accuracy']:.3f}",
+                f"{statistics.mean(r['test']['accuracy'] for r in runs.values()):.3f}", gain(pairs), verdict(pairs),
+                gain(rivals) if rivals else "",
+            ])  # fmt: skip
+    head = ["task", "method", "numbers", "lr", "seeds", "base", "right", "gain, 95 %", "verdict", "over LoRA, MLP"]
+    missing = [f"`{t.name}`" for t in trainings if t.name not in results]
+    planned = f"- Planned cells of `learning_cells.json`: {', '.join(missing)}." if missing else ""
+    return {name: written_table(head, rows) for name, rows in tables.items()} | {"missing": planned}
+
+
+def unseen_tables(results: Mapping[str, Result]) -> dict[str, str]:
+    """Show first passes, and experts and routed answers on tasks that no expert was trained on."""
+    cost, keys, rows = results["dispatch-cost"]["ways"], results["routing/keys"], []
+    models = {"": keys, "Qwen2.5-Coder-0.5B, ": results.get("routing/qwen")}
+    for model, judged in ((m, r) for m, r in models.items() if r):
+        most = max(row["prompts"] for row in judged["rows"])
+        for r in (r for r in judged["rows"] if (r["pooling"], r["prompts"]) == ("both", most)):
+            spread = [draw["accuracy"] for draw in r["draws"]]
+            accuracy = f"{r['accuracy']:.3f} [{min(spread):.3f}, {max(spread):.3f}]"
+            name = f"{model}keys, {r['block']} of {judged['blocks']} blocks, {r['prompts']} prompts"
+            rows.append([name, accuracy, f"{r['ece']:.3f}", f"{r['claimed']:.1%}", ""])
+    best = [r for r in keys["rows"] if (r["pooling"], r["prompts"]) == ("both", 64)]
+    counts = {name: [draw["right_of_source"][name] for draw in best[0]["draws"]] for name in UNSEEN}
+    failing = (f"{UNSEEN[n]} {sum(r for r, _ in c)} of {sum(n for _, n in c)}" for n, c in counts.items())
+    shrunk = [r for r in keys["shrinkages"] if r["block"] == best[0]["block"]]
+    ways = {r["way"]: r for name, r in results.items() if name.startswith("dispatch-") and "way" in r}
+    for way in FIRST_PASSES:
+        accuracy = "{:.3f} [{:.3f}, {:.3f}]".format(ways[way]["accuracy"], *ways[way]["interval"])
+        rows.append([way, accuracy, f"{ways[way]['ece']:.3f}", "", f"{cost[way]['share']:.0%}" if way in cost else ""])
+    answers = []
+    for way in ("base", "code", "math", "reasoning", "uniform", "prompt", "classifier"):
+        cells = [(results.get(f"few_shot-{task}-{way}"), results[f"few_shot-{task}-base"]) for task in UNSEEN]
+        answers.append([way, *(with_gain(*pair) for pair in cells)])
+    sizes = ["questions", *(results[f"few_shot-{task}-base"]["n"] for task in UNSEEN)]
+    ttft = [r for name, r in results.items() if name.startswith("routing/ttft-")]
+    parts = [(f"{part}, {r['rows']} at once", r["over_base"][part]) for part in ("first", "later") for r in ttft]
+    contestants = [way for way in (parts[0][1] if parts else ()) if way != "base"]
+    slower = [[way, *("{:.2f} [{:.2f}, {:.2f}]".format(*part[way]) for _, part in parts)] for way in contestants]
+    chosen = json.loads((RESULTS / "demo" / "routing.json").read_text())["chosen"].items()
+    return {
+        "first_passes": written_table(
+            ["first pass", "accuracy", "calibration error", "claimed", "share of time"], rows
+        ),
+        "far_away": str(sum(keys["far_away"].values())),
+        "unseen": written_table(["", *UNSEEN.values()], [sizes, *answers]),
+        "failing": ", ".join(failing),
+        "shrunk": ", ".join(f"{r['shrinkage']}: {r['accuracy']:.3f}" for r in shrunk),
+        "first_token": written_table(["", *(name for name, _ in parts)], slower),
+        "machine_ttft": ", ".join({r["machine"]["processor"] for r in ttft}),
+        "routing": "; ".join(
+            f"*{kind}* " + ", ".join(f"{name} {count}" for name, count in counts.items()) for kind, counts in chosen
+        ),
+    }
+
+
+def few_shot_tables(results: Mapping[str, Result]) -> dict[str, str]:
+    """Show the mixtures that searches find, with what they reach, by number of examples."""
+    rows = []
+    for name, r in results.items():
+        if name.startswith("few_shot-") and "settings" in r:
+            task, method, shots, draw = name.removeprefix("few_shot-").rsplit("-", 3)
+            base = results[f"few_shot-{task}-base"]
+            rows.append([UNSEEN[task], int(shots), method.replace("_", ", "), int(draw), *reached(r, base)])
+    rows.sort(key=lambda row: row[:4])
+    for task in TRANSFER:
+        r, base = (results[f"transfer-{task}-target-{way}"] for way in ("few_shot", "base"))
+        rows.append([f"{task}, on the sibling model", "", "cem", 0, *reached(r, base)])
+    guess, guesses = results["routing/few_shot"]["rows"], []
+    for task in dict.fromkeys(r["task"] for r in guess):
+        counts = [Counter(r["chosen"] for r in guess if (r["task"], r["examples"]) == (task, n)) for n in SHOTS]
+        guesses.append([UNSEEN[task], *(", ".join(f"{name} {k}" for name, k in c.most_common()) for c in counts)])
+    return {
+        "few_shot": written_table(["task", "examples", "search", "draw", "weights", "right", "CPU s"], rows),
+        "guesses": written_table(["", *(f"{n} examples" for n in SHOTS)], guesses),
+    }
+
+
+def reached(result: Result, base: Result) -> list[str]:
+    """Write a mixture, what it reaches, and the seconds of its search."""
+    weights = ", ".join(f"{name} {weight:.2f}" for name, weight in result["alpha"].items())
+    return [weights or "base", with_gain(result, base), f"{result['adapting_cpu_seconds']:.0f}"]
+
+
+def transfer_table(results: Mapping[str, Result], place: str = "") -> str:
+    """Show what experts do on another model."""
+    bases = [results[f"{place}transfer-{task}-target-base"] for task in TRANSFER]
+    rows = []
+    for way in ("base", "ordered", "shuffled-0", "shuffled-1", "shuffled-2", "aligned", "few_shot"):
+        cells = [results.get(f"{place}transfer-{task}-target-{way}") for task in TRANSFER]
+        rows += [[way, *map(with_gain, cells, bases)]] * any(cells)
+    return written_table(["", *TRANSFER], rows)
+
+
+def cost_tables(mixed: Result, speeds: Mapping[str, Result]) -> dict[str, str]:
+    """Show numbers and bytes on Llama-3-8B, and times beside LoRA's."""
+    sizes, times = [], []
+    for name in ("q, v", "MLP", "all linear"):
+        shapes = formulas.weights(formulas.LLAMA_3_8B, formulas.TARGETS[name])
+        svf, hours = formulas.svf_parameters(shapes), f"{formulas.eigh_seconds(shapes) / 3600:.2g}"
+        numbers = [f"{svf:,}", f"{formulas.lora_parameters(shapes):,}"]
+        sizes.append([name, *numbers, *map(formulas.human, (4 * svf, formulas.basis_bytes(shapes))), hours])
+    for name, speed in speeds.items():
+        for r in (r for r in speed["races"] if r["key"] in TIMED):
+            first, *others = r["samples"]
+            ratios = [f"{way} {ratio(r['samples'], way, first).median:.2f}" for way in others if way in CONTESTANTS]
+            page = f"[{speed['machine']['processor'].split(' @')[0]}](../benchmarks/results/speed/{name}.json)"
+            times.append([r["title"], page, "; ".join(ratios)])
+    over = mixed["ratio_to_base"]["mixed batch"]
+    return {
+        "sizes": written_table(["weights", "SVF", "LoRA r=16", "an expert", "bases", "hours"], sizes),
+        "times": written_table(["", "processor", "over the base"], sorted(times)),
+        "mixed_batch": f"{mixed['rows']} requests with as many mixtures gives {mixed['same_text_as_one_by_one']} of "
+        f"them the text that they get one by one, in {over:.2f}",
+    }  # fmt: skip
+
+
+def results_page() -> str:
+    """Fill benchmarks/results_page.md with the tables of the files."""
+    folder = RESULTS / "adaptation" / fingerprint()
+    adaptation = read(folder) | {f"routing/{name}": r for name, r in read(folder.with_name("routing")).items()}
+    generated = read(RESULTS / "generated")
+    tables = {f"paper_{part}": published(part) for part in ("trained", "unseen", "transfer")}
+    tables |= generated_tables(generated) | choice_tables(read_trainings(), read(RESULTS / "learning"))
+    tables |= unseen_tables(adaptation) | few_shot_tables(adaptation)
+    tables |= cost_tables(adaptation["mixed_batch"], read(RESULTS / "speed"))
+    tables |= {"transfer": transfer_table(adaptation), "transfer_other": transfer_table(adaptation, "other_shape/")}
+    if stale := [f"`{r['cell']}`" for r in comparable(generated, really=False)]:
+        tables["missing"] += f"\n- Left out, because the test requests have changed since: {', '.join(stale)}."
+    return Template((ROOT / "benchmarks" / "results_page.md").read_text()).substitute(tables).rstrip() + "\n"
+
+
+def written_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Write a Markdown table."""
+    return "\n".join(formulas.table(head, rows))
 
 
 def with_gain(result: Result | None, base: Result | None) -> str:
     """Write an accuracy and its paired gain on the base."""
-    if result is None:
-        return "not run"
-    if base is None or base is result:
-        return f"{result['accuracy']:.3f}"
+    if result is None or base is None or base is result:
+        return "" if result is None else f"{result['accuracy']:.3f}"
     before = dict(base["records"])
     mean, half = mean_and_half([[right - before[row] for row, right in result["records"]]])
     return f"{result['accuracy']:.3f} ({mean:+.3f} ± {half:.3f})"
-
-
-def adaptation_page(results: Mapping[str, Result], folder: str) -> str:
-    """Write the page of adaptation; figures go beside it."""
-    lines = [
-        "# Adaptation, measured", "",
-        "SmolLM2-135M-Instruct in bfloat16 on one CPU thread, with the experts of `benchmarks/experts` (code: MBPP, "
-        "math: GSM8K, reasoning: ARC-Easy) and its classifier `dispatch`. Answers are in the choice "
-        "form, the likeliest of given options.", "",
-        f"Made by `python benchmarks/report.py` from `{folder}` and `benchmarks/results/adaptation/routing`; "
-        "`benchmarks/adaptation.py`, `routing.py` and `transfer.py` run the missing cells.", "",
-        *routing_part(results), *first_pass_part(results), *few_shot_part(results), *mixed_part(results),
-        *transfer_part(results),
-    ]  # fmt: skip
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def routing_part(results: Mapping[str, Result]) -> list[str]:
-    """Show what routing keys decide, what they claim of far-away text, what they cost, and their few-shot guess."""
-    keys, qwen, guess, memory = (results.get(f"routing/{name}") for name in ("keys", "qwen", "few_shot", "memory"))
-    ttft = [result for name, result in results.items() if name.startswith("routing/ttft")]
-    lines = ["## Routing keys: the default", ""]
-    heads = ["blocks", "pooling", "prompts", "accuracy", "calibration error", "claimed", "logistic"]
-    if keys:
-        best = [r for r in keys["rows"] if r["pooling"] == "both" and r["prompts"] == 64]
-        far = keys["far_away"]
-        groups = {g: [sum(d["claimed_of_group"][g] for d in r["draws"]) for r in best] for g in far}
-        sources = {name: count for name, (_, count) in best[0]["draws"][0]["right_of_source"].items()}
-        right = {s: [sum(d["right_of_source"][s][0] for d in r["draws"]) for r in best] for s in sources}
-        draws = len(best[0]["draws"])
-        lines += [
-            "Keys are made of training questions (code: MBPP, math: GSM8K, reasoning: ARC-Easy); nothing else is "
-            "fitted. Accuracy is that on the 120 held-out questions below, the mean of three disjoint draws of key "
-            "prompts and its range; *claimed* the share of "
-            f"{sum(far.values())} far-away texts that an expert would answer. The defaults are 5 blocks, "
-            "*both* and 64 prompts. *Logistic* is a logistic regression on the same states.", "",
-            *table(heads, keys_rows(keys)),
-            "Where it fails, with 64 prompts and *both*: questions of three draws that are right, by source,", "",
-            *table(["blocks read", *(f"{s} (of {draws * n})" for s, n in sources.items())],
-                   [[r["block"], *(counts[i] for counts in right.values())] for i, r in enumerate(best)]),
-            "and far-away texts that are claimed, by group:", "",
-            *table(["blocks read", *(f"{g} (of {draws * n})" for g, n in far.items())],
-                   [[r["block"], *(counts[i] for counts in groups.values())] for i, r in enumerate(best)]),
-            "MATH-500 and HumanEval are sources that no key has seen. The first block counts are the cheaper ones: a "
-            "first pass of its own costs about the share of the blocks that it reads, and one inside the prefill "
-            "costs next to nothing. A sixth is the default because experts that leave these blocks alone route "
-            "inside the prefill. `peft-svf key --block 15` is right more often where kinds are as close "
-            "as these, and with experts of the upper half it is as free.", "",
-        ]  # fmt: skip
-        blocks, shrinkages = (list(dict.fromkeys(r[n] for r in keys["shrinkages"])) for n in ("block", "shrinkage"))
-        cells = {(r["block"], r["shrinkage"]): f"{r['accuracy']:.3f} / {r['claimed']:.1%}" for r in keys["shrinkages"]}
-        lines += [
-            "The shrinkage of the covariance was chosen on "
-            f"{keys['shrinkages'][0]['questions']} other questions (accuracy / claimed, means of the draws):", "",
-            *table(["blocks", *map(str, shrinkages)], [[b, *(cells[b, s] for s in shrinkages)] for b in blocks]),
-            "Tried on the same states of 5 and 10 blocks without a gain: states scaled to unit variance, standard "
-            "deviations and maxima over tokens, tokens of the request without those of the template, cosines, two or "
-            "four centres for each kind, a kernel density, a prior for *other*, and logistic regression after "
-            "whitening. Logistic regression on standardised states is ahead at 10 blocks and not at 5.", "",
-        ]  # fmt: skip
-    if qwen:
-        lines += [
-            "Qwen2.5-Coder-0.5B-Instruct (weights from a 4-bit file, float32) with keys of its own, same texts:", "",
-            *table(heads, keys_rows(qwen)),
-        ]  # fmt: skip
-    if ttft:
-        rows = []
-        for name in ttft[0]["over_base"]["first"]:
-            cells = [part[name] for result in ttft for part in result["over_base"].values()]
-            rows.append([name, *("{:.2f} ({:.2f} to {:.2f})".format(*cell) for cell in cells)])
-        counts = [f"{r['tokens']} tokens × {r['rows']}" for r in ttft]
-        heads = ["", *(f"{token}, {c}" for c in counts for token in ("first", "second", "later"))]
-        lines += [
-            "CPU time over the base's for answers of up to 64 tokens, median and range; the request before had the "
-            "same expert unless it says so. The weights of an expert are merged at the second token of its first "
-            "answer, and serve until another takes their place:", "",
-            *table(heads, rows),
-        ]  # fmt: skip
-    if memory:
-        lines += [
-            "Peak memory of a first pass over "
-            f"{memory['rows']} prompts of {memory['tokens']} tokens beyond what the model holds: "
-            f"{memory['early_exit_mb']:.0f} MB, that of the base's own first token {memory['base_mb']:.0f} MB.", "",
-        ]  # fmt: skip
-    if guess:
-        titles = list(dict.fromkeys(r["task"] for r in guess["rows"]))
-        rows = []
-        for shots in sorted({r["examples"] for r in guess["rows"]}):
-            row = [f"{shots} examples"]
-            for task in titles:
-                some = [r for r in guess["rows"] if (r["task"], r["examples"]) == (task, shots)]
-                chosen = ", ".join(f"{n} {count}" for n, count in Counter(r["chosen"] for r in some).most_common())
-                known = [r["accuracy"] for r in some if r["accuracy"] is not None]
-                row.append(f"{statistics.mean(known):.3f} ({chosen})" if known else f"not run ({chosen})")
-            rows.append(row)
-        lines += [
-            "`Search('key')` takes the expert that a few examples point to, without a search and within a second. "
-            "Below: the mean accuracy over draws of the expert that it takes, and how often it takes which. It sees "
-            "what a task is, not whether the expert helps: on ARC-Challenge the reasoning expert doesn't, and the "
-            "searches further down fall back to the base. So a search stays the default of `adapt`.", "",
-            *table(["", *titles], rows),
-        ]  # fmt: skip
-    return lines if len(lines) > 2 else []
-
-
-def keys_rows(keys: Mapping[str, Any]) -> list[list[Any]]:
-    """Show accuracy, calibration and far-away text for each block, pooling and size."""
-    rows = []
-    for r in (r for r in keys["rows"] if r["pooling"] == "both" or r["prompts"] == 64):
-        accuracies = [draw["accuracy"] for draw in r["draws"]]
-        spread = f"{r['accuracy']:.3f} ({min(accuracies):.3f} to {max(accuracies):.3f})"
-        other = f"{statistics.mean(r['logistic']):.3f}" if r["logistic"] else ""
-        name = [f"{r['block']} of {keys['blocks']}", r["pooling"], r["prompts"]]
-        rows.append([*name, spread, f"{r['ece']:.3f}", f"{r['claimed']:.1%}", other])
-    return rows
-
-
-def first_pass_part(results: Mapping[str, Result]) -> list[str]:
-    """Show accuracy, calibration, cost and confusion of each first pass."""
-    done = {r["way"]: r for name, r in results.items() if name.startswith("dispatch-") and "way" in r}
-    cost, rows = results.get("dispatch-cost", {}).get("ways", {}), []
-    for way, r in done.items():
-        priced = cost.get(way) or cost.get(way.partition(",")[0])
-        share = f"{priced['share']:.0%} ({priced['first_pass_ms']:.0f} ms)" if priced else ""
-        low, high = r["interval"]
-        accuracy = f"{r['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
-        rows.append([way, accuracy, f"{r['ece']:.3f}", f"{r['brier']:.3f}", share])
-    lines = [
-        "## First pass: which kind of question?", "",
-        "120 held-out questions, equally many of each kind (code, math, reasoning, other), chance .250. *Prompt* "
-        "reads the request's likelihood, *names* scores the names of the kinds; *temperature*, *batch* and *fitted* "
-        "are calibrations on validation questions. The share is that of pass 1 in the CPU time to the first token, "
-        "for single requests.", "",
-        *table(["first pass", "accuracy, 95 %", "calibration error", "Brier score", "share of time"], rows),
-    ]  # fmt: skip
-    drawn = {way: done[way] for way in ("names", "prompt", "classifier", "probe") if way in done}
-    if drawn:
-        figure, panels = new_figure(len(drawn))
-        for axes, (way, r) in zip(panels, drawn.items(), strict=True):
-            draw_decisions(axes, dict(sorted(r["confusion"].items())), way)
-        lines += save(figure, PAGES / "adaptation-dispatch.png", "Confusion of each first pass")
-    return lines
-
-
-def few_shot_part(results: Mapping[str, Result]) -> list[str]:
-    """Show what experts, first passes and searches reach on tasks that no expert was trained on."""
-    titles = {"svamp": "SVAMP", "arc_challenge": "ARC-Challenge", "math": "MATH-500", "humaneval": "HumanEval"}
-    bases = {task: results.get(f"few_shot-{task}-base") for task in titles}
-
-    def cells_of(name: str) -> list[Result | None]:
-        return [results.get(f"few_shot-{task}-{name}") for task in titles]
-
-    rows = [["test rows", *(base["n"] if base else "" for base in bases.values())]]
-    for way in ("base", "code", "math", "reasoning", "uniform", "prompt", "classifier"):
-        rows.append([way, *map(with_gain, cells_of(way), bases.values())])
-    for method in ("cem", "cma", "gradient", "cem_unchecked", "per_layer"):
-        for shots in (3, 5, 10):
-            draws = [cells_of(f"{method}-{shots}-{draw}") for draw in range(3)]  # (draws, tasks)
-            done = [cell for cells in draws for cell in cells if cell]
-            if done:
-                seconds = statistics.mean(cell["adapting_cpu_seconds"] for cell in done)
-                name = f"{method.replace('_', ', ')}, {shots} examples ({seconds:.0f} CPU s)"
-                rows.append([name, *map(of_draws, zip(*draws, strict=True), bases.values())])
-    return [
-        "## Tasks that no expert was trained on", "",
-        "Accuracy with the paired gain on the base and its 95 % interval. *Prompt* and *classifier* answer each "
-        "question by the expert that this first pass chooses. Searches see a draw of examples, check their result by "
-        "leaving one out at a time (*unchecked* does not), and fall back to the best expert or the base.", "",
-        *table(["", *titles.values()], rows),
-    ]  # fmt: skip
-
-
-def of_draws(draws: Sequence[Result | None], base: Result | None) -> str:
-    """Write the mean accuracy over draws of examples and its range, of a single draw its gain on the base."""
-    accuracies = [cell["accuracy"] for cell in draws if cell]
-    if len(accuracies) < 2:
-        return with_gain(next(filter(None, draws), None), base)
-    spread = f"{min(accuracies):.3f} to {max(accuracies):.3f}, {len(accuracies)} draws"
-    return f"{statistics.mean(accuracies):.3f} ({spread})"
-
-
-def mixed_part(results: Mapping[str, Result]) -> list[str]:
-    """Show the mixed batch."""
-    result = results.get("mixed_batch")
-    lines = ["## Eight requests with eight mixtures in one batch", ""]
-    if result is None:
-        return [*lines, "Not run.", ""]
-    rows = [[way, f"{min(t):.2f}", result["ratio_to_base"][way]] for way, t in result["CPU seconds"].items()]
-    return [
-        *lines,
-        f"Float32, {result['new_tokens']} new tokens: {result['same_text_as_one_by_one']} of {result['rows']} texts "
-        f"equal those of the requests one by one; {result['other_text_than_the_base']} differ from the base's.", "",
-        *table(["", "CPU seconds", "over the base"], rows),
-    ]  # fmt: skip
-
-
-def transfer_part(results: Mapping[str, Result]) -> list[str]:
-    """Show what experts do on another model, of equal and (older results) of another shape."""
-    tasks = ("arc_easy", "gsm8k", "mbpp")
-    ways = ("base", "ordered", "shuffled-0", "shuffled-1", "shuffled-2", "aligned", "few_shot")
-    lines = [
-        "## Experts given to another model", "",
-        "From SmolLM2-135M to a sibling: the same checkpoint after a short full fine-tuning on GSM8K. Models that "
-        "went their own ways are a harder test. Gains are paired with the model without an expert.", "",
-    ]  # fmt: skip
-    other = "Qwen2.5-Coder-0.5B, z interpolated over spectrum and depth (an earlier version; the negative control):"
-    for place, title in (("", ""), ("other_shape/", other)):
-
-        def cells_of(name: str, place: str = place) -> list[Result | None]:
-            return [results.get(f"{place}transfer-{task}-{name}") for task in tasks]
-
-        named = ["source-base", "source-expert", *(f"target-{way}" for way in ways)]
-        bases = {side: cells_of(f"{side}-base") for side in ("source", "target")}
-        shown = [name for name in named if any(cells_of(name))]
-        rows = [[name, *map(with_gain, cells_of(name), bases[name[:6]])] for name in shown]
-        lines += [*([title, ""] if title else []), *(table(["", *tasks], rows) if rows else ["Not run.", ""])]
-    return lines
-
-
-def shipped_table() -> list[str]:
-    """Show the experts of examples/experts by their result files."""
-    rows = []
-    for path in sorted((ROOT / "examples" / "experts").glob("*/result.json")):
-        result = json.loads(path.read_text())
-        (low, high), mentions = result["gain_interval"], result["mentions"]
-        rows.append([
-            f"[{path.parent.name}](../../examples/experts/{path.parent.name})", result["expert"]["n"],
-            f"{result['base']['accuracy']:.3f}", f"{result['expert']['accuracy']:.3f}",
-            f"{result['gain']:+.3f} [{low:+.3f}, {high:+.3f}]",
-            f"{mentions['base']:.3f}, {mentions['expert']:.3f}", f"{result['everyday_fall']:.1%}",
-        ])  # fmt: skip
-    return table(["expert", "n", "base", "expert", "gain, 95 %", "mentions", "everyday answers fall by"], rows)
-
-
-def generated_page(found: Mapping[str, Result]) -> str:
-    """Write the page of answers in text: accuracy, mentions, and the likelihood of everyday answers."""
-    kinds: dict[tuple[str, str, str], list[Result]] = {}
-    for result in found.values():
-        training = result["training"]
-        if training["method"] != "base":
-            learner = "next token" if training.get("learner") == "sft" else "rewards"
-            budget = f"{training['steps']} × {training['questions']} × {training['samples']}"
-            name = f"{training['method']}, lr {training['lr']:g}, {budget}"
-            kinds.setdefault((training["task"], learner, name), []).append(result)
-    rows, falls = [], []
-    for (task, learner, name), results in sorted(kinds.items()):
-        base, tests = found.get(f"{task}-base"), [result["test"] for result in results]
-        untouched = found["sentiment-base"]["everyday"]["mean_logp"]  # the same in every base cell
-        fall = [result["everyday"]["mean_logp"] / untouched - 1 for result in results]
-        strengths = ", ".join(f"{result.get('strength', 1):g}" for result in results)
-        accuracies = ", ".join(f"{test['accuracy']:.3f}" for test in tests)
-        before, gains, mentioned = "not run", "", ""
-        if base is not None:
-            before, mentioned = (f"{base['test'][key]:.3f}" for key in ("accuracy", "mentions"))
-            gains = gain([(result, base) for result in results])
-        shown = [task, learner, name]
-        rows.append([*shown, strengths, before, accuracies, gains, tests[0]["n"]])
-        mentions = ", ".join(f"{test['mentions']:.3f}" for test in tests)
-        losses = ", ".join(f"{f:.1%}" for f in fall)
-        falls.append([*shown, mentioned, mentions, losses])
-    return "\n".join([
-        "# Answers in text", "",
-        "SmolLM2-135M-Instruct in float32, one CPU thread: MLP weights from block 5 on (*svf-upper*, *lora16-upper*) "
-        "or of all blocks (*svf*). *Next token* is the usual loss on right answers, *rewards* is REINFORCE on sampled "
-        "ones; a budget is steps × requests in each × answers to each. The loss has 20 times KL(base ‖ policy) on "
-        "everyday answers of the base, for all methods alike. Test requests have templates, products, numbers and "
-        "sentences of their own; *right* is a greedy text that is the answer and nothing else, or ends with the right "
-        "number. Where the strength isn't 1, what was trained was scaled by it afterwards, as validation rows and "
-        "everyday requests other than the test's chose: the base's answers to those may become at most 1.5 % less "
-        "likely. The runs on rewards were not scaled; the shipped *sentiment* is the first of two with 10 steps, at "
-        "0.75.", "",
-        "Made by `python benchmarks/report.py`; `python benchmarks/generated.py` runs the missing cells.", "",
-        "## Shipped experts", "", *shipped_table(), "## Every cell", "",
-        *table(["task", "learner", "method", "strength", "base", "right, by seed", "gain, 95 %", "n"], rows),
-        "A single seed has the interval of its rows alone: it says nothing of the spread over seeds.", "",
-        "## What else changes", "",
-        "*Mentions* counts greedy texts that have the right answer anywhere. The last column is by how much the mean "
-        "log-likelihood of a token of the base's own answers to 40 everyday requests falls.", "",
-        *table(["task", "learner", "method", "mentions, base", "mentions", "everyday answers fall by"], falls),
-    ]).rstrip() + "\n"  # fmt: skip
 
 
 def read(folder: Path) -> dict[str, Result]:
@@ -547,20 +449,12 @@ def read(folder: Path) -> dict[str, Result]:
 
 
 def main() -> None:
-    """Write the pages."""
+    """Write the page, or those of speed runs."""
     if len(sys.argv) > 1:
         print(*(speed_page(Path(name)) for name in sys.argv[1:]))
         return
-    folder = RESULTS / "adaptation" / fingerprint()
-    adaptation = read(folder) | {f"routing/{name}": r for name, r in read(folder.with_name("routing")).items()}
-    pages = {
-        "learning": learning_page(read_trainings(), read(RESULTS / "learning"), PAGES),
-        "generated": generated_page(read(RESULTS / "generated")),
-        "adaptation": adaptation_page(adaptation, folder.relative_to(ROOT).as_posix()),
-    }
-    for name, page in pages.items():
-        (PAGES / f"{name}.md").write_text(page)
-    print("Wrote docs/results/learning.md, generated.md and adaptation.md")
+    (ROOT / "docs" / "results.md").write_text(results_page())
+    print("Wrote docs/results.md")
 
 
 if __name__ == "__main__":

@@ -76,14 +76,20 @@ def far_away() -> dict[str, list[Any]]:
 
 
 def keys(
-    seed: int, load: Callable[[], tuple[nn.Module, Any]], blocks: Sequence[int], folder: Path | None
+    seed: int,
+    load: Callable[[], tuple[nn.Module, Any]],
+    blocks: Sequence[int],
+    sizes: Sequence[int],
+    shrinkages: Sequence[float],
+    folder: Path | None,
 ) -> dict[str, Any]:
     """Judge keys of each block, pooling, size and draw, and shrinkages on other questions; each text is read once."""
     asked, load = held_out(seed), functools.cache(load)
     others = [question for question in held_out(seed + 1) if question not in asked]
     texts = {name: training_prompts(task, max(SIZES) * DRAWS) for name, task in TRAINED_ON.items()}
+    texts = {name: [p for d in range(DRAWS) for p in ps[d * max(SIZES) :][: max(sizes)]] for name, ps in texts.items()}
     texts |= {"other": json.loads(EVERYDAY.read_text()), "held out": [text for _, text in asked]}
-    texts |= {"validation": [text for _, text in others]}
+    texts |= {"validation": [text for _, text in others]} if shrinkages else {}
     texts |= {f"far: {group}": chats for group, chats in far_away().items()}
     read = {name: states_of(load, some, blocks, folder and folder / f"{name}.pt") for name, some in texts.items()}
     rows, shrunk = [], []
@@ -92,12 +98,13 @@ def keys(
         half = states["other"].shape[1] // 2
         for pooling, part in {"both": slice(None), "mean": slice(half), "last": slice(half, None)}.items():
             pools = {name: some[:, part] for name, some in states.items()}
-            for size in SIZES if pooling == "both" else SIZES[-1:]:
+            for size in sizes if pooling == "both" else sizes[-1:]:
                 done = [judged(pools, asked, size, draw) for draw in range(DRAWS)]
                 rows.append({"block": block, "pooling": pooling, "prompts": size, "draws": done, **means(done)})
-                rows[-1]["logistic"] = [logistic(pools, asked, size, d) for d in range(DRAWS)] if size == 64 else None
+                draws = range(DRAWS) if size == sizes[-1] else ()
+                rows[-1]["logistic"] = [logistic(pools, asked, size, draw) for draw in draws]
                 print({k: v for k, v in rows[-1].items() if k != "draws"}, flush=True)
-        for shrinkage in SHRINKAGES:
+        for shrinkage in shrinkages:
             with patch.object(router, "SHRINKAGE", shrinkage):
                 done = [judged(states, others, max(SIZES), draw, "validation") for draw in range(DRAWS)]
             shrunk.append({"block": block, "shrinkage": shrinkage, "questions": len(others), **means(done)})
@@ -144,7 +151,7 @@ def means(done: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def drawn(states: dict[str, Tensor], size: int, draw: int) -> dict[str, Tensor]:
     """Return the states of one draw of keys, and of everyday requests, as a key file has them."""
-    first = draw * max(SIZES)
+    first = draw * (len(states[EXPERTS[0]]) // DRAWS)
     return {name: states[name][first : first + size].half() for name in EXPERTS} | {"other": states["other"]}
 
 
@@ -303,10 +310,13 @@ def main() -> None:
     parser.add_argument("--states", type=Path, help="folder for the states of texts: read if there, else kept")
     args = parser.parse_args()
     out = OUT if args.out.parent == OUT.parent else args.out
-    models = {"keys": (base, BLOCKS), "qwen": (qwen, QWEN_BLOCKS)}
-    runs = {
-        name: functools.partial(keys, load=load, blocks=blocks, folder=args.states and args.states / name)
-        for name, (load, blocks) in models.items()
+    models: dict[str, Any] = {
+        "keys": {"load": base, "blocks": BLOCKS, "sizes": SIZES, "shrinkages": SHRINKAGES},
+        "qwen": {"load": qwen, "blocks": QWEN_BLOCKS, "sizes": SIZES[:3], "shrinkages": ()},
+    }
+    runs: dict[str, Any] = {
+        name: functools.partial(keys, **settings, folder=args.states and args.states / name)
+        for name, settings in models.items()
     }
     runs |= {"few_shot": few_shot, "memory": memory}
     runs |= {f"ttft-{rows}": functools.partial(ttft, rows=rows) for rows in (1, 8)}

@@ -37,3 +37,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if "real" in item.keywords and not os.path.isdir(os.environ.get("PEFT_SVF_SMOLLM2", "")):
             item.add_marker(pytest.mark.skip(reason="PEFT_SVF_SMOLLM2 does not name the checkpoint's folder"))
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Experts of the tiny base by name, as PEFT saves them; no test writes to them."""
+    import tiny_experts
+
+    return tiny_experts.write_all(tmp_path_factory.mktemp("experts"))
+
+
+@pytest.fixture
+def graphs():
+    """The graphs that `torch.compile(model, backend=graphs.backend)` has made."""
+    import torch
+
+    class Graphs(list):
+        def backend(self, graph, example_inputs):
+            self.append(graph)
+            return graph.forward
+
+    torch._dynamo.reset()
+    return Graphs()

@@ -29,6 +29,7 @@ class FakeHub:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.lock = threading.Lock()
+        self.collections: dict[str, list[dict]] = {}
         (root / "blobs").mkdir(parents=True, exist_ok=True)
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
@@ -105,6 +106,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     ROUTES = [
         ("POST", r"/api/repos/create", "create"),
+        ("POST", r"/api/collections", "collect"),
+        ("POST", r"/api/collections/(?P<slug>.+)/items", "collect"),
+        ("GET", r"/api/collections/(?P<slug>.+)", "collect"),
         ("POST", r"/api/validate-yaml", "validate"),
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/branch/(?P<revision>[^/]+)", "branch"),
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)", "preupload"),
@@ -130,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
                     writes = method == "POST" and action != "validate"
                     if writes and self.headers.get("Authorization") != f"Bearer {TOKEN}":
                         return self._error(401, "RepoNotFound", "Invalid credentials")
-                    if action in ("create", "validate", "list_models"):
+                    if action in ("create", "validate", "list_models", "collect"):
                         return getattr(self, action)(**groups)
                     return self._in_repo(action, **groups)
         self._error(404, "EntryNotFound", f"no such address: {self.command} {url.path}")
@@ -154,6 +158,20 @@ class _Handler(BaseHTTPRequestHandler):
         repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
         created = self.hub.create(repo)
         self._json({"url": f"{self.hub.url}/{repo}", "name": repo}, status=200 if created else 409)
+
+    def collect(self, slug: str = "") -> None:
+        """Make a collection, or add an item to one; return it, with 409 if it or the item is there."""
+        asked, kept = json.loads(self.body or "{}"), self.hub.collections
+        slug = slug or f"{asked['namespace']}/{asked['title'].lower()}"
+        exists = slug in kept if "title" in asked else asked.get("item") in kept[slug]
+        if "title" in asked:
+            kept.setdefault(slug, [])
+        elif asked and not exists:
+            kept[slug].append(asked["item"])
+        items = [{"_id": str(i), "position": i, **item} for i, item in enumerate(kept[slug])]
+        facts = {"title": slug, "owner": {"name": "me"}, "lastUpdated": "2026-01-01T00:00:00.000Z", "position": 0}
+        facts |= {"private": False, "theme": "green", "upvotes": 0}
+        self._json({"slug": slug, "items": items, **facts}, status=409 if exists else 200)
 
     def validate(self) -> None:
         broken = not json.loads(self.body)["content"].startswith("---\n")

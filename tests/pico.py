@@ -6,14 +6,17 @@ Axes have different lengths, biases and norms are not at their initial 0 and 1, 
 rescaling them moves the logits.
 """
 
+import json
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
 from packaging.version import Version
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -75,19 +78,10 @@ def build(
     **kwargs: Any,
 ) -> Any:
     """
-    Build a tiny random model in evaluation mode.
+    Build a tiny random model of a kind of `CONFIGS` in evaluation mode; another seed is another base.
 
-    Args:
-        kind (`str`):
-            Key of `CONFIGS`.
-        seed (`int`):
-            Another seed is another base model.
-        dtype (`torch.dtype`):
-            The float32 weights are rounded to it.
-        name (`str`):
-            What the model says it was loaded from; empty for a model without a name.
-        model_class (*optional*):
-            An Auto class with `from_config`; default the causal model, BERT with a classification head, T5 whole.
+    `name` is what it says it was loaded from. `model_class` is an Auto class; default the causal model, BERT with a
+    classification head, T5 whole.
     """
     auto = model_class or CLASSES.get(kind, hf.AutoModelForCausalLM)
     torch.manual_seed(seed)
@@ -150,6 +144,11 @@ def one_layer(
     return OneLayer(fc).to(dtype).eval()
 
 
+def checkpoint(model: Any, *settings: dict[str, Any]) -> None:
+    """Turn gradient checkpointing on; transformers 5.23 renames the method."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(*settings)
+
+
 def matrix_of(fc: nn.Module) -> Tensor:
     """The weight of a plain or adapted layer as `(out, in)`."""
     base = getattr(fc, "base_layer", fc)
@@ -186,6 +185,19 @@ def fill(model: nn.Module, z: dict[str, Tensor]) -> nn.Module:
         weight = oracle.rescaled(matrix_of(module), vector).to(module.weight.dtype)
         module.weight.data = (weight.T if isinstance(module, Conv1D) else weight).contiguous()
     return model
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Change the tensors of a saved adapter, a `dict`, in place."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change fields of a saved adapter's config."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def rows_of(layer: nn.Module, offsets: Tensor, index: Tensor | None = None, merge: bool = True) -> Any:

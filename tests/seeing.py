@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny random models that see, each with a processor that reads their images, and what is asked about two of these."""
 
+import io
 import json
 
 import torch
@@ -91,6 +92,13 @@ def model(kind: str = "idefics3", name: str = "seeing", seed: int = 0):
     found = hf.AutoModelForImageTextToText.from_config(config).eval()
     found.config._name_or_path = found.name_or_path = name
     return found
+
+
+def png(image) -> bytes:
+    """An image as the content of a file."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
 def asks(image, text: str) -> list[dict]:

@@ -39,10 +39,10 @@ WINGS = {
         ["key"],
         ["expert"],
         ["base"],
-        ["library", "hub", "transfer", "export", "convert"],
-        ["gguf", "bundle"],
+        ["library", "hub", "export", "convert"],
+        ["bundle"],
     ],
-    "training": [["run"], ["objective", "evolution", "result"], ["reinforce"]],
+    "training": [["run"], ["retention", "evolution", "result"], ["objective"], ["reinforce", "supervised"]],
     "adaptation": [["probe", "search"], ["judge", "router"], ["first_pass"], ["few_shot"]],
 }
 RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}

@@ -239,23 +239,55 @@ def test_gains_are_paired_by_row_and_other_rows_are_refused():
         report.gain([(result([1] * 39), result([1] * 40))])
 
 
-def test_the_page_has_the_numbers_of_the_files_and_shows_what_is_missing(tmp_path):
+def test_a_choice_table_has_the_numbers_of_the_files_and_lists_what_is_missing():
     base, svf, lora = (
         Training("arc_easy", method, lr) for method, lr in (("base", 0), ("svf-mlp", 0.01), ("lora16-mlp", 0.01))
     )
-    assert "Not run." in report.learning_page([base, svf, lora], {}, tmp_path)
     found = {base.name: result([0, 1]), svf.name: result([1, 1], 0.5)}
-    page = report.learning_page([base, svf, lora], found, tmp_path)
-    assert "| SVF, MLP | 100 | 0.01 | 1 | 1.000 | +0.500 [" in page
-    assert "| SVF, MLP | 0.01 * | 0 | 10 | 0.750 | 1.000 | +0.500 [" in page
-    assert "| LoRA r=16, MLP | 0.01 | 0 | not run |" in page
-    assert (tmp_path / "learning-arc_easy.png").is_file()
+    tables = report.choice_tables([base, svf, lora], found)
+    assert "| arc_easy | SVF, MLP | 100 | 0.01 | 1 | 0.500 | 1.000 | +0.500 [" in tables["choices"]
+    assert "LoRA" not in tables["choices"].partition("---")[2] and f"`{lora.name}`" in tables["missing"]
+
+
+def generated_cell(task, method, right, seed=0, asked="Is it?"):
+    training = {"task": task, "method": method, "lr": 0.01, "seed": seed, "steps": 1, "questions": 1, "samples": 1}
+    texts = [[asked, "yes", "no"]]
+    test = {**result(right)["test"], "mentions": 0.5, "texts": texts}
+    about = {"cell": f"{task}-{method}", "training": training, "trainable": 9}
+    return {**about, "test": test, "everyday": {"mean_logp": -1.0}}
+
+
+def test_new_cells_are_taken_in_and_seeds_decide_what_is_called_better():
+    once, thrice = [1] * 30 + [0] * 10, [1] * 31 + [0] * 9
+    cells = {"new-base": generated_cell("new", "base", [0] * 40), "new-a": generated_cell("new", "svf-b", once)}
+    page = report.generated_tables(cells)
+    assert "| new | rewards | svf-b, lr 0.01, 1 × 1 × 1 | 9 | 0.000 (0.500) | 0.750 (0.500) |" in page["generated"]
+    assert page["verdicts"] == "- SVF over the base better, one seed: new"
+    cells |= {f"new-{seed}": generated_cell("new", "svf-b", thrice, seed) for seed in (1, 2)}
+    cells["new-lora"] = generated_cell("new", "lora16-b", [1] * 40)
+    assert report.generated_tables(cells)["verdicts"].splitlines() == [
+        "- SVF over LoRA worse, one seed: new",
+        "- SVF over the base better: new",
+    ]
+
+
+def test_a_cell_of_other_test_requests_is_left_out_and_named():
+    cells = {"new-base": generated_cell("new", "base", [0] * 40)}
+    cells["new-a"] = generated_cell("new", "svf-b", [1] * 40, asked="Is it so?")
+    assert report.comparable(cells) == [] and report.comparable(cells, really=False) == [cells["new-a"]]
+
+
+def test_the_page_is_what_the_files_say():
+    assert (ROOT / "docs" / "results.md").read_text() == report.results_page(), "run make results"
 
 
 @pytest.mark.slow
 def test_a_tiny_server_is_measured(tmp_path):
     import serving
 
-    assert serving.main(["--tiny", "--threads", "1", "--out", str(tmp_path)]) == []
-    ratio = json.loads((tmp_path / "throughput.json").read_text())["ratio"]
-    assert set(ratio) == {"one after another", "base"} and all(value > 0 for value in ratio.values())
+    short = ["--tiny", "--threads", "1", "--minutes", "0.2", "--leaving", "20"]
+    assert serving.main([*short, "--out", str(tmp_path)]) == []
+    ratios = json.loads((tmp_path / "throughput.json").read_text())["ratio"]
+    assert all(set(ratio) == {"one after another", "base"} for ratio in ratios.values())
+    counts = json.loads((tmp_path / "soak.json").read_text())["counts"]
+    assert counts["wrong answers"] == 0 < counts["answers"] and counts["left"] >= 20

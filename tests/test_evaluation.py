@@ -16,15 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from peft_svf import SVFConfig, evaluation
-from peft_svf.evaluation import (
-    BaseText,
-    Summary,
-    choice_logps,
-    complete,
-    evaluate,
-    paired_difference,
-    wilson,
-)
+from peft_svf.evaluation import BaseText, Summary, choice_logps, complete, evaluate, paired_difference, wilson
 from peft_svf.evaluation.reading import cache_name
 from peft_svf.rows import check, prompt_text
 from peft_svf.rows import prompt_ids as encoded_prompts
@@ -232,8 +224,7 @@ def test_a_cache_goes_in_and_out_by_the_name_that_forward_gives_it(name, monkeyp
 @pytest.mark.parametrize("choices", [["a", "b"], ["abc", "b"]])
 def test_gradient_checkpointing_is_refused_while_training(kind, choices):
     model = get_peft_model(build(kind), SVFConfig())
-    base = model.get_base_model()
-    getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()  # the name since 5.23
+    pico.checkpoint(model.get_base_model())
     row = {"id": "r", "prompt": "abc", "choices": choices}
     with torch.no_grad():
         model.eval()  # transformers checkpoints only while training

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of evaluation where a processor reads: rows with pictures, and rows of text for a model that sees."""
 
-import io
-
 import pytest
 import seeing
 import torch
-from seeing import IMAGES, KINDS, PICTURE
+from seeing import IMAGES, KINDS, PICTURE, png
 from test_evaluation import close, plain_logp
 from tiny_model import tiny_model, tiny_tokenizer
 
@@ -66,17 +64,11 @@ def test_rows_with_images_are_answered_as_one_by_one(kind, batch_size):
     assert processor.tokenizer.pad_token is None
 
 
-def stored(image):
-    found = io.BytesIO()
-    image.save(found, "png")
-    return found.getvalue()
-
-
 @every_kind
 def test_a_picture_is_the_same_in_every_form_it_may_have(kind, tmp_path):
     model, processor = seeing.model(kind), seeing.processor(kind)
     path = tmp_path / "red.png"
-    path.write_bytes(stored(IMAGES[0]))
+    path.write_bytes(png(IMAGES[0]))
     chat = [{"role": "user", "content": f"{QUESTIONS[0]}\nAnswer with a single word or phrase."}]
     part = {"type": "text", "text": chat[0]["content"], "image": None}  # as a table of parts gives it
     forms = {
@@ -84,7 +76,7 @@ def test_a_picture_is_the_same_in_every_form_it_may_have(kind, tmp_path):
         "path": row(0, path),
         "name": row(0, str(path)),
         "undecoded": row(0, {"path": str(path), "bytes": None}),
-        "bytes": row(0, {"path": "red.png", "bytes": stored(IMAGES[0])}),
+        "bytes": row(0, {"path": "red.png", "bytes": png(IMAGES[0])}),
         "grey": row(0, IMAGES[0].convert("P")),
         "images": row(0, None, images=[IMAGES[0]]),
         "no parts": row(0, IMAGES[0], prompt=chat),
@@ -191,7 +183,10 @@ def image_rows(**more):
         (image_rows(images=[*IMAGES]), "1 image parts in its prompt and 2 images"),
         ([row(0, {"path": None, "bytes": None})], "'textvqa-0' has an image that cannot be read"),
         ([row(0, {"path": None, "bytes": b"no picture"})], "'textvqa-0' has an image that cannot be read"),
-        ([row(0, {"path": None, "bytes": stored(IMAGES[0])[:60]})], "'textvqa-0' has an image that cannot be read"),
+        (
+            [row(0, {"path": None, "bytes": png(IMAGES[0])[:60]})],
+            "'textvqa-0' has an image that cannot be read",
+        ),
         ([row(0, 3)], "'textvqa-0' has an image that cannot be read"),
     ],
 )

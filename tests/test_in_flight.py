@@ -189,6 +189,17 @@ def test_the_pipeline_decides_in_flight_and_records_it(model, passes):
     assert passes == {"in flight": 1, "early exit": 0}
 
 
+def test_choices_are_answered_by_the_expert_that_is_chosen_in_flight(model, passes):
+    pipe, words = pipeline("transformer2", model=model, batch_size=4), ["7", "no", "GO"]
+    for prompts in (CHATS, [[{"role": "system", "content": "Be brief."}, *chat] for chat in CHATS]):
+        written = pipe(prompts, **MORE, do_sample=False, return_dispatch=True)
+        chosen = pipe(prompts, choices=words, return_dispatch=True)
+        for (one,), (other,) in zip(written, chosen, strict=True):
+            assert one["dispatch"]["choice"] == other["dispatch"]["choice"]
+            assert one["dispatch"]["probabilities"] == pytest.approx(other["dispatch"]["probabilities"], abs=1e-4)
+    assert passes == {"in flight": 2, "early exit": 2}
+
+
 def test_after_an_exception_the_model_is_the_base_model(model):
     inputs = batch(model)
     before = model(**inputs).logits

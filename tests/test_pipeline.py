@@ -39,15 +39,10 @@ OPTIONS = {
 NAMES = ["code", "math", "other"]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return tiny_experts.write_all(tmp_path_factory.mktemp("experts"))
-
-
 def make(folders, **kwargs):
     paths = [folders["math"], folders["code"]]
-    given = {"experts": paths, "classifier": folders["kinds"]} | kwargs
-    return pipeline("transformer2", model=base(), tokenizer=tiny_tokenizer(), **given)
+    given = {"model": base(), "experts": paths, "classifier": folders["kinds"]} | kwargs
+    return pipeline("transformer2", tokenizer=tiny_tokenizer(), **given)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +94,8 @@ def more_options(tokenizer):
     }
 
 
-CALLS = [(inputs, options) for inputs in INPUTS for options in OPTIONS]
+CALLS = [(inputs, "default") for inputs in INPUTS]
+CALLS += [(inputs, options) for inputs in ("text", "texts", "chats") for options in OPTIONS if options != "default"]
 CALLS += [(inputs, options) for inputs in ("texts", "chats") for options in more_options(None)]
 
 
@@ -168,6 +164,46 @@ def test_each_prompt_is_answered_with_its_own_decision_which_can_be_returned(inp
 def test_the_decision_beside_tensors(pipe):
     (output,) = pipe(TEXTS[0], return_tensors=True, return_dispatch=True, **GREEDY)
     assert sorted(output) == ["dispatch", "generated_token_ids"]
+
+
+# --- choices
+
+WORDS = ["yes", "no", "7"]
+BY_ROW = [["7", "8"], ["pass", "return", "yield"], ["Once", "No"]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("inputs", ["text", "texts", "chat", "chats", "history"])
+def test_choices_are_answered_with_probabilities_however_prompts_come(inputs, batch_size, pipe):
+    given = INPUTS[inputs]
+    several = inputs.endswith("s")
+    for choices in (WORDS, BY_ROW) if several else (WORDS,):
+        expected, mixtures = pipe.model.choose(given if several else [given], choices)
+        outputs = pipe(given, choices=choices, batch_size=batch_size, return_dispatch=True, **GREEDY)
+        for (output,), record, mixture in zip(outputs if several else [outputs], expected, mixtures, strict=True):
+            dispatch = output.pop("dispatch")
+            assert dispatch["choice"] == mixture.choice and dispatch["alpha"] == mixture.alpha
+            assert list(output) == ["choice", "confidence", "probabilities"]
+            assert output["choice"] == record["choice"]
+            assert output["probabilities"] == pytest.approx(record["probabilities"], abs=1e-5)
+
+
+def test_choices_go_with_experts_generators_and_what_else_a_prompt_begins_with(pipe, monkeypatch):
+    expert = ["math", "other", "code"]
+    expected, _ = pipe.model.choose(TEXTS, BY_ROW, expert=expert)
+    found = pipe(TEXTS, choices=BY_ROW, expert=expert, batch_size=2)
+    for (one,), other in zip(found, expected, strict=True):
+        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
+    lazily = list(pipe((text for text in TEXTS), choices=WORDS, expert="math"))
+    assert lazily == pipe(TEXTS, choices=WORDS, expert="math")
+    prefilled = [*CHATS[0], {"role": "assistant", "content": "It is "}]
+    (begun,) = pipe(prefilled, choices=WORDS, expert="math")
+    (plain,) = pipe(CHATS[0], choices=WORDS, expert="math")
+    assert begun["probabilities"] != pytest.approx(plain["probabilities"], abs=1e-3)
+    monkeypatch.setattr(pipe.tokenizer, "chat_template", TEMPLATE)
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    (with_tools,) = pipe(CHATS[0], choices=WORDS, expert="math", tools=tools)
+    assert with_tools["probabilities"] != pytest.approx(plain["probabilities"], abs=1e-3)
 
 
 # --- other ways in
@@ -327,6 +363,11 @@ def test_the_model_that_experts_name_is_loaded_as_the_call_asks(folders, tmp_pat
         (TEXTS, {"expert": ["math", "maths", "other"]}, "no expert 'maths'"),
         (TEXTS, {"expert": "math", "mixture": {"math": 1.0}}, "not both"),
         (TEXTS, {"expert": ["math"] * 3, "mixture": {"math": 1.0}}, "not both"),
+        (TEXTS, {"choices": [["a", "b"]] * 2}, "There are 3 prompts, but choices for 2"),
+        (TEXTS[0], {"choices": ["a", "a"]}, "'choices' has 'a' twice"),
+        (TEXTS[0], {"choices": []}, "'choices' must be a list of texts that aren't empty"),
+        (TEXTS[0], {"choices": "yes"}, "'choices' must be a list of texts"),
+        (TEXTS[0], {"choices": [1, 2]}, "'choices' must be a list of texts"),
         ("x" * 600, {}, "The prompt has 600 tokens, but the model's context is 512"),
     ],
 )
@@ -357,21 +398,12 @@ def test_a_pipeline_without_experts_is_refused():
 # --- compiled
 
 
-def test_a_compiled_model_answers_alike_and_has_no_graph_per_expert(folders, pipe):
-    torch._dynamo.reset()
-    graphs = []
-
-    def counting(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
+def test_a_compiled_model_answers_alike_and_has_no_graph_per_expert(graphs, folders, pipe):
     model = base()
-    model.compile(backend=counting, dynamic=True)
+    model.compile(backend=graphs.backend, dynamic=True)
     with pytest.raises(ValueError, match=r"wrapped hides its modules.*model\.compile\(\)"):
-        Transformer2Model(torch.compile(model, backend=counting), tiny_tokenizer(), [folders["math"]])
-    compiled = pipeline(
-        "transformer2", model=model, tokenizer=tiny_tokenizer(), experts=[folders["math"], folders["code"]]
-    )
+        Transformer2Model(torch.compile(model, backend=graphs.backend), tiny_tokenizer(), [folders["math"]])
+    compiled = make(folders, model=model)
     counts = []
     for name in ("math", "code"):
         assert compiled(TEXTS[0], expert=name, **GREEDY) == pipe(TEXTS[0], expert=name, **GREEDY)

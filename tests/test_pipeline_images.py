@@ -54,6 +54,15 @@ def words(records):
     return [record["generated_text"][-1]["content"] for record in records]
 
 
+def test_choices_are_for_texts_and_a_picture_is_refused(made):
+    text = [{"role": "user", "content": [{"type": "text", "text": TEXTS[0]}]}]
+    (output,) = made.pipe(text=text, choices=["yes", "no"], expert="math")
+    (expected,), _ = made.pipe.model.choose([text], ["yes", "no"], expert="math")
+    assert output["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-5)
+    with pytest.raises(ValueError, match="this request has an image"):
+        made.pipe(text=chats()[0], choices=["yes", "no"], expert="math")
+
+
 # --- outputs
 
 

@@ -150,4 +150,4 @@ def test_the_tables_of_the_page_are_the_ones_the_formulas_give():
     for table in f.TABLES:
         assert "\n".join(table()) in page, f"{table.__name__} has changed: python benchmarks/formulas.py"
     one_mlp_weight = break_even(f.LLAMA_3_8B.mlp, f.LLAMA_3_8B.hidden, f.LLAMA_3_8B.hidden)
-    assert f"from {round(one_mlp_weight, -2):,.0f} tokens" in page
+    assert f"From {round(one_mlp_weight, -2):,.0f} tokens" in page

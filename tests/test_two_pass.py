@@ -7,7 +7,6 @@ import math
 import threading
 
 import pytest
-import tiny_experts
 import torch
 from tiny_experts import GREEDY, alone, assert_same, base, state, write
 from tiny_model import tiny_tokenizer
@@ -22,11 +21,6 @@ from peft_svf.tuner.layer import Linear, SVFLayer
 
 TEXTS = ["What is 3 + 4?", "def", "Tell me a story."]
 tokenizer = tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return tiny_experts.write_all(tmp_path_factory.mktemp("experts"))
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +102,74 @@ def test_the_rows_of_inputs_and_of_embeddings_each_have_their_expert(model, no_f
     assert new.tolist() == [row[batch["input_ids"].shape[1] :] for row in expected]
     with pytest.raises(ValueError, match=r"3 prompts, but experts or mixtures for 2"):
         model.generate(**embedded, expert=each[:2], **GREEDY)
+
+
+# --- given choices
+
+CHOICES = [["yes", "no", "perhaps"], ["4", "48"], ["a", "The end.", "story"]]  # "4" begins "48"
+
+
+def oracle_probabilities(single, prompt, choices):
+    """Softmax of the summed log-likelihoods, from a forward of its own for each choice."""
+    ids = (
+        tokenizer(prompt).input_ids
+        if isinstance(prompt, str)
+        else tokenizer.apply_chat_template(prompt, add_generation_prompt=True).input_ids
+    )
+    ends = [tokenizer.eos_token_id] * any(a != b and b.startswith(a) for a in choices for b in choices)
+    sums = []
+    for text in choices:
+        answer = tokenizer(text).input_ids + ends
+        with torch.no_grad():
+            logps = single(torch.tensor([ids + answer])).logits[0].double().log_softmax(-1)
+        sums.append(sum(logps[len(ids) - 1 + i, token] for i, token in enumerate(answer)))
+    return torch.stack(sums).softmax(0).tolist()
+
+
+@pytest.mark.parametrize("chats", [False, True], ids=["texts", "chats"])
+@pytest.mark.parametrize("name", ["math", "other"])
+def test_the_probabilities_of_choices_are_those_of_the_expert_alone(name, chats, model, folders):
+    single = alone(folders["math"]) if name == "math" else base()
+    prompts = [[{"role": "user", "content": text}] for text in TEXTS] if chats else TEXTS
+    answered, mixtures = model.choose(prompts, CHOICES, expert=name)
+    for prompt, choices, record in zip(prompts, CHOICES, answered, strict=True):
+        expected = oracle_probabilities(single, prompt, choices)
+        assert list(record["probabilities"]) == choices
+        assert list(record["probabilities"].values()) == pytest.approx(expected, abs=1e-5)
+        best = max(expected)
+        assert record["choice"] == choices[expected.index(best)]
+        assert record["confidence"] == pytest.approx((best - 1 / len(choices)) / (1 - 1 / len(choices)), abs=1e-4)
+    assert [mixture.choice for mixture in mixtures] == [name] * 3
+
+
+def test_rows_of_several_experts_and_choices_get_what_they_get_alone(model):
+    decided = model.first_pass(TEXTS)
+    assert len({mixture.choice for mixture in decided}) > 1
+    chosen = [{}, {"mixture": [{"math": 0.6}, {"code": 1.0}, {}]}, {"expert": ["math", "other", "code"]}]
+    before = state(model.library.model)
+    for given in chosen:
+        together, mixtures = model.choose(TEXTS, CHOICES, **given)
+        assert mixtures == (model.first_pass(TEXTS, **given))
+        for i, (text, choices) in enumerate(zip(TEXTS, CHOICES, strict=True)):
+            (one,), _ = model.choose([text], choices, **{name: values[i] for name, values in given.items()})
+            assert one["probabilities"] == pytest.approx(together[i]["probabilities"], abs=1e-5)
+    assert_same(model.library.model, before)
+
+
+@pytest.mark.parametrize(
+    "choices, message",
+    [
+        ([], "'choices' must be a list of texts that aren't empty"),
+        ("yes", "'choices' must be a list of texts"),
+        (["yes", "yes"], "'choices' has 'yes' twice"),
+        ([1, 2, 3], "'choices' must be a list of texts"),
+        ([["yes", "no"]], "There are 3 prompts, but choices for 1"),
+        (["x" * 510, "no"], "the model's context is 512"),
+    ],
+)
+def test_choices_that_cannot_be_compared_are_refused(choices, message, model):
+    with pytest.raises(ValueError, match=message):
+        model.choose(TEXTS, choices, expert="math")
 
 
 def options():
@@ -412,6 +474,7 @@ def breaking(real, at):
 STEPS = {
     "first pass": (first_pass, "choice_logps", 1),
     "decision": (first_pass, "Mixture", 2),
+    "mixing": (ExpertLibrary, "mix", 1),
     "reading an expert": (ExpertLibrary, "_offsets", 1),
     "activation": (rows_module, "Rows", 5),
     "first layer": (Linear, "forward", 1),

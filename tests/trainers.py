@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from peft_svf import SVFConfig
 from peft_svf.training.evolution import EvolutionConfig, EvolutionTrainer
 from peft_svf.training.reinforce import ReinforceConfig, ReinforceTrainer
+from peft_svf.training.supervised import SupervisedConfig, SupervisedTrainer
 
 # transformers collects garbage at each start of a training: what was imported so far need not be looked through again
 gc.collect()
@@ -175,6 +176,21 @@ def evolution_of(folder, rows, reward, *, model=None, svf=None, kind=EvolutionTr
     return kind(model, reward, args, rows, eval_rows, processing_class=TOKENIZER, peft_config=config)
 
 
+def supervised_of(folder, rows, reward=uneven, *, model=None, svf=None, eval_rows=None, **settings):
+    """A trainer on the right answers of rows, on a tiny model, from a random z unless `svf` says otherwise."""
+    short = {"max_completion_length": 5, "per_device_train_batch_size": 4, "max_steps": 1, "retention_rows": 3}
+    args = SupervisedConfig(str(folder), **{**QUIET, "save_strategy": "no", **short, **settings})
+    return SupervisedTrainer(
+        soft_model() if model is None else model,
+        args,
+        Dataset.from_list(rows),
+        None if eval_rows is None else Dataset.from_list(eval_rows),
+        reward_funcs=reward,
+        processing_class=TOKENIZER,
+        peft_config=svf or SVFConfig(init_weights=False),
+    )
+
+
 def same(one, other, limit=1e-4):
     """Cosine 1 and norm ratio 1."""
     one, other = one.double(), other.double()
@@ -219,6 +235,8 @@ def divided(folder, kind, rows_each):
     if kind == "penalty":  # rewards with penalties of all processes; they replace the same prompts
         more = {"num_generations": 3, "prompt_filter": True, "beta": 0.5, "max_steps": 3}
         return trainer_of(folder, CHOICE_ROWS, uneven, kind=InTurn, **plain, **more)
+    if kind == "right answers":  # and everyday answers of the base, other ones in each process
+        return supervised_of(folder, 2 * TEXT_ROWS, **plain | {"retention": 5.0, "retention_rows": rows_each})
     greedy = {"advantage_estimator": "batch", "num_generations": 1, "greedy_rollouts": True}
     return trainer_of(folder, FORMS[kind][0], uneven, **plain, **greedy)
 

@@ -32,7 +32,7 @@ LICENCES = {
     "arc_challenge": "CC BY-SA 4.0. AI2 Reasoning Challenge (Clark et al. 2018), the challenge set; Hub "
     "`allenai/ai2_arc`.",
     "svamp": "MIT. SVAMP (Patel et al. 2021), github.com/arkilpatel/SVAMP. Its one set is cut by "
-    "`peft_svf.tasks.svamp`.",
+    "`peft_svf.tasks.word_problems`.",
     "gsm8k": "MIT. GSM8K (Cobbe et al. 2021), github.com/openai/grade-school-math. Validation is from the odd rows of "
     "the published train set.",
     "mbpp": "CC BY 4.0. MBPP (Austin et al. 2021), github.com/google-research/google-research. Rows as published, "

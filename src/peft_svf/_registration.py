@@ -80,7 +80,7 @@ def register() -> None:
         register_peft_method(name=NAME.lower(), config_cls=SVFConfig, model_cls=SVFModel, prefix="svf_")
     taken = PIPELINE_REGISTRY.supported_tasks.get(PIPELINE)
     if taken is None:
-        # The first keeps bundles away from the others, of which the first reads images too, if a model does.
+        # They are tried in this order: bundles, models that read images too, models of text.
         autos = (_Bundle, AutoModelForImageTextToText, AutoModelForCausalLM)
         default = {"model": (_NamedByExperts(), None)}
         PIPELINE_REGISTRY.register_pipeline(PIPELINE, _TwoPasses, autos, default, "multimodal")

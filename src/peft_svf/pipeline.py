@@ -24,6 +24,7 @@ from .experts.library import Source
 from .two_pass import Transformer2Model
 
 SETTINGS = ("experts", "classifier", "first_pass", "limit_bytes")  # They go to `Transformer2Model`.
+OPTIONS = ("expert", "mixture", "first_pass", "choices", "return_dispatch")  # of a call
 # Arguments of `generate` that image-text-to-text would hand to the processor, which ignores them.
 GENERATE = {*inspect.signature(GenerationMixin.generate).parameters, *GenerationConfig().to_dict()}
 GENERATE -= {"max_new_tokens"}
@@ -61,7 +62,7 @@ class _TwoPasses:
         return self.model.push_to_hub(repo_id, **kwargs)
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:
-        options = {name: kwargs.pop(name, None) for name in ("expert", "mixture", "first_pass", "return_dispatch")}
+        options = {name: kwargs.pop(name, None) for name in OPTIONS}
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)  # type: ignore[misc]
         if options["expert"] is not None or options["mixture"] is not None:  # They replace both of the constructor.
             forward |= {"expert": None, "mixture": None}
@@ -69,22 +70,31 @@ class _TwoPasses:
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         with self.model.library.lock:
+            carried: dict[str, Any] = {}
             if any(isinstance(kwargs.get(name), (list, tuple)) for name in ("expert", "mixture")):
-                chosen = {name: kwargs.pop(name, None) for name in ("expert", "mixture")}
+                carried = {name: kwargs.pop(name, None) for name in ("expert", "mixture")}
+            if any(isinstance(texts, (list, tuple)) for texts in kwargs.get("choices") or ()):
+                carried["choices"] = kwargs.pop("choices")
+            if carried:
                 key = next((key for key in ("text_inputs", "text") if key in kwargs), "images")  # (may be chats)
                 if key == "images" and inputs:  # Text comes last, after images.
-                    inputs = (*inputs[:-1], self._carrying(inputs[-1], chosen))
+                    inputs = (*inputs[:-1], self._carrying(inputs[-1], **carried))
                 else:
-                    kwargs[key] = self._carrying(kwargs.get(key), chosen)
+                    kwargs[key] = self._carrying(kwargs.get(key), **carried)
             return super().__call__(*inputs, **kwargs)  # type: ignore[misc]
 
-    def _carrying(self, inputs: Any, chosen: dict[str, Any]) -> Any:
-        """Attach its choice to each prompt, which keeps it with its row however the pipeline batches."""
+    def _carrying(self, inputs: Any, choices: Sequence[Sequence[str]] | None = None, **chosen: Any) -> Any:
+        """Attach its mixture and its choices to each prompt, which keeps them with its row however it is batched."""
         single = isinstance(inputs, str) or (isinstance(inputs, list) and inputs and is_valid_message(inputs[0]))
         prompts = [inputs] if single else list(inputs)
+        if choices is not None and len(choices) != len(prompts):
+            raise ValueError(f"There are {len(prompts)} prompts, but choices for {len(choices)}.")
         items: list[Any] = [_Text(prompt) if isinstance(prompt, str) else Chat(prompt) for prompt in prompts]
-        for item, mixture in zip(items, self.model.first_pass(prompts, **chosen), strict=True):
+        mixtures = self.model.first_pass(prompts, **chosen) if chosen else []
+        for item, mixture in zip(items, mixtures, strict=False):
             item.mixture = mixture
+        for item, texts in zip(items, choices or (), strict=False):
+            item.choices = texts
         return items[0] if single else items
 
     def _forward(
@@ -93,15 +103,25 @@ class _TwoPasses:
         expert: Any = None,
         mixture: Any = None,
         first_pass: str | FirstPass | None = None,
+        choices: Sequence[str] | None = None,
         return_dispatch: bool = False,
         **kwargs: Any,
     ) -> Any:
         prompts = model_inputs["prompt_text" if "prompt_text" in model_inputs else "text"]
         prompts = prompts if isinstance(prompts, list) else [prompts]
+        texts = [prompt.messages if isinstance(prompt, Chat) else str(prompt) for prompt in prompts]
         chosen: dict[str, Any] = {"mixture": [getattr(prompt, "mixture", None) for prompt in prompts]}
         if None in chosen["mixture"]:  # These prompts carry no choice of their own.
-            texts = [prompt.messages if isinstance(prompt, Chat) else str(prompt) for prompt in prompts]
             chosen = {"prompts": texts, "first_pass": first_pass, "expert": expert, "mixture": mixture}
+        listed = [getattr(prompt, "choices", None) for prompt in prompts]
+        if None not in listed or choices is not None:
+            if "pixel_values" in model_inputs:
+                raise ValueError("choices= compares texts as answers to a text, and this request has an image.")
+            seen = {name: model_inputs.get(name) for name in ("input_ids", "attention_mask")}
+            own: Any = choices if None in listed else listed
+            answers, mixtures = self.model.choose(choices=own, **{"prompts": texts, **chosen}, **seen)
+            dispatches = [{"dispatch": mixture.record()} if return_dispatch else {} for mixture in mixtures]
+            return {"answers": [answer | extra for answer, extra in zip(answers, dispatches, strict=True)]}
         decided: list[Mixture] = []
         outputs = self._answer(model_inputs, {**chosen, "on_dispatch": decided.extend}, **kwargs)
         if return_dispatch:
@@ -112,6 +132,8 @@ class _TwoPasses:
         return super()._forward(model_inputs, **chosen, **kwargs)  # type: ignore[misc]
 
     def postprocess(self, model_outputs: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        if (answers := model_outputs.get("answers")) is not None:
+            return answers if isinstance(answers, list) else [answers]
         decision = model_outputs.pop("dispatch", None)
         records = super().postprocess(model_outputs, **kwargs)  # type: ignore[misc]
         if decision is not None:
@@ -131,6 +153,8 @@ class Transformer2Pipeline(_TwoPasses, TextGenerationPipeline):
     - `expert`: a name for all prompts, or a list with one for each; `"other"` is the base model.
     - `mixture`: weights by name such as `{"math": 0.7, "code": 0.3}`, a [`Mixture`], or a list.
     - `first_pass`: a strategy's name or a [`FirstPass`], instead of the constructor's.
+    - `choices`: texts, the same for all prompts or a list of them for each. The answer is the likeliest, and an output
+      has `choice`, `confidence` and `probabilities` in place of a generated text.
     - `return_dispatch`: adds the key `dispatch` to each output, with `choice`, `confidence`, `probabilities`, `alpha`.
 
     `pipeline("transformer2", experts=[...])` without `model` loads the base model that the experts name, in their
@@ -188,6 +212,4 @@ def make_pipeline(
 
 
 class _Text(str):
-    """A prompt that carries its mixture through the pipeline's batching."""
-
-    mixture: Mixture | None = None
+    """A prompt that carries its mixture and its choices through the pipeline's batching."""

@@ -37,13 +37,13 @@ from .adaptation.first_pass import FirstPass, decide, default_first_pass, dispat
 from .adaptation.probe import Probe
 from .adaptation.router import can_decide, deciding, key_rows, key_scores, mask_of
 from .adaptation.search import Search
-from .evaluation import Summary, context_of, wilson
-from .evaluation.reading import CACHES
+from .evaluation import Summary, choice_logps, confidence_of, context_of, wilson
+from .evaluation.reading import CACHES, evaluating
 from .experts.bundle import find_bundle, push_bundle, read_bundle, save_bundle
 from .experts.expert import OTHER, Mixture
 from .experts.key import RoutingKey
 from .experts.library import ExpertLibrary, Source, loaded
-from .rows import Prompt, Reader, Row, tokenizer_of
+from .rows import Prompt, Reader, Row, encode, tokenizer_of
 from .tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -352,6 +352,64 @@ class Transformer2Model:
         with self.library.activate(mixtures, merge) as model:
             return model.generate(inputs, **kwargs)
 
+    def choose(
+        self,
+        prompts: Sequence[Prompt],
+        choices: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        expert: str | Sequence[str] | None = None,
+        mixture: Chosen | Sequence[Chosen] | None = None,
+        first_pass: str | FirstPass | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[list[dict[str, Any]], list[Mixture]]:
+        """
+        Answer each prompt with one of given texts, by their summed token log-likelihoods under its mixture.
+
+        Args:
+            prompts (`Sequence[str | list[dict]]`): Texts or chats.
+            choices (`Sequence[str]` or `Sequence[Sequence[str]]`):
+                Different texts, the same for all prompts or some for each.
+            expert, mixture, first_pass: As in [`Transformer2Model.first_pass`].
+            input_ids, attention_mask (`torch.Tensor` of shape `(batch, tokens)`, *optional*):
+                What the model reads, padded on the left; default the prompts as their template writes them.
+
+        Returns:
+            For each prompt the fields of transformers' decisions, `choice`, `confidence` and `probabilities` by choice
+            (the softmax), and its [`Mixture`].
+
+        Raises:
+            `ValueError`: if there aren't choices for each prompt, for what [`choice_logps`] refuses (equal choices,
+                images), and as the first pass.
+        """
+        by_row = any(isinstance(texts, (list, tuple)) for texts in choices)
+        listed: Sequence[Any] = choices if by_row else [choices] * len(prompts)
+        if len(listed) != len(prompts):
+            raise ValueError(f"There are {len(prompts)} prompts, but choices for {len(listed)}.")
+        rows = [{"prompt": prompt, "choices": texts} for prompt, texts in zip(prompts, listed, strict=True)]
+        with self.library.lock:
+            if input_ids is None:
+                input_ids, attention_mask = encode(self.reader, prompts).values()
+            mask = mask_of(self.library.model, input_ids, attention_mask)
+            settings = self._settings_of(first_pass) if expert is None and mixture is None else None
+            if settings is not None and settings.strategy == "key":  # reads the ids, as `generate` does
+                scores = key_scores(self.library, self.reader, key_rows(self.reader, input_ids, mask)[0])
+                mixtures = decide(self.library, scores, settings)
+            else:
+                mixtures = self.first_pass(prompts, first_pass, expert=expert, mixture=mixture)
+            ids = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
+            answers: dict[int, dict[str, Any]] = {}
+            for places in by_mixture(mixtures):
+                with self.library.activate(mixtures[places[0]]) as model, evaluating(model):
+                    part = [rows[i] for i in places]
+                    logps = choice_logps(model, self.reader, part, prompts=[ids[i] for i in places])
+                for i, row in zip(places, logps.double().softmax(-1).tolist(), strict=True):
+                    shares = dict(zip(listed[i], row, strict=False))  # rows with fewer choices are filled up
+                    best = max(shares, key=lambda text: shares[text])
+                    confidence = confidence_of(shares[best], len(shares))
+                    answers[i] = {"choice": best, "confidence": confidence, "probabilities": shares}
+        return [answers[i] for i in range(len(rows))], mixtures
+
     def _check_request(self, inputs: Tensor | None, kwargs: Mapping[str, Any]) -> tuple[int, int]:
         """Return rows and tokens of a request; a `ValueError` for a cache, or a prompt that fills the context."""
         if any(kwargs.get(name) is not None for name in CACHES):
@@ -416,6 +474,14 @@ class Transformer2Model:
             yield model
 
 
+def by_mixture(mixtures: Sequence[Mixture]) -> list[list[int]]:
+    """Return the places of rows that share their weights, one list for each mixture."""
+    groups: dict[frozenset[tuple[str, float]], list[int]] = defaultdict(list)
+    for place, mixture in enumerate(mixtures):
+        groups[frozenset(mixture.alpha.items())].append(place)
+    return list(groups.values())
+
+
 def answer_each(
     model: Transformer2Model,
     rows: Sequence[Row],
@@ -427,12 +493,9 @@ def answer_each(
 
     Returns the [`Summary`] of all rows, the records in their order, each with its `dispatch`.
     """
-    groups: dict[frozenset[tuple[str, float]], list[int]] = defaultdict(list)
-    for place, mixture in enumerate(mixtures):
-        groups[frozenset(mixture.alpha.items())].append(place)
     records: dict[int, dict[str, Any]] = {}
     total = seconds = 0.0
-    for places in groups.values():
+    for places in by_mixture(mixtures):
         with model.using(mixtures[places[0]]) as adapted:
             part = evaluate(adapted, [rows[i] for i in places])
         total, seconds = total + part.accuracy * part.n, seconds + part.seconds
@@ -456,8 +519,7 @@ def load_model(name: str, **kwargs: Any) -> tuple[PreTrainedModel, Reader]:
 
 def base_of(experts: Sequence[Source] | Mapping[str, Source]) -> tuple[str, str | None]:
     """Return the base model that experts name, with its revision if any; a `ValueError` for none or several."""
-    experts = loaded(experts)
-    configs = [expert.config for expert in (experts.values() if isinstance(experts, dict) else experts)]
+    configs = [expert.config for expert in loaded(experts)]
     names = sorted({config["base_model_name_or_path"] for config in configs if config.get("base_model_name_or_path")})
     revisions = sorted({str(config["revision"]) for config in configs if config.get("revision")})
     if len(names) != 1 or len(revisions) > 1:

@@ -34,16 +34,6 @@ OWN = {"task", "holdout", "name", "state", "evaluator", "batch_size"}
 tokenizer = tiny_tokenizer()
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return tiny_experts.write_all(tmp_path_factory.mktemp("experts"))
-
-
-@pytest.fixture(scope="module")
-def library(folders):
-    return ExpertLibrary(base(), [folders["math"], folders["code"]], classifier=folders["kinds"])
-
-
 def adapt(library, examples, **settings):
     """A short search on examples; settings of `Search` and of `few_shot` side by side."""
     own = {name: settings.pop(name) for name in OWN & settings.keys()}
@@ -102,16 +92,6 @@ def test_the_result_is_no_worse_than_the_base_and_each_expert(form, library):
     for alpha in ({}, {"math": 1.0}, {"code": 1.0}):
         share, logp = score(library, Mixture(alpha), examples)
         assert found.provenance["score"] >= [share, logp - 1e-4]
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_no_pad_token_is_needed(form, library):
-    examples, settings, _ = FORMS[form]
-    padless = tiny_tokenizer()
-    padless.pad_token = None
-    generation = {"task": settings["task"], "max_new_tokens": 3} if settings else {}
-    found = few_shot(library, padless, examples, Search(**SMALL), **generation)
-    assert found == adapt(library, examples, **settings)
 
 
 def test_a_task_judges_completions_but_not_choices(library):

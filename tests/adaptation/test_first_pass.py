@@ -21,16 +21,6 @@ NAMES = list(KINDS)
 tokenizer = tiny_tokenizer()
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return tiny_experts.write_all(tmp_path_factory.mktemp("experts"))
-
-
-@pytest.fixture(scope="module")
-def library(folders):
-    return ExpertLibrary(base(), [folders["math"], folders["code"]], classifier=folders["kinds"])
-
-
 def decide(library, prompts, batch_size=16, **settings):
     return dispatch(library, tokenizer, prompts, FirstPass(**settings), batch_size)
 

@@ -132,7 +132,7 @@ def test_cma_names_its_extra_and_takes_one_number(monkeypatch):
     found = run(lambda m: judged([(-abs(float(x) - 0.3),) for (x,) in m]), np.array([[0.5], [0.0]]), method="cma")
     assert found.best == pytest.approx(0.3, abs=0.01)
     monkeypatch.setitem(sys.modules, "cma", None)
-    with pytest.raises(ImportError, match=r"pip install \"peft-svf\[search\]\""):
+    with pytest.raises(ImportError, match=r"pip install 'peft-svf\[search\]'"):
         run(method="cma")
 
 

@@ -16,13 +16,27 @@ from tiny_model import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from peft_svf import Expert, Mixture, Transformer2Model
+from peft_svf.adaptation.judge import block_effects
 from peft_svf.cli import main
 from peft_svf.cli.sources import find_task, read_examples, read_mixture
 from peft_svf.evaluation import evaluate
 from peft_svf.experts import make_key
 from peft_svf.tuner.cache import cache_dir, usage
 
-VERBS = ["train", "eval", "factor", "inspect", "adapt", "dispatch", "key", "export", "import", "search", "serve"]
+VERBS = [
+    "train",
+    "eval",
+    "factor",
+    "inspect",
+    "adapt",
+    "dispatch",
+    "key",
+    "export",
+    "import",
+    "search",
+    "serve",
+    "demo",
+]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +80,7 @@ def test_help_version_and_usage_errors_import_no_torch(argv):
         "import sys; sys.argv = ['peft-svf', *sys.argv[1:]]; sys.orig_argv = ['python', *sys.argv]\n"
         "from peft_svf.cli import main; main()\n"
         "names = {name.split('.')[0] for name in sys.modules}\n"
-        "print(sorted(names & {'torch', 'peft', 'transformers', 'trl', 'numpy', 'fastapi', 'uvicorn'}))"
+        "print(sorted(names & {'torch', 'peft', 'transformers', 'trl', 'numpy', 'fastapi', 'uvicorn', 'gradio'}))"
     )
     done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
@@ -131,7 +145,7 @@ def test_a_failure_is_one_line_and_code_1(home, both, tmp_path, capsys):
         ("eval", *both, *task, "--experts", f"math={home / 'code'}"): "Two experts are called 'math'",
         ("eval", "--experts", f"base={home / 'math'}", *task): "can't be called 'base'",
         ("adapt", *both, "--examples", tmp_path / "bad.jsonl"): "line 2",
-        ("adapt", *both, "--examples", tmp_path / "broken.jsonl"): "isn't JSON",
+        ("adapt", *both, "--examples", tmp_path / "broken.jsonl"): "not JSON",
         ("adapt", *both, "--examples", tmp_path / "empty.jsonl"): "is empty: it needs one JSON object a line",
         ("adapt", *both, "--examples", home / "rows.jsonl", "--per-layer"): "name another place by --out",
         ("dispatch", *both, "--strategy", "classifier", "--", "x"): "needs a classifier",
@@ -211,7 +225,7 @@ def test_factor_fills_the_cache_once(home, tmp_path, capsys, monkeypatch):
 
 
 def test_inspect_shows_the_distance_from_1_of_each_layer_and_kind(home, tmp_path, capsys):
-    code, out, err = run(capsys, "inspect", home / "code", "--plot", tmp_path / "z.png")
+    code, out, err = run(capsys, "inspect", home / "code")
     assert code == 0, err
     offsets = load_file(home / "code" / "adapter_model.safetensors")
     kinds = re.search(r"^layer +(.*)$", out, re.MULTILINE)[1].split()
@@ -222,7 +236,19 @@ def test_inspect_shows_the_distance_from_1_of_each_layer_and_kind(home, tmp_path
         assert re.search(row, out, re.MULTILINE)
     moved = torch.cat(list(offsets.values())).abs()
     assert f"mean |z-1| {moved.mean():.4f}, largest {moved.max():.4f}" in out
-    assert (tmp_path / "z.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_measures_and_draws_what_each_block_does_to_examples(home, tmp_path, capsys):
+    asked = ["--examples", home / "rows.jsonl", "--limit", 3, "--plot", tmp_path / "blocks.png"]
+    code, out, err = run(capsys, "inspect", home / "code", *asked)
+    assert code == 0, err
+    rows, model = read_examples(home / "rows.jsonl")[:3], loaded(home)
+    effects = block_effects(model.library, model.tokenizer, "code", rows)
+    for block, effect in effects.items():
+        assert re.search(rf"^{re.escape(block)} +{re.escape(f'{effect.mean():+.3f}')}", out, re.MULTILINE)
+    assert (tmp_path / "blocks.png").read_bytes().startswith(b"\x89PNG")
+    code, _, err = run(capsys, "inspect", home / "code", "--plot", tmp_path / "z.png")
+    assert code == 2 and "--examples" in err
 
 
 # --- key

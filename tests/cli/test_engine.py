@@ -20,11 +20,6 @@ MIXTURES = [{}, {"math": 1.0}, {"code": 1.0}, {"math": 0.7, "code": 0.3}, {"code
 TEXT = "What is 3 + 4? "
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return tiny_experts.write_all(tmp_path_factory.mktemp("experts"))
-
-
 def two_pass(folders, names=("math", "code")):
     return Transformer2Model(tiny_experts.base(), tiny_tokenizer(), [folders[name] for name in names])
 

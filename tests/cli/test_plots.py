@@ -14,6 +14,7 @@ from peft_svf.cli.plots import (
     draw_alpha,
     draw_decisions,
     draw_distances,
+    draw_effects,
     draw_layers,
     draw_probabilities,
     new_figure,
@@ -77,6 +78,16 @@ def test_distances_are_drawn_as_they_are(axes):
     drawn = torch.tensor(axes.images[0].get_array().filled(torch.nan))
     assert torch.equal(drawn.isnan(), table.isnan()) and torch.equal(drawn.nan_to_num(), table.nan_to_num())
     assert labels(axes.yaxis) == layers and labels(axes.xaxis) == kinds
+
+
+def test_effects_of_blocks_are_bars_with_the_interval_of_the_examples(axes):
+    effects = {"all": [2.0, 4.0], **{f"model.layers.{i}": [0.1 * i, 0.3 * i] for i in range(40)}}
+    draw_effects(axes, effects, "price")
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx([0.2 * i for i in range(40)])
+    (low, high) = axes.collections[0].get_segments()[10]
+    assert (high[1] - low[1]) / 2 == pytest.approx(1.96 * 1.0 / 2**0.5)
+    assert labels(axes.xaxis) == [str(i) for i in range(0, 40, 3)]
+    assert axes.get_title() == "price: all blocks +3.00 nats, 2 examples"
 
 
 def test_weights_per_layer_are_drawn_as_they_are(axes):

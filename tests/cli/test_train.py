@@ -28,13 +28,17 @@ WEIGHTS = "adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a tiny base, rows, and settings of both algorithms."""
+    """A folder with a tiny base, rows, and settings of all algorithms."""
     folder = tmp_path_factory.mktemp("train")
     tiny_model().save_pretrained(folder / "base")
     tiny_tokenizer().save_pretrained(folder / "base")
     text = YAML.format(base=folder / "base", rows=write_rows(folder / "rows.jsonl"), out=folder / "expert")
     (folder / "reinforce.yaml").write_text(text)
     (folder / "evolution.yaml").write_text(text.replace("size: 16", "size: 4") + EVOLUTION)
+    sums = [{"prompt": f"{i} + 1 =", "answer": i + 1} for i in range(60)]
+    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, sums)))
+    lines = (f"model_name_or_path: {folder / 'base'}", f"task: {folder / 'sums.jsonl'}", "algorithm: sft")
+    (folder / "sft.yaml").write_text("\n".join([*lines, f"output_dir: {folder / 'sums'}", "max_steps: 2"]))
     return folder
 
 
@@ -97,29 +101,51 @@ def test_the_second_interrupt_ends_at_once(home, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out" / "checkpoint-1").exists()
 
 
-@pytest.mark.parametrize("algorithm", ["reinforce", "evolution"])
+def test_five_lines_and_a_file_of_right_answers_give_an_expert(home, expert, capsys):
+    assert len((home / "sft.yaml").read_text().splitlines()) == 5
+    code, out, err = run(capsys, "train", home / "sft.yaml", "--max_completion_length", 4)
+    assert code == 0 and re.search(r"^step +1/2  loss [\d.]+  KL of everyday answers 0 ", out, re.MULTILINE), err
+    assert re.search(r"^Everyday answers of the base are -?[\d.]+% less likely per token.$", out, re.MULTILINE)
+    result, card = json.loads((home / "sums" / "result.json").read_text()), (home / "sums" / "README.md").read_text()
+    assert result["objective"].startswith("next-token loss on right answers + 20 KL(base || policy)")
+    assert result["objective"] in card and "2 of 16 right answers" in card
+    assert (result["form"], result["curve"][0]["step"], result["settings"]["algorithm"]) == ("generate", 1, "sft")
+    assert "objective: policy gradient" in (expert / "README.md").read_text().replace("**", "").lower()
+
+
+def test_rows_with_choices_are_learned_as_text_unless_the_form_is_choice(home, tmp_path, capsys):
+    over = ["--task", home / "rows.jsonl", "--output_dir", tmp_path / "out", "--dry-run"]
+    for form, words in {"generate": '"solution": "', "choice": '"choices": ['}.items():
+        code, out, err = run(
+            capsys, "train", home / "sft.yaml", *over, *(["--form", form] if form == "choice" else [])
+        )
+        assert code == 0 and f"rows, {form} form" in out and words in out, err
+
+
+@pytest.mark.parametrize("algorithm", ["reinforce", "sft", "evolution"])
 def test_a_dry_run_writes_nothing_and_shows_prompt_success_and_cost(algorithm, home, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PEFT_SVF_CACHE", str(tmp_path / "cache"))
-    over = ["--output_dir", tmp_path / "out", "--dry-run"]
+    over = ["--output_dir", tmp_path / "out", "--dry-run", "--max_steps", 4, "--task", home / "rows.jsonl"]
+    over += ["--form", "choice"]
     code, out, err = run(capsys, "train", home / f"{algorithm}.yaml", *over)
     assert code == 0 and list(tmp_path.iterdir()) == [], err
     rows = find_task(str(home / "rows.jsonl")).rows("train", seed=42)[:16]
     assert "Its prompt as the model reads it:\n" in out and rows[0]["prompt"][0]["content"] in out
     share = evaluate(tiny_model(), tiny_tokenizer(), rows).accuracy
     assert f"The base is right on {share:.0%} of the first 16 training rows." in out
-    product = "2 questions x 8 answers" if algorithm == "reinforce" else "4 questions x 4 answers"
+    products = {"reinforce": "2 questions x 8 answers", "evolution": "4 questions x 4 answers"}
     (cost,) = re.findall(r"^Cost: .*$", out, re.MULTILINE)
-    assert f"4 steps x {product}" in cost and re.search(r"about [\d.]+ minutes", cost)
+    assert f"4 steps x {products.get(algorithm, '16 right answers and 8 everyday answers of the base')}" in cost
+    assert re.search(r"about [\d.]+ minutes", cost)
 
 
 def test_evolution_and_written_answers_train(home, expert, tmp_path, capsys):
-    rows = [{"prompt": f"{i} + 1 =", "answer": i + 1} for i in range(60)]
-    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    over = ["--task", tmp_path / "sums.jsonl", "--output_dir", tmp_path / "out", "--max_steps", 1]
+    over = ["--task", home / "sums.jsonl", "--output_dir", tmp_path / "out", "--max_steps", 1]
     over += ["--max_completion_length", 4, "--test_rows", 3, "--eval_strategy", "no"]
     over += ["--per_device_train_batch_size", 8]
     code, out, err = run(capsys, "train", home / "evolution.yaml", *over, "--dry-run")
     assert code == 0 and "The base's answer to it:" in out, err
+    assert ("right on 0% of" in out) is ("`algorithm: sft` learns from right answers" in out)
     for algorithm in ("evolution", "reinforce"):
         folder = ["--output_dir", tmp_path / algorithm, "--routing", algorithm == "evolution"]
         code, _, err = run(capsys, "train", home / f"{algorithm}.yaml", *over, *folder)
@@ -178,7 +204,10 @@ WRONG = {  # lines of a file -> part of the message
     "a: [1": "isn't valid YAML",
     "lr: 1e-3": "unknown key 'lr': did you mean 'learning_rate'?",
     "max_step: 3": "unknown key 'max_step': did you mean 'max_steps'?",
-    "population: 4": "unknown key 'population': it belongs to the other `algorithm`",
+    "population: 4": "unknown key 'population': it belongs to `algorithm: evolution`",
+    "algorithm: sft\nnum_generations: 4": "unknown key 'num_generations': it belongs to `algorithm: reinforce`",
+    "algorithm: evolution\nretention: 1": "unknown key 'retention': it belongs to `algorithm: reinforce`",
+    "retention: -1": "`retention` must be 0 or more; got -1.0",
     "algorithm: walk": "argument --algorithm: invalid choice: 'walk'",
     "model_init_kwargs:\n  a: &x [1]\n  b: [*x, *x]": "write out its aliases",
     "a: " + "[" * 1000: "isn't valid YAML",

@@ -3,18 +3,23 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import tiny_experts
 import torch
 from command_line import run
+from huggingface_hub.errors import HfHubHTTPError
 from tiny_experts import GREEDY, ids
 from tiny_model import tiny_tokenizer
 from transformers import pipeline
 
 from peft_svf import Expert, Mixture, Transformer2Model
 from peft_svf.adaptation import FirstPass, fit_calibration, fit_probe
+from peft_svf.experts import expert as expert_module
 from peft_svf.experts import make_key
+from peft_svf.experts.bundle import find_bundle
 
 TEXTS = ["3 + 4 =", "print(x)"]
 
@@ -101,3 +106,13 @@ def test_places_outside_of_a_bundle_are_no_folders_of_it(model, tmp_path):
 def test_bundle_whose_base_is_a_folder_is_not_pushed(model):
     with pytest.raises(ValueError, match='base_model="org/name"'):
         model.push_to_hub("me/it")
+
+
+def test_a_bundle_whose_first_download_breaks_is_asked_for_again(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path)
+    busy = HfHubHTTPError("busy", response=SimpleNamespace(status_code=503, headers={}, request=None))
+    snapshot = Mock(side_effect=[busy, str(tmp_path), ConnectionResetError(), str(tmp_path)])
+    monkeypatch.setattr(expert_module, "snapshot_download", snapshot)
+    monkeypatch.setattr(expert_module, "WAITS", (0,))
+    assert find_bundle("me/bundle", "v2") == tmp_path
+    assert [call.kwargs["revision"] for call in snapshot.call_args_list] == ["v2", "v2", *[tmp_path.name] * 2]

@@ -17,8 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from peft_svf import Expert, SVFConfig
-from peft_svf.experts.export import export_lora, export_merged, merge_expert
-from peft_svf.experts.gguf import export_gguf
+from peft_svf.experts.export import export_gguf, export_lora, export_merged, merge_expert
 
 EXAMPLE = Path(__file__).parents[2] / "benchmarks" / "experts" / "math"
 KINDS = ["llama", "qwen2", "gpt2"]
@@ -68,15 +67,6 @@ def test_merged_checkpoint_answers_as_the_expert_does(kind, tmp_path):
     assert torch.equal(answers(merged), answers(model))
     assert not torch.equal(pico.logits(merged), pico.logits(load(tmp_path / f"{kind}-base")))
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("the")["input_ids"]
-
-
-def test_merged_weights_are_those_of_the_formula(tmp_path):
-    expert, _ = write(tmp_path, rank=7)
-    base, merged = load(tmp_path / "llama-base"), load(tmp_path / "llama-base")
-    merge_expert(expert, merged)
-    for name, z in expert.z.items():
-        expected = oracle.rescaled(pico.matrix_of(base.get_submodule(name)), z)
-        torch.testing.assert_close(merged.get_submodule(name).weight.double(), expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

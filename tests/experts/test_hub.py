@@ -10,7 +10,11 @@ import contextlib
 import io
 import json
 import multiprocessing
+import os
 import re
+import socket
+import subprocess
+import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -162,6 +166,25 @@ def push_zoo(repo, source) -> str:
             version.save(folder)
             commits.append(HfApi().upload_folder(repo_id=repo, folder_path=folder, path_in_repo="code").oid)
     return commits[0]
+
+
+def tuned_expert(folder, name, rank=None) -> str:
+    """Write an expert of me/chat as `peft-svf train` does."""
+    path = write(Path(folder), name, 5, AutoModelForCausalLM.from_pretrained("me/chat"), rank=rank)
+    row = {"task": "count", "metric": "accuracy (choice form)", "value": 0.75, "base": 0.5, "n": 40}
+    (path / "result.json").write_text(json.dumps({"card": {"training": {"seed": 0}, "results": [row]}}))
+    return str(path)
+
+
+def chat_logits(repo, **kwargs) -> list:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("me/chat"), repo, **kwargs).eval()
+    return model(TOKENS).logits.tolist()
+
+
+def text_of(repo, chat, expert) -> str:
+    """The greedy answer of a pipeline."""
+    pipe = pipeline("transformer2", experts=[repo])
+    return pipe(chat, expert=expert, max_new_tokens=5, do_sample=False)[0]["generated_text"][-1]["content"]
 
 
 def command(*argv) -> tuple[int, str]:
@@ -335,6 +358,67 @@ def test_search_lists_the_experts_of_a_base(hub, client, experts):
     assert code == 0 and "me/sums" in shown and "me/programs" in shown and "me/expert " not in shown
     code, shown = client(command, "search", "me/nothing")
     assert code == 1 and "no experts of 'me/nothing'" in shown
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+def test_the_verb_uploads_what_training_wrote_with_a_picture_and_a_lora(hub, client, experts, tmp_path, rank):
+    repo = f"me/rank-{rank}"
+    folder = client(tuned_expert, str(tmp_path), f"rank-{rank}", rank=rank)
+    for _ in range(2):
+        code, shown = client(command, "push", folder, repo, "--license", "mit", "--lora", "--collection", "Counting")
+        assert code == 0 and f"Uploaded {repo}" in shown, shown
+    assert {"type": "model", "id": repo} in hub.collections["me/counting"]
+    lora = ["lora/adapter_config.json", "lora/adapter_model.safetensors"]
+    assert hub.files(repo) == sorted([*THREE_FILES, *lora, "z.png"])
+    assert hub.read(repo, "z.png")[1:4] == b"PNG" and len(hub.read(repo, "z.png")) < 100_000
+    card = card_of(hub, repo)
+    assert "![mean abs(z - 1) by layer" in card.text and "| count |" in card.text and "- seed: 0" in card.text
+    assert f'"{repo}", subfolder="lora")' in card.text and card.data.license == "mit"
+    mine, others = (torch.tensor(client(chat_logits, repo, **way)) for way in ({}, {"subfolder": "lora"}))
+    exact = rank is not None
+    assert ("leaves out nothing" in card.text) == exact
+    near = {"atol": 1e-4, "rtol": 1e-4} if exact else {"atol": 0.5, "rtol": 0.1}
+    torch.testing.assert_close(mine, others, **near)
+
+
+def test_the_verb_needs_an_owner_and_a_base_that_the_hub_has(hub, client, experts, tmp_path):
+    folder = client(tuned_expert, str(tmp_path), "mine")
+    code, shown = client(command, "push", folder, "mine")
+    assert code == 2 and "write ORG/NAME" in shown
+    config = json.loads(Path(folder, "adapter_config.json").read_text())
+    Path(folder, "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "./base"}))
+    code, shown = client(command, "push", folder, "me/mine")
+    assert code == 1 and "'./base', means nothing on the Hub" in shown and hub.refs("me/mine") is None
+
+
+@pytest.mark.slow
+def test_a_newcomer_publishes_an_expert_loads_it_serves_it_and_asks_it(hub, client, experts, tmp_path):
+    openai = pytest.importorskip("openai")
+    pytest.importorskip("uvicorn")
+    folder = client(tuned_expert, str(tmp_path), "walk")
+    code, shown = client(command, "push", folder, "me/walk")
+    assert code == 0, shown
+    assert client(chat_logits, "me/walk") == client(chat_logits, folder)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    verb = [sys.executable, "-m", "peft_svf.cli", "serve", "--experts", "me/walk", "--port", str(port)]
+    environment = {**os.environ, **hub.environment(tmp_path / "home")}
+    with subprocess.Popen(
+        verb, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as server:
+        try:
+            for line in server.stdout:
+                if "at http://" in line:
+                    break
+            ask = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=8)
+            chat = [{"role": "user", "content": "3 + 4"}]
+            for model, choice in (("walk", "walk"), ("base", "other")):
+                asked = {"model": model, "messages": chat, "max_tokens": 5, "temperature": 0}
+                answer = ask.chat.completions.create(**asked)
+                assert answer.dispatch["choice"] == choice
+                assert answer.choices[0].message.content == client(text_of, "me/walk", chat, choice)
+        finally:
+            server.terminate()
 
 
 # The card alone, without a Hub.

@@ -76,7 +76,7 @@ def test_every_mode_holds_every_fake_and_namespaces_hold_every_attack(user):
     elif (user == "root" and os.getuid() != 0) or python is None:
         pytest.skip("needs root and a Python of the system")
     environment = {"PATH": os.environ["PATH"], "TOKEN": "sandbox-secret"}
-    command = [python, "-B", attacks.__file__, "--json"]
+    command = [python, "-B", attacks.__file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, **options)
     for mode, held in json.loads(done.stdout).items():
         through = {name for name, stays in held.items() if not stays}

@@ -4,7 +4,6 @@
 import collections
 import gzip
 import importlib.metadata
-import io
 import json
 import os
 import re
@@ -17,23 +16,14 @@ from pathlib import Path
 import pytest
 
 import peft_svf.tasks as registry
-from peft_svf.tasks import (
-    TASKS,
-    Task,
-    dispatch_prompt,
-    format_reward,
-    get_task,
-    jsonl_task,
-    register_task,
-    task_names,
-)
+from peft_svf.tasks import TASKS, Task, dispatch_prompt, format_reward, get_task, jsonl_task, register_task, task_names
 from peft_svf.tasks.competition_math import boxed
 from peft_svf.tasks.dispatch import everyday
 from peft_svf.tasks.own import same_answer
-from peft_svf.tasks.program import code_block
+from peft_svf.tasks.programs import code_block
 from peft_svf.tasks.task import plain, read_jsonl, rotated
 from peft_svf.tasks.vqa import normalised, vqa_accuracy
-from peft_svf.tasks.word_problem import calculated, final_number
+from peft_svf.tasks.word_problems import calculated, final_number
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "data"
 DATA = Path(os.environ.get("PEFT_SVF_DATA") or EXAMPLES)
@@ -135,6 +125,8 @@ def test_a_missing_file_is_named_with_the_way_out(tmp_path):
     write(tmp_path, "arc_easy", "test", [ARC])
     with pytest.raises(FileNotFoundError, match=r"arc_easy/train\.jsonl\.gz or .*set PEFT_SVF_DATA to a folder"):
         get_task("arc_easy").load("train", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"OpenEnded_mscoco_val2014_questions\.json"):
+        get_task("okvqa").load("test", tmp_path)
 
 
 def test_the_argument_goes_before_the_environment(tmp_path, monkeypatch):
@@ -598,7 +590,7 @@ READ = {
         **{"8 + 3 =": 11, "8+3=12 apples": 11, "(6 * 12) - 30\nso 42": 42, "-3 + 2 × -4": -11, "7 / 2": 3.5},
         **{"$1,200 x 2.": 2400, "2 - 3 - 4": -5, "12 / 2 * 3": 18, "42": 42},
         **dict.fromkeys(["8 +", "8 3", "7 / (3 - 3)", "(8", "8)", "", "8 + three", "__import__('os')", "2 ** 9"]),
-        **dict.fromkeys(["(" * 5000, "1+" * 5000 + "1"]),
+        **dict.fromkeys(["+", "3 (4)", "(" * 5000, "1+" * 5000 + "1"]),
     },
     final_number: {
         **{"1,234,567": 1234567, "It costs $3.50.": 3.5, "So x = -7": -7, "from 3 to 5-2": 2, ".5": 0.5, "none": None},
@@ -650,7 +642,7 @@ def test_twice_the_text_takes_a_reader_at_most_about_twice_as_long(reader):
         timers = [timeit.Timer(lambda text=text: read(text), timer=time.process_time) for text in texts]
         return sum(min(timer.repeat(3, number=1)) for timer in timers)
 
-    assert seconds(64_000) < 4 * (1.5 * seconds(16_000) + 0.01)
+    assert seconds(16_000) < 4 * (1.5 * seconds(4_000) + 0.01)
 
 
 @pytest.mark.parametrize("digits", [65, 5_000, 100_000])
@@ -671,10 +663,9 @@ def test_vqa_accuracy_is_a_third_per_person_up_to_one(matches, accuracy):
 
 
 def picture(size):
-    image = pytest.importorskip("PIL.Image")
-    stream = io.BytesIO()
-    image.new("RGB", size).save(stream, "PNG")
-    return stream.getvalue()
+    import seeing
+
+    return seeing.png(seeing.Image.new("RGB", size))
 
 
 def textvqa_folder(folder):
@@ -718,11 +709,6 @@ def test_okvqa_joins_questions_and_annotations(tmp_path):
     assert row["image"]["path"].endswith("okvqa/val2014/COCO_val2014_000000000009.jpg")
     both = [r for split in ("train", "validation") for r in get_task("okvqa").load(split, tmp_path)]
     assert [r["image_id"] for r in both] == [297147]
-
-
-def test_missing_annotations_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"OpenEnded_mscoco_val2014_questions\.json"):
-        get_task("okvqa").load("test", tmp_path)
 
 
 def test_an_image_is_decoded_only_when_a_row_of_the_data_set_is_asked_for(tmp_path):
@@ -812,7 +798,7 @@ WRONG_LINES = [
     ([1], "expected an object"),
     ({"prompt": "a"}, "expected 'answer'"),  # the other rules of `rows.check` have their test
     ({"prompt": "a", "choices": ["x"], "label": 0}, "two or more"),
-    ({"prompt": "a", "answer": "b", "id": "7"}, "its id '7' is also that of line 1"),
+    ({"prompt": "a", "answer": "b", "id": "7"}, r"its id '7' is also that of '.*mine\.jsonl', line 1"),
     ('{"prompt": "a", "answer": NaN}', "not JSON: .*'NaN'"),
     ('{"prompt": "a", "answer": "b", "level": Infinity}', "not JSON: .*'Infinity'"),
     ({"prompt": "a", "answer": "b", "completions": 1}, "cannot be called 'completions'"),

@@ -22,13 +22,7 @@ from trainers import (
     same,
     trained_z,
 )
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3MoeConfig,
-)
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 
 from peft_svf import SVFConfig
 from peft_svf.evaluation import choice_logps
@@ -100,7 +94,7 @@ def by_hand(trainer, members, rows, reward):
                 each = [reward([[{"content": text}]], **columns)[0] for text in row["choices"]]
                 rewards.append(sum(float(a) * b for a, b in zip(p, each, strict=True)))
             else:
-                rewards.append(reward([[{"content": trainer._complete([row])[0]}]], **columns)[0])
+                rewards.append(reward([[{"content": trainer.answers([row])[0]}]], **columns)[0])
         found.append(sum(rewards) / len(rewards))
     alone(trainer, start)
     return torch.tensor(found)

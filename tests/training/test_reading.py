@@ -22,7 +22,6 @@ from peft_svf.evaluation.reading import (
 )
 from peft_svf.training.evolution import EvolutionConfig, EvolutionTrainer
 
-KINDS = ["llama", "qwen2", "gpt2", "opt", "gemma3_text", "phi3", "mixtral", "qwen3_moe"]
 BEGIN = [5, 9, 11, 4]
 PROMPTS = {
     "several samples": [[7, 8, 9], [3, 4], [12, 13, 14, 15, 16]] * 2 + [[3, 4]],
@@ -30,6 +29,9 @@ PROMPTS = {
     "a common beginning": [BEGIN + rest for rest in ([7, 8, 9], [3], [12, 13, 14, 15, 16])],
     "both": [BEGIN + rest for rest in ([7, 8, 9], [3], [12, 13, 14, 15, 16], [3], [7, 8, 9])],
 }
+every_kind = pytest.mark.parametrize(  # Llama with all prompts, the others with those that share in both ways
+    "kind, prompts", [("llama", name) for name in PROMPTS] + [(kind, "both") for kind in pico.CAUSAL[1:]]
+)
 
 
 def padded(prompts):
@@ -57,10 +59,9 @@ def generated(model, prompts, seed=0, **kwargs):
     )
 
 
-@pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_shared_rollouts_are_the_same_completions_for_the_same_seed(kind, prompts):
-    model = adapted(kind)
+    model, prompts = adapted(kind), PROMPTS[prompts]
     tokens = counted(model)
     for settings in ({}, {"do_sample": False}, {"do_sample": False, "no_repeat_ngram_size": 2}):
         tokens.clear()
@@ -97,10 +98,9 @@ def gradients(model, logps, weights):
 
 
 @pytest.mark.parametrize("length", [1, 4])
-@pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_shared_log_probabilities_have_the_gradient_of_separate_ones(kind, prompts, length):
-    model = adapted(kind)
+    model, prompts = adapted(kind), PROMPTS[prompts]
     add_fused_lm_head(model.get_base_model(), temperature=0.7, outputs=("log_probs", "entropy"))
     ids, mask = padded(prompts)
     draws = torch.Generator().manual_seed(3)

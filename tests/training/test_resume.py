@@ -35,7 +35,10 @@ SAVED = {"save_strategy": "steps", "save_steps": 1}
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "more",
-    [{"beta": 0.1, "gradient_accumulation_steps": 2, **EVALUATED}, {"steps_per_generation": 2, "save_steps": 2}],
+    [
+        {"beta": 0.1, "gradient_accumulation_steps": 2, "retention": 5.0, **EVALUATED},
+        {"steps_per_generation": 2, "save_steps": 2},
+    ],
     ids=["accumulated", "old rollouts"],
 )
 def test_every_kind_of_run_resumes_exactly(more, form, tmp_path):
@@ -226,7 +229,9 @@ trainer.accelerator.end_training()  # processes that leave at different times ab
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, rows_each", [("generate", 2), ("choice", 2), ("choice", 1), ("penalty", 6)])
+@pytest.mark.parametrize(
+    "kind, rows_each", [("generate", 2), ("choice", 2), ("choice", 1), ("penalty", 6), ("right answers", 2)]
+)
 def test_two_processes_take_the_step_of_one_with_twice_the_batch(kind, rows_each, tmp_path):
     script, config = tmp_path / "train.py", tmp_path / "two.yaml"
     script.write_text(DIVIDED)

@@ -476,13 +476,3 @@ def test_inference_mode_leaves_nothing_that_training_or_another_z_cannot_use(pla
             logits(adapter)
     adapter.train()(**ids).logits.square().mean().backward()
     torch.testing.assert_close(adapter.eval()(**ids).logits, expected[0])
-
-
-def test_generation_keeps_one_copy_of_each_weight_however_often_z_changes():
-    adapter, kept = get_peft_model(build("llama"), SVFConfig()).eval(), []
-    for seed in range(3):
-        randomize(adapter, seed=seed)
-        adapter.generate(input_ids=inputs(adapter)["input_ids"][:, : 3 + seed], max_new_tokens=3, pad_token_id=0)
-        kept.append(adapter.svf_memory()["total"])
-    weights = sum(layer.base_layer.weight.nbytes for layer in svf_layers(adapter).values())
-    assert kept[0] == kept[1] == kept[2] and (kept[0]["merged"], kept[0]["factored"]) == (weights, 0)

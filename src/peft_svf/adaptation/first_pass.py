@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..evaluation import choice_logps, complete, context_of
+from ..evaluation import choice_logps, complete, confidence_of, context_of
 from ..experts.expert import OTHER, Mixture
 from ..experts.key import blocks_of, key_ids, read_states
 from ..experts.library import ExpertLibrary
@@ -175,7 +175,7 @@ def decide(library: ExpertLibrary, scores: Tensor, first_pass: FirstPass) -> lis
     for row in (scores.double() / first_pass.temperature).softmax(-1).tolist():
         n, best, probabilities = len(row), max(row), dict(zip(names, row, strict=True))
         choice = OTHER if row[-1] == best else names[row.index(best)]
-        confidence = min(1.0, max(0.0, (best - 1 / n) / (1 - 1 / n)))
+        confidence = confidence_of(best, n)
         if confidence >= first_pass.threshold:
             mixed, alpha = first_pass.soft and confidence > 0, {choice: 1.0}  # Equal probabilities decide nothing.
         else:

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from ..evaluation import choice_logps, complete
 from ..experts.expert import OTHER, Mixture
 from ..experts.library import ExpertLibrary
+from ..files import extra
 from ..rows import Row, prompt_text
 from ..tasks import Task
 from ..tuner.rows import active_rows
@@ -182,6 +183,29 @@ class Judge:
         return len(self.tokenizer(text, add_special_tokens=False).input_ids)
 
 
+def block_effects(
+    library: ExpertLibrary,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    examples: Sequence[Row],
+    batch_size: int = 32,
+) -> dict[str, np.ndarray]:
+    """
+    Measure how much likelier an expert makes right answers than if z were 1 in one of its blocks.
+
+    Blocks work together, so their effects don't add up to that of all.
+
+    Returns:
+        For `"all"` and for each block `(examples,)`, the difference in log-likelihood, or in log-probability of the
+        right choice.
+    """
+    blocks = tuple(dict.fromkeys(map(block_of, library.expert(name).offsets)))
+    members = np.stack([np.ones(len(blocks)), np.zeros(len(blocks)), *(1 - np.eye(len(blocks)))])
+    judge = Judge(library, tokenizer, Weights((name,), blocks), examples, batch_size=batch_size)
+    logps = judge(members).by_example[..., 1]  # (2 + blocks, examples)
+    return dict(zip(("all", *blocks), logps[0] - logps[1:], strict=True))
+
+
 Evaluator = Callable[[Judge, np.ndarray], Judged]  # scores a population, here or elsewhere, with the same result
 
 
@@ -207,10 +231,8 @@ class RayEvaluator(AbstractContextManager):
     """
 
     def __init__(self, factory: Callable[[], Any], workers: int = 2, **options: Any) -> None:
-        try:
+        with extra("ray", "RayEvaluator needs the library ray"):
             import ray
-        except ImportError as error:
-            raise ImportError('RayEvaluator needs the library ray: pip install "peft-svf[ray]".') from error
         self._ray = ray
         actor = ray.remote(**{"num_cpus": 1, **options})(_Worker)
         self._workers = [actor.remote(factory) for _ in range(workers)]

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from .. import files
@@ -72,12 +71,10 @@ class Probe:
         counts = {label: list(kinds).count(label) for label in labels}
         if len(labels) < 2 or min(counts.values()) < 2:
             raise ValueError(f"A probe is fitted to two or more kinds with two or more prompts each; got {counts}.")
-        try:
+        with files.extra("probe", "Fitting needs scikit-learn"):
             from sklearn.linear_model import LogisticRegression
             from sklearn.model_selection import StratifiedKFold, cross_val_predict
             from sklearn.preprocessing import StandardScaler
-        except ImportError as error:
-            raise ImportError('Fitting needs scikit-learn: pip install "peft-svf[probe]".') from error
         scaler = StandardScaler()
         # All folds share one scale, since a fold of two prompts has no spread to standardise by.
         X = scaler.fit_transform(features.detach().double().cpu().numpy())  # (prompts, d)
@@ -106,9 +103,9 @@ class Probe:
         files.settle(folder)
         tensors, facts = (Path(folder) / name for name in FILES)
         try:
-            content, loaded = files.read_json(facts), safetensors.torch.load(files.read_bytes(tensors))
+            content, (loaded, _) = files.read_json(facts), files.read_tensors(tensors)
             return cls(tuple(content["labels"]), loaded["weight"], loaded["bias"], content["provenance"])
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"The probe in {folder} is damaged: {error!r}. Fit it again.") from error
 
 

@@ -147,10 +147,8 @@ class CovarianceAdaptation:
     """
 
     def __init__(self, search: Search, starts: np.ndarray) -> None:
-        try:
+        with files.extra("search", "CMA-ES needs the library cma"):
             import cma
-        except ImportError as error:
-            raise ImportError('CMA-ES needs the library cma: pip install "peft-svf[search]".') from error
         draws = np.random.default_rng(search.seed)
         self._starts = np.clip(starts, search.low, search.high)
         self.mean = self._starts[0]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Command line -> one verb: train, eval, factor, inspect, adapt, dispatch, key, export, import, search, serve.
+Command line -> one verb, each in a module or with its kin.
 
 Each verb is a function whose signature is its options, and this package is the one place that prints. Modules of the
 library are imported inside the verbs, so that help and shell completion don't wait for torch.
@@ -17,10 +17,12 @@ import typer
 
 from .adapt import adapt
 from .convert import export, import_
+from .demo import demo
 from .dispatch import dispatch
 from .eval import evaluate
 from .inspect import inspect, search
 from .prepare import factor, key
+from .push import push
 from .serving import serve
 from .train import HELP, train
 
@@ -62,7 +64,7 @@ def _verb(name: str, run: Callable[..., Any], **settings: Any) -> None:
 
 
 _verb("train", train, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, epilog=HELP)
-for run in (evaluate, factor, inspect, adapt, dispatch, key, export, import_, search, serve):
+for run in (evaluate, factor, inspect, adapt, dispatch, key, export, import_, push, search, serve, demo):
     _verb({"evaluate": "eval", "import_": "import"}.get(run.__name__, run.__name__), run)
 
 

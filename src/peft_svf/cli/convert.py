@@ -2,7 +2,7 @@
 """`export` and `import`: experts -> checkpoints, LoRAs and GGUF files for other engines, and the way back."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -34,14 +34,13 @@ def export(
 
     The base is loaded once, on the CPU.
     """
-    from ..experts.export import export_lora, export_merged
-    from ..experts.gguf import export_gguf
+    from ..experts.export import export_gguf, export_lora, export_merged
     from ..experts.library import loaded
 
     if rank is not None and energy is not None:
         raise typer.BadParameter("--rank and --energy exclude each other.")
     new_path(out)
-    named: Any = loaded(named_sources(experts))
+    named = {expert.name: expert for expert in loaded(named_sources(experts))}
     if len(named) > 1 and not mixture:
         raise typer.BadParameter("Several experts are exported as a mixture: give each a weight by --mixture.")
     expert = read_mixture(mixture).expert(named) if mixture else next(iter(named.values()))

@@ -1,27 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`inspect` and `search`: an expert -> how far its z has moved from 1; a base model -> its experts on the Hub."""
+"""`inspect` and `search`: an expert -> its z, and what each block does; a base model -> its experts on the Hub."""
 
 import math
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import options
 from .console import show_table
+from .sources import load_base, read_examples
+
+if TYPE_CHECKING:
+    from ..experts.expert import Expert
 
 
 def inspect(
     expert: Annotated[str, typer.Argument(help="Folder or Hub repository.")],
+    examples: Annotated[
+        Path | None, options.option("Solved rows, JSONL: measure what each block does to them.")
+    ] = None,
+    limit: Annotated[int, options.option("Examples at most.", min=1)] = 16,
+    model: options.Model = None,
+    revision: options.Revision = None,
+    dtype: options.Dtype = "auto",
+    batch_size: options.BatchSize = 32,
     plot: options.Plot = None,
 ) -> None:
     """
     Show what an expert has moved: abs(z - 1) by layer and kind of weight, and along the spectrum.
 
-    Loads no model.
+    That takes no model, and is much the same everywhere: Adam moves all z alike. With --examples: how much less likely
+    right answers get if the z of one block is 1 again, for each block.
     """
     from ..experts.expert import Expert
-    from .plots import distances, draw_distances, save_figure, spectrum
+    from .plots import distances, spectrum
 
+    if plot and not examples:
+        raise typer.BadParameter("--plot draws what blocks do to examples: name a file of them by --examples.")
     loaded = Expert.load(expert)
     layers, kinds, means = distances(loaded)
     moves = [offset.abs() for offset in loaded.offsets.values()]
@@ -37,8 +53,31 @@ def inspect(
         print("\nmean |z-1| along the spectrum, largest singular values first")
         header = [f"{100 * i / bins:.0f}-{100 * (i + 1) / bins:.0f} %" for i in range(bins)]
         show_table(header, [[f"{x:.4f}" for x in line.tolist()]])
+    if examples:
+        _show_effects(loaded, read_examples(examples)[:limit], model, revision, dtype, batch_size, plot)
+
+
+def _show_effects(
+    expert: "Expert",
+    rows: list[dict[str, Any]],
+    model: str | None,
+    revision: str | None,
+    dtype: str,
+    batch_size: int,
+    plot: Path | None,
+) -> None:
+    from ..adaptation.judge import block_effects
+    from ..two_pass import Transformer2Model
+
+    named = {expert.name: expert}
+    two_pass = Transformer2Model(*load_base(named, model, revision, dtype), named)
+    effects = block_effects(two_pass.library, two_pass.tokenizer, expert.name, rows, batch_size)
+    print(f"\nright answers less likely by (nats), if z is 1 in a block, mean of {len(rows)} examples")
+    show_table(["block", "nats"], [[block, f"{effect.mean():+.3f}"] for block, effect in effects.items()])
     if plot:
-        save_figure(plot, lambda axes: draw_distances(axes, loaded), len(layers), len(kinds))
+        from .plots import draw_effects, save_figure
+
+        save_figure(plot, lambda axes: draw_effects(axes, effects, expert.name), columns=len(effects) // 2)
 
 
 def search(

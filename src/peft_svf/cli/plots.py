@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,10 +36,8 @@ def save_figure(path: Path, draw: "Callable[[Axes], None]", rows: int = 0, colum
 
 def new_figure(columns: int, height: float = 3.8, width: float = 4.8) -> "tuple[Figure, list[Axes]]":
     """Make a figure of panels of this size in inches, without touching the user's backend or open figures."""
-    try:
+    with files.extra("demo", "Figures need matplotlib"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Figures need matplotlib: pip install 'peft-svf[demo]'") from error
     figure = Figure(figsize=(width * columns, height), layout="constrained", dpi=150)
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
@@ -91,6 +89,28 @@ def draw_distances(axes: "Axes", expert: Expert) -> None:
     layers, kinds, table = distances(expert)
     _draw_table(axes, table, layers, kinds, "mean |z − 1|", None)
     axes.set(ylabel="layer", title=f"{expert.name}: distance from the base")
+
+
+def draw_effects(axes: "Axes", effects: Mapping[str, Any], name: str) -> None:
+    """
+    Draw what undoing each block of an expert costs, with 95 % intervals over examples.
+
+    `effects` are those of [`block_effects`][peft_svf.adaptation.judge.block_effects].
+    """
+    parts = {block: torch.as_tensor(effects[block], dtype=torch.float64) for block in effects if block != "all"}
+    means = [float(part.mean()) for part in parts.values()]
+    errors = [1.96 * float(part.std(correction=0)) / math.sqrt(len(part)) for part in parts.values()]
+    places, count = range(len(parts)), len(next(iter(parts.values())))
+    axes.bar(places, means, yerr=errors, color="C0", error_kw={"linewidth": 0.8, "ecolor": "grey"})
+    axes.axhline(0, color="black", linewidth=0.8)
+    step = math.ceil(len(parts) / 16)
+    axes.set_xticks(places[::step], [block.rpartition(".")[2] for block in parts][::step])
+    total = sum(effects["all"]) / count
+    axes.set(
+        xlabel="block whose z is set back to 1",
+        ylabel="right answers less likely by (nats)",
+        title=f"{name}: all blocks {total:+.2f} nats, {count} examples",
+    )
 
 
 def draw_layers(axes: "Axes", layers: Mapping[str, Mapping[str, float]], title: str) -> None:

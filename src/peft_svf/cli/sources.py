@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a command line names -> tasks, base models, experts, mixtures, examples. Prints nothing."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,17 +121,9 @@ def read_mixture(entries: Sequence[str]) -> "Mixture":
 
 def read_examples(path: Path) -> list[dict[str, Any]]:
     """Read rows of JSON lines; a prompt that is a text becomes a user's turn."""
-    from ..rows import check
-    from ..tasks.task import read_lines, user_turn
+    from ..tasks.task import read_rows, user_turn
 
-    rows = []
-    for number, line in read_lines(path):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"Line {number} of {path} isn't JSON: {error}.") from error
-        check(row, f"Line {number} of {path}")
-        rows.append({**row, "prompt": user_turn(row["prompt"])})
+    rows = [{**row, "prompt": user_turn(row["prompt"])} for _, row in read_rows(path)]
     if not rows:
         raise ValueError(f"{path} is empty: it needs one JSON object a line.")
     return rows

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`train`: a YAML file -> an expert with its card, by policy gradients or evolution strategies, or a dry run."""
+"""`train`: a YAML file -> an expert with its card, by rewards, right answers or evolution strategies, or a dry run."""
 
 import json
 import math
@@ -25,12 +25,18 @@ if TYPE_CHECKING:
 
     from ..rows import Reader, Row
     from ..tasks import Task
-    from ..training.evolution import EvolutionConfig, EvolutionTrainer
-    from ..training.reinforce import ReinforceConfig, ReinforceTrainer
+    from ..training import (
+        EvolutionConfig,
+        EvolutionTrainer,
+        ReinforceConfig,
+        ReinforceTrainer,
+        SupervisedConfig,
+        SupervisedTrainer,
+    )
     from ..tuner.config import SVFConfig
 
-Config: TypeAlias = "ReinforceConfig | EvolutionConfig"
-Trainer: TypeAlias = "ReinforceTrainer | EvolutionTrainer"
+Config: TypeAlias = "ReinforceConfig | SupervisedConfig | EvolutionConfig"
+Trainer: TypeAlias = "ReinforceTrainer | SupervisedTrainer | EvolutionTrainer"
 Rows: TypeAlias = "Mapping[str, Sequence[Row]]"
 
 SAMPLE = 16  # rows that the base answers in a dry run
@@ -42,7 +48,10 @@ HELP = "\n".join(
         "- `output_dir`: Folder of the expert; its checkpoints are in it.",
         "- `max_steps`, `learning_rate`, `seed`, `eval_strategy`, `save_steps`, `load_best_model_at_end`, "
         "`early_stopping_patience`, `report_to`, and the other fields of TRL's GRPOConfig (`num_generations`, ...); "
-        "with `algorithm: evolution` of transformers' TrainingArguments (and `population`, `sigma`, `shaping`).\n",
+        "with `algorithm: sft` of TRL's SFTConfig; with `algorithm: evolution` of transformers' TrainingArguments "
+        "(and `population`, `sigma`, `shaping`).",
+        "- `retention`, `retention_rows`: Weight of a penalty for moving away from the base's own answers to everyday "
+        "requests, and how many of these a step takes. Not with `algorithm: evolution`.\n",
         "Several devices: `torchrun --nproc_per_node 2 -m peft_svf.cli train CONFIG.yaml`.",
     ]
 )
@@ -83,7 +92,7 @@ def train(
         print(f"{task.name}, {form} form: " + ", ".join(f"{len(some)} {split}" for split, some in rows.items()))
     _check_rows(model, reader, task, rows, args)
     if dry_run:
-        _show_cost(reader, rows["train"], args, _show_sample(model, reader, task, rows["train"], args))
+        _show_cost(model, reader, rows["train"], args, _show_sample(model, reader, task, rows["train"], args))
         return 0
     trainer = make_trainer(model, reader, task, rows, args, svf)
     trainer.routing = settings.script.routing
@@ -147,10 +156,12 @@ def _checkpoint(chosen: str | None, config: Config, dry_run: bool) -> str | None
 def _rows(task: "Task", settings: Settings) -> "dict[str, list[dict[str, Any]]]":
     """Make the rows of the splits that a run needs; its seed shuffles the training rows."""
     script, config = settings.script, settings.training
-    form, limits = script.form or task.forms[0], {"train": script.train_rows, "test": script.test_rows}
+    learns = script.algorithm == "sft"  # from answers, which the generated form has
+    form = script.form or ("generate" if learns and "generate" in task.forms else task.forms[0])
+    limits = {"train": script.train_rows, "test": script.test_rows}
     if config.eval_strategy != "no":
         limits["validation"] = script.eval_rows
-    options = {"system": script.system, "shots": script.shots}
+    options = {"system": script.system, "shots": script.shots, "solved": learns}
     return {
         split: rows_of(task, split, form, limit, seed=config.seed if split == "train" else 0, **options)
         for split, limit in limits.items()
@@ -190,14 +201,15 @@ def make_trainer(
     model: "PreTrainedModel", reader: "Reader", task: "Task", rows: Rows, config: Config, svf: "SVFConfig"
 ) -> Trainer:
     """Make the trainer that a config belongs to."""
-    from ..training.evolution import EvolutionConfig, EvolutionTrainer
-    from ..training.reinforce import ReinforceTrainer
+    from ..training import EvolutionConfig, EvolutionTrainer, ReinforceTrainer, SupervisedConfig, SupervisedTrainer
 
     train, validation = rows["train"], rows.get("validation")
     settings: dict[str, Any] = {"peft_config": svf, "processing_class": reader}
     if isinstance(config, EvolutionConfig):
         return EvolutionTrainer(model, task.reward, config, train, validation, **settings)
     validation = validation and table_of(validation)
+    if isinstance(config, SupervisedConfig):
+        return SupervisedTrainer(model, config, table_of(train), validation, reward_funcs=task.reward, **settings)
     return ReinforceTrainer(model, task.reward, config, table_of(train), eval_dataset=validation, **settings)
 
 
@@ -236,6 +248,7 @@ def _show_sample(
     """Print a row, its prompt as the model reads it, and how well the base answers some; return seconds a row."""
     from ..evaluation import evaluate
     from ..rows import prompt_text
+    from ..training import SupervisedConfig
 
     row, some = rows[0], rows[:SAMPLE]
     print("\nThe first row:\n" + json.dumps(row, indent=1, ensure_ascii=False, default=repr))
@@ -245,31 +258,55 @@ def _show_sample(
     if generation:
         print(f"\nThe base's answer to it:\n{summary.records[0]['completion']}")
     print(f"\nThe base is right on {summary.accuracy:.0%} of the first {len(some)} training rows.")
-    if summary.accuracy in (0, 1):
+    if summary.accuracy in (0, 1) and not isinstance(config, SupervisedConfig):
         print("If all answers to a question earn the same reward, it teaches nothing: take an easier or harder task.")
+        if generation and not summary.accuracy:
+            print("`algorithm: sft` learns from right answers instead.")
     return summary.seconds / len(some)
 
 
-def _show_cost(reader: "Reader", rows: "Sequence[Row]", config: Config, seconds: float) -> None:
-    """Print an estimate of a run from the lengths of 100 rows, and the `seconds` that the base takes for one."""
+def _show_cost(
+    model: "PreTrainedModel", reader: "Reader", rows: "Sequence[Row]", config: Config, seconds: float
+) -> None:
+    """Print an estimate of a run from the lengths of 100 rows, and the `seconds` that the base takes to answer one."""
     from ..evaluation import row_lengths
+    from ..training import SupervisedConfig
 
-    population = getattr(config, "population", None)
-    answers = population or config.num_generations
-    questions = config.train_batch_size * config.gradient_accumulation_steps * config.world_size  # evolution's
+    supervised, population = isinstance(config, SupervisedConfig), getattr(config, "population", None)
+    answers = 1 if supervised else population or config.num_generations
+    questions = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
     questions = getattr(config, "generation_batch_size", questions * answers) // answers
     epoch = max(1, len(rows) // questions)
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * epoch)
-    some = rows[:100]
-    prompt = sum(row_lengths(reader, some)) / len(some)
-    answer = 0 if "choices" in some[0] else config.max_completion_length
-    # A sample costs as much as three readings of it, forward and back; members of a population share no prompt.
-    read = answers * (prompt + answer) if population else 4 * (prompt + answers * answer)
-    minutes = seconds * steps * questions * read / (prompt + answer) / 60
+    if supervised:
+        kept = config.retention_rows * config.world_size if config.retention else 0
+        minutes = _reading_seconds(model, reader, rows[:SAMPLE]) * steps * (3 * questions + 4 * kept) / 60
+        what = f"{questions} right answers and {kept} everyday answers of the base"
+    else:
+        some = rows[:100]
+        prompt = sum(row_lengths(reader, some)) / len(some)
+        answer = 0 if "choices" in some[0] else config.max_completion_length
+        # A sample costs as much as three readings of it, forward and back; members of a population share no prompt.
+        read = answers * (prompt + answer) if population else 4 * (prompt + answers * answer)
+        minutes = seconds * steps * questions * read / (prompt + answer) / 60
+        what = f"{questions} questions x {answers} answers of at most {answer or 1} tokens"
     print(
-        f"\nCost: {steps} steps x {questions} questions x {answers} answers of at most {answer or 1} tokens: about "
-        f"{minutes:.1f} minutes at the pace of these rows, without evaluations."
+        f"\nCost: {steps} steps x {what}: about {minutes:.1f} minutes at the pace of these rows, without evaluations."
     )
+
+
+def _reading_seconds(model: "PreTrainedModel", reader: "Reader", rows: "Sequence[Row]") -> float:
+    """Measure how long the base takes to read a row with its right answer; refuse a row that has none."""
+    import torch
+
+    from ..rows import encode, prompt_text
+    from ..training.supervised import right_answer
+
+    texts = [prompt_text(reader, row["prompt"]) + right_answer(row, f"Row {row['id']!r}") for row in rows]
+    inputs, start = encode(reader, texts).to(model.device), time.perf_counter()
+    with torch.no_grad():
+        model(**inputs)
+    return (time.perf_counter() - start) / len(rows)
 
 
 def _show_result(result: Mapping[str, Any], folder: str) -> None:
@@ -283,6 +320,8 @@ def _show_result(result: Mapping[str, Any], folder: str) -> None:
     duration = "" if result["seconds"] is None else f" in {result['seconds']} s"
     best = f", the best was {result['best_step']}" if result["best_step"] else ""
     print(f"{result['task']}, n = {result['expert']['n']}; {result['steps']} steps{duration}{best}")
+    if result["text_loss"] is not None:
+        print(f"Everyday answers of the base are {result['text_loss']:.1%} less likely per token.")
     z = result["z"]
     mean, largest = z["mean_distance_from_1"], z["max_distance_from_1"]
     print(f"{z['numbers']:,} multipliers z: mean |z-1| {mean:.4f}, largest {largest:.4f}")

@@ -2,8 +2,8 @@
 """
 A YAML file and `--field value` overrides -> the settings of a training run.
 
-The file follows TRL: one flat mapping for all classes, `env` for environment variables. The fields of
-`ReinforceConfig`, or of `EvolutionConfig` with `algorithm: evolution`, set how to train, the classes here the rest.
+The file follows TRL: one flat mapping for all classes, `env` for environment variables. How to train is set by the
+fields of the config that `algorithm` names (`ReinforceConfig`, `SupervisedConfig`, `EvolutionConfig`).
 """
 
 # ruff: noqa: RUF009  `_key` makes a field
@@ -20,8 +20,7 @@ from .. import files
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..training.evolution import EvolutionConfig
-    from ..training.reinforce import ReinforceConfig
+    from ..training import EvolutionConfig, ReinforceConfig, SupervisedConfig
     from ..tuner.config import SVFConfig
 
 OTHER_NAMES = {"lr": "learning_rate", "batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs"}
@@ -38,11 +37,13 @@ class ScriptArguments:
 
     task: str = field(metadata={"help": "Name of a benchmark, or a JSONL file or folder of your own."})
     form: Literal["choice", "generate", "letter", "calculation"] | None = _key(
-        "Choose, or write: a text, an option's letter, a calculation. Default: the task's first."
+        "Choose, or write: a text, an option's letter, a calculation. Default: the task's first; with sft generate."
     )
     system: str | None = _key("System prompt.")
     shots: int = _key("Solved training examples before each question.", 0)
-    algorithm: Literal["reinforce", "evolution"] = _key("Policy gradients, or forward passes only.", "reinforce")
+    algorithm: Literal["reinforce", "sft", "evolution"] = _key(
+        "Policy gradients, next-token loss on right answers, or forward passes only.", "reinforce"
+    )
     train_rows: int | None = _key("Training rows at most. Default: all.")
     eval_rows: int | None = _key("Validation rows at most. Default: all.")
     test_rows: int | None = _key("Held-out rows for the card at most. Default: all.")
@@ -81,7 +82,7 @@ class Settings(NamedTuple):
     model: ModelArguments
     script: ScriptArguments
     svf: SVFArguments
-    training: "ReinforceConfig | EvolutionConfig"
+    training: "ReinforceConfig | SupervisedConfig | EvolutionConfig"
     given: dict[str, Any]  # what file and overrides set, as JSON, without `env`
 
 
@@ -96,8 +97,9 @@ def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
     import torch
     from transformers import HfArgumentParser
 
-    from ..training.evolution import EvolutionConfig
-    from ..training.reinforce import ReinforceConfig
+    from ..training import EvolutionConfig, ReinforceConfig, SupervisedConfig
+
+    configs: dict[str, Any] = {"reinforce": ReinforceConfig, "sft": SupervisedConfig, "evolution": EvolutionConfig}
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> None:  # argparse would print the usage of hundreds of fields
@@ -110,19 +112,19 @@ def read_settings(path: str, overrides: Sequence[str] = ()) -> Settings:
         os.environ.update({str(name): str(value) for name, value in dict(env).items()})
         early = Parser([], allow_abbrev=False, add_help=False)
         early.add_argument("--algorithm", default=str(content.get("algorithm")))
-        evolves = early.parse_known_args(list(overrides))[0].algorithm == "evolution"
-        classes = (*PARTS, EvolutionConfig if evolves else ReinforceConfig)
+        algorithm = early.parse_known_args(list(overrides))[0].algorithm
+        classes = (*PARTS, configs.get(algorithm, ReinforceConfig))
         known = {name: str(hint) for part in classes for name, hint in get_type_hints(part).items()}
         for key in keys:
             if key not in known:
                 near = OTHER_NAMES.get(key) or next(iter(difflib.get_close_matches(str(key), known, n=1)), None)
                 hint = f"did you mean '{near}'?" if near else "`peft-svf train --help` lists the most used"
-                others = get_type_hints(ReinforceConfig if evolves else EvolutionConfig)
-                hint = "it belongs to the other `algorithm`" if key in others else hint
+                others = [name for name, config in configs.items() if key in get_type_hints(config)]
+                hint = f"it belongs to `algorithm: {others[0]}`" if others else hint
                 raise ValueError(f"unknown key '{key}': {hint}")
         parser = Parser(classes, allow_abbrev=False)
         parser.set_defaults(dataloader_pin_memory=torch.cuda.is_available())
-        if evolves:
+        if algorithm == "evolution":
             parser.set_defaults(logging_steps=10)  # TRL's default; transformers' 500 would hide most runs
         actions = {action.dest: action for action in reversed(parser._actions)}  # before their `--no_...`
         actions["output_dir"].required = True

@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 from ..rows import Prompt, Reader, Row, check, encode, has_image, pad_id, prompt_ids, prompt_of, tokenizer_of
 from ..tasks import Task, get_task
 from ..tasks.task import ANSWER_TOKENS, form_of, rotated, user_turn
-from .reading import context_of, evaluating, read_on, read_prompts, repeated, shared_prompts, unwrapped
+from .reading import context_of as context_of
+from .reading import evaluating, read_on, read_prompts, repeated, shared_prompts, unwrapped
 
 NINETY_FIVE = NormalDist().inv_cdf(0.975)
 
@@ -91,7 +92,13 @@ def paired_difference(one: Summary, other: Summary) -> tuple[float, tuple[float,
     return mean, (max(-1.0, mean - half), min(1.0, mean + half))
 
 
-def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row], members: int = 1) -> Tensor:
+def choice_logps(
+    model: PreTrainedModel,
+    tokenizer: Reader,
+    rows: Sequence[Row],
+    members: int = 1,
+    prompts: Sequence[list[int]] | None = None,
+) -> Tensor:
     """
     Compute the log-likelihood of each choice of each row, summed over its tokens. Gradients flow.
 
@@ -107,6 +114,8 @@ def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row],
             Each with `prompt` (chat or text) and `choices` (texts); rows may have different numbers of choices.
         members (`int`):
             How many adapters the model has at once (`SVFLayer.rows` of as many offsets): each scores all rows.
+        prompts (`Sequence[list[int]]`, *optional*):
+            Token ids of the prompts; default those that the tokenizer makes.
 
     Returns:
         `torch.Tensor` of shape `(members * rows, choices)`, float32, the rows of the first member first; `-inf` if a
@@ -117,7 +126,8 @@ def choice_logps(model: PreTrainedModel, tokenizer: Reader, rows: Sequence[Row],
             exceeds the model's context, or if gradient checkpointing is on.
     """
     device = next(model.parameters()).device
-    prompts, options = _encoded(tokenizer, rows)
+    encoded, options = _encoded(tokenizer, rows)
+    prompts = encoded if prompts is None else prompts
     longest, limit = max(_lengths(prompts, options)), context_of(model)
     if limit is not None and longest > limit:
         raise ValueError(f"A prompt and its choice have up to {longest} tokens, but the model's context is {limit}.")
@@ -162,7 +172,7 @@ def _encoded(reader: Reader, rows: Sequence[Row]) -> tuple[list[list[int]], list
     return prompt_ids(reader, [row["prompt"] for row in rows]), options
 
 
-def _lengths(prompts: list[list[int]], options: list[list[list[int]]]) -> list[int]:
+def _lengths(prompts: Sequence[list[int]], options: list[list[list[int]]]) -> list[int]:
     return [len(prompt) + max(map(len, choices)) for prompt, choices in zip(prompts, options, strict=True)]
 
 
@@ -264,6 +274,11 @@ def _mean(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"id": group[0]["id"], "completions": [r["completion"] for r in group], "right": score == 1, "score": score}
 
 
+def confidence_of(best: float, n: int) -> float:
+    """Rescale the largest of `n` probabilities, from 0 (a guess) to 1 (certain), as transformers' decisions do."""
+    return min(1.0, max(0.0, (best - 1 / n) / (1 - 1 / n))) if n > 1 else 1.0
+
+
 def score_choices(logps: Tensor, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Turn the log-likelihoods `(rows, choices)` into records: the likeliest choice, its probability, right or not."""
     confidence, choice = logps.softmax(-1).max(-1)
@@ -312,6 +327,29 @@ def complete(model: PreTrainedModel, reader: Reader, prompts: Sequence[Prompt], 
     return tokenizer_of(reader).batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+def base_answers(
+    base: PreTrainedModel, reader: Reader, prompts: Sequence[Prompt], tokens: int
+) -> list[dict[str, Any]]:
+    """
+    Let a base answer prompts greedily, with so many tokens at most; texts become users' turns.
+
+    Returns:
+        Rows of the choice form: `prompt`, and the answer as the only one of `choices`. Empty answers have none.
+
+    Raises:
+        `ValueError`: if all answers are empty.
+    """
+    rows = [
+        {"prompt": chat, "choices": [text]}
+        for chats in tqdm([*_batches(map(user_turn, prompts), 16)], desc="The base answers", leave=False)
+        for chat, text in zip(chats, complete(base, reader, chats, max_new_tokens=tokens), strict=True)
+        if text.strip()
+    ]
+    if not rows:
+        raise ValueError(f"The base answers none of {len(prompts)} prompts, so there is no text to compare with.")
+    return rows
+
+
 @dataclass(frozen=True)
 class BaseText:
     """
@@ -333,15 +371,9 @@ class BaseText:
 
     @classmethod
     def of(cls, base: PreTrainedModel, reader: Reader, prompts: Sequence[Prompt], tokens: int = 48) -> "BaseText":
-        """Let a base answer with so many tokens at most; texts become users' turns."""
-        rows, count, encode = list[dict[str, Any]](), 0, tokenizer_of(reader)
-        for chats in _batches(map(user_turn, prompts), 16):
-            for chat, text in zip(chats, complete(base, reader, chats, max_new_tokens=tokens), strict=True):
-                if text.strip():
-                    rows.append({"prompt": chat, "choices": [text]})
-                    count += len(encode(text, add_special_tokens=False).input_ids)
-        if not rows:
-            raise ValueError(f"The base answers none of {len(prompts)} prompts, so there is no text to compare.")
+        """Let a base answer, as [`base_answers`] does, and measure how likely it finds its answers."""
+        rows, encode = base_answers(base, reader, prompts, tokens), tokenizer_of(reader)
+        count = sum(len(encode(row["choices"][0], add_special_tokens=False).input_ids) for row in rows)
         return cls(rows, count, _total_logp(base, reader, rows) / count)
 
     def loss(self, model: PreTrainedModel, reader: Reader) -> float:
@@ -358,18 +390,3 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
-
-
-__all__ = [
-    "NINETY_FIVE",
-    "BaseText",
-    "Summary",
-    "choice_logps",
-    "complete",
-    "context_of",
-    "evaluate",
-    "paired_difference",
-    "row_lengths",
-    "score_choices",
-    "wilson",
-]

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """z-vectors as values, over one base model, and on the Hub."""
 
-from .convert import import_reference, nearest_expert
+from .convert import import_reference, nearest_expert, transfer_expert
 from .expert import Expert, Mixture
-from .export import export_lora, export_merged, merge_expert
-from .gguf import export_gguf
+from .export import export_gguf, export_lora, export_merged, merge_expert
 from .hub import push_expert
 from .key import RoutingKey, make_key
 from .library import ExpertLibrary
-from .transfer import transfer_expert
 
 __all__ = [
     "Expert",

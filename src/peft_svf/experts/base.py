@@ -13,7 +13,7 @@ from ..tuner.basis import Basis
 from ..tuner.cache import content_key, fetch
 from ..tuner.fingerprint import Fingerprint
 from ..tuner.layer import SVFLayer
-from ..tuner.weights import FLOATS, NARROW, Checkpoint
+from ..tuner.weights import FLOATS, Checkpoint
 from .expert import Expert
 
 
@@ -76,12 +76,11 @@ class BaseWeights:
     def stored(self, name: str) -> Tensor:
         """Return a weight like `[]`, but as the checkpoint stores it if loading has rounded it."""
         weight = self[name]
-        if weight.dtype not in NARROW:
+        if not self._checkpoint.rounds_to(weight.dtype):
             return weight
         turned = name not in self._stacked and isinstance(self._linear(name), Conv1D)
-        parameter = self._stacked.get(name, f"{name}.weight")
-        stored = self._checkpoint.weight(parameter, weight.T if turned else weight)
-        return weight if stored is None else stored.T if turned else stored
+        stored = self._checkpoint.weight(self._stacked.get(name, f"{name}.weight"), weight, turned=turned)
+        return weight if stored is None else stored
 
     def _linear(self, name: Any) -> Any:
         layer = self._modules.get(name)

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, ModelCard, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub import CommitInfo, ModelCard
+from huggingface_hub.errors import HFValidationError
 from peft.utils import CONFIG_NAME
 
 from .. import files
@@ -130,10 +130,10 @@ def find_bundle(
     if os.path.isdir(source):
         return Path(source) if (Path(source) / BUNDLE_NAME).is_file() else None
     try:
-        listed = hf_hub_download(str(source), BUNDLE_NAME, revision=revision, token=token)
-    except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
+        listed = download(str(source), revision=revision, token=token, allow_patterns=BUNDLE_NAME)
+    except (FileNotFoundError, HFValidationError):
         return None
-    return download(str(source), revision=Path(listed).parent.name, token=token)
+    return download(str(source), revision=listed.name, token=token) if (listed / BUNDLE_NAME).is_file() else None
 
 
 def read_bundle(folder: Path) -> Bundle:

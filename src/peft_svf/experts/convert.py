@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What others have trained -> experts: checkpoints of the original project, LoRAs, fully tuned models.
+What belongs to another project, method or base model -> experts of this base.
 
-The original's z-vectors become equal weights. Of a LoRA or a tuned model only the part that z-vectors can express is
-left, and the expert's provenance has its share. Nothing from a file is run.
+Checkpoints of the original project become equal weights. Of a LoRA or a tuned model only the part that z-vectors can
+express is left, and the expert's provenance has its share. An expert of another base model of the same shape keeps its
+numbers, and whether it helps there only an evaluation can tell. Nothing from a file is run.
 """
 
 import os
@@ -11,21 +12,24 @@ import pickle
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..tuner.basis import exact
+from ..files import extra
+from ..tuner.basis import Basis, exact
 from ..tuner.fingerprint import Fingerprint
 from .base import BaseWeights
 from .expert import Expert
 
 LISTED = "learnable_params_module_list."  # keys of `policy_params.pt`: numbers in the order of the model's weights
+MODES = ("ordered", "shuffled", "aligned")
 SMALLEST = 1e-12  # Squared singular values below this share of the largest have no direction to rescale.
 
 
@@ -39,7 +43,7 @@ def import_reference(path: str | os.PathLike[str], model: PreTrainedModel, name:
     The file doesn't name its base, `model`. Raises `ValueError` if it holds more than tensors, or doesn't fit that.
     """
     content: Any = None
-    with suppress(pickle.UnpicklingError):  # of more than tensors, which would be run
+    with suppress(pickle.UnpicklingError):  # more than tensors, which unpickling would run
         content = torch.load(path, map_location="cpu", weights_only=True)
     weights, offsets, prints = BaseWeights(model), dict[str, Tensor](), dict[str, Fingerprint]()
     logits = _named(content, model) if isinstance(content, dict) else {}
@@ -95,6 +99,92 @@ def nearest_expert(
     explained = {kind: round(kept[kind] / change[kind], 4) for kind in kept}
     provenance = {"imported": "nearest z", "explained": explained}
     return Expert(name, offsets, _config(weights, description, prints), provenance)
+
+
+def transfer_expert(
+    expert: Expert,
+    source: nn.Module,
+    target: nn.Module,
+    mode: Literal["ordered", "shuffled", "aligned"] = "ordered",
+    *,
+    seed: int = 0,
+    name: str | None = None,
+) -> Expert:
+    """
+    Give the z-vectors of an expert to another base model of the same shape (arXiv 2501.06252, section 4.4).
+
+    Args:
+        expert ([`Expert`]):
+            Both models must have its linear weights, under the same names and with as many singular values.
+        source, target (`torch.nn.Module`):
+            The model that the expert belongs to and the one that gets it. Both stay as they are.
+        mode (`str`):
+            `"ordered"`: the i-th number goes to the i-th largest singular value, as in the paper. `"shuffled"`: the
+            same numbers in random order, its control. `"aligned"`: each number goes to the direction that points most
+            nearly the same way, matched one to one so that the sum of `abs(Q_source.T @ Q_target)` on the narrow side
+            of the weight is largest (needs scipy).
+        seed (`int`): Seed of the shuffling.
+        name (`str`, *optional*): Name of the result; default the expert's.
+
+    Returns:
+        [`Expert`] of the target, with its fingerprint, and in `provenance` the source, the mode, the seed, and for
+        aligned per module the mean of `abs(cos)` over the matched directions that the expert moves.
+
+    Raises:
+        `ValueError`: for another mode, a module that is missing or stacked, a foreign source, or sizes that differ.
+    """
+    if mode not in MODES:
+        raise ValueError(f"There is no mode {mode!r}: choose {', '.join(map(repr, MODES))}.")
+    ours, theirs = BaseWeights(source), BaseWeights(target)
+    ours.check(expert)
+    theirs.check_names(expert)
+    draws = torch.Generator().manual_seed(seed)
+    offsets, cosines, prints, directions = dict[str, Tensor](), dict[str, float](), {}, {}
+    for module, offset in sorted(expert.offsets.items()):
+        old, (new, fingerprint) = ours.basis(module)[0], theirs.basis(module)
+        if len(old.S) != len(new.S) or (mode == "aligned" and old.side != new.side):
+            raise ValueError(
+                f"{module} has {len(old.S)} singular values on side {old.side!r} in the source and {len(new.S)} on "
+                f"side {new.side!r} in the target: choose a target of the same shape."
+            )
+        if mode == "aligned":
+            offset, cosines[module] = _aligned(offset, old, new)
+        elif mode == "shuffled":
+            offset = offset[torch.randperm(len(offset), generator=draws)]
+        offsets[module], prints[module], directions[module] = offset, fingerprint.to_json(), len(new.S)
+    rank = max(map(len, offsets.values()))  # A config has one rank, so shorter offsets get zeros.
+    sizes = {module: min(rank, r) for module, r in directions.items()}
+    padded = {module: F.pad(offset, (0, sizes[module] - len(offset))) for module, offset in offsets.items()}
+    details: dict[str, dict[str, Any]] = {
+        "shuffled": {"seed": seed},
+        "aligned": {"matching": "assignment", "mean_abs_cosine": cosines},
+    }
+    provenance = {"transfer": mode, "expert": expert.name, "from": expert.base_model, "to": theirs.name}
+    provenance |= details.get(mode, {}) | ({"before": expert.provenance} if expert.provenance else {})
+    base = {"base_model_name_or_path": theirs.name, "revision": None, "fingerprint": prints}
+    config = expert.config | base | {"rank": rank if sizes != directions else None}
+    return Expert(name or expert.name, padded, config, provenance)
+
+
+def match(similarity: Tensor) -> Tensor:
+    """
+    Match rows to columns one to one, so that the sum of their similarities is largest.
+
+    `similarity (r, r)` -> the column of each row, `(r,)`.
+    """
+    with extra("transfer", "mode='aligned' needs scipy"):
+        from scipy.optimize import linear_sum_assignment
+    return torch.from_numpy(linear_sum_assignment(similarity.numpy(), maximize=True)[1])
+
+
+def _aligned(offset: Tensor, source: Basis, target: Basis) -> tuple[Tensor, float]:
+    """Move each entry of an offset `(k,)` to the direction that matches; also the mean `abs(cos)` of these pairs."""
+    cosine = (source.Q.double().mT @ target.Q.double()).abs()  # (r, r)
+    columns = match(cosine)[: len(offset)]
+    moved = torch.zeros(len(target.S))
+    moved[columns] = offset
+    used = max([len(offset), *(moved.nonzero().flatten() + 1).tolist()])  # no longer than it has to be
+    return moved[:used], round(float(cosine[torch.arange(len(offset)), columns].mean()), 6)
 
 
 def _named(content: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:

@@ -35,10 +35,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .. import files
-from ..tuner.config import SVFConfig
+from ..tuner.config import SVFConfig, selecting
 from ..tuner.fingerprint import Fingerprint, check
 from ..tuner.weights import FLOATS
-from .key import KEY_NAME, RoutingKey, read_tensors
+from .key import KEY_NAME, RoutingKey
 
 OTHER = "other"  # the base model, in decisions and as an explicit choice
 PREFIX = "base_model.model."  # PEFT puts it in front of the base model's module names
@@ -320,7 +320,7 @@ def read_offsets(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], di
     Returns `z - 1` by module, each `(k,)` float32; its other tensors by key; the expert's provenance. Raises
     `ValueError` if the file is damaged, or holds no offsets or none that could be.
     """
-    others, metadata = read_tensors(folder / SAFETENSORS_WEIGHTS_NAME, LIMIT)
+    others, metadata = files.read_tensors(folder / SAFETENSORS_WEIGHTS_NAME, LIMIT)
     keys = {match["module"]: key for key in sorted(others) if (match := OFFSET_KEY.fullmatch(key))}
     if not keys:
         raise ValueError(f"{SAFETENSORS_WEIGHTS_NAME} holds no offsets, only {sorted(others)[:3]}.")
@@ -371,7 +371,7 @@ def download(repo_id: str, **options: Any) -> Path:
         for wait in WAITS:
             try:
                 return Path(snapshot_download(repo_id, **options))
-            except Exception as error:  # of httpx, of the Hub, or of the system
+            except Exception as error:  # httpx, the Hub and the system raise their own
                 if not _passes(error):
                     raise
             time.sleep(wait)
@@ -435,9 +435,8 @@ def _combined(*terms: tuple[float, Expert]) -> Expert:
     # PEFT nests one wrapper per parameter of a module, so a file calls them `experts`, `experts.base_layer`, ...
     owners = tuple(f".{parameter.rpartition('.')[0]}" for parameter in stacks)
     linear = [name for name in offsets if not f".{name.replace('.base_layer', '')}".endswith(owners)]
-    unset = dict.fromkeys(("description", "exclude_modules", "layers_to_transform", "layers_pattern"))
     prints = {**(last.config.get("fingerprint") or {}), **(first.config.get("fingerprint") or {})}
-    config = first.config | unset | {"target_modules": sorted(linear), "fingerprint": prints or None}
+    config = first.config | selecting(linear, stacks) | {"description": None, "fingerprint": prints or None}
     name = " + ".join(name if weight == 1 else f"{weight:g} * {name}" for name, weight in shares.items())
     return Expert(name.replace("+ -", "- "), offsets, config, {"sum": dict(shares)})
 

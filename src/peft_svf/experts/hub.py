@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -28,18 +29,20 @@ from huggingface_hub import (
     eval_result_entries_to_yaml,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 
 from .. import files
-from .expert import Expert, read_config, read_offsets
+from .expert import Expert, download, read_config, read_offsets
 from .key import RoutingKey
 
 logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
+PICTURE = "z.png"
 TEMPLATE = Path(__file__).with_name("expert_card.md")
 TAGS = ("svf", "transformer-squared", "z-vector")
 HIDDEN = {"value", "interval", "dataset", "benchmark"}  # keys of a result that get no column
@@ -64,6 +67,7 @@ def push_expert(
     base_model: str | None = None,
     base_revision: str | None = None,
     card: ModelCard | str | None = None,
+    beside: str | os.PathLike[str] | None = None,
     **facts_and_options: Any,
 ) -> CommitInfo:
     """
@@ -80,6 +84,8 @@ def push_expert(
             into the uploaded config as well.
         card (`ModelCard` or `str`, *optional*):
             Default: [`expert_card`]'s, unless the repository has a card that a person wrote, which stays.
+        beside (`str` or path, *optional*):
+            Folder of more files. The card shows `z.png` and explains `lora/`, a folder of [`export_lora`].
         facts_and_options:
             `task`, `training`, `results`, `license` and `tags` of [`expert_card`]; `commit_message`,
             `commit_description`, `private`, `token`, `revision` and `create_pr` as in `huggingface_hub.HfApi`.
@@ -103,6 +109,8 @@ def push_expert(
     facts["tags"] = [*(getattr(base, "model_tags", None) or ()), *facts.get("tags", ())]
     with tempfile.TemporaryDirectory() as scratch:
         folder = _save(model, name, Path(scratch), base_model, base_revision)
+        if beside is not None:
+            shutil.copytree(beside, folder, dirs_exist_ok=True)
         made = expert_card(folder, repo_id=repo_id, base_dtype=getattr(base, "dtype", None), **facts)
         (folder / CARD_NAME).write_text(str(card or made), encoding="utf-8")
         _write_benchmarks(folder, facts.get("results") or ())
@@ -129,7 +137,7 @@ def upload(
     return api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
-        ignore_patterns=[CARD_NAME] if keeps_card and _has_other_card(api, repo_id, revision) else None,
+        ignore_patterns=[CARD_NAME] if keeps_card and _has_other_card(repo_id, revision, token) else None,
         revision=revision,
         create_pr=create_pr,
         commit_message=commit_message,
@@ -208,6 +216,8 @@ def expert_card(
         others=sum(tensor.numel() for tensor in others.values()),
         training={key: files.public(str(value)) for key, value in (training or {}).items() if value is not None},
         results=table([_result_row(row) for row in results]),
+        picture=PICTURE if (folder / PICTURE).is_file() else None,
+        lora=_lora(folder / "lora"),
         z={kind: (len(members), torch.cat(members)) for kind, members in kinds.items()},
     )
 
@@ -257,16 +267,23 @@ def _save(model: PeftModel | Expert, name: str, scratch: Path, base_model: str, 
     return folder
 
 
-def _has_other_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
+def _has_other_card(repo_id: str, revision: str | None, token: str | bool | None) -> bool:
     """Whether the repository has a card that neither this package nor PEFT's blank template wrote."""
-    try:
-        text = ModelCard(Path(api.hf_hub_download(repo_id, CARD_NAME, revision=revision)).read_text("utf-8")).text
-    except EntryNotFoundError:
-        return False
+    path = download(repo_id, revision=revision, token=token, allow_patterns=CARD_NAME) / CARD_NAME
+    text = ModelCard(path.read_text("utf-8")).text if path.is_file() else ""
     stays = bool(text.strip()) and not any(mark in text for mark in OURS)
     if stays:
         logger.warning(f"{repo_id} has a card of its own, which stays; card=expert_card(folder) replaces it.")
     return stays
+
+
+def _lora(folder: Path) -> dict[str, float] | None:
+    """Return the rank of a LoRA beside an expert, and the largest share of a kind's change that it leaves out."""
+    if not folder.is_dir():
+        return None
+    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+        kinds = json.loads(file.metadata()["relative_error"]).values()
+    return {key: max(kind[key] for kind in kinds) for key in ("rank", "error")}
 
 
 def task_type(config: Mapping[str, Any]) -> str:

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..tuner.config import SVFConfig
-from ..tuner.layer import SVFLayer, svf_layers
+from ..tuner.config import SVFConfig, selecting
+from ..tuner.layer import SVFLayer, svf_weights
 from ..tuner.loading import remove
 from ..tuner.rows import active_rows
 from .base import refuse_adapters, weights_in
@@ -79,12 +79,12 @@ class ExpertLibrary:
         self._keys: dict[str, RoutingKey] = {}  # of mixtures
         self._loaded: OrderedDict[str, dict[str, Tensor]] = OrderedDict()  # the one used longest ago first
         self._hosts: list[str] = []
-        experts = loaded(experts, self._lazy)
-        admitted = [*_own(model), *(experts.values() if isinstance(experts, Mapping) else experts)]
+        lazy = limit_bytes is not None
+        admitted = [*_own(model), *loaded(experts, lazy)]
         if not admitted:
             raise ValueError("There are no experts: pass experts=[...], folders or Hub repositories of SVF adapters.")
         if classifier is not None:
-            chosen = _load(classifier, None, self._lazy)
+            (chosen,) = loaded(classifier, lazy)
             self.classifier = CLASSIFIER + chosen.name
             admitted.append(replace(chosen, name=self.classifier))
         with ExitStack() as undo:
@@ -96,10 +96,6 @@ class ExpertLibrary:
                 self._admit(expert)
             undo.pop_all()
         self.model.eval()
-
-    @property
-    def _lazy(self) -> bool:
-        return self.limit_bytes is not None
 
     @property
     def names(self) -> list[str]:
@@ -175,7 +171,7 @@ class ExpertLibrary:
         Raises:
             `FileNotFoundError`, `ValueError`: as in the constructor. Library and model are then as they were.
         """
-        expert = _load(source, name, self._lazy)
+        (expert,) = loaded({name: source} if name else source, self.limit_bytes is not None)
         with self.lock, ExitStack() as undo:
             self.check_name(expert.name)
             undo.callback(self._drop_hosts, len(self._hosts))
@@ -315,14 +311,13 @@ class ExpertLibrary:
 
     def layers(self) -> dict[str, SVFLayer]:
         """The SVF layers by the name of the base model's weight; of a stacked one the parameter's."""
-        return _layers(self.model)
+        return svf_weights(self.model)
 
     def _admit(self, expert: Expert) -> None:
         """Check an expert against the base model, give the model the layers it needs, and list it."""
         names = weights_in(self.model, expert.config)
         sizes = {names.get(module, module): size for module, size in expert.sizes.items()}
-        bases = ((name, layer, layer.svf_basis) for name, layer in self.layers().items())
-        widths = {name: layer.size_of(Q.shape[-1]) for name, layer, Q in bases if Q is not None}
+        widths = {name: layer.size_of(layer.columns) for name, layer in self.layers().items() if layer.columns}
         if all(size <= widths.get(module, 0) for module, size in sizes.items()):
             weights = {name: layer.svf_fingerprint for name, layer in self.layers().items() if layer.svf_fingerprint}
             here = getattr(self.model.get_base_model(), "name_or_path", "") or type(self.model).__name__
@@ -346,13 +341,10 @@ class ExpertLibrary:
 
     def _add_host(self, expert: Expert, sizes: Mapping[str, int], stacked: set[str]) -> None:
         """Put the layers of an expert into the model, as an adapter with z = 1 that is never active."""
-        unset = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"))
-        values = {**expert.config, **unset, "inference_mode": True, "init_weights": True}
-        values["fingerprint"] = {n: f for n, f in (expert.config.get("fingerprint") or {}).items() if n in sizes}
-        # exact names: a regular expression from a file is never run
-        values["target_modules"] = sorted(set(sizes) - stacked) or None
-        values["target_parameters"] = sorted(set(sizes) & stacked) or None
-        host = SVFConfig.from_peft_type(**values)
+        prints = {name: entry for name, entry in (expert.config.get("fingerprint") or {}).items() if name in sizes}
+        values = {"fingerprint": prints, "modules_to_save": None, "inference_mode": True, "init_weights": True}
+        values |= selecting(set(sizes) - stacked, sorted(set(sizes) & stacked))  # never by a file's expression
+        host = SVFConfig.from_peft_type(**expert.config | values)
         taken = getattr(self.model, "peft_config", {})
         name = next(name for i in count() if (name := f"{HOST}{i}") not in taken)
         before = set(self.layers())
@@ -398,10 +390,6 @@ def _task() -> "asyncio.Task[Any] | None":
     return None if asyncio._get_running_loop() is None else asyncio.current_task()
 
 
-def _layers(model: nn.Module) -> dict[str, SVFLayer]:
-    return {layer.weight_name(name): layer for name, layer in svf_layers(model).items()}
-
-
 def _own(model: PreTrainedModel | PeftModel) -> list[Expert]:
     """Return the adapters of a model as experts, with the values they have now; refuse those that are more than z."""
     if not isinstance(model, PeftModel):
@@ -417,7 +405,7 @@ def _own(model: PreTrainedModel | PeftModel) -> list[Expert]:
         if name.startswith(HOST):
             continue
         paths = {weight: path for path, weight in weights_in(model, config.to_dict()).items()}
-        layers: dict[str, Any] = {n: layer for n, layer in _layers(model).items() if name in layer.svf_offset}
+        layers = {n: layer for n, layer in svf_weights(model).items() if name in layer.svf_offset}
         values = {n: layer.svf_offset[name].weight.detach().float().cpu().clone() for n, layer in layers.items()}
         prints = {n: layer.svf_fingerprint.to_json() for n, layer in layers.items() if layer.svf_fingerprint}
         base = config.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", None)
@@ -426,17 +414,14 @@ def _own(model: PreTrainedModel | PeftModel) -> list[Expert]:
     return experts
 
 
-def _load(source: Source, name: str | None, lazy: bool) -> Expert:
-    if isinstance(source, Expert):
-        return replace(source, name=name or source.name)
-    return Expert.load(source, name, lazy=lazy)
-
-
-def loaded(
-    sources: Source | Sequence[Source] | Mapping[str, Source], lazy: bool = False
-) -> list[Expert] | dict[str, Expert]:
-    """Load experts, or one; `lazy` keeps no values in memory, as a library with a limit needs it."""
-    if isinstance(sources, Mapping):
-        return {name: _load(source, name, lazy) for name, source in sources.items()}
-    several = [sources] if isinstance(sources, (str, PathLike, Expert)) else sources
-    return [_load(source, None, lazy) for source in several]
+def loaded(sources: Source | Sequence[Source] | Mapping[str, Source], lazy: bool = False) -> list[Expert]:
+    """Load experts, named by themselves or by keys; `lazy` keeps no values, as a library with a limit needs it."""
+    if isinstance(sources, (str, PathLike, Expert)):
+        sources = [sources]
+    named = sources.items() if isinstance(sources, Mapping) else ((None, source) for source in sources)
+    return [
+        replace(source, name=name or source.name)
+        if isinstance(source, Expert)
+        else Expert.load(source, name, lazy=lazy)
+        for name, source in named
+    ]

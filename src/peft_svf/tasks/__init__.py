@@ -2,31 +2,28 @@
 """
 Benchmarks by name: `get_task("arc_easy").rows("train")`; your own from a JSONL: `jsonl_task("mine.jsonl")`.
 
-Each benchmark has a file, which opens with an example prompt, an answer and its reward. `task` is the base of all;
-`word_problem`, `program` and `vqa` are the bases of their kinds. Another package adds tasks by an entry point of the
-group `peft_svf.tasks`, whose name is the task's and whose object is a [`Task`] or a subclass of it.
+Each kind of benchmark has a file, which opens with an example prompt, an answer and its reward; `task` is the base of
+all. Another package adds tasks by an entry point of the group `peft_svf.tasks`, whose name is the task's and whose
+object is a [`Task`] or a subclass of it.
 """
 
 from importlib.metadata import entry_points
 
-from .arc import ArcChallenge, ArcEasy
+from .arc import CHALLENGE, EASY
 from .competition_math import Math
 from .dispatch import Dispatch, dispatch_prompt, everyday_requests
-from .gsm8k import Gsm8k
-from .humaneval import HumanEval
-from .mbpp import Mbpp
-from .mbpp_pro import MbppPro
 from .own import jsonl_task
-from .svamp import Svamp
+from .programs import HumanEval, Mbpp, MbppPro
 from .task import Task, format_reward
 from .vqa import OkVqa, TextVqa
+from .word_problems import Gsm8k, Svamp
 
 GROUP = "peft_svf.tasks"
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        *(ArcEasy(), ArcChallenge(), Gsm8k(), Svamp(), Math()),
+        *(EASY, CHALLENGE, Gsm8k(), Svamp(), Math()),
         *(Mbpp(), MbppPro(), HumanEval(), TextVqa(), OkVqa(), Dispatch()),
     )
 }

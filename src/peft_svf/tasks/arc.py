@@ -33,6 +33,10 @@ class Arc(Task):
     kind = "reasoning"
     forms = (*FORMS, "letter")
 
+    def __init__(self, name: str, which: str, config: str) -> None:
+        self.name, self.description = name, f"grade-school science questions, the {which} set"
+        self.hub = HubSource("allenai/ai2_arc", config, {split: split for split in SPLITS})
+
     def options(self, raw: Record, pool: Sequence[Record], rng: random.Random) -> tuple[str, list[str]] | None:
         """Return the record's own options; a record that prints one option twice has no single right text."""
         texts = raw["choices"]
@@ -69,18 +73,8 @@ class Arc(Task):
         return {"id": record["id"], "question": record["question"], "choices": list(texts), "answer": answer}
 
 
-class ArcEasy(Arc):
-    name = "arc_easy"
-    description = "grade-school science questions, the easy set"
-    hub = HubSource("allenai/ai2_arc", "ARC-Easy", {split: split for split in SPLITS})
-
-
-class ArcChallenge(Arc):
-    """The challenge set: questions that retrieval and word co-occurrence got wrong."""
-
-    name = "arc_challenge"
-    description = "grade-school science questions, the challenge set"
-    hub = HubSource("allenai/ai2_arc", "ARC-Challenge", {split: split for split in SPLITS})
+EASY = Arc("arc_easy", "easy", "ARC-Easy")
+CHALLENGE = Arc("arc_challenge", "challenge", "ARC-Challenge")  # retrieval and word co-occurrence got these wrong
 
 
 def _bare(text: str) -> str:

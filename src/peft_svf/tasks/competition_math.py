@@ -28,7 +28,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .task import Folder, HubSource, Record, Task, form_of
+from ..files import extra
+from .task import Folder, HubSource, Record, Task
 
 LONGEST = 400  # characters of a formula that is compared; the longest published answer has 159
 SECONDS = 3  # until reading or comparing a formula stops
@@ -42,7 +43,7 @@ class Math(Task):
     name = "math"
     kind = "math"
     description = "competition mathematics"
-    published_names = True  # "test.jsonl.gz" is the published test set, of which MATH-500 is a part
+    published_names = True  # "test.jsonl.gz" is the published test set, which contains MATH-500
     files: Mapping[str, str] = {"train": "test", "validation": "test", "test": "math500"}
     hub = HubSource("nlile/hendrycks-MATH-benchmark", None, {"test": "train", "math500": "test"})
 
@@ -79,10 +80,6 @@ class Math(Task):
         text = f"{raw['problem']}\nThink step by step and put the answer into \\boxed{{}}."
         return self.ask(raw, text, answer=raw["answer"])
 
-    def solved(self, raw: Record, row: Mapping[str, Any]) -> str:
-        """Show the published solution, which ends in a box."""
-        return raw["solution"] if form_of(row) == "generate" and "solution" in raw else super().solved(raw, row)
-
     def score(self, completion: str, row: Mapping[str, Any]) -> float:
         """Compare the last boxed formula, without a box the last formula, by value; the bare answer is right, too."""
         if completion.strip() == row["answer"]:
@@ -111,10 +108,8 @@ def boxed(text: str) -> list[str]:
 
 def same_value(text: str, solution: str) -> bool:
     """Compare the last formulas of a completion and of a solution, in boxes or between dollar signs, by value."""
-    try:
+    with extra("eval", "Task 'math' compares formulas by math-verify"):
         from math_verify import parse, verify  # type: ignore[import-untyped, unused-ignore]
-    except ImportError as error:
-        raise ImportError("Task 'math' compares formulas by math-verify: pip install 'peft-svf[eval]'.") from error
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError(
             "Task 'math' scores generated answers in the main thread only: `math-verify` stops a formula after "

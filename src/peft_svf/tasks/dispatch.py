@@ -24,11 +24,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .arc import ArcChallenge, ArcEasy
-from .gsm8k import Gsm8k
-from .mbpp import Mbpp
-from .svamp import Svamp
+from .arc import CHALLENGE, EASY
+from .programs import Mbpp
 from .task import DATA_VARIABLE, Chat, Folder, Record, Task, shuffled, user_turn
+from .word_problems import Gsm8k, Svamp
 
 KINDS: dict[str, str] = {
     "code": "a program to write",
@@ -39,7 +38,7 @@ KINDS: dict[str, str] = {
 SOURCES: dict[str, tuple[Task, ...]] = {
     "code": (Mbpp(),),
     "math": (Svamp(), Gsm8k()),
-    "reasoning": (ArcEasy(), ArcChallenge()),
+    "reasoning": (EASY, CHALLENGE),
 }
 PER_KIND = {"train": 360, "validation": 88, "test": 300}  # MBPP has 374, 90 and 500
 

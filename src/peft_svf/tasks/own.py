@@ -13,7 +13,6 @@ hashes of its prompts; a folder has a file for each split, and no prompt of its 
 """
 
 import hashlib
-import json
 import os
 import random
 import re
@@ -21,9 +20,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..rows import Row, check
-from .task import FORMS, SPLITS, Folder, Record, Task, plain, read_lines, user_turn
-from .word_problem import final_number
+from ..rows import Row
+from .task import FORMS, SPLITS, Folder, Record, Task, plain, read_rows, user_turn
+from .word_problems import final_number
 
 TAKEN = {"completions", "prompts", "self"}  # arguments of a reward function, so no fields
 _NUMBER = re.compile(r"\s*[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)\s*")
@@ -33,8 +32,8 @@ TEST, HELD_OUT = 20, 30  # percent of a single file: test, and test with validat
 class Line(NamedTuple):
     """A line of a file."""
 
-    record: Record
     place: str  # file and number
+    record: Record
 
     @property
     def item(self) -> str:
@@ -138,23 +137,13 @@ def _read_splits(path: Path) -> dict[str, list[Line]]:
 
 
 def _read(path: Path) -> list[Line]:
-    lines: list[Line] = []
-    numbers: dict[str, int] = {}  # by id
-    for number, text in read_lines(path):
-        place = f"'{path}', line {number}"
-        try:
-            record = json.loads(text, parse_constant=int)  # refuses NaN and Infinity, which aren't JSON
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place}: not JSON: {error}.") from None
-        check(record, place, answered=True)
-        wrong, id = "", record.get("id")
+    lines, places = [Line(*row) for row in read_rows(path, answered=True)], dict[str, str]()
+    for place, record in lines:
         if taken := sorted(TAKEN & record.keys()):
-            wrong = f"a field cannot be called {taken[0]!r}: rewards have an argument of this name"
-        elif id is not None and (first := numbers.setdefault(str(id), number)) != number:
-            wrong = f"its id {str(id)!r} is also that of line {first}: make them differ"
-        if wrong:
-            raise ValueError(f"{place}: {wrong}.")
-        lines.append(Line(record, place))
+            raise ValueError(f"{place}: a field cannot be called {taken[0]!r}: rewards have an argument of this name.")
+        id = record.get("id")
+        if id is not None and (first := places.setdefault(str(id), place)) != place:
+            raise ValueError(f"{place}: its id {str(id)!r} is also that of {first}: make them differ.")
     return lines
 
 

@@ -56,7 +56,7 @@ from typing import Any
 
 HARNESS = Path(__file__).with_name("sandbox_harness.py")
 FILE_MB, PROCESSES, FILES, INTERVAL = 16, 32, 64, 0.05
-PATIENCE = 4  # the wall-clock limit in processor time limits: a busy machine is no fault of a program
+PATIENCE = 4  # wall-clock limit over processor time limit: a busy machine isn't a program's fault
 MODES = ("bwrap", "unshare", "none")
 CLOSED = ("network", "processes", "files", "reading")
 IDS = range(61184, 65520)  # user ids that systemd also hands out for a time
@@ -96,7 +96,7 @@ class SandboxResult:
     stdout: str  # cut at the limit, as is stderr
     stderr: str
     reason: str  # why it isn't ok; empty if it is
-    closed: tuple[str, ...] = ()  # of `CLOSED`: "processes" are those outside, "files" is writing them
+    closed: tuple[str, ...] = ()  # from `CLOSED`: other processes, writing files, ...
 
 
 def run_python(

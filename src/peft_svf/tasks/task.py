@@ -26,8 +26,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..files import read_bytes
-from ..rows import has_image
+from ..files import extra, read_bytes
+from ..rows import check, has_image
 
 LETTERS = string.ascii_uppercase
 LARGEST = 4 << 30  # bytes of a data set, unpacked
@@ -125,8 +125,10 @@ class Task(ABC):
         return None
 
     def solved(self, raw: Record, row: Mapping[str, Any]) -> str:
-        """Write the answer to a row as a solved example shows it. The default is the bare answer."""
-        return row["choices"][row["label"]] if form_of(row) == "choice" else str(row["answer"])
+        """Write the answer to a row as an example shows it: by default the record's `solution`, or the bare answer."""
+        if form_of(row) == "choice":
+            return row["choices"][row["label"]]
+        return str(raw["solution"] if form_of(row) == "generate" and raw.get("solution") else row["answer"])
 
     def cut(self, split: str, records: list[Record]) -> list[Record]:
         """Take one split out of a file of several splits. The default takes every record."""
@@ -192,6 +194,7 @@ class Task(ABC):
         folder: Folder = None,
         system: str | None = None,
         shots: int = 0,
+        solved: bool = False,
     ) -> list[Record]:
         """
         Make the rows of a split, in an order that the seed fixes; all have `prompt`, `id` and `task`.
@@ -206,13 +209,15 @@ class Task(ABC):
                 How many solved examples, turns of user and assistant, precede each question. They come from the
                 training split, of which no row asks them, and are the same for all rows, splits and seeds: runs
                 compare, and a model reads them once for a whole batch. Rows with images take none.
+            solved (`bool`): Add the column `solution`, a text as [`Task.solved`] writes it.
         """
         if form not in self.forms:
             raise ValueError(f"Task '{self.name}' has no form '{form}'; it has {', '.join(self.forms)}.")
         examples, shown = self._examples(form, shots, folder) if shots else ([], set[str]())
         raws = self.load(split, folder)
-        made = (self.make_row(raw, form, raws, seed) for raw in shuffled(raws, f"{self.name}:{seed}"))
-        rows = (row for row in made if row is not None and row["id"] not in shown)
+        made = ((raw, self.make_row(raw, form, raws, seed)) for raw in shuffled(raws, f"{self.name}:{seed}"))
+        kept = ((raw, row) for raw, row in made if row is not None and row["id"] not in shown)
+        rows = (row | {"solution": self.solved(raw, row)} if solved else row for raw, row in kept)
         return [_framed(row, system, examples) for row in islice(rows, limit)]
 
     def make_row(self, raw: Record, form: str, pool: Sequence[Record] = (), seed: int = 0) -> Record | None:
@@ -314,14 +319,10 @@ class Task(ABC):
         way_out = f"Pass folder=... or set {DATA_VARIABLE} to a folder with '{self.name}/{file}.jsonl.gz'."
         if self.hub is None or file not in self.hub.splits:
             raise FileNotFoundError(f"{name} has no '{file}' on the Hub. {way_out}")
-        try:
+        with extra("eval", f"{name} reads the Hub by `datasets`. {way_out}"):
             import datasets
-
+        try:
             table = datasets.load_dataset(self.hub.path, self.hub.config, split=self.hub.splits[file])
-        except ImportError as error:
-            raise ImportError(
-                f"{name} reads the Hub by `datasets`: pip install 'peft-svf[eval]'. {way_out}"
-            ) from error
         except Exception as error:  # `datasets` raises many kinds, and the way out is the same for all
             raise ConnectionError(f"{name} couldn't read '{self.hub.path}' from the Hub: {error} {way_out}") from error
         return file, self._hub_records(table)
@@ -385,11 +386,24 @@ def plain(text: str) -> str:
 
 
 def read_jsonl(path: Path) -> list[Record]:
-    """Read one JSON object a line, from a `.jsonl` or a gzipped `.jsonl.gz` file."""
-    return [json.loads(line) for _, line in read_lines(path)]
+    """Read the records of a benchmark, one JSON object a line, from a `.jsonl` or a gzipped `.jsonl.gz` file."""
+    return [json.loads(line) for _, line in _lines(path)]
 
 
-def read_lines(path: Path) -> list[tuple[int, str]]:
-    """Return the lines of a text file that aren't empty, each with its number from 1; errors as in `read_bytes`."""
+def read_rows(path: Path, answered: bool = False) -> list[tuple[str, Record]]:
+    """Read rows of JSON lines, each with its place ("'mine.jsonl', line 3"); `answered` as in `rows.check`."""
+    rows = []
+    for number, line in _lines(path):
+        place = f"'{path}', line {number}"
+        try:
+            row = json.loads(line, parse_constant=int)  # refuses NaN and Infinity, which aren't JSON
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{place}: not JSON: {error}.") from None
+        check(row, place, answered)
+        rows.append((place, row))
+    return rows
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
     text = read_bytes(path, LARGEST).decode("utf-8-sig")
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]

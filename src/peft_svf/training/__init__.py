@@ -1,7 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows and a reward -> an expert: REINFORCE and evolution strategies (extra `train`)."""
+"""Rows -> an expert: right answers, REINFORCE on rewards, or evolution strategies (extra `train`)."""
 
 from .evolution import EvolutionConfig, EvolutionTrainer
 from .reinforce import ReinforceConfig, ReinforceTrainer
+from .supervised import SupervisedConfig, SupervisedTrainer
 
-__all__ = ["EvolutionConfig", "EvolutionTrainer", "ReinforceConfig", "ReinforceTrainer"]
+__all__ = [
+    "EvolutionConfig",
+    "EvolutionTrainer",
+    "ReinforceConfig",
+    "ReinforceTrainer",
+    "SupervisedConfig",
+    "SupervisedTrainer",
+]

@@ -9,8 +9,6 @@ so rewards may be black boxes and bases quantised. Data, optimizer, schedule, lo
 of `transformers.Trainer`; TRL isn't needed.
 """
 
-import asyncio
-import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,13 +20,12 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from ..evaluation import choice_logps, complete
-from ..evaluation.reading import shared_prompts
+from ..evaluation import choice_logps
 from ..rows import Row
 from ..tuner.config import SVFConfig
 from ..tuner.layer import SVFLayer, svf_layers
 from ..tuner.rows import active_rows
-from .run import Run, RunConfig, check_prompts, checked_reward, z_statistics
+from .run import Graded, RunConfig, check_prompts, z_statistics
 
 Reward = Callable[..., Sequence[float | None]]
 Shaping = Literal["rank", "z_score", "none"]
@@ -110,7 +107,7 @@ class EvolutionConfig(RunConfig, TrainingArguments):
         super().__post_init__()
 
 
-class EvolutionTrainer(Run):
+class EvolutionTrainer(Graded):
     """
     Train z-vectors by evolution strategies.
 
@@ -131,6 +128,8 @@ class EvolutionTrainer(Run):
         `ValueError`: if anything but z is trainable, if adapters are merged or disabled, or under FSDP.
     """
 
+    objective = "evolution strategies"
+
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
@@ -143,9 +142,7 @@ class EvolutionTrainer(Run):
         peft_config: SVFConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        functions = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
-        self.reward_funcs = [checked_reward(function) for function in functions]
-        self.reward_weights = args.reward_weights or [1.0] * len(self.reward_funcs)
+        self.grade_by(reward_funcs, args.reward_weights)
         self.check_adapter(model, args, peft_config)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
@@ -163,7 +160,7 @@ class EvolutionTrainer(Run):
         if self.is_fsdp_enabled:
             raise ValueError("EvolutionTrainer moves whole z-vectors and doesn't run under FSDP: use DDP.")
         check_prompts(self.model, processing_class, train_dataset)
-        self.watch()
+        self.ready()
 
     def training_step(self, model: Any, inputs: list[Row], num_items_in_batch: Any = None) -> Tensor:
         """Add the estimate of one batch of rows to the offsets' `.grad`; return minus the mean fitness."""
@@ -221,16 +218,11 @@ class EvolutionTrainer(Run):
         repeated = [*rows] * len(members)
         with self._as(members), self.compute_loss_context_manager():
             if table is None:
-                texts = self._complete(repeated, len(members))
+                texts = self.answers(repeated, len(members))
             else:
                 logps = choice_logps(self.model, self.processing_class, rows, len(members))
                 return (logps.softmax(-1).view(len(members), *table.shape) * table).sum(-1)
-        return self._rewards(repeated, texts).view(len(members), len(rows))
-
-    def _complete(self, rows: Sequence[Row], members: int = 1) -> list[str]:
-        prompts, length = [row["prompt"] for row in rows], self.args.max_completion_length
-        with shared_prompts(self.model, members):
-            return complete(self.model, self.processing_class, prompts, max_new_tokens=length)
+        return self.rewards(repeated, texts).view(len(members), len(rows))
 
     @contextmanager
     def _as(self, members: Tensor) -> Iterator[None]:
@@ -243,49 +235,19 @@ class EvolutionTrainer(Run):
         with active_rows(layers, offsets, merge=True):
             yield
 
-    def _rewards(self, rows: Sequence[Row], texts: Sequence[str]) -> Tensor:
-        """Compute the weighted reward `(rows,)` of a text for each row."""
-        chat = not isinstance(rows[0]["prompt"], str)
-        completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else list(texts)
-        keys = dict.fromkeys(key for row in rows for key in row if key not in ("prompt", "completion"))
-        columns = {key: [row.get(key) for row in rows] for key in keys}
-        prompts = [row["prompt"] for row in rows]
-        total = torch.zeros(len(rows), device=self.accelerator.device)
-        for reward, weight in zip(self.reward_funcs, self.reward_weights, strict=True):
-            rewards = reward(prompts=prompts, completions=completions, **columns)
-            if inspect.iscoroutine(rewards):
-                rewards = asyncio.run(rewards)
-            total += weight * torch.tensor([0.0 if r is None else r for r in rewards], device=total.device)
-        return total
-
     def _choice_rewards(self, rows: Sequence[Row]) -> Tensor:
         """Compute the reward `(rows, choices)` of each choice; 0 beyond the choices of a row."""
         pairs = [(row, text) for row in rows for text in row["choices"]]
-        rewards = self._rewards([row for row, _ in pairs], [text for _, text in pairs])
+        rewards = self.rewards([row for row, _ in pairs], [text for _, text in pairs])
         parts = rewards.split([len(row["choices"]) for row in rows])
         return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
 
-    @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Measure the mean reward of the likeliest choices or greedy completions: `{"eval_reward": float}`."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        size, processes = self.args.per_device_eval_batch_size, self.accelerator.num_processes
-        share = [dataset[i] for i in range(self.accelerator.process_index, len(dataset), processes)]
-        self.model.eval()
-        total = torch.tensor([0.0, len(share)], device=self.accelerator.device)
-        with self.unchanged_randomness(), self.compute_loss_context_manager():
-            for start in range(0, len(share), size):
-                rows = share[start : start + size]
-                if "choices" in rows[0]:
-                    best = choice_logps(self.model, self.processing_class, rows).argmax(-1).tolist()
-                    texts = [row["choices"][k] for row, k in zip(rows, best, strict=True)]
-                else:
-                    texts = self._complete(rows)
-                total[0] += self._rewards(rows, texts).sum()
-        total = self.accelerator.reduce(total, reduction="sum")
-        metrics = {f"{metric_key_prefix}_reward": (total[0] / total[1]).item()}
+        metrics = {f"{metric_key_prefix}_reward": self.greedy_reward(dataset)}
         self.log(dict(metrics))
         control: Any = self.control  # type: ignore[has-type]
         self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)

@@ -14,14 +14,12 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
-from transformers.utils import is_torch_bf16_gpu_available
 
-from .run import RunConfig
+from ..files import extra
+from .retention import RetentionConfig
 
-try:
-    from trl import GRPOConfig
-except ImportError as error:
-    raise ImportError("Training needs TRL and datasets: pip install 'peft-svf[train]'") from error
+with extra("train", "Training needs TRL and datasets"):
+    from trl import GRPOConfig, SFTConfig
 
 Estimator = Literal["none", "batch", "batch_norm", "rloo", "group"]
 Direction = Literal["policy_ref", "ref_policy"]
@@ -89,9 +87,9 @@ class PromptFilter(TrainerCallback, ExportableState):
 
 
 @dataclass
-class ReinforceConfig(RunConfig, GRPOConfig):
+class ReinforceConfig(RetentionConfig, GRPOConfig):
     """
-    TRL's `GRPOConfig` with the settings that make it REINFORCE on z-vectors, and the settings of [`RunConfig`].
+    TRL's `GRPOConfig` with the settings that make it REINFORCE on z-vectors, and the settings of [`RetentionConfig`].
 
     A step is `per_device_train_batch_size * gradient_accumulation_steps` completions; each prompt has
     `num_generations` of them. Learning rate and clipping come from the code of arXiv 2501.06252; under Adam,
@@ -148,8 +146,6 @@ class ReinforceConfig(RunConfig, GRPOConfig):
 
     def __post_init__(self) -> None:
         self.check()
-        if self.bf16 is None:  # type: ignore[has-type]  # TRL's default asks a GPU for it, whatever the machine has
-            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         self.use_bias_correction_kl = self.kl_direction == "policy_ref"
         if self.greedy_rollouts:
             greedy = {"temperature": 0.0} if self.use_vllm else {"do_sample": False}
@@ -210,3 +206,6 @@ class ReinforceConfig(RunConfig, GRPOConfig):
 def _world() -> int:
     """Count the processes that torchrun or `accelerate launch` has announced; nothing is initialised yet."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+__all__ = ["PromptFilter", "ReinforceConfig", "SFTConfig", "advantages_of"]

@@ -34,7 +34,8 @@ from ..evaluation.reading import (
 )
 from ..tuner.model import SVFModel
 from .objective import PromptFilter, ReinforceConfig, advantages_of  # names the extra if TRL is missing
-from .run import Run, check_prompts, checked_reward, z_statistics
+from .retention import Retaining
+from .run import check_prompts, checked_reward, z_statistics
 
 from trl import GRPOTrainer  # isort: skip
 
@@ -53,7 +54,7 @@ class Batch:
     read: Reading | None = None
 
 
-class ReinforceTrainer(Run, GRPOTrainer):
+class ReinforceTrainer(Retaining, GRPOTrainer):
     """
     Train z-vectors, or any PEFT adapter, by REINFORCE.
 
@@ -100,13 +101,10 @@ class ReinforceTrainer(Run, GRPOTrainer):
         if isinstance(self.train_dataset, Sized):
             args.check_rows(len(self.train_dataset))
         check_prompts(self.model, self.processing_class, self.train_dataset)
-        for parameter in self.model.parameters():
-            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = parameter.data.float()  # TRL makes them bfloat16 on quantised bases
         if isinstance(tuner := getattr(self.model, "base_model", None), SVFModel):
             plan = tuner.peft_config[tuner.active_adapters[0]].plan
             tuner.set_plan(plan, forwards_per_step=args.gradient_accumulation_steps)
-        self.watch()
+        self.ready()
         if args.prompt_filter:
             data = self.train_dataset
             data = data.select_columns([name for name in ("prompt", "choices", "id") if name in _columns(data)])

@@ -42,7 +42,7 @@ def write_expert(
     Secrets in the command and the settings are left out; paths are relative to the project.
 
     Args:
-        trainer ([`ReinforceTrainer`] or [`EvolutionTrainer`]):
+        trainer ([`ReinforceTrainer`], [`SupervisedTrainer`] or [`EvolutionTrainer`]):
             After `train()`.
         test (`Sequence[Row]`):
             Rows of one form that chose nothing, neither weights nor checkpoint.
@@ -61,7 +61,7 @@ def write_expert(
     expert = evaluate(model, reader, test, task=task, **options)
     with model.disable_adapter():
         base = evaluate(model, reader, test, task=task, **options)
-        watched = trainer.args.keep_text is not None
+        watched = trainer.args.keep_text is not None or getattr(trainer.args, "retention", 0)
         kept = BaseText.of(model, reader, everyday_requests("test", 32)) if watched else None
     gain, interval = paired_difference(expert, base)
     z = {key.removeprefix("z/"): value for key, value in z_statistics(model).items() if key.count("/") == 1}
@@ -74,6 +74,7 @@ def write_expert(
         "task": task.name,
         "form": expert.form,
         "split": "test",
+        "objective": _objective(trainer),
         "seed": trainer.args.seed,
         "steps": state.global_step,
         "best_step": state.best_global_step if trainer.args.load_best_model_at_end else None,  # else the last
@@ -82,16 +83,25 @@ def write_expert(
         "expert": expert.to_json(),
         "gain": gain,
         "gain_interval": interval,
+        "strength": trainer.strength,
         "text_loss": kept and kept.loss(model, reader),
         "z": {"numbers": sum(p.numel() for key, p in model.named_parameters() if ".svf_offset.default." in key), **z},
-        "curve": [entry for entry in state.log_history if "eval_reward" in entry or "reward" in entry],
+        "curve": [entry for entry in state.log_history if {"loss", "eval_reward", "reward"} & entry.keys()],
     }
+    base_model = base_model or name
+    facts = result["card"] = _card_facts(result, trainer.args, base_model) if base_model else {}
     files.write(folder / RESULT_NAME, json.dumps(result, indent=1))
-    if base_model := base_model or name:
-        facts = {"base_dtype": model.get_base_model().dtype, **_card_facts(result, trainer.args, base_model)}
+    if base_model:
+        facts = {"base_dtype": model.get_base_model().dtype, **facts}
         card = expert_card(folder, base_model=_card_name(base_model), license=license, **facts)
         files.write(folder / CARD_NAME, str(card))
     return result
+
+
+def _objective(trainer: Any) -> str:
+    """Describe what a trainer minimises."""
+    weight = getattr(trainer.args, "retention", 0)
+    return trainer.objective + (f" + {weight:g} KL(base || policy) on everyday answers of the base" if weight else "")
 
 
 def _card_name(base: str) -> str:
@@ -108,12 +118,15 @@ def _card_facts(result: Mapping[str, Any], args: Any, base: str) -> dict[str, An
     if population := getattr(args, "population", None):
         questions = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         step = f"{questions} questions with {population} members"
+    elif samples := getattr(args, "num_generations", None):
+        step = f"{args.generation_batch_size // samples} questions with {samples} samples"
     else:
-        step = f"{args.generation_batch_size // args.num_generations} questions with {args.num_generations} samples"
+        step = f"{args.train_batch_size * args.gradient_accumulation_steps * args.world_size} right answers"
     training = {
         "bits of the base": None if local or base == result["base_model"] else result["base_model"],
         "name of the base": "that of a local folder: the Hub may have none like it" if local else None,
         "data": f"{result['task']}, training split, {result['form']} form",
+        "objective": result["objective"],
         "steps": f"{result['steps']} of {step}",
         "best step": result["best_step"],
         "learning rate": args.learning_rate,

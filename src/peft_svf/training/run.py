@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What both trainers share: whole checkpoints, rows and rewards that are usable, a report of steps that teach nothing.
+What all trainers share: whole checkpoints, rows and rewards that are usable, a report of steps that teach nothing.
 
 Goes in: a `transformers.Trainer` by inheritance. Nothing here knows TRL or what a task is.
 """
 
+import asyncio
 import functools
 import inspect
 import logging
@@ -12,7 +13,7 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -38,11 +39,13 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import is_torch_bf16_gpu_available
 
-from ..evaluation import BaseText, context_of
+from ..evaluation import BaseText, choice_logps, complete, context_of
+from ..evaluation.reading import evaluating, shared_prompts
 from ..experts.key import KEY_NAME, make_key
 from ..files import read_json, write
-from ..rows import has_image, prompt_ids, tokenizer_of
+from ..rows import Row, has_image, prompt_ids, prompt_of, tokenizer_of
 from ..tasks import everyday_requests
 from ..tuner.config import SVFConfig
 from ..tuner.fingerprint import Recorded
@@ -59,6 +62,7 @@ SHOWN = {
     "reward": "reward",
     "reward_best": "best member",
     "kl": "KL",
+    "retention": "KL of everyday answers",
     "entropy": "entropy",
     "completions/mean_length": "length",
     "frac_reward_zero_std": "dead groups",
@@ -70,14 +74,15 @@ SHOWN = {
 @dataclass
 class RunConfig:
     """
-    Settings of both trainers on when a run stops and which checkpoint is the best.
+    Settings of all trainers on when a run stops and which checkpoint is the best.
 
     Args:
         early_stopping_patience (`int`, *optional*):
             Stop after so many evaluations without a better one.
         keep_text (`float`, *optional*):
             At each evaluation, stop if the base's own answers to everyday requests are less likely per token than
-            before by more than this share, such as 0.02. The best checkpoint is then an earlier one.
+            before by more than this share, such as 0.02. The best checkpoint is then an earlier one; if there is none,
+            `z - 1` is scaled down until it keeps the promise.
         stop_after_dead_steps (`int`, *optional*):
             Stop after so many steps in a row that taught nothing: equal rewards, or no gradient. The first such step
             is reported with the way out.
@@ -106,10 +111,17 @@ class RunConfig:
         yield "metric_for_best_model", re.fullmatch(self.measured, best) is not None, expected
 
     def check(self) -> None:
-        """Raise a `ValueError` for the first rule that a setting breaks, before TRL and transformers rewrite any."""
+        """
+        Raise a `ValueError` for the first rule that a setting breaks, before TRL and transformers rewrite any.
+
+        TRL's default of `bf16` asks a GPU for it, whatever the machine has: here the device decides.
+        """
         for name, right, expected in self.rules():
             if not right:
                 raise ValueError(f"`{name}` must be {expected}; got {getattr(self, name)!r}.")
+        settings: Any = self
+        if settings.bf16 is None:
+            settings.bf16 = not settings.fp16 and not settings.use_cpu and is_torch_bf16_gpu_available()
 
 
 def last_checkpoint(folder: str | PathLike[str]) -> Path:
@@ -252,8 +264,12 @@ def check_prompts(model: nn.Module, reader: Any, data: Any) -> None:
 class Line(TrainerCallback):
     """Writes the log as a line that a person can read; trackers get everything."""
 
+    def __init__(self, shown: Mapping[str, str]) -> None:
+        super().__init__()
+        self.shown = shown
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        parts = [f"{label} {logs[key]:.4g}" for key, label in SHOWN.items() if logs and logs.get(key) is not None]
+        parts = [f"{label} {logs[key]:.4g}" for key, label in self.shown.items() if logs and logs.get(key) is not None]
         if parts and state.is_world_process_zero:
             tqdm.write(f"step {state.global_step:>4}/{state.max_steps}  " + "  ".join(parts))
             sys.stdout.flush()  # a pipe shows each line at once
@@ -288,18 +304,27 @@ class DeadSteps(TrainerCallback):
 
 
 class KeptText(TrainerCallback):
-    """Ends a run once the base's own answers to everyday requests are less likely than `keep_text` allows."""
+    """
+    Keeps a run's promise: the base's own answers to everyday requests get less likely by at most `keep_text`.
+
+    An evaluation that finds more ends the run and isn't the best. What the run ends with is measured too, and if no
+    checkpoint kept the promise, its offsets are scaled by the largest tenth that does.
+    """
 
     def __init__(self, trainer: Any, limit: float) -> None:
         self.trainer, self.limit = trainer, limit
         self.text: BaseText | None = None
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+    def loss(self) -> float:
+        """Measure the loss of likelihood, after the base has answered."""
         model, reader = self.trainer.model, self.trainer.processing_class
         if self.text is None:
             with model.disable_adapter():
                 self.text = BaseText.of(model, reader, everyday_requests("validation", 32))
-        loss = self.text.loss(model, reader)
+        return self.text.loss(model, reader)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        loss = self.loss()
         self.trainer.log({"eval_text_loss": loss})
         if loss > self.limit:
             worst = -math.inf if args.greater_is_better else math.inf
@@ -307,8 +332,24 @@ class KeptText(TrainerCallback):
             control.should_training_stop = True
             logger.warning(
                 f"Training stops: the base's own answers to everyday requests are {loss:.1%} less likely, above "
-                f"keep_text={self.limit:.1%}. load_best_model_at_end takes an earlier checkpoint; beta > 0 or a lower "
-                "learning_rate keep more."
+                f"keep_text={self.limit:.1%}. load_best_model_at_end takes an earlier checkpoint; retention > 0 or a "
+                "lower learning_rate keep more."
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        offsets = [
+            p for name, p in self.trainer.model.named_parameters() if p.requires_grad and ".svf_offset." in name
+        ]
+        trained, tenths = [offset.detach().clone() for offset in offsets], 10
+        while tenths and self.loss() > self.limit:
+            tenths -= 1
+            for offset, whole in zip(offsets, trained, strict=True):
+                offset.data.copy_(whole * (tenths / 10))
+        self.trainer.strength = tenths / 10
+        if tenths < 10:
+            logger.warning(
+                f"No checkpoint keeps the base's text as keep_text={self.limit:.1%} asks: z - 1 is scaled by "
+                f"{self.trainer.strength}, which does."
             )
 
 
@@ -318,6 +359,9 @@ class Run(Trainer):
     epochs_done = 0  # before the checkpoint that is resumed from
     dead_reason: str | None = None  # why the latest rollout teaches nothing
     routing = True  # an expert is saved with a routing key
+    objective = "policy gradient (REINFORCE)"  # what a card calls it
+    strength = 1.0  # by which keep_text has scaled what was trained
+    shown: Mapping[str, str] = SHOWN  # metrics of a line of the log, with their labels
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
@@ -357,6 +401,9 @@ class Run(Trainer):
         if self.args.load_best_model_at_end and (best := self.state.best_model_checkpoint):
             self.state.best_model_checkpoint = str(checkpoint.parent / Path(best).name)  # the folder may have moved
             self._load_best_model()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, KeptText):
+                callback.on_train_end(self.args, self.state, self.control)
         return TrainOutput(self.state.global_step, 0.0, {})
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -401,13 +448,16 @@ class Run(Trainer):
             if wrong:
                 raise ValueError(message)
 
-    def watch(self) -> None:
-        """Add the callbacks of both trainers: readable lines, reports of dead steps, early stopping."""
+    def ready(self) -> None:
+        """Make trained numbers float32 and add the callbacks: readable lines, dead steps, early stopping."""
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()  # TRL makes them bfloat16 on quantised bases
         if isinstance(self.eval_dataset, Sized) and not len(self.eval_dataset):
             raise ValueError("`eval_dataset` has no rows, of which no mean can be taken: leave it out, or fill it.")
         for theirs, line in ((ProgressCallback, LineOnBar), (PrinterCallback, Line)):
             if self.pop_callback(theirs) is not None:
-                self.add_callback(line())
+                self.add_callback(line(self.shown))
         self.add_callback(DeadSteps(self, self.args.stop_after_dead_steps))
         if self.args.keep_text is not None:
             self.add_callback(KeptText(self, self.args.keep_text))
@@ -420,3 +470,54 @@ class Run(Trainer):
         device = self.accelerator.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
+
+
+class Graded(Run):
+    """A [`Run`] that grades the likeliest answers by reward functions, several of them by their weighted sum."""
+
+    reward_funcs: Sequence[Any] = ()
+    reward_weights: Sequence[float] = ()
+
+    def grade_by(self, reward_funcs: Any, weights: Sequence[float] | None) -> None:
+        """Take one reward function or several, as `ReinforceTrainer` does, without its reward models."""
+        functions = [reward_funcs] if callable(reward_funcs) else list(reward_funcs or ())
+        self.reward_funcs = [checked_reward(function) for function in functions]
+        self.reward_weights = weights or [1.0] * len(functions)
+
+    def answers(self, rows: Sequence[Row], members: int = 1) -> list[str]:
+        """Write a greedy answer to each row; `members` copies of the rows may have an adapter each."""
+        prompts, length = [prompt_of(row) for row in rows], self.args.max_completion_length
+        with shared_prompts(self.model, members):
+            return complete(self.model, self.processing_class, prompts, max_new_tokens=length)
+
+    def rewards(self, rows: Sequence[Row], texts: Sequence[str]) -> Tensor:
+        """Compute the weighted reward `(rows,)` of a text for each row; `None` counts as 0."""
+        chat = not isinstance(rows[0]["prompt"], str)
+        completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else list(texts)
+        keys = dict.fromkeys(key for row in rows for key in row if key not in ("prompt", "completion"))
+        columns = {key: [row.get(key) for row in rows] for key in keys}
+        prompts = [row["prompt"] for row in rows]
+        total = torch.zeros(len(rows), device=self.accelerator.device)
+        for reward, weight in zip(self.reward_funcs, self.reward_weights, strict=True):
+            rewards = reward(prompts=prompts, completions=completions, **columns)
+            if inspect.iscoroutine(rewards):
+                rewards = asyncio.run(rewards)
+            total += weight * torch.tensor([0.0 if r is None else r for r in rewards], device=total.device)
+        return total
+
+    def greedy_reward(self, dataset: Any) -> float:
+        """Average the rewards of the likeliest choices or greedy answers of all rows over all processes."""
+        size, processes = self.args.per_device_eval_batch_size, self.accelerator.num_processes
+        share = [dataset[i] for i in range(self.accelerator.process_index, len(dataset), processes)]
+        total = torch.tensor([0.0, len(share)], device=self.accelerator.device)
+        with self.unchanged_randomness(), evaluating(self.model), self.compute_loss_context_manager():
+            for start in range(0, len(share), size):
+                rows = share[start : start + size]
+                if rows[0].get("choices") is not None:
+                    best = choice_logps(self.model, self.processing_class, rows).argmax(-1).tolist()
+                    texts = [row["choices"][k] for row, k in zip(rows, best, strict=True)]
+                else:
+                    texts = self.answers(rows)
+                total[0] += self.rewards(rows, texts).sum()
+        total = self.accelerator.reduce(total, reduction="sum")
+        return (total[0] / total[1]).item()

@@ -28,14 +28,15 @@ from .plans import (
     Load,
     Merged,
     Plan,
+    capturing,
     choose,
     factored_linear,
     fast,
     fold,
+    key_of,
     merged_linear,
     split,
     transforming,
-    version_of,
 )
 from .rows import Execution, Rows
 from .weights import held_weight, offloaded, onloaded, refuse_split, undo_cpu_packing
@@ -63,6 +64,11 @@ def svf_layers(model: nn.Module) -> dict[str, "SVFLayer"]:
             name = name.removeprefix("module.") if hasattr(model, "module") else name
             layers[name.removeprefix("base_model.model.")] = module
     return layers
+
+
+def svf_weights(model: nn.Module) -> dict[str, "SVFLayer"]:
+    """Find the SVF layers of a model by what files call their weights; of a stacked weight it is the parameter."""
+    return {layer.weight_name(name): layer for name, layer in svf_layers(model).items()}
 
 
 class SVFLayer(nn.Module, BaseTunerLayer):
@@ -99,9 +105,10 @@ class SVFLayer(nn.Module, BaseTunerLayer):
     svf_chosen: Plan | None = None
     svf_merged: Merged | None = None
     svf_factored: Factored | None = None
+    parameter_name: str | None = None  # what its module calls a stacked weight
     matrices = 1  # A stack of experts has several.
     _pristine: Any = None  # what merging has replaced
-    _known: tuple[Tensor, ...] = ()  # the base parameter when the plan was set, see `_plain`
+    _planned_for: tuple[Tensor, ...] = ()  # the base parameter when the plan was set, see `_plain`
     _ran = 0  # number of the model's call in which this layer ran last
     _met: Rows | None = None  # the rows of the last forward that was planned
 
@@ -141,6 +148,11 @@ class SVFLayer(nn.Module, BaseTunerLayer):
     def directions(self) -> int:
         """The number `r = min(out, in)` of singular values of the weight."""
         return min(self.in_features, self.out_features)
+
+    @property
+    def columns(self) -> int:
+        """The number of directions in the basis, 0 without one."""
+        return 0 if self.svf_basis is None else self.svf_basis.shape[-1]
 
     @property
     def base_weight(self) -> Tensor:
@@ -237,12 +249,12 @@ class SVFLayer(nn.Module, BaseTunerLayer):
         """Stack the offsets of adapters into `(n, k)`: 0 for the base, and for an adapter that has none here."""
         width = self._basis().shape[:-2].numel() * self._basis().shape[-1]
         zero = torch.zeros(width, device=self._basis().device)
-        return torch.stack([self._padded(name) if name in self.svf_offset else zero for name in adapter_names])
+        return torch.stack([self._offset_of(name) if name in self.svf_offset else zero for name in adapter_names])
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`W' - W` of one adapter, in the shape and dtype of the base weight (`Conv1D`: transposed)."""
         weight = self.logical_weight()
-        delta = self._rescale(weight, self._padded(adapter)) - weight
+        delta = self._rescale(weight, self._offset_of(adapter)) - weight
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -265,7 +277,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.svf_offset]
         for name in names:
             weight = self.logical_weight()
-            offset = sum((self._padded(n) for n in (*self.merged_adapters, name)), torch.tensor(0.0))
+            offset = sum((self._offset_of(n) for n in (*self.merged_adapters, name)), torch.tensor(0.0))
             merged = self._rescale(weight, offset)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
@@ -313,7 +325,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
             )
         return self.svf_basis
 
-    def _padded(self, adapter_name: str) -> Tensor:
+    def _offset_of(self, adapter_name: str) -> Tensor:
         return self.padded(self.svf_offset[adapter_name].weight)
 
     def _rescale(self, weight: Tensor, offset: Tensor) -> Tensor:
@@ -355,20 +367,6 @@ class SVFLayer(nn.Module, BaseTunerLayer):
         if y.dtype not in (torch.bfloat16, torch.float16) or self.quantization_backend is not None:
             return y - self.bias
         return F.linear(x, self.base_weight.T if isinstance(base, Conv1D) else self.base_weight)
-
-
-def capturing(x: Tensor) -> bool:
-    """
-    Whether a CUDA graph is being captured: nothing may wait for the device, and replays must see later values of z.
-
-    The narrow plan reads z from the adapter's parameter itself, or from the tensor given to [`active_rows`].
-    """
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def key_of(weight: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Identifies a base weight and the dtype it is used in."""
-    return weight.data_ptr(), version_of(weight), dtype, weight.device
 
 
 def _untouched(base: nn.Module) -> bool:
@@ -499,8 +497,8 @@ class Linear(SVFLayer):
         base = self.base_layer
         return (
             type(base) in (nn.Linear, Conv1D)
-            and len(self._known) == 1
-            and base._parameters.get("weight") is self._known[0]
+            and len(self._planned_for) == 1
+            and base._parameters.get("weight") is self._planned_for[0]
             and type(base.weight.data) is Tensor
             and not (base.weight.requires_grad or hasattr(base.weight, "ds_id"))
             and not (base.bias is not None and base.bias.requires_grad)
@@ -532,7 +530,8 @@ class Linear(SVFLayer):
             return self.svf_merged
 
     def extra_repr(self) -> str:
-        kept = self.directions if self.svf_basis is None else self.svf_basis.shape[-1]
         chosen = f" ({self.svf_chosen})" if self.execution.plan == "auto" and self.svf_chosen else ""
-        svf = f"side={self.side!r}, directions={kept}, plan={self.execution.plan + chosen!r}"
+        svf = (
+            f"side={self.side!r}, directions={self.columns or self.directions}, plan={self.execution.plan + chosen!r}"
+        )
         return ", ".join(filter(None, [quantization_extra_repr(self), svf]))

@@ -15,26 +15,26 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _get_submodules
 from peft.utils.quantization_utils import get_quantization_kwargs
 from psutil import virtual_memory
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from . import loading
-from .config import SVFConfig
+from .config import SVFConfig, selecting
 from .layer import BASE, Linear, SVFLayer, svf_layers
+from .loading import AdapterLoader
 from .plans import PLANS, Plan, fast
 from .rows import TEXTS, Execution, active_rows, batch_of
 from .stacked import ParamWrapper
 from .targets import DEFAULT_TARGETS, batch_first, default_targets, reads_weight
-from .weights import Known, multiplies, onloaded, readable, refuse_parallel, undo_cpu_packing
+from .weights import multiplies, onloaded, readable, undo_cpu_packing
 
 logger = logging.getLogger(__name__)
 
 
-class SVFModel(BaseTuner):
+class SVFModel(AdapterLoader):
     """
     A model whose target weights can be rescaled along their singular directions (arXiv 2501.06252).
 
@@ -47,87 +47,18 @@ class SVFModel(BaseTuner):
     target_module_mapping = DEFAULT_TARGETS  # type: ignore[assignment]
     execution: Execution
     _calls = 0
-    _waiting = False  # some bases come later: their weights are on the meta device, or a file brings them
-    _unchecked: frozenset[str] = frozenset()  # adapters whose fingerprint has not been compared yet
-    _asked: tuple[Plan, int] | None = None  # by `set_plan`
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self.__dict__["execution"] = Execution()
-        self._defers = not isinstance(peft_config, SVFConfig)  # transformers does not hand a file's tensors over
         self._first = ExitStack()  # holds the first forward's context while it runs
-        self._before: dict[str, tuple[Any, Any]] = {}  # what refusing an adapter restores, until its file is read
-        self._brought: dict[str, tuple[str, str]] = {}  # weight -> adapter and digest of a basis that only it may use
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """
-        Add an adapter: check that it belongs to this base, replace its target modules, give them their bases.
-
-        Raises:
-            `ValueError`: if the adapter's fingerprint names another base, or a target cannot be adapted. The model is
-                then as it was.
-        """
-        config = self.peft_config[adapter_name]
-        self._before[adapter_name] = (
-            [(parameter, parameter.requires_grad) for parameter in model.parameters()],
-            {layer: list(layer.merged_adapters) for layer in svf_layers(model).values()},
-        )
-        try:
-            refuse_parallel(model)
-            if loading.from_file(config):
-                config.list_modules()
-                loading.adopt_names(model, config)
-                self._unchecked |= {adapter_name}
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            most = max(layer.directions for layer in svf_layers(model).values() if adapter_name in layer.svf_offset)
-            if config.rank is not None and config.rank > most:
-                logger.warning(f"rank={config.rank} is beyond all {most} singular values of any weight; all move.")
-                config.rank = None
-            if loading.from_file(config) and config.save_basis and self._defers:
-                self._waiting = True  # until `_remap_adapter_state_dict_for_load` has read the basis in the file
-            else:
-                self.fetch_bases()
-        except BaseException:
-            self.withdraw(adapter_name)
-            raise
-        if not self._defers:  # transformers calls the model itself, so its first forward is watched
+        """Add an adapter, as [`AdapterLoader`] does; transformers runs the model itself, so one forward is watched."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if not self._defers:
             end = model.register_forward_hook(self._end_of_first, always_call=True)
             self._watching = model.register_forward_pre_hook(self._begin_first), end
-        if not loading.from_file(config):
-            del self._before[adapter_name]
-        elif not self._defers:
-            loading.guard_loading(self, model, adapter_name, config)
-
-    def withdraw(self, adapter_name: str) -> None:
-        """Take back an adapter that is refused: the model is as it was before."""
-        model: Any = self.model
-        frozen, merged = self._before.pop(adapter_name)
-        self._unchecked -= {adapter_name}
-        loading.remove(model, adapter_name)
-        self.peft_config.pop(adapter_name, None)
-        for parameter, requires_grad in frozen:
-            parameter.requires_grad_(requires_grad)
-        for layer, names in merged.items():
-            if names and not layer.merged:  # PEFT unmerges before it adds an adapter
-                layer.merge(adapter_names=names)
-        if not self.peft_config:
-            vars(model).pop("peft_config", None)
-            if hasattr(model, "_hf_peft_config_loaded"):  # transformers sets it before it comes here
-                model._hf_peft_config_loaded = False
-
-    def fetch_bases(self, known: Known | None = None) -> None:
-        """
-        Give every SVF layer without a basis its own: one of `known`, by module name, one of the cache, or a new one.
-
-        Fingerprints of loaded adapters are compared first, and a `ValueError` for another base changes no layer.
-        Weights on the meta device get their basis once they are loaded, by the next forward of the `PeftModel`.
-        """
-        loading.give_bases(self, known or {})
-        self._follow(*(self._asked or (next(iter(self.peft_config.values())).plan, 1)))
-
-    def check_fingerprint(self, adapter_name: str, config: SVFConfig) -> None:
-        """Raise `ValueError` if a saved adapter belongs to another base; without a fingerprint it fits any."""
-        loading.check_fingerprint(self, adapter_name, config)
 
     def set_plan(self, plan: Plan, forwards_per_step: int = 1) -> None:
         """
@@ -157,7 +88,7 @@ class SVFModel(BaseTuner):
         for layer in layers.values():
             layer.execution = execution
             layer.svf_merged = layer.svf_factored = None
-            layer._known = (layer.base_weight,)
+            layer._planned_for = (layer.base_weight,)
 
     def _link(self) -> None:
         """Note the modules that a batch enters by: the model, and an encoder, which generation runs on its own."""
@@ -213,9 +144,8 @@ class SVFModel(BaseTuner):
         self.peft_config[adapter_name] = replace(
             configs[0],
             # by name: the union of two configs' fields may select other modules
-            target_modules={name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)},
-            target_parameters=stacks or None,
-            **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")),
+            **selecting((name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)), stacks),
+            modules_to_save=None,
             rank=None if None in ranks else max(ranks),
             fingerprint=None,
             init_weights=True,
@@ -263,7 +193,7 @@ class SVFModel(BaseTuner):
         parameter_name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        if isinstance(target, SVFLayer) and getattr(target, "parameter_name", None) == parameter_name:
+        if isinstance(target, SVFLayer) and target.parameter_name == parameter_name:
             target.update_layer(adapter_name, config)
             return
         if reason := self._unsuited(target, target_name, parent, parameter_name):
@@ -334,7 +264,8 @@ class SVFModel(BaseTuner):
                 stack.enter_context(self._calling(batch_of(args, texts)))
             if names is not None:
                 layers = svf_layers(self.model)
-                self._check_names(names, batch_of(args, kwargs))
+                if wrong := self._wrong_names(names, batch_of(args, kwargs)):
+                    raise ValueError(wrong)
                 unique = list(dict.fromkeys(names))
                 offsets = {name: layer.named_offsets(unique) for name, layer in layers.items()}
                 index = torch.tensor([unique.index(name) for name in names])
@@ -347,21 +278,21 @@ class SVFModel(BaseTuner):
                         stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
 
-    def _check_names(self, names: list[str], batch: tuple[int, int | None] | None) -> None:
-        """Raise `ValueError`, in PEFT's words, for `adapter_names` that can't be served."""
+    def _wrong_names(self, names: list[str], batch: tuple[int, int | None] | None) -> str:
+        """Return why `adapter_names` can't be served, in PEFT's words, or nothing."""
         layers, rows = svf_layers(self.model).values(), batch[0] if batch else len(names)
-        unknown = sorted(set(names) - {BASE}.union(*(layer.svf_offset for layer in layers)))
-        checks = {
-            "Cannot pass `adapter_names` when the model is in training mode.": self.training,
-            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}": unknown,
-            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.": any(
-                layer.merged for layer in layers
-            ),
-            "Length of `adapter_names` should be the same as the number of inputs, "
-            f"but got {len(names)} and {rows} respectively.": len(names) != rows,
-        }
-        for message in (message for message, wrong in checks.items() if wrong):
-            raise ValueError(message)
+        if self.training:
+            return "Cannot pass `adapter_names` when the model is in training mode."
+        if unknown := sorted(set(names) - {BASE}.union(*(layer.svf_offset for layer in layers))):
+            return f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}"
+        if any(layer.merged for layer in layers):
+            return "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        if len(names) != rows:
+            return (
+                "Length of `adapter_names` should be the same as the number of inputs, "
+                f"but got {len(names)} and {rows} respectively."
+            )
+        return ""
 
     def _begin_first(self, *_: Any) -> None:
         self._first.enter_context(self._calling(None))
@@ -402,20 +333,6 @@ class SVFModel(BaseTuner):
                 "around it computes with the weight itself, so z changes nothing and gets no gradient. Leave it out "
                 "of `target_modules`."
             )
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """Select what is saved of one adapter."""
-        return loading.tensors_to_save(model, config, adapter_name, state_dict)
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: SVFConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Map the keys of a file to the model's; refuse vectors that do not fit or are not finite."""
-        return loading.tensors_to_load(model, config, adapter_name, state_dict)
 
 
 def _room(layers: list[SVFLayer]) -> bool:

@@ -29,7 +29,7 @@ from torch import Tensor
 Plan = Literal["auto", "merged", "narrow", "factored"]
 PLANS = ("auto", "merged", "narrow", "factored")
 
-TAIL = 0.1  # of the median S: below it the gradient of z drowns in the rounding of g W (10-40 % in bfloat16)
+TAIL = 0.1  # share of the median S below which the gradient of z drowns in the rounding of g W (10-40 % in bfloat16)
 FEW = 32  # tokens for which upcasting a square factor of 576 to 4096 costs about what it saves
 TRANSPOSED_IS_SLOW = 2048  # directions from which a CPU takes 2.4 times as long for a transposed factor (at 4096)
 SMALL_Z = {torch.bfloat16: 0.25, torch.float16: 0.25, torch.float32: 1e-3, torch.float64: 1e-6}
@@ -143,6 +143,20 @@ def fast(tensor: Tensor, tokens: int = FEW) -> Tensor:
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was written to, as far as it counts: those made in `torch.inference_mode` do not."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def key_of(weight: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Identify a base weight and the dtype it is used in, up to writes through `.data`, which torch doesn't count."""
+    return weight.data_ptr(), version_of(weight), dtype, weight.device
+
+
+def capturing(x: Tensor) -> bool:
+    """
+    Whether a CUDA graph is being captured: nothing may wait for the device, and replays must see later values of z.
+
+    The narrow plan reads z from the adapter's parameter itself, or from the tensor given to [`active_rows`].
+    """
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def fold(

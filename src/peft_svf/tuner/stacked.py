@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from .basis import rescale
 from .config import SVFConfig
-from .layer import SVFLayer, capturing, key_of
-from .plans import Merged, refuse_second_derivative, transforming
+from .layer import SVFLayer
+from .plans import Merged, capturing, key_of, refuse_second_derivative, transforming
 from .weights import offloaded, readable
 
 SWAPPING = threading.RLock()  # While a module holds a rescaled stack, one thread runs it.
@@ -32,6 +32,8 @@ class ParamWrapper(SVFLayer):
     each forward and kept by autograd until the module's backward (activation checkpointing shortens that), where its
     gradient, of the same size, is projected on z; in inference it is made once for each z.
     """
+
+    parameter_name: str
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: SVFConfig, **kwargs: Any
@@ -90,7 +92,7 @@ class ParamWrapper(SVFLayer):
             Q = self._basis()
             return _Rescale.apply(weight, Q, offset.view(*Q.shape[:-2], Q.shape[-1]))
         # FSDP shows a whole stack only while the module runs, so none is kept.
-        if not self._known or weight is not self._known[0] or capturing(weight):
+        if not self._planned_for or weight is not self._planned_for[0] or capturing(weight):
             self.svf_chosen = "narrow"
             with torch.no_grad():
                 return self._rescale(weight.data, offset.detach())

@@ -191,16 +191,16 @@ def reader(model: nn.Module, layers: Mapping[str, Any], source: str) -> Callable
         loaded, packed = _in_memory(layer, name), layer.quantization_backend is not None
         if checkpoint is None or not (required or packed or checkpoint.rounds_to(loaded.dtype)):
             return loaded
-        transposed = isinstance(layer.get_base_layer(), Conv1D)
-        parameter = name if hasattr(layer, "parameter_name") else f"{name}.weight"
-        stored = checkpoint.weight(parameter, loaded.T if transposed else loaded, packed)
+        turned = isinstance(layer.get_base_layer(), Conv1D)
+        parameter = name if layer.parameter_name else f"{name}.weight"
+        stored = checkpoint.weight(parameter, loaded, packed, turned)
         if stored is None and required:
             raise ValueError(
                 f"basis_from='checkpoint', but no safetensors file of {checkpoint.name or 'this model'!r} on this "
                 f"machine holds the weight of {name} as it is loaded. Use basis_from='memory', or load the model from "
                 "a local folder or the Hub cache."
             )
-        return loaded if stored is None else stored.T if transposed else stored
+        return loaded if stored is None else stored
 
     return read
 
@@ -252,7 +252,7 @@ class Checkpoint:
         """Whether a load in a 16-bit dtype may have rounded: the files hold matrices in other dtypes."""
         return dtype in NARROW and bool(self._dtypes - {NARROW[dtype]})
 
-    def weight(self, name: str, loaded: Tensor, packed: bool = False) -> Tensor | None:
+    def weight(self, name: str, loaded: Tensor, packed: bool = False, turned: bool = False) -> Tensor | None:
         """
         Read the stored form of a loaded weight.
 
@@ -260,19 +260,21 @@ class Checkpoint:
             name (`str`):
                 Name of the parameter in the model, such as `"model.layers.0.mlp.up_proj.weight"`.
             loaded (`torch.Tensor`):
-                The parameter. What the files hold counts only if it rounds to exactly these values.
+                Its values. What the files hold counts only if it rounds to exactly these.
             packed (`bool`):
                 Whether they were quantised and dequantised: then a relative distance of `PACKED` is rounding, too.
+            turned (`bool`):
+                Whether the parameter is their transpose, as in `Conv1D`.
 
         Returns:
             `torch.Tensor` like `loaded` in the dtype of the files, or `None` if no file holds this very weight.
         """
-        stored = self._read(name)
-        if stored is None or stored.shape != loaded.shape:
-            stored = self._assemble(name, loaded.shape)
+        shape, stored = (loaded.T if turned else loaded).shape, self._read(name)
+        if stored is None or stored.shape != shape:
+            stored = self._assemble(name, shape)
         if stored is None:
             return None
-        stored = stored.to(loaded.device)
+        stored = (stored.T if turned else stored).to(loaded.device)
         if packed:
             same = (stored.float() - loaded.float()).norm() <= PACKED * stored.float().norm()
         else:

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from ...files import extra
 from .. import options
 from ..console import size
 from ..dispatch import make_first_pass
@@ -49,14 +50,12 @@ def serve(
     """
     if not experts and model is None:
         raise typer.BadParameter("Name a base model with --experts, or a bundle.")
-    try:
+    with extra("serve", "The server needs more packages"):
         import uvicorn
 
         from .app import build
         from .engine import Capacity, Engine
         from .gate import Rules
-    except ImportError as error:
-        raise ImportError(f"The server needs more packages: pip install 'peft-svf[serve]' ({error}).") from error
     from transformers.utils.logging import set_verbosity_error
 
     keys, admins = _keys(api_keys, "PEFT_SVF_API_KEYS"), _keys(admin_keys, "PEFT_SVF_ADMIN_KEYS")
