@@ -199,7 +199,7 @@ def test_in_a_browser_both_answers_appear_and_nothing_of_an_expert_runs(model, a
         (mixture,) = model.first_pass([CHAT])
         view.get_by_text(page.named(mixture.alpha), exact=True).first.wait_for()
         view.locator("input[type=range]").first.fill("0.5")
-        assert view.get_by_label(page.MIXED).is_checked()
+        playwright.expect(view.get_by_label(page.MIXED)).to_be_checked()
         assert view.title() == f"Experts of {tiny_experts.BASE}" and not errors
         wide = view.evaluate("document.documentElement.scrollWidth")
         assert wide <= 420  # nothing sticks out of a telephone

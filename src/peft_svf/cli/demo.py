@@ -143,7 +143,7 @@ def build(
         question.stop(None, cancels=[asking])
         gr.on([left.clear, right.clear], lambda: ([], [], []), outputs=chat, cancels=[asking])
         for slider in sliders:
-            slider.input(lambda: MIXED, outputs=way)
+            slider.input(None, outputs=way, js=f"() => '{MIXED}'")
         upload.upload(cells_of, upload, table)
         start.click(partial(adapt, model), table, [course, way, *sliders], api_name="adapt")
     return page
