@@ -16,16 +16,7 @@ from pathlib import Path
 import pytest
 
 import peft_svf.tasks as registry
-from peft_svf.tasks import (
-    TASKS,
-    Task,
-    dispatch_prompt,
-    format_reward,
-    get_task,
-    jsonl_task,
-    register_task,
-    task_names,
-)
+from peft_svf.tasks import TASKS, Task, dispatch_prompt, format_reward, get_task, jsonl_task, register_task, task_names
 from peft_svf.tasks.competition_math import boxed
 from peft_svf.tasks.dispatch import everyday
 from peft_svf.tasks.own import same_answer
