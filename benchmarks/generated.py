@@ -15,7 +15,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,12 @@ from peft_svf.tasks.task import plain
 FOLDER = RESULTS / "generated"
 RUNS = Path("runs/generated")
 REQUESTS = ROOT / "examples" / "data" / "requests"
-LENGTHS = {"sentiment": 6, "compare": 10, "subject": 8, "price": 12, "email": 16}  # of sampled answers
+LENGTHS = {"compare": 10, "subject": 8}  # of sampled answers
 TEST_TOKENS = {"calculate": 48}  # of test answers; 16 in other tasks
-TASKS = ("sentiment", "price", "compare", "subject")
-SOLVED = {  # tasks learned from right answers: learning rate, steps, and everyday answers in each
-    "shipped": (("price", 0.003, 12, 3), ("topic", 0.006, 24, 8), ("email", 0.004, 12, 8)),
-    "tried once": (
-        ("subject", 0.003, 12, 3), ("subject", 0.01, 20, 3), ("calculate", 0.004, 24, 8), ("compare", 0.004, 16, 8),
-    ),
-}  # fmt: skip
 TEST_ROWS = 200
 STRENGTHS = (1.0, 0.8, 0.65)  # of which validation chooses one, after training
 MOST_LOSS = 0.015  # of the likelihood of the base's everyday answers
-MLP = ["gate_proj", "up_proj", "down_proj"]
+MLP, ATTENTION = ["gate_proj", "up_proj", "down_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"]
 UPPER = list(range(5, 30))  # blocks behind the first sixth
 NEAR = [  # requests near the tasks, and far from them, whose answers a person reads
     "What is 3 * 14?", "Which is larger, 62 or 59?", "Wie heißt die Hauptstadt von Frankreich?", "Write a poem.",
@@ -53,7 +46,8 @@ class Training:
 
     Args:
         task (`str`): Folder of the requests.
-        method (`str`): "svf", "svf-upper" (`UPPER`), "lora16", or "base".
+        method (`str`): "svf" or "lora16" on the MLP weights, "svf-upper" on those of `UPPER`, "svf-all-upper" on all
+            linear weights there, and so on; or "base".
         lr (`float`): Learning rate.
         seed (`int`): Seed of the questions' order, of sampled answers and of an adapter's start.
         steps, questions, samples (`int`): Optimizer steps, questions in each, answers per question.
@@ -86,31 +80,44 @@ class Training:
         return f"{self.task}-{learner}{self.method}{setting}{budget}"
 
 
+def solved(task: str, method: str, lr: float, steps: int, retained: int, **settings: Any) -> Training:
+    """Describe a training on right answers."""
+    return Training(
+        task,
+        method,
+        lr,
+        steps=steps,
+        retained=retained,
+        **{"questions": 16, "samples": 1, "learner": "sft"} | settings,
+    )
+
+
+SHIPPED = (
+    solved("price", "svf-all-upper", 0.004, 20, 6, questions=12, retain=40.0),
+    solved("email", "svf-all-upper", 0.006, 20, 6, questions=12),
+    solved("language", "svf-all-upper", 0.004, 20, 6, questions=12, retain=40.0),
+    solved("sentiment", "svf-upper", 0.005, 20, 8),
+    solved("topic", "svf-upper", 0.006, 24, 8),
+)
+TRIED = (
+    solved("subject", "svf-upper", 0.003, 12, 3),
+    solved("subject", "svf-upper", 0.01, 20, 3),
+    solved("calculate", "svf-upper", 0.004, 24, 8),
+    solved("compare", "svf-upper", 0.004, 16, 8),
+    Training("subject", "svf-upper", 0.01),
+    Training("compare", "svf-upper", 0.01, steps=20),
+)
+
+
 def cells() -> Iterator[Training]:
     """Yield every cell, in the order in which they run."""
-    for task in TASKS:
-        yield Training(task, "base")
-        yield Training(task, "svf-upper", 0.01)
-    solved: dict[str, Any] = {"questions": 16, "samples": 1, "learner": "sft"}
-    for kind, settings in SOLVED.items():
-        for task, lr, steps, retained in settings:
-            yield Training(task, "base")
-            for seed in range(3 if kind == "shipped" else 1):
-                yield Training(task, "svf-upper", lr, seed, steps, retained=retained, **solved)
-            if kind == "shipped":
-                for lora_lr in (1e-3, 3e-4):
-                    yield Training(task, "lora16-upper", lora_lr, 0, steps, retained=retained, **solved)
-    for seed in range(3):
-        yield Training("sentiment", "svf-upper", 0.01, seed, steps=20)
-    yield Training("compare", "svf-upper", 0.01, steps=20)
-    yield Training("sentiment", "lora16-upper", 1e-3)
-    for seed in (1, 2):
-        for task in TASKS:
-            yield Training(task, "svf-upper", 0.01, seed)
-        yield Training("sentiment", "lora16-upper", 1e-3, seed)
-    for task in TASKS[:2]:
-        yield Training(task, "svf", 0.01)
-        yield Training(task, "lora16-upper", 3e-4)
+    for training in (*SHIPPED, *TRIED):
+        yield Training(training.task, "base")
+        yield training
+    for training in SHIPPED:
+        yield from (replace(training, seed=seed) for seed in (1, 2))
+        lora = training.method.replace("svf", "lora16")
+        yield from (replace(training, method=lora, lr=lr) for lr in (1e-3, 3e-4))
 
 
 def measure(cell: Training) -> dict[str, Any]:
@@ -250,7 +257,8 @@ def adapter(method: str) -> Any:
 
     from peft_svf import SVFConfig
 
-    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": MLP}
+    targets = MLP + ATTENTION if "-all" in method else MLP
+    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": targets}
     if method.endswith("-upper"):
         common["layers_to_transform"] = UPPER
     return LoraConfig(**common, r=16, lora_alpha=32) if method.startswith("lora16") else SVFConfig(**common)

@@ -221,11 +221,12 @@ def generated_tables(results: Mapping[str, Result]) -> dict[str, str]:
     for r in comparable(results):
         t = r["training"]
         learner = "right answers" if t.get("learner") == "sft" else "rewards"
-        budget = (t["steps"], t["questions"], t["samples"], t.get("retained", 3), t.get("retain"))
+        budget = (t["steps"], t["questions"], t["samples"], t.get("retained", 3), t.get("retain", 0.0))
         kinds.setdefault((t["task"], learner, budget, t["method"], t["lr"]), {})[t["seed"]] = r
     rows, verdicts = [], defaultdict[str, list[str]](list)
     for (task, learner, budget, method, lr), seeds in sorted(kinds.items()):
-        base, lora = results[f"{task}-base"], best_lora(kinds, (task, learner, budget)) if "svf" in method else {}
+        base, where = results[f"{task}-base"], (task, learner, budget, method.replace("svf", "lora16"))
+        lora = best_lora(kinds, where) if "svf" in method else {}
         pairs, rivals = [(r, base) for r in seeds.values()], [(r, lora[s]) for s, r in seeds.items() if s in lora]
         if "svf" in method:
             verdicts[f"over the base {verdict(pairs)}"].append(task)
@@ -236,10 +237,22 @@ def generated_tables(results: Mapping[str, Result]) -> dict[str, str]:
         mentions = statistics.mean(r["test"]["mentions"] for r in seeds.values())
         rows.append([
             task, learner, f"{method}, lr {lr:g}, {' × '.join(map(str, budget[:3]))}",
+            f"{max(r.get('trainable', 0) for r in seeds.values()):,}",
             f"{base['test']['accuracy']:.3f} ({base['test']['mentions']:.3f})", f"{right} ({mentions:.3f})",
             gain(pairs), verdict(pairs), gain(rivals) if rivals else "", f"{fall:.1%}",
         ])  # fmt: skip
-    head = ["task", "learned from", "method", "base", "right, by seed", "gain, 95 %", "verdict", "over LoRA", "fall"]
+    head = [
+        "task",
+        "learned from",
+        "method",
+        "numbers",
+        "base",
+        "right, by seed",
+        "gain, 95 %",
+        "verdict",
+        "over LoRA",
+        "fall",
+    ]
     shipped = [(path.parent.name, json.loads(path.read_text())) for path in SHIPPED.glob("*/result.json")]
     return {
         "generated": written_table(head, rows),
@@ -266,7 +279,7 @@ def comparable(results: Mapping[str, Result], really: bool = True) -> list[Resul
 
 def best_lora(kinds: Mapping[tuple[Any, ...], dict[int, Result]], where: tuple[Any, ...]) -> dict[int, Result]:
     """Return the seeds of the LoRA that was trained on the same with the same budget, at its best validated rate."""
-    rates = [seeds for (*place, method, _), seeds in kinds.items() if tuple(place) == where and "lora" in method]
+    rates = [seeds for (*place, _), seeds in kinds.items() if tuple(place) == where]
     return max(rates, key=lambda s: statistics.mean(r.get("best_validation", 0) for r in s.values()), default={})
 
 
@@ -379,7 +392,7 @@ def cost_tables(mixed: Result, speeds: Mapping[str, Result]) -> dict[str, str]:
         for r in (r for r in speed["races"] if r["key"] in TIMED):
             first, *others = r["samples"]
             ratios = [f"{way} {ratio(r['samples'], way, first).median:.2f}" for way in others if way in CONTESTANTS]
-            page = f"[{speed['machine']['processor'].split(' @')[0]}](../benchmarks/results/speed/{name}.md)"
+            page = f"[{speed['machine']['processor'].split(' @')[0]}](../benchmarks/results/speed/{name}.json)"
             times.append([r["title"], page, "; ".join(ratios)])
     over = mixed["ratio_to_base"]["mixed batch"]
     return {

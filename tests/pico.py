@@ -78,19 +78,10 @@ def build(
     **kwargs: Any,
 ) -> Any:
     """
-    Build a tiny random model in evaluation mode.
+    Build a tiny random model of a kind of `CONFIGS` in evaluation mode; another seed is another base.
 
-    Args:
-        kind (`str`):
-            Key of `CONFIGS`.
-        seed (`int`):
-            Another seed is another base model.
-        dtype (`torch.dtype`):
-            The float32 weights are rounded to it.
-        name (`str`):
-            What the model says it was loaded from; empty for a model without a name.
-        model_class (*optional*):
-            An Auto class with `from_config`; default the causal model, BERT with a classification head, T5 whole.
+    `name` is what it says it was loaded from. `model_class` is an Auto class; default the causal model, BERT with a
+    classification head, T5 whole.
     """
     auto = model_class or CLASSES.get(kind, hf.AutoModelForCausalLM)
     torch.manual_seed(seed)

@@ -18,7 +18,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PACKAGES = ("peft-svf", "torch", "transformers", "peft", "trl")
 LIMIT = 64 << 20  # bytes of a text file from outside; the largest of ours, a fingerprint of an 8B model, has 0.1 MB
@@ -136,9 +139,22 @@ def read_json(path: str | os.PathLike[str], limit: int = LIMIT) -> Any:
         raise ValueError(f"{path} isn't valid JSON ({error}): fetch it again.") from error
 
 
-def metadata_of(content: bytes) -> dict[str, Any]:
-    """Read the metadata of a safetensors file from its bytes; a `ValueError` if its header isn't JSON."""
-    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
+def read_tensors(path: str | os.PathLike[str], limit: int = LIMIT) -> "tuple[dict[str, Tensor], dict[str, str]]":
+    """
+    Read the tensors and the metadata of a safetensors file from outside; errors as in [`read_bytes`].
+
+    The file is read into memory, because a mapped one may change under its tensors.
+    """
+    from safetensors import SafetensorError  # here, as help on the command line does without torch
+    from safetensors.torch import load
+
+    content = read_bytes(path, limit)
+    try:
+        tensors = load(content)  # checks the header as well
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{os.path.basename(path)} is damaged ({error}): fetch it again.") from error
+    return tensors, header.get("__metadata__") or {}
 
 
 def without_secrets(value: Any) -> Any:

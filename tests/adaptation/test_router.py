@@ -91,22 +91,17 @@ def of_block(experts, block):
     return {name: replace(expert, key=replace(expert.key, block=block)) for name, expert in experts.items()}
 
 
+def with_key(experts, **changes):
+    return {**experts, "math": replace(experts["math"], key=replace(experts["math"].key, **changes))}
+
+
 ODD = {
     "a block that the model lacks": (lambda e: of_block(e, 9), r"Expert 'code': .*1 to 1 blocks.* not 9"),
     "none": (lambda e: {**e, "math": replace(e["math"], key=None)}, "'math' has no routing key"),
-    "another pooling": (
-        lambda e: {**e, "math": replace(e["math"], key=replace(e["math"].key, pooling="mean"))},
-        "routing keys of 'code' and 'math' can't be compared",
-    ),
+    "another pooling": (lambda e: with_key(e, pooling="mean"), "keys of 'code' and 'math' can't be compared"),
     "another base": (other_base, "Expert 'math': .*another base model"),
     "another width": (
-        lambda e: {
-            **e,
-            "math": replace(
-                e["math"], key=replace(e["math"].key, states=torch.ones(2, 5), anchor=torch.ones(5))
-            ),
-        },
-        "Expert 'math': .*width 5",
+        lambda e: with_key(e, states=torch.ones(2, 5), anchor=torch.ones(5)), "Expert 'math': .*width 5",
     ),
 }  # fmt: skip
 

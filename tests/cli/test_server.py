@@ -3,19 +3,28 @@
 
 import asyncio
 import base64
+import importlib.util
 import json
 import logging
-import random
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from contextlib import contextmanager
+from typing import get_type_hints
 
 import pytest
 import seeing
 import tiny_experts
 import transformers
 from command_line import run as command
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tiny_model import tiny_tokenizer
+from trainers import ROOT
 
 from peft_svf import Mixture, Transformer2Model
 
@@ -251,10 +260,10 @@ async def soon(condition):
 @pytest.fixture
 def slow(gate, monkeypatch):
     """Steps of the batch that take long, so that requests are still running when something happens to them."""
-    step = type(gate.app.state.engine.batch)._generation_step
-    monkeypatch.setattr(
-        type(gate.app.state.engine.batch), "_generation_step", lambda batch: (time.sleep(0.05), step(batch))
-    )
+    kind, steps = type(gate.app.state.engine.batch), []
+    step = kind._generation_step
+    monkeypatch.setattr(kind, "_generation_step", lambda batch: (time.sleep(0.05), steps.append(0), step(batch)))
+    return steps
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -290,16 +299,17 @@ async def leave(gate, request, seconds):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_leaves_frees_a_slot(gate, slow, stream):
+def test_who_leaves_frees_a_slot_within_two_steps(gate, slow, stream):
     async def leaving():
         request = chat(model="math", max_tokens=64, stream=stream)
         sent = asyncio.create_task(leave(gate, request, 0.4))
         await soon(lambda: slots(gate) == 1)
-        return await sent
+        return await sent, len(slow)
 
-    sent = asyncio.run(leaving())
+    sent, before = asyncio.run(leaving())
     assert not any(message.get("body") and not message["more_body"] for message in sent)
     asyncio.run(soon(lambda: not slots(gate)))
+    assert len(slow) <= before + 2  # steps
     assert gate.pending == 0 and not gate.app.state.engine.batch.output_router.result_handlers
 
 
@@ -344,76 +354,116 @@ def test_a_name_never_becomes_a_path(gate, folder):
     assert taken.status_code == unknown.status_code == 400 and "is called 'math'" in taken.json()["error"]["message"]
 
 
-def anything(draw, depth=0):
-    """A random JSON value."""
-    kinds = [None, True, 0, -1, 2**70, 1.5, float("nan"), "", "math", "user", "data: {}", "\ud800", "x" * 50]
-    if depth > 2 or draw.random() < 0.6:
-        return draw.choice(kinds)
-    if draw.random() < 0.5:
-        return [anything(draw, depth + 1) for _ in range(draw.randrange(4))]
-    names = ["role", "content", "type", "text", "math", "url", "image_url", "function", "arguments", "id"]
-    return {draw.choice(names): anything(draw, depth + 1) for _ in range(draw.randrange(4))}
+JSON = st.recursive(
+    st.sampled_from([None, True, 0, -1, 2**70, 1.5, float("nan"), "", "math", "user", "data: {}", "\ud800", "x" * 50]),
+    lambda part: (
+        st.lists(part, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "type", "id"]), part)
+    ),
+    max_leaves=5,
+)
+BROKEN = st.sampled_from(["", "{", "[]", "3", "[" * 5000, '{"a": ' * 500, "\x00"])
+STARTS = {
+    "/v1/chat/completions": (app.ChatCompletionHandler, ASK),
+    "/v1/completions": (app.CompletionHandler, {"prompt": "What?", "max_tokens": 4}),
+    "/v1/responses": (app.ResponseHandler, {"input": "What?", "max_output_tokens": 4, "stream": False}),
+}
 
 
-def test_no_body_breaks_the_server_or_another_answer(gate, reference):
-    draw, expected = random.Random(0), {name: alone(reference, name) for name in ("math", "code")}
-    fields = ["model", "messages", "stop", "tools", "logit_bias", "seed", "stream", "mixture", "expert", "temperature"]
-    fields += ["frequency_penalty", "chat_template_kwargs", "max_tokens", "top_p", "prompt", "input", "instructions"]
+@st.composite
+def contents(draw, declared):
+    """A road with a body: a good one with some fields of any JSON, or of what the road declares."""
+    path = draw(st.sampled_from(sorted(STARTS)))
+    handler, start = STARTS[path]
+    kinds = {**get_type_hints(handler._valid_params_class), "expert": str, "mixture": dict[str, float] | str}
+    body = {"model": draw(st.sampled_from(["auto", "base", "math", "code"])), **start}
+    for name in draw(st.lists(st.sampled_from(sorted(kinds)), min_size=1, max_size=3)):
+        body[name] = draw(JSON | st.from_type(kinds[name]) if declared else JSON)
+    return path, draw(
+        st.just(json.dumps(body, default=lambda part: list(part) if hasattr(part, "__iter__") else None)) | BROKEN
+    )
 
-    async def send():
+
+@pytest.mark.parametrize("declared", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_no_body_breaks_the_server_or_another_answer(gate, reference, declared):
+    expected = {name: alone(reference, name) for name in ("math", "code")}
+    sent = [("/v1/chat/completions", json.dumps(chat(model=name)[2])) for name in expected]
+
+    async def send(calls):
         async with client(gate) as sender:
+            headers = {"content-type": "application/json"}
+            return await asyncio.gather(*(sender.post(path, content=body, headers=headers) for path, body in calls))
 
-            async def post(path, content):
-                return await sender.post(path, content=content, headers={"content-type": "application/json"})
+    checks, examples = [HealthCheck.too_slow, HealthCheck.data_too_large], 300 if declared else 20
 
-            for _ in range(25):
-                calls = []
-                for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
-                    for _ in range(3):
-                        start = ASK if path.endswith("chat/completions") else {"model": "math", "max_tokens": 4}
-                        body = {**start, **{draw.choice(fields): anything(draw) for _ in range(draw.randrange(1, 4))}}
-                        calls.append(post(path, json.dumps(body)))
-                    calls.append(post(path, draw.choice(["", "{", "[]", "3", "[" * 5000, '{"a": ' * 500, "\x00"])))
-                names = draw.choices(["math", "code"], k=2)
-                asked = [post("/v1/chat/completions", json.dumps(chat(model=name)[2])) for name in names]
-                *others, one, two = await asyncio.gather(*calls, *asked)
-                assert [text(one), text(two)] == [expected[name] for name in names]
-                for call in others:
-                    assert call.status_code in (200, 400, 404), (call.status_code, call.text, call.request.content)
-                    assert call.status_code == 200 or "error" in call.json(), (call.text, call.request.content)
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=checks)
+    @given(st.lists(contents(declared), min_size=1, max_size=8))
+    def check(calls):
+        one, two, *others = asyncio.run(send([*sent, *calls]))
+        assert [text(one), text(two)] == list(expected.values())
+        for call in others:
+            assert call.status_code in (200, 400, 404), (call.status_code, call.text)
+            assert call.status_code == 200 or call.json()["error"]["message"], call.text
 
-    asyncio.run(send())
+    check()
 
 
-def test_the_openai_client_over_loopback(gate, reference):
-    openai, uvicorn = pytest.importorskip("openai"), pytest.importorskip("uvicorn")
+@contextmanager
+def loopback(gate):
+    """The server on a port of this machine; its URL."""
+    uvicorn = pytest.importorskip("uvicorn")
     place = socket.socket()
     place.bind(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(gate, log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
     thread.start()
     try:
-        url = f"http://127.0.0.1:{place.getsockname()[1]}/v1"
-        with openai.OpenAI(base_url=url, api_key=KEY) as sender, openai.OpenAI(base_url=url, api_key="no") as other:
-            mixture = {"math": 0.7, "code": 0.3}
-            answer = sender.chat.completions.create(model="auto", extra_body={"mixture": mixture}, **ASK)
-            assert answer.choices[0].message.content == alone(reference, mixture)
-            assert answer.dispatch["mixture"] == mixture
-            raw = sender.chat.completions.with_raw_response.create(model="code", **ASK)
-            assert raw.headers["x-peft-svf-expert"] == "code"
-            chunks = list(sender.chat.completions.create(model="code", stream=True, **ASK))
-            assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == alone(reference, "code")
-            assert chunks[0].dispatch["choice"] == "code"
-            asked = {"input": "What is 3 + 4?", "max_output_tokens": 8, "temperature": 0}
-            assert sender.responses.create(model="math", **asked, stream=False).output_text == alone(reference, "math")
-            with pytest.raises(openai.NotFoundError, match="There is no model 'physics'"):
-                sender.chat.completions.create(model="physics", **ASK)
-            with pytest.raises(openai.AuthenticationError):
-                other.models.list()
-            assert "math" in [model.id for model in sender.models.list()]
+        yield f"http://127.0.0.1:{place.getsockname()[1]}/v1"
     finally:
         server.should_exit = True
         thread.join()
+
+
+def test_a_storm_of_clients_changes_no_answer_and_leaves_nothing_behind(gate, reference, monkeypatch):
+    pytest.importorskip("openai")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    serving = pytest.importorskip("serving")
+    mixtures = [{}, {"math": 1.0}, {"code": 1.0}, {"math": 0.7, "code": 0.3}]
+    answers = [(mixture, alone(reference, mixture, serving.CHAT, serving.NEW)) for mixture in mixtures]
+    with loopback(gate) as url:
+        counts = asyncio.run(serving.Storm(url, answers, "math").run(seconds=3, leaving=30, rate=20))
+    assert (
+        counts["wrong answers"] == 0 < counts["answers"]
+        and counts["left"] >= 30
+        and counts["experts added and removed"]
+    )
+    assert {kind for kind in counts if "refused" in kind} <= {f"refused with {status}" for status in (400, 401, 404)}
+    asyncio.run(soon(lambda: not slots(gate)))
+    assert gate.pending == 0 and not gate.app.state.engine.batch.output_router.result_handlers
+
+
+def test_the_openai_client_over_loopback(gate, reference):
+    openai = pytest.importorskip("openai")
+    with (
+        loopback(gate) as url,
+        openai.OpenAI(base_url=url, api_key=KEY) as sender,
+        openai.OpenAI(base_url=url, api_key="no") as other,
+    ):
+        mixture = {"math": 0.7, "code": 0.3}
+        answer = sender.chat.completions.create(model="auto", extra_body={"mixture": mixture}, **ASK)
+        assert answer.choices[0].message.content == alone(reference, mixture)
+        assert answer.dispatch["mixture"] == mixture
+        raw = sender.chat.completions.with_raw_response.create(model="code", **ASK)
+        assert raw.headers["x-peft-svf-expert"] == "code"
+        chunks = list(sender.chat.completions.create(model="code", stream=True, **ASK))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == alone(reference, "code")
+        assert chunks[0].dispatch["choice"] == "code"
+        asked = {"input": "What is 3 + 4?", "max_output_tokens": 8, "temperature": 0}
+        assert sender.responses.create(model="math", **asked, stream=False).output_text == alone(reference, "math")
+        with pytest.raises(openai.NotFoundError, match="There is no model 'physics'"):
+            sender.chat.completions.create(model="physics", **ASK)
+        with pytest.raises(openai.AuthenticationError):
+            other.models.list()
+        assert "math" in [model.id for model in sender.models.list()]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -468,3 +518,101 @@ def test_the_verb_serves_a_bundle_to_those_with_a_key(folder, tmp_path, monkeypa
     assert (answers["half"], answers["status"], answers["stranger"]) == ({"math": 0.5, "code": 0.5}, 400, 401)
     lines = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
     assert len(lines) == 4 and KEY not in err and "3 + 4" not in err
+
+
+@pytest.fixture
+def sums(reference, tmp_path):
+    """A folder of two harnesses' tasks, of whose four questions the expert answers three as its target."""
+    questions = [f"What is {a} + {b}?" for a in range(4) for b in range(4)]
+    rows = [(text, alone(reference, "math", [{"role": "user", "content": text}])) for text in questions]
+    rows = [row for row in rows if row[1].isalnum()][:4]
+    rows[0] = (rows[0][0], "something else")
+    assert len(rows) == 4
+    lines = [json.dumps({"input": question, "target": target}) for question, target in rows]
+    (tmp_path / "sums.jsonl").write_text("\n".join(lines))
+    page = (ROOT / "docs" / "how_to" / "serve.md").read_text()
+    for name in ("sums.yaml", "sums.py"):
+        code = page.split(f'title="{name}"\n')[1].split("```")[0]
+        (tmp_path / name).write_text(code)
+    return tmp_path
+
+
+def harness(package, folder, *arguments, **environment):
+    """Run a harness in a process of its own."""
+    if not importlib.util.find_spec(package):
+        pytest.skip(f"{package} isn't installed")
+    call = [sys.executable, "-m", package, *arguments]
+    done = subprocess.run(call, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_lm_eval_measures_what_the_expert_answers(gate, sums):
+    with loopback(gate) as url:
+        model = f"model=math,base_url={url}/chat/completions,num_concurrent=4,tokenizer_backend=none"
+        task = ["--tasks", "sums", "--include_path", ".", "--apply_chat_template", "--output_path", "out"]
+        harness("lm_eval", sums, "--model", "local-chat-completions", "--model_args", model, *task, OPENAI_API_KEY=KEY)
+    results = json.loads(next((sums / "out").rglob("results_*.json")).read_text())["results"]["sums"]
+    assert results["exact_match,none"] == 0.75
+
+
+@pytest.mark.slow
+def test_inspect_measures_what_the_expert_answers(gate, sums):
+    with loopback(gate) as url:
+        model = ["--model", "openai-api/svf/math", "--log-format", "json", "--log-dir", "out", "--display", "none"]
+        harness("inspect_ai", sums, "eval", "sums.py", *model, SVF_BASE_URL=url, SVF_API_KEY=KEY)
+    scores = json.loads(next((sums / "out").rglob("*.json")).read_text())["results"]["scores"]
+    assert scores[0]["metrics"]["accuracy"]["value"] == 0.75
+
+
+@contextmanager
+def example(tmp_path, name, *arguments, **environment):
+    """An example on a port of this machine, in a process of its own; a client once it answers."""
+    openai = pytest.importorskip("openai")
+    tiny_experts.base(name="").save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    of = tiny_experts.base(name=str(tmp_path / "base"))
+    experts = [tiny_experts.write(tmp_path, expert, tiny_experts.SEEDS[expert], of) for expert in ("math", "code")]
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = place.getsockname()[1]
+    call = [sys.executable, str(ROOT / "examples" / name), *arguments, tmp_path / "base", *experts, "--port", port]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    with subprocess.Popen([*map(str, call)], env=environment) as process:
+        try:
+            with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, timeout=60, max_retries=0) as asks:
+                for _ in range(300):
+                    time.sleep(1)
+                    assert process.poll() is None
+                    try:
+                        asks.chat.completions.create(model="math", **ASK)
+                        break
+                    except openai.OpenAIError:
+                        pass
+                yield asks
+        finally:
+            process.send_signal(signal.SIGINT)
+
+
+@pytest.mark.slow
+def test_ray_serve_answers_from_replicas(reference, tmp_path):
+    pytest.importorskip("ray")
+    pytest.importorskip("grpc", reason="needs ray[serve]")
+    patience = {"RAY_raylet_start_wait_time_s": "240", "RAY_USAGE_STATS_ENABLED": "0", "PEFT_SVF_API_KEYS": KEY}
+    with example(tmp_path, "serve_ray.py", **patience) as asks:
+        for name in ("math", "code", "math", "code"):
+            answer = asks.chat.completions.create(model=name, **ASK)
+            assert answer.choices[0].message.content == alone(reference, name)
+            chunks = asks.chat.completions.create(model=name, stream=True, **ASK)
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == alone(reference, name)
+
+
+@pytest.mark.slow
+def test_a_gateway_hands_requests_to_the_expert_of_another_engine(gate, reference, tmp_path):
+    with loopback(gate) as url, example(tmp_path, "gateway.py", url) as asks:
+        mixture = reference.first_pass([ASK["messages"]])[0]
+        answer = asks.chat.completions.create(model="auto", **ASK)
+        assert answer.choices[0].message.content == alone(reference, mixture.choice)
+        chunks = asks.chat.completions.create(model="code", stream=True, **ASK)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == alone(reference, "code")

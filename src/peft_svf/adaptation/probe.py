@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from .. import files
@@ -104,9 +103,9 @@ class Probe:
         files.settle(folder)
         tensors, facts = (Path(folder) / name for name in FILES)
         try:
-            content, loaded = files.read_json(facts), safetensors.torch.load(files.read_bytes(tensors))
+            content, (loaded, _) = files.read_json(facts), files.read_tensors(tensors)
             return cls(tuple(content["labels"]), loaded["weight"], loaded["bias"], content["provenance"])
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"The probe in {folder} is damaged: {error!r}. Fit it again.") from error
 
 

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ def draw_distances(axes: "Axes", expert: Expert) -> None:
     axes.set(ylabel="layer", title=f"{expert.name}: distance from the base")
 
 
-def draw_effects(axes: "Axes", effects: Mapping[str, Sequence[float]], name: str) -> None:
+def draw_effects(axes: "Axes", effects: Mapping[str, Any], name: str) -> None:
     """
     Draw what undoing each block of an expert costs, with 95 % intervals over examples.
 

@@ -327,6 +327,29 @@ def complete(model: PreTrainedModel, reader: Reader, prompts: Sequence[Prompt], 
     return tokenizer_of(reader).batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+def base_answers(
+    base: PreTrainedModel, reader: Reader, prompts: Sequence[Prompt], tokens: int
+) -> list[dict[str, Any]]:
+    """
+    Let a base answer prompts greedily, with so many tokens at most; texts become users' turns.
+
+    Returns:
+        Rows of the choice form: `prompt`, and the answer as the only one of `choices`. Empty answers have none.
+
+    Raises:
+        `ValueError`: if all answers are empty.
+    """
+    rows = [
+        {"prompt": chat, "choices": [text]}
+        for chats in tqdm([*_batches(map(user_turn, prompts), 16)], desc="The base answers", leave=False)
+        for chat, text in zip(chats, complete(base, reader, chats, max_new_tokens=tokens), strict=True)
+        if text.strip()
+    ]
+    if not rows:
+        raise ValueError(f"The base answers none of {len(prompts)} prompts, so there is no text to compare with.")
+    return rows
+
+
 @dataclass(frozen=True)
 class BaseText:
     """
@@ -348,15 +371,9 @@ class BaseText:
 
     @classmethod
     def of(cls, base: PreTrainedModel, reader: Reader, prompts: Sequence[Prompt], tokens: int = 48) -> "BaseText":
-        """Let a base answer with so many tokens at most; texts become users' turns."""
-        rows, count, encode = list[dict[str, Any]](), 0, tokenizer_of(reader)
-        for chats in _batches(map(user_turn, prompts), 16):
-            for chat, text in zip(chats, complete(base, reader, chats, max_new_tokens=tokens), strict=True):
-                if text.strip():
-                    rows.append({"prompt": chat, "choices": [text]})
-                    count += len(encode(text, add_special_tokens=False).input_ids)
-        if not rows:
-            raise ValueError(f"The base answers none of {len(prompts)} prompts, so there is no text to compare.")
+        """Let a base answer, as [`base_answers`] does, and measure how likely it finds its answers."""
+        rows, encode = base_answers(base, reader, prompts, tokens), tokenizer_of(reader)
+        count = sum(len(encode(row["choices"][0], add_special_tokens=False).input_ids) for row in rows)
         return cls(rows, count, _total_logp(base, reader, rows) / count)
 
     def loss(self, model: PreTrainedModel, reader: Reader) -> float:

@@ -38,7 +38,7 @@ from .. import files
 from ..tuner.config import SVFConfig, selecting
 from ..tuner.fingerprint import Fingerprint, check
 from ..tuner.weights import FLOATS
-from .key import KEY_NAME, RoutingKey, read_tensors
+from .key import KEY_NAME, RoutingKey
 
 OTHER = "other"  # the base model, in decisions and as an explicit choice
 PREFIX = "base_model.model."  # PEFT puts it in front of the base model's module names
@@ -318,7 +318,7 @@ def read_offsets(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], di
     Returns `z - 1` by module, each `(k,)` float32; its other tensors by key; the expert's provenance. Raises
     `ValueError` if the file is damaged, or holds no offsets or none that could be.
     """
-    others, metadata = read_tensors(folder / SAFETENSORS_WEIGHTS_NAME, LIMIT)
+    others, metadata = files.read_tensors(folder / SAFETENSORS_WEIGHTS_NAME, LIMIT)
     keys = {match["module"]: key for key in sorted(others) if (match := OFFSET_KEY.fullmatch(key))}
     if not keys:
         raise ValueError(f"{SAFETENSORS_WEIGHTS_NAME} holds no offsets, only {sorted(others)[:3]}.")

@@ -33,6 +33,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 
 from .. import files
 from .expert import Expert, download, read_config, read_offsets
@@ -271,8 +272,8 @@ def _lora(folder: Path) -> dict[str, float] | None:
     """Return the rank of a LoRA beside an expert, and the largest share of a kind's change that it leaves out."""
     if not folder.is_dir():
         return None
-    metadata = files.metadata_of((folder / SAFETENSORS_WEIGHTS_NAME).read_bytes())
-    kinds = json.loads(metadata["relative_error"]).values()
+    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+        kinds = json.loads(file.metadata()["relative_error"]).values()
     return {key: max(kind[key] for kind in kinds) for key in ("rank", "error")}
 
 

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from .. import files
@@ -33,15 +32,6 @@ BYTES = 32 << 20  # limit of a file; 64 states of width 16,384 take 2 MB
 LARGEST = 65504.0  # the largest float16
 ANCHOR = "The quick brown fox jumps over the lazy dog."
 APART = 0.5  # Rounding and quantisation move the anchor by less than this share of the spread of a key's states.
-
-
-def read_tensors(path: Path, limit: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors and the metadata of a safetensors file from outside. Raises `ValueError` if it is damaged."""
-    content = files.read_bytes(path, limit)  # into memory, because a mapped file may change under its tensors
-    try:
-        return load(content), files.metadata_of(content)
-    except SafetensorError as error:
-        raise ValueError(f"{path.name} is damaged ({error}): fetch it again.") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +80,7 @@ class RoutingKey:
     def load(cls, folder: str | os.PathLike[str]) -> "RoutingKey | None":
         """Read the key of an expert's folder, `None` if it has none. Raises `ValueError` if the file is damaged."""
         try:
-            tensors, facts = read_tensors(Path(folder) / KEY_NAME, BYTES)
+            tensors, facts = files.read_tensors(Path(folder) / KEY_NAME, BYTES)
         except FileNotFoundError:
             return None
         states, anchor = (tensors.get(name, torch.zeros(0)) for name in ("states", "anchor"))

@@ -306,8 +306,7 @@ class ExpertLibrary:
         """Check an expert against the base model, give the model the layers it needs, and list it."""
         names = weights_in(self.model, expert.config)
         sizes = {names.get(module, module): size for module, size in expert.sizes.items()}
-        bases = ((name, layer, layer.svf_basis) for name, layer in self.layers().items())
-        widths = {name: layer.size_of(Q.shape[-1]) for name, layer, Q in bases if Q is not None}
+        widths = {name: layer.size_of(layer.columns) for name, layer in self.layers().items() if layer.columns}
         if all(size <= widths.get(module, 0) for module, size in sizes.items()):
             weights = {name: layer.svf_fingerprint for name, layer in self.layers().items() if layer.svf_fingerprint}
             here = getattr(self.model.get_base_model(), "name_or_path", "") or type(self.model).__name__
@@ -395,7 +394,7 @@ def _own(model: PreTrainedModel | PeftModel) -> list[Expert]:
         if name.startswith(HOST):
             continue
         paths = {weight: path for path, weight in weights_in(model, config.to_dict()).items()}
-        layers: dict[str, Any] = {n: layer for n, layer in svf_weights(model).items() if name in layer.svf_offset}
+        layers = {n: layer for n, layer in svf_weights(model).items() if name in layer.svf_offset}
         values = {n: layer.svf_offset[name].weight.detach().float().cpu().clone() for n, layer in layers.items()}
         prints = {n: layer.svf_fingerprint.to_json() for n, layer in layers.items() if layer.svf_fingerprint}
         base = config.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", None)

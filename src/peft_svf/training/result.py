@@ -83,6 +83,7 @@ def write_expert(
         "expert": expert.to_json(),
         "gain": gain,
         "gain_interval": interval,
+        "strength": trainer.strength,
         "text_loss": kept and kept.loss(model, reader),
         "z": {"numbers": sum(p.numel() for key, p in model.named_parameters() if ".svf_offset.default." in key), **z},
         "curve": [entry for entry in state.log_history if {"loss", "eval_reward", "reward"} & entry.keys()],

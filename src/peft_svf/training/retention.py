@@ -14,16 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list
-from huggingface_hub.utils import tqdm
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..evaluation import complete
+from ..evaluation import base_answers
 from ..evaluation.reading import evaluating
 from ..rows import Prompt, prompt_ids, tokenizer_of
 from ..tasks import everyday_requests
-from ..tasks.task import user_turn
 from .run import Run, RunConfig
 
 PROMPTS, TOKENS = 64, 24  # requests that the base answers once, and tokens of an answer
@@ -103,17 +101,9 @@ class Retaining(Run):
 
     def _write_answers(self) -> list[list[Any]]:
         prompts = everyday_requests("train", PROMPTS) if self.retained_prompts is None else self.retained_prompts
-        chats = [user_turn(prompt) for prompt in prompts]
-        starts = tqdm(range(0, len(chats), 16), desc="The base answers everyday requests", name="peft_svf.training")
-        answers: list[str] = []
         with evaluating(self.model), self.model.disable_adapter():
-            for start in starts:
-                part = chats[start : start + 16]
-                answers += complete(self.model, self.processing_class, part, max_new_tokens=TOKENS)
-        pairs = [[chat, answer] for chat, answer in zip(chats, answers, strict=True) if answer.strip()]
-        if not pairs:
-            raise ValueError(f"The base answers none of {len(chats)} requests, so retention has no text: set it to 0.")
-        return pairs
+            rows = base_answers(self.model, self.processing_class, prompts, TOKENS)
+        return [[row["prompt"], *row["choices"]] for row in rows]
 
     def _divergence(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Tensor:
         """Compute this process's part of KL(base ‖ policy), times the processes, over which DDP takes the mean."""

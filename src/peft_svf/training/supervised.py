@@ -3,7 +3,7 @@
 Model and solved rows -> a trained z-vector expert, by the next-token loss on right answers.
 
 A thin subclass of TRL's `SFTTrainer`: tokens, loss, logging and checkpoints are TRL's. It adds rows of tasks, the
-penalty of [`retention`], and an evaluation of written answers. The defaults are those of docs/results/generated.md.
+penalty of [`retention`], and an evaluation of written answers. The defaults are those of docs/results.md.
 """
 
 import math

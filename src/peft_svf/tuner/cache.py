@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock
 from huggingface_hub import constants
 from huggingface_hub.utils import tqdm
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from .. import files
@@ -133,7 +133,7 @@ def _read(key: str, weight: Tensor) -> Basis | None:
     lead, r = values.shape[:-2], min(values.shape[-2:])
     try:
         limit = lead.numel() * r * (r + 1) * values.element_size() + HEADER
-        tensors = {} if path.is_symlink() else load(files.read_bytes(path, limit))
+        tensors = {} if path.is_symlink() else files.read_tensors(path, limit)[0]
         Q, S = (tensors[name].clone() for name in "QS")  # clones are aligned, and products round by alignment
         fits = (Q.shape, S.shape, Q.dtype, S.dtype) == ((*lead, r, r), (*lead, r), values.dtype, values.dtype)
         if not (fits and (apart := deviation(values, Q, S)) <= tolerance(values.dtype)):

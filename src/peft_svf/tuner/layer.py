@@ -108,7 +108,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
     parameter_name: str | None = None  # what its module calls a stacked weight
     matrices = 1  # A stack of experts has several.
     _pristine: Any = None  # what merging has replaced
-    _known: tuple[Tensor, ...] = ()  # the base parameter when the plan was set, see `_plain`
+    _planned_for: tuple[Tensor, ...] = ()  # the base parameter when the plan was set, see `_plain`
     _ran = 0  # number of the model's call in which this layer ran last
 
     def __init__(
@@ -147,6 +147,11 @@ class SVFLayer(nn.Module, BaseTunerLayer):
     def directions(self) -> int:
         """The number `r = min(out, in)` of singular values of the weight."""
         return min(self.in_features, self.out_features)
+
+    @property
+    def columns(self) -> int:
+        """The number of directions in the basis, 0 without one."""
+        return 0 if self.svf_basis is None else self.svf_basis.shape[-1]
 
     @property
     def base_weight(self) -> Tensor:
@@ -243,12 +248,12 @@ class SVFLayer(nn.Module, BaseTunerLayer):
         """Stack the offsets of adapters into `(n, k)`: 0 for the base, and for an adapter that has none here."""
         width = self._basis().shape[:-2].numel() * self._basis().shape[-1]
         zero = torch.zeros(width, device=self._basis().device)
-        return torch.stack([self._padded(name) if name in self.svf_offset else zero for name in adapter_names])
+        return torch.stack([self._offset_of(name) if name in self.svf_offset else zero for name in adapter_names])
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`W' - W` of one adapter, in the shape and dtype of the base weight (`Conv1D`: transposed)."""
         weight = self.logical_weight()
-        delta = self._rescale(weight, self._padded(adapter)) - weight
+        delta = self._rescale(weight, self._offset_of(adapter)) - weight
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -271,7 +276,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.svf_offset]
         for name in names:
             weight = self.logical_weight()
-            offset = sum((self._padded(n) for n in (*self.merged_adapters, name)), torch.tensor(0.0))
+            offset = sum((self._offset_of(n) for n in (*self.merged_adapters, name)), torch.tensor(0.0))
             merged = self._rescale(weight, offset)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
@@ -319,7 +324,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
             )
         return self.svf_basis
 
-    def _padded(self, adapter_name: str) -> Tensor:
+    def _offset_of(self, adapter_name: str) -> Tensor:
         return self.padded(self.svf_offset[adapter_name].weight)
 
     def _rescale(self, weight: Tensor, offset: Tensor) -> Tensor:
@@ -482,8 +487,8 @@ class Linear(SVFLayer):
         base = self.base_layer
         return (
             type(base) in (nn.Linear, Conv1D)
-            and len(self._known) == 1
-            and base._parameters.get("weight") is self._known[0]
+            and len(self._planned_for) == 1
+            and base._parameters.get("weight") is self._planned_for[0]
             and type(base.weight.data) is Tensor
             and not (base.weight.requires_grad or hasattr(base.weight, "ds_id"))
             and not (base.bias is not None and base.bias.requires_grad)
@@ -515,7 +520,8 @@ class Linear(SVFLayer):
             return self.svf_merged
 
     def extra_repr(self) -> str:
-        kept = self.directions if self.svf_basis is None else self.svf_basis.shape[-1]
         chosen = f" ({self.svf_chosen})" if self.execution.plan == "auto" and self.svf_chosen else ""
-        svf = f"side={self.side!r}, directions={kept}, plan={self.execution.plan + chosen!r}"
+        svf = (
+            f"side={self.side!r}, directions={self.columns or self.directions}, plan={self.execution.plan + chosen!r}"
+        )
         return ", ".join(filter(None, [quantization_extra_repr(self), svf]))

@@ -34,12 +34,21 @@ class Rows:
     index: Tensor | None = None  # (B,) or (B * T,); None if it is 0, 1, 2, ...
     indexed: bool = False  # each row, or token, has an offset of its own
     lasting: bool = False  # the same offset serves many forwards
-    any_base: bool = False  # some of several offsets are the base model
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the same tensors are set again, as in each step of a server's batch."""
+        same = isinstance(other, Rows) and self.offsets is other.offsets and self.index is other.index
+        return same and self.indexed == other.indexed
 
     @property
     def mixed(self) -> bool:
         """Whether rows differ: each has one of several offsets."""
         return len(self.offsets) > 1
+
+    @property
+    def any_base(self) -> bool:
+        """Whether some of several offsets are the base model."""
+        return self.mixed and bool((self.offsets == 0).all(-1).any())
 
     def of(self, lead: torch.Size, execution: "Execution") -> Tensor:
         """
@@ -130,11 +139,10 @@ class ActiveRows:
             if offset is None or not offset.numel():
                 offset = torch.zeros(0, 0)
             offset = offset[None] if offset.dim() == 1 else offset
-            several, place = len(offset) > 1, None
-            any_base = several and bool((offset == 0).all(-1).any())
-            if index is not None and several and not (in_order and len(index) == len(offset)):
+            place = None
+            if index is not None and len(offset) > 1 and not (in_order and len(index) == len(offset)):
                 place = index.to(offset.device)  # in order it would be a look-up for nothing
-            rows[layer] = Rows(name, offset, place, index is not None, self.merge, any_base)
+            rows[layer] = Rows(name, offset, place, index is not None, self.merge)
         if self.execution.rows is not self.rows:
             raise RuntimeError("Rows can be set only while their context is the innermost open one.")
         self.execution.rows = self.rows = rows

@@ -92,7 +92,7 @@ class ParamWrapper(SVFLayer):
             Q = self._basis()
             return _Rescale.apply(weight, Q, offset.view(*Q.shape[:-2], Q.shape[-1]))
         # FSDP shows a whole stack only while the module runs, so none is kept.
-        if not self._known or weight is not self._known[0] or capturing(weight):
+        if not self._planned_for or weight is not self._planned_for[0] or capturing(weight):
             self.svf_chosen = "narrow"
             with torch.no_grad():
                 return self._rescale(weight.data, offset.detach())

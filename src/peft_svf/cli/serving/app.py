@@ -213,7 +213,7 @@ class _Handler(BaseHandler):
         try:
             Fields.model_validate(body)
             plain = {"stream": False, **{name: value for name, value in body.items() if name not in OURS}}
-            self._validate_request(plain)
+            self._check_known(plain)
             request.mixture = await self._mixture(body, self.prompt(body))
             request.offsets = await asyncio.to_thread(engine.offsets, request.mixture)
             response = await super().handle_request(plain, request_id)  # type: ignore[misc]
@@ -240,6 +240,10 @@ class _Handler(BaseHandler):
         return (await asyncio.to_thread(engine.model.first_pass, [prompt], **given))[0]
 
     def _validate_request(self, body: dict[str, Any]) -> None:
+        """Do nothing: `handle_request` has checked the fields before the first pass."""
+
+    def _check_known(self, body: Mapping[str, Any]) -> None:
+        """Refuse the first field that would be ignored, or would replace an argument of the chat template."""
         known: set[str] = getattr(self._valid_params_class, "__mutable_keys__", set()) - {"generation_config"}
         ignored = self._unused_fields & set(IGNORED)
         for name, value in sorted(body.items()):

@@ -195,7 +195,7 @@ class Engine(BaseGenerateManager):
         self._worker = ThreadPoolExecutor(1, "first-pass")
         self._mixed = lru_cache(KEPT)(self._mix)  # equal mixtures of a step share their offsets
         self._layers = model.library.layers()
-        self._table: tuple[dict[int, dict[str, Tensor]], dict[str, Tensor]] = ({}, {})  # the last step's
+        self._step: tuple[Any, ...] = ([],)  # the last one's requests with their numbers of tokens, and their rows
         self._alone = GenerateManager()
         self.batch: _Batch | None = None
         self.cache_bytes = 0
@@ -289,7 +289,7 @@ class Engine(BaseGenerateManager):
         """Run a packed batch of two mixtures, so that a layer that can't tell its tokens apart raises `ValueError`."""
         self._layers = self.model.library.layers()
         self._mixed.cache_clear()
-        self._table = {}, {}  # a new expert may move more directions of a weight
+        self._step = ([],)  # a new expert may move more directions of a weight
         if self.model.processor is not None:
             return
         names = self.model.library.names
@@ -303,13 +303,14 @@ class Engine(BaseGenerateManager):
     def _rows(self, packed: Sequence[Any]) -> Iterator[None]:
         """Give the tokens of a step, request after request, the offsets of their requests."""
         offsets = [entry.state.logit_processor_kwargs["job"].offsets for entry in packed]
-        different = {id(entry): entry for entry in offsets}
-        if list(different) != list(self._table[0]):
-            rows = [(name, [entry.get(name) for entry in different.values()]) for name in self._layers]
-            self._table = different, {name: _stack(self._layers[name], parts) for name, parts in rows}
-        places = torch.tensor([list(different).index(id(entry)) for entry in offsets])
-        index = places.repeat_interleave(torch.tensor([entry.query_length for entry in packed]))  # (tokens,)
-        with active_rows(self._layers, self._table[1], index):
+        step = [(id(part), entry.query_length) for part, entry in zip(offsets, packed, strict=True)]
+        if step != self._step[0]:  # while all requests decode, a step is like the one before
+            different = {id(part): part for part in offsets}
+            rows = [(name, [part.get(name) for part in different.values()]) for name in self._layers]
+            table = {name: _stack(self._layers[name], parts) for name, parts in rows}
+            index = [list(different).index(part) for part, length in step for _ in range(length)]
+            self._step = step, table, torch.tensor(index, device=self.base.device), offsets  # which keep their ids
+        with active_rows(self._layers, *self._step[1:3]):
             yield
 
     # --- the requests
