@@ -32,6 +32,7 @@ DESCRIPTIONS = {
     "calculate": "the calculation of a word problem, and its result",
 }
 
+
 def ship(cell: str) -> dict[str, Any]:
     """Write one expert: offsets, key, result.json and card; its figures are those of the cell and of the base's."""
     import torch
