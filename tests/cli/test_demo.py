@@ -6,6 +6,8 @@ import socket
 import sys
 from importlib.util import find_spec
 from itertools import pairwise
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 import tiny_experts
@@ -170,8 +172,12 @@ def test_the_page_answers_through_its_own_api(model, address, tmp_path, monkeypa
     monkeypatch.setattr(page, "SEARCH", {"population": 4, "iterations": 1})
     text, way, *weights = client.predict(table, api_name="/adapt")
     client.close()
+    (tmp_path / "mine.txt").write_text("mine")
+    for path in (tmp_path / "mine.txt", "mine.txt", "/etc/hostname", model.library.expert("math").base_model):
+        with pytest.raises(HTTPError, match=r"40[34]"):
+            urlopen(f"{address}gradio_api/file={path}")
     assert way == page.MIXED and len(weights) == 2 and text
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def shown(chat) -> list[str]:
@@ -199,7 +205,7 @@ def test_in_a_browser_both_answers_appear_and_nothing_of_an_expert_runs(model, a
         (mixture,) = model.first_pass([CHAT])
         view.get_by_text(page.named(mixture.alpha), exact=True).first.wait_for()
         view.locator("input[type=range]").first.fill("0.5")
-        assert view.get_by_label(page.MIXED).is_checked()
+        playwright.expect(view.get_by_label(page.MIXED)).to_be_checked()
         assert view.title() == f"Experts of {tiny_experts.BASE}" and not errors
         wide = view.evaluate("document.documentElement.scrollWidth")
         assert wide <= 420  # nothing sticks out of a telephone

@@ -76,7 +76,14 @@ def demo(
     print(f"Open http://{host}:{port} in a browser; Ctrl-C ends it.", flush=True)
     font = gradio.themes.LocalFont("Source Sans Pro", weights=(400, 700))  # Gradio's 600 has no Latin
     theme = gradio.themes.Default(font=[font, "sans-serif"])
-    settings = {"share": False, "quiet": True, "show_error": True, "footer_links": [], "theme": theme}
+    settings = {
+        "share": False,
+        "quiet": True,
+        "show_error": True,
+        "footer_links": [],
+        "theme": theme,
+        "max_file_size": "1mb",
+    }
     page.launch(server_name=host, server_port=port, **settings)
 
 
@@ -143,7 +150,7 @@ def build(
         question.stop(None, cancels=[asking])
         gr.on([left.clear, right.clear], lambda: ([], [], []), outputs=chat, cancels=[asking])
         for slider in sliders:
-            slider.input(lambda: MIXED, outputs=way)
+            slider.input(None, outputs=way, js=f"() => '{MIXED}'")
         upload.upload(cells_of, upload, table)
         start.click(partial(adapt, model), table, [course, way, *sliders], api_name="adapt")
     return page
@@ -177,7 +184,8 @@ def adapt(model: "Transformer2Model", table: Sequence[Sequence[str]]) -> Iterato
     """Search the mixture that answers rows of request and answer; yield a text, that it is used, and its weights."""
     import gradio as gr
 
-    rows = [{"prompt": _user(text), "answer": answer} for text, answer in table if text.strip() and answer]
+    cells = [[str(cell or "").strip() for cell in row] for row in table]
+    rows = [{"prompt": _user(text), "answer": answer} for text, answer in cells if text and answer]
     if not rows:
         raise gr.Error("Give at least one request with its answer.", print_exception=False)
     for alpha, text in searched(model, rows):

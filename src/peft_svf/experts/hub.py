@@ -145,15 +145,6 @@ def upload(
     )
 
 
-def push_to_hub(model: PeftModel, repo_id: str, *, max_shard_size: Any = None, **kwargs: Any) -> CommitInfo:
-    """
-    Do what `model.push_to_hub(repo_id, ...)` does for an SVF adapter; `import peft_svf` puts it there.
-
-    An expert is one file, so transformers' `max_shard_size` has no effect.
-    """
-    return push_expert(model, repo_id, **{key: value for key, value in kwargs.items() if value is not None})
-
-
 def expert_card(
     folder: str | os.PathLike[str],
     *,
