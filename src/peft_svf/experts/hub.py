@@ -73,8 +73,8 @@ def push_expert(
     """
     Upload an expert or SVF adapter: `adapter_config.json`, `adapter_model.safetensors`, `README.md`, in one commit.
 
-    What is wrong on this side is refused before anything is written to the Hub. The model stays as it is. Of an earlier
-    push, picture and LoRA go, and the routing key too if an [`Expert`] is pushed: they may be another expert's.
+    What is wrong on this side is refused before anything is written to the Hub. The model stays as it is. Picture
+    and LoRA of an earlier push go, and its routing key if an [`Expert`] is pushed: they may be another expert's.
 
     Args:
         model (`PeftModel` or [`Expert`]): Model with the adapter, or an expert, which brings its routing key along.
