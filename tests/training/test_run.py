@@ -79,10 +79,7 @@ def test_async_rewards_tensors_and_missing_rewards_work(trainer_of, tmp_path):
 
 BAD_ROWS = {
     "an empty prompt": ([*TEXT_ROWS, {"prompt": "", "answer": "x"}], "Row 4 of the data has a prompt of 0 tokens"),
-    "a long prompt": (
-        [*TEXT_ROWS, {"prompt": "a " * 4000, "answer": "x"}],
-        "Row 4 .* but the model's context",
-    ),
+    "a long prompt": ([*TEXT_ROWS, {"prompt": "a " * 4000, "answer": "x"}], "Row 4 .* but the model's context"),
 }
 
 
@@ -112,7 +109,7 @@ def test_a_model_that_cannot_be_trained_as_asked_is_refused(trainer_of, tmp_path
 
 @both
 def test_a_run_that_loses_the_base_text_ends_with_the_best_checkpoint_before(trainer_of, tmp_path, monkeypatch):
-    losses = iter([0.01, 0.03])
+    losses = iter([0.01, 0.03, 0.01])  # of two evaluations, and of what the run ends with
     monkeypatch.setattr(BaseText, "loss", lambda text, model, reader: next(losses))
     every = dict.fromkeys(("eval_strategy", "save_strategy"), "steps") | {"eval_steps": 1, "save_steps": 1}
     every |= {"load_best_model_at_end": True, "learning_rate": 0.1, "svf": SVFConfig()}
@@ -124,6 +121,21 @@ def test_a_run_that_loses_the_base_text_ends_with_the_best_checkpoint_before(tra
     best, last = (flat(offsets(PeftModel.from_pretrained(soft_model(), f, is_trainable=True))) for f in folders)
     assert torch.equal(best, trained_z(trainer)) and not torch.equal(last, trained_z(trainer))
     assert (tmp_path / "checkpoint-1" / "adapter_model.safetensors").stat().st_size < 20_000
+    assert trainer.strength == 1
+
+
+@both
+def test_a_run_without_a_checkpoint_that_keeps_the_base_text_ends_with_a_weaker_one_that_does(trainer_of, tmp_path):
+    settings = {"keep_text": 1e-4, "learning_rate": 0.1, "svf": SVFConfig(), "save_strategy": "steps", "max_steps": 2}
+    trainer = trainer_of(tmp_path, TEXT_ROWS, uneven, **settings)
+    trainer.train()
+    assert 0 <= trainer.strength < 1
+    last = PeftModel.from_pretrained(soft_model(), tmp_path / "checkpoint-2", is_trainable=True)
+    torch.testing.assert_close(trained_z(trainer), flat(offsets(last)) * trainer.strength)
+    (kept,) = [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "KeptText"]
+    assert kept.loss() <= 1e-4
+    trainer.train(resume_from_checkpoint=True)
+    torch.testing.assert_close(trained_z(trainer), flat(offsets(last)) * trainer.strength)
 
 
 ONE = {"num_generations": 1, "advantage_estimator": "batch"}

@@ -33,6 +33,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 
 from .. import files
 from .expert import Expert, download, read_config, read_offsets
@@ -41,7 +42,7 @@ from .key import RoutingKey
 logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
-PICTURE = "z.png"
+PICTURE = "blocks.png"
 TEMPLATE = Path(__file__).with_name("expert_card.md")
 TAGS = ("svf", "transformer-squared", "z-vector")
 HIDDEN = {"value", "interval", "dataset", "benchmark"}  # keys of a result that get no column
@@ -84,7 +85,7 @@ def push_expert(
         card (`ModelCard` or `str`, *optional*):
             Default: [`expert_card`]'s, unless the repository has a card that a person wrote, which stays.
         beside (`str` or path, *optional*):
-            Folder of more files. The card shows `z.png` and explains `lora/`, a folder of [`export_lora`].
+            Folder of more files. The card shows `blocks.png` and explains `lora/`, a folder of [`export_lora`].
         facts_and_options:
             `task`, `training`, `results`, `license` and `tags` of [`expert_card`]; `commit_message`,
             `commit_description`, `private`, `token`, `revision` and `create_pr` as in `huggingface_hub.HfApi`.
@@ -142,15 +143,6 @@ def upload(
         commit_message=commit_message,
         commit_description=commit_description,
     )
-
-
-def push_to_hub(model: PeftModel, repo_id: str, *, max_shard_size: Any = None, **kwargs: Any) -> CommitInfo:
-    """
-    Do what `model.push_to_hub(repo_id, ...)` does for an SVF adapter; `import peft_svf` puts it there.
-
-    An expert is one file, so transformers' `max_shard_size` has no effect.
-    """
-    return push_expert(model, repo_id, **{key: value for key, value in kwargs.items() if value is not None})
 
 
 def expert_card(
@@ -280,8 +272,8 @@ def _lora(folder: Path) -> dict[str, float] | None:
     """Return the rank of a LoRA beside an expert, and the largest share of a kind's change that it leaves out."""
     if not folder.is_dir():
         return None
-    metadata = files.metadata_of((folder / SAFETENSORS_WEIGHTS_NAME).read_bytes())
-    kinds = json.loads(metadata["relative_error"]).values()
+    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+        kinds = json.loads(file.metadata()["relative_error"]).values()
     return {key: max(kind[key] for kind in kinds) for key in ("rank", "error")}
 
 

@@ -81,7 +81,8 @@ class RunConfig:
             Stop after so many evaluations without a better one.
         keep_text (`float`, *optional*):
             At each evaluation, stop if the base's own answers to everyday requests are less likely per token than
-            before by more than this share, such as 0.02. The best checkpoint is then an earlier one.
+            before by more than this share, such as 0.02. The best checkpoint is then an earlier one; if there is none,
+            `z - 1` is scaled down until it keeps the promise.
         stop_after_dead_steps (`int`, *optional*):
             Stop after so many steps in a row that taught nothing: equal rewards, or no gradient. The first such step
             is reported with the way out.
@@ -303,18 +304,27 @@ class DeadSteps(TrainerCallback):
 
 
 class KeptText(TrainerCallback):
-    """Ends a run once the base's own answers to everyday requests are less likely than `keep_text` allows."""
+    """
+    Keeps a run's promise: the base's own answers to everyday requests get less likely by at most `keep_text`.
+
+    An evaluation that finds more ends the run and isn't the best. What the run ends with is measured too, and if no
+    checkpoint kept the promise, its offsets are scaled by the largest tenth that does.
+    """
 
     def __init__(self, trainer: Any, limit: float) -> None:
         self.trainer, self.limit = trainer, limit
         self.text: BaseText | None = None
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+    def loss(self) -> float:
+        """Measure the loss of likelihood, after the base has answered."""
         model, reader = self.trainer.model, self.trainer.processing_class
         if self.text is None:
             with model.disable_adapter():
                 self.text = BaseText.of(model, reader, everyday_requests("validation", 32))
-        loss = self.text.loss(model, reader)
+        return self.text.loss(model, reader)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        loss = self.loss()
         self.trainer.log({"eval_text_loss": loss})
         if loss > self.limit:
             worst = -math.inf if args.greater_is_better else math.inf
@@ -326,6 +336,22 @@ class KeptText(TrainerCallback):
                 "lower learning_rate keep more."
             )
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        offsets = [
+            p for name, p in self.trainer.model.named_parameters() if p.requires_grad and ".svf_offset." in name
+        ]
+        trained, tenths = [offset.detach().clone() for offset in offsets], 10
+        while tenths and self.loss() > self.limit:
+            tenths -= 1
+            for offset, whole in zip(offsets, trained, strict=True):
+                offset.data.copy_(whole * (tenths / 10))
+        self.trainer.strength = tenths / 10
+        if tenths < 10:
+            logger.warning(
+                f"No checkpoint keeps the base's text as keep_text={self.limit:.1%} asks: z - 1 is scaled by "
+                f"{self.trainer.strength}, which does."
+            )
+
 
 class Run(Trainer):
     """In front of a `transformers.Trainer`: whole checkpoints, early stopping, evaluation that changes nothing."""
@@ -334,6 +360,7 @@ class Run(Trainer):
     dead_reason: str | None = None  # why the latest rollout teaches nothing
     routing = True  # an expert is saved with a routing key
     objective = "policy gradient (REINFORCE)"  # what a card calls it
+    strength = 1.0  # by which keep_text has scaled what was trained
     shown: Mapping[str, str] = SHOWN  # metrics of a line of the log, with their labels
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -374,6 +401,9 @@ class Run(Trainer):
         if self.args.load_best_model_at_end and (best := self.state.best_model_checkpoint):
             self.state.best_model_checkpoint = str(checkpoint.parent / Path(best).name)  # the folder may have moved
             self._load_best_model()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, KeptText):
+                callback.on_train_end(self.args, self.state, self.control)
         return TrainOutput(self.state.global_step, 0.0, {})
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
