@@ -188,4 +188,5 @@ def test_the_notebook_runs(clone):
 @pytest.mark.real
 def test_the_notebook_shows_what_it_prints():
     now, shown = run_notebook(NOTEBOOK)
-    assert "".join(map("".join, texts(now))) == "".join(map("".join, texts(shown)))
+    written = ["".join("".join(part) for part in texts(outputs)) for outputs in (now, shown)]
+    assert written[0] == written[1], "jupyter execute --inplace examples/quickstart.ipynb"

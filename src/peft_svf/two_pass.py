@@ -41,6 +41,7 @@ from .evaluation import Summary, choice_logps, confidence_of, context_of, wilson
 from .evaluation.reading import CACHES, evaluating
 from .experts.bundle import find_bundle, push_bundle, read_bundle, save_bundle
 from .experts.expert import OTHER, Mixture
+from .experts.key import RoutingKey
 from .experts.library import ExpertLibrary, Source, loaded
 from .rows import Prompt, Reader, Row, encode, tokenizer_of
 from .tasks import Task
@@ -119,9 +120,10 @@ class Transformer2Model:
             `ValueError`: without `model`, if the experts name none or several.
         """
         mixtures: Mapping[str, Mixture] = {}
+        keys: Mapping[str, RoutingKey | None] = {}
         if not experts and (folder := find_bundle(model or "", kwargs.get("revision"), kwargs.get("token"))):
             bundle = read_bundle(folder)
-            model, experts, mixtures = bundle.base_model, bundle.experts, bundle.mixtures
+            model, experts, mixtures, keys = bundle.base_model, bundle.experts, bundle.mixtures, bundle.keys
             parts = bundle.first_pass.items()
             settings: Any = {key: Probe.load(part) if isinstance(part, Path) else part for key, part in parts}
             classifier, first_pass = classifier or bundle.classifier, first_pass or FirstPass(**settings)
@@ -132,7 +134,7 @@ class Transformer2Model:
             kwargs = {"revision": revision, **kwargs} if revision else kwargs
         made = cls(*load_model(model, **kwargs), experts, classifier, first_pass, limit_bytes)
         for name, mixture in mixtures.items():
-            made.library.add_mixture(name, mixture)
+            made.library.add_mixture(name, mixture, keys.get(name))
         return made
 
     @property

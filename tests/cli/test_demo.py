@@ -96,9 +96,10 @@ def test_reasons_of_a_first_pass_by_keys_have_the_distance_of_each_kind(folder):
 
 def test_the_picture_is_of_the_mixture_and_the_base_has_none(model):
     pytest.importorskip("matplotlib")
-    assert page.picture(model, Mixture()) is None
-    figure = page.picture(model, Mixture({"math": 0.5, "code": 0.5}))
-    assert "0.50 math + 0.50 code" in figure.axes[0].get_title()
+    assert page.picture(model, Mixture(), CHAT, "7") is None
+    assert page.picture(model, Mixture({"math": 1.0}), CHAT, " ") is None
+    figure = page.picture(model, Mixture({"math": 0.5, "code": 0.5}), CHAT, "7")
+    assert "0.50 math + 0.50 code" in figure.axes[0].get_title() and len(figure.axes[0].patches) == 2
 
 
 def test_a_search_shows_the_best_so_far_and_ends_with_what_adapt_returns(model, monkeypatch):
@@ -161,8 +162,8 @@ def test_the_page_answers_through_its_own_api(model, address, tmp_path, monkeypa
 
     monkeypatch.chdir(tmp_path)
     client = Client(address, verbose=False)
-    first, *_, last = client.submit("What is 3 + 4?", False, page.MIXED, 0.25, 0.75, api_name="/ask")
-    (left, right), (bars, why, picture) = last[1:3], first[3:]
+    first, *_, told, last = client.submit("What is 3 + 4?", False, page.MIXED, 0.25, 0.75, api_name="/ask")
+    (left, right), (bars, why, _), picture = told[1:3], first[3:], last[-1]
     assert shown(left)[-1] == alone(model, CHAT, {}).strip()
     mixture = {"code": 0.25, "math": 0.75}
     assert shown(right)[-1] == f"{alone(model, CHAT, mixture).strip()}\n\n*0.25 code + 0.75 math*"

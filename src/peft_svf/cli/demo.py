@@ -173,11 +173,12 @@ def ask(
     chats = [[*_chat(turns if sees else [], side), *_user(question)] for side in (1, 2)]
     chosen = dict(zip(model.library.names, weights, strict=True)) if way == MIXED else None
     (mixture,) = model.first_pass(chats[1:], mixture=chosen)
-    panel = shares_of(mixture), reasons(model, chats[1], mixture), picture(model, mixture)
+    panel = shares_of(mixture), reasons(model, chats[1], mixture), None
     for left, right in answers(model, chats, mixture, new_tokens):
         now = [*turns, (question, left, right, named(mixture.alpha))]
         yield "", now, _chat(now, 1), _chat(now, 2, signed=True), *panel
         panel = (gr.skip(),) * 3
+    yield (gr.skip(),) * 6 + (picture(model, mixture, chats[1], right),)
 
 
 def adapt(model: "Transformer2Model", table: Sequence[Sequence[str]]) -> Iterator[tuple[Any, ...]]:
@@ -249,16 +250,16 @@ def reasons(model: "Transformer2Model", chat: "Prompt", mixture: "Mixture") -> s
     return f"{text}\n\nDistance from the requests of each: {nearest}. If no expert is within 1, the base answers."
 
 
-def picture(model: "Transformer2Model", mixture: "Mixture") -> Any:
-    """Draw how far z is from 1 under a mixture; `None` for the base."""
-    from ..experts.expert import Expert
-    from .plots import draw_distances, new_figure
+def picture(model: "Transformer2Model", mixture: "Mixture", chat: "Prompt", answer: str) -> Any:
+    """Draw what each block of a mixture does to an answer; `None` for the base, or without an answer."""
+    from ..adaptation.judge import block_effects
+    from .plots import draw_effects, new_figure
 
-    if not mixture.alpha:
+    if not (mixture.alpha and answer.strip()):
         return None
-    offsets = mixture.offsets({name: model.library.expert(name) for name in mixture.alpha})
-    figure, (axes,) = new_figure(1)
-    draw_distances(axes, Expert(named(mixture.alpha), offsets))
+    effects = block_effects(model.library, model.tokenizer, mixture, [{"prompt": chat, "answer": answer}])
+    figure, (axes,) = new_figure(1, width=6)
+    draw_effects(axes, effects, named(mixture.alpha))
     return figure
 
 

@@ -42,7 +42,7 @@ from .key import KEY_NAME, RoutingKey
 logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
-PICTURE = "z.png"
+PICTURE = "blocks.png"
 TEMPLATE = Path(__file__).with_name("expert_card.md")
 TAGS = ("svf", "transformer-squared", "z-vector")
 HIDDEN = {"value", "interval", "dataset", "benchmark"}  # keys of a result that get no column
@@ -86,7 +86,7 @@ def push_expert(
         card (`ModelCard` or `str`, *optional*):
             Default: [`expert_card`]'s, unless the repository has a card that a person wrote, which stays.
         beside (`str` or path, *optional*):
-            Folder of more files. The card shows `z.png` and explains `lora/`, a folder of [`export_lora`].
+            Folder of more files. The card shows `blocks.png` and explains `lora/`, a folder of [`export_lora`].
         facts_and_options:
             `task`, `training`, `results`, `license` and `tags` of [`expert_card`]; `commit_message`,
             `commit_description`, `private`, `token`, `revision` and `create_pr` as in `huggingface_hub.HfApi`.
