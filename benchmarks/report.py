@@ -221,11 +221,12 @@ def generated_tables(results: Mapping[str, Result]) -> dict[str, str]:
     for r in comparable(results):
         t = r["training"]
         learner = "right answers" if t.get("learner") == "sft" else "rewards"
-        budget = (t["steps"], t["questions"], t["samples"], t.get("retained", 3), t.get("retain"))
+        budget = (t["steps"], t["questions"], t["samples"], t.get("retained", 3), t.get("retain", 0.0))
         kinds.setdefault((t["task"], learner, budget, t["method"], t["lr"]), {})[t["seed"]] = r
     rows, verdicts = [], defaultdict[str, list[str]](list)
     for (task, learner, budget, method, lr), seeds in sorted(kinds.items()):
-        base, lora = results[f"{task}-base"], best_lora(kinds, (task, learner, budget)) if "svf" in method else {}
+        base, where = results[f"{task}-base"], (task, learner, budget, method.replace("svf", "lora16"))
+        lora = best_lora(kinds, where) if "svf" in method else {}
         pairs, rivals = [(r, base) for r in seeds.values()], [(r, lora[s]) for s, r in seeds.items() if s in lora]
         if "svf" in method:
             verdicts[f"over the base {verdict(pairs)}"].append(task)
@@ -236,10 +237,22 @@ def generated_tables(results: Mapping[str, Result]) -> dict[str, str]:
         mentions = statistics.mean(r["test"]["mentions"] for r in seeds.values())
         rows.append([
             task, learner, f"{method}, lr {lr:g}, {' × '.join(map(str, budget[:3]))}",
+            f"{max(r.get('trainable', 0) for r in seeds.values()):,}",
             f"{base['test']['accuracy']:.3f} ({base['test']['mentions']:.3f})", f"{right} ({mentions:.3f})",
             gain(pairs), verdict(pairs), gain(rivals) if rivals else "", f"{fall:.1%}",
         ])  # fmt: skip
-    head = ["task", "learned from", "method", "base", "right, by seed", "gain, 95 %", "verdict", "over LoRA", "fall"]
+    head = [
+        "task",
+        "learned from",
+        "method",
+        "numbers",
+        "base",
+        "right, by seed",
+        "gain, 95 %",
+        "verdict",
+        "over LoRA",
+        "fall",
+    ]
     shipped = [(path.parent.name, json.loads(path.read_text())) for path in SHIPPED.glob("*/result.json")]
     return {
         "generated": written_table(head, rows),
@@ -266,7 +279,7 @@ def comparable(results: Mapping[str, Result], really: bool = True) -> list[Resul
 
 def best_lora(kinds: Mapping[tuple[Any, ...], dict[int, Result]], where: tuple[Any, ...]) -> dict[int, Result]:
     """Return the seeds of the LoRA that was trained on the same with the same budget, at its best validated rate."""
-    rates = [seeds for (*place, method, _), seeds in kinds.items() if tuple(place) == where and "lora" in method]
+    rates = [seeds for (*place, _), seeds in kinds.items() if tuple(place) == where]
     return max(rates, key=lambda s: statistics.mean(r.get("best_validation", 0) for r in s.values()), default={})
 
 
@@ -297,11 +310,18 @@ def choice_tables(trainings: Sequence[Any], results: Mapping[str, Result]) -> di
 def unseen_tables(results: Mapping[str, Result]) -> dict[str, str]:
     """Show first passes, and experts and routed answers on tasks that no expert was trained on."""
     cost, keys, rows = results["dispatch-cost"]["ways"], results["routing/keys"], []
-    for r in (r for r in keys["rows"] if (r["pooling"], r["prompts"]) == ("both", 64)):
-        spread = [draw["accuracy"] for draw in r["draws"]]
-        accuracy = f"{r['accuracy']:.3f} [{min(spread):.3f}, {max(spread):.3f}]"
-        name = f"keys, {r['block']} of {keys['blocks']} blocks"
-        rows.append([name, accuracy, f"{r['ece']:.3f}", f"{r['claimed']:.1%}", ""])
+    models = {"": keys, "Qwen2.5-Coder-0.5B, ": results.get("routing/qwen")}
+    for model, judged in ((m, r) for m, r in models.items() if r):
+        most = max(row["prompts"] for row in judged["rows"])
+        for r in (r for r in judged["rows"] if (r["pooling"], r["prompts"]) == ("both", most)):
+            spread = [draw["accuracy"] for draw in r["draws"]]
+            accuracy = f"{r['accuracy']:.3f} [{min(spread):.3f}, {max(spread):.3f}]"
+            name = f"{model}keys, {r['block']} of {judged['blocks']} blocks, {r['prompts']} prompts"
+            rows.append([name, accuracy, f"{r['ece']:.3f}", f"{r['claimed']:.1%}", ""])
+    best = [r for r in keys["rows"] if (r["pooling"], r["prompts"]) == ("both", 64)]
+    counts = {name: [draw["right_of_source"][name] for draw in best[0]["draws"]] for name in UNSEEN}
+    failing = (f"{UNSEEN[n]} {sum(r for r, _ in c)} of {sum(n for _, n in c)}" for n, c in counts.items())
+    shrunk = [r for r in keys["shrinkages"] if r["block"] == best[0]["block"]]
     ways = {r["way"]: r for name, r in results.items() if name.startswith("dispatch-") and "way" in r}
     for way in FIRST_PASSES:
         accuracy = "{:.3f} [{:.3f}, {:.3f}]".format(ways[way]["accuracy"], *ways[way]["interval"])
@@ -311,9 +331,10 @@ def unseen_tables(results: Mapping[str, Result]) -> dict[str, str]:
         cells = [(results.get(f"few_shot-{task}-{way}"), results[f"few_shot-{task}-base"]) for task in UNSEEN]
         answers.append([way, *(with_gain(*pair) for pair in cells)])
     sizes = ["questions", *(results[f"few_shot-{task}-base"]["n"] for task in UNSEEN)]
-    ttft = results["routing/ttft"]
-    first = {count: cell["over_base"] for count, cell in ttft["rows"].items()}
-    slower = [[way, *(f"{x[way][0]:.2f}" if way in x else "" for x in first.values())] for way in first["1"]]
+    ttft = [r for name, r in results.items() if name.startswith("routing/ttft-")]
+    parts = [(f"{part}, {r['rows']} at once", r["over_base"][part]) for part in ("first", "later") for r in ttft]
+    contestants = [way for way in (parts[0][1] if parts else ()) if way != "base"]
+    slower = [[way, *("{:.2f} [{:.2f}, {:.2f}]".format(*part[way]) for _, part in parts)] for way in contestants]
     chosen = json.loads((RESULTS / "demo" / "routing.json").read_text())["chosen"].items()
     return {
         "first_passes": written_table(
@@ -321,8 +342,10 @@ def unseen_tables(results: Mapping[str, Result]) -> dict[str, str]:
         ),
         "far_away": str(sum(keys["far_away"].values())),
         "unseen": written_table(["", *UNSEEN.values()], [sizes, *answers]),
-        "first_token": written_table(["", *(f"{count} at once" for count in first)], slower[1:]),
-        "machine_ttft": ttft["machine"]["processor"],
+        "failing": ", ".join(failing),
+        "shrunk": ", ".join(f"{r['shrinkage']}: {r['accuracy']:.3f}" for r in shrunk),
+        "first_token": written_table(["", *(name for name, _ in parts)], slower),
+        "machine_ttft": ", ".join({r["machine"]["processor"] for r in ttft}),
         "routing": "; ".join(
             f"*{kind}* " + ", ".join(f"{name} {count}" for name, count in counts.items()) for kind, counts in chosen
         ),

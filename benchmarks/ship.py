@@ -5,8 +5,7 @@ Make the experts of examples/experts out of trained cells of generated.py.
     python benchmarks/ship.py price-sft-svf-upper-lr0.003-seed0-steps12
     python benchmarks/ship.py     # without a cell: whom the first pass chooses, to results/demo/routing.json
 
-Each expert gets a routing key from its training prompts. *sentiment* was made by an earlier version of this file: it
-scaled the offsets of a cell without a strength by 0.75 and measured them again.
+Each expert gets a routing key from its training prompts.
 """
 
 import json
@@ -32,25 +31,6 @@ DESCRIPTIONS = {
     "language": "the language of a text: French, German, Spanish or Italian, in one word",
     "calculate": "the calculation of a word problem, and its result",
 }
-PHRASINGS = {  # wordings beside those of training, by which the first pass knows a request; none is of the test
-    "sentiment": [
-        "Positive or negative: {}", "Did this guest like it? '{}' Say positive or negative.",
-        "'{}' - is the writer happy or unhappy? Answer positive or negative.", "Classify the sentiment of: {}",
-        "Sentiment of '{}'? A single word, please.", "Our client said: '{}' Is that positive or negative feedback?",
-        "Tell me in one word if this comment is positive or negative. {}", "Rate this opinion: {}",
-        "Read the comment and give its label, positive or negative: '{}'", "What is the tone of this review? '{}'",
-        "'{}' Was the buyer satisfied? Reply with positive or negative only.", "Review: {}\nSentiment:",
-        "A visitor left this note: '{}' Positive or negative?", "'{}' Which is it, praise or a complaint?",
-    ],
-}  # fmt: skip
-
-
-def key_prompts(name: str, rows: list[Any]) -> list[str]:
-    """Return a few training prompts of a task, and their reviews in other words."""
-    texts = [row["prompt"][-1]["content"] for row in rows]
-    reviews = [text.partition("one word.\n\n")[2] for text in texts if "one word.\n\n" in text]
-    others = [phrase.format(reviews[4 * i + k]) for i, phrase in enumerate(PHRASINGS.get(name, ())) for k in range(3)]
-    return texts[: 64 - len(others)] + others
 
 
 def ship(cell: str) -> dict[str, Any]:
@@ -72,7 +52,7 @@ def ship(cell: str) -> dict[str, Any]:
     (base, tokenizer), folder = load_smollm2(torch.float32), ROOT / "examples" / "experts" / name
     rows = jsonl_task(REQUESTS / name).rows("train", "generate")
     expert = Expert.load(RUNS / cell / "expert", cell)
-    key = make_key(base, tokenizer, key_prompts(name, rows))
+    key = make_key(base, tokenizer, [row["prompt"] for row in rows])
     replace(expert, name=name, config=expert.config | {"description": DESCRIPTIONS[name]}, key=key).save(folder)
 
     before, after = summary(untrained), summary(trained)

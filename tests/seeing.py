@@ -6,6 +6,7 @@ import json
 
 import torch
 import transformers as hf
+from pico import GROUPED
 from PIL import Image
 from tiny_model import tiny_tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -18,18 +19,8 @@ KINDS = list(MARKS)
 PICTURE = {"idefics3": "<image>", "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>"}
 LANGUAGE = r".*(text_model|language_model).*\.(gate|up|down)_proj"
 IMAGES = [Image.new("RGB", (20, 12), (200, 10, 10)), Image.new("RGB", (16, 16), (0, 10, 250))]
-TEXT = {
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 2,
-}
+TEXT = {**GROUPED, "max_position_embeddings": 512, "initializer_range": 0.2}
+TEXT |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2}
 VISION = {"hidden_size": 16, "intermediate_size": 28, "patch_size": 4, "initializer_range": 0.2}
 
 

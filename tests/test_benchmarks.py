@@ -253,17 +253,18 @@ def generated_cell(task, method, right, seed=0, asked="Is it?"):
     training = {"task": task, "method": method, "lr": 0.01, "seed": seed, "steps": 1, "questions": 1, "samples": 1}
     texts = [[asked, "yes", "no"]]
     test = {**result(right)["test"], "mentions": 0.5, "texts": texts}
-    return {"cell": f"{task}-{method}", "training": training, "test": test, "everyday": {"mean_logp": -1.0}}
+    about = {"cell": f"{task}-{method}", "training": training, "trainable": 9}
+    return {**about, "test": test, "everyday": {"mean_logp": -1.0}}
 
 
 def test_new_cells_are_taken_in_and_seeds_decide_what_is_called_better():
     once, thrice = [1] * 30 + [0] * 10, [1] * 31 + [0] * 9
     cells = {"new-base": generated_cell("new", "base", [0] * 40), "new-a": generated_cell("new", "svf-b", once)}
     page = report.generated_tables(cells)
-    assert "| new | rewards | svf-b, lr 0.01, 1 × 1 × 1 | 0.000 (0.500) | 0.750 (0.500) |" in page["generated"]
+    assert "| new | rewards | svf-b, lr 0.01, 1 × 1 × 1 | 9 | 0.000 (0.500) | 0.750 (0.500) |" in page["generated"]
     assert page["verdicts"] == "- SVF over the base better, one seed: new"
     cells |= {f"new-{seed}": generated_cell("new", "svf-b", thrice, seed) for seed in (1, 2)}
-    cells["new-lora"] = generated_cell("new", "lora16", [1] * 40)
+    cells["new-lora"] = generated_cell("new", "lora16-b", [1] * 40)
     assert report.generated_tables(cells)["verdicts"].splitlines() == [
         "- SVF over LoRA worse, one seed: new",
         "- SVF over the base better: new",

@@ -17,11 +17,13 @@ import sys
 from pathlib import Path
 
 import huggingface_hub
+import nbformat
 import pico
 import pytest
 import seeing
 import torch
 from filelock import FileLock
+from nbclient import NotebookClient
 from peft import get_peft_model
 from tiny_model import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -145,6 +147,8 @@ def test_every_block_of_a_page_runs(page, clone):
 def test_links_lead_to_files(page):
     links = [page.parent / link for link in LINK.findall(page.read_text())]
     assert [str(link) for link in links if not link.exists()] == []
+    outside = [str(link) for link in links if link.suffix == ".md" and ROOT / "docs" not in link.resolve().parents]
+    assert page == ROOT / "README.md" or outside == [], "the site has no such page: link another kind of file"
 
 
 @pytest.mark.slow
@@ -156,3 +160,33 @@ def test_examples_run(name, clone, monkeypatch, capsys):
     if name == "qsvf":  # trained on the packed base, better on the whole one too
         losses = re.findall(r"loss .*: +([\d.]+) -> ([\d.]+)", capsys.readouterr().out)
         assert len(losses) == 2 and all(float(after) < float(before) for before, after in losses)
+
+
+NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
+
+
+def run_notebook(path):
+    """Run a notebook beside itself; return what it shows now and what it showed when it was written."""
+    notebook = nbformat.read(path, 4)
+    shown = [cell.get("outputs", []) for cell in notebook.cells]
+    client = NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": path.parent}}
+    )
+    client.execute()
+    return [cell.get("outputs", []) for cell in notebook.cells], shown
+
+
+def texts(outputs):
+    return [[output.get("text") or output["data"]["text/plain"] for output in part] for part in outputs]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(clone):
+    run_notebook(clone / "examples" / NOTEBOOK.name)
+
+
+@pytest.mark.real
+def test_the_notebook_shows_what_it_prints():
+    now, shown = run_notebook(NOTEBOOK)
+    written = ["".join("".join(part) for part in texts(outputs)) for outputs in (now, shown)]
+    assert written[0] == written[1], "jupyter execute --inplace examples/quickstart.ipynb"

@@ -16,15 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from peft_svf import SVFConfig, evaluation
-from peft_svf.evaluation import (
-    BaseText,
-    Summary,
-    choice_logps,
-    complete,
-    evaluate,
-    paired_difference,
-    wilson,
-)
+from peft_svf.evaluation import BaseText, Summary, choice_logps, complete, evaluate, paired_difference, wilson
 from peft_svf.evaluation.reading import cache_name
 from peft_svf.rows import check, prompt_text
 from peft_svf.rows import prompt_ids as encoded_prompts

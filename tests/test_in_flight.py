@@ -114,11 +114,14 @@ def test_in_flight_early_exit_and_two_passes_agree(model, way, passes, monkeypat
         assert mine["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-4)
 
 
-def test_assisted_decoding_agrees(model, passes):
+@pytest.mark.parametrize("helper", ["assistant", "prompt look-up"])
+def test_assisted_decoding_is_decided_before_and_agrees(model, helper, passes):
     inputs, greedy = batch(model, CHATS[:1]), {**MORE, "do_sample": False}
     expected = model.generate(**inputs, **greedy)
     assert passes["in flight"] == 1
-    assert torch.equal(model.generate(**inputs, **greedy, prompt_lookup_num_tokens=3), expected)
+    drafts = {"assistant_model": base()} if helper == "assistant" else {"prompt_lookup_num_tokens": 3}
+    output, (mixture,) = model.generate(**inputs, **greedy, **drafts, return_dispatch=True)
+    assert torch.equal(output, expected) and mixture.choice == CHOICES[0]
     assert passes == {"in flight": 1, "early exit": 1}
 
 

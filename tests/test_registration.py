@@ -69,7 +69,7 @@ def test_a_library_that_is_too_old_is_named_with_the_line_that_updates_it(name, 
 def test_push_is_wrapped_once_and_takes_svf_adapters_only(monkeypatch):
     calls = []
     monkeypatch.setattr(PeftModel, "push_to_hub", lambda self, repo_id, **kw: calls.append(("peft", repo_id, kw)))
-    monkeypatch.setattr(hub, "push_to_hub", lambda model, repo_id, **kw: calls.append(("svf", repo_id, kw)))
+    monkeypatch.setattr(hub, "push_expert", lambda model, repo_id, **kw: calls.append(("svf", repo_id, kw)))
     for _ in range(2):
         _registration.register()
     get_peft_model(build(), SVFConfig()).push_to_hub("me/svf", private=True)

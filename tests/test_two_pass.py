@@ -15,6 +15,7 @@ from transformers import DynamicCache, GenerationConfig, LlamaModel
 from peft_svf import Expert, ExpertLibrary, Mixture, Transformer2Model, two_pass
 from peft_svf.adaptation import FirstPass, Search, first_pass
 from peft_svf.pipeline import Transformer2Pipeline
+from peft_svf.tuner import plans as tuner_plans
 from peft_svf.tuner import rows as rows_module
 from peft_svf.tuner.layer import Linear, SVFLayer
 
@@ -206,7 +207,9 @@ def test_however_it_generates_rows_stay_with_their_mixtures(option, model, no_fi
     assert together == [answer for answered in singles for answer in answered]
 
 
-def test_the_weights_are_merged_where_the_rows_agree_and_many_tokens_are_to_come(model, monkeypatch):
+def test_merged_weights_serve_what_follows_a_new_mixtures_prompt_and_then_all_of_its_answers(model, monkeypatch):
+    monkeypatch.setattr(tuner_plans, "break_even", lambda *_: math.inf)  # tiny weights are merged for any prompt
+    model.library.model.base_model.set_plan("auto")  # nothing is merged
     chosen = []
     real = model.library.activate
     monkeypatch.setattr(model.library, "activate", lambda m, merge=False: chosen.append(merge) or real(m, merge))
@@ -216,19 +219,20 @@ def test_the_weights_are_merged_where_the_rows_agree_and_many_tokens_are_to_come
     many = two_pass.MERGE_FROM
     config = GenerationConfig(max_new_tokens=many, do_sample=False)
     try:
-        for settings, expert, merge, plan in [
-            ({"max_new_tokens": many}, "math", True, "merged"),
-            ({"max_new_tokens": many}, ["math"] * 3, True, "merged"),
-            ({"max_new_tokens": many}, ["math", "code", "math"], True, "factored"),
-            ({"max_new_tokens": many - 1}, "math", False, "narrow"),
-            ({"max_length": many + 30}, "math", True, "merged"),
-            ({"max_length": 30}, "math", False, "narrow"),
-            ({"generation_config": config}, "math", True, "merged"),
+        for settings, expert, merge, plan, later in [
+            ({"max_new_tokens": many}, "math", True, "narrow", "merged"),
+            ({"max_new_tokens": many}, ["math"] * 3, True, "merged", "merged"),
+            ({"max_new_tokens": many}, ["math", "code", "math"], True, "factored", "factored"),
+            ({"max_new_tokens": many - 1}, "math", False, "merged", "merged"),
+            ({"max_new_tokens": many - 1}, "code", False, "narrow", "narrow"),
+            ({"max_length": many + 30}, "code", True, "narrow", "merged"),
+            ({"max_length": 30}, "math", False, "narrow", "narrow"),
+            ({"generation_config": config}, "math", True, "narrow", "merged"),
         ]:
             chosen.clear(), plans.clear()
             ignored = {} if "generation_config" in settings else {"do_sample": False}
             model.generate(**inputs(), expert=expert, **settings, **ignored)
-            assert chosen == [merge] and set(plans) == {plan}, settings
+            assert chosen == [merge] and plans[0] == plan and {*plans[1:]} == {later}, (settings, plans)
     finally:
         hook.remove()
 

@@ -138,8 +138,9 @@ def _pushing(original: Any) -> Any:
     def push_to_hub(self: PeftModel, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         if self.peft_type != NAME:
             return original(self, repo_id, *args, **kwargs)
-        from .experts.hub import push_to_hub
+        from .experts.hub import push_expert
 
-        return push_to_hub(self, repo_id, *args, **kwargs)
+        kwargs.pop("max_shard_size", None)  # an expert is one file
+        return push_expert(self, repo_id, *args, **{k: value for k, value in kwargs.items() if value is not None})
 
     return push_to_hub

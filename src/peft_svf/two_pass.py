@@ -41,6 +41,7 @@ from .evaluation import Summary, choice_logps, confidence_of, context_of, wilson
 from .evaluation.reading import CACHES, evaluating
 from .experts.bundle import find_bundle, push_bundle, read_bundle, save_bundle
 from .experts.expert import OTHER, Mixture
+from .experts.key import RoutingKey
 from .experts.library import ExpertLibrary, Source, loaded
 from .rows import Prompt, Reader, Row, encode, tokenizer_of
 from .tasks import Task
@@ -119,9 +120,10 @@ class Transformer2Model:
             `ValueError`: without `model`, if the experts name none or several.
         """
         mixtures: Mapping[str, Mixture] = {}
+        keys: Mapping[str, RoutingKey | None] = {}
         if not experts and (folder := find_bundle(model or "", kwargs.get("revision"), kwargs.get("token"))):
             bundle = read_bundle(folder)
-            model, experts, mixtures = bundle.base_model, bundle.experts, bundle.mixtures
+            model, experts, mixtures, keys = bundle.base_model, bundle.experts, bundle.mixtures, bundle.keys
             parts = bundle.first_pass.items()
             settings: Any = {key: Probe.load(part) if isinstance(part, Path) else part for key, part in parts}
             classifier, first_pass = classifier or bundle.classifier, first_pass or FirstPass(**settings)
@@ -132,7 +134,7 @@ class Transformer2Model:
             kwargs = {"revision": revision, **kwargs} if revision else kwargs
         made = cls(*load_model(model, **kwargs), experts, classifier, first_pass, limit_bytes)
         for name, mixture in mixtures.items():
-            made.library.add_mixture(name, mixture)
+            made.library.add_mixture(name, mixture, keys.get(name))
         return made
 
     @property
@@ -387,7 +389,8 @@ class Transformer2Model:
         rows = [{"prompt": prompt, "choices": texts} for prompt, texts in zip(prompts, listed, strict=True)]
         with self.library.lock:
             if input_ids is None:
-                input_ids, attention_mask = encode(self.reader, prompts).values()
+                encoded = encode(self.reader, prompts)
+                input_ids, attention_mask = encoded["input_ids"], encoded["attention_mask"]
             mask = mask_of(self.library.model, input_ids, attention_mask)
             settings = self._settings_of(first_pass) if expert is None and mixture is None else None
             if settings is not None and settings.strategy == "key":  # reads the ids, as `generate` does
@@ -401,7 +404,7 @@ class Transformer2Model:
                 with self.library.activate(mixtures[places[0]]) as model, evaluating(model):
                     part = [rows[i] for i in places]
                     logps = choice_logps(model, self.reader, part, prompts=[ids[i] for i in places])
-                for i, row in zip(places, logps.double().softmax(-1).tolist(), strict=True):
+                for i, row in zip(places, logps.cpu().double().softmax(-1).tolist(), strict=True):
                     shares = dict(zip(listed[i], row, strict=False))  # rows with fewer choices are filled up
                     best = max(shares, key=lambda text: shares[text])
                     confidence = confidence_of(shares[best], len(shares))

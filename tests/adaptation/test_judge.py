@@ -89,10 +89,18 @@ def test_the_effect_of_a_block_is_that_of_an_expert_without_it(examples, library
             found = torch.stack([choice_logps(model, tokenizer, [row])[0] for row in rows])
         return (found.log_softmax(-1) if "label" in examples[0] else found)[:, 0]
 
-    whole, effects = logps(list(expert.offsets)), block_effects(library, tokenizer, "math", examples)
+    whole, effects = logps(list(expert.offsets)), block_effects(library, tokenizer, Mixture({"math": 1.0}), examples)
     assert list(effects) == ["all", *BLOCKS]
     for block, modules in kept.items():
         assert sorted(effects[block]) == pytest.approx(sorted((whole - logps(modules)).tolist()), abs=1e-4)
+
+
+def test_the_effects_of_a_mixture_are_those_of_the_expert_that_it_is(library):
+    mixture = Mixture({"math": 0.7, "code": -0.4})
+    one = replace(mixture.expert({name: library.expert(name) for name in library.names}), name="sum")
+    expected = block_effects(ExpertLibrary(base(), [one]), tokenizer, Mixture({"sum": 1.0}), ANSWERS)
+    found = block_effects(library, tokenizer, mixture, ANSWERS)
+    assert list(found) == list(expected) and all(found[b] == pytest.approx(expected[b], abs=1e-4) for b in found)
 
 
 def test_weights_per_block_move_that_block_alone(library):

@@ -91,22 +91,17 @@ def of_block(experts, block):
     return {name: replace(expert, key=replace(expert.key, block=block)) for name, expert in experts.items()}
 
 
+def with_key(experts, **changes):
+    return {**experts, "math": replace(experts["math"], key=replace(experts["math"].key, **changes))}
+
+
 ODD = {
     "a block that the model lacks": (lambda e: of_block(e, 9), r"Expert 'code': .*1 to 1 blocks.* not 9"),
     "none": (lambda e: {**e, "math": replace(e["math"], key=None)}, "'math' has no routing key"),
-    "another pooling": (
-        lambda e: {**e, "math": replace(e["math"], key=replace(e["math"].key, pooling="mean"))},
-        "routing keys of 'code' and 'math' can't be compared",
-    ),
+    "another pooling": (lambda e: with_key(e, pooling="mean"), "keys of 'code' and 'math' can't be compared"),
     "another base": (other_base, "Expert 'math': .*another base model"),
     "another width": (
-        lambda e: {
-            **e,
-            "math": replace(
-                e["math"], key=replace(e["math"].key, states=torch.ones(2, 5), anchor=torch.ones(5))
-            ),
-        },
-        "Expert 'math': .*width 5",
+        lambda e: with_key(e, states=torch.ones(2, 5), anchor=torch.ones(5)), "Expert 'math': .*width 5",
     ),
 }  # fmt: skip
 
@@ -165,3 +160,38 @@ def test_few_examples_point_to_the_expert_whose_prompts_they_resemble(experts):
     assert mixture.alpha == {"math": 1.0} and model.library.mixture("sums") == mixture
     assert max(mixture.probabilities, key=mixture.probabilities.get) == "math"
     assert model.adapt(examples, search=Search("key")).alpha == {"math": 1.0}
+
+
+# --- keys of named mixtures
+
+
+SUMS = [{"prompt": text, "answer": "x"} for text in ("HELP ME", "STOP", "GO AWAY")]
+
+
+@pytest.mark.parametrize("per_layer", [False, True], ids=["mixture", "expert"])
+def test_what_examples_made_is_chosen_for_requests_like_them(experts, per_layer):
+    model = Transformer2Model(tiny_experts.base(), tiny_tokenizer(), experts)
+    search = Search(population=4, iterations=1, elites=0.5, per_layer=per_layer)
+    made = model.adapt(SUMS, search=search, name="shouts", key=True, holdout=[])
+    asked = ["HELP ME", "def f():"]
+    shout, code = model.first_pass(asked)
+    assert (shout.choice, code.choice) == ("shouts", "code") and set(shout.probabilities) >= {"shouts", "other"}
+    assert shout.alpha == made.alpha and shout.record()["choice"] == "shouts"
+    inputs = {**model.tokenizer(asked[:1], return_tensors="pt"), "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(**inputs), model.generate(**inputs, mixture=made))
+    soft = model.first_pass(asked, dispatch_kwargs={"soft": True})[1]
+    shares = {n: p * made.alpha.get(n, 0.0) for n in ("math", "code") for p in [soft.probabilities["shouts"]]}
+    if not per_layer:
+        assert soft.alpha["code"] == pytest.approx(soft.probabilities["code"] + shares["code"])
+    model.library.remove("shouts")
+    assert "shouts" not in model.first_pass(asked)[0].probabilities
+
+
+def test_a_key_of_examples_needs_a_name_and_the_keys_of_all_experts(experts):
+    model = Transformer2Model(tiny_experts.base(), tiny_tokenizer(), experts)
+    with pytest.raises(ValueError, match="named mixture"):
+        model.adapt(SUMS, method="key", key=True)
+    model.library.add(replace(experts["code"], name="plain", key=None))
+    with pytest.raises(ValueError, match="'plain' has no routing key"):
+        model.adapt(SUMS, population=4, iterations=1, name="shouts", key=True)
+    assert not model.library.mixtures

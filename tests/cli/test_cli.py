@@ -243,7 +243,7 @@ def test_inspect_measures_and_draws_what_each_block_does_to_examples(home, tmp_p
     code, out, err = run(capsys, "inspect", home / "code", *asked)
     assert code == 0, err
     rows, model = read_examples(home / "rows.jsonl")[:3], loaded(home)
-    effects = block_effects(model.library, model.tokenizer, "code", rows)
+    effects = block_effects(model.library, model.tokenizer, Mixture({"code": 1.0}), rows)
     for block, effect in effects.items():
         assert re.search(rf"^{re.escape(block)} +{re.escape(f'{effect.mean():+.3f}')}", out, re.MULTILINE)
     assert (tmp_path / "blocks.png").read_bytes().startswith(b"\x89PNG")

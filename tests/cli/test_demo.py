@@ -6,6 +6,8 @@ import socket
 import sys
 from importlib.util import find_spec
 from itertools import pairwise
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 import tiny_experts
@@ -94,9 +96,10 @@ def test_reasons_of_a_first_pass_by_keys_have_the_distance_of_each_kind(folder):
 
 def test_the_picture_is_of_the_mixture_and_the_base_has_none(model):
     pytest.importorskip("matplotlib")
-    assert page.picture(model, Mixture()) is None
-    figure = page.picture(model, Mixture({"math": 0.5, "code": 0.5}))
-    assert "0.50 math + 0.50 code" in figure.axes[0].get_title()
+    assert page.picture(model, Mixture(), CHAT, "7") is None
+    assert page.picture(model, Mixture({"math": 1.0}), CHAT, " ") is None
+    figure = page.picture(model, Mixture({"math": 0.5, "code": 0.5}), CHAT, "7")
+    assert "0.50 math + 0.50 code" in figure.axes[0].get_title() and len(figure.axes[0].patches) == 2
 
 
 def test_a_search_shows_the_best_so_far_and_ends_with_what_adapt_returns(model, monkeypatch):
@@ -159,8 +162,8 @@ def test_the_page_answers_through_its_own_api(model, address, tmp_path, monkeypa
 
     monkeypatch.chdir(tmp_path)
     client = Client(address, verbose=False)
-    first, *_, last = client.submit("What is 3 + 4?", False, page.MIXED, 0.25, 0.75, api_name="/ask")
-    (left, right), (bars, why, picture) = last[1:3], first[3:]
+    first, *_, told, last = client.submit("What is 3 + 4?", False, page.MIXED, 0.25, 0.75, api_name="/ask")
+    (left, right), (bars, why, _), picture = told[1:3], first[3:], last[-1]
     assert shown(left)[-1] == alone(model, CHAT, {}).strip()
     mixture = {"code": 0.25, "math": 0.75}
     assert shown(right)[-1] == f"{alone(model, CHAT, mixture).strip()}\n\n*0.25 code + 0.75 math*"
@@ -170,8 +173,12 @@ def test_the_page_answers_through_its_own_api(model, address, tmp_path, monkeypa
     monkeypatch.setattr(page, "SEARCH", {"population": 4, "iterations": 1})
     text, way, *weights = client.predict(table, api_name="/adapt")
     client.close()
+    (tmp_path / "mine.txt").write_text("mine")
+    for path in (tmp_path / "mine.txt", "mine.txt", "/etc/hostname", model.library.expert("math").base_model):
+        with pytest.raises(HTTPError, match=r"40[34]"):
+            urlopen(f"{address}gradio_api/file={path}")
     assert way == page.MIXED and len(weights) == 2 and text
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def shown(chat) -> list[str]:
@@ -199,7 +206,7 @@ def test_in_a_browser_both_answers_appear_and_nothing_of_an_expert_runs(model, a
         (mixture,) = model.first_pass([CHAT])
         view.get_by_text(page.named(mixture.alpha), exact=True).first.wait_for()
         view.locator("input[type=range]").first.fill("0.5")
-        assert view.get_by_label(page.MIXED).is_checked()
+        playwright.expect(view.get_by_label(page.MIXED)).to_be_checked()
         assert view.title() == f"Experts of {tiny_experts.BASE}" and not errors
         wide = view.evaluate("document.documentElement.scrollWidth")
         assert wide <= 420  # nothing sticks out of a telephone

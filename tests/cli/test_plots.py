@@ -13,7 +13,6 @@ from peft_svf.cli.plots import (
     distances,
     draw_alpha,
     draw_decisions,
-    draw_distances,
     draw_effects,
     draw_layers,
     draw_probabilities,
@@ -69,15 +68,6 @@ def test_the_spectrum_is_cut_into_parts_whose_means_are_averaged_over_weights():
 
 
 # --- what is drawn
-
-
-def test_distances_are_drawn_as_they_are(axes):
-    found = expert(layers__0__up=3, layers__1__up=5, layers__1__q=7)
-    draw_distances(axes, found)
-    layers, kinds, table = distances(found)
-    drawn = torch.tensor(axes.images[0].get_array().filled(torch.nan))
-    assert torch.equal(drawn.isnan(), table.isnan()) and torch.equal(drawn.nan_to_num(), table.nan_to_num())
-    assert labels(axes.yaxis) == layers and labels(axes.xaxis) == kinds
 
 
 def test_effects_of_blocks_are_bars_with_the_interval_of_the_examples(axes):

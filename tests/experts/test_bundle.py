@@ -43,7 +43,8 @@ def model(base, tmp_path_factory):
     experts = {name: replace(Expert.load(path), key=keys[name]) for name, path in paths.items()}
     experts["odd/../name"] = experts["math"]
     model = Transformer2Model.from_pretrained(None, experts, classifier=classifier)
-    model.library.add_mixture("both", Mixture({"math": 0.7, "code": 0.3}))
+    shouts = make_key(tiny_experts.base(), tiny_tokenizer(), ["HELP ME", "STOP", "GO AWAY"])
+    model.library.add_mixture("both", Mixture({"math": 0.7, "code": 0.3}), shouts)
     return model
 
 

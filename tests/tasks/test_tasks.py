@@ -16,16 +16,7 @@ from pathlib import Path
 import pytest
 
 import peft_svf.tasks as registry
-from peft_svf.tasks import (
-    TASKS,
-    Task,
-    dispatch_prompt,
-    format_reward,
-    get_task,
-    jsonl_task,
-    register_task,
-    task_names,
-)
+from peft_svf.tasks import TASKS, Task, dispatch_prompt, format_reward, get_task, jsonl_task, register_task, task_names
 from peft_svf.tasks.competition_math import boxed
 from peft_svf.tasks.dispatch import everyday
 from peft_svf.tasks.own import same_answer
@@ -599,7 +590,7 @@ READ = {
         **{"8 + 3 =": 11, "8+3=12 apples": 11, "(6 * 12) - 30\nso 42": 42, "-3 + 2 × -4": -11, "7 / 2": 3.5},
         **{"$1,200 x 2.": 2400, "2 - 3 - 4": -5, "12 / 2 * 3": 18, "42": 42},
         **dict.fromkeys(["8 +", "8 3", "7 / (3 - 3)", "(8", "8)", "", "8 + three", "__import__('os')", "2 ** 9"]),
-        **dict.fromkeys(["(" * 5000, "1+" * 5000 + "1"]),
+        **dict.fromkeys(["+", "3 (4)", "(" * 5000, "1+" * 5000 + "1"]),
     },
     final_number: {
         **{"1,234,567": 1234567, "It costs $3.50.": 3.5, "So x = -7": -7, "from 3 to 5-2": 2, ".5": 0.5, "none": None},

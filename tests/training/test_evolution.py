@@ -22,13 +22,7 @@ from trainers import (
     same,
     trained_z,
 )
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3MoeConfig,
-)
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 
 from peft_svf import SVFConfig
 from peft_svf.evaluation import choice_logps

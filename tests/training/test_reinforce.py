@@ -41,12 +41,7 @@ from trainers import (
 from trl import GRPOTrainer
 
 from peft_svf import SVFConfig
-from peft_svf.training.reinforce import (
-    PromptFilter,
-    ReinforceConfig,
-    ReinforceTrainer,
-    advantages_of,
-)
+from peft_svf.training.reinforce import PromptFilter, ReinforceConfig, ReinforceTrainer, advantages_of
 
 # --- advantages
 

@@ -79,10 +79,7 @@ def test_async_rewards_tensors_and_missing_rewards_work(trainer_of, tmp_path):
 
 BAD_ROWS = {
     "an empty prompt": ([*TEXT_ROWS, {"prompt": "", "answer": "x"}], "Row 4 of the data has a prompt of 0 tokens"),
-    "a long prompt": (
-        [*TEXT_ROWS, {"prompt": "a " * 4000, "answer": "x"}],
-        "Row 4 .* but the model's context",
-    ),
+    "a long prompt": ([*TEXT_ROWS, {"prompt": "a " * 4000, "answer": "x"}], "Row 4 .* but the model's context"),
 }
 
 

@@ -121,7 +121,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_reads_the_answers_of_its_che
     whole = supervised_of(tmp_path / "whole", 2 * TEXT_ROWS, **settings)
     whole.retained_prompts = PROMPTS
     whole.train()
-    monkeypatch.setattr(retention, "complete", None)  # the answers aren't made again
+    monkeypatch.setattr(retention, "base_answers", None)  # the answers aren't made again
     again = supervised_of(tmp_path / "again", 2 * TEXT_ROWS, **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))  # two steps an epoch
     assert torch.equal(trained_z(again), trained_z(whole))

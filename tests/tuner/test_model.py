@@ -539,28 +539,12 @@ def test_layers_to_transform_applies_to_the_default_targets(kind, name):
 # --- bad input
 
 
-BAD_TARGETS = {
-    "unknown": ({}, {"target_modules": ["no_such_proj"]}, r"no_such_proj.* not found in the base model"),
-    "embedding": (
-        {},
-        {"target_modules": ["embed_tokens"]},
-        r"model\.embed_tokens is not supported: it is a Embedding",
-    ),
-    "norm after linears": (
-        {},
-        {"target_modules": ["q_proj", "post_attention_layernorm"]},
-        r"post_attention_layernorm is not supported",
-    ),
-    "tied head": (
-        {"tie_word_embeddings": True},
-        {"target_modules": ["up_proj", "lm_head"]},
-        r"lm_head is the output head and shares its weight",
-    ),
-    "NaN": (
-        {"hurt": True},
-        {"target_modules": ["up_proj", "v_proj"]},
-        r"^model\.layers\.1\.self_attn\.v_proj: .*NaN or",
-    ),
+BAD_TARGETS = {  # targets, message
+    "unknown": (["no_such_proj"], r"no_such_proj.* not found in the base model"),
+    "embedding": (["embed_tokens"], r"model\.embed_tokens is not supported: it is a Embedding"),
+    "norm after linears": (["q_proj", "post_attention_layernorm"], r"post_attention_layernorm is not supported"),
+    "tied head": (["up_proj", "lm_head"], r"lm_head is the output head and shares its weight"),
+    "NaN": (["up_proj", "v_proj"], r"^model\.layers\.1\.self_attn\.v_proj: .*NaN or"),
 }
 
 
@@ -568,9 +552,9 @@ BAD_TARGETS = {
 @pytest.mark.parametrize("case", BAD_TARGETS)
 @pytest.mark.parametrize("how", ["get_peft_model", pytest.param("add_adapter", marks=own_methods), "a second adapter"])
 def test_targets_that_cannot_be_adapted_are_refused_and_the_model_is_as_it_was(case, how):
-    base_kwargs, config, message = BAD_TARGETS[case]
-    base = build("llama", **{key: value for key, value in base_kwargs.items() if key != "hurt"})
-    if "hurt" in base_kwargs:
+    targets, message = BAD_TARGETS[case]
+    base = build("llama", tie_word_embeddings=case == "tied head")
+    if case == "NaN":
         base.model.layers[1].self_attn.v_proj.weight.data[0, 0] = float("nan")
     base.model.layers[0].requires_grad_(False)
     model = base
@@ -581,9 +565,9 @@ def test_targets_that_cannot_be_adapted_are_refused_and_the_model_is_as_it_was(c
     answer = logits(model)
     with pytest.raises(ValueError, match=message):
         if how == "get_peft_model":
-            get_peft_model(base, SVFConfig(**config))
+            get_peft_model(base, SVFConfig(target_modules=targets))
         else:
-            model.add_adapter(*["b"] * (model is not base), SVFConfig(**config))
+            model.add_adapter(*["b"] * (model is not base), SVFConfig(target_modules=targets))
     assert (set(svf_layers(model)), [parameter.requires_grad for parameter in model.parameters()]) == before
     torch.testing.assert_close(logits(model), answer, rtol=0, atol=0, equal_nan=True)
     if how == "a second adapter":
@@ -695,15 +679,11 @@ def test_offsets_and_gradients_of_a_named_adapter_are_trainable_after_loading(na
     assert all(layer.svf_offset[name].weight.grad is not None for layer in svf_layers(model).values())
 
 
-SELECTED = {
+Q_AND_V = {"target_modules": r".*\.0\.self_attn\.[qv]_proj"}
+SELECTED = {  # kind, config, what the names match whole, their number
     "a default is a regex": ("bert", {}, r"bert\.encoder\.layer\.[01]\.(intermediate|output)\.dense", 4),
     "excluded": ("llama", {"exclude_modules": ["layers.0.mlp.up_proj"]}, r"(?!.*0\.mlp\.up_proj).*\.mlp\..*", 5),
-    "a regex matches whole names": (
-        "llama",
-        {"target_modules": r".*\.0\.self_attn\.[qv]_proj"},
-        r".*\.0\..*[qv]_proj",
-        2,
-    ),
+    "a regex matches whole names": ("llama", Q_AND_V, r".*\.0\..*[qv]_proj", 2),
     "all linear without the head": ("llama", ALL_LINEAR, r"model\.layers\..*_proj", 14),
 }
 

@@ -322,12 +322,15 @@ def test_break_even_is_where_the_flops_of_both_plans_meet(long, r, k):
     assert min(through_D, through_factor) + min(thin, product) == pytest.approx(narrow, rel=1e-9)
 
 
-def test_auto_trains_small_steps_narrow_and_large_ones_merged_and_counts_accumulation():
+def test_auto_runs_few_tokens_narrow_and_many_merged_and_counts_accumulation():
     load = {"long": 1536, "r": 576, "k": 576, "training": True}
     edge = break_even(1536, 576, 576)
     assert choose("auto", Load(tokens=int(edge) - 1, **load)) == "narrow"
     assert choose("auto", Load(tokens=int(edge) + 1, **load)) == "merged"
     assert choose("auto", Load(tokens=10**6, room=False, **load)) == "narrow"
+    long_prompt = {**load, "training": False, "lasting": False}
+    assert choose("auto", Load(tokens=int(edge) - 1, **long_prompt)) == "narrow"
+    assert choose("auto", Load(tokens=int(edge) + 1, **long_prompt)) == "merged"
     adapter = get_peft_model(build("llama"), SVFConfig()).train()
     layer = next(iter(svf_layers(adapter).values()))
     adapter(**inputs(adapter))

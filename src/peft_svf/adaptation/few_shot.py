@@ -21,14 +21,14 @@ from transformers import PreTrainedTokenizerBase
 
 from ..evaluation import context_of, row_lengths
 from ..experts.expert import OTHER, Expert, Mixture
-from ..experts.key import key_ids
+from ..experts.key import RoutingKey, key_ids, make_key
 from ..experts.library import ExpertLibrary
 from ..rows import Reader, Row, check
 from ..tasks import Task
 from ..tuner.targets import block_of
 from .first_pass import FirstPass, decide
 from .judge import Evaluator, Judge, Weights, answer_row, digest_of_experts
-from .router import key_scores
+from .router import key_scores, keys_of
 from .search import Found, Judged, Score, Search, maximise
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ def few_shot(
     task: Task | None = None,
     holdout: Literal["leave-one-out"] | Iterable[Row] = LEAVE_ONE_OUT,
     name: str | None = None,
+    key: bool = False,
     state: str | PathLike[str] | None = None,
     evaluator: Evaluator | None = None,
     batch_size: int = 32,
@@ -70,6 +71,9 @@ def few_shot(
         name (`str`, *optional*):
             Name of the mixture in the library. `search.per_layer` needs it: the mixed z-vector becomes an expert of
             this name, and the mixture is that expert alone.
+        key (`bool`):
+            Make a routing key of the examples, so that the first pass `"key"` chooses what has the name for requests
+            that resemble them. Needs a name, and keys of all experts.
         state (`str` or path, *optional*): File from which the same call goes on after an interruption.
         evaluator (`Callable`, *optional*): Scores populations, as [`RayEvaluator`] does; default this process.
         generation: Arguments of `generate` for completions.
@@ -81,6 +85,14 @@ def few_shot(
         seen = _checked(library, tokenizer, examples, "Example")
         unseen = [] if holdout == LEAVE_ONE_OUT else _checked(library, tokenizer, holdout, "Held-out example", seen)
         weights, choices = _weights(library, search, name), "choices" in seen[0]
+        made = None
+        if key:
+            if not name:
+                raise ValueError("A routing key belongs to a named mixture: pass name=... with key=True.")
+            block, pooling = next(iter(keys_of(library).values())).how
+            prompts = [row["prompt"] for row in seen]
+            with library.activate(Mixture()) as model:
+                made = make_key(model, tokenizer, prompts, block=block, pooling=pooling)
         if generation and (choices or task is None):
             raise TypeError(f"few_shot has no argument {next(iter(generation))!r}: these examples generate nothing.")
 
@@ -104,10 +116,10 @@ def few_shot(
             facts |= {"tokens": found.tokens, "stopped": found.stopped, "iterations": len(found.history), "name": name}
             facts |= {"history": found.history, "examples": len(seen), "held_out": held_out, "score": list(score)}
             if search.per_layer:
-                return _as_expert(library, weights, vector, str(name), facts)
+                return _as_expert(library, weights, vector, str(name), facts, made)
             mixture = weights.mixture(vector, facts)
         if name:
-            library.add_mixture(name, mixture)
+            library.add_mixture(name, mixture, made)
         return mixture
 
 
@@ -235,7 +247,12 @@ def left_out(by_example: np.ndarray) -> Score:
 
 
 def _as_expert(
-    library: ExpertLibrary, weights: Weights, vector: np.ndarray, name: str, provenance: dict[str, Any]
+    library: ExpertLibrary,
+    weights: Weights,
+    vector: np.ndarray,
+    name: str,
+    provenance: dict[str, Any],
+    key: RoutingKey | None,
 ) -> Mixture:
     """Add the z-vector that weights per layer make to the library, as an expert; return a mixture of it alone."""
     by_block = weights.alpha(torch.tensor(vector, dtype=torch.float64)[None])[0]  # (blocks, experts)
@@ -254,7 +271,7 @@ def _as_expert(
     config = configs[0] | unset | targets | {"description": f"mixed per layer from {', '.join(weights.names)}"}
     rows = [dict(zip(weights.names, row, strict=True)) for row in by_block.tolist()]
     provenance = {**provenance, "layers": dict(zip(weights.blocks, rows, strict=True))}
-    library.add(Expert(name, offsets, config, provenance))
+    library.add(Expert(name, offsets, config, provenance, key))
     return Mixture({name: 1.0}, "few-shot", 1.0, {}, provenance)
 
 

@@ -8,6 +8,7 @@ temperature, a calibration or a probe can be fitted to a few prompts of known ki
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -169,8 +170,8 @@ def dispatch(
 
 
 def decide(library: ExpertLibrary, scores: Tensor, first_pass: FirstPass) -> list[Mixture]:
-    """Turn scores `(prompts, experts + 1)` into mixtures: the likeliest kind, or all by their probabilities."""
-    names, mixtures = [*library.names, OTHER], []
+    """Turn scores `(prompts, kinds)` into mixtures: the likeliest kind, or all by their probabilities."""
+    names, mixtures = _names(library, first_pass), list[Mixture]()
     for row in (scores.double() / first_pass.temperature).softmax(-1).tolist():
         n, best, probabilities = len(row), max(row), dict(zip(names, row, strict=True))
         choice = OTHER if row[-1] == best else names[row.index(best)]
@@ -180,8 +181,18 @@ def decide(library: ExpertLibrary, scores: Tensor, first_pass: FirstPass) -> lis
         else:
             mixed, alpha = first_pass.fallback == "mix", {}
         chosen = probabilities if mixed else alpha
-        mixtures.append(Mixture(chosen, first_pass.strategy, confidence, probabilities))
+        weights: dict[str, float] = defaultdict(float)
+        for kind, share in chosen.items():
+            for expert, weight in library.mixture(kind).alpha.items():
+                weights[expert] += share * weight
+        name = choice if choice in library.mixtures and chosen is alpha and alpha else ""
+        mixtures.append(Mixture(weights, first_pass.strategy, confidence, probabilities, name=name))
     return mixtures
+
+
+def _names(library: ExpertLibrary, first_pass: FirstPass) -> list[str]:
+    """List what a first pass chooses from: the experts, with keys also named mixtures, and `"other"`."""
+    return [*(library.keys if first_pass.strategy == "key" else library.names), OTHER]
 
 
 def kind_scores(
@@ -195,12 +206,12 @@ def kind_scores(
     Score each kind for each prompt; arguments as in [`dispatch`].
 
     Returns:
-        `torch.Tensor` of shape `(prompts, experts + 1)`, the experts by name and `"other"` last: logits, `-inf` for a
-        kind that the probe or calibration wasn't fitted to, or that the model didn't write.
+        `torch.Tensor` of shape `(prompts, kinds)`: experts by name, with keys also named mixtures, and `"other"` last.
+        Logits, `-inf` for a kind that the probe or calibration wasn't fitted to, or that the model didn't write.
     """
     with library.lock:
         first_pass.check(library)
-        names, kinds, fitted = [*library.names, OTHER], _kinds(library), first_pass.probe
+        names, kinds, fitted = _names(library, first_pass), _kinds(library), first_pass.probe
         if not prompts:
             return torch.zeros(0, len(names))
         if first_pass.strategy == "key":
@@ -382,8 +393,9 @@ def _check_kinds(
             "Fitting needs prompts with one kind each, and a first pass that scores all kinds; got "
             f"{len(prompts)} prompts, the kinds {kinds} and read={first_pass.reading!r}."
         )
-    library.check_experts({*(kinds or ())} - {OTHER})
-    return [*library.names, OTHER]
+    names = _names(library, first_pass)
+    library.check_experts({*(kinds or ())} - {*names})
+    return names
 
 
 def _check_context(model: Any, tokenizer: Reader, chats: Sequence[Prompt], room: int = 0) -> None:

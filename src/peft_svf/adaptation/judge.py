@@ -186,12 +186,12 @@ class Judge:
 def block_effects(
     library: ExpertLibrary,
     tokenizer: PreTrainedTokenizerBase,
-    name: str,
+    mixture: Mixture,
     examples: Sequence[Row],
     batch_size: int = 32,
 ) -> dict[str, np.ndarray]:
     """
-    Measure how much likelier an expert makes right answers than if z were 1 in one of its blocks.
+    Measure how much likelier a mixture makes right answers than if z were 1 in one of its blocks.
 
     Blocks work together, so their effects don't add up to that of all.
 
@@ -199,9 +199,11 @@ def block_effects(
         For `"all"` and for each block `(examples,)`, the difference in log-likelihood, or in log-probability of the
         right choice.
     """
-    blocks = tuple(dict.fromkeys(map(block_of, library.expert(name).offsets)))
-    members = np.stack([np.ones(len(blocks)), np.zeros(len(blocks)), *(1 - np.eye(len(blocks)))])
-    judge = Judge(library, tokenizer, Weights((name,), blocks), examples, batch_size=batch_size)
+    names, alpha = tuple(mixture.alpha), list(mixture.alpha.values())
+    blocks = tuple(dict.fromkeys(block_of(module) for name in names for module in library.expert(name).sizes))
+    kept = np.stack([np.ones(len(blocks)), np.zeros(len(blocks)), *(1 - np.eye(len(blocks)))])
+    members = np.einsum("mb,e->mbe", kept, alpha).reshape(len(kept), -1)  # (2 + blocks, blocks * experts)
+    judge = Judge(library, tokenizer, Weights(names, blocks), examples, batch_size=batch_size)
     logps = judge(members).by_example[..., 1]  # (2 + blocks, examples)
     return dict(zip(("all", *blocks), logps[0] - logps[1:], strict=True))
 

@@ -38,7 +38,7 @@ from .probe import temperature
 
 logger = logging.getLogger(__name__)
 EVERYDAY = Path(__file__).with_name("other.json")
-SHRINKAGE = 0.2  # The covariance moves by this share towards its mean variance.
+SHRINKAGE = 0.5  # The covariance moves by this share to its mean variance; chosen in benchmarks/routing.py.
 FOLDS = 5
 PLACE = "<request>"  # stands for the request in a chat template
 # Arguments of `generate` under which the first forward isn't the prompt's, or not the prompt's alone.
@@ -50,7 +50,7 @@ FAR = 5.0  # times the squared distance that 95 % of left-out states keep from t
 class Router:
     """Scores of kinds for pooled states."""
 
-    names: tuple[str, ...]  # the experts, and "other" last
+    names: tuple[str, ...]  # the experts, named mixtures, and "other" last
     means: Tensor  # (kinds, d)
     directions: Tensor  # (m, d), orthonormal
     variances: Tensor  # (m,), of the shared covariance along them
@@ -110,10 +110,14 @@ _KEPT: WeakKeyDictionary[ExpertLibrary, tuple[dict[str, RoutingKey], Router]] = 
 
 
 def keys_of(library: ExpertLibrary) -> dict[str, RoutingKey]:
-    """Return the routing key of each expert; a `ValueError` if one has none or reads otherwise than the others do."""
+    """
+    Return the routing keys of all experts and of named mixtures.
+
+    Raises a `ValueError` if an expert has none, or a key reads otherwise than the others do.
+    """
     keys: dict[str, RoutingKey] = {}
-    for name in library.names:
-        if (key := library.expert(name).key) is None:
+    for name, key in library.keys.items():
+        if key is None:
             raise ValueError(
                 f"The expert {name!r} has no routing key: make one of prompts that it is for, with peft-svf key or "
                 "make_key, or choose another first pass."

@@ -76,7 +76,14 @@ def demo(
     print(f"Open http://{host}:{port} in a browser; Ctrl-C ends it.", flush=True)
     font = gradio.themes.LocalFont("Source Sans Pro", weights=(400, 700))  # Gradio's 600 has no Latin
     theme = gradio.themes.Default(font=[font, "sans-serif"])
-    settings = {"share": False, "quiet": True, "show_error": True, "footer_links": [], "theme": theme}
+    settings = {
+        "share": False,
+        "quiet": True,
+        "show_error": True,
+        "footer_links": [],
+        "theme": theme,
+        "max_file_size": "1mb",
+    }
     page.launch(server_name=host, server_port=port, **settings)
 
 
@@ -143,7 +150,7 @@ def build(
         question.stop(None, cancels=[asking])
         gr.on([left.clear, right.clear], lambda: ([], [], []), outputs=chat, cancels=[asking])
         for slider in sliders:
-            slider.input(lambda: MIXED, outputs=way)
+            slider.input(None, outputs=way, js=f"() => '{MIXED}'")
         upload.upload(cells_of, upload, table)
         start.click(partial(adapt, model), table, [course, way, *sliders], api_name="adapt")
     return page
@@ -166,18 +173,20 @@ def ask(
     chats = [[*_chat(turns if sees else [], side), *_user(question)] for side in (1, 2)]
     chosen = dict(zip(model.library.names, weights, strict=True)) if way == MIXED else None
     (mixture,) = model.first_pass(chats[1:], mixture=chosen)
-    panel = shares_of(mixture), reasons(model, chats[1], mixture), picture(model, mixture)
+    panel = shares_of(mixture), reasons(model, chats[1], mixture), None
     for left, right in answers(model, chats, mixture, new_tokens):
         now = [*turns, (question, left, right, named(mixture.alpha))]
         yield "", now, _chat(now, 1), _chat(now, 2, signed=True), *panel
         panel = (gr.skip(),) * 3
+    yield (gr.skip(),) * 6 + (picture(model, mixture, chats[1], right),)
 
 
 def adapt(model: "Transformer2Model", table: Sequence[Sequence[str]]) -> Iterator[tuple[Any, ...]]:
     """Search the mixture that answers rows of request and answer; yield a text, that it is used, and its weights."""
     import gradio as gr
 
-    rows = [{"prompt": _user(text), "answer": answer} for text, answer in table if text.strip() and answer]
+    cells = [[str(cell or "").strip() for cell in row] for row in table]
+    rows = [{"prompt": _user(text), "answer": answer} for text, answer in cells if text and answer]
     if not rows:
         raise gr.Error("Give at least one request with its answer.", print_exception=False)
     for alpha, text in searched(model, rows):
@@ -241,16 +250,16 @@ def reasons(model: "Transformer2Model", chat: "Prompt", mixture: "Mixture") -> s
     return f"{text}\n\nDistance from the requests of each: {nearest}. If no expert is within 1, the base answers."
 
 
-def picture(model: "Transformer2Model", mixture: "Mixture") -> Any:
-    """Draw how far z is from 1 under a mixture; `None` for the base."""
-    from ..experts.expert import Expert
-    from .plots import draw_distances, new_figure
+def picture(model: "Transformer2Model", mixture: "Mixture", chat: "Prompt", answer: str) -> Any:
+    """Draw what each block of a mixture does to an answer; `None` for the base, or without an answer."""
+    from ..adaptation.judge import block_effects
+    from .plots import draw_effects, new_figure
 
-    if not mixture.alpha:
+    if not (mixture.alpha and answer.strip()):
         return None
-    offsets = mixture.offsets({name: model.library.expert(name) for name in mixture.alpha})
-    figure, (axes,) = new_figure(1)
-    draw_distances(axes, Expert(named(mixture.alpha), offsets))
+    effects = block_effects(model.library, model.tokenizer, mixture, [{"prompt": chat, "answer": answer}])
+    figure, (axes,) = new_figure(1, width=6)
+    draw_effects(axes, effects, named(mixture.alpha))
     return figure
 
 

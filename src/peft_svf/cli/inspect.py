@@ -67,11 +67,12 @@ def _show_effects(
     plot: Path | None,
 ) -> None:
     from ..adaptation.judge import block_effects
+    from ..experts.expert import Mixture
     from ..two_pass import Transformer2Model
 
     named = {expert.name: expert}
     two_pass = Transformer2Model(*load_base(named, model, revision, dtype), named)
-    effects = block_effects(two_pass.library, two_pass.tokenizer, expert.name, rows, batch_size)
+    effects = block_effects(two_pass.library, two_pass.tokenizer, Mixture({expert.name: 1.0}), rows, batch_size)
     print(f"\nright answers less likely by (nats), if z is 1 in a block, mean of {len(rows)} examples")
     show_table(["block", "nats"], [[block, f"{effect.mean():+.3f}"] for block, effect in effects.items()])
     if plot:

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -84,14 +84,7 @@ def distances(expert: Expert) -> tuple[list[str], list[str], Tensor]:
     return labels, kinds, table
 
 
-def draw_distances(axes: "Axes", expert: Expert) -> None:
-    """Draw mean abs(z - 1) of each layer and kind of weight of an expert; colours span the values that occur."""
-    layers, kinds, table = distances(expert)
-    _draw_table(axes, table, layers, kinds, "mean |z − 1|", None)
-    axes.set(ylabel="layer", title=f"{expert.name}: distance from the base")
-
-
-def draw_effects(axes: "Axes", effects: Mapping[str, Sequence[float]], name: str) -> None:
+def draw_effects(axes: "Axes", effects: Mapping[str, Any], name: str) -> None:
     """
     Draw what undoing each block of an expert costs, with 95 % intervals over examples.
 
@@ -109,7 +102,7 @@ def draw_effects(axes: "Axes", effects: Mapping[str, Sequence[float]], name: str
     axes.set(
         xlabel="block whose z is set back to 1",
         ylabel="right answers less likely by (nats)",
-        title=f"{name}: all blocks {total:+.2f} nats, {count} examples",
+        title=f"{name}: all blocks {total:+.2f} nats, {count} example{'s' * (count != 1)}",
     )
 
 

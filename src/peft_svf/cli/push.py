@@ -2,8 +2,8 @@
 """`push`: an expert -> a repository on the Hub, with what its card can show."""
 
 import json
+import shutil
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,14 +25,13 @@ def push(
     private: Annotated[bool, option("Make a private repository.", "--private")] = False,
 ) -> None:
     """
-    Upload an expert to the Hub with its card: how it was trained and measured, how to use it, and what z moved.
+    Upload an expert to the Hub with its card: how it was trained and measured, how to use it, what its blocks do.
     """
     from huggingface_hub import HfApi
 
     from ..experts.expert import Expert
     from ..experts.export import export_lora
     from ..experts.hub import PICTURE, base_id, push_expert
-    from .plots import draw_distances, new_figure
 
     if "/" not in repo:
         raise typer.BadParameter(f"{repo!r} isn't a repository: write ORG/NAME.")
@@ -41,10 +40,8 @@ def push(
     facts: Any = json.loads(result.read_text("utf-8")).get("card", {}) if result.is_file() else {}
     with tempfile.TemporaryDirectory() as scratch:
         beside = Path(scratch)
-        if find_spec("matplotlib"):
-            figure, (axes,) = new_figure(1)
-            draw_distances(axes, loaded)
-            figure.savefig(beside / PICTURE)
+        if (drawn := Path(expert) / PICTURE).is_file():  # by peft-svf inspect
+            shutil.copy(drawn, beside)
         if lora:
             rank = None if loaded.config.get("rank") else ENERGY  # a LoRA of rank k is exact
             base_model, _ = load_model(base, loaded.config.get("revision"), device="cpu")

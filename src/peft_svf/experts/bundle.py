@@ -22,6 +22,7 @@ from peft.utils import CONFIG_NAME
 from .. import files
 from .expert import Mixture, download
 from .hub import CARD_NAME, base_id, card_data, table, task_type, upload
+from .key import KEY_NAME, RoutingKey
 from .library import ExpertLibrary, Source
 
 BUNDLE_NAME = "transformer2_config.json"
@@ -56,6 +57,7 @@ class Bundle:
     experts: dict[str, Source]
     classifier: Source | None
     mixtures: dict[str, Mixture]
+    keys: dict[str, RoutingKey | None]  # of mixtures
     first_pass: dict[str, Any]  # settings; a `Path` is the folder of a part that was saved by itself
 
 
@@ -79,10 +81,15 @@ def save_bundle(
         if hasattr(value, "save"):
             value.save(target / key)
             settings[key] = {"folder": key}
+    mixtures = {name: asdict(mixture) for name, mixture in library.mixtures.items()}
+    for i, name in enumerate(mixtures):
+        if (routing := library.keys.get(name)) is not None:
+            mixtures[name]["key"] = f"mixtures/{i}"
+            files.write(target / mixtures[name]["key"] / KEY_NAME, routing.to_bytes())
     content = named | {
         "experts": places,
         "classifier": "classifier" if library.classifier else None,
-        "mixtures": {name: asdict(mixture) for name, mixture in library.mixtures.items()},
+        "mixtures": mixtures,
         "first_pass": settings,
         "versions": files.versions(),
     }
@@ -142,12 +149,15 @@ def read_bundle(folder: Path) -> Bundle:
             key: folder / os.path.basename(value["folder"]) if isinstance(value, dict) else value
             for key, value in content.get("first_pass", {}).items()
         }
+        mixtures = content.get("mixtures", {})
+        places = {name: os.path.basename(m.pop("key")) for name, m in mixtures.items() if "key" in m}
         return Bundle(
             content["base_model_name_or_path"],
             content.get("revision"),
             {name: place(source) for name, source in content["experts"].items()},
             place(content["classifier"]) if content.get("classifier") else None,
-            {name: Mixture(**mixture) for name, mixture in content.get("mixtures", {}).items()},
+            {name: Mixture(**mixture) for name, mixture in mixtures.items()},
+            {name: RoutingKey.load(folder / "mixtures" / place) for name, place in places.items()},
             first_pass,
         )
     except (AttributeError, KeyError, TypeError) as error:

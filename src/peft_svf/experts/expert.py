@@ -248,6 +248,7 @@ class Mixture:
         confidence (`float`): 0 (a guess) to 1 (certain), `(p - 1/n) / (1 - 1/n)` for the choice among n.
         probabilities (`dict[str, float]`): Probability of each expert and of `"other"`, if a first pass gave them.
         provenance (`dict`): Settings and scores of the search.
+        name (`str`): What the library calls it, if a first pass chose it by that.
     """
 
     alpha: dict[str, float] = field(default_factory=dict)
@@ -255,6 +256,7 @@ class Mixture:
     confidence: float = 1.0
     probabilities: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
 
     def __post_init__(self) -> None:
         _check_weights(self.alpha)
@@ -263,9 +265,9 @@ class Mixture:
 
     @property
     def choice(self) -> str:
-        """The expert with the largest weight, or `"other"` if the base has the most."""
+        """Its name, else the expert with the largest weight, or `"other"` if the base has the most."""
         shares = {**self.alpha, OTHER: 1 - sum(self.alpha.values())}
-        return max(shares, key=lambda name: shares[name])
+        return self.name or max(shares, key=lambda name: shares[name])
 
     def record(self) -> dict[str, Any]:
         """Return the decision with the fields of transformers' `decision` pipeline, and the weights."""

@@ -33,15 +33,16 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 
 from .. import files
 from .expert import Expert, download, read_config, read_offsets
-from .key import RoutingKey
+from .key import KEY_NAME, RoutingKey
 
 logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
-PICTURE = "z.png"
+PICTURE = "blocks.png"
 TEMPLATE = Path(__file__).with_name("expert_card.md")
 TAGS = ("svf", "transformer-squared", "z-vector")
 HIDDEN = {"value", "interval", "dataset", "benchmark"}  # keys of a result that get no column
@@ -72,7 +73,8 @@ def push_expert(
     """
     Upload an expert or SVF adapter: `adapter_config.json`, `adapter_model.safetensors`, `README.md`, in one commit.
 
-    What is wrong on this side is refused before anything is written to the Hub. The model stays as it is.
+    What is wrong on this side is refused before anything is written to the Hub. The model stays as it is. Picture
+    and LoRA of an earlier push go, and its routing key if an [`Expert`] is pushed: they may be another expert's.
 
     Args:
         model (`PeftModel` or [`Expert`]): Model with the adapter, or an expert, which brings its routing key along.
@@ -84,7 +86,7 @@ def push_expert(
         card (`ModelCard` or `str`, *optional*):
             Default: [`expert_card`]'s, unless the repository has a card that a person wrote, which stays.
         beside (`str` or path, *optional*):
-            Folder of more files. The card shows `z.png` and explains `lora/`, a folder of [`export_lora`].
+            Folder of more files. The card shows `blocks.png` and explains `lora/`, a folder of [`export_lora`].
         facts_and_options:
             `task`, `training`, `results`, `license` and `tags` of [`expert_card`]; `commit_message`,
             `commit_description`, `private`, `token`, `revision` and `create_pr` as in `huggingface_hub.HfApi`.
@@ -113,7 +115,8 @@ def push_expert(
         made = expert_card(folder, repo_id=repo_id, base_dtype=getattr(base, "dtype", None), **facts)
         (folder / CARD_NAME).write_text(str(card or made), encoding="utf-8")
         _write_benchmarks(folder, facts.get("results") or ())
-        return upload(folder, repo_id, keeps_card=card is None, **options)
+        stale = [PICTURE, "lora/*", *[KEY_NAME] * isinstance(model, Expert)]
+        return upload(folder, repo_id, keeps_card=card is None, stale=stale, **options)
 
 
 def upload(
@@ -121,6 +124,7 @@ def upload(
     repo_id: str,
     *,
     keeps_card: bool = True,
+    stale: Sequence[str] = (),
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
@@ -128,7 +132,11 @@ def upload(
     commit_message: str | None = None,
     commit_description: str | None = None,
 ) -> CommitInfo:
-    """Upload a folder in one commit, into a repository that is made if need be; `keeps_card` for a person's card."""
+    """
+    Upload a folder in one commit, into a repository that is made if need be.
+
+    `keeps_card` leaves a person's card, and `stale` names files that go if the folder has none of them.
+    """
     api = HfApi(library_name="peft_svf", token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not create_pr and not revision.startswith("refs/"):
@@ -137,20 +145,12 @@ def upload(
         repo_id=repo_id,
         folder_path=folder,
         ignore_patterns=[CARD_NAME] if keeps_card and _has_other_card(repo_id, revision, token) else None,
+        delete_patterns=[*stale],
         revision=revision,
         create_pr=create_pr,
         commit_message=commit_message,
         commit_description=commit_description,
     )
-
-
-def push_to_hub(model: PeftModel, repo_id: str, *, max_shard_size: Any = None, **kwargs: Any) -> CommitInfo:
-    """
-    Do what `model.push_to_hub(repo_id, ...)` does for an SVF adapter; `import peft_svf` puts it there.
-
-    An expert is one file, so transformers' `max_shard_size` has no effect.
-    """
-    return push_expert(model, repo_id, **{key: value for key, value in kwargs.items() if value is not None})
 
 
 def expert_card(
@@ -280,8 +280,8 @@ def _lora(folder: Path) -> dict[str, float] | None:
     """Return the rank of a LoRA beside an expert, and the largest share of a kind's change that it leaves out."""
     if not folder.is_dir():
         return None
-    metadata = files.metadata_of((folder / SAFETENSORS_WEIGHTS_NAME).read_bytes())
-    kinds = json.loads(metadata["relative_error"]).values()
+    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+        kinds = json.loads(file.metadata()["relative_error"]).values()
     return {key: max(kind[key] for kind in kinds) for key in ("rank", "error")}
 
 

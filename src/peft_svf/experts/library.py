@@ -29,6 +29,7 @@ from ..tuner.loading import remove
 from ..tuner.rows import active_rows
 from .base import refuse_adapters, weights_in
 from .expert import OTHER, Expert, Mixture, SavedOffsets
+from .key import RoutingKey
 
 Source = str | PathLike[str] | Expert
 CLASSIFIER = "classifier: "  # prefix that keeps the classifier's name from clashing with an expert's
@@ -75,6 +76,7 @@ class ExpertLibrary:
         self._open: tuple[Any, ...] = ()  # the tasks whose `activate` contexts are open, the innermost last
         self._experts: dict[str, Expert] = {}
         self._mixtures: dict[str, Mixture] = {}
+        self._keys: dict[str, RoutingKey] = {}  # of mixtures
         self._loaded: OrderedDict[str, dict[str, Tensor]] = OrderedDict()  # the one used longest ago first
         self._hosts: list[str] = []
         lazy = limit_bytes is not None
@@ -119,6 +121,11 @@ class ExpertLibrary:
     def mixtures(self) -> dict[str, Mixture]:
         """The named mixtures, sorted."""
         return dict(sorted(self._mixtures.items()))
+
+    @property
+    def keys(self) -> dict[str, RoutingKey | None]:
+        """The routing key of each expert, `None` if it has none, and those of the named mixtures that have one."""
+        return {**{name: self._experts[name].key for name in self.names}, **dict(sorted(self._keys.items()))}
 
     @property
     def choices(self) -> list[str]:
@@ -172,17 +179,20 @@ class ExpertLibrary:
             undo.pop_all()
         return expert.name
 
-    def add_mixture(self, name: str, mixture: Mixture | str | PathLike[str]) -> None:
+    def add_mixture(self, name: str, mixture: Mixture | str | PathLike[str], key: RoutingKey | None = None) -> None:
         """
         Add a mixture, or one from a file that [`Mixture.save`] wrote: requests may name it like an expert.
 
-        No first pass chooses it. Raises `ValueError` if the name is taken or an expert of the mixture isn't here.
+        The first pass `"key"` chooses it if it has a routing key. Raises `ValueError` if the name is taken or an
+        expert of the mixture isn't here.
         """
         mixture = mixture if isinstance(mixture, Mixture) else Mixture.load(mixture)
         with self.lock:
             self.check_name(name)
             self.check_experts(mixture.alpha)
             self._mixtures[name] = mixture
+            if key is not None:
+                self._keys[name] = key
 
     def remove(self, name: str) -> None:
         """
@@ -194,6 +204,7 @@ class ExpertLibrary:
         with self.lock:
             if name in self._mixtures:
                 del self._mixtures[name]
+                self._keys.pop(name, None)
                 return
             self.check_experts([name])
             uses = [f"in the mixture {key!r}: remove that" for key, m in self._mixtures.items() if name in m.alpha]
@@ -216,8 +227,8 @@ class ExpertLibrary:
             mixtures ([`Mixture`] or a list of them):
                 What to activate; a list has one for each row.
             merge (`bool`):
-                Many forwards will follow: if the rows agree, run them on a merged copy of the weights. It costs a
-                second copy of the adapted weights, and the time to make it if the mixture differs from the last.
+                Many forwards will follow: if the rows agree, run all but the first on a merged copy of the weights.
+                It costs a second copy of the adapted weights, and time to make it if the last mixture was another.
 
         Raises:
             `ValueError`: if a mixture names an expert that isn't here, or adapters are merged or disabled.
@@ -306,8 +317,7 @@ class ExpertLibrary:
         """Check an expert against the base model, give the model the layers it needs, and list it."""
         names = weights_in(self.model, expert.config)
         sizes = {names.get(module, module): size for module, size in expert.sizes.items()}
-        bases = ((name, layer, layer.svf_basis) for name, layer in self.layers().items())
-        widths = {name: layer.size_of(Q.shape[-1]) for name, layer, Q in bases if Q is not None}
+        widths = {name: layer.size_of(layer.columns) for name, layer in self.layers().items() if layer.columns}
         if all(size <= widths.get(module, 0) for module, size in sizes.items()):
             weights = {name: layer.svf_fingerprint for name, layer in self.layers().items() if layer.svf_fingerprint}
             here = getattr(self.model.get_base_model(), "name_or_path", "") or type(self.model).__name__
@@ -395,7 +405,7 @@ def _own(model: PreTrainedModel | PeftModel) -> list[Expert]:
         if name.startswith(HOST):
             continue
         paths = {weight: path for path, weight in weights_in(model, config.to_dict()).items()}
-        layers: dict[str, Any] = {n: layer for n, layer in svf_weights(model).items() if name in layer.svf_offset}
+        layers = {n: layer for n, layer in svf_weights(model).items() if name in layer.svf_offset}
         values = {n: layer.svf_offset[name].weight.detach().float().cpu().clone() for n, layer in layers.items()}
         prints = {n: layer.svf_fingerprint.to_json() for n, layer in layers.items() if layer.svf_fingerprint}
         base = config.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", None)

@@ -110,6 +110,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
     _pristine: Any = None  # what merging has replaced
     _planned_for: tuple[Tensor, ...] = ()  # the base parameter when the plan was set, see `_plain`
     _ran = 0  # number of the model's call in which this layer ran last
+    _met: Rows | None = None  # the rows of the last forward that was planned
 
     def __init__(
         self,
@@ -147,6 +148,11 @@ class SVFLayer(nn.Module, BaseTunerLayer):
     def directions(self) -> int:
         """The number `r = min(out, in)` of singular values of the weight."""
         return min(self.in_features, self.out_features)
+
+    @property
+    def columns(self) -> int:
+        """The number of directions in the basis, 0 without one."""
+        return 0 if self.svf_basis is None else self.svf_basis.shape[-1]
 
     @property
     def base_weight(self) -> Tensor:
@@ -211,7 +217,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy builds again what is kept for speed."""
-        return self.__dict__ | {"svf_merged": None, "svf_factored": None, "_compiled_call_impl": None}
+        return self.__dict__ | {"svf_merged": None, "svf_factored": None, "_met": None, "_compiled_call_impl": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -445,7 +451,7 @@ class Linear(SVFLayer):
             same = rows is not None and self.svf_chosen == "factored"
             return kept if same and kept.knows((rows, x.shape[:-1], execution.batch), rows.offsets) else None  # type: ignore[union-attr]
         if rows is not None:
-            return kept if rows.lasting and len(rows.offsets) == 1 and kept.holds(rows.offsets[0]) else None
+            return kept if len(rows.offsets) == 1 and kept.holds(rows.offsets[0]) else None
         return kept if execution.trusted or kept.holds(self._active_offset()) else None
 
     def _plan(self, x: Tensor, offset: Tensor, rows: Rows | None) -> Plan:
@@ -462,7 +468,7 @@ class Linear(SVFLayer):
             training=self.training and offset.requires_grad and not execution.generating,
             rows=rows is not None and rows.mixed,
             base_rows=rows is not None and rows.any_base,
-            lasting=rows is None or rows.lasting,
+            lasting=rows is None or self._lasts(offset, rows),
             room=execution.room,
             precise=torch.finfo(self._basis().dtype).eps <= torch.finfo(self.base_layer.weight.dtype).eps,
         )
@@ -471,6 +477,15 @@ class Linear(SVFLayer):
             execution.announced.add(chosen)
             logger.info(f"SVF plan {chosen!r} of {execution.plan!r} for {load}.")
         return chosen
+
+    def _lasts(self, offset: Tensor, rows: Rows) -> bool:
+        """
+        Whether a merged copy serves these rows: it is there, or this is their second forward of many.
+
+        The first reads a prompt, and the first token shouldn't wait until all weights are merged.
+        """
+        met, self.__dict__["_met"] = self._met, rows  # the short way around `nn.Module.__setattr__`
+        return (self.svf_merged is not None and self.svf_merged.holds(offset)) or (rows.lasting and met is rows)
 
     def _plain(self) -> bool:
         """
@@ -515,7 +530,8 @@ class Linear(SVFLayer):
             return self.svf_merged
 
     def extra_repr(self) -> str:
-        kept = self.directions if self.svf_basis is None else self.svf_basis.shape[-1]
         chosen = f" ({self.svf_chosen})" if self.execution.plan == "auto" and self.svf_chosen else ""
-        svf = f"side={self.side!r}, directions={kept}, plan={self.execution.plan + chosen!r}"
+        svf = (
+            f"side={self.side!r}, directions={self.columns or self.directions}, plan={self.execution.plan + chosen!r}"
+        )
         return ", ".join(filter(None, [quantization_extra_repr(self), svf]))

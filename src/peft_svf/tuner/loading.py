@@ -169,12 +169,11 @@ class AdapterLoader(BaseTuner):
         Weights on the meta device get their basis once they are loaded, by the next forward of the `PeftModel`.
         """
         config = next(iter(self.peft_config.values()))  # The first adapter of a model decides for all.
-        layers: dict[str, tuple[Any, int]] = {}
+        layers: dict[str, tuple[SVFLayer, int]] = {}
         waiting = False
-        layer: Any
         for name, layer in svf_layers(self.model).items():
             needed = max((len(offset.weight) // layer.matrices for offset in layer.svf_offset.values()), default=0)
-            if needed > (0 if layer.svf_basis is None else layer.svf_basis.shape[-1]):
+            if needed > layer.columns:
                 if absent(layer):
                     waiting = True
                 else:
@@ -189,9 +188,9 @@ class AdapterLoader(BaseTuner):
             basis, fingerprint = known[name]
             if layer.svf_fingerprint is not None and layer.svf_fingerprint.sha256 != fingerprint.sha256:
                 raise ValueError(
-                    f"An adapter has brought {layer.svf_basis.shape[-1]} directions of {name} along, and {needed} are "
-                    "needed now: those of this base would be others. Load it on a base of its own, or ship all "
-                    "directions (an adapter with rank=None and save_basis=True)."
+                    f"An adapter has brought {layer.columns} directions of {name} along, and {needed} are needed now: "
+                    "those of this base would be others. Load it on a base of its own, or ship all directions (an "
+                    "adapter with rank=None and save_basis=True)."
                 )
             layer.svf_fingerprint = fingerprint
             Q = basis.Q if needed == basis.Q.shape[-1] else basis.Q[..., :needed].clone()
@@ -283,7 +282,6 @@ class AdapterLoader(BaseTuner):
         """
         key, prefix = f"svf_offset.{adapter_name}.weight", PREFIX if isinstance(model, PeftModel) else ""
         tensors, fingerprint = {}, Recorded()
-        layer: Any
         for name, layer in svf_layers(model).items():
             if adapter_name not in layer.svf_offset:
                 continue
@@ -333,7 +331,6 @@ def _checked_keys(
     base, prefix = (model.get_base_model(), PREFIX) if isinstance(model, PeftModel) else (model, "")
     backbone = f"{getattr(base, 'base_model_prefix', '')}."
     renamed = {}
-    layer: Any
     for name, layer in svf_layers(model).items():
         if adapter_name not in layer.svf_offset:
             continue
@@ -352,7 +349,7 @@ def _checked_keys(
     return renamed
 
 
-def _check_shape(adapter_name: str, name: str, layer: Any, Q: Tensor, S: Tensor) -> None:
+def _check_shape(adapter_name: str, name: str, layer: SVFLayer, Q: Tensor, S: Tensor) -> None:
     """Raise `ValueError` if a basis from a file can't be that of a layer, or has fewer columns than z moves."""
     lead = tuple(layer.base_weight.shape[:-2])
     k = len(layer.svf_offset[adapter_name].weight) // layer.matrices

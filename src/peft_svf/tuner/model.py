@@ -264,7 +264,8 @@ class SVFModel(AdapterLoader):
                 stack.enter_context(self._calling(batch_of(args, texts)))
             if names is not None:
                 layers = svf_layers(self.model)
-                self._check_names(names, batch_of(args, kwargs))
+                if wrong := self._wrong_names(names, batch_of(args, kwargs)):
+                    raise ValueError(wrong)
                 unique = list(dict.fromkeys(names))
                 offsets = {name: layer.named_offsets(unique) for name, layer in layers.items()}
                 index = torch.tensor([unique.index(name) for name in names])
@@ -277,21 +278,21 @@ class SVFModel(AdapterLoader):
                         stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
 
-    def _check_names(self, names: list[str], batch: tuple[int, int | None] | None) -> None:
-        """Raise `ValueError`, in PEFT's words, for `adapter_names` that can't be served."""
+    def _wrong_names(self, names: list[str], batch: tuple[int, int | None] | None) -> str:
+        """Return why `adapter_names` can't be served, in PEFT's words, or nothing."""
         layers, rows = svf_layers(self.model).values(), batch[0] if batch else len(names)
-        unknown = sorted(set(names) - {BASE}.union(*(layer.svf_offset for layer in layers)))
-        checks = {
-            "Cannot pass `adapter_names` when the model is in training mode.": self.training,
-            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}": unknown,
-            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.": any(
-                layer.merged for layer in layers
-            ),
-            "Length of `adapter_names` should be the same as the number of inputs, "
-            f"but got {len(names)} and {rows} respectively.": len(names) != rows,
-        }
-        for message in (message for message, wrong in checks.items() if wrong):
-            raise ValueError(message)
+        if self.training:
+            return "Cannot pass `adapter_names` when the model is in training mode."
+        if unknown := sorted(set(names) - {BASE}.union(*(layer.svf_offset for layer in layers))):
+            return f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}"
+        if any(layer.merged for layer in layers):
+            return "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        if len(names) != rows:
+            return (
+                "Length of `adapter_names` should be the same as the number of inputs, "
+                f"but got {len(names)} and {rows} respectively."
+            )
+        return ""
 
     def _begin_first(self, *_: Any) -> None:
         self._first.enter_context(self._calling(None))

@@ -46,7 +46,7 @@ class Load:
     training: bool = False  # a backward pass through z is to be expected, and another z after it
     rows: bool = False  # the rows of the batch have their own z
     base_rows: bool = False  # some of these rows are the base model
-    lasting: bool = True  # the same z serves many forwards, as it does in generation
+    lasting: bool = True  # the same z serves many forwards, as it does in generation, or is merged already
     room: bool = True  # there is memory for a second weight
     precise: bool = True  # the basis is as precise as the weight: what is lost of `Q Q^T = I` the factored plan loses
 
@@ -82,7 +82,7 @@ def choose(plan: Plan, load: Load) -> Plan:
         return "narrow"
     if load.training:
         return "merged" if load.tokens >= break_even(load.long, load.r, load.k) else "narrow"
-    return "merged" if load.lasting else "narrow"
+    return "merged" if load.lasting or load.tokens >= break_even(load.long, load.r, load.k) else "narrow"
 
 
 @dataclass
