@@ -169,13 +169,17 @@ def throughput(load: Load) -> dict[str, Any]:
 
 
 def first_token(load: Load) -> dict[str, Any]:
-    """Measure seconds to the first text."""
+    """Measure seconds to the first text, and the server's CPU seconds until the last client has one."""
     seconds = {}
     for clients in (1, 8, 32):
-        rounds = [sorted(at_once(clients, load.wait, load.mixtures(clients))) for _ in range(load.repetitions)]
+        rounds, cpu = [], []
+        for _ in range(load.repetitions):
+            used = load.cpu()
+            rounds.append(sorted(at_once(clients, load.wait, load.mixtures(clients))))
+            cpu.append(load.cpu() - used)
         medians = [statistics.median(taken) for taken in rounds]
-        seconds[clients] = {"median": statistics.median(medians), "medians": medians, "rounds": rounds}
-        print(f"{clients:3} clients: {', '.join(f'{median:.2f}' for median in medians)} s", flush=True)
+        seconds[clients] = {"median": statistics.median(medians), "medians": medians, "cpu": cpu, "rounds": rounds}
+        print(f"{clients:3} clients: {', '.join(f'{m:.2f}' for m in medians)} s, CPU {statistics.median(cpu):.2f} s")
     return {"seconds": seconds}
 
 

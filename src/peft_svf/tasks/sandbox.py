@@ -231,13 +231,8 @@ def _mode() -> str:
     """Return the closest mode that can start a Python here: kernels and containers may refuse namespaces."""
     for mode in MODES[:-1]:
         with tempfile.TemporaryDirectory(prefix="svf-sandbox-") as folder, suppress(OSError):
-            command = [*_command(mode, folder), "-c", "pass"]
-            if (
-                subprocess.run(
-                    command, stdin=subprocess.DEVNULL, capture_output=True, env={"PATH": TOOLS}, timeout=10
-                ).returncode
-                == 0
-            ):
+            command, quiet = [*_command(mode, folder), "-c", "pass"], subprocess.DEVNULL
+            if subprocess.call(command, stdin=quiet, stdout=quiet, stderr=quiet, env={"PATH": TOOLS}, timeout=10) == 0:
                 return mode
     return "none"
 

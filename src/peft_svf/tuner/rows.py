@@ -37,8 +37,9 @@ class Rows:
 
     def __eq__(self, other: object) -> bool:
         """Whether the same tensors are set again, as in each step of a server's batch."""
-        same = isinstance(other, Rows) and self.offsets is other.offsets and self.index is other.index
-        return same and self.indexed == other.indexed
+        if not isinstance(other, Rows) or self.indexed != other.indexed:
+            return False
+        return self.offsets is other.offsets and self.index is other.index
 
     @property
     def mixed(self) -> bool:
