@@ -332,7 +332,9 @@ def unseen_tables(results: Mapping[str, Result]) -> dict[str, str]:
         answers.append([way, *(with_gain(*pair) for pair in cells)])
     sizes = ["questions", *(results[f"few_shot-{task}-base"]["n"] for task in UNSEEN)]
     ttft = [r for name, r in results.items() if name.startswith("routing/ttft-")]
-    parts = [(f"{part}, {r['rows']} at once", r["over_base"][part]) for part in ("first", "later") for r in ttft]
+    memory = results["routing/memory"]
+    tokens = [(part, r) for part in ("first", "second", "later") for r in ttft]
+    parts = [(f"{part}, {r['rows']} at once", r["over_base"][part]) for part, r in tokens]
     contestants = [way for way in (parts[0][1] if parts else ()) if way != "base"]
     slower = [[way, *("{:.2f} [{:.2f}, {:.2f}]".format(*part[way]) for _, part in parts)] for way in contestants]
     chosen = json.loads((RESULTS / "demo" / "routing.json").read_text())["chosen"].items()
@@ -345,6 +347,8 @@ def unseen_tables(results: Mapping[str, Result]) -> dict[str, str]:
         "failing": ", ".join(failing),
         "shrunk": ", ".join(f"{r['shrinkage']}: {r['accuracy']:.3f}" for r in shrunk),
         "first_token": written_table(["", *(name for name, _ in parts)], slower),
+        "memory": f"{memory['rows']} prompts of at most {memory['tokens']} tokens takes {memory['early_exit_mb']:.0f} "
+        f"MB at its peak beyond the model, the base's own first token {memory['base_mb']:.0f} MB",
         "machine_ttft": ", ".join({r["machine"]["processor"] for r in ttft}),
         "routing": "; ".join(
             f"*{kind}* " + ", ".join(f"{name} {count}" for name, count in counts.items()) for kind, counts in chosen

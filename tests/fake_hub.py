@@ -202,6 +202,8 @@ class _Handler(BaseHTTPRequestHandler):
             entry = json.loads(line)
             if entry["key"] == "header":
                 header = entry["value"]
+            elif entry["key"] == "deletedFile":
+                del files[entry["value"]["path"]]
             else:
                 content = base64.b64decode(entry["value"]["content"])
                 files[entry["value"]["path"]] = self.hub.store_blob(content)

@@ -61,6 +61,8 @@ def test_choices_are_for_texts_and_a_picture_is_refused(made):
     assert output["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-5)
     with pytest.raises(ValueError, match="this request has an image"):
         made.pipe(text=chats()[0], choices=["yes", "no"], expert="math")
+    with pytest.raises(ValueError, match="has an image"):
+        made.pipe.model.choose(chats()[:1], ["yes", "no"], expert="math")
 
 
 # --- outputs

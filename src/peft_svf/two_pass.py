@@ -389,7 +389,8 @@ class Transformer2Model:
         rows = [{"prompt": prompt, "choices": texts} for prompt, texts in zip(prompts, listed, strict=True)]
         with self.library.lock:
             if input_ids is None:
-                input_ids, attention_mask = encode(self.reader, prompts).values()
+                encoded = encode(self.reader, prompts)
+                input_ids, attention_mask = encoded["input_ids"], encoded["attention_mask"]
             mask = mask_of(self.library.model, input_ids, attention_mask)
             settings = self._settings_of(first_pass) if expert is None and mixture is None else None
             if settings is not None and settings.strategy == "key":  # reads the ids, as `generate` does
@@ -403,7 +404,7 @@ class Transformer2Model:
                 with self.library.activate(mixtures[places[0]]) as model, evaluating(model):
                     part = [rows[i] for i in places]
                     logps = choice_logps(model, self.reader, part, prompts=[ids[i] for i in places])
-                for i, row in zip(places, logps.double().softmax(-1).tolist(), strict=True):
+                for i, row in zip(places, logps.cpu().double().softmax(-1).tolist(), strict=True):
                     shares = dict(zip(listed[i], row, strict=False))  # rows with fewer choices are filled up
                     best = max(shares, key=lambda text: shares[text])
                     confidence = confidence_of(shares[best], len(shares))

@@ -37,7 +37,7 @@ from safetensors import safe_open
 
 from .. import files
 from .expert import Expert, download, read_config, read_offsets
-from .key import RoutingKey
+from .key import KEY_NAME, RoutingKey
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,8 @@ def push_expert(
     """
     Upload an expert or SVF adapter: `adapter_config.json`, `adapter_model.safetensors`, `README.md`, in one commit.
 
-    What is wrong on this side is refused before anything is written to the Hub. The model stays as it is.
+    What is wrong on this side is refused before anything is written to the Hub. The model stays as it is. Picture
+    and LoRA of an earlier push go, and its routing key if an [`Expert`] is pushed: they may be another expert's.
 
     Args:
         model (`PeftModel` or [`Expert`]): Model with the adapter, or an expert, which brings its routing key along.
@@ -114,7 +115,8 @@ def push_expert(
         made = expert_card(folder, repo_id=repo_id, base_dtype=getattr(base, "dtype", None), **facts)
         (folder / CARD_NAME).write_text(str(card or made), encoding="utf-8")
         _write_benchmarks(folder, facts.get("results") or ())
-        return upload(folder, repo_id, keeps_card=card is None, **options)
+        stale = [PICTURE, "lora/*", *[KEY_NAME] * isinstance(model, Expert)]
+        return upload(folder, repo_id, keeps_card=card is None, stale=stale, **options)
 
 
 def upload(
@@ -122,6 +124,7 @@ def upload(
     repo_id: str,
     *,
     keeps_card: bool = True,
+    stale: Sequence[str] = (),
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
@@ -129,7 +132,11 @@ def upload(
     commit_message: str | None = None,
     commit_description: str | None = None,
 ) -> CommitInfo:
-    """Upload a folder in one commit, into a repository that is made if need be; `keeps_card` for a person's card."""
+    """
+    Upload a folder in one commit, into a repository that is made if need be.
+
+    `keeps_card` leaves a person's card, and `stale` names files that go if the folder has none of them.
+    """
     api = HfApi(library_name="peft_svf", token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not create_pr and not revision.startswith("refs/"):
@@ -138,6 +145,7 @@ def upload(
         repo_id=repo_id,
         folder_path=folder,
         ignore_patterns=[CARD_NAME] if keeps_card and _has_other_card(repo_id, revision, token) else None,
+        delete_patterns=[*stale],
         revision=revision,
         create_pr=create_pr,
         commit_message=commit_message,

@@ -61,7 +61,7 @@ def write_expert(
     expert = evaluate(model, reader, test, task=task, **options)
     with model.disable_adapter():
         base = evaluate(model, reader, test, task=task, **options)
-        watched = trainer.args.keep_text is not None or getattr(trainer.args, "retention", 0) > 0
+        watched = trainer.args.keep_text is not None or getattr(trainer.args, "retention", 0.0) > 0
         kept = BaseText.of(model, reader, everyday_requests("test", 32)) if watched else None
     gain, interval = paired_difference(expert, base)
     z = {key.removeprefix("z/"): value for key, value in z_statistics(model).items() if key.count("/") == 1}

@@ -103,8 +103,8 @@ class SupervisedTrainer(Graded, Retaining, SFTTrainer):
             **kwargs,
         )
         limit = context_of(self.model) or math.inf
-        data: Any = self.train_dataset
-        for number, ids in enumerate(data["input_ids"] if isinstance(self.train_dataset, Sized) else ()):
+        data: Any = self.train_dataset  # a stream has no length
+        for number, ids in enumerate(data["input_ids"] if isinstance(data, Sized) else ()):
             if len(ids) > limit:
                 raise ValueError(
                     f"Row {number} of the data has {len(ids)} tokens with its answer, but the model's context is "
