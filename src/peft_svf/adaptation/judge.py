@@ -200,7 +200,9 @@ def block_effects(
         right choice.
     """
     names, alpha = tuple(mixture.alpha), list(mixture.alpha.values())
-    blocks = tuple(dict.fromkeys(block_of(module) for name in names for module in library.expert(name).sizes))
+    order = list(dict.fromkeys(map(block_of, library.layers())))  # of the model: files sort 10 before 9
+    moved = {block_of(module) for name in names for module in library.expert(name).sizes}
+    blocks = (*(block for block in order if block in moved), *sorted(moved.difference(order)))
     kept = np.stack([np.ones(len(blocks)), np.zeros(len(blocks)), *(1 - np.eye(len(blocks)))])
     members = np.einsum("mb,e->mbe", kept, alpha).reshape(len(kept), -1)  # (2 + blocks, blocks * experts)
     judge = Judge(library, tokenizer, Weights(names, blocks), examples, batch_size=batch_size)
