@@ -17,7 +17,7 @@ from peft_svf.adaptation import FirstPass, Search, first_pass
 from peft_svf.pipeline import Transformer2Pipeline
 from peft_svf.tuner import plans as tuner_plans
 from peft_svf.tuner import rows as rows_module
-from peft_svf.tuner.layer import Linear, SVFLayer
+from peft_svf.tuner.layer import MANY, Linear, SVFLayer
 
 TEXTS = ["What is 3 + 4?", "def", "Tell me a story."]
 tokenizer = tiny_tokenizer()
@@ -207,7 +207,7 @@ def test_however_it_generates_rows_stay_with_their_mixtures(option, model, no_fi
     assert together == [answer for answered in singles for answer in answered]
 
 
-def test_merged_weights_serve_what_follows_a_new_mixtures_prompt_and_then_all_of_its_answers(model, monkeypatch):
+def test_a_new_mixture_is_merged_once_it_has_had_many_forwards_and_then_serves_all_of_its_answers(model, monkeypatch):
     monkeypatch.setattr(tuner_plans, "break_even", lambda *_: math.inf)  # tiny weights are merged for any prompt
     model.library.model.base_model.set_plan("auto")  # nothing is merged
     chosen = []
@@ -232,7 +232,8 @@ def test_merged_weights_serve_what_follows_a_new_mixtures_prompt_and_then_all_of
             chosen.clear(), plans.clear()
             ignored = {} if "generation_config" in settings else {"do_sample": False}
             model.generate(**inputs(), expert=expert, **settings, **ignored)
-            assert chosen == [merge] and plans[0] == plan and {*plans[1:]} == {later}, (settings, plans)
+            waits = len(plans) if plan == later else MANY - 1
+            assert chosen == [merge] and plans == [plan] * waits + [later] * (len(plans) - waits), (settings, plans)
     finally:
         hook.remove()
 
@@ -365,7 +366,7 @@ def test_using_gives_the_model_a_mixture_for_a_while(model, folders):
             found = active(**ids).logits
             with model.using(Mixture()):
                 assert torch.equal(active(**ids).logits, base()(**ids).logits)
-        assert torch.equal(found, alone(folders["math"])(**ids).logits)
+        torch.testing.assert_close(found, alone(folders["math"])(**ids).logits)  # a first forward doesn't merge
     with pytest.raises(ValueError, match="'maths'"), model.using({"maths": 1.0}):
         pass
 

@@ -44,6 +44,7 @@ from .weights import held_weight, offloaded, onloaded, refuse_split, undo_cpu_pa
 logger = logging.getLogger(__name__)
 
 BASE = "__base__"  # PEFT's name for "no adapter" in mixed batches
+MANY = 16  # forwards with the same rows before they get a merged copy, which takes as long as 13 tokens
 BUILDING = threading.RLock()  # if several threads notice a new z, one rebuilds in place and the others reuse it
 
 
@@ -110,7 +111,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
     _pristine: Any = None  # what merging has replaced
     _planned_for: tuple[Tensor, ...] = ()  # the base parameter when the plan was set, see `_plain`
     _ran = 0  # number of the model's call in which this layer ran last
-    _met: Rows | None = None  # the rows of the last forward that was planned
+    _met: tuple[Tensor | None, int] = (None, 0)  # the offsets that rows had last, and in how many forwards
 
     def __init__(
         self,
@@ -200,7 +201,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
         """Take a basis `(r, k)` with its singular values `(k,)`; what was built from another one is dropped."""
         self.svf_basis = Q
         self.svf_values = values if Q is None or values is None else values.to(Q.device)
-        self.svf_merged = self.svf_factored = None
+        self.svf_merged, self.svf_factored, self._met = None, None, (None, 0)
 
     def svf_bytes(self) -> dict[str, int]:
         """Count the bytes that this layer adds to its base layer."""
@@ -217,7 +218,8 @@ class SVFLayer(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy builds again what is kept for speed."""
-        return self.__dict__ | {"svf_merged": None, "svf_factored": None, "_met": None, "_compiled_call_impl": None}
+        dropped = {"svf_merged": None, "svf_factored": None, "_met": (None, 0), "_compiled_call_impl": None}
+        return self.__dict__ | dropped
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -282,7 +284,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             self._pristine = self._pristine or self._snapshot()
-            self.svf_merged = self.svf_factored = None
+            self.svf_merged, self.svf_factored, self._met = None, None, (None, 0)
             self.merged_adapters.append(name)  # first, so that an interrupted merge can be undone
             self.set_base_weight(merged.T.contiguous() if isinstance(self.get_base_layer(), Conv1D) else merged)
 
@@ -479,13 +481,16 @@ class Linear(SVFLayer):
         return chosen
 
     def _lasts(self, offset: Tensor, rows: Rows) -> bool:
-        """
-        Whether a merged copy serves these rows: it is there, or this is their second forward of many.
-
-        The first reads a prompt, and the first token shouldn't wait until all weights are merged.
-        """
-        met, self.__dict__["_met"] = self._met, rows  # the short way around `nn.Module.__setattr__`
-        return (self.svf_merged is not None and self.svf_merged.holds(offset)) or (rows.lasting and met is rows)
+        """Whether a merged copy serves these rows: it is there, or they have [`MANY`] forwards in a row."""
+        if self.svf_merged is not None and self.svf_merged.holds(offset):
+            return True
+        if not rows.lasting:
+            return False
+        last, count = self._met
+        again = last is rows.offsets or (last is not None and torch.equal(last, rows.offsets))
+        count = count + 1 if again else 1
+        self.__dict__["_met"] = (rows.offsets, count)  # the short way around `nn.Module.__setattr__`
+        return count >= MANY
 
     def _plain(self) -> bool:
         """
