@@ -29,7 +29,7 @@ from .train import HELP, train
 UsageError: Any = typer.BadParameter.__mro__[1]  # typer exports only subclasses of it
 
 app = typer.Typer(
-    help="z-vector experts (Transformer², arXiv 2501.06252): train, measure, inspect, mix.",
+    help="Small experts for language models (Transformer², arXiv 2501.06252): train, measure, mix, share, serve.",
     epilog="`peft-svf VERB --help` lists the options of a verb.",
     rich_markup_mode="markdown",
 )

@@ -32,18 +32,18 @@ def adapt(
     population: Annotated[int, search("Candidates per iteration.", min=1)] = 32,
     iterations: Annotated[int, search("Iterations at most.", min=1)] = 50,
     elites: Annotated[float, search("Share that shapes the next population.", min=0, max=1)] = 0.2,
-    seed: Annotated[int, search("Of the draws.")] = 0,
+    seed: Annotated[int, search("Seed of the draws.")] = 0,
     batch_size: options.BatchSize = 32,
     holdout: Annotated[str, search("Checks the result: leave-one-out, none, or a file.")] = "leave-one-out",
     temperature: Annotated[float, search("Divides the log-likelihoods of choices.")] = 8.0,
     max_tokens: Annotated[int | None, search("End the search before it reads more.", min=1)] = None,
     max_seconds: Annotated[float | None, search("End the search before it takes longer.", min=0)] = None,
-    state: Annotated[Path | None, search("File with which an interrupted search goes on.")] = None,
+    state: Annotated[Path | None, search("File that lets an interrupted search continue.")] = None,
     low: Annotated[float, weight("Least weight of an expert.")] = 0.0,
     high: Annotated[float, weight("Largest weight of an expert.")] = 1.0,
     normalize: Annotated[bool, weight("Weights sum to 1; the base has no share.", "--normalize")] = False,
     per_layer: Annotated[bool, weight("One weight per expert and block: a new expert.", "--per-layer")] = False,
-    name: Annotated[str | None, weight("Of the mixture or expert. Default: its folder's name.")] = None,
+    name: Annotated[str | None, weight("Name of the mixture or expert. Default: its folder's name.")] = None,
 ) -> None:
     """
     Search the mixture of experts that answers a few solved examples best; save it.

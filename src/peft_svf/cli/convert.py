@@ -27,7 +27,7 @@ def export(
     rank: Annotated[int | None, option("Directions of each weight. Default: all, exact.", panel="LoRA", min=1)] = None,
     energy: Annotated[float | None, option("Or the share of the squared change to keep.", panel="LoRA")] = None,
     force: Annotated[bool, option("Write a LoRA that leaves out over 5 %.", "--force", panel="LoRA")] = False,
-    type: Annotated[Literal["f16", "f32", "q8_0"], option("Of the weights.", panel="GGUF")] = "f16",
+    type: Annotated[Literal["f16", "f32", "q8_0"], option("Type of the weights.", panel="GGUF")] = "f16",
 ) -> None:
     """
     Write an expert, or a mixture of several, in a form that vLLM, SGLang and llama.cpp serve.

@@ -28,7 +28,7 @@ def inspect(
     plot: options.Plot = None,
 ) -> None:
     """
-    Show what an expert has moved: abs(z - 1) by layer and kind of weight, and along the spectrum.
+    Show what an expert has moved: how far its multipliers z are from 1, by layer, kind of weight, and singular value.
 
     That takes no model, and is much the same everywhere: Adam moves all z alike. With --examples: how much less likely
     right answers get if the z of one block is 1 again, for each block.

@@ -25,7 +25,8 @@ Experts = Annotated[
 Model = Annotated[str | None, option("Base model: folder or Hub repository. Default: the experts' base.")]
 Revision = Annotated[str | None, option("Branch, tag or commit of the base model.")]
 Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16", "float64"], option("Of the model; auto is the checkpoint's.")
+    Literal["auto", "float32", "bfloat16", "float16", "float64"],
+    option("Its dtype; auto is the checkpoint's."),
 ]
 Form = Annotated[
     Literal["choice", "generate", "letter", "calculation"] | None,
@@ -37,7 +38,7 @@ Mixture = Annotated[
     list[str] | None, option("Saved mixture, or an expert's weight, once per expert.", metavar="FILE|NAME=WEIGHT")
 ]
 BatchSize = Annotated[int, option("Rows per forward.", min=1)]
-Plot = Annotated[Path | None, option("Draw it, too. Needs peft-svf\\[demo].", metavar="PNG")]
+Plot = Annotated[Path | None, option("Also draw the result. Needs peft-svf\\[demo].", metavar="PNG")]
 
 Strategy = Annotated[
     Literal["key", "prompt", "classifier", "probe"] | None,

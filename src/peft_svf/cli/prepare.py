@@ -57,9 +57,12 @@ def key(
     revision: options.Revision = None,
     dtype: options.Dtype = "auto",
     block: Annotated[int | None, option("Blocks that read a prompt. Default: a sixth of them.", min=1)] = None,
-    pooling: Annotated[Literal["both", "mean", "last"], option("Over the tokens of a prompt.")] = "both",
-    limit: Annotated[int, option("Prompts of the key; of more, so many are drawn.", min=1)] = 64,
-    seed: Annotated[int, option("Of the draw.")] = 0,
+    pooling: Annotated[
+        Literal["both", "mean", "last"],
+        option("What it keeps of a prompt's tokens."),
+    ] = "both",
+    limit: Annotated[int, option("Prompts in the key; more are sampled down to this.", min=1)] = 64,
+    seed: Annotated[int, option("Seed of the draw.")] = 0,
     batch_size: options.BatchSize = 16,
 ) -> None:
     """

@@ -19,7 +19,7 @@ def push(
     expert: Annotated[str, typer.Argument(help="Folder of an expert, as train and export write it.")],
     repo: Annotated[str, typer.Argument(help="Hub repository, made if need be.", metavar="ORG/NAME")],
     model: Annotated[str | None, option("Hub id of the base model. Default: the expert's base.")] = None,
-    license: Annotated[str | None, option("Of the expert, such as apache-2.0.")] = None,
+    license: Annotated[str | None, option("Licence of the expert, such as apache-2.0.")] = None,
     lora: Annotated[bool, option("Also write lora/, for PEFT without this package and vLLM.", "--lora")] = False,
     collection: Annotated[str | None, option("Put it into this collection of yours.", metavar="TITLE")] = None,
     private: Annotated[bool, option("Make a private repository.", "--private")] = False,
