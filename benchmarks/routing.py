@@ -41,8 +41,7 @@ from peft_svf.adaptation.router import EVERYDAY, Router
 from peft_svf.experts.key import ANCHOR, RoutingKey, blocks_of, early_exit, hidden_of, key_ids, pooled, read_states
 from peft_svf.tasks import get_task
 from peft_svf.tasks.task import shuffled
-from peft_svf.tuner.layer import MANY
-from peft_svf.two_pass import load_model
+from peft_svf.two_pass import MERGE_AT, load_model
 
 OUT = RESULTS / "adaptation" / "routing"
 CHOICE_EXPERTS = RESULTS / "adaptation" / "c4d8e52972a6"  # what each expert alone reaches on the tasks of `few_shot`
@@ -255,7 +254,7 @@ def ttft(seed: int, rows: int) -> dict[str, Any]:
         for name in random.Random(repeat).sample(list(ways), len(ways)):
             asked, before, arguments = ways[name]
             if before:
-                tokens_of(asked, short, MANY + 1, expert=before)  # which merges it
+                tokens_of(asked, short, MERGE_AT + 1, expert=before)  # which merges it
             done[name].append(tokens_of(asked, inputs, NEW_TOKENS, **arguments))
     parts = {
         "first": {name: [seconds[0] for seconds in runs[1:]] for name, runs in done.items()},

@@ -204,7 +204,7 @@ def can_decide(library: ExpertLibrary, reader: Reader, settings: Mapping[str, An
 
 @contextmanager
 def deciding(
-    library: ExpertLibrary, reader: Reader, mask: Tensor, decide: Callable[[Tensor], list[Mixture]], merge: bool
+    library: ExpertLibrary, reader: Reader, mask: Tensor, decide: Callable[[Tensor], list[Mixture]], merge: int
 ) -> Iterator[PeftModel]:
     """
     Let the next forward, the prefill of a batch, choose a mixture for each row and go on with it.

@@ -214,9 +214,7 @@ class ExpertLibrary:
             del self._experts[name]
             self._loaded.pop(name, None)
 
-    def activate(
-        self, mixtures: Mixture | Sequence[Mixture], merge: bool = False
-    ) -> AbstractContextManager[PeftModel]:
+    def activate(self, mixtures: Mixture | Sequence[Mixture], merge: int = 0) -> AbstractContextManager[PeftModel]:
         """
         Give the model one mixture, or each row of a batch its own, while the context is open.
 
@@ -226,8 +224,9 @@ class ExpertLibrary:
         Args:
             mixtures ([`Mixture`] or a list of them):
                 What to activate; a list has one for each row.
-            merge (`bool`):
-                Many forwards will follow: if the rows agree, run all but the first on a merged copy of the weights.
+            merge (`int`):
+                Many forwards will follow: if the rows agree, run them on a merged copy of the weights, from the first
+                (1 or `True`) or a later one of them on.
                 It costs a second copy of the adapted weights, and time to make it if the last mixture was another.
 
         Raises:
@@ -238,7 +237,7 @@ class ExpertLibrary:
         return _Owned(self._activated([mixtures] if isinstance(mixtures, Mixture) else list(mixtures), merge))
 
     @contextmanager
-    def _activated(self, rows: Sequence[Mixture], merge: bool) -> Iterator[PeftModel]:
+    def _activated(self, rows: Sequence[Mixture], merge: int) -> Iterator[PeftModel]:
         names = list(dict.fromkeys(name for mixture in rows for name in mixture.alpha))
         alpha = torch.tensor([[mixture.alpha.get(name, 0.0) for name in names] for mixture in rows])
         if len(rows) > 0 and bool((alpha == alpha[0]).all()):  # (B, experts)
@@ -254,7 +253,7 @@ class ExpertLibrary:
             try:
                 try:
                     self._open = (*before, _task())
-                    with active_rows(layers, offsets, torch.arange(len(alpha)), merge and len(alpha) == 1):
+                    with active_rows(layers, offsets, torch.arange(len(alpha)), merge if len(alpha) == 1 else 0):
                         yield self.model
                 finally:
                     self._open = before

@@ -44,7 +44,6 @@ from .weights import held_weight, offloaded, onloaded, refuse_split, undo_cpu_pa
 logger = logging.getLogger(__name__)
 
 BASE = "__base__"  # PEFT's name for "no adapter" in mixed batches
-MANY = 16  # forwards with the same rows before they get a merged copy, which takes as long as 13 tokens
 BUILDING = threading.RLock()  # if several threads notice a new z, one rebuilds in place and the others reuse it
 
 
@@ -481,16 +480,16 @@ class Linear(SVFLayer):
         return chosen
 
     def _lasts(self, offset: Tensor, rows: Rows) -> bool:
-        """Whether a merged copy serves these rows: it is there, or they have [`MANY`] forwards in a row."""
+        """Whether a merged copy serves these rows: it is there, or they have had enough forwards in a row."""
         if self.svf_merged is not None and self.svf_merged.holds(offset):
             return True
-        if not rows.lasting:
+        if not rows.merge_at:
             return False
         last, count = self._met
         again = last is rows.offsets or (last is not None and torch.equal(last, rows.offsets))
         count = count + 1 if again else 1
         self.__dict__["_met"] = (rows.offsets, count)  # the short way around `nn.Module.__setattr__`
-        return count >= MANY
+        return count >= rows.merge_at
 
     def _plain(self) -> bool:
         """

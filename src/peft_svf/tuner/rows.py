@@ -33,7 +33,7 @@ class Rows:
     offsets: Tensor
     index: Tensor | None = None  # (B,) or (B * T,); None if it is 0, 1, 2, ...
     indexed: bool = False  # each row, or token, has an offset of its own
-    lasting: bool = False  # the same offset serves many forwards
+    merge_at: int = 0  # the forward with this offset from which a merged copy serves it; 0 is never
 
     def __eq__(self, other: object) -> bool:
         """Whether the same tensors are set again, as in each step of a server's batch."""
@@ -122,7 +122,7 @@ def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int
 class ActiveRows:
     """The open context of [`active_rows`]."""
 
-    def __init__(self, layers: Mapping[str, Any], merge: bool) -> None:
+    def __init__(self, layers: Mapping[str, Any], merge: int) -> None:
         self.layers, self.merge = layers, merge
         self.execution = next((layer.execution for layer in layers.values()), Execution())
         self.outer = self.rows = self.execution.rows
@@ -151,7 +151,7 @@ class ActiveRows:
 
 @contextmanager
 def active_rows(
-    layers: Mapping[str, Any], offsets: Mapping[str, Tensor], index: Tensor | None = None, merge: bool = False
+    layers: Mapping[str, Any], offsets: Mapping[str, Tensor], index: Tensor | None = None, merge: int = 0
 ) -> Iterator[ActiveRows]:
     """
     Put offsets in place of the adapters' in all layers at once, while the context is open.
@@ -166,8 +166,9 @@ def active_rows(
             The offset of each row of the batch, or of each token, row by row, as in several sequences packed into one
             row. In generation rows may be repeated side by side. One offset alone serves all rows. Offsets of tokens
             need all tokens in every layer: `logits_to_keep` is refused if `lm_head` is adapted.
-        merge (`bool`):
-            Many forwards will follow: if the rows share one offset, a merged copy of the weight pays.
+        merge (`int`):
+            Many forwards will follow: if the rows share one offset, a merged copy of the weight pays. It is made in
+            the first (1 or `True`) or a later one of them; 0: never.
 
     Yields:
         [`ActiveRows`], whose `set` replaces the offsets.
