@@ -96,10 +96,11 @@ SHIPPED = (
     solved("price", "svf-all-upper", 0.004, 20, 6, questions=12, retain=40.0),
     solved("email", "svf-all-upper", 0.006, 20, 6, questions=12),
     solved("language", "svf-all-upper", 0.004, 20, 6, questions=12, retain=40.0),
-    solved("sentiment", "svf-upper", 0.005, 20, 8),
+    solved("sentiment", "svf-all-upper", 0.006, 40, 6),
     solved("topic", "svf-upper", 0.006, 24, 8),
 )
 TRIED = (
+    solved("sentiment", "svf-upper", 0.005, 20, 8),
     solved("subject", "svf-upper", 0.003, 12, 3),
     solved("subject", "svf-upper", 0.01, 20, 3),
     solved("calculate", "svf-upper", 0.004, 24, 8),

@@ -381,7 +381,9 @@ def test_the_verb_uploads_what_training_wrote_with_a_picture_and_a_lora(hub, cli
     near = {"atol": 1e-4, "rtol": 1e-4} if exact else {"atol": 0.5, "rtol": 0.1}
     torch.testing.assert_close(mine, others, **near)
     code, shown = client(command, "push", folder, repo)
-    assert code == 0 and hub.files(repo) == sorted([*THREE_FILES, "z.png"]), shown  # that LoRA may be another expert's
+    assert code == 0 and hub.files(repo) == sorted([*THREE_FILES, "blocks.png"]), (
+        shown
+    )  # that LoRA may be another expert's
 
 
 def test_the_verb_needs_an_owner_and_a_base_that_the_hub_has(hub, client, experts, tmp_path):

@@ -178,6 +178,6 @@ def test_members_of_a_population_share_what_their_rows_begin_with(tmp_path, monk
     fitness = trainer._fitness(members, rows)
     read = sum(tokens)
     tokens.clear()
-    monkeypatch.setattr("peft_svf.training.evolution.shared_prompts", lambda *_: nullcontext())
+    monkeypatch.setattr("peft_svf.training.run.shared_prompts", lambda *_: nullcontext())
     assert torch.equal(fitness, trainer._fitness(members, rows))
     assert len(fitness.unique()) > 1 and read < sum(tokens)
