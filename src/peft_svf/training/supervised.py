@@ -7,7 +7,7 @@ penalty of [`retention`], and an evaluation of written answers. The defaults are
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,7 +104,7 @@ class SupervisedTrainer(Graded, Retaining, SFTTrainer):
         )
         limit = context_of(self.model) or math.inf
         data: Any = self.train_dataset  # a stream has no length
-        for number, ids in enumerate(data["input_ids"] if isinstance(data, Sized) else ()):
+        for number, ids in enumerate(data["input_ids"] if hasattr(data, "__len__") else ()):
             if len(ids) > limit:
                 raise ValueError(
                     f"Row {number} of the data has {len(ids)} tokens with its answer, but the model's context is "
