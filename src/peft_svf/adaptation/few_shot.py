@@ -85,14 +85,7 @@ def few_shot(
         seen = _checked(library, tokenizer, examples, "Example")
         unseen = [] if holdout == LEAVE_ONE_OUT else _checked(library, tokenizer, holdout, "Held-out example", seen)
         weights, choices = _weights(library, search, name), "choices" in seen[0]
-        made = None
-        if key:
-            if not name:
-                raise ValueError("A routing key belongs to a named mixture: pass name=... with key=True.")
-            block, pooling = next(iter(keys_of(library).values())).how
-            prompts = [row["prompt"] for row in seen]
-            with library.activate(Mixture()) as model:
-                made = make_key(model, tokenizer, prompts, block=block, pooling=pooling)
+        made = _key_of(library, tokenizer, seen, name) if key else None
         if generation and (choices or task is None):
             raise TypeError(f"few_shot has no argument {next(iter(generation))!r}: these examples generate nothing.")
 
@@ -121,6 +114,15 @@ def few_shot(
         if name:
             library.add_mixture(name, mixture, made)
         return mixture
+
+
+def _key_of(library: ExpertLibrary, tokenizer: Reader, rows: Sequence[Row], name: str | None) -> RoutingKey:
+    """Make a routing key of examples like those of the library's experts."""
+    if not name:
+        raise ValueError("A routing key belongs to a named mixture: pass name=... with key=True.")
+    block, pooling = next(iter(keys_of(library).values())).how
+    with library.activate(Mixture()) as model:
+        return make_key(model, tokenizer, [row["prompt"] for row in rows], block=block, pooling=pooling)
 
 
 def _checked(
