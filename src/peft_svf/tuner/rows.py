@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,9 +47,9 @@ class Rows:
         """Whether rows differ: each has one of several offsets."""
         return len(self.offsets) > 1
 
-    @property
+    @cached_property
     def any_base(self) -> bool:
-        """Whether some of several offsets are the base model."""
+        """Whether some of several offsets are the base model. It waits for the device, so once for these rows."""
         return self.mixed and bool((self.offsets == 0).all(-1).any())
 
     def of(self, lead: torch.Size, execution: "Execution") -> Tensor:
