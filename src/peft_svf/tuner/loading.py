@@ -101,7 +101,7 @@ class AdapterLoader(BaseTuner):
                 logger.warning(f"rank={config.rank} is beyond all {most} singular values of any weight; all move.")
                 config.rank = None
             if from_file(config) and config.save_basis and self._defers:
-                self.execution.waiting = True  # until `_remap_adapter_state_dict_for_load` has read the basis in the file
+                self.execution.waiting = True  # until `_remap_adapter_state_dict_for_load` has read the basis
             else:
                 self.fetch_bases()
         except BaseException:
