@@ -67,7 +67,7 @@ class SVFArguments:
 
     target_modules: list[str] | None = _key("Names, a regex (one string), or all-linear. Default: the MLP weights.")
     exclude_modules: list[str] | None = _key("Modules to leave out.")
-    layers_to_transform: list[int] | None = _key("Indices of the layers.")
+    layers_to_transform: list[int] | None = _key("Indices of the layers; routing is free without the first third.")
     rank: int | None = _key("Move only so many of the largest singular values.")
     basis_dtype: Literal["float32", "bfloat16"] | None = _key("Dtype of the basis. Default: bfloat16 on such a base.")
     description: str | None = _key("What the expert is good at, in a few words; the first pass reads it.")
