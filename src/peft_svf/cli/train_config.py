@@ -68,7 +68,7 @@ class SVFArguments:
 
     target_modules: list[str] | None = _key("What to adapt: names, a regex, all-linear. Default: the MLP weights.")
     exclude_modules: list[str] | None = _key("Weights to leave out.")
-    layers_to_transform: list[int] | None = _key("Indices of the blocks to adapt. Default: all.")
+    layers_to_transform: list[int] | None = _key("Blocks to adapt; default all. The last two thirds route faster.")
     rank: int | None = _key("Adapt only so many of the largest singular values. Default: all.")
     basis_dtype: Literal["float32", "bfloat16"] | None = _key("Dtype of the basis. Default: bfloat16 on such a base.")
     description: str | None = _key("What the expert is good at, in a few words; the first pass reads it.")
