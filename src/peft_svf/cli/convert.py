@@ -25,7 +25,9 @@ def export(
     revision: options.Revision = None,
     dtype: options.Dtype = "auto",
     rank: Annotated[int | None, option("Directions of each weight. Default: all, exact.", panel="LoRA", min=1)] = None,
-    energy: Annotated[float | None, option("Or the share of the squared change to keep.", panel="LoRA")] = None,
+    energy: Annotated[
+        float | None, option("Or the share of the squared change to keep.", panel="LoRA", min=0, max=1)
+    ] = None,
     force: Annotated[bool, option("Write a LoRA that leaves out over 5 %.", "--force", panel="LoRA")] = False,
     type: Annotated[Literal["f16", "f32", "q8_0"], option("Type of the weights.", panel="GGUF")] = "f16",
 ) -> None:
