@@ -79,6 +79,7 @@ def import_(
     from peft import PeftConfig, PeftModel
 
     from ..experts.convert import import_reference, nearest_expert
+    from ..experts.export import new_place
 
     new_path(out)
     base, _ = load_model(model, revision, dtype, device="cpu")
@@ -95,5 +96,6 @@ def import_(
             expert = nearest_expert(adapted, out.name, description=description)
         explained = expert.provenance["explained"]
         show_table(["kind", "explained"], [[kind, f"{share:.1%}"] for kind, share in explained.items()])
-    expert.save(out)
+    with new_place(out) as scratch:
+        expert.save(scratch)
     print(f"Wrote {out}")

@@ -311,7 +311,8 @@ class Engine(BaseGenerateManager):
             table = {name: _stack(self._layers[name], parts) for name, parts in rows}
             index = [list(different).index(part) for part, length in step for _ in range(length)]
             self._step = step, table, torch.tensor(index, device=self.base.device), offsets  # which keep their ids
-        with active_rows(self._layers, *self._step[1:3], MERGE_AT):
+        table, index = self._step[1:3]
+        with active_rows(self._layers, table, index, MERGE_AT):
             yield
 
     # --- the requests
