@@ -105,7 +105,7 @@ def test_five_lines_and_a_file_of_right_answers_give_an_expert(home, expert, cap
     assert len((home / "sft.yaml").read_text().splitlines()) == 5
     code, out, err = run(capsys, "train", home / "sft.yaml", "--max_completion_length", 4)
     assert code == 0 and re.search(r"^step +1/2  loss [\d.]+  KL of everyday answers 0 ", out, re.MULTILINE), err
-    assert re.search(r"^Everyday answers of the base are -?[\d.]+% less likely per token.$", out, re.MULTILINE)
+    assert re.search(r"^Everyday answers of the base are [\d.]+% (less|more) likely per token.$", out, re.MULTILINE)
     result, card = json.loads((home / "sums" / "result.json").read_text()), (home / "sums" / "README.md").read_text()
     assert result["objective"].startswith("next-token loss on right answers + 20 KL(base || policy)")
     assert result["objective"] in card and "2 of 16 right answers" in card

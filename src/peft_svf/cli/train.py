@@ -321,7 +321,8 @@ def _show_result(result: Mapping[str, Any], folder: str) -> None:
     best = f", the best was {result['best_step']}" if result["best_step"] else ""
     print(f"{result['task']}, n = {result['expert']['n']}; {result['steps']} steps{duration}{best}")
     if result["text_loss"] is not None:
-        print(f"Everyday answers of the base are {result['text_loss']:.1%} less likely per token.")
+        change = "less" if result["text_loss"] > 0 else "more"
+        print(f"Everyday answers of the base are {abs(result['text_loss']):.1%} {change} likely per token.")
     z = result["z"]
     mean, largest = z["mean_distance_from_1"], z["max_distance_from_1"]
     print(f"{z['numbers']:,} multipliers z: mean |z-1| {mean:.4f}, largest {largest:.4f}")
