@@ -122,6 +122,15 @@ def test_rows_with_choices_are_learned_as_text_unless_the_form_is_choice(home, t
         assert code == 0 and f"rows, {form} form" in out and words in out, err
 
 
+def test_few_right_answers_are_read_for_24_steps_unless_steps_or_epochs_are_set(home, tmp_path, capsys):
+    lines = [line for line in (home / "sft.yaml").read_text().splitlines() if not line.startswith("max_steps")]
+    (tmp_path / "few.yaml").write_text("\n".join(lines))
+    for over, steps in (([], 24), (["--num_train_epochs", "1"], 1), (["--max_steps", "3"], 3)):
+        options = ["--output_dir", tmp_path / "out", "--max_completion_length", 4, "--train_rows", "20", *over]
+        code, out, err = run(capsys, "train", tmp_path / "few.yaml", *options, "--dry-run")
+        assert code == 0 and f"Cost: {steps} steps x 16 right answers" in out, err
+
+
 @pytest.mark.parametrize("algorithm", ["reinforce", "sft", "evolution"])
 def test_a_dry_run_writes_nothing_and_shows_prompt_success_and_cost(algorithm, home, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PEFT_SVF_CACHE", str(tmp_path / "cache"))
@@ -208,6 +217,7 @@ WRONG = {  # lines of a file -> part of the message
     "algorithm: sft\nnum_generations: 4": "unknown key 'num_generations': it belongs to `algorithm: reinforce`",
     "algorithm: evolution\nretention: 1": "unknown key 'retention': it belongs to `algorithm: reinforce`",
     "retention: -1": "`retention` must be 0 or more; got -1.0",
+    "dtype: bf16": "invalid choice: 'bf16' (choose from 'auto', 'float32', 'bfloat16'",
     "algorithm: walk": "argument --algorithm: invalid choice: 'walk'",
     "model_init_kwargs:\n  a: &x [1]\n  b: [*x, *x]": "write out its aliases",
     "a: " + "[" * 1000: "isn't valid YAML",
