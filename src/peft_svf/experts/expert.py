@@ -303,8 +303,8 @@ class Mixture:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Mixture":
         """Read a mixture that [`Mixture.save`] wrote. Raises `ValueError` if the file holds none."""
+        content = files.read_json(path)
         try:
-            content = dict(files.read_json(path))
             return cls(content.pop("alpha"), **content)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} holds no mixture: {error!r}.") from error
