@@ -43,12 +43,11 @@ def returning(value):
 
 
 BAD_REWARDS = {
-    "a scalar": (1.0, "'graded' returned 1.0 for"),
-    "nothing": (None, "'graded' returned None for"),
-    "too few": (lambda n: [0.0] * (n - 1), r"'graded' returned \[0.0, .* for \d+ completions"),
-    "infinite": (lambda n: [math.inf] * n, "'graded' returned inf for"),
-    "too large": (lambda n: [1e38] * n, "'graded' returned 1e.38 for .*below 1e.15"),
-    "text": (lambda n: ["good"] * n, "'graded' returned 'good' for .*a number below"),
+    "too few": (lambda n: [0.0] * (n - 1), r"returned \d+ rewards"),
+    "one for all": (lambda n: [1.0], "returned 1 rewards"),
+    "infinite": (lambda n: [math.inf] * n, "'graded' returned inf"),
+    "too large": (lambda n: [-1e38] * n, "'graded' returned 1e.38: a reward is a number below 1e.15"),
+    "text": (lambda n: ["good"] * n, "str|convert"),
 }
 
 

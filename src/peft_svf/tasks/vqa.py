@@ -7,8 +7,8 @@ TextVQA and OK-VQA: questions about photographs, each with ten answers of people
     answers                  "dakota" 8 times, "nous les gosses", "clos culombu"
     completion               "Dakota"      accuracy 1, reward 1.0; an answer of one person 1/3, -1/3; of nobody 0, -1.0
 
-There is no choice form. The `image` of a row is undecoded, `{"path": ..., "bytes": ...}` as in `datasets.Image`: no
-picture is opened before it is needed. The grade is VQA accuracy,
+These tasks have no choice form. The `image` of a row is undecoded, `{"path": ..., "bytes": ...}` as in
+`datasets.Image`, so that no picture is opened before it is needed. The grade is VQA accuracy,
 
     accuracy = min(1, number of people who gave the answer / 3)
 
@@ -21,7 +21,7 @@ the mean of that formula over the ten sets of nine people: 0.3, 0.6 and 0.9 wher
 
 Splits: test of TextVQA is its published validation set, as its test answers aren't public; by a hash of the image 1 in
 10 training images is validation, the others train. OK-VQA only tests, on its published test set. A folder has
-`<task>/<file>.jsonl.gz` with the fields that [`Vqa`] lists, of which `image` is a path below `<task>`.
+`<task>/<file>.jsonl.gz` with the fields that [`Vqa`] lists; `image` is a path below `<task>`.
 
 Source: TextVQA (Singh et al. 2019, arXiv 1904.08920), images of OpenImages; OK-VQA (Marino et al. 2019, arXiv
 1906.00067), images of COCO. Licence: CC BY 4.0, both.

@@ -6,7 +6,6 @@ Goes in: a `transformers.Trainer` by inheritance. Nothing here knows TRL or what
 """
 
 import asyncio
-import functools
 import inspect
 import logging
 import math
@@ -21,7 +20,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
@@ -140,17 +138,8 @@ def last_checkpoint(folder: str | PathLike[str]) -> Path:
 def state_of(checkpoint: str | PathLike[str]) -> TrainerState:
     """Read `trainer_state.json`, which transformers writes last; a `ValueError` if the checkpoint isn't whole."""
     try:
-        read_json(path := Path(checkpoint) / TRAINER_STATE_NAME)  # neither nested too deep nor a pipe
-        state = TrainerState.load_from_json(str(path))
-        counters = [state.global_step]
-        for saved in state.stateful_callbacks.values():
-            for part in saved if isinstance(saved, list) else [saved]:
-                counters += [value for name, value in part["attributes"].items() if name.endswith("counter")]
-                counters += [count for pair in part["attributes"].get("record", {}).values() for count in pair]
-        if not all(type(count) is int and count >= 0 for count in counters) or not math.isfinite(state.epoch or 0):
-            raise ValueError("its counters are damaged")
-        return state
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return TrainerState(**read_json(Path(checkpoint) / TRAINER_STATE_NAME))
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"{str(checkpoint)!r} isn't a whole checkpoint ({error}). Name an earlier one, or --resume (in Python "
             "resume_from_checkpoint=True) alone for the newest whole one."
@@ -190,49 +179,13 @@ def z_statistics(model: nn.Module) -> dict[str, float]:
     return dict(zip(names, values.tolist(), strict=True))  # one transfer from the device for all
 
 
-def checked_reward(reward: Any) -> Any:
-    """
-    Wrap a reward function so that it returns a finite number or `None` for each completion, or fails by its name.
-
-    Reward models, and names of such, are returned as they are. Async functions stay async.
-    """
-    if not callable(reward) or isinstance(reward, nn.Module):
-        return reward
-    name = getattr(reward, "__name__", type(reward).__name__)
-
-    def check(rewards: Any, completions: Sequence[Any]) -> list[float | None]:
-        rewards = rewards.tolist() if isinstance(rewards, Tensor | np.ndarray) else rewards
-        numbers = list(map(_number, rewards)) if isinstance(rewards, list | tuple) else []
-        if len(numbers) != len(completions):
-            wrong = f"{rewards!r:.80} for {len(completions)} completions"
-        else:
-            bad = (i for i, number in enumerate(numbers) if abs(number) > HUGE)
-            wrong = next((f"{rewards[i]!r} for {completions[i]!r}" for i in bad), "")
-        if wrong:
+def check_rewards(rewards: Tensor, names: Sequence[str]) -> None:
+    """Raise a `ValueError` for rewards `(N, functions)` whose squares overflow; NaN is a missing one."""
+    for name, largest in zip(names, rewards.nan_to_num(0, math.inf, -math.inf).abs().amax(0).tolist(), strict=True):
+        if largest > HUGE:
             raise ValueError(
-                f"The reward function {name!r} returned {wrong}: it should return a list with a number below "
-                f"{HUGE:g}, or None, for each completion."
+                f"The reward function {name!r} returned {largest:g}: a reward is a number below {HUGE:g}, or None."
             )
-        return [None if math.isnan(number) else number for number in numbers]
-
-    async def later(**columns: Any) -> list[float | None]:
-        return check(await reward(**columns), columns["completions"])
-
-    def now(**columns: Any) -> list[float | None]:
-        return check(reward(**columns), columns["completions"])
-
-    is_async = inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)
-    checked: Any = functools.update_wrapper(later if is_async else now, reward)
-    checked.__name__ = name
-    return checked
-
-
-def _number(reward: Any) -> float:
-    """Convert a reward: NaN if it is missing, infinity if it isn't a number."""
-    try:
-        return math.nan if reward is None else float(reward)
-    except (TypeError, ValueError):
-        return math.inf
 
 
 def check_prompts(model: nn.Module, reader: Any, data: Any) -> None:
@@ -481,8 +434,7 @@ class Graded(Run):
     def grade_by(self, reward_funcs: Any, weights: Sequence[float] | None) -> None:
         """Take one reward function or several, as `ReinforceTrainer` does, without its reward models."""
         functions = [reward_funcs] if callable(reward_funcs) else list(reward_funcs or ())
-        self.reward_funcs = [checked_reward(function) for function in functions]
-        self.reward_weights = weights or [1.0] * len(functions)
+        self.reward_funcs, self.reward_weights = functions, weights or [1.0] * len(functions)
 
     def answers(self, rows: Sequence[Row], members: int = 1) -> list[str]:
         """Write a greedy answer to each row; `members` copies of the rows may have an adapter each."""
@@ -496,14 +448,15 @@ class Graded(Run):
         completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else list(texts)
         keys = dict.fromkeys(key for row in rows for key in row if key not in ("prompt", "completion"))
         columns = {key: [row.get(key) for row in rows] for key in keys}
-        prompts = [row["prompt"] for row in rows]
-        total = torch.zeros(len(rows), device=self.accelerator.device)
-        for reward, weight in zip(self.reward_funcs, self.reward_weights, strict=True):
-            rewards = reward(prompts=prompts, completions=completions, **columns)
-            if inspect.iscoroutine(rewards):
-                rewards = asyncio.run(rewards)
-            total += weight * torch.tensor([0.0 if r is None else r for r in rewards], device=total.device)
-        return total
+        columns |= {"prompts": [row["prompt"] for row in rows], "completions": completions}
+        graded = [function(**columns) for function in self.reward_funcs]
+        graded = [asyncio.run(rewards) if inspect.iscoroutine(rewards) else rewards for rewards in graded]
+        numbers = [[math.nan if r is None else float(r) for r in rewards] for rewards in zip(*graded, strict=True)]
+        rewards = torch.tensor(numbers, device=self.accelerator.device)  # (rows, functions)
+        if len(rewards) != len(rows):
+            raise ValueError(f"The reward functions returned {len(rewards)} rewards for {len(rows)} completions.")
+        check_rewards(rewards, [getattr(function, "__name__", str(function)) for function in self.reward_funcs])
+        return (rewards.nan_to_num(0) * rewards.new_tensor(self.reward_weights)).sum(1)
 
     def greedy_reward(self, dataset: Any) -> float:
         """Average the rewards of the likeliest choices or greedy answers of all rows over all processes."""
