@@ -2,7 +2,7 @@
 """
 Tokens -> what a causal model keeps of them, each prompt read once, and what all begin with once for all.
 
-Choices, samples and generations go on from there. Goes in: a model with a cache of keys and values, and prompts as
+Choices, samples and generations continue from there. Takes a model with a cache of keys and values, and prompts as
 tokens. Nothing here knows a row, a task or a reward.
 """
 

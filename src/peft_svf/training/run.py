@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What all trainers share: whole checkpoints, rows and rewards that are usable, a report of steps that teach nothing.
+What all trainers share: whole checkpoints, checks of rows and rewards, a report of steps that teach nothing.
 
-Goes in: a `transformers.Trainer` by inheritance. Nothing here knows TRL or what a task is.
+[`Run`] is a mixin for a `transformers.Trainer`. Nothing here knows TRL or what a task is.
 """
 
 import asyncio
@@ -81,9 +81,6 @@ class RunConfig:
             At each evaluation, stop if the base's own answers to everyday requests are less likely per token than
             before by more than this share, such as 0.02. The best checkpoint is then an earlier one; if there is none,
             `z - 1` is scaled down until it keeps the promise.
-        stop_after_dead_steps (`int`, *optional*):
-            Stop after so many steps in a row that taught nothing: equal rewards, or no gradient. The first such step
-            is reported with the way out.
     """
 
     measured: ClassVar[str] = "reward|reward_std|rewards/.+"  # what an evaluation knows; another ends the run at it
@@ -92,13 +89,11 @@ class RunConfig:
     restore_callback_states_from_checkpoint: bool = True  # early stopping and the filter go on counting
     early_stopping_patience: int | None = None
     keep_text: float | None = None
-    stop_after_dead_steps: int | None = None
 
     def rules(self) -> Iterator[tuple[str, bool, str]]:
-        """Yield what would run and do something else: a field, whether its value is right, what was expected."""
+        """Yield the settings that would silently do something else: field, whether it is right, what is expected."""
         ones = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
-        ones += ["num_generations", "rows_per_forward", "max_completion_length"]
-        ones += ["early_stopping_patience", "stop_after_dead_steps"]
+        ones += ["num_generations", "rows_per_forward", "max_completion_length", "early_stopping_patience"]
         settings = vars(self)
         for name, least in {**dict.fromkeys(ones, 1), "beta": 0, "reward_clip": 0, "keep_text": 0}.items():
             value = settings.get(name)
@@ -233,27 +228,21 @@ class LineOnBar(Line, ProgressCallback):
 
 
 class DeadSteps(TrainerCallback):
-    """Reports the first step that teaches nothing, and stops after too many of them in a row."""
+    """Reports the first step that teaches nothing: equal rewards, or no gradient."""
 
-    def __init__(self, trainer: Any, limit: int | None) -> None:
-        self.trainer, self.limit, self.count, self.reported = trainer, limit, 0, False
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.reported = trainer, False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         gradients = (p.grad for p in self.trainer.model.parameters() if p.requires_grad and p.grad is not None)
-        if any(bool(gradient.any()) for gradient in gradients):
-            self.count = 0
+        if self.reported or any(bool(gradient.any()) for gradient in gradients):
             return
+        self.reported = True
         reason = self.trainer.dead_reason or (
             "No gradient reaches the trained parameters: their layers don't run in the model's forward, or the reward "
             "does not depend on the completions. Choose other target_modules or another reward."
         )
-        self.count += 1
-        if not self.reported:
-            self.reported = True
-            logger.warning(f"Step {state.global_step + 1} teaches nothing. {reason}")
-        if self.limit is not None and self.count >= self.limit:
-            logger.warning(f"Training stops: {self.count} steps in a row taught nothing. {reason}")
-            control.should_training_stop = True
+        logger.warning(f"Step {state.global_step + 1} teaches nothing. {reason}")
 
 
 class KeptText(TrainerCallback):
@@ -307,7 +296,7 @@ class KeptText(TrainerCallback):
 
 
 class Run(Trainer):
-    """In front of a `transformers.Trainer`: whole checkpoints, early stopping, evaluation that changes nothing."""
+    """Mixin for a `transformers.Trainer`: whole checkpoints, early stopping, evaluation that changes nothing."""
 
     epochs_done = 0  # before the checkpoint that is resumed from
     dead_reason: str | None = None  # why the latest rollout teaches nothing
@@ -383,23 +372,19 @@ class Run(Trainer):
         """Refuse a model that would be trained whole or not at all, or whose best checkpoint would stay unread."""
         if peft_config is not None:
             return
-        name = model.active_adapters[0] if isinstance(model, PeftModel) else None
-        frozen = name is not None and not any(parameter.requires_grad for parameter in model.parameters())
-        for wrong, message in (
-            (name is None, "A plain model would be trained whole: pass peft_config=SVFConfig(), or a PeftModel."),
-            (
-                frozen,
+        if not isinstance(model, PeftModel):
+            raise ValueError("A plain model would be trained whole: pass peft_config=SVFConfig(), or a PeftModel.")
+        name = model.active_adapters[0]
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
                 f"Nothing of the model is trainable: adapter {name!r} was loaded for inference. Load it by "
-                "PeftModel.from_pretrained(..., is_trainable=True).",
-            ),
-            (
-                args.load_best_model_at_end and name != "default",
+                "PeftModel.from_pretrained(..., is_trainable=True)."
+            )
+        if args.load_best_model_at_end and name != "default":
+            raise ValueError(
                 f"load_best_model_at_end finds the checkpoint of an adapter called 'default' alone, and this one is "
-                f"{name!r}: load it by PeftModel.from_pretrained(...) without adapter_name, or turn the option off.",
-            ),
-        ):
-            if wrong:
-                raise ValueError(message)
+                f"{name!r}: load it by PeftModel.from_pretrained(...) without adapter_name, or turn the option off."
+            )
 
     def ready(self) -> None:
         """Make trained numbers float32 and add the callbacks: readable lines, dead steps, early stopping."""
@@ -411,7 +396,7 @@ class Run(Trainer):
         for theirs, line in ((ProgressCallback, LineOnBar), (PrinterCallback, Line)):
             if self.pop_callback(theirs) is not None:
                 self.add_callback(line(self.shown))
-        self.add_callback(DeadSteps(self, self.args.stop_after_dead_steps))
+        self.add_callback(DeadSteps(self))
         if self.args.keep_text is not None:
             self.add_callback(KeptText(self, self.args.keep_text))
         if self.args.early_stopping_patience is not None:

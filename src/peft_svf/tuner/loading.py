@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-An adapter, new or from a file <-> the SVF layers of a model: whose bases count, which tensors are let in and written.
+Adapters, new or from a file <-> the SVF layers of a model: compares fingerprints, gives layers their bases, and
+selects the tensors to load and to save.
 
 `model` in class methods is what PEFT or transformers pass: the base or the `PeftModel`. Private names of transformers
 were read in 5.23.0.

@@ -167,7 +167,7 @@ class SVFModel(AdapterLoader):
         return peft_config
 
     def _suited(self, names: set[str]) -> set[str]:
-        """Leave out of `"all-linear"` what can't be adapted, and say so: nobody has named it."""
+        """Leave out of `"all-linear"` what can't be adapted, and log it."""
         places = Counter(child for module in self.model.modules() for child in module._modules.values())
         unsuited = set()
         for name in names:
