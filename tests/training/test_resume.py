@@ -2,6 +2,7 @@
 """Laws of interrupted and divided runs: what is resumed, or shared by processes, is the one run it would have been."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def test_early_stopping_goes_on_counting(tmp_path):
     assert again.state.global_step == 4  # the first is the best, then three no better: one of them before, two now
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut off", "depth"])
+@pytest.mark.parametrize("damage", ["missing", "cut off", '"global_step": -3', '"epoch": "two"', "counter", "depth"])
 def test_a_checkpoint_that_was_being_written_or_is_damaged_is_passed_over(damage, tmp_path):
     rows = random_rows(24)
     settings = {**RUN, **SAVED, "max_steps": 3}
@@ -100,8 +101,13 @@ def test_a_checkpoint_that_was_being_written_or_is_damaged_is_passed_over(damage
         state.unlink()
     elif damage == "cut off":
         state.write_text(state.read_text()[:200])
-    else:
+    elif damage == "depth":
         state.write_text("[" * 100_000)
+    elif damage == "counter":
+        broken = {"EarlyStoppingCallback": {"args": {}, "attributes": {"early_stopping_patience_counter": "1"}}}
+        state.write_text(json.dumps({**json.loads(state.read_text()), "stateful_callbacks": broken}))
+    else:
+        state.write_text(re.sub(damage.split(":")[0] + r": [\d.]+", damage, state.read_text()))
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     again = trainer_of(tmp_path, rows, right_choice, **settings)
     with pytest.raises(ValueError, match=r"checkpoint-3' isn't a whole checkpoint.*earlier one, or --resume"):

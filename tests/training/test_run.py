@@ -43,11 +43,12 @@ def returning(value):
 
 
 BAD_REWARDS = {
-    "too few": (lambda n: [0.0] * (n - 1), r"returned \d+ rewards"),
-    "one for all": (lambda n: [1.0], "returned 1 rewards"),
-    "infinite": (lambda n: [math.inf] * n, "'graded' returned inf"),
-    "too large": (lambda n: [-1e38] * n, "'graded' returned 1e.38: a reward is a number below 1e.15"),
-    "text": (lambda n: ["good"] * n, "str|convert"),
+    "a scalar": (1.0, "'graded' returned 1.0 for"),
+    "nothing": (None, "'graded' returned None for"),
+    "too few": (lambda n: [0.0] * (n - 1), r"'graded' returned \[0.0, .* for \d+ completions"),
+    "infinite": (lambda n: [math.inf] * n, "'graded' returned inf for"),
+    "too large": (lambda n: [1e38] * n, "'graded' returned 1e.38 for .*below 1e.15"),
+    "text": (lambda n: ["good"] * n, "'graded' returned 'good' for .*a number below"),
 }
 
 
@@ -142,6 +143,7 @@ WRONG = [  # config, settings, message
     (ReinforceConfig, {"max_steps": 0}, "`max_steps` must be a number of steps, or -1"),
     (ReinforceConfig, {"beta": -0.1}, "`beta` must be 0 or more; got -0.1"),
     (ReinforceConfig, {"reward_clip": -1}, "`reward_clip` must be 0 or more"),
+    (ReinforceConfig, {"stop_after_dead_steps": 0}, "`stop_after_dead_steps` must be 1 or more; got 0"),
     (ReinforceConfig, {"metric_for_best_model": "accuracy"}, "`metric_for_best_model` must be 'eval_reward' or"),
     (ReinforceConfig, {"metric_for_best_model": "eval_text_loss"}, "`metric_for_best_model` must be 'eval_reward' or"),
     (EvolutionConfig, {"metric_for_best_model": "eval_reward_std"}, "`metric_for_best_model` must be 'eval_reward'"),
@@ -180,12 +182,15 @@ def test_a_plain_model_without_an_adapter_is_refused(tmp_path):
 
 
 @both
-def test_steps_that_teach_nothing_are_reported_once(trainer_of, tmp_path, caplog):
+def test_steps_that_teach_nothing_are_reported_once_and_end_the_run_if_asked(trainer_of, tmp_path, caplog):
     equal = returning(lambda n: [1.0] * n)
     trainer = trainer_of(tmp_path, TEXT_ROWS, equal, max_steps=4)
     trainer.train()
     assert trainer.state.global_step == 4
     assert caplog.text.count("Step 1 teaches nothing") == 1 and caplog.text.count("teaches nothing") == 1
+    trainer = trainer_of(tmp_path, TEXT_ROWS, equal, max_steps=4, stop_after_dead_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2 and "2 steps in a row taught nothing" in caplog.text
 
 
 DEAD = {

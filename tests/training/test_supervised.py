@@ -27,7 +27,7 @@ from trainers import (
 )
 
 from peft_svf import SVFConfig
-from peft_svf.training import ReinforceConfig, SupervisedConfig, SupervisedTrainer
+from peft_svf.training import ReinforceConfig, SupervisedConfig, SupervisedTrainer, retention
 
 PROMPTS = ["hello", "and what now?", "b"]
 
@@ -115,14 +115,14 @@ def test_a_wrong_penalty_is_refused(config, field, value, tmp_path):
 
 
 @pytest.mark.parametrize("more", [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}])
-def test_a_resumed_run_is_the_uninterrupted_one(more, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one_and_reads_the_answers_of_its_checkpoint(more, tmp_path, monkeypatch):
     settings = {"max_steps": 5, "learning_rate": 0.05, "save_strategy": "steps", "save_steps": 1, "retention": 5.0}
     settings |= {"eval_strategy": "steps", "eval_steps": 1, "eval_rows": TEXT_ROWS, "retention_rows": 2, **more}
     whole = supervised_of(tmp_path / "whole", 2 * TEXT_ROWS, **settings)
     whole.retained_prompts = PROMPTS
     whole.train()
+    monkeypatch.setattr(retention, "base_answers", None)  # the answers aren't made again
     again = supervised_of(tmp_path / "again", 2 * TEXT_ROWS, **settings)
-    again.retained_prompts = PROMPTS
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))  # two steps an epoch
     assert torch.equal(trained_z(again), trained_z(whole))
     log = [

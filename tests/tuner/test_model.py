@@ -596,8 +596,8 @@ def test_targets_that_cannot_be_adapted_are_refused_and_the_model_is_as_it_was(c
         assert not hasattr(base, "peft_config") and not getattr(base, "_hf_peft_config_loaded", False)
 
 
-class FalconLinear(nn.Linear):
-    """A linear layer with a forward of its own that is the same product, as the one of transformers."""
+class Spelled(nn.Linear):
+    """A linear layer with a forward of its own that is the same product, as Falcon has."""
 
     def forward(self, x):
         return x @ self.weight.T + self.bias
@@ -615,7 +615,7 @@ class Odd(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.plain, self.spelled, self.rounding = nn.Linear(8, 8), FalconLinear(8, 8), Rounding(8, 8)
+        self.plain, self.spelled, self.rounding = nn.Linear(8, 8), Spelled(8, 8), Rounding(8, 8)
         self.attention, self.here = nn.MultiheadAttention(8, 2), nn.Linear(8, 8)
         self.there = self.here
 

@@ -35,7 +35,7 @@ from ..evaluation.reading import (
 from ..tuner.model import SVFModel
 from .objective import PromptFilter, ReinforceConfig, advantages_of  # names the extra if TRL is missing
 from .retention import Retaining
-from .run import check_prompts, check_rewards, z_statistics
+from .run import check_prompts, checked_reward, z_statistics
 
 from trl import GRPOTrainer  # isort: skip
 
@@ -89,8 +89,10 @@ class ReinforceTrainer(Retaining, GRPOTrainer):
             args.mask_truncated_completions = False  # a choice is never cut off
             args.pad_to_multiple_of = None  # its number takes one place
         self.check_adapter(model, args, kwargs.get("peft_config"))
+        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        rewards = [checked_reward(function) for function in functions]
         with _without_luspo_advice():
-            super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
+            super().__init__(model=model, reward_funcs=rewards, args=args, train_dataset=train_dataset, **kwargs)
         if self._choice_form and self.is_fsdp_enabled:
             raise ValueError(
                 "Rows with `choices` cannot be trained under FSDP: processes need different numbers of forwards for "
@@ -143,7 +145,6 @@ class ReinforceTrainer(Retaining, GRPOTrainer):
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         rewards = super()._calculate_rewards(*args, **kwargs)
-        check_rewards(rewards, self.reward_func_names)
         if self.args.reward_clip is not None:
             rewards = rewards.clamp(-self.args.reward_clip, self.args.reward_clip)
         self._batches[self._mode].rewards = rewards

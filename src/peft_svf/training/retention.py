@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from ..evaluation import base_answers
 from ..evaluation.reading import evaluating
@@ -46,6 +48,16 @@ class RetentionConfig(RunConfig):
         yield "retention_rows", self.retention_rows >= 1, "1 or more"
 
 
+class BaseAnswers(TrainerCallback, ExportableState):
+    """Holds the base's answers. A callback, because transformers keeps the state of callbacks in its checkpoints."""
+
+    def __init__(self) -> None:
+        self.pairs: list[list[Any]] = []  # a prompt and its answer
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"pairs": self.pairs}}
+
+
 class Retaining(Run):
     """A [`Run`] whose loss has the penalty of [`RetentionConfig`], if `retention` is above 0."""
 
@@ -59,8 +71,10 @@ class Retaining(Run):
 
     def ready(self) -> None:
         super().ready()
-        if self.args.retention and self.is_fsdp_enabled:
-            raise ValueError("The base answers with whole weights: under FSDP set retention=0, or use DDP.")
+        if self.args.retention:
+            if self.is_fsdp_enabled:
+                raise ValueError("The base answers with whole weights: under FSDP set retention=0, or use DDP.")
+            self.add_callback(BaseAnswers())
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -69,21 +83,27 @@ class Retaining(Run):
         if not (self.args.retention and self.model.training and self.accelerator.sync_gradients):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._retained is None:
-            self._retained = self._base_answers()
+            self._retained = self._read_answers()
         penalty = self.args.retention * self._divergence(self._retained)
         if not (self.loss_is_scaled_for_ga or self.compute_loss_func or num_items_in_batch is not None):
             penalty = penalty * self.current_gradient_accumulation_steps  # by which the loss is going to be divided
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch) + penalty
 
-    def _base_answers(self) -> list[tuple[list[int], list[int]]]:
-        """Let the base answer greedily, so that a resumed run has the same answers, and encode them."""
-        prompts = everyday_requests("train", PROMPTS) if self.retained_prompts is None else self.retained_prompts
+    def _read_answers(self) -> list[tuple[list[int], list[int]]]:
+        """Encode the base's answers; it writes them if no checkpoint has them. A resumed run looks up its callback."""
+        holder = next(c for c in self.callback_handler.callbacks if isinstance(c, BaseAnswers))
+        if not holder.pairs:
+            holder.pairs = broadcast_object_list([self._write_answers()])[0]  # the first process's answers
+        prompts, answers = zip(*holder.pairs, strict=True)
         reader, encode = self.processing_class, tokenizer_of(self.processing_class)
+        encoded = (encode(text, add_special_tokens=False).input_ids for text in answers)
+        return list(zip(prompt_ids(reader, prompts), encoded, strict=True))
+
+    def _write_answers(self) -> list[list[Any]]:
+        prompts = everyday_requests("train", PROMPTS) if self.retained_prompts is None else self.retained_prompts
         with evaluating(self.model), self.model.disable_adapter():
-            rows = base_answers(self.model, reader, prompts, TOKENS)
-        (rows,) = broadcast_object_list([rows])  # the first process's, for all
-        encoded = (encode(row["choices"][0], add_special_tokens=False).input_ids for row in rows)
-        return list(zip(prompt_ids(reader, [row["prompt"] for row in rows]), encoded, strict=True))
+            rows = base_answers(self.model, self.processing_class, prompts, TOKENS)
+        return [[row["prompt"], *row["choices"]] for row in rows]
 
     def _divergence(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Tensor:
         """Compute this process's part of KL(base ‖ policy), times the processes, over which DDP takes the mean."""

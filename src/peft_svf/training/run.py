@@ -6,6 +6,7 @@ What all trainers share: whole checkpoints, checks of rows and rewards, a report
 """
 
 import asyncio
+import functools
 import inspect
 import logging
 import math
@@ -20,6 +21,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
@@ -81,6 +83,9 @@ class RunConfig:
             At each evaluation, stop if the base's own answers to everyday requests are less likely per token than
             before by more than this share, such as 0.02. The best checkpoint is then an earlier one; if there is none,
             `z - 1` is scaled down until it keeps the promise.
+        stop_after_dead_steps (`int`, *optional*):
+            Stop after so many steps in a row that taught nothing: equal rewards, or no gradient. The first such step
+            is reported with the way out.
     """
 
     measured: ClassVar[str] = "reward|reward_std|rewards/.+"  # what an evaluation knows; another ends the run at it
@@ -89,11 +94,13 @@ class RunConfig:
     restore_callback_states_from_checkpoint: bool = True  # early stopping and the filter go on counting
     early_stopping_patience: int | None = None
     keep_text: float | None = None
+    stop_after_dead_steps: int | None = None
 
     def rules(self) -> Iterator[tuple[str, bool, str]]:
         """Yield the settings that would silently do something else: field, whether it is right, what is expected."""
         ones = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
-        ones += ["num_generations", "rows_per_forward", "max_completion_length", "early_stopping_patience"]
+        ones += ["num_generations", "rows_per_forward", "max_completion_length"]
+        ones += ["early_stopping_patience", "stop_after_dead_steps"]
         settings = vars(self)
         for name, least in {**dict.fromkeys(ones, 1), "beta": 0, "reward_clip": 0, "keep_text": 0}.items():
             value = settings.get(name)
@@ -133,8 +140,17 @@ def last_checkpoint(folder: str | PathLike[str]) -> Path:
 def state_of(checkpoint: str | PathLike[str]) -> TrainerState:
     """Read `trainer_state.json`, which transformers writes last; a `ValueError` if the checkpoint isn't whole."""
     try:
-        return TrainerState(**read_json(Path(checkpoint) / TRAINER_STATE_NAME))
-    except (OSError, ValueError, TypeError) as error:
+        read_json(path := Path(checkpoint) / TRAINER_STATE_NAME)  # neither nested too deep nor a pipe
+        state = TrainerState.load_from_json(str(path))
+        counters = [state.global_step]
+        for saved in state.stateful_callbacks.values():
+            for part in saved if isinstance(saved, list) else [saved]:
+                counters += [value for name, value in part["attributes"].items() if name.endswith("counter")]
+                counters += [count for pair in part["attributes"].get("record", {}).values() for count in pair]
+        if not all(type(count) is int and count >= 0 for count in counters) or not math.isfinite(state.epoch or 0):
+            raise ValueError("its counters are damaged")
+        return state
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{str(checkpoint)!r} isn't a whole checkpoint ({error}). Name an earlier one, or --resume (in Python "
             "resume_from_checkpoint=True) alone for the newest whole one."
@@ -174,13 +190,49 @@ def z_statistics(model: nn.Module) -> dict[str, float]:
     return dict(zip(names, values.tolist(), strict=True))  # one transfer from the device for all
 
 
-def check_rewards(rewards: Tensor, names: Sequence[str]) -> None:
-    """Raise a `ValueError` for rewards `(N, functions)` whose squares overflow; NaN is a missing one."""
-    for name, largest in zip(names, rewards.nan_to_num(0, math.inf, -math.inf).abs().amax(0).tolist(), strict=True):
-        if largest > HUGE:
+def checked_reward(reward: Any) -> Any:
+    """
+    Wrap a reward function so that it returns a finite number or `None` for each completion, or fails by its name.
+
+    Reward models, and names of such, are returned as they are. Async functions stay async.
+    """
+    if not callable(reward) or isinstance(reward, nn.Module):
+        return reward
+    name = getattr(reward, "__name__", type(reward).__name__)
+
+    def check(rewards: Any, completions: Sequence[Any]) -> list[float | None]:
+        rewards = rewards.tolist() if isinstance(rewards, Tensor | np.ndarray) else rewards
+        numbers = list(map(_number, rewards)) if isinstance(rewards, list | tuple) else []
+        if len(numbers) != len(completions):
+            wrong = f"{rewards!r:.80} for {len(completions)} completions"
+        else:
+            bad = (i for i, number in enumerate(numbers) if abs(number) > HUGE)
+            wrong = next((f"{rewards[i]!r} for {completions[i]!r}" for i in bad), "")
+        if wrong:
             raise ValueError(
-                f"The reward function {name!r} returned {largest:g}: a reward is a number below {HUGE:g}, or None."
+                f"The reward function {name!r} returned {wrong}: it should return a list with a number below "
+                f"{HUGE:g}, or None, for each completion."
             )
+        return [None if math.isnan(number) else number for number in numbers]
+
+    async def later(**columns: Any) -> list[float | None]:
+        return check(await reward(**columns), columns["completions"])
+
+    def now(**columns: Any) -> list[float | None]:
+        return check(reward(**columns), columns["completions"])
+
+    is_async = inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)
+    checked: Any = functools.update_wrapper(later if is_async else now, reward)
+    checked.__name__ = name
+    return checked
+
+
+def _number(reward: Any) -> float:
+    """Convert a reward: NaN if it is missing, infinity if it isn't a number."""
+    try:
+        return math.nan if reward is None else float(reward)
+    except (TypeError, ValueError):
+        return math.inf
 
 
 def check_prompts(model: nn.Module, reader: Any, data: Any) -> None:
@@ -228,21 +280,27 @@ class LineOnBar(Line, ProgressCallback):
 
 
 class DeadSteps(TrainerCallback):
-    """Reports the first step that teaches nothing: equal rewards, or no gradient."""
+    """Reports the first step that teaches nothing, and stops after too many of them in a row."""
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer, self.reported = trainer, False
+    def __init__(self, trainer: Any, limit: int | None) -> None:
+        self.trainer, self.limit, self.count, self.reported = trainer, limit, 0, False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         gradients = (p.grad for p in self.trainer.model.parameters() if p.requires_grad and p.grad is not None)
-        if self.reported or any(bool(gradient.any()) for gradient in gradients):
+        if any(bool(gradient.any()) for gradient in gradients):
+            self.count = 0
             return
-        self.reported = True
         reason = self.trainer.dead_reason or (
             "No gradient reaches the trained parameters: their layers don't run in the model's forward, or the reward "
             "does not depend on the completions. Choose other target_modules or another reward."
         )
-        logger.warning(f"Step {state.global_step + 1} teaches nothing. {reason}")
+        self.count += 1
+        if not self.reported:
+            self.reported = True
+            logger.warning(f"Step {state.global_step + 1} teaches nothing. {reason}")
+        if self.limit is not None and self.count >= self.limit:
+            logger.warning(f"Training stops: {self.count} steps in a row taught nothing. {reason}")
+            control.should_training_stop = True
 
 
 class KeptText(TrainerCallback):
@@ -396,7 +454,7 @@ class Run(Trainer):
         for theirs, line in ((ProgressCallback, LineOnBar), (PrinterCallback, Line)):
             if self.pop_callback(theirs) is not None:
                 self.add_callback(line(self.shown))
-        self.add_callback(DeadSteps(self))
+        self.add_callback(DeadSteps(self, self.args.stop_after_dead_steps))
         if self.args.keep_text is not None:
             self.add_callback(KeptText(self, self.args.keep_text))
         if self.args.early_stopping_patience is not None:
@@ -419,7 +477,8 @@ class Graded(Run):
     def grade_by(self, reward_funcs: Any, weights: Sequence[float] | None) -> None:
         """Take one reward function or several, as `ReinforceTrainer` does, without its reward models."""
         functions = [reward_funcs] if callable(reward_funcs) else list(reward_funcs or ())
-        self.reward_funcs, self.reward_weights = functions, weights or [1.0] * len(functions)
+        self.reward_funcs = [checked_reward(function) for function in functions]
+        self.reward_weights = weights or [1.0] * len(functions)
 
     def answers(self, rows: Sequence[Row], members: int = 1) -> list[str]:
         """Write a greedy answer to each row; `members` copies of the rows may have an adapter each."""
@@ -433,15 +492,14 @@ class Graded(Run):
         completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else list(texts)
         keys = dict.fromkeys(key for row in rows for key in row if key not in ("prompt", "completion"))
         columns = {key: [row.get(key) for row in rows] for key in keys}
-        columns |= {"prompts": [row["prompt"] for row in rows], "completions": completions}
-        graded = [function(**columns) for function in self.reward_funcs]
-        graded = [asyncio.run(rewards) if inspect.iscoroutine(rewards) else rewards for rewards in graded]
-        numbers = [[math.nan if r is None else float(r) for r in rewards] for rewards in zip(*graded, strict=True)]
-        rewards = torch.tensor(numbers, device=self.accelerator.device)  # (rows, functions)
-        if len(rewards) != len(rows):
-            raise ValueError(f"The reward functions returned {len(rewards)} rewards for {len(rows)} completions.")
-        check_rewards(rewards, [getattr(function, "__name__", str(function)) for function in self.reward_funcs])
-        return (rewards.nan_to_num(0) * rewards.new_tensor(self.reward_weights)).sum(1)
+        prompts = [row["prompt"] for row in rows]
+        total = torch.zeros(len(rows), device=self.accelerator.device)
+        for reward, weight in zip(self.reward_funcs, self.reward_weights, strict=True):
+            rewards = reward(prompts=prompts, completions=completions, **columns)
+            if inspect.iscoroutine(rewards):
+                rewards = asyncio.run(rewards)
+            total += weight * torch.tensor([0.0 if r is None else r for r in rewards], device=total.device)
+        return total
 
     def greedy_reward(self, dataset: Any) -> float:
         """Average the rewards of the likeliest choices or greedy answers of all rows over all processes."""

@@ -162,7 +162,7 @@ def _compute(missing: dict[str, str], weight_of: Callable[[str], Tensor]) -> dic
                 alike = {other: weight_of(todo[other]) for other in others}
                 batch |= {other: weight for other, weight in alike.items() if weight.shape == batch[key].shape}
             try:
-                with _lock() if keep else nullcontext():  # of two processes with the same model, one computes for both
+                with _lock() if keep else nullcontext():  # if two processes load one model, one of them computes
                     bases |= _computed(batch, keep)
             except OSError as error:
                 keep = False

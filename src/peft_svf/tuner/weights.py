@@ -118,9 +118,27 @@ def multiplies(module: nn.Module) -> bool:
     forward, replaced = type(module).forward, vars(module).get("forward")
     if replaced is not None and getattr(replaced, "__func__", None) is not forward and not hasattr(module, "_hf_hook"):
         return False  # accelerate's hook sets an instance's forward too, and leaves the class's when it goes
-    # Falcon's forward spells the product out
-    product = forward in (nn.Linear.forward, Conv1D.forward) or type(module).__name__ == "FalconLinear"
-    return product and readable(module._parameters.get("weight"))
+    return readable(module._parameters.get("weight")) and is_product(module)
+
+
+def is_product(module: nn.Module) -> bool:
+    """Whether a module's forward is the product with `weight` plus `bias`; Falcon's own is, which a probe shows."""
+    kind: Any = type(module)
+    if kind.forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    probe = kind.__new__(kind)
+    weight, bias, x = (torch.linspace(-2, 1, n, device="cpu").exp() for n in (12, 3, 8))
+    parameters = {"weight": nn.Parameter(weight.view(3, 4)), "bias": nn.Parameter(bias)}
+    # All else, such as a scale that its forward uses, is the module's own.
+    probe.__dict__ = {**vars(module), "_parameters": {**module._parameters, **parameters}}
+    try:
+        with torch.no_grad():
+            y = probe.forward(x := x.view(2, 4))
+            return torch.allclose(y, nn.functional.linear(x, probe.weight, probe.bias))
+    except Exception:  # It needs more than a weight and a bias.
+        return False
 
 
 def readable(weight: Tensor | None) -> bool:
