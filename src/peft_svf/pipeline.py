@@ -43,7 +43,9 @@ class _TwoPasses:
     def __init__(self, model: Any, tokenizer: Any = None, *, processor: Any = None, **kwargs: Any) -> None:
         settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
         if not isinstance(model, Transformer2Model):
-            model = Transformer2Model(model, processor or tokenizer, **settings)
+            if (reader := processor or tokenizer) is None:
+                raise ValueError("Pass the model's tokenizer too: tokenizer=AutoTokenizer.from_pretrained(...).")
+            model = Transformer2Model(model, reader, **settings)
         elif any(settings.values()):
             raise ValueError(
                 "This model is a Transformer2Model, which has its experts and the settings of the first pass: pass "
