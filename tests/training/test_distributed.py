@@ -342,7 +342,7 @@ def test_an_expert_loads_on_an_offloaded_base_without_a_second_factorisation(off
     torch.testing.assert_close(logits(loaded), logits(trained), rtol=0, atol=1e-4)
 
 
-@everywhere
+@pytest.mark.parametrize("offload", [cpu, disk])
 def test_a_model_that_is_offloaded_with_its_adapter_answers_saves_and_merges_as_in_memory(offload, tmp_path):
     model, whole = adapt().eval(), adapt().eval()
     randomize(model)
