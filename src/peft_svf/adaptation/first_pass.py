@@ -21,14 +21,14 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..evaluation import choice_logps, complete, confidence_of, context_of
 from ..experts.expert import OTHER, Mixture
-from ..experts.key import blocks_of, key_ids, read_states
+from ..experts.key import PLACE, blocks_of, key_ids, read_states
 from ..experts.library import ExpertLibrary
 from ..rows import Prompt, Reader, chat_text, prompt_ids
 from ..tasks import dispatch_prompt
 from ..tasks.competition_math import boxed
 from .probe import Probe
 from .probe import temperature as temperature_of
-from .router import PLACE, key_scores, keys_of, router_of
+from .router import key_scores, keys_of, router_of
 
 logger = logging.getLogger(__name__)
 OPTIONS = {
