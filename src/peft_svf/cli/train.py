@@ -334,5 +334,5 @@ def _show_result(result: Mapping[str, Any], folder: str) -> None:
     print(f"{z['numbers']:,} multipliers z: mean |z-1| {mean:.4f}, largest {largest:.4f}")
     if largest == 0:
         print("z has not moved: this is the base model. If reward_std in result.json is 0, all answers to a question")
-        print("earned the same reward, which teaches nothing.")
+        print("earned the same reward, which teaches nothing: `algorithm: sft` learns from right answers instead.")
     print(f"Wrote {folder}: offsets, result.json, README.md. Next: peft-svf inspect {shlex.quote(folder)}")
