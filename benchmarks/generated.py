@@ -32,7 +32,7 @@ TEST_ROWS = 200
 STRENGTHS = (1.0, 0.8, 0.65)  # of which validation chooses one, after training
 MOST_LOSS = 0.015  # of the likelihood of the base's everyday answers
 MLP, ATTENTION = ["gate_proj", "up_proj", "down_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"]
-UPPER = list(range(5, 30))  # blocks behind the first sixth
+BLOCKS = {"-upper": range(5, 30), "-third": range(10, 30)}  # behind the first sixth, and the first third
 NEAR = [  # requests near the tasks, and far from them, whose answers a person reads
     "What is 3 * 14?", "Which is larger, 62 or 59?", "Wie heißt die Hauptstadt von Frankreich?", "Write a poem.",
     "Was the film good? 'I fell asleep after ten minutes.'", "What is the e-mail address in: write to kim@lake.org?",
@@ -46,8 +46,8 @@ class Training:
 
     Args:
         task (`str`): Folder of the requests.
-        method (`str`): "svf" or "lora16" on the MLP weights, "svf-upper" on those of `UPPER`, "svf-all-upper" on all
-            linear weights there, and so on; or "base".
+        method (`str`): "svf" or "lora16" on the MLP weights, "svf-third" on those of the last two thirds of the
+            blocks (`BLOCKS`), "svf-all-third" on all linear weights there, and so on; or "base".
         lr (`float`): Learning rate.
         seed (`int`): Seed of the questions' order, of sampled answers and of an adapter's start.
         steps, questions, samples (`int`): Optimizer steps, questions in each, answers per question.
@@ -109,13 +109,22 @@ TRIED = (
     Training("compare", "svf-upper", 0.01, steps=20),
 )
 
+THIRD = (
+    *(replace(training, method="svf-all-third") for training in SHIPPED[:4]),
+    solved("topic", "svf-all-third", 0.004, 30, 16, questions=12, retain=40.0),
+    solved("topic", "svf-third", 0.006, 24, 16),
+    solved("email", "svf-all-third", 0.008, 30, 8, questions=12),
+    solved("language", "svf-all-third", 0.006, 30, 8, questions=12, retain=40.0),
+    solved("sentiment", "svf-all-third", 0.004, 40, 8, questions=12, retain=40.0),
+)
+
 
 def cells() -> Iterator[Training]:
     """Yield every cell, in the order in which they run."""
-    for training in (*SHIPPED, *TRIED):
+    for training in (*SHIPPED, *TRIED, *THIRD):
         yield Training(training.task, "base")
         yield training
-    for training in SHIPPED:
+    for training in (*SHIPPED, *THIRD):
         yield from (replace(training, seed=seed) for seed in (1, 2))
         lora = training.method.replace("svf", "lora16")
         yield from (replace(training, method=lora, lr=lr) for lr in (1e-3, 3e-4))
@@ -260,8 +269,9 @@ def adapter(method: str) -> Any:
 
     targets = MLP + ATTENTION if "-all" in method else MLP
     common: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": targets}
-    if method.endswith("-upper"):
-        common["layers_to_transform"] = UPPER
+    for suffix, blocks in BLOCKS.items():
+        if method.endswith(suffix):
+            common["layers_to_transform"] = list(blocks)
     return LoraConfig(**common, r=16, lora_alpha=32) if method.startswith("lora16") else SVFConfig(**common)
 
 
