@@ -29,10 +29,10 @@ REQUESTS = ROOT / "examples" / "data" / "requests"
 LENGTHS = {"compare": 10, "subject": 8}  # of sampled answers
 TEST_TOKENS = {"calculate": 48}  # of test answers; 16 in other tasks
 TEST_ROWS = 200
-STRENGTHS = (1.0, 0.8, 0.65)  # of which validation chooses one, after training
-MOST_LOSS = 0.015  # of the likelihood of the base's everyday answers
+STRENGTHS = (1.0, 0.9, 0.8, 0.65)  # of which validation chooses one, after training
+MOST_LOSS = 0.0125  # of the likelihood of the base's everyday answers
 MLP, ATTENTION = ["gate_proj", "up_proj", "down_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"]
-BLOCKS = {"-upper": range(5, 30), "-third": range(10, 30)}  # behind the first sixth, and the first third
+BLOCKS = {"-upper": range(5, 30), "-third": range(10, 30), "-half": range(15, 30)}  # behind the first sixth, and the first third
 NEAR = [  # requests near the tasks, and far from them, whose answers a person reads
     "What is 3 * 14?", "Which is larger, 62 or 59?", "Wie heißt die Hauptstadt von Frankreich?", "Write a poem.",
     "Was the film good? 'I fell asleep after ten minutes.'", "What is the e-mail address in: write to kim@lake.org?",
@@ -111,11 +111,14 @@ TRIED = (
 
 THIRD = (
     *(replace(training, method="svf-all-third") for training in SHIPPED[:4]),
-    solved("topic", "svf-all-third", 0.004, 30, 16, questions=12, retain=40.0),
-    solved("topic", "svf-third", 0.006, 24, 16),
-    solved("email", "svf-all-third", 0.008, 30, 8, questions=12),
-    solved("language", "svf-all-third", 0.006, 30, 8, questions=12, retain=40.0),
-    solved("sentiment", "svf-all-third", 0.004, 40, 8, questions=12, retain=40.0),
+    solved("topic", "svf-all-third", 0.004, 24, 8, questions=12),
+    solved("sentiment", "svf-all-third", 0.006, 30, 8, questions=12),
+    solved("email", "svf-all-half", 0.006, 20, 6, questions=12),
+    solved("topic", "svf-all-half", 0.006, 24, 8, questions=12),
+    solved("email", "svf-all-half", 0.01, 24, 8, questions=12),
+    solved("price", "svf-all-half", 0.006, 20, 6, questions=12, retain=40.0),
+    solved("language", "svf-all-half", 0.006, 20, 6, questions=12, retain=40.0),
+    solved("sentiment", "svf-all-half", 0.006, 24, 8, questions=12),
 )
 
 
@@ -125,9 +128,8 @@ def cells() -> Iterator[Training]:
         yield Training(training.task, "base")
         yield training
     for training in (*SHIPPED, *THIRD):
-        yield from (replace(training, seed=seed) for seed in (1, 2))
-        lora = training.method.replace("svf", "lora16")
-        yield from (replace(training, method=lora, lr=lr) for lr in (1e-3, 3e-4))
+        lora = replace(training, method=training.method.replace("svf", "lora16"), lr=1e-3)
+        yield from (replace(method, seed=seed) for method in (training, lora) for seed in (0, 1, 2))
 
 
 def measure(cell: Training) -> dict[str, Any]:
