@@ -32,7 +32,7 @@ TEST_ROWS = 200
 STRENGTHS = (1.0, 0.9, 0.8, 0.65)  # of which validation chooses one, after training
 MOST_LOSS = 0.0125  # of the likelihood of the base's everyday answers
 MLP, ATTENTION = ["gate_proj", "up_proj", "down_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"]
-BLOCKS = {"-upper": range(5, 30), "-third": range(10, 30), "-half": range(15, 30)}  # behind the first sixth, and the first third
+BLOCKS = {"-upper": range(5, 30), "-third": range(10, 30), "-half": range(15, 30)}  # of 30
 NEAR = [  # requests near the tasks, and far from them, whose answers a person reads
     "What is 3 * 14?", "Which is larger, 62 or 59?", "Wie heißt die Hauptstadt von Frankreich?", "Write a poem.",
     "Was the film good? 'I fell asleep after ten minutes.'", "What is the e-mail address in: write to kim@lake.org?",
