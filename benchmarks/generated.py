@@ -12,6 +12,7 @@ checkpoint.
 """
 
 import json
+import math
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -178,8 +179,8 @@ def weaken(model: Any, tokenizer: Any, task: Any) -> dict[str, Any]:
     """
     Scale what was trained by the strength that validation chooses, and return how each did.
 
-    It is the one with most right validation rows, or the stronger of equals, among those that cost the base's answers
-    to other everyday requests than those of the test at most `MOST_LOSS`, or the weakest if none does.
+    It is the strongest whose accuracy on validation rows is within a standard error of the best, among those that cost
+    the base's answers to other everyday requests than those of the test at most `MOST_LOSS`; the weakest if none does.
     """
     import torch
 
@@ -204,7 +205,9 @@ def weaken(model: Any, tokenizer: Any, task: Any) -> dict[str, Any]:
         tried.append({"strength": strength, "accuracy": right, "text_loss": text.loss(model, tokenizer)})
         print(tried[-1], flush=True)
     kept = [one for one in tried if one["text_loss"] <= MOST_LOSS] or tried[-1:]
-    best = max(kept, key=lambda one: (one["accuracy"], one["strength"]))
+    top = max(one["accuracy"] for one in kept)
+    near = top - math.sqrt(top * (1 - top) / len(rows))
+    best = next(one for one in kept if one["accuracy"] >= near)  # the strongest come first
     scale(best["strength"])
     return {"strength": best["strength"], "best_validation": best["accuracy"], "strengths": tried}
 
