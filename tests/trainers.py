@@ -184,7 +184,11 @@ def supervised_of(folder, rows, reward=uneven, *, model=None, svf=None, eval_row
         soft_model() if model is None else model,
         args,
         Dataset.from_list(rows),
-        None if eval_rows is None else Dataset.from_list(eval_rows),
+        {name: Dataset.from_list(part) for name, part in eval_rows.items()}
+        if isinstance(eval_rows, dict)
+        else None
+        if eval_rows is None
+        else Dataset.from_list(eval_rows),
         reward_funcs=reward,
         processing_class=TOKENIZER,
         peft_config=svf or SVFConfig(init_weights=False),

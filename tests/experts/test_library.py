@@ -324,7 +324,7 @@ def test_stacked_experts_that_cannot_be_added_change_nothing(tmp_path):
     foreign = write(tmp_path, "foreign", of=other, target_parameters=PARAMETERS)
     library = ExpertLibrary(mixture_of_experts(), [write(tmp_path, "q", of=mixture_of_experts(), **LINEAR)])
     before, expected = state(library.model), logits(library.model)
-    with pytest.raises(ValueError, match="does not belong"):
+    with pytest.raises(ValueError, match="Expert 'foreign' does not belong"):
         library.add(foreign)
     short = Expert.load(write(tmp_path, "short", of=mixture_of_experts(), target_parameters=PARAMETERS))
     offsets = {name: offset[:5] for name, offset in short.offsets.items()}

@@ -59,7 +59,9 @@ class ModelArguments:
 
     model_name_or_path: str = field(metadata={"help": "Folder or Hub repository of the base model."})
     model_revision: str | None = _key("Branch, tag or commit of the base model.")
-    dtype: str = _key("Dtype of its weights; auto is the checkpoint's.", "auto")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = _key(
+        "Dtype of its weights; auto is the checkpoint's.", "auto"
+    )
 
 
 @dataclass

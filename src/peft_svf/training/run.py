@@ -235,6 +235,13 @@ def _number(reward: Any) -> float:
         return math.inf
 
 
+def columns_of(dataset: Any) -> Sequence[str]:
+    """List the columns of a dataset; a stream may reveal them only in its first row."""
+    if dataset is None:
+        return ()
+    return getattr(dataset, "column_names", None) or list(next(iter(dataset), {}))
+
+
 def check_prompts(model: nn.Module, reader: Any, data: Any) -> None:
     """
     Raise a `ValueError` for a row that would end a run in its course: its prompt is empty or leaves no room to answer.
@@ -358,6 +365,7 @@ class Run(Trainer):
 
     epochs_done = 0  # before the checkpoint that is resumed from
     dead_reason: str | None = None  # why the latest rollout teaches nothing
+    names_sets = True  # metrics have the names of several evaluation sets
     routing = True  # an expert is saved with a routing key
     objective = "policy gradient (REINFORCE)"  # what a card calls it
     strength = 1.0  # by which keep_text has scaled what was trained
@@ -455,6 +463,12 @@ class Run(Trainer):
                 parameter.data = parameter.data.float()  # TRL makes them bfloat16 on quantised bases
         if isinstance(self.eval_dataset, Sized) and not len(self.eval_dataset):
             raise ValueError("`eval_dataset` has no rows, of which no mean can be taken: leave it out, or fill it.")
+        sets, best = self.eval_dataset, str(self.args.metric_for_best_model).removeprefix("eval_")
+        if self.names_sets and isinstance(sets, Mapping) and not best.startswith(tuple(f"{name}_" for name in sets)):
+            raise ValueError(
+                f"With several evaluation sets `metric_for_best_model` must name one of them, such as "
+                f"'eval_{next(iter(sets))}_reward'; got {self.args.metric_for_best_model!r}."
+            )
         for theirs, line in ((ProgressCallback, LineOnBar), (PrinterCallback, Line)):
             if self.pop_callback(theirs) is not None:
                 self.add_callback(line(self.shown))

@@ -54,6 +54,13 @@ class Offset(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight)
 
+    def read(self) -> Tensor:
+        """Return the weight, brought into memory if accelerate offloads it: no forward of this module would."""
+        if not self.weight.is_meta:
+            return self.weight
+        with onloaded(self):
+            return self.weight
+
 
 def svf_layers(model: nn.Module) -> dict[str, "SVFLayer"]:
     """Find the SVF layers of a model, by module name without what PEFT, `torch.compile`, FSDP and DDP put in front."""
@@ -89,6 +96,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("svf_offset",)
     other_param_names = ()
+    cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` sets it
     base_layer: Any
     bias: Any
     in_features: int
@@ -347,7 +355,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
         return self.svf_basis
 
     def _offset_of(self, adapter_name: str) -> Tensor:
-        return self.padded(self.svf_offset[adapter_name].weight)
+        return self.padded(self.svf_offset[adapter_name].read())
 
     def _rescale(self, weight: Tensor, offset: Tensor) -> Tensor:
         Q = self._basis()
@@ -364,7 +372,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
         total = None
         for name in [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter:
             if (holder := offsets.get(name)) is not None:
-                offset = self.padded(holder.weight)
+                offset = self.padded(holder.read())
                 total = offset if total is None else total + offset
         return total
 
@@ -534,6 +542,7 @@ class Linear(SVFLayer):
         weight = self.base_layer.weight
         key, kept = key_of(weight, weight.dtype), self.svf_factored
         if kept is None or kept.key != key:
+            self.svf_merged = None  # there is room for one copy of the weight
             kept = split(self.logical_weight(), self.base_layer.bias, self.side, self._basis(), key)
             self.svf_factored = kept
         return kept
@@ -547,7 +556,8 @@ class Linear(SVFLayer):
             if old is not None and old.key == key and (trusted or old.holds(offset)):
                 return old
             assert self.svf_basis is not None and self.svf_values is not None
-            self.svf_merged = None  # an interrupted build must not leave the old key on a weight that is half new
+            # An interrupted build must not leave the old key on a weight that is half new.
+            self.svf_merged = self.svf_factored = None
             bias = base.bias if base.bias is None else base.bias.to(dtype)
             weight, offset = self.logical_weight().to(dtype), offset.detach()
             self.svf_merged = fold(weight, bias, self.side, self.svf_basis, self.svf_values, offset, key, old)

@@ -71,6 +71,12 @@ class AdapterLoader(BaseTuner):
     _unchecked: frozenset[str] = frozenset()  # adapters whose fingerprint has not been compared yet
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                "The model is a `PeftModel` already: an adapter around it would be saved under names that no other "
+                "model has. Call `model.add_adapter(name, config)` on it, or begin with `model.unload()`, or with "
+                "`model.merge_and_unload()` to keep what its adapters do."
+            )
         self._defers = not isinstance(peft_config, SVFConfig)  # transformers does not hand a file's tensors over
         self._before: dict[str, tuple[Any, Any]] = {}  # what refusing an adapter restores, until its file is read
         self._shipped: dict[str, tuple[str, str]] = {}  # weight -> adapter and digest of a basis that only it may use
@@ -286,7 +292,9 @@ class AdapterLoader(BaseTuner):
         for name, layer in svf_layers(model).items():
             if adapter_name not in layer.svf_offset:
                 continue
-            offset = state_dict.get(f"{prefix}{name}.{key}", layer.svf_offset[adapter_name].weight.detach())
+            offset = state_dict.get(f"{prefix}{name}.{key}")
+            if offset is None or offset.is_meta:  # accelerate offloads it
+                offset = layer.svf_offset[adapter_name].read().detach()
             stored = name if layer.parameter_name else layer.weight_name(name)
             tensors[f"{prefix}{stored}.{key}"] = offset.full_tensor() if isinstance(offset, DTensor) else offset
             if layer.svf_fingerprint is None or layer.svf_basis is None or layer.svf_values is None:
