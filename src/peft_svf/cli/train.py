@@ -92,7 +92,7 @@ def train(
     )
     if settings.script.algorithm == "evolution":
         reader = tokenizer_of(reader)  # it scores texts: rows with images are refused below
-    svf = svf_config(settings.svf, model, task.description)
+    svf = svf_config(settings.svf, model, task.description, supervised=settings.script.algorithm == "sft")
     if args.process_index == 0:
         form = form_of(rows["train"][0])
         print(f"{task.name}, {form} form: " + ", ".join(f"{len(some)} {split}" for split, some in rows.items()))
