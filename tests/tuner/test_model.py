@@ -390,6 +390,16 @@ def test_a_copy_is_the_same_and_on_its_own(way, tmp_path):
     assert torch.equal(logits(twin), before)
 
 
+@own_methods
+def test_transformers_own_adapters_get_the_basis_of_weights_that_are_loaded_later():
+    model, other, trained = build("llama"), build("llama", seed=5), adapt("llama")
+    z = randomize(trained)
+    model.add_adapter(SVFConfig())
+    set_base_model_state_dict(trained, other.state_dict())
+    model.load_state_dict({name.removeprefix("base_model.model."): t for name, t in trained.state_dict().items()})
+    close(logits(model), logits(fill(other, z)))
+
+
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("into", ["peft", "base"])
 def test_weights_that_a_state_dict_replaces_get_the_basis_of_the_new_ones(into, merge):

@@ -54,11 +54,12 @@ class SVFModel(AdapterLoader):
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter, as [`AdapterLoader`] does; transformers runs the model itself, so one forward is watched."""
+        """Add an adapter; transformers runs the model itself, so its first forward and its loading are watched."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if not self._defers:
             end = model.register_forward_hook(self._end_of_first, always_call=True)
             self._watching = model.register_forward_pre_hook(self._begin_first), end
+            model.register_load_state_dict_post_hook(self._catch_up)
 
     def set_plan(self, plan: Plan, forwards_per_step: int = 1) -> None:
         """
@@ -281,7 +282,7 @@ class SVFModel(AdapterLoader):
         super()._check_merge_allowed()
         self._catch_up()
 
-    def _catch_up(self) -> None:
+    def _catch_up(self, *_: Any) -> None:
         """Fetch the bases of weights that have come since the adapter was added."""
         if self.execution.waiting:
             self.fetch_bases()
