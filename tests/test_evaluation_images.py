@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of evaluation where a processor reads: rows with pictures, and rows of text for a model that sees."""
 
+import oracle
 import pytest
 import seeing
 import torch
 from seeing import IMAGES, KINDS, PICTURE, png
-from test_evaluation import close, plain_logp
+from test_evaluation import close
 from tiny_model import tiny_model, tiny_tokenizer
 
 from peft_svf.evaluation import choice_logps, evaluate, paired_difference, wilson
@@ -145,7 +146,8 @@ def test_choices_score_as_in_plain_forwards_for_a_model_that_sees(kind):
             scores = choice_logps(model, reader, rows)
             for one, prompt, logps in zip(rows, ids, scores, strict=True):
                 choices = [processor.tokenizer(text).input_ids for text in one["choices"]]
-                close(logps[: len(choices)], torch.stack([plain_logp(model, prompt, choice) for choice in choices]))
+                expected = torch.stack([oracle.logps(model, prompt, choice).sum() for choice in choices])
+                close(logps[: len(choices)], expected)
 
 
 # --- the grade

@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from unittest import mock
 
+import oracle
 import pytest
 import torch
 from datasets import Dataset
@@ -111,13 +112,6 @@ class Evolving(EvolutionTrainer):
         return super().training_step(model, inputs, *args)
 
 
-def token_logps(model, prompt, completion):
-    """Log-likelihoods of a completion's tokens by one plain forward, without padding."""
-    ids = torch.tensor([prompt + completion])
-    logps = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
-    return torch.stack([logps[len(prompt) - 1 + t, token] for t, token in enumerate(completion)])
-
-
 def tokens_of(row):
     return TOKENIZER.convert_tokens_to_ids(["<u>", *row["prompt"][0]["content"], "<end>", "<a>"])
 
@@ -127,17 +121,14 @@ def option_logps(model, row):
     texts = row["choices"]
     ends = any(a != b and b.startswith(a) for a in texts for b in texts)
     choices = [TOKENIZER.convert_tokens_to_ids([*text, *["<end>"] * ends]) for text in texts]
-    return torch.stack([token_logps(model, tokens_of(row), choice).sum() for choice in choices]).log_softmax(0)
+    return torch.stack([oracle.logps(model, tokens_of(row), choice).sum() for choice in choices]).log_softmax(0)
 
 
-@torch.no_grad()
 def likeliest(model, row, length=5):
     """The likeliest choice, or completion of a few tokens, by plain forwards."""
     if "choices" in row:
         return row["choices"][int(option_logps(model, row).argmax())]
-    ids, new = tokens_of(row), []
-    while len(new) < length and new[-1:] != [TOKENIZER.eos_token_id]:
-        new.append(int(model(torch.tensor([ids + new]), use_cache=False).logits[0, -1].argmax()))
+    new = oracle.greedy(model, tokens_of(row), length, TOKENIZER.eos_token_id)
     return TOKENIZER.decode(new, skip_special_tokens=True)
 
 

@@ -3,6 +3,7 @@
 
 import math
 
+import oracle
 import pytest
 import tiny_experts
 import torch
@@ -30,28 +31,24 @@ def user(text):
 
 
 @torch.no_grad()
-def oracle(model, prompt, kinds=KINDS):
-    """Log-likelihoods of the kinds' names, each read in one plain forward of its own."""
-    text = tokenizer.apply_chat_template(dispatch_prompt(prompt, kinds), tokenize=False, add_generation_prompt=True)
-    start, found = tokenizer(text, add_special_tokens=False).input_ids, []
-    for name in kinds:
-        answer = tokenizer(name, add_special_tokens=False).input_ids
-        logits = model(input_ids=torch.tensor([start + answer])).logits[0, len(start) - 1 : -1].double()
-        found.append(logits.log_softmax(-1)[torch.arange(len(answer)), answer].sum())
-    return torch.stack(found)
+def likelihood(model, start, text):
+    start, answer = (tokenizer(part, add_special_tokens=False).input_ids for part in (start, text))
+    return oracle.logps(model, start, answer).sum()
 
 
-@torch.no_grad()
-def channel_oracle(model, prompt, kinds=KINDS):
-    """Log-likelihoods of a prompt after a system prompt for each kind, read in one plain forward of its own."""
+def by_names(model, prompt):
+    """Log-likelihoods of the kinds' names as answers."""
+    text = tokenizer.apply_chat_template(dispatch_prompt(prompt, KINDS), tokenize=False, add_generation_prompt=True)
+    return torch.stack([likelihood(model, text, name) for name in KINDS])
+
+
+def by_channel(model, prompt):
+    """Log-likelihoods of a prompt after a system prompt for each kind."""
     found = []
-    for name, what in kinds.items():
-        turns = [{"role": "system", "content": f"The user asks for {what or name}."}, user(prompt)]
+    for what in KINDS.values():
+        turns = [{"role": "system", "content": f"The user asks for {what}."}, user(prompt)]
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-        start = tokenizer(text[: text.index(prompt)], add_special_tokens=False).input_ids
-        asked = tokenizer(prompt, add_special_tokens=False).input_ids
-        logits = model(input_ids=torch.tensor([start + asked])).logits[0, len(start) - 1 : -1].double()
-        found.append(logits.log_softmax(-1)[torch.arange(len(asked)), asked].sum())
+        found.append(likelihood(model, text[: text.index(prompt)], prompt))
     return torch.stack(found)
 
 
@@ -122,7 +119,7 @@ def test_a_kind_is_announced_by_its_description_in_any_template(template, prefix
 @pytest.mark.parametrize("strategy", ["prompt", "classifier"])
 def test_names_are_read_by_the_likelihoods_of_the_base_or_of_the_classifier(strategy, library, folders):
     model = alone(folders["kinds"]) if strategy == "classifier" else base()
-    logps = torch.stack([oracle(model, prompt) for prompt in PROMPTS])
+    logps = torch.stack([by_names(model, prompt) for prompt in PROMPTS])
     found = probabilities(decide(library, PROMPTS, strategy=strategy, read="likelihood"))
     torch.testing.assert_close(found, logps.softmax(-1), atol=1e-4, rtol=0)
     if strategy == "classifier":
@@ -131,7 +128,7 @@ def test_names_are_read_by_the_likelihoods_of_the_base_or_of_the_classifier(stra
 
 
 def test_the_prompt_strategy_reads_the_request_as_what_a_user_of_each_kind_says(library):
-    logps = torch.stack([channel_oracle(base(), prompt) for prompt in PROMPTS])
+    logps = torch.stack([by_channel(base(), prompt) for prompt in PROMPTS])
     found = kind_scores(library, tokenizer, PROMPTS).double()
     torch.testing.assert_close(found, logps - logps.mean(-1, keepdim=True), atol=1e-3, rtol=0)
     assert torch.equal(kind_scores(library, tokenizer, PROMPTS, FirstPass(read="channel")).double(), found)

@@ -9,6 +9,7 @@ import math
 import sys
 from types import SimpleNamespace
 
+import oracle
 import pico
 import pytest
 import torch
@@ -33,7 +34,6 @@ from trainers import (
     right_choice,
     same,
     soft_model,
-    token_logps,
     trained_z,
     trainer_of,
     uneven,
@@ -191,7 +191,7 @@ def action_logps(trainer, model):
         else:
             prompt = output["prompt_ids"][i][output["prompt_mask"][i].bool()].tolist()
             completion = output["completion_ids"][i][output["completion_mask"][i].bool()].tolist()
-            found.append(token_logps(model, prompt, completion) if completion else torch.zeros(1))
+            found.append(oracle.logps(model, prompt, completion) if completion else torch.zeros(1))
     return found
 
 

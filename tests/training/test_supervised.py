@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of learning from right answers, and of the penalty for moving away from the base's own answers."""
 
+import oracle
 import pico
 import pytest
 import torch
@@ -19,7 +20,6 @@ from trainers import (
     offsets,
     soft_model,
     supervised_of,
-    token_logps,
     tokens_of,
     trained_z,
     trainer_of,
@@ -145,7 +145,7 @@ def test_the_loss_is_that_of_the_right_answer_and_the_end_of_turn(rows, tmp_path
     for row in rows:
         text = row.get("solution") or row.get("answer") or row["choices"][row["label"]]
         answer = TOKENIZER.convert_tokens_to_ids([*text, "<end>"])
-        logps.append(token_logps(trainer.model, tokens_of(row), answer).detach())
+        logps.append(oracle.logps(trainer.model, tokens_of(row), answer).detach())
     assert trainer.state.log_history[0]["loss"] == pytest.approx(-float(torch.cat(logps).mean()), rel=1e-4)
 
 
