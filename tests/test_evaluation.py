@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from peft import get_peft_model
 from tiny_model import tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from peft_svf import SVFConfig, evaluation
 from peft_svf.evaluation import BaseText, Summary, choice_logps, complete, evaluate, paired_difference, wilson
@@ -43,10 +43,7 @@ ROWS = [
 
 def build(kind="llama", dtype=torch.float32, **kwargs):
     """A tiny model that reads `TOKENIZER`; contexts have 64 tokens."""
-    config = pico.config(kind, **kwargs)
-    config.vocab_size = len(TOKENIZER)
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    return pico.build(kind, dtype=dtype, vocabulary=len(TOKENIZER), **kwargs)
 
 
 def ids_of(text):

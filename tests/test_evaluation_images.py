@@ -44,9 +44,6 @@ def completions(summary):
     return [record["completion"] for record in summary.records]
 
 
-# --- what the model sees
-
-
 @every_kind
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_rows_with_images_are_answered_as_one_by_one(kind, batch_size):
@@ -150,9 +147,6 @@ def test_choices_score_as_in_plain_forwards_for_a_model_that_sees(kind):
                 close(logps[: len(choices)], expected)
 
 
-# --- the grade
-
-
 def test_the_accuracy_is_the_mean_vqa_accuracy():
     model, processor = seeing.model(), seeing.processor()
     said = completions(evaluate(model, processor, rows(), **SHORT))
@@ -166,9 +160,6 @@ def test_the_accuracy_is_the_mean_vqa_accuracy():
         assert record["score"] == vqa_accuracy(record["completion"], one["answers"])
     nothing = evaluate(model, processor, [{**one, "answers": ["no"]} for one in rows()], **SHORT)
     assert paired_difference(summary, nothing)[0] == pytest.approx(5 / 9)
-
-
-# --- what is refused
 
 
 def image_rows(**more):

@@ -5,6 +5,8 @@ import copy
 import gc
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -28,7 +30,6 @@ gc.freeze()
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = tiny_tokenizer()
-SHORT = {"max_completion_length": 5, "per_device_train_batch_size": 12, "max_steps": 1}
 STILL = {"learning_rate": 0.0, "max_grad_norm": 0.0, "seed": 1}  # one that draws different completions of a prompt
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False, "logging_steps": 1}
 
@@ -144,42 +145,36 @@ def trained_z(trainer):
     return flat(offsets(trainer.model))
 
 
-def trainer_of(folder, rows, reward, *, model=None, svf=None, kind=Recorder, eval_rows=None, **settings):
+def table(rows):
+    return Dataset.from_list(rows) if isinstance(rows, list) else rows
+
+
+def _made(kind, config, folder, rows, reward, model=None, svf=None, eval_rows=None, reader=TOKENIZER, **settings):
     """A trainer on a tiny model, from a random z unless `svf` says otherwise."""
-    args = ReinforceConfig(**{"output_dir": str(folder), "save_strategy": "no", **QUIET, **SHORT, **settings})
+    short = {"save_strategy": "no", "max_completion_length": 5, "max_steps": 1}
     return kind(
-        soft_model() if model is None else model,
-        reward,
-        args,
-        Dataset.from_list(rows),
-        eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows),
-        processing_class=TOKENIZER,
+        model=soft_model() if model is None else model,
+        reward_funcs=reward,
+        args=config(str(folder), **{**QUIET, **short, **settings}),
+        train_dataset=table(rows),
+        eval_dataset=table(eval_rows),
+        processing_class=reader,
         peft_config=svf or (None if isinstance(model, PeftModel) else SVFConfig(init_weights=False)),
     )
 
 
-def evolution_of(folder, rows, reward, *, model=None, svf=None, kind=EvolutionTrainer, eval_rows=None, **settings):
-    """An evolution trainer on a tiny model, from a random z unless `svf` says otherwise."""
-    short = {"population": 6, "sigma": 0.2, "max_completion_length": 5, "per_device_train_batch_size": 4}
-    args = EvolutionConfig(str(folder), **{**QUIET, "save_strategy": "no", "max_steps": 1, **short, **settings})
-    config = svf or (None if isinstance(model, PeftModel) else SVFConfig(init_weights=False))
-    model = soft_model() if model is None else model
-    return kind(model, reward, args, rows, eval_rows, processing_class=TOKENIZER, peft_config=config)
+def trainer_of(*args, kind=Recorder, **settings):
+    return _made(kind, ReinforceConfig, *args, **{"per_device_train_batch_size": 12, **settings})
 
 
-def supervised_of(folder, rows, reward=uneven, *, model=None, svf=None, eval_rows=None, **settings):
-    """A trainer on the right answers of rows, on a tiny model, from a random z unless `svf` says otherwise."""
-    short = {"max_completion_length": 5, "per_device_train_batch_size": 4, "max_steps": 1, "retention_rows": 3}
-    args = SupervisedConfig(str(folder), **{**QUIET, "save_strategy": "no", **short, **settings})
-    return SupervisedTrainer(
-        soft_model() if model is None else model,
-        args,
-        Dataset.from_list(rows),
-        None if eval_rows is None else Dataset.from_list(eval_rows),
-        reward_funcs=reward,
-        processing_class=TOKENIZER,
-        peft_config=svf or SVFConfig(init_weights=False),
-    )
+def evolution_of(*args, kind=EvolutionTrainer, **settings):
+    short = {"population": 6, "sigma": 0.2, "per_device_train_batch_size": 4}
+    return _made(kind, EvolutionConfig, *args, **{**short, **settings})
+
+
+def supervised_of(folder, rows, reward=uneven, **settings):
+    short = {"per_device_train_batch_size": 4, "retention_rows": 3}
+    return _made(SupervisedTrainer, SupervisedConfig, folder, rows, reward, **{**short, **settings})
 
 
 def same(one, other, limit=1e-4):
@@ -235,3 +230,18 @@ def divided(folder, kind, rows_each):
 def environment(**variables):
     path = os.pathsep.join(str(ROOT / folder) for folder in ("src", "examples", "tests", "tests/training"))
     return {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "default", **variables}
+
+
+TWO = "distributed_type: MULTI_GPU\ncompute_environment: LOCAL_MACHINE\nnum_machines: 1\nmixed_precision: 'no'\n"
+
+
+def in_two_processes(script, folder, *args, config=TWO):
+    """Run a script by accelerate; return what each of two processes saved in `folder` under its number."""
+    (folder / "train.py").write_text(script)
+    (folder / "two.yaml").write_text(f"{config}num_processes: 2\n")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", folder / "two.yaml"]
+    command = [*launch, folder / "train.py", folder, *args]
+    # processes that wait for each other forever are an error, not a slow test
+    run = subprocess.run(map(str, command), capture_output=True, text=True, env=environment(), timeout=240)
+    assert run.returncode == 0, run.stderr[-9000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]

@@ -56,9 +56,6 @@ def probabilities(mixtures):
     return torch.tensor([[m.probabilities[name] for name in NAMES] for m in mixtures], dtype=torch.float64)
 
 
-# --- dispatch
-
-
 @pytest.mark.parametrize("strategy", ["prompt", "classifier"])
 def test_a_decision_is_one_expert_or_none_with_probabilities_over_all(strategy, library):
     random = torch.get_rng_state()
@@ -191,9 +188,6 @@ def test_a_long_prompt_is_read_up_to_a_bound(library):
     found = decide(library, [start, start + "x", start + "yz " * 5000], batch_size=1)
     assert found[0] == found[1] == found[2]
     assert decide(library, ["d" + start[1:]])[0] != found[0]
-
-
-# --- temperature, fallbacks, the written form, the probe
 
 
 def test_a_fitted_temperature_makes_the_kinds_likelier(library):
