@@ -174,7 +174,7 @@ def module(name):
 
 NEEDS = {  # library: its extra, what needs it
     "datasets": ("eval", lambda: module("tasks").get_task("gsm8k").load("test")),
-    "math_verify": ("eval", lambda: module("tasks").get_task("math").score("1", {"answer": "1"})),
+    "math_verify": ("eval", lambda: module("tasks").get_task("math").score("$1$", {"answer": "1"})),
     "trl": ("train", lambda: module("training.reinforce")),
     "cma": ("search", lambda: module("adaptation.search").CovarianceAdaptation(None, np.zeros((1, 2)))),
     "ray": ("ray", lambda: module("adaptation.judge").RayEvaluator(None)),
