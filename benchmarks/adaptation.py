@@ -32,7 +32,7 @@ from harness import RESULTS, ROOT, Cell, parser_of, result_of, run_cells
 from smollm2 import load_smollm2
 
 from peft_svf import Expert, Mixture, Transformer2Model
-from peft_svf.adaptation import FirstPass, Search, dispatch, fit_calibration, fit_probe, fit_temperature
+from peft_svf.adaptation import FirstPass, Search, dispatch, fit_calibration, fit_probe
 from peft_svf.evaluation import evaluate, wilson
 from peft_svf.rows import prompt_ids
 from peft_svf.tasks import everyday_requests, get_task
@@ -50,11 +50,8 @@ SOURCES = {  # source -> kind; the test split of the task of that name
 NAMES = {"strategy": "prompt", "read": "likelihood"}
 WAYS: dict[str, dict[str, Any]] = {  # settings of `FirstPass`, and what is fitted; "prompt" is the library's default
     "names": NAMES,
-    "names, batch": {**NAMES, "fit": "unlabelled"},
     "names, fitted": {**NAMES, "fit": "labelled"},
     "prompt": {"strategy": "prompt"},
-    "prompt, temperature": {"strategy": "prompt", "fit": "temperature"},
-    "prompt, batch": {"strategy": "prompt", "fit": "unlabelled"},
     "prompt, fitted": {"strategy": "prompt", "fit": "labelled"},
     "classifier": {"strategy": "classifier"},
     "probe": {"strategy": "probe", "fit": "probe"},
@@ -142,11 +139,7 @@ def first_pass_of(way: str, seed: int) -> FirstPass:
     if fit == "probe":
         return FirstPass(**settings, probe=fit_probe(*asked, kinds))
     plain = FirstPass(**settings)
-    if fit == "temperature":
-        return replace(plain, temperature=fit_temperature(*asked, kinds, plain))
-    if fit:
-        return replace(plain, calibration=fit_calibration(*asked, kinds if fit == "labelled" else None, plain))
-    return plain
+    return replace(plain, calibration=fit_calibration(*asked, kinds, plain)) if fit else plain
 
 
 def judge(way: str, seed: int) -> dict[str, Any]:

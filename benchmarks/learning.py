@@ -138,10 +138,17 @@ def questions(cell: Training, task: Any) -> list[dict[str, Any]]:
 
 
 def trainer_of(cell: Training, model: Any, tokenizer: Any, task: Any, folder: str) -> Any:
-    """Make the trainer of a cell, whose log counts the tokens that training reads."""
+    """Make the trainer of a cell."""
     from datasets import Dataset
 
-    from peft_svf.training import EvolutionConfig, EvolutionTrainer, ReinforceConfig, ReinforceTrainer
+    from peft_svf.training import (
+        EvolutionConfig,
+        EvolutionTrainer,
+        ReinforceConfig,
+        ReinforceTrainer,
+        SupervisedConfig,
+        SupervisedTrainer,
+    )
 
     common: dict[str, Any] = {
         "output_dir": folder, "max_steps": cell.steps, "per_device_eval_batch_size": 16, "learning_rate": cell.lr,
@@ -150,89 +157,26 @@ def trainer_of(cell: Training, model: Any, tokenizer: Any, task: Any, folder: st
         "load_best_model_at_end": True, "report_to": "none", "dataloader_pin_memory": False, "bf16": False,
         "seed": cell.seed,
     }  # fmt: skip
-    checks, config = task.rows("validation", "choice", limit=160), adapter(cell.method)
-    if cell.learner == "reinforce":
-        args = ReinforceConfig(
-            **common, per_device_train_batch_size=cell.questions * cell.samples, num_generations=cell.samples,
-            temperature=cell.temperature, beta=cell.beta, advantage_estimator=cell.baseline, max_grad_norm=1.0,
-        )  # fmt: skip
-        train, check = Dataset.from_list(task.rows("train", "choice", seed=cell.seed)), Dataset.from_list(checks)
-        trainer: Any = ReinforceTrainer(
-            model, task.reward, args, train, eval_dataset=check, processing_class=tokenizer, peft_config=config
-        )
-    elif cell.learner == "evolution":
+    checks = task.rows("validation", "choice", limit=160)
+    ours = {"processing_class": tokenizer, "peft_config": adapter(cell.method)}
+    if cell.learner == "evolution":
         args = EvolutionConfig(
             **common, per_device_train_batch_size=cell.questions, population=cell.samples, rows_per_forward=64,
             train_sampling_strategy="sequential",
         )  # fmt: skip
-        trainer = EvolutionTrainer(
-            model, task.reward, args, questions(cell, task), checks, processing_class=tokenizer, peft_config=config
+        return EvolutionTrainer(model, task.reward, args, questions(cell, task), checks, **ours)
+    if cell.learner == "sft":
+        args = SupervisedConfig(
+            **common, per_device_train_batch_size=cell.questions, retention=0.0, train_sampling_strategy="sequential"
         )
-    else:
-        trainer = imitation(cell, model, tokenizer, questions(cell, task), checks, common, config)
-    trainer.add_callback(tokens_read(trainer.model))
-    return trainer
-
-
-def imitation(cell: Training, model: Any, tokenizer: Any, rows: Any, checks: Any, common: Any, config: Any) -> Any:
-    """Make a trainer of the next-token loss on the tokens of the right answers, validated as the others are."""
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    from peft_svf.evaluation import evaluate
-
-    class Imitation(SFTTrainer):
-        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-            accuracy = evaluate(self.model, tokenizer, checks, self.args.per_device_eval_batch_size).accuracy
-            metrics = {"eval_reward": 2 * accuracy - 1}
-            self.log(dict(metrics))
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-            return metrics
-
-    def solved(row: dict[str, Any]) -> dict[str, Any]:
-        answer = {"role": "assistant", "content": row["choices"][row["label"]]}
-        return {"prompt": row["prompt"], "completion": [answer]}
-
-    args = SFTConfig(
-        **common, per_device_train_batch_size=cell.questions, max_grad_norm=1.0, lr_scheduler_type="cosine",
-        metric_for_best_model="eval_reward", train_sampling_strategy="sequential", gradient_checkpointing=False,
+        rows, check = Dataset.from_list(questions(cell, task)), Dataset.from_list(checks)
+        return SupervisedTrainer(model, args, rows, check, reward_funcs=task.reward, **ours)
+    args = ReinforceConfig(
+        **common, per_device_train_batch_size=cell.questions * cell.samples, num_generations=cell.samples,
+        temperature=cell.temperature, beta=cell.beta, advantage_estimator=cell.baseline, max_grad_norm=1.0,
     )  # fmt: skip
-    train, check = (Dataset.from_list([solved(row) for row in part]) for part in (rows, checks))
-    return Imitation(
-        model, args, train_dataset=train, eval_dataset=check, processing_class=tokenizer, peft_config=config
-    )
-
-
-def tokens_read(model: Any) -> Any:
-    """
-    Make a callback that logs as `tokens` how many token positions the model has read in training, padding included.
-
-    It counts prompts and choices of rollouts, of members and of the differentiated forward alike; not backward passes
-    and not validation. A resumed run goes on counting from its log.
-    """
-    from transformers import TrainerCallback
-
-    class TokensRead(TrainerCallback):
-        total = step = 0
-
-        def read(self, module: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            self.step += inputs[0].numel()
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.total, self.step = max((entry.get("tokens", 0) for entry in state.log_history), default=0), 0
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.total, self.step = self.total + self.step, 0
-
-        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            state.log_history[-1]["tokens"] = self.total
-
-        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.step = 0
-
-    counter = TokensRead()
-    model.get_input_embeddings().register_forward_hook(counter.read)
-    return counter
+    rows = Dataset.from_list(task.rows("train", "choice", seed=cell.seed))
+    return ReinforceTrainer(model, task.reward, args, rows, eval_dataset=Dataset.from_list(checks), **ours)
 
 
 if __name__ == "__main__":

@@ -412,8 +412,8 @@ def cost_tables(mixed: Result, speeds: Mapping[str, Result]) -> dict[str, str]:
     return {
         "sizes": written_table(["weights", "SVF", "LoRA r=16", "an expert", "bases", "hours"], sizes),
         "times": written_table(["", "processor", "over the base"], sorted(times)),
-        "mixed_batch": f"{mixed['rows']} requests with as many mixtures gives {mixed['same_text_as_one_by_one']} of "
-        f"them the text that they get one by one, in {over:.2f}",
+        "mixed_batch": f"{mixed['same_text_as_one_by_one']} of {mixed['rows']} get the text that they get one by one, "
+        f"in {over:.2f}",
     }  # fmt: skip
 
 

@@ -2,36 +2,30 @@
 """
 Time SVF beside the frozen base, LoRA, TinyLoRA, IA3 and the dense form, side by side in one process.
 
-    python benchmarks/speed.py                     # all cases, about a quarter of an hour on two free cores
+    python benchmarks/speed.py                     # all cases, at most a quarter of an hour on two free cores
     python benchmarks/speed.py --quick             # about two minutes; too few repetitions to quote
     python benchmarks/speed.py --cases B2,B6       # some of the cases below
     python benchmarks/speed.py --threads 2         # wall clock instead of the CPU time of one thread
 
-Weights are SmolLM2-135M's in bfloat16 (a random model of a few thousand numbers with `--tiny`). Large layers have
-Llama-3-8B's shapes with random weights and an orthogonal stand-in for the basis, on whose directions no time depends.
-Nothing is timed at z = 1. `gpu.py` runs the cases on a GPU.
+Weights are SmolLM2-135M's in bfloat16 (a random model of a few thousand numbers with `--tiny`). `gpu.py` runs the
+cases on a GPU, with Llama-3-8B's shapes, random weights and an orthogonal stand-in for each basis, on whose directions
+no time depends. Nothing is timed at z = 1.
 """
 
 import argparse
 import copy
-import hashlib
-import os
-import tempfile
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import formulas
 import torch
 from dense_form import dense_form
 from harness import RESULTS, NotAvailable, Race, Run, cpu_clock, cuda_clock, race, wall_clock
 from peft import IA3Config, LoraConfig, PeftConfig, TinyLoraConfig, get_peft_model
-from safetensors.torch import load
 from smollm2 import load_smollm2
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -39,7 +33,6 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from peft_svf import Expert, ExpertLibrary, Mixture, SVFConfig
 from peft_svf.tuner.basis import factorize
 from peft_svf.tuner.layer import SVFLayer, svf_layers
-from peft_svf.tuner.rows import active_rows
 
 Contestants = dict[str, Callable[[], Any] | NotAvailable]
 BF16 = torch.bfloat16
@@ -50,8 +43,6 @@ FLOAT32 = "SVF auto, float32 basis"
 PLANS = (AUTO, MERGED, NARROW, FACTORED, TRUNCATED)
 MLP = ["gate_proj", "up_proj", "down_proj"]
 TARGETS = {"mlp": MLP, "all": ["q_proj", "k_proj", "v_proj", "o_proj", *MLP]}
-SMALL = [(576, 576), (192, 576), (1536, 576), (576, 1536)]  # SmolLM2-135M, out x in
-LARGE = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]  # Llama-3-8B
 SPREAD = 0.05  # standard deviation of the random offsets
 
 
@@ -72,13 +63,6 @@ class Bench:
         if self.settings.device == "cuda":
             return llama(formulas.LLAMA_3_8B, "cuda")
         return load_smollm2(BF16)[0].eval().requires_grad_(False)
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """The shapes (out, in) of single layers."""
-        if self.settings.tiny:
-            return [(96, 72), (72, 96)]
-        return LARGE if self.settings.device == "cuda" else SMALL[2:] if self.small else SMALL
 
     def randn(self, *shape: int) -> Tensor:
         """Draw bfloat16 numbers on the device."""
@@ -161,8 +145,8 @@ def adapted(base: nn.Module, name: str, targets: list[str], **kwargs: Any) -> An
     return model
 
 
-def stand_in(base: nn.Module, config: SVFConfig, Q: Tensor | None = None, S: Tensor | None = None) -> Any:
-    """Adapt a model with given bases, by default orthogonal stand-ins: those of an 8B model take hours."""
+def stand_in(base: nn.Module, config: SVFConfig) -> Any:
+    """Adapt a model with orthogonal stand-ins for its bases: those of an 8B model take hours."""
     model = get_peft_model(copy.deepcopy(base).to("meta"), config)  # without weights there is no basis to compute
     layers = svf_layers(model)
     for name, tensor in [*base.named_parameters(), *base.named_buffers()]:
@@ -172,8 +156,8 @@ def stand_in(base: nn.Module, config: SVFConfig, Q: Tensor | None = None, S: Ten
         setattr(place, leaf, frozen if isinstance(tensor, nn.Parameter) else tensor)
     for layer in layers.values():
         device, k = layer.get_base_layer().weight.device, layer.size_of(config.rank)
-        full = reflection(layer.directions, device) if Q is None else Q
-        layer.set_basis(full[:, :k].contiguous(), torch.linspace(2, 0.5, k, device=device) if S is None else S[:k])
+        Q = reflection(layer.directions, device)
+        layer.set_basis(Q[:, :k].contiguous(), torch.linspace(2, 0.5, k, device=device))
         for offset in layer.svf_offset.values():
             offset.weight = nn.Parameter(torch.zeros(k, device=device))
     model.base_model.set_plan(config.plan)
@@ -190,34 +174,11 @@ def scatter(model: nn.Module) -> None:
                 offset.weight.normal_(std=SPREAD)
 
 
-def reflection(r: int, device: Any = "cpu", dtype: torch.dtype = BF16) -> Tensor:
+def reflection(r: int, device: Any) -> Tensor:
     """Make an orthogonal matrix `(r, r)` without zeros that costs nothing: I - 2 v vᵀ."""
     v = torch.randn(r, device=device)
     v /= v.norm()
-    return (torch.eye(r, device=device) - 2 * torch.outer(v, v)).to(dtype)
-
-
-def one_layer(fc: nn.Linear) -> nn.Module:
-    """Make a model of a single linear layer, which PEFT can adapt."""
-    return nn.Sequential(OrderedDict(fc=fc))
-
-
-def layer_of(bench: Bench, m: int, n: int, dtype: torch.dtype = BF16) -> tuple[nn.Linear, Tensor, Tensor]:
-    """Make a frozen random layer with a stand-in basis `Q (r, r)` and singular values `S (r,)` without a tail."""
-    fc = nn.Linear(n, m, bias=False, device=bench.settings.device).to(dtype).requires_grad_(False)
-    r = min(m, n)
-    return fc, reflection(r, fc.weight.device, dtype), torch.linspace(2, 0.5, r, device=fc.weight.device)
-
-
-def adapted_layer(fc: nn.Linear, name: str, Q: Tensor, S: Tensor) -> nn.Module:
-    """Adapt one layer as a contestant does inside a model; its weight is shared."""
-    torch.manual_seed(0)
-    fc, (config, kwargs) = sharing(fc), config_of(name, ["fc"])
-    if name == BASE:
-        return fc
-    if not name.startswith("SVF"):
-        return get_peft_model(one_layer(fc), config, **kwargs).base_model.model.fc
-    return stand_in(one_layer(fc), config, Q, S).base_model.model.fc
+    return (torch.eye(r, device=device) - 2 * torch.outer(v, v)).to(BF16)
 
 
 def insisting(run: Callable[[], Any], model: nn.Module, name: str) -> Callable[[], Any]:
@@ -232,33 +193,6 @@ def insisting(run: Callable[[], Any], model: nn.Module, name: str) -> Callable[[
         return result
 
     return checked
-
-
-def layer_step(layer: nn.Module, name: str, x: Tensor, g: Tensor) -> Callable[[], None]:
-    """Forward and backward of one layer, down to its input and its adapter."""
-    trained = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
-
-    def run() -> None:
-        for tensor in trained:
-            tensor.grad = None
-        layer(x).backward(g)
-
-    return insisting(run, layer, name)
-
-
-def b1(bench: Bench) -> None:
-    """B1: forward and backward of one layer; the merged plan's `W'` is built before."""
-    counts = (4,) if bench.settings.tiny else (16, 256, 2048) if bench.small else (1, 16, 256, 2048)
-    for m, n in bench.shapes if bench.small or bench.settings.device == "cuda" else SMALL + LARGE:
-        large = m * n >= 4096 * 1024
-        for tokens in counts if bench.settings.device == "cuda" or not large else (16, 256):
-            fc, Q, S = layer_of(bench, m, n)
-            x, g = bench.randn(tokens, n).requires_grad_(), bench.randn(tokens, m)
-            names = [BASE, LORA, LORA_BASE_DTYPE, *([] if large else [TINYLORA]), IA3, *PLANS]  # TinyLoRA needs an SVD
-            contestants = {name: layer_step(adapted_layer(fc, name, Q, S), name, x, g) for name in names}
-            about = {"out": m, "in": n, "tokens": tokens, "dtype": "bfloat16"}
-            title = f"Layer {m}x{n}, {tokens} tokens"
-            bench.race(Race("B1", f"B1/{m}x{n}/{tokens}", title, about), contestants, 9.0 if large else 1.2)
 
 
 def training_step(base: nn.Module, name: str, targets: list[str], embedded: list[Tensor], g: Tensor) -> Any:
@@ -327,30 +261,6 @@ def lora_rows(base: nn.Module, targets: list[str], rows: int) -> Any:
     return model.eval()
 
 
-@torch.no_grad()
-def b4(bench: Bench) -> None:
-    """B4: decoding one token for each row of a batch, every row with its own mixture; a layer, then the model."""
-    counts = (4,) if bench.settings.tiny else (16,) if bench.small else (1, 4, 16, 64)
-    for m, n in bench.shapes[:1] if bench.small else [(1536, 576), (4096, 4096)]:
-        for rows in counts:
-            fc, Q, S = layer_of(bench, m, n)
-            x, contestants = bench.randn(rows, 1, n), {}
-            with ExitStack() as stack:
-                for name in (BASE, AUTO, NARROW, FACTORED, TRUNCATED):
-                    layer = adapted_layer(fc, name, Q, S).eval()
-                    if isinstance(layer, SVFLayer):
-                        offsets = SPREAD * torch.randn(rows, layer.svf_basis.shape[1], device=x.device)
-                        stack.enter_context(active_rows({"fc": layer}, {"fc": offsets}, torch.arange(rows)))
-                    contestants[name] = insisting(partial(layer, x), layer, name)
-                names = [str(row) for row in range(rows)]
-                lora = lora_rows(one_layer(fc), ["fc"], rows).base_model.model.fc
-                contestants["LoRA r=16, one adapter per row"] = partial(lora, x, adapter_names=names)
-                about = {"out": m, "in": n, "rows": rows, "dtype": "bfloat16"}
-                title = f"Decoding layer {m}x{n}, {rows} rows, a mixture each"
-                bench.race(Race("B4", f"B4/{m}x{n}/{rows}", title, about), contestants, 2.0)
-    _decode_model(bench)
-
-
 def library_of(base: Any, experts: int, plan: str) -> ExpertLibrary:
     """Make a library of random experts on the MLP weights of a model."""
     model = adapted(base, plan, MLP, adapter_name="0") if next(base.parameters()).is_cuda else sharing(base)
@@ -375,7 +285,9 @@ def decoding(model: Any, prompt: Tensor, **kwargs: Any) -> Callable[[], None]:
     return step
 
 
-def _decode_model(bench: Bench) -> None:
+@torch.no_grad()
+def b4(bench: Bench) -> None:
+    """B4: decoding one token for each row of a batch, every row with its own mixture."""
     rows, counts = (4, (2, 4)) if bench.settings.tiny else (16, (2, 16) if bench.small else (2, 8, 32))
     prompt = bench.ids(rows, 32)
     contestants: Contestants = {BASE: decoding(sharing(bench.model), prompt)}
@@ -394,34 +306,6 @@ def _decode_model(bench: Bench) -> None:
         about = {"rows": rows, "prompt": 32, "targets": MLP, "experts": list(counts), "dtype": "bfloat16"}
         title = f"Decoding, {rows} rows, a mixture each, mlp targets"
         bench.race(Race("B4", "B4/model", title, about), contestants, 35.0, most=31)
-
-
-@torch.no_grad()
-def b5(bench: Bench) -> None:
-    """B5: changing the expert of a model, beside a forward of one token and of many."""
-    one, many, base = bench.ids(1, 1), bench.ids(1, 256), sharing(bench.model)
-    contestants: Contestants = {"forward of 1 token": partial(base, one), "forward of 256 tokens": partial(base, many)}
-
-    def switching(name: str, then: Tensor | None) -> Callable[[], Any]:
-        config, kwargs = config_of(name, MLP)
-        model = get_peft_model(sharing(bench.model), config, adapter_name="0", **kwargs).eval()
-        model.add_adapter("1", config)
-        scatter(model)
-        state = [0]
-
-        def run() -> None:
-            state[0] = 1 - state[0]
-            model.set_adapter(str(state[0]))
-            if then is not None:
-                model(then)
-
-        return run
-
-    contestants["LoRA: set_adapter"] = switching(LORA_BASE_DTYPE, None)
-    contestants["SVF: set_adapter"] = switching(NARROW, None)
-    contestants["SVF merged: set_adapter, 1 token"] = switching(MERGED, one)
-    contestants["SVF narrow: set_adapter, 1 token"] = switching(NARROW, one)
-    bench.race(Race("B5", "B5/mlp", "Changing the expert, mlp targets", {"targets": MLP}), contestants, 12.0)
 
 
 @torch.no_grad()
@@ -449,32 +333,18 @@ def b6(bench: Bench) -> None:
 
 
 def b7(bench: Bench) -> None:
-    """B7: factorising linear layers; `get_peft_model` on a warm cache beside hashing weights and reading bases."""
+    """B7: factorising linear layers."""
     cut = trunk(bench.model, 2 if bench.small else 6)
-    weights = [module.weight.detach() for module in linears(cut, TARGETS["all"]).values()]
+    weights = [module.weight.detach() for module in linears(cut, TARGETS["all"]).values()][:14]
 
     def each(run: Callable[[Tensor], Any]) -> Callable[[], Any]:
-        return lambda: [run(weight) for weight in weights[:14]]
+        return lambda: [run(weight) for weight in weights]
 
     svd = partial(torch.linalg.svd, full_matrices=False)
     contestants: Contestants = {"torch.linalg.svd, float64": each(lambda w: svd(w.double()))}
     contestants |= {"torch.linalg.svd, float32": each(lambda w: svd(w.float())), "SVF factorize": each(factorize)}
-    about = {"matrices": len(weights[:14])}
+    about = {"matrices": len(weights)}
     bench.race(Race("B7", "B7/factorise", "Factorising the linear layers", about), contestants, 25.0)
-    if bench.settings.device == "cuda":
-        return
-    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, PEFT_SVF_CACHE=folder):
-        config = SVFConfig(target_modules=TARGETS["all"])
-        get_peft_model(sharing(cut), config)
-        paths = sorted(Path(folder).rglob("*.safetensors"))
-        contestants = {
-            "hashing the weights": each(lambda w: hashlib.sha256(w.view(torch.uint8).numpy().data).hexdigest()),
-            "reading the bases": lambda: [load(path.read_bytes()) for path in paths],
-            "get_peft_model, cache warm": lambda: get_peft_model(sharing(cut), config),
-            "get_peft_model of LoRA": lambda: get_peft_model(sharing(cut), config_of(LORA, TARGETS["all"])[0]),
-        }
-        about = {"weights": len(weights), "bytes": sum(path.stat().st_size for path in paths)}
-        bench.race(Race("B7", "B7/cache", "Bases from the cache", about), contestants, 15.0)
 
 
 @torch.no_grad()
@@ -491,7 +361,7 @@ def b8(bench: Bench) -> None:
     bench.run.fact("B8/z_of_ones_equals_base", equal)
 
 
-CASES = {"B1": b1, "B2": b2, "B4": b4, "B5": b5, "B6": b6, "B7": b7, "B8": b8}
+CASES = {"B2": b2, "B4": b4, "B6": b6, "B7": b7, "B8": b8}
 
 
 def main(arguments: list[str] | None = None, prefix: str = "speed") -> Path:

@@ -82,11 +82,11 @@ def test_the_dense_form_has_the_weight_and_the_gradient_of_the_formula():
 
 @pytest.mark.parametrize("benchmark", [speed, gpu], ids=["on this machine", "as on cuda"])
 def test_the_speed_benchmark_runs_on_a_tiny_model_and_leaves_a_page(benchmark, tmp_path):
-    cases = [] if benchmark is speed else ["--device", "cpu", "--cases", "B1,B8"]
+    cases = [] if benchmark is speed else ["--device", "cpu", "--cases", "B7,B8"]
     path = benchmark.main(["--tiny", "--out", str(tmp_path), *cases])
     content, page = json.loads(path.read_text()), path.with_suffix(".md").read_text()
     if benchmark is speed:
-        assert {race["case"] for race in content["races"]} == {"B1", "B2", "B4", "B5", "B6", "B7"}
+        assert {race["case"] for race in content["races"]} == {"B2", "B4", "B6", "B7"}
         assert all((tmp_path / line.split("](")[1][:-1]).exists() for line in page.splitlines() if line[:2] == "![")
     assert all(race["not_available"] == {} for race in content["races"])
     assert set(content["facts"]["B8/z_of_ones_equals_base"].values()) == {True}
@@ -134,7 +134,7 @@ def test_all_learners_read_the_same_questions_in_the_same_order(results):
     assert all(question in text for question, text in zip(asked["reinforce"], asked["sft"], strict=True))
 
 
-def test_every_learner_leaves_a_whole_result_and_counts_its_tokens(results):
+def test_every_learner_leaves_a_whole_result(results):
     trainings, found, _ = results
     rows = [row for row, _ in found["arc_easy-base"]["test"]["records"]]
     for training in trainings[1:]:
@@ -145,40 +145,16 @@ def test_every_learner_leaves_a_whole_result_and_counts_its_tokens(results):
         assert result["best_validation"] == max(entry["eval_reward"] for entry in checks)
         assert result["answers"] == 2 * 2 * (1 if training.learner == "sft" else 4)
         assert result["trainable"] > 0 and len(result["source"]) == 12
-        counts = [entry["tokens"] for entry in result["curve"]]
-        assert counts == sorted(counts) and counts[-1] > 0
 
 
 def test_next_token_loss_is_on_the_right_answer_alone():
     row = {"prompt": [{"role": "user", "content": "ab?"}], "choices": ["no", "yes"], "label": 1}
     cell = Training("own", "svf-mlp", learner="sft", **{**SMALL, "steps": 1, "questions": 1})
-    task = SimpleNamespace(rows=lambda *args, **kwargs: [row])
+    task = SimpleNamespace(rows=lambda *args, **kwargs: [row], reward=lambda completions, **columns: [0.0])
     trainer = learning.trainer_of(cell, tiny_model(), tiny_tokenizer(), task, "unused")
     (batch,) = trainer.get_train_dataloader()
     learned = batch["labels"][0][batch["labels"][0] != -100].tolist()
     assert tiny_tokenizer().decode(learned) == "yes<end>"
-
-
-def test_tokens_are_those_that_training_reads_and_go_on_after_a_resumption():
-    model = tiny_model()
-    counter = learning.tokens_read(model)
-    state = SimpleNamespace(log_history=[{"tokens": 100}, {"eval_reward": 0.0, "tokens": 100}])
-
-    def read(rows, length):
-        model(torch.zeros(rows, length, dtype=torch.long))
-
-    read(5, 5)  # before the run
-    counter.on_train_begin(None, state, None)
-    for reads, validation in (([(3, 7), (2, 4)], (9, 9)), ([(1, 6)], None)):
-        for size in reads:
-            read(*size)
-        counter.on_step_end(None, state, None)
-        state.log_history.append({})
-        counter.on_log(None, state, None)
-        if validation:
-            read(*validation)
-            counter.on_evaluate(None, state, None)
-    assert [entry["tokens"] for entry in state.log_history] == [100, 100, 129, 135]
 
 
 def test_the_cells_of_the_benchmark_have_different_names_and_methods_that_exist():

@@ -10,7 +10,7 @@ import pico
 import pytest
 import torch
 import transformers as hf
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, set_base_model_state_dict
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from pico import CONFIGS, STACKED, STACKS, build, fill, inputs, logits, matrix_of, own_methods, randomize, svf_layers
 from safetensors.torch import load_file, save_file
@@ -96,6 +96,7 @@ def test_unmerge_and_disable_and_unload_give_back_the_base_to_the_bit(kind, conf
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(base))
     assert not any(layer.merged for layer in svf_layers(model).values())
+    model.merge_adapter()
     unloaded = model.unload()
     assert type(unloaded) is type(base) and not svf_layers(unloaded)
     for (name, mine), (other, theirs) in zip(unloaded.named_parameters(), base.named_parameters(), strict=True):
@@ -380,6 +381,23 @@ def test_a_copy_is_the_same_and_on_its_own(way, tmp_path):
     assert torch.equal(logits(twin), before) and twin.active_adapters == ["default"]
     randomize(model, seed=2)
     assert torch.equal(logits(twin), before)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("into", ["peft", "base"])
+def test_weights_that_a_state_dict_replaces_get_the_basis_of_the_new_ones(into, merge):
+    model, other = adapt("llama"), build("llama", seed=5)
+    z = randomize(model)
+    logits(model)  # so that something of the old weights is kept
+    if into == "base":
+        set_base_model_state_dict(model, other.state_dict())
+    else:
+        twin = adapt("llama")
+        set_base_model_state_dict(twin, other.state_dict())
+        model.load_state_dict(twin.state_dict() | {n: t for n, t in model.state_dict().items() if "svf_offset" in n})
+    if merge:
+        model.merge_adapter()
+    close(logits(model), logits(fill(other, z)))
 
 
 def test_a_state_dict_that_is_given_wins_over_the_model():

@@ -31,10 +31,10 @@ def adapt(
     method: Annotated[Literal["key", "cem", "cma", "gradient"], search("How; key takes the nearest expert.")] = "cem",
     population: Annotated[int, search("Candidates per iteration.", min=1)] = 32,
     iterations: Annotated[int, search("Iterations at most.", min=1)] = 50,
-    elites: Annotated[float, search("Share that shapes the next population.", min=0, max=1)] = 0.2,
+    elites: Annotated[float, search("Share that shapes the next iteration.", min=0, max=1)] = 0.2,
     seed: Annotated[int, search("Seed of the draws.")] = 0,
     batch_size: options.BatchSize = 32,
-    holdout: Annotated[str, search("Checks the result: leave-one-out, none, or a file.")] = "leave-one-out",
+    holdout: Annotated[str, search("Check the result by: leave-one-out, none, or a file.")] = "leave-one-out",
     temperature: Annotated[float, search("Divides the log-likelihoods of choices.")] = 8.0,
     max_tokens: Annotated[int | None, search("End the search before it reads more.", min=1)] = None,
     max_seconds: Annotated[float | None, search("End the search before it takes longer.", min=0)] = None,
@@ -67,7 +67,7 @@ def adapt(
     try:
         mixture = two_pass.adapt(rows, find_task(task) if task else None, plan, **more)
     except KeyboardInterrupt:
-        how = f"goes on from {state}" if state else "starts again; with --state FILE it would go on"
+        how = f"continues from {state}" if state else "starts again; with --state FILE it would continue"
         print(f"Interrupted: the same command {how}.", file=sys.stderr)
         raise
     (two_pass.library.expert(str(name)) if per_layer else mixture).save(out)

@@ -37,11 +37,11 @@ def evaluate(
     form: options.Form = None,
     system: options.System = None,
     shots: options.Shots = 0,
-    rotations: Annotated[int, option("Orders of the options to ask in, in the form letter.", min=1)] = 1,
+    rotations: Annotated[int, option("Ask with the options in so many orders; form letter only.", min=1)] = 1,
     limit: Annotated[int | None, option("Rows at most. Default: all.", min=1)] = None,
     batch_size: options.BatchSize = 16,
     everyday: Annotated[
-        int, option("Measure, on so many everyday requests, how much of the base's text experts lose.", min=0)
+        int, option("Also measure how likely the base's answers to so many everyday requests stay.", min=0)
     ] = 0,
     max_new_tokens: Annotated[int | None, option("Length of written answers. Default: the form's.", min=1)] = None,
     records: Annotated[bool, option("Keep one entry per row in the result.", "--records")] = False,
@@ -55,9 +55,9 @@ def evaluate(
     """
     Measure the base, experts, a mixture or two-pass answering on a task.
 
-    Without experts the base alone; with experts each of them and the base; with --mixture that mixture of them and the
-    base. An option of the first pass adds the answers of the experts it chooses row by row.
-    Prints accuracies with 95 % intervals and writes a result JSON.
+    With --experts: the base and each expert; with --mixture: the base and that mixture of them. An option of the first
+    pass adds two-pass answering, in which it chooses the expert for each row. Prints accuracies with 95 % intervals
+    and writes a result JSON.
     """
     from ..evaluation import evaluate as score
 

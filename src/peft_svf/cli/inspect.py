@@ -30,8 +30,8 @@ def inspect(
     """
     Show what an expert has moved: how far its multipliers z are from 1, by layer, kind of weight, and singular value.
 
-    That takes no model, and is much the same everywhere: Adam moves all z alike. With --examples: how much less likely
-    right answers get if the z of one block is 1 again, for each block.
+    That needs no model, but says little, since Adam moves all z alike. With --examples it measures, for each block,
+    how much less likely right answers get if the z of that block is 1 again.
     """
     from ..experts.expert import Expert
     from .plots import distances, spectrum

@@ -46,12 +46,14 @@ HELP = "\n".join(
         "Keys of CONFIG.yaml (`--key value` after the file overrides one; `env:` sets environment variables):\n",
         *KEYS,
         "- `output_dir`: Folder of the expert; its checkpoints are in it.",
-        "- `max_steps`, `learning_rate`, `seed`, `eval_strategy`, `save_steps`, `load_best_model_at_end`, "
-        "`early_stopping_patience`, `report_to`, and the other fields of TRL's GRPOConfig (`num_generations`, ...); "
-        "with `algorithm: sft` of TRL's SFTConfig; with `algorithm: evolution` of transformers' TrainingArguments "
-        "(and `population`, `sigma`, `shaping`).",
+        "- `max_steps`, `learning_rate`, `per_device_train_batch_size`, `max_completion_length`, `seed`, "
+        "`eval_strategy`, `save_steps`, `load_best_model_at_end`, `report_to`, and all other fields of TRL's "
+        "GRPOConfig (`num_generations`, `beta`, `temperature`, ...), with sft of TRL's SFTConfig, with evolution of "
+        "transformers' TrainingArguments (and `population`, `sigma`, `shaping`).",
         "- `retention`, `retention_rows`: Weight of a penalty for moving away from the base's own answers to everyday "
-        "requests, and how many of these a step takes. Not with `algorithm: evolution`.\n",
+        "requests, and how many of these a step takes. Not with evolution.",
+        "- `keep_text`: Stop at an evaluation if those answers are less likely by more than this share, such as 0.02.",
+        "- `early_stopping_patience`: Stop after so many evaluations without a better one.\n",
         "Several devices: `torchrun --nproc_per_node 2 -m peft_svf.cli train CONFIG.yaml`.",
     ]
 )
@@ -61,14 +63,14 @@ def train(
     context: typer.Context,
     config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="Settings; `--key value` overrides one.")],
     dry_run: Annotated[
-        bool, option("Show data, prompt, cost and the base's success; train nothing.", "--dry-run")
+        bool, option("Show a row, its prompt, how the base does, and minutes; train nothing.", "--dry-run")
     ] = False,
-    resume: Annotated[bool, option("Go on from output_dir's newest checkpoint.", "--resume")] = False,
+    resume: Annotated[bool, option("Continue from output_dir's newest checkpoint.", "--resume")] = False,
 ) -> int:
     """
-    Train an expert from a YAML file, test it, write its card.
+    Train an expert as a YAML file describes it, test it, write its card.
 
-    Ctrl-C finishes the step and saves a checkpoint, from which --resume goes on; a second Ctrl-C ends at once.
+    Ctrl-C finishes the step and saves a checkpoint, from which --resume continues; a second Ctrl-C ends at once.
     """
     from ..rows import tokenizer_of
     from ..tasks.task import ANSWER_TOKENS, form_of

@@ -37,17 +37,18 @@ class ScriptArguments:
 
     task: str = field(metadata={"help": "Name of a benchmark, or a JSONL file or folder of your own."})
     form: Literal["choice", "generate", "letter", "calculation"] | None = _key(
-        "Choose, or write: a text, an option's letter, a calculation. Default: the task's first; with sft generate."
+        "What the model does: choice (pick a given text), generate (write freely), letter (of a listed option) or "
+        "calculation. Default: the task's first; with sft generate."
     )
-    system: str | None = _key("System prompt.")
+    system: str | None = _key("System prompt before each question.")
     shots: int = _key("Solved training examples before each question.", 0)
     algorithm: Literal["reinforce", "sft", "evolution"] = _key(
-        "Policy gradients, next-token loss on right answers, or forward passes only.", "reinforce"
+        "reinforce (rewards), sft (right answers) or evolution (rewards, without gradients).", "reinforce"
     )
-    train_rows: int | None = _key("Training rows at most. Default: all.")
-    eval_rows: int | None = _key("Validation rows at most. Default: all.")
-    test_rows: int | None = _key("Held-out rows for the card at most. Default: all.")
-    routing: bool = _key("Store a routing key of the training prompts: hidden states, no text.", True)
+    train_rows: int | None = _key("At most so many training rows. Default: all.")
+    eval_rows: int | None = _key("At most so many validation rows. Default: all.")
+    test_rows: int | None = _key("At most so many held-out rows for the test. Default: all.")
+    routing: bool = _key("Write a routing key for the first pass: hidden states of training prompts, no text.", True)
     base_model: str | None = _key("Hub id of the base for the card, if the model is a folder.")
     license: str | None = _key("Licence of the expert, such as apache-2.0.")
 
@@ -57,7 +58,7 @@ class ModelArguments:
     """Which base model."""
 
     model_name_or_path: str = field(metadata={"help": "Folder or Hub repository of the base model."})
-    model_revision: str | None = _key("Branch, tag or commit of it.")
+    model_revision: str | None = _key("Branch, tag or commit of the base model.")
     dtype: str = _key("Dtype of its weights; auto is the checkpoint's.", "auto")
 
 
@@ -65,10 +66,10 @@ class ModelArguments:
 class SVFArguments:
     """Which singular values move: fields of SVFConfig."""
 
-    target_modules: list[str] | None = _key("Names, a regex (one string), or all-linear. Default: the MLP weights.")
-    exclude_modules: list[str] | None = _key("Modules to leave out.")
-    layers_to_transform: list[int] | None = _key("Indices of the layers.")
-    rank: int | None = _key("Move only so many of the largest singular values.")
+    target_modules: list[str] | None = _key("What to adapt: names, a regex, all-linear. Default: the MLP weights.")
+    exclude_modules: list[str] | None = _key("Weights to leave out.")
+    layers_to_transform: list[int] | None = _key("Indices of the blocks to adapt. Default: all.")
+    rank: int | None = _key("Adapt only so many of the largest singular values. Default: all.")
     basis_dtype: Literal["float32", "bfloat16"] | None = _key("Dtype of the basis. Default: bfloat16 on such a base.")
     description: str | None = _key("What the expert is good at, in a few words; the first pass reads it.")
 

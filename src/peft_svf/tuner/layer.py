@@ -225,6 +225,26 @@ class SVFLayer(nn.Module, BaseTunerLayer):
         self._move_basis(self.base_layer_device())
         return self
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Load; if the base weight gets other values, the basis goes and the model fetches another one."""
+        weight = self.base_weight
+        name = next((name for name, parameter in self.named_parameters() if parameter is weight), None)
+        new = None if weight.is_meta or isinstance(weight, DTensor) else state_dict.get(f"{prefix}{name}")
+        if new is not None and self.quantization_backend is None and not torch.equal(new.to(weight), weight):
+            self.svf_fingerprint, self.execution.waiting = None, True
+            self.set_basis(None, None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Give the base module back, merged or as it was before any merging; PEFT would leave it as it is."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        elif self.merged:
+            self.unmerge()
+        return self.get_base_layer()
+
     def __repr__(self) -> str:
         return "svf." + super().__repr__()
 
@@ -321,7 +341,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
     def _basis(self) -> Tensor:
         if self.svf_basis is None:
             raise RuntimeError(
-                "This SVF layer has no basis: its weight was on the meta device when the adapter was added. "
+                "This SVF layer has no basis: its weight came, or was replaced, after the adapter was added. "
                 "Load the weights, then call `model.base_model.fetch_bases()`."
             )
         return self.svf_basis

@@ -25,6 +25,7 @@ from .config import SVFConfig
 from .fingerprint import Fingerprint, Recorded, check
 from .layer import SVFLayer, svf_layers, svf_weights
 from .plans import Plan
+from .rows import Execution
 from .weights import FLOATS, Known, absent, bases_of, note_shared, reader, refuse_parallel
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class AdapterLoader(BaseTuner):
 
     _follow: Any
     _asked: tuple[Plan, int] | None = None  # by `set_plan`
-    _waiting = False  # some bases come later: their weights are on the meta device, or a file brings them
+    execution: Execution
     _unchecked: frozenset[str] = frozenset()  # adapters whose fingerprint has not been compared yet
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -100,7 +101,7 @@ class AdapterLoader(BaseTuner):
                 logger.warning(f"rank={config.rank} is beyond all {most} singular values of any weight; all move.")
                 config.rank = None
             if from_file(config) and config.save_basis and self._defers:
-                self._waiting = True  # until `_remap_adapter_state_dict_for_load` has read the basis in the file
+                self.execution.waiting = True  # until `_remap_adapter_state_dict_for_load` has read the basis
             else:
                 self.fetch_bases()
         except BaseException:
@@ -166,7 +167,7 @@ class AdapterLoader(BaseTuner):
         Give every SVF layer without a basis its own: one of `known`, by module name, one of the cache, or a new one.
 
         Fingerprints of loaded adapters are compared first, and a `ValueError` for another base changes no layer.
-        Weights on the meta device get their basis once they are loaded, by the next forward of the `PeftModel`.
+        Weights that come later, or that `load_state_dict` replaces, get theirs in the next forward of the `PeftModel`.
         """
         config = next(iter(self.peft_config.values()))  # The first adapter of a model decides for all.
         layers: dict[str, tuple[SVFLayer, int]] = {}
@@ -198,7 +199,7 @@ class AdapterLoader(BaseTuner):
             if Q.dtype == torch.float32 and {"auto": follows, "bfloat16": True, "float32": False}[config.basis_dtype]:
                 Q = Q.bfloat16()
             layer.set_basis(Q.to(layer.base_layer_device()), basis.S[..., :needed])
-        self._waiting = waiting
+        self.execution.waiting = waiting
         note_shared(self.model, svf_layers(self.model))
         self._follow(*(self._asked or (config.plan, 1)))
 
@@ -313,7 +314,7 @@ class AdapterLoader(BaseTuner):
                 name, _, kind = key.removeprefix(PREFIX).rpartition(".")
                 shipped[name][kind] = state_dict.pop(key)
             renamed = _checked_keys(model, config, adapter_name, state_dict)
-            if tuner is not None and (shipped or tuner._waiting):
+            if tuner is not None and (shipped or tuner.execution.waiting):
                 tuner.fetch_bases(tuner._verified_bases(adapter_name, config, shipped))
         except ValueError:
             if tuner is not None and adapter_name in tuner._before:  # An adapter that trains keeps what it has.

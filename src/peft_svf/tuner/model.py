@@ -256,8 +256,7 @@ class SVFModel(AdapterLoader):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Serve a mixed batch: `adapter_names` gives one adapter, or `"__base__"`, for each row."""
         names = kwargs.pop("adapter_names", None)
-        if self._waiting:
-            self.fetch_bases()
+        self._catch_up()
         with ExitStack() as stack:
             if not torch.compiler.is_compiling():
                 texts = {name: kwargs.get(name) for name in TEXTS}
@@ -277,6 +276,15 @@ class SVFModel(AdapterLoader):
                         hook = partial(_pass_names, names=repeated)
                         stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Fetch the bases of weights that have come since the adapter was added."""
+        if self.execution.waiting:
+            self.fetch_bases()
 
     def _wrong_names(self, names: list[str], batch: tuple[int, int | None] | None) -> str:
         """Return why `adapter_names` can't be served, in PEFT's words, or nothing."""

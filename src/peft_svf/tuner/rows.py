@@ -95,6 +95,7 @@ class Execution:
     announced: set[Plan] = field(default_factory=set)  # plans that the log has mentioned
     rows: dict[Any, Rows] = field(default_factory=dict)  # offsets that replace the adapters', by layer
     entries: "tuple[weakref.ref[nn.Module], ...]" = ()  # the modules that a batch enters by
+    waiting: bool = False  # some bases come later: a file brings them, or their weights, or these were replaced
     called: int | None = None  # rows of the batch that generation was called with
     batch: tuple[int, int | None] | None = None  # rows and tokens of the batch that runs
     batch_first: bool = False  # the model is known to keep `(rows, tokens, ...)` in this order
@@ -103,7 +104,8 @@ class Execution:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model starts outside of any call."""
-        return {"plan": self.plan, "room": self.room, "forwards": self.forwards, "batch_first": self.batch_first}
+        names = ("plan", "room", "forwards", "batch_first", "waiting")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]

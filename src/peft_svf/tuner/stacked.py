@@ -161,10 +161,7 @@ class ParamWrapper(SVFLayer):
     ) -> nn.Module:
         """Merge this wrapper and those inside it, and give the bare module back."""
         for wrapper in self._nested():
-            if merge:
-                wrapper.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            elif wrapper.merged:
-                wrapper.unmerge()
+            super(ParamWrapper, wrapper).unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
         return self.get_base_layer()
 
     def extra_repr(self) -> str:

@@ -38,7 +38,7 @@ ATTENTION = ["q_proj", "v_proj"]
 # Kernels of these models read the weights of their projections; WavLM hands its attention's to a fused function.
 READERS = {
     **dict.fromkeys(["mamba", "falcon_mamba"], "dt_proj out_proj"),
-    **dict.fromkeys(["mamba2", "falcon_h1", "nemotron_h"], "out_proj"),
+    **dict.fromkeys(["bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2"], "out_proj"),
     "jamba": "dt_proj",
     "wavlm": "q_proj k_proj v_proj out_proj",
 }
