@@ -181,7 +181,7 @@ def randomize(model: nn.Module, adapter: str = "default", seed: int = 0, scale: 
             offset = layer.svf_offset[adapter].weight
             offset.data.copy_(scale * torch.randn(offset.shape, generator=draws))
             vector = 1 + offset.detach().double()
-            if hasattr(layer, "parameter_name"):
+            if layer.parameter_name:
                 name, vector = layer.weight_name(name), vector.view(layer.matrices, -1)
             z[name] = vector
     return z

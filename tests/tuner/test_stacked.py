@@ -46,8 +46,8 @@ def test_every_matrix_of_the_stack_is_rescaled_by_its_part_of_the_vector_and_res
         model.unmerge_adapter()
         assert all(torch.equal(layer.base_weight, base.get_parameter(name)) for name, layer in layers.items())
     model.add_weighted_adapter(["default"], [0.5], "weak")
-    for layer in layers.values():
-        assert torch.equal(layer.svf_offset["weak"].weight, 0.5 * layer.svf_offset["default"].weight)
+    model.set_adapter("weak")
+    close(logits(model), logits(fill(build(kind), {name: (1 + vectors) / 2 for name, vectors in z.items()})))
 
 
 @all_kinds
@@ -92,7 +92,7 @@ def test_an_exception_inside_the_experts_leaves_the_parameter_in_place(monkeypat
 
 def test_what_is_no_stack_of_matrices_is_refused_and_leaves_the_model_alone():
     plain = build("gpt_oss")
-    with pytest.raises(ValueError, match=r"'sinks' .*shape \(2,\).*stacks of them"):
+    with pytest.raises(ValueError, match=r"'sinks' .*shape \(4,\).*stacks of them"):
         get_peft_model(plain, SVFConfig(target_parameters=["self_attn.sinks"]))
     assert not svf_layers(plain) and torch.equal(logits(plain), logits(build("gpt_oss")))
 

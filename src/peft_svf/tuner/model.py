@@ -152,9 +152,9 @@ class SVFModel(AdapterLoader):
         )
         self.inject_adapter(self.model, adapter_name)
         for layer in layers.values():
-            mixed = layer.svf_offset[adapter_name].weight.data
-            offsets = layer.named_offsets(adapters)[:, : len(mixed)].to(mixed)  # (adapters, k)
-            mixed.copy_(torch.tensor(weights, dtype=mixed.dtype, device=mixed.device) @ offsets)
+            mixed = layer.svf_offset[adapter_name].weight.data.view(layer.matrices, -1)  # (experts or 1, k)
+            offsets = layer.named_offsets(adapters).unflatten(-1, (layer.matrices, -1))[..., : mixed.shape[-1]]
+            mixed.copy_(torch.tensordot(torch.tensor(weights).to(mixed), offsets.to(mixed), dims=1))
 
     def _prepare_adapter_config(self, peft_config: SVFConfig, model_config: dict) -> SVFConfig:  # type: ignore[override]
         if peft_config.target_modules is None:
