@@ -406,12 +406,11 @@ def cost_tables(mixed: Result, speeds: Mapping[str, Result]) -> dict[str, str]:
         for r in (r for r in speed["races"] if r["key"] in TIMED):
             first, *others = r["samples"]
             ratios = [f"{way} {ratio(r['samples'], way, first).median:.2f}" for way in others if way in CONTESTANTS]
-            page = f"[{speed['machine']['processor'].split(' @')[0]}](../benchmarks/results/speed/{name}.json)"
-            times.append([r["title"], page, "; ".join(ratios)])
+            times.append([r["title"], speed["machine"]["processor"].split(" @")[0], f"`{name}`", "; ".join(ratios)])
     over = mixed["ratio_to_base"]["mixed batch"]
     return {
         "sizes": written_table(["weights", "SVF", "LoRA r=16", "an expert", "bases", "hours"], sizes),
-        "times": written_table(["", "processor", "over the base"], sorted(times)),
+        "times": written_table(["", "processor", "file", "over the base"], sorted(times)),
         "mixed_batch": f"{mixed['same_text_as_one_by_one']} of {mixed['rows']} get the text that they get one by one, "
         f"in {over:.2f}",
     }  # fmt: skip

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of `pipeline("transformer2", ...)`: text-generation's inputs and outputs, and one more key if asked for."""
 
+import logging
 import threading
 
 import pytest
@@ -401,3 +402,15 @@ def test_a_compiled_model_answers_alike_and_has_no_graph_per_expert(graphs, fold
         assert compiled(TEXTS[0], expert=name, **GREEDY) == pipe(TEXTS[0], expert=name, **GREEDY)
         counts.append(len(graphs))
     assert counts[0] == counts[1] > 0
+
+
+def test_a_text_to_a_model_of_chats_is_warned_of_once(folders, caplog):
+    logging.Logger.warning_once.cache_clear()  # transformers' method
+    pipe, tokenizer = make(folders), tiny_tokenizer()
+    templated = tokenizer.apply_chat_template(CHATS[0], tokenize=False, add_generation_prompt=True)
+    pipe([CHATS[0]], **GREEDY)
+    pipe(templated, **GREEDY)
+    assert "reads chats" not in caplog.text
+    pipe(TEXTS, **GREEDY)
+    pipe(TEXTS[0], choices=["a", "b"])
+    assert caplog.text.count("reads chats") == 1

@@ -551,3 +551,9 @@ def test_experts_of_several_bases_or_of_none_need_a_model(facts, message, saved)
     experts = [Expert(e.name, e.offsets, e.config | fact) for e, fact in zip(loaded, facts, strict=False)]
     with pytest.raises(ValueError, match=message):
         Transformer2Model.from_pretrained(None, experts)
+
+
+def test_methods_that_return_the_model_return_both_passes(folders):
+    model = Transformer2Model(base(), tiny_tokenizer(), [folders["math"]])
+    for moved in (model.to("cpu"), model.double(), model.float(), model.eval(), model.requires_grad_(False)):
+        assert moved is model

@@ -16,12 +16,16 @@ from transformers import (
     ImageTextToTextPipeline,
     TextGenerationPipeline,
 )
+from transformers.utils import logging
 from transformers.utils.chat_template_utils import Chat, is_valid_message
 
 from .adaptation.first_pass import FirstPass
 from .experts.expert import Mixture
 from .experts.library import Source
+from .rows import Prompt
 from .two_pass import Transformer2Model
+
+logger = logging.get_logger(__name__)
 
 SETTINGS = ("experts", "classifier", "first_pass", "limit_bytes")  # They go to `Transformer2Model`.
 OPTIONS = ("expert", "mixture", "first_pass", "choices", "return_dispatch")  # of a call
@@ -34,6 +38,7 @@ class _TwoPasses:
     """What the two pipelines share; it precedes transformers' class in their bases."""
 
     model: Transformer2Model
+    tokenizer: Any
 
     def __init__(self, model: Any, tokenizer: Any = None, *, processor: Any = None, **kwargs: Any) -> None:
         settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
@@ -110,6 +115,11 @@ class _TwoPasses:
         prompts = model_inputs["prompt_text" if "prompt_text" in model_inputs else "text"]
         prompts = prompts if isinstance(prompts, list) else [prompts]
         texts = [prompt.messages if isinstance(prompt, Chat) else str(prompt) for prompt in prompts]
+        if self.tokenizer.chat_template and any(map(self._is_plain, texts)):
+            logger.warning_once(
+                "The model reads chats, and a prompt is a text, which it continues as it is: for an answer, pass "
+                '[{"role": "user", "content": "..."}].'
+            )
         chosen: dict[str, Any] = {"mixture": [getattr(prompt, "mixture", None) for prompt in prompts]}
         if None in chosen["mixture"]:  # These prompts carry no choice of their own.
             chosen = {"prompts": texts, "first_pass": first_pass, "expert": expert, "mixture": mixture}
@@ -127,6 +137,10 @@ class _TwoPasses:
         if return_dispatch:
             outputs["dispatch"] = [mixture.record() for mixture in decided]
         return outputs
+
+    def _is_plain(self, prompt: Prompt) -> bool:
+        """Whether a prompt is a text that no chat template has written."""
+        return isinstance(prompt, str) and not any(token in prompt for token in self.tokenizer.all_special_tokens)
 
     def _answer(self, model_inputs: Any, chosen: dict[str, Any], **kwargs: Any) -> Any:
         return super()._forward(model_inputs, **chosen, **kwargs)  # type: ignore[misc]
@@ -166,7 +180,7 @@ class Transformer2Pipeline(_TwoPasses, TextGenerationPipeline):
         >>> import peft_svf
         >>> from transformers import pipeline
         >>> pipe = pipeline("transformer2", experts=["me/math", "me/code"])
-        >>> pipe("What is 3 * 14?", return_dispatch=True)
+        >>> pipe([{"role": "user", "content": "What is 3 * 14?"}], return_dispatch=True)
     """
 
     @classmethod

@@ -38,6 +38,7 @@ def check(row: Any, where: str, answered: bool = False) -> None:
     """
     if isinstance(row, Mapping):
         wrong = _wrong_prompt(row.get("prompt")) or _wrong_answer(row, answered)
+        wrong += f"; its fields are {', '.join(map(str, row))}" if wrong else ""
     else:
         wrong = f"expected an object with 'prompt', got {type(row).__name__}"
     if wrong:

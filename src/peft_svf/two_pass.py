@@ -6,12 +6,14 @@ Prompts -> first pass -> a `Mixture` per row -> second pass: Transformer² (arXi
 pass to the other: their weights differ. Between calls the model is the base model with its adapters, to the bit.
 """
 
+import inspect
 import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +162,16 @@ class Transformer2Model:
     def __getattr__(self, name: str) -> Any:
         if name == "library":  # Before it is set, the lookup below would never end.
             raise AttributeError(name)
-        return getattr(self.library.model, name)
+        attribute = getattr(self.library.model, name)
+        if not inspect.ismethod(attribute):
+            return attribute
+
+        @wraps(attribute)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            result = attribute(*args, **kwargs)
+            return self if result is self.library.model else result  # `model = model.to(device)` keeps both passes
+
+        return method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run a forward of the wrapped model, after any other thread's request and its mixture."""

@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import sys
 
+import httpx
 import pytest
 import tiny_experts
 import torch
 from command_line import run, write_rows
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from tiny_model import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -136,6 +138,15 @@ def test_a_failure_is_one_line_and_code_1(home, both, tmp_path, capsys):
         assert err.splitlines()[-1].startswith(f"peft-svf {argv[0]}: error: ") and "Traceback" not in err
     with pytest.raises((OSError, ValueError)):
         main(["--debug", "inspect", "/no/such/expert"])
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(capsys, monkeypatch):
+    def refuse(self, **options):
+        raise httpx.ConnectError("[Errno 111] Connection refused")
+
+    monkeypatch.setattr(HfApi, "list_models", refuse)
+    code, _, err = run(capsys, "search", "org/base")
+    assert (code, err) == (1, "peft-svf search: error: [Errno 111] Connection refused\n")
 
 
 def test_eval_writes_what_evaluate_returns(home, tmp_path, capsys):

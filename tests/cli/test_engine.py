@@ -75,6 +75,23 @@ def test_equal_prompts_with_different_mixtures_are_answered_as_alone(served, ref
     assert len({text for text, _ in answers}) > 3
 
 
+def test_a_mixture_that_is_alone_for_long_is_merged_until_another_comes(served, reference, monkeypatch):
+    monkeypatch.setattr(engine, "MERGE_AT", 8)
+    layers = served.model.library.layers().values()
+
+    def copies():
+        return {(layer.svf_merged is not None, layer.svf_factored is not None) for layer in layers}
+
+    assert asyncio.run(ask(served, TEXT, MIXTURES[3], 16)) == alone(reference, TEXT, MIXTURES[3], 16)
+    assert copies() == {(True, False)}
+
+    async def two():
+        return await asyncio.gather(*(ask(served, TEXT, mixture) for mixture in MIXTURES[1:3]))
+
+    assert asyncio.run(two()) == [alone(reference, TEXT, mixture) for mixture in MIXTURES[1:3]]
+    assert copies() == {(False, True)}  # never both: there is room for one
+
+
 def test_long_prompts_are_read_in_parts_while_others_write(served, reference):
     jobs = [(TEXT * (1 + 3 * i), MIXTURES[i], 4 + 3 * i) for i in range(len(MIXTURES))]
 

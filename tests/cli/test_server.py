@@ -520,6 +520,21 @@ def test_the_verb_serves_a_bundle_to_those_with_a_key(folder, tmp_path, monkeypa
     assert len(lines) == 4 and KEY not in err and "3 + 4" not in err
 
 
+def test_what_cannot_be_served_is_one_line_before_a_model_is_loaded(tmp_path, capsys):
+    pytest.importorskip("uvicorn")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        wrong = {
+            ("--port", taken.getsockname()[1]): (1, "choose another by --port"),
+            ("--port", 70000): (2, "Invalid value for '--port'"),
+            ("--host", "999.1.1.1"): (1, "Can't listen on 999.1.1.1"),
+            ("--mixtures", "half"): (2, "A mixture is written --mixtures NAME=FILE"),
+            ("--folder", tmp_path / "none"): (2, "does not exist"),
+        }
+        for arguments, (code, message) in wrong.items():
+            assert (result := command(capsys, "serve", tmp_path / "base", "--experts", "x", *arguments))[0] == code
+            assert message in result[2] and result[2].count("\n") == 1, result
+
+
 @pytest.fixture
 def sums(reference, tmp_path):
     """A folder of two harnesses' tasks, of whose four questions the expert answers three as its target."""

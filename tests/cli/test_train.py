@@ -105,7 +105,7 @@ def test_five_lines_and_a_file_of_right_answers_give_an_expert(home, expert, cap
     assert len((home / "sft.yaml").read_text().splitlines()) == 5
     code, out, err = run(capsys, "train", home / "sft.yaml", "--max_completion_length", 4)
     assert code == 0 and re.search(r"^step +1/2  loss [\d.]+  KL of everyday answers 0 ", out, re.MULTILINE), err
-    assert re.search(r"^Everyday answers of the base are -?[\d.]+% less likely per token.$", out, re.MULTILINE)
+    assert re.search(r"^Everyday answers of the base are [\d.]+% (less|more) likely per token.$", out, re.MULTILINE)
     result, card = json.loads((home / "sums" / "result.json").read_text()), (home / "sums" / "README.md").read_text()
     assert result["objective"].startswith("next-token loss on right answers + 20 KL(base || policy)")
     assert result["objective"] in card and "2 of 16 right answers" in card
@@ -120,6 +120,15 @@ def test_rows_with_choices_are_learned_as_text_unless_the_form_is_choice(home, t
             capsys, "train", home / "sft.yaml", *over, *(["--form", form] if form == "choice" else [])
         )
         assert code == 0 and f"rows, {form} form" in out and words in out, err
+
+
+def test_few_right_answers_are_read_for_24_steps_unless_steps_or_epochs_are_set(home, tmp_path, capsys):
+    lines = [line for line in (home / "sft.yaml").read_text().splitlines() if not line.startswith("max_steps")]
+    (tmp_path / "few.yaml").write_text("\n".join(lines))
+    for over, steps in (([], 24), (["--num_train_epochs", "1"], 1), (["--max_steps", "3"], 3)):
+        options = ["--output_dir", tmp_path / "out", "--max_completion_length", 4, "--train_rows", "20", *over]
+        code, out, err = run(capsys, "train", tmp_path / "few.yaml", *options, "--dry-run")
+        assert code == 0 and f"Cost: {steps} steps x 16 right answers" in out, err
 
 
 @pytest.mark.parametrize("algorithm", ["reinforce", "sft", "evolution"])
@@ -206,6 +215,7 @@ WRONG = {  # lines of a file -> part of the message
     "algorithm: sft\nnum_generations: 4": "unknown key 'num_generations': it belongs to `algorithm: reinforce`",
     "algorithm: evolution\nretention: 1": "unknown key 'retention': it belongs to `algorithm: reinforce`",
     "retention: -1": "`retention` must be 0 or more; got -1.0",
+    "dtype: bf16": "invalid choice: 'bf16' (choose from 'auto', 'float32', 'bfloat16'",
     "algorithm: walk": "argument --algorithm: invalid choice: 'walk'",
     "model_init_kwargs:\n  a: &x [1]\n  b: [*x, *x]": "write out its aliases",
     "a: " + "[" * 1000: "isn't valid YAML",

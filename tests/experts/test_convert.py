@@ -65,6 +65,10 @@ def test_files_that_are_no_expert_of_the_original_are_refused_and_never_run(tmp_
         torch.save(content, tmp_path / "params.pt", pickle_module=pickle)
         with pytest.raises(ValueError, match=message):
             import_reference(tmp_path / "params.pt", base, "x")
+    for content in (b"", b"hello", b"PK", pickle.dumps(good)[:-20]):
+        (tmp_path / "params.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"isn't a learnable_params\.pt"):
+            import_reference(tmp_path / "params.pt", base, "x")
     assert capsys.readouterr().out == ""
 
 

@@ -91,7 +91,7 @@ DAMAGES = {
     "no tensors": (lambda f: save_file({}, f / WEIGHTS), "holds no offsets"),
     "config no JSON": (lambda f: (f / CONFIG).write_text("{"), "isn't valid JSON"),
     "config a list": (lambda f: (f / CONFIG).write_text("[]"), "holds no SVF expert"),
-    "another type": (lambda f: edit_config(f, peft_type="LORA"), "another PEFT type"),
+    "another type": (lambda f: edit_config(f, peft_type="LOHA"), "PEFT type LOHA"),
     "NaN": (lambda f: edit_one(f, lambda t: t * math.nan), f"{UP}.*finite"),
     "infinity": (lambda f: edit_one(f, lambda t: t / 0), "finite"),
     "beyond all reason": (lambda f: edit_one(f, lambda t: t + 1e30), "up to 10000"),
@@ -158,7 +158,7 @@ def test_a_save_that_fails_leaves_the_old_expert(breaks, loaded, tmp_path, monke
 
 def test_adapters_that_are_more_than_z_are_refused(tmp_path):
     get_peft_model(tiny_experts.base(), LoraConfig(target_modules=["up_proj"])).save_pretrained(str(tmp_path / "lora"))
-    with pytest.raises(ValueError, match=r"'lora'.*another PEFT type"):
+    with pytest.raises(ValueError, match=r"'lora'.*PEFT type LORA; `peft-svf import`"):
         Expert.load(tmp_path / "lora")
     folder = write(tmp_path, "head", target_modules=["up_proj"], modules_to_save=["lm_head"])
     with pytest.raises(ValueError, match=r"'head'.*more than z-vectors.*PeftModel.from_pretrained"):
@@ -184,10 +184,13 @@ def test_a_download_that_breaks_once_is_tried_again(error, folders, monkeypatch)
     assert Expert.load("me/math").name == "math"
 
 
+OFFLINE = errors.LocalEntryNotFoundError("")
+OFFLINE.__cause__ = errors.OfflineModeIsEnabled()  # a ConnectionError, but none that passes
 MISSING = {
     "private or gated, run `hf auth login`": errors.RepositoryNotFoundError("", response=Mock()),
     "no revision 'v9'": errors.RevisionNotFoundError("", response=Mock()),
-    "HF_HUB_OFFLINE is set": errors.LocalEntryNotFoundError(""),
+    "isn't in the cache": errors.LocalEntryNotFoundError(""),
+    "HF_HUB_OFFLINE is set": OFFLINE,
 }
 
 

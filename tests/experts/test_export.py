@@ -12,12 +12,12 @@ import pytest
 import torch
 from command_line import run
 from peft import PeftModel, get_peft_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from peft_svf import Expert, SVFConfig
-from peft_svf.experts.export import export_gguf, export_lora, export_merged, merge_expert
+from peft_svf.experts.export import export_gguf, export_lora, export_merged, merge_expert, new_place
 
 EXAMPLE = Path(__file__).parents[2] / "benchmarks" / "experts" / "math"
 KINDS = ["llama", "qwen2", "gpt2"]
@@ -183,6 +183,13 @@ def test_what_cannot_be_exported_is_refused_by_name_and_nothing_is_left(tmp_path
         with pytest.raises((ValueError, FileExistsError), match=message):
             refused()
         assert not out.exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_a_full_disk_leaves_nothing_and_is_an_os_error(tmp_path):
+    with pytest.raises(OSError, match=r"can't be written: .*No space left"), new_place(tmp_path / "new") as scratch:
+        scratch.mkdir()
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.real

@@ -317,7 +317,7 @@ def test_stacked_experts_that_cannot_be_added_change_nothing(tmp_path):
     foreign = write(tmp_path, "foreign", of=other, **pico.STACKS)
     library = ExpertLibrary(mixture_of_experts(), [write(tmp_path, "q", of=mixture_of_experts(), **LINEAR)])
     before, expected = state(library.model), logits(library.model)
-    with pytest.raises(ValueError, match=r"does not belong to this base model: .*layers\.1\.mlp\.experts\.down_proj"):
+    with pytest.raises(ValueError, match=r"Expert 'foreign' does not belong.*layers\.1\.mlp\.experts\.down_proj"):
         library.add(foreign)
     short = Expert.load(write(tmp_path, "short", of=mixture_of_experts(), **pico.STACKS))
     offsets = {name: offset[:5] for name, offset in short.offsets.items()}

@@ -793,6 +793,7 @@ WRONG_LINES = [
     ({"prompt": "a", "answer": "b", "id": "7"}, r"its id '7' is also that of '.*mine\.jsonl', line 1"),
     ('{"prompt": "a", "answer": NaN}', "not JSON: .*'NaN'"),
     ('{"prompt": "a", "answer": "b", "level": Infinity}', "not JSON: .*'Infinity'"),
+    ({"prompt": "a", "completion": "b"}, "got the answer None; its fields are prompt, completion"),
     ({"prompt": "a", "answer": "b", "completions": 1}, "cannot be called 'completions'"),
     ({"prompt": "a", "answer": "b", "self": 1}, "cannot be called 'self'"),
 ]
@@ -843,8 +844,12 @@ def test_choices_among_lines_with_answers_are_texts_to_write(tmp_path):
 
 
 def test_a_source_of_too_few_or_no_lines_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"2 lines, too few to cut.*folder"):
-        jsonl_task(lines(tmp_path / "few.jsonl", SUMS[:2]))
+    for few in (SUMS[:2], [SUMS[0], SUMS[1]] * 20):
+        with pytest.raises(ValueError, match=r"2 different prompts, too few to cut.*folder"):
+            jsonl_task(lines(tmp_path / "few.jsonl", few))
+    (tmp_path / "table.parquet").write_bytes(b"PAR1\xff")
+    with pytest.raises(ValueError, match=r"table\.parquet' isn't UTF-8 text of one JSON object a line"):
+        jsonl_task(tmp_path / "table.parquet")
     lines(tmp_path / "test.jsonl", [])
     for place in (tmp_path, tmp_path / "gone.jsonl"):
         with pytest.raises(FileNotFoundError, match=r"is neither a \.jsonl file nor a folder with lines"):

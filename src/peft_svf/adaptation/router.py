@@ -127,7 +127,8 @@ def keys_of(library: ExpertLibrary) -> dict[str, RoutingKey]:
         if key.how != keys[first].how:
             raise ValueError(
                 f"The routing keys of {first!r} and {name!r} can't be compared, because they read {keys[first].how} "
-                f"and {key.how} (blocks, pooling): make one of them again with peft-svf key."
+                f"and {key.how} (blocks, pooling): make that of {name!r} again with peft-svf key --block "
+                f"{keys[first].block} --pooling {keys[first].pooling}, or the other as this one is."
             )
     return keys
 

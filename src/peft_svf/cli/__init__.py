@@ -26,6 +26,7 @@ from .push import push
 from .serving import serve
 from .train import HELP, train
 
+EXPECTED = (ValueError, OSError, ImportError, RuntimeError)
 UsageError: Any = typer.BadParameter.__mro__[1]  # typer exports only subclasses of it
 
 app = typer.Typer(
@@ -80,8 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = error.message if ours else error.format_message()
         context = error.ctx.command_path if error.ctx else f"peft-svf {verb}"
         return _fail(f"{context}: error: {message}", 2)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if "--debug" in arguments:
+    except Exception as error:
+        unreachable = type(error).__module__.partition(".")[0] == "httpx"  # the Hub's client lets them through
+        if "--debug" in arguments or not (isinstance(error, EXPECTED) or unreachable):
             raise
         message = str(error) or type(error).__name__
         if isinstance(error, FileNotFoundError) and error.filename:  # its own message is "[Errno 2] ..."

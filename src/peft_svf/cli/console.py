@@ -2,6 +2,7 @@
 """Numbers, tables, commands -> what the user sees, without secrets. Knows no verb."""
 
 import shlex
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,16 @@ def new_path(path: Path, option: str = "--out") -> Path:
     if path.exists():
         raise FileExistsError(f"{path} exists already: name another place by {option}.")
     return path
+
+
+def check_address(host: str, port: int) -> None:
+    """Refuse an address that can't be listened on, before a model is loaded."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise OSError(
+            f"Can't listen on {host}:{port} ({error.strerror}): choose another by --port or --host."
+        ) from error
 
 
 def command(arguments: Sequence[str]) -> str:

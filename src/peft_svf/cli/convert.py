@@ -25,7 +25,9 @@ def export(
     revision: options.Revision = None,
     dtype: options.Dtype = "auto",
     rank: Annotated[int | None, option("Directions of each weight. Default: all, exact.", panel="LoRA", min=1)] = None,
-    energy: Annotated[float | None, option("Or the share of the squared change to keep.", panel="LoRA")] = None,
+    energy: Annotated[
+        float | None, option("Or the share of the squared change to keep.", panel="LoRA", min=0, max=1)
+    ] = None,
     force: Annotated[bool, option("Write a LoRA that leaves out over 5 %.", "--force", panel="LoRA")] = False,
     type: Annotated[Literal["f16", "f32", "q8_0"], option("Type of the weights.", panel="GGUF")] = "f16",
 ) -> None:
@@ -77,6 +79,7 @@ def import_(
     from peft import PeftConfig, PeftModel
 
     from ..experts.convert import import_reference, nearest_expert
+    from ..experts.export import new_place
 
     new_path(out)
     base, _ = load_model(model, revision, dtype, device="cpu")
@@ -93,5 +96,6 @@ def import_(
             expert = nearest_expert(adapted, out.name, description=description)
         explained = expert.provenance["explained"]
         show_table(["kind", "explained"], [[kind, f"{share:.1%}"] for kind, share in explained.items()])
-    expert.save(out)
+    with new_place(out) as scratch:
+        expert.save(scratch)
     print(f"Wrote {out}")

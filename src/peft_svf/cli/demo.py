@@ -9,7 +9,6 @@ The page opens no paths: what it receives is text and numbers, and its experts a
 import gzip
 import json
 import runpy
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,8 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..files import extra
 from . import options
-from .console import shares
+from .console import check_address, shares
 from .options import option
 from .sources import load_experts
 
@@ -45,8 +45,8 @@ def demo(
     experts: options.Experts = [],  # noqa: B006
     revision: options.Revision = None,
     dtype: options.Dtype = "auto",
-    host: Annotated[str, option("Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, option("Port to listen on.")] = 7860,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 7860,
     new_tokens: Annotated[int, option("Length of an answer.", min=1)] = 128,
 ) -> None:
     """
@@ -54,14 +54,9 @@ def demo(
 
     In a clone of the repository, without arguments, it takes SmolLM2-135M-Instruct and the experts of examples/.
     """
-    try:
+    with extra("demo", "The page needs more packages"):
         import gradio
-    except ImportError as error:
-        raise ImportError(f"The page needs more packages: pip install 'peft-svf[demo]' ({error}).") from error
-    try:
-        socket.create_server((host, port)).close()  # before the model is loaded
-    except OSError as error:
-        raise OSError(f"Can't listen on {host}:{port} ({error.strerror}): choose another by --port.") from error
+    check_address(host, port)
     requests: dict[str, list[dict[str, str]]] = {}
     if not experts and model is None:
         if not (EXAMPLES / "smollm2.py").is_file():

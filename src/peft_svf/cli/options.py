@@ -38,6 +38,8 @@ Mixture = Annotated[
     list[str] | None, option("Saved mixture, or an expert's weight; repeat for more.", metavar="FILE|NAME=WEIGHT")
 ]
 BatchSize = Annotated[int, option("Rows per forward.", min=1)]
+Host = Annotated[str, option("Address to listen on; 0.0.0.0 for all.")]
+Port = Annotated[int, option("Port to listen on.", min=0, max=65535)]
 Plot = Annotated[Path | None, option("Also draw the result. Needs peft-svf\\[demo].", metavar="PNG")]
 
 Strategy = Annotated[

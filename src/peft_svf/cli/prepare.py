@@ -56,7 +56,7 @@ def key(
     model: options.Model = None,
     revision: options.Revision = None,
     dtype: options.Dtype = "auto",
-    block: Annotated[int | None, option("Blocks that read a prompt. Default: a sixth of them.", min=1)] = None,
+    block: Annotated[int | None, option("Blocks that read a prompt. Default: a third of them.", min=1)] = None,
     pooling: Annotated[
         Literal["both", "mean", "last"],
         option("What it keeps of a prompt's tokens."),

@@ -43,7 +43,12 @@ def load_model(
     """Load a base model and its reader, by default onto the accelerator."""
     from ..two_pass import load_model
 
-    model, reader = load_model(name, dtype=dtype, revision=revision, trust_remote_code=trust)
+    try:
+        model, reader = load_model(name, dtype=dtype, revision=revision, trust_remote_code=trust)
+    except OSError as error:
+        if name in str(error):
+            raise
+        raise OSError(f"{name!r} can't be loaded: {error}") from error
     return model.to(device or _accelerator()), reader
 
 

@@ -59,7 +59,9 @@ class ModelArguments:
 
     model_name_or_path: str = field(metadata={"help": "Folder or Hub repository of the base model."})
     model_revision: str | None = _key("Branch, tag or commit of the base model.")
-    dtype: str = _key("Dtype of its weights; auto is the checkpoint's.", "auto")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = _key(
+        "Dtype of its weights; auto is the checkpoint's.", "auto"
+    )
 
 
 @dataclass
@@ -68,7 +70,7 @@ class SVFArguments:
 
     target_modules: list[str] | None = _key("What to adapt: names, a regex, all-linear. Default: the MLP weights.")
     exclude_modules: list[str] | None = _key("Weights to leave out.")
-    layers_to_transform: list[int] | None = _key("Indices of the blocks to adapt. Default: all.")
+    layers_to_transform: list[int] | None = _key("Blocks to adapt; default all. The last two thirds route faster.")
     rank: int | None = _key("Adapt only so many of the largest singular values. Default: all.")
     basis_dtype: Literal["float32", "bfloat16"] | None = _key("Dtype of the basis. Default: bfloat16 on such a base.")
     description: str | None = _key("What the expert is good at, in a few words; the first pass reads it.")

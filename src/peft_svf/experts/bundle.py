@@ -41,7 +41,7 @@ import peft_svf  # pip install peft-svf; the import registers the pipeline
 from transformers import pipeline
 
 answer = pipeline("transformer2", model="{{ repo_id }}")
-print(answer("What is 7 + 8?", return_dispatch=True))
+print(answer([{"role": "user", "content": "What is 7 + 8?"}], return_dispatch=True))
 ```
 
 {{ experts }}

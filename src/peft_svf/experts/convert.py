@@ -8,10 +8,8 @@ numbers, and whether it helps there only an evaluation can tell. Nothing from a 
 """
 
 import os
-import pickle
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -42,9 +40,12 @@ def import_reference(path: str | os.PathLike[str], model: PreTrainedModel, name:
 
     The file doesn't name its base, `model`. Raises `ValueError` if it holds more than tensors, or doesn't fit that.
     """
-    content: Any = None
-    with suppress(pickle.UnpicklingError):  # more than tensors, which unpickling would run
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # damaged, or more than tensors, which unpickling would run: each byte has its own error
+        content = None
     weights, offsets, prints = BaseWeights(model), dict[str, Tensor](), dict[str, Fingerprint]()
     logits = _named(content, model) if isinstance(content, dict) else {}
     if not logits or not all(

@@ -27,6 +27,7 @@ from huggingface_hub import CommitInfo, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -193,6 +194,11 @@ class Expert:
         name = name or name_of(subfolder or source)
         with naming(name, folder):
             files.settle(folder)
+            if missing := [n for n in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not (folder / n).exists()]:
+                raise FileNotFoundError(
+                    f"{str(source)!r} holds no expert: there is no file {folder / missing[0]}. A base model, or a "
+                    "bundle of experts, is loaded as model=..."
+                )
             config = read_config(folder)
             offsets, others, provenance = read_offsets(folder)
             if others:
@@ -297,8 +303,8 @@ class Mixture:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Mixture":
         """Read a mixture that [`Mixture.save`] wrote. Raises `ValueError` if the file holds none."""
+        content = files.read_json(path)
         try:
-            content = dict(files.read_json(path))
             return cls(content.pop("alpha"), **content)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} holds no mixture: {error!r}.") from error
@@ -308,7 +314,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read the `adapter_config.json` of an expert. Raises `ValueError` for what [`SVFConfig`] refuses."""
     config = files.read_json(folder / CONFIG_NAME)
     if not isinstance(config, dict) or config.get("peft_type") != "SVF":
-        raise ValueError(f"{folder} holds no SVF expert: {CONFIG_NAME} names another PEFT type.")
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        way_out = "; `peft-svf import` turns a LoRA into the nearest expert" if kind == "LORA" else ""
+        raise ValueError(f"{folder} holds no SVF expert: its {CONFIG_NAME} has the PEFT type {kind}{way_out}.")
     SVFConfig.from_peft_type(**config)  # PEFT warns of settings that this version does not have
     return config
 
@@ -395,6 +403,8 @@ def _passes(error: BaseException | None) -> bool:
     while error is not None:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         broken = any(kind.__name__ in ("TransportError", "StreamError") for kind in type(error).__mro__)  # httpx's
+        if isinstance(error, OfflineModeIsEnabled):
+            return False
         if status in TRANSIENT or broken or isinstance(error, (ConnectionError, TimeoutError)):
             return True
         error = error.__cause__ or error.__context__

@@ -22,6 +22,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -239,13 +240,20 @@ def _progress(expert: Expert, what: str) -> Any:
 
 @contextmanager
 def new_place(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Make a file or folder that gets its name when it is whole; refuse one that exists, before hours of work."""
+    """
+    Make a file or folder that gets its name when it is whole; refuse one that exists, before hours of work.
+
+    Raises `FileExistsError`, and `OSError` if safetensors can't write, on a full disk say; nothing is left then.
+    """
     target = Path(path).absolute()
     if target.exists():
         raise FileExistsError(f"{path} exists already: name another place.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        yield Path(scratch) / target.name
+        try:
+            yield Path(scratch) / target.name
+        except SafetensorError as error:
+            raise OSError(f"{path} can't be written: {error}.") from error
         (Path(scratch) / target.name).rename(target)
 
 

@@ -26,7 +26,7 @@ from ..rows import Prompt, Reader, prompt_ids, tokenizer_of
 
 KEY_NAME = "routing.safetensors"
 POOLINGS = ("both", "mean", "last")
-SHARE = 6  # a key reads a sixth of the blocks; half of them decide better and cost more (docs/results.md)
+SHARE = 3  # a key reads a third of the blocks; a sixth decides worse (docs/results.md)
 LIMIT = 64  # prompts of a key
 BYTES = 32 << 20  # limit of a file; 64 states of width 16,384 take 2 MB
 LARGEST = 65504.0  # the largest float16
@@ -120,7 +120,7 @@ def make_key(
         prompts (`Sequence[str | list[dict]]`):
             What the expert is for, such as its training prompts. A text is read as a user's turn if there is a chat
             template, by the library too.
-        block (`int`, *optional*): Blocks to run; default a sixth of them, at least 1.
+        block (`int`, *optional*): Blocks to run; default a third of them, at least 1.
         pooling (`str`): As in [`RoutingKey`].
         limit (`int`), seed (`int`): Of more prompts, so many are drawn.
         batch_size (`int`): Prompts per forward.

@@ -9,6 +9,7 @@ weights themselves are never touched. Nothing here knows how a mixture is chosen
 
 import asyncio
 import difflib
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -327,7 +328,11 @@ class ExpertLibrary:
                 "activate() and using()."
             )
         else:
-            self._add_host(expert, sizes, set(names.values()))  # PEFT compares the fingerprints
+            try:
+                self._add_host(expert, sizes, set(names.values()))  # PEFT compares the fingerprints
+            except ValueError as error:
+                named = re.sub(f"Adapter '{HOST}\\d+'", lambda _: f"Expert {expert.name!r}", str(error))
+                raise ValueError(named) from error
         layers = self.layers()
         for module, size in sizes.items():
             directions = layers[module].size_of(expert.config.get("rank")) if module in layers else 0

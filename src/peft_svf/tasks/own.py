@@ -155,7 +155,7 @@ def _cut(path: Path, lines: list[Line]) -> dict[str, list[Line]]:
         splits["test" if share < TEST else "validation" if share < HELD_OUT else "train"].append(line)
     if empty := [split for split, part in splits.items() if not part]:
         raise ValueError(
-            f"'{path}' has {len(lines)} lines, too few to cut: nothing falls to {' and '.join(empty)}. Add lines, "
-            "or make a folder of train.jsonl, validation.jsonl and test.jsonl."
+            f"'{path}' has {len({line.item for line in lines})} different prompts, too few to cut: nothing falls to "
+            f"{' and '.join(empty)}. Add lines, or make a folder of train.jsonl, validation.jsonl and test.jsonl."
         )
     return splits

@@ -405,5 +405,8 @@ def read_rows(path: Path, answered: bool = False) -> list[tuple[str, Record]]:
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
-    text = read_bytes(path, LARGEST).decode("utf-8-sig")
+    try:
+        text = read_bytes(path, LARGEST).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{path}' isn't UTF-8 text of one JSON object a line: {error}.") from None
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]

@@ -36,7 +36,8 @@ class SVFConfig(PeftConfig):
         exclude_modules (`list[str] | str`, *optional*):
             Modules to leave out, in the same forms.
         layers_to_transform (`list[int] | int`, *optional*):
-            Indices of the layers to adapt; needs `target_modules` as a list or the default.
+            Indices of the layers to adapt; needs `target_modules` as a list or the default. Without those of the
+            first third, a library's experts are chosen inside the prefill (see [`RoutingKey`]).
         layers_pattern (`list[str] | str`, *optional*):
             Name of the list of layers, if it is not the first numbered one; needs `layers_to_transform`.
         modules_to_save (`list[str]`, *optional*):

@@ -534,6 +534,7 @@ class Linear(SVFLayer):
         weight = self.base_layer.weight
         key, kept = key_of(weight, weight.dtype), self.svf_factored
         if kept is None or kept.key != key:
+            self.svf_merged = None  # there is room for one copy of the weight
             kept = split(self.logical_weight(), self.base_layer.bias, self.side, self._basis(), key)
             self.svf_factored = kept
         return kept
@@ -547,7 +548,8 @@ class Linear(SVFLayer):
             if old is not None and old.key == key and (trusted or old.holds(offset)):
                 return old
             assert self.svf_basis is not None and self.svf_values is not None
-            self.svf_merged = None  # an interrupted build must not leave the old key on a weight that is half new
+            # An interrupted build must not leave the old key on a weight that is half new.
+            self.svf_merged = self.svf_factored = None
             bias = base.bias if base.bias is None else base.bias.to(dtype)
             weight, offset = self.logical_weight().to(dtype), offset.detach()
             self.svf_merged = fold(weight, bias, self.side, self.svf_basis, self.svf_values, offset, key, old)

@@ -14,7 +14,7 @@ import typer
 
 from ...files import extra
 from .. import options
-from ..console import size
+from ..console import check_address, size
 from ..dispatch import make_first_pass
 from ..options import limit, option
 from ..sources import load_experts
@@ -26,11 +26,13 @@ def serve(
     revision: options.Revision = None,
     dtype: options.Dtype = "auto",
     mixtures: Annotated[list[str], option("Saved mixture that requests may name.", metavar="NAME=FILE")] = [],  # noqa: B006
-    host: Annotated[str, option("Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, option("Port to listen on.")] = 8000,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 8000,
     api_keys: Annotated[Path | None, option("File of keys, one a line. Default: PEFT_SVF_API_KEYS.")] = None,
     admin_keys: Annotated[Path | None, option("Keys that change experts. Default: PEFT_SVF_ADMIN_KEYS.")] = None,
-    folder: Annotated[Path | None, option("Experts that may be added while the server runs.")] = None,
+    folder: Annotated[
+        Path | None, option("Experts that may be added while the server runs.", exists=True, file_okay=False)
+    ] = None,
     strategy: options.Strategy = None,
     classifier: options.Classifier = None,
     probe: options.Probe = None,
@@ -58,16 +60,23 @@ def serve(
         from .gate import Rules
     from transformers.utils.logging import set_verbosity_error
 
+    named = [entry.partition("=")[::2] for entry in mixtures]
+    if not all(file for _, file in named):
+        raise typer.BadParameter("A mixture is written --mixtures NAME=FILE.")
+    check_address(host, port)
     keys, admins = _keys(api_keys, "PEFT_SVF_API_KEYS"), _keys(admin_keys, "PEFT_SVF_ADMIN_KEYS")
     two_pass = load_experts(experts, model, revision, dtype, classifier)
     first_pass = make_first_pass(two_pass, strategy, classifier, probe, threshold)
     two_pass.default_first_pass = first_pass or two_pass.default_first_pass
-    for entry in mixtures:
-        name, _, file = entry.partition("=")
+    for name, file in named:
         two_pass.library.add_mixture(name, file)
     set_verbosity_error()
-    engine = Engine(two_pass, Capacity(cache_tokens, batch_tokens, concurrent, new_tokens))
     try:
+        engine = Engine(two_pass, Capacity(cache_tokens, batch_tokens, concurrent, new_tokens))
+    except MemoryError as error:
+        raise ValueError(f"There is no memory for {cache_tokens} tokens: lower --cache-tokens ({error}).") from error
+    try:
+        gate = build(engine, Rules(keys, admins, concurrent + queued, body_bytes, seconds), folder)
         print(f"Serving auto, base, {', '.join([*two_pass.library.names, *two_pass.library.mixtures])}")
         print(f"at http://{host}:{port}/v1, with a cache of {cache_tokens} tokens ({size(engine.cache_bytes)})")
         if not keys and host not in ("127.0.0.1", "localhost", "::1"):
@@ -75,7 +84,6 @@ def serve(
         log = logging.getLogger(__name__)
         log.addHandler(logging.StreamHandler())
         log.setLevel(logging.INFO)
-        gate = build(engine, Rules(keys, admins, concurrent + queued, body_bytes, seconds), folder)
         uvicorn.run(gate, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30)
     finally:
         engine.stop()

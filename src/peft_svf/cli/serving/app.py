@@ -86,7 +86,7 @@ class Addition(BaseModel):
 def build(engine: Engine, rules: Rules, folder: Path | None = None) -> Gate:
     """Build the ASGI application, which stops the engine when it ends; admins may add the experts in `folder`."""
     models, metrics, library = _Models(engine), Metrics(), engine.model.library
-    for name in library.names:
+    for name in [*library.names, *library.mixtures]:
         models.check_name(name)
     handlers = [kind(models, _State(engine)) for kind in (_Chats, _Completions, _Responses)]
     app: FastAPI = build_server(models, *handlers, None, None, _State(engine))
@@ -170,9 +170,9 @@ class _Models(ModelManager):
         return listed[name]
 
     def check_name(self, name: str) -> str:
-        """Return a name that an expert may have here; else a `ValueError`."""
+        """Return a name that an expert or mixture may have here; else a `ValueError`."""
         if not name.isprintable() or name in (AUTO, "base", self.base_name):
-            raise ValueError(f"No expert of a server can be called {name!r}: give it another name.")
+            raise ValueError(f"No expert or mixture of a server can be called {name!r}: give it another name.")
         return name
 
     def shutdown(self) -> None:

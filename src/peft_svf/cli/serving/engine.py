@@ -45,6 +45,7 @@ from ...two_pass import Transformer2Model
 
 PAGE = 256  # tokens of a block of the cache, transformers' default
 KEPT = 64  # mixtures whose offsets are kept
+MERGE_AT = 64  # steps in a row under one mixture, after which merging it into the weights pays
 
 
 @dataclass(frozen=True)
@@ -310,7 +311,8 @@ class Engine(BaseGenerateManager):
             table = {name: _stack(self._layers[name], parts) for name, parts in rows}
             index = [list(different).index(part) for part, length in step for _ in range(length)]
             self._step = step, table, torch.tensor(index, device=self.base.device), offsets  # which keep their ids
-        with active_rows(self._layers, *self._step[1:3]):
+        table, index = self._step[1:3]
+        with active_rows(self._layers, table, index, MERGE_AT):
             yield
 
     # --- the requests
