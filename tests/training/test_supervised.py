@@ -5,7 +5,7 @@ import oracle
 import pico
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from trainers import (
     CHOICE_ROWS,
@@ -15,6 +15,7 @@ from trainers import (
     TOKENIZER,
     Gradients,
     chat,
+    evolution_of,
     flat,
     likeliest,
     offsets,
@@ -148,6 +149,27 @@ def test_an_evaluation_is_the_mean_reward_of_the_likeliest_and_chooses_the_best(
     trainer.train()
     best = max(e["eval_reward"] for e in trainer.state.log_history if e.get("step") and "eval_reward" in e)
     assert trainer.state.best_metric == best == trainer.evaluate()["eval_reward"]
+
+
+@pytest.mark.parametrize("make", [supervised_of, evolution_of])
+def test_of_several_evaluation_sets_the_one_that_is_named_chooses_the_best(make, tmp_path):
+    sets = {"first": CHOICE_ROWS[:1], "rest": CHOICE_ROWS[1:]}
+    with pytest.raises(ValueError, match="'eval_first_reward'; got 'eval_reward'"):
+        make(tmp_path, CHOICE_ROWS, uneven, eval_rows=sets)
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_rest_reward"}
+    trainer = make(tmp_path, CHOICE_ROWS, uneven, eval_rows=sets, **settings)
+    trainer.train()
+    rewards = uneven([[{"content": likeliest(trainer.model, row)}] for row in sets["rest"]])
+    assert trainer.state.best_metric == pytest.approx(sum(rewards) / len(rewards))
+
+
+def test_a_stream_has_the_tokens_of_a_table(tmp_path):
+    table = supervised_of(tmp_path, TEXT_ROWS, retention=0.0)
+    args = SupervisedConfig(str(tmp_path), **QUIET, save_strategy="no", max_steps=1, retention=0.0)
+    stream = IterableDataset.from_generator(lambda: iter(TEXT_ROWS))
+    trainer = SupervisedTrainer(soft_model(), args, stream, processing_class=TOKENIZER, peft_config=SVFConfig())
+    assert next(iter(trainer.train_dataset))["input_ids"] == table.train_dataset[0]["input_ids"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

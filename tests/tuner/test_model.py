@@ -400,6 +400,15 @@ def test_weights_that_a_state_dict_replaces_get_the_basis_of_the_new_ones(into, 
     close(logits(model), logits(fill(other, z)))
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT")
+def test_a_peft_model_is_not_wrapped_again():
+    model = adapt("llama", seed=1)
+    before = logits(model)
+    with pytest.raises(ValueError, match="add_adapter"):
+        get_peft_model(model, SVFConfig())
+    assert torch.equal(logits(model), before)
+
+
 def test_a_state_dict_that_is_given_wins_over_the_model():
     model = adapt("llama", seed=1)
     given = {key: value + 1 for key, value in model.state_dict().items()}

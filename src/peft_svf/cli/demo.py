@@ -71,15 +71,8 @@ def demo(
     print(f"Open http://{host}:{port} in a browser; Ctrl-C ends it.", flush=True)
     font = gradio.themes.LocalFont("Source Sans Pro", weights=(400, 700))  # Gradio's 600 has no Latin
     theme = gradio.themes.Default(font=[font, "sans-serif"])
-    settings = {
-        "share": False,
-        "quiet": True,
-        "show_error": True,
-        "footer_links": [],
-        "theme": theme,
-        "max_file_size": "1mb",
-    }
-    page.launch(server_name=host, server_port=port, **settings)
+    settings: Any = {"share": False, "quiet": True, "show_error": True, "footer_links": [], "max_file_size": "1mb"}
+    page.launch(server_name=host, server_port=port, theme=theme, **settings)
 
 
 def _requests(name: str) -> list[dict[str, str]]:

@@ -244,7 +244,7 @@ def base_id(configured: str | None, chosen: str | None) -> str:
         pass
     raise ValueError(
         f"The name of the base model, {name or None!r}, means nothing on the Hub. "
-        'Pass base_model="org/name", the Hub id under which others find the same weights.'
+        'Pass base_model="org/name" (on the command line --model org/name), the Hub id of the same weights.'
     )
 
 

@@ -10,7 +10,7 @@ of `transformers.Trainer`; TRL isn't needed.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -83,7 +83,7 @@ class EvolutionConfig(RunConfig, TrainingArguments):
         reward_weights (`list[float]`, *optional*): One per reward function; default 1 each.
     """
 
-    measured = "reward"
+    measured = "(.+_)?reward"
     learning_rate: float = 5e-3
     max_grad_norm: float = 0.0
     remove_unused_columns: bool = False
@@ -247,6 +247,9 @@ class EvolutionTrainer(Graded):
     ) -> dict[str, float]:
         """Measure the mean reward of the likeliest choices or greedy completions: `{"eval_reward": float}`."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, Mapping):
+            parts = (self.evaluate(part, None, f"{metric_key_prefix}_{name}") for name, part in dataset.items())
+            return {key: value for part in parts for key, value in part.items()}
         metrics = {f"{metric_key_prefix}_reward": self.greedy_reward(dataset)}
         self.log(dict(metrics))
         control: Any = self.control  # type: ignore[has-type]

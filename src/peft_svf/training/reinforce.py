@@ -10,7 +10,7 @@ and whose policy is the softmax of their summed token log-likelihoods. Private n
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +35,7 @@ from ..evaluation.reading import (
 from ..tuner.model import SVFModel
 from .objective import PromptFilter, ReinforceConfig, advantages_of  # names the extra if TRL is missing
 from .retention import Retaining
-from .run import check_prompts, checked_reward, z_statistics
+from .run import check_prompts, checked_reward, columns_of, z_statistics
 
 from trl import GRPOTrainer  # isort: skip
 
@@ -47,8 +47,8 @@ class Batch:
     """The state that the hooks of one rollout share."""
 
     inputs: list[dict[str, Any]]  # the row of each completion
-    numbers: list[int] = field(default_factory=list)  # with a filter: row numbers of all prompts
-    rows: list[dict[str, Any]] = field(default_factory=list)  # choice form: distinct rows, by "prompt token"
+    numbers: list[int] = field(default_factory=list)  # row numbers of all prompts, if a filter is on
+    rows: list[dict[str, Any]] = field(default_factory=list)  # distinct rows of the choice form, by "prompt token"
     rewards: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # (N, functions), of all processes
     prompts: Prompts | None = None  # answers of one token: what was read, and the reading that they were drawn from
     read: Reading | None = None
@@ -81,7 +81,7 @@ class ReinforceTrainer(Retaining, GRPOTrainer):
     def __init__(
         self, model: Any, reward_funcs: Any, args: ReinforceConfig, train_dataset: Any = None, **kwargs: Any
     ) -> None:
-        self._choice_form = "choices" in _columns(train_dataset)
+        self._choice_form = "choices" in columns_of(train_dataset)
         self._batches: dict[str, Batch] = {}  # by train and eval
         if self._choice_form:
             for name in {"gradient_checkpointing", "activation_checkpointing"} & set(vars(args)):
@@ -107,9 +107,11 @@ class ReinforceTrainer(Retaining, GRPOTrainer):
         self.ready()
         if args.prompt_filter:
             data = self.train_dataset
-            data = data.select_columns([name for name in ("prompt", "choices", "id") if name in _columns(data)])
+            data = data.select_columns([name for name in ("prompt", "choices", "id") if name in columns_of(data)])
             self._numbers = {_key(data[number]): number for number in range(len(data))}  # images stay unread
             self.add_callback(PromptFilter())
+
+    names_sets = False  # TRL's metrics don't
 
     @property
     def _mode(self) -> str:
@@ -364,13 +366,6 @@ def _grouped(parts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         {key: part[key] if chunks is None else chunks[number] for key, chunks in whole.items()}
         for number, part in enumerate(parts)
     ]
-
-
-def _columns(dataset: Any) -> Sequence[str]:
-    """List the columns of a dataset; a stream may reveal them only in its first row."""
-    if dataset is None:
-        return ()
-    return getattr(dataset, "column_names", None) or list(next(iter(dataset), {}))
 
 
 @contextmanager

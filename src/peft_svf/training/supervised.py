@@ -3,7 +3,7 @@
 Model and solved rows -> a trained z-vector expert, by the next-token loss on right answers.
 
 A thin subclass of TRL's `SFTTrainer`: tokens, loss, logging and checkpoints are TRL's. It adds rows of tasks, the
-penalty of [`retention`], and an evaluation of written answers. The defaults are those of docs/results.md.
+penalty of [`retention`], and an evaluation of written answers. docs/results.md measures the defaults.
 """
 
 import math
@@ -15,7 +15,7 @@ from ..evaluation import context_of
 from ..rows import Reader, Row, has_image, prompt_text, tokenizer_of
 from .objective import SFTConfig  # names the extra if TRL is missing
 from .retention import Retaining, RetentionConfig
-from .run import SHOWN, Graded, z_statistics
+from .run import SHOWN, Graded, columns_of, z_statistics
 
 from trl import SFTTrainer  # isort: skip
 
@@ -28,10 +28,10 @@ class SupervisedConfig(RetentionConfig, SFTConfig):
     Args:
         max_completion_length (`int`): Tokens of an answer that is written in an evaluation.
         reward_weights (`list[float]`, *optional*): One per reward function; default 1 each.
-        max_length (`int`, *optional*): As in TRL, but no row is cut off by default: its answer stands at the end.
+        max_length (`int`, *optional*): As in TRL, but no row is cut off by default, as its answer is at the end.
     """
 
-    measured = "reward|loss"
+    measured = "(.+_)?(reward|loss)"
     learning_rate: float = 3e-3
     per_device_train_batch_size: int = 16
     max_grad_norm: float = 1.0
@@ -136,8 +136,8 @@ def solved(rows: Any, reader: Reader) -> Any:
     """Give the rows of a task the columns that TRL reads, `prompt` and `completion`; data of another kind stay."""
     if isinstance(rows, Mapping):
         return {name: solved(part, reader) for name, part in rows.items()}
-    columns = getattr(rows, "column_names", None) or ()
-    if rows is None or "prompt" not in columns or "completion" in columns:
+    columns = columns_of(rows)
+    if "prompt" not in columns or "completion" in columns:
         return rows
     return rows.map(lambda row, number: _pair(row, number, reader), with_indices=True)
 

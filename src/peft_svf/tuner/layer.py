@@ -54,6 +54,13 @@ class Offset(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight)
 
+    def read(self) -> Tensor:
+        """Return the weight, brought into memory if accelerate offloads it: no forward of this module would."""
+        if not self.weight.is_meta:
+            return self.weight
+        with onloaded(self):
+            return self.weight
+
 
 def svf_layers(model: nn.Module) -> dict[str, "SVFLayer"]:
     """Find the SVF layers of a model, by module name without what PEFT, `torch.compile`, FSDP and DDP put in front."""
@@ -89,6 +96,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("svf_offset",)
     other_param_names = ()
+    cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` sets it
     base_layer: Any
     bias: Any
     in_features: int
@@ -347,7 +355,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
         return self.svf_basis
 
     def _offset_of(self, adapter_name: str) -> Tensor:
-        return self.padded(self.svf_offset[adapter_name].weight)
+        return self.padded(self.svf_offset[adapter_name].read())
 
     def _rescale(self, weight: Tensor, offset: Tensor) -> Tensor:
         Q = self._basis()
@@ -364,7 +372,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
         total = None
         for name in [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter:
             if (holder := offsets.get(name)) is not None:
-                offset = self.padded(holder.weight)
+                offset = self.padded(holder.read())
                 total = offset if total is None else total + offset
         return total
 
@@ -378,7 +386,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
 
     def _without_bias(self, x: Tensor, y: Tensor) -> Tensor:
         """
-        `x W^T`, for the gradient of z: in half precision `y - bias` has lost it where the bias is large.
+        Compute `x W^T` for the gradient of z: in half precision `y - bias` has lost it if the bias is large.
 
         Qwen2.5's k_proj has a bias 20 times the signal; z gradients from `y - bias` are 8 % off there in bfloat16.
         """
@@ -391,7 +399,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
 
 
 def _untouched(base: nn.Module) -> bool:
-    """Whether nobody has hung anything on the forward of a module, which another product would pass by."""
+    """Whether the forward of a module has no hooks, which a product in its place would skip."""
     return not (
         base._forward_hooks
         or base._forward_pre_hooks

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-An adapter, new or from a file <-> the SVF layers of a model: whose bases count, which tensors are let in and written.
+Adapters, new or from a file <-> the SVF layers of a model: compares fingerprints, gives layers their bases, and
+selects the tensors to load and to save.
 
 `model` in class methods is what PEFT or transformers pass: the base or the `PeftModel`. Private names of transformers
 were read in 5.23.0.
@@ -71,6 +72,12 @@ class AdapterLoader(BaseTuner):
     _unchecked: frozenset[str] = frozenset()  # adapters whose fingerprint has not been compared yet
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                "The model is a `PeftModel` already: an adapter around it would be saved under names that no other "
+                "model has. Call `model.add_adapter(name, config)` on it, or begin with `model.unload()`, or with "
+                "`model.merge_and_unload()` to keep what its adapters do."
+            )
         self._defers = not isinstance(peft_config, SVFConfig)  # transformers does not hand a file's tensors over
         self._before: dict[str, tuple[Any, Any]] = {}  # what refusing an adapter restores, until its file is read
         self._shipped: dict[str, tuple[str, str]] = {}  # weight -> adapter and digest of a basis that only it may use
@@ -234,9 +241,8 @@ class AdapterLoader(BaseTuner):
         """
         Verify the bases that a file ships, and return those that layers still need.
 
-        A basis counts if it fits the weight to rounding, as in the cache. If the weights here are rounded relative to
-        those of the adapter (quantised, or in another dtype), it may be off by `MISFIT`; it then serves this adapter
-        alone.
+        A basis counts if it fits the weight up to rounding, as in the cache. If the weights here are rounded relative
+        to the adapter's (quantised, or in another dtype), it may be off by `MISFIT`; then only this adapter uses it.
         """
         layers = svf_weights(self.model)
         read = reader(self.model, layers, next(iter(self.peft_config.values())).basis_from)
@@ -286,7 +292,9 @@ class AdapterLoader(BaseTuner):
         for name, layer in svf_layers(model).items():
             if adapter_name not in layer.svf_offset:
                 continue
-            offset = state_dict.get(f"{prefix}{name}.{key}", layer.svf_offset[adapter_name].weight.detach())
+            offset = state_dict.get(f"{prefix}{name}.{key}")
+            if offset is None or offset.is_meta:  # accelerate offloads it
+                offset = layer.svf_offset[adapter_name].read().detach()
             stored = name if layer.parameter_name else layer.weight_name(name)
             tensors[f"{prefix}{stored}.{key}"] = offset.full_tensor() if isinstance(offset, DTensor) else offset
             if layer.svf_fingerprint is None or layer.svf_basis is None or layer.svf_values is None:
@@ -351,7 +359,7 @@ def _checked_keys(
 
 
 def _check_shape(adapter_name: str, name: str, layer: SVFLayer, Q: Tensor, S: Tensor) -> None:
-    """Raise `ValueError` if a basis from a file can't be that of a layer, or has fewer columns than z moves."""
+    """Raise `ValueError` if a basis from a file has the wrong shape for a layer, or fewer columns than z moves."""
     lead = tuple(layer.base_weight.shape[:-2])
     k = len(layer.svf_offset[adapter_name].weight) // layer.matrices
     shapes = (*lead, layer.directions), (*lead, *Q.shape[-1:])

@@ -105,8 +105,8 @@ class SVFModel(AdapterLoader):
         """
         Count the bytes that SVF adds to the base model, by module name and as `"total"`.
 
-        They are those of `basis`, of `merged` and `factored` (kept from the first forward that needs them), of
-        `pristine` weights that `merge_adapter` has replaced, and of `offsets`.
+        The kinds are `basis`, `merged` and `factored` (both kept from the first forward that needs them), `pristine`
+        (weights that `merge_adapter` has replaced) and `offsets`.
         """
         memory = {name: layer.svf_bytes() for name, layer in svf_layers(self.model).items()}
         kinds = ("basis", "merged", "pristine", "factored", "offsets")
@@ -167,7 +167,7 @@ class SVFModel(AdapterLoader):
         return peft_config
 
     def _suited(self, names: set[str]) -> set[str]:
-        """Leave out of `"all-linear"` what can't be adapted, and say so: nobody has named it."""
+        """Leave out of `"all-linear"` what can't be adapted, and log it."""
         places = Counter(child for module in self.model.modules() for child in module._modules.values())
         unsuited = set()
         for name in names:

@@ -77,10 +77,11 @@ def serve(
         raise ValueError(f"There is no memory for {cache_tokens} tokens: lower --cache-tokens ({error}).") from error
     try:
         gate = build(engine, Rules(keys, admins, concurrent + queued, body_bytes, seconds), folder)
-        print(f"Serving auto, base, {', '.join([*two_pass.library.names, *two_pass.library.mixtures])}")
-        print(f"at http://{host}:{port}/v1, with a cache of {cache_tokens} tokens ({size(engine.cache_bytes)})")
+        names = ", ".join([*two_pass.library.names, *two_pass.library.mixtures])
+        cache = f"with a cache of {cache_tokens} tokens ({size(engine.cache_bytes)})"
+        print(f"Serving auto, base, {names}\nat http://{host}:{port}/v1, {cache}", flush=True)
         if not keys and host not in ("127.0.0.1", "localhost", "::1"):
-            print("Anyone who reaches this address may ask: set keys by --api-keys.")
+            print("Anyone who reaches this address may ask: set keys by --api-keys.", flush=True)
         log = logging.getLogger(__name__)
         log.addHandler(logging.StreamHandler())
         log.setLevel(logging.INFO)
