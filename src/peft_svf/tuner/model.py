@@ -106,8 +106,8 @@ class SVFModel(AdapterLoader):
         """
         Count the bytes that SVF adds to the base model, by module name and as `"total"`.
 
-        They are those of `basis`, of `merged` and `factored` (kept from the first forward that needs them), of
-        `pristine` weights that `merge_adapter` has replaced, and of `offsets`.
+        The kinds are `basis`, `merged` and `factored` (both kept from the first forward that needs them), `pristine`
+        (weights that `merge_adapter` has replaced) and `offsets`.
         """
         memory = {name: layer.svf_bytes() for name, layer in svf_layers(self.model).items()}
         kinds = ("basis", "merged", "pristine", "factored", "offsets")
@@ -153,9 +153,9 @@ class SVFModel(AdapterLoader):
         )
         self.inject_adapter(self.model, adapter_name)
         for layer in layers.values():
-            mixed = layer.svf_offset[adapter_name].weight.data
-            offsets = layer.named_offsets(adapters)[:, : len(mixed)].to(mixed)  # (adapters, k)
-            mixed.copy_(torch.tensor(weights, dtype=mixed.dtype, device=mixed.device) @ offsets)
+            mixed = layer.svf_offset[adapter_name].weight.data.view(layer.matrices, -1)  # (experts or 1, k)
+            offsets = layer.named_offsets(adapters).unflatten(-1, (layer.matrices, -1))[..., : mixed.shape[-1]]
+            mixed.copy_(torch.tensordot(torch.tensor(weights).to(mixed), offsets.to(mixed), dims=1))
 
     def _prepare_adapter_config(self, peft_config: SVFConfig, model_config: dict) -> SVFConfig:  # type: ignore[override]
         if peft_config.target_modules is None:
@@ -168,7 +168,7 @@ class SVFModel(AdapterLoader):
         return peft_config
 
     def _suited(self, names: set[str]) -> set[str]:
-        """Leave out of `"all-linear"` what can't be adapted, and say so: nobody has named it."""
+        """Leave out of `"all-linear"` what can't be adapted, and log it."""
         places = Counter(child for module in self.model.modules() for child in module._modules.values())
         unsuited = set()
         for name in names:
