@@ -12,6 +12,7 @@ checkpoint.
 """
 
 import json
+import math
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -29,10 +30,10 @@ REQUESTS = ROOT / "examples" / "data" / "requests"
 LENGTHS = {"compare": 10, "subject": 8}  # of sampled answers
 TEST_TOKENS = {"calculate": 48}  # of test answers; 16 in other tasks
 TEST_ROWS = 200
-STRENGTHS = (1.0, 0.8, 0.65)  # of which validation chooses one, after training
-MOST_LOSS = 0.015  # of the likelihood of the base's everyday answers
+STRENGTHS = (1.0, 0.9, 0.8, 0.65)  # of which validation chooses one, after training
+MOST_LOSS = 0.0125  # of the likelihood of the base's everyday answers
 MLP, ATTENTION = ["gate_proj", "up_proj", "down_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"]
-UPPER = list(range(5, 30))  # blocks behind the first sixth
+BLOCKS = {"-upper": range(5, 30), "-third": range(10, 30), "-half": range(15, 30)}  # of 30
 NEAR = [  # requests near the tasks, and far from them, whose answers a person reads
     "What is 3 * 14?", "Which is larger, 62 or 59?", "Wie heißt die Hauptstadt von Frankreich?", "Write a poem.",
     "Was the film good? 'I fell asleep after ten minutes.'", "What is the e-mail address in: write to kim@lake.org?",
@@ -46,8 +47,8 @@ class Training:
 
     Args:
         task (`str`): Folder of the requests.
-        method (`str`): "svf" or "lora16" on the MLP weights, "svf-upper" on those of `UPPER`, "svf-all-upper" on all
-            linear weights there, and so on; or "base".
+        method (`str`): "svf" or "lora16" on the MLP weights, "svf-third" on those of the last two thirds of the
+            blocks (`BLOCKS`), "svf-all-third" on all linear weights there, and so on; or "base".
         lr (`float`): Learning rate.
         seed (`int`): Seed of the questions' order, of sampled answers and of an adapter's start.
         steps, questions, samples (`int`): Optimizer steps, questions in each, answers per question.
@@ -93,11 +94,23 @@ def solved(task: str, method: str, lr: float, steps: int, retained: int, **setti
 
 
 SHIPPED = (
+    solved("price", "svf-all-half", 0.006, 20, 6, questions=12, retain=40.0),
+    solved("email", "svf-all-half", 0.01, 24, 8, questions=12),
+    solved("language", "svf-all-half", 0.006, 20, 6, questions=12, retain=40.0),
+    solved("sentiment", "svf-all-half", 0.006, 24, 8, questions=12),
+    solved("topic", "svf-all-half", 0.006, 24, 8, questions=12),
+)
+LOWER = (  # of the same tasks, from lower blocks on
     solved("price", "svf-all-upper", 0.004, 20, 6, questions=12, retain=40.0),
+    solved("price", "svf-all-third", 0.004, 20, 6, questions=12, retain=40.0),
     solved("email", "svf-all-upper", 0.006, 20, 6, questions=12),
+    solved("email", "svf-all-third", 0.006, 20, 6, questions=12),
+    solved("email", "svf-all-half", 0.006, 20, 6, questions=12),
     solved("language", "svf-all-upper", 0.004, 20, 6, questions=12, retain=40.0),
+    solved("language", "svf-all-third", 0.004, 20, 6, questions=12, retain=40.0),
     solved("sentiment", "svf-all-upper", 0.006, 40, 6),
     solved("topic", "svf-upper", 0.006, 24, 8),
+    solved("topic", "svf-all-third", 0.004, 24, 8, questions=12),
 )
 TRIED = (
     solved("sentiment", "svf-upper", 0.005, 20, 8),
@@ -112,13 +125,12 @@ TRIED = (
 
 def cells() -> Iterator[Training]:
     """Yield every cell, in the order in which they run."""
-    for training in (*SHIPPED, *TRIED):
+    for training in (*SHIPPED, *LOWER, *TRIED):
         yield Training(training.task, "base")
         yield training
-    for training in SHIPPED:
-        yield from (replace(training, seed=seed) for seed in (1, 2))
-        lora = training.method.replace("svf", "lora16")
-        yield from (replace(training, method=lora, lr=lr) for lr in (1e-3, 3e-4))
+    for training in (*SHIPPED, *LOWER):
+        lora = replace(training, method=training.method.replace("svf", "lora16"), lr=1e-3)
+        yield from (replace(method, seed=seed) for method in (training, lora) for seed in (0, 1, 2))
 
 
 def measure(cell: Training) -> dict[str, Any]:
@@ -167,8 +179,8 @@ def weaken(model: Any, tokenizer: Any, task: Any) -> dict[str, Any]:
     """
     Scale what was trained by the strength that validation chooses, and return how each did.
 
-    It is the one with most right validation rows, or the stronger of equals, among those that cost the base's answers
-    to other everyday requests than those of the test at most `MOST_LOSS`, or the weakest if none does.
+    It is the strongest whose accuracy on validation rows is within a standard error of the best, among those that cost
+    the base's answers to other everyday requests than those of the test at most `MOST_LOSS`; the weakest if none does.
     """
     import torch
 
@@ -193,7 +205,9 @@ def weaken(model: Any, tokenizer: Any, task: Any) -> dict[str, Any]:
         tried.append({"strength": strength, "accuracy": right, "text_loss": text.loss(model, tokenizer)})
         print(tried[-1], flush=True)
     kept = [one for one in tried if one["text_loss"] <= MOST_LOSS] or tried[-1:]
-    best = max(kept, key=lambda one: (one["accuracy"], one["strength"]))
+    top = max(one["accuracy"] for one in kept)
+    near = top - math.sqrt(top * (1 - top) / len(rows))
+    best = next(one for one in kept if one["accuracy"] >= near)  # the strongest come first
     scale(best["strength"])
     return {"strength": best["strength"], "best_validation": best["accuracy"], "strengths": tried}
 
@@ -260,8 +274,9 @@ def adapter(method: str) -> Any:
 
     targets = MLP + ATTENTION if "-all" in method else MLP
     common: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": targets}
-    if method.endswith("-upper"):
-        common["layers_to_transform"] = UPPER
+    for suffix, blocks in BLOCKS.items():
+        if method.endswith(suffix):
+            common["layers_to_transform"] = list(blocks)
     return LoraConfig(**common, r=16, lora_alpha=32) if method.startswith("lora16") else SVFConfig(**common)
 
 

@@ -66,7 +66,7 @@ OUTSIDE = {  # name: content, reader, limit, message
     "deep.json": (b"[" * 100_000, files.read_json, files.LIMIT, "deep.json isn't valid JSON"),
     "digits.json": (b"9" * 5000, files.read_json, files.LIMIT, "digits.json isn't valid JSON"),
     "bad.json": (b"{", files.read_json, files.LIMIT, "bad.json isn't valid JSON"),
-    "twice.json": (b'{"a": {"b": 1, "b": 2}}', files.read_json, files.LIMIT, "a key stands twice"),
+    "twice.json": (b'{"a": {"b": 1, "b": 2}}', files.read_json, files.LIMIT, "a key is repeated"),
     "bytes.json": (b"\xff\xfe", files.read_json, files.LIMIT, "bytes.json isn't valid JSON"),
     "long.json": (b" " * 101, files.read_json, 100, "more than 100 bytes"),
     "cut.gz": (PACKED[: len(PACKED) // 2], files.read_bytes, 2000, "truncated"),

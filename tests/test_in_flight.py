@@ -182,6 +182,21 @@ def test_ids_without_a_template_are_read_as_a_users_turn(model, passes):
     assert passes == {"in flight": 0, "early exit": 1}
 
 
+def test_a_chat_of_several_turns_is_decided_by_the_last_one(model, passes):
+    before = [{"role": "user", "content": TEXTS[1]}, {"role": "assistant", "content": "NO"}]
+    whole = [[{"role": "system", "content": "Be brief."}, *before, *chat] for chat in CHATS]
+    last = [[chat[0], *chat[3:]] for chat in whole]
+    settings = {**MORE, "do_sample": False, "return_dispatch": True}
+    output, mixtures = model.generate(**batch(model, whole), **settings)
+    expected = [mixture.record() for mixture in model.first_pass(last)]
+    assert [mixture.record() for mixture in mixtures] == expected
+    assert [mixture.record() for mixture in model.first_pass(whole)] == expected
+    assert torch.equal(output, model.generate(**batch(model, whole), **MORE, do_sample=False, mixture=mixtures))
+    assert passes == {"in flight": 0, "early exit": 1}  # beside a chat, rows with one turn are read ahead as well
+    model.generate(**batch(model, last), **settings)
+    assert passes["in flight"] == 1
+
+
 def test_the_pipeline_decides_in_flight_and_records_it(model, passes):
     pipe = pipeline("transformer2", model=model, batch_size=4)
     outputs = pipe(CHATS, **MORE, do_sample=False, return_dispatch=True)

@@ -46,7 +46,7 @@ def check_versions() -> None:
 
 def add_peft_type() -> None:
     """
-    Add the member SVF to `peft.PeftType`, as if PEFT's source defined it; again, it changes nothing.
+    Add the member SVF to `peft.PeftType`, as if PEFT's source defined it; calling it again changes nothing.
 
     Raises:
         `ImportError`: if another package has taken the name, or this Python's enum doesn't accept a new member.
@@ -70,7 +70,7 @@ def add_peft_type() -> None:
 
 
 def register() -> None:
-    """Register tuner, pipeline and upload; again, it changes nothing."""
+    """Register tuner, pipeline and upload; calling it again changes nothing."""
     check_versions()  # before the imports below, so that an old library is named instead of failing somewhere inside
     add_peft_type()
     from .tuner.config import SVFConfig

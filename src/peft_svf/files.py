@@ -124,13 +124,13 @@ def read_json(path: str | os.PathLike[str], limit: int = LIMIT) -> Any:
     """
     Read a JSON file from outside; errors as in [`read_bytes`], and `ValueError` for bad or deeply nested JSON.
 
-    A key that stands twice is refused: readers differ in which one counts. NaN is let in, as transformers writes it.
+    A repeated key is refused, because readers differ in which one counts. NaN is accepted, as transformers writes it.
     """
     content = read_bytes(path, limit)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(table := dict(pairs)) < len(pairs):
-            raise ValueError("a key stands twice")
+            raise ValueError("a key is repeated")
         return table
 
     try:

@@ -2,8 +2,8 @@
 """
 `pipeline("transformer2", model=..., experts=[...])`: a thin face on `Transformer2Model`.
 
-Inputs and outputs are those of transformers' text-generation pipeline, or of its image-text-to-text pipeline for a
-vision-language model; an option adds the decision of the first pass.
+Inputs and outputs are the same as in transformers' text-generation pipeline, or in its image-text-to-text pipeline for
+a vision-language model; an option adds the decision of the first pass.
 """
 
 import inspect
@@ -28,7 +28,7 @@ from .two_pass import Transformer2Model
 logger = logging.get_logger(__name__)
 
 SETTINGS = ("experts", "classifier", "first_pass", "limit_bytes")  # They go to `Transformer2Model`.
-OPTIONS = ("expert", "mixture", "first_pass", "choices", "return_dispatch")  # of a call
+OPTIONS = ("expert", "mixture", "first_pass", "choices", "return_dispatch")  # They belong to a call.
 # Arguments of `generate` that image-text-to-text would hand to the processor, which ignores them.
 GENERATE = {*inspect.signature(GenerationMixin.generate).parameters, *GenerationConfig().to_dict()}
 GENERATE -= {"max_new_tokens"}

@@ -202,7 +202,7 @@ class Transformer2Model:
             mixture ([`Mixture`], `dict[str, float]`, `str` or a sequence of them, *optional*):
                 The same with mixtures, or names of mixtures in the library.
             dispatch_kwargs (`dict`, *optional*):
-                Fields of [`FirstPass`] that replace those of the first pass, such as `{"read": "generate"}`.
+                Fields of [`FirstPass`] to replace in the first pass, such as `{"read": "generate"}`.
 
         Raises:
             `ValueError`: if both are given, a name is unknown, or there isn't one for each prompt.
@@ -276,7 +276,7 @@ class Transformer2Model:
             inputs (`torch.Tensor` of shape `(batch, tokens)`, *optional*):
                 As in transformers' `generate`, which also takes it as `input_ids`.
             prompts (`Sequence[str | list[dict]]`, *optional*):
-                Read by the first pass; default the decoded token ids. With keys it matters only beside images.
+                Read by the first pass; default the decoded token ids. With keys it matters only if there are images.
             expert, mixture, first_pass: As in [`Transformer2Model.first_pass`].
             return_dispatch (`bool`): Return the mixtures as well.
             on_dispatch (`Callable`, *optional*): Gets the mixtures when they are chosen, before the first token.
@@ -348,7 +348,7 @@ class Transformer2Model:
         """
         Run the second pass: generate with one mixture per row, on merged weights if rows agree and many tokens follow.
 
-        `inputs` and `kwargs` are those of transformers' `generate`, without a key/value cache.
+        Pass `inputs` and `kwargs` as to transformers' `generate`, without a key/value cache.
 
         Raises:
             `ValueError`: if there isn't a mixture for each row, a prompt fills the model's context, a cache is

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of the router: the densities it scores, its confidence, which keys go together, and what is kept."""
+"""Laws of the router: the classifier, its confidence, which keys go together, and what is kept."""
 
 import logging
 from dataclasses import replace
@@ -11,7 +11,7 @@ from tiny_model import tiny_tokenizer
 
 from peft_svf import Expert, ExpertLibrary, Transformer2Model
 from peft_svf.adaptation import FirstPass, Search, router
-from peft_svf.adaptation.router import SHRINKAGE, Router, keys_of, router_of
+from peft_svf.adaptation.router import Router, keys_of, router_of
 from peft_svf.experts.key import make_key
 from peft_svf.tuner.cache import cache_dir
 
@@ -24,17 +24,24 @@ def clouds(n=40, d=7, apart=4.0, seed=0):
     return {name: c + torch.randn(n, d, generator=draws) for name, c in zip(("a", "b", "other"), centres, strict=True)}
 
 
-def test_distances_are_mahalanobis_under_the_shared_shrunk_covariance():
+def test_distances_are_mahalanobis_under_the_shared_diagonal_covariance():
     states = clouds(n=5)  # fewer states than a full covariance needs
     fitted, new = Router.fit(states), clouds(n=3, seed=1)["a"]
     parts = [part.double() for part in states.values()]
-    within = torch.cat([part - part.mean(0) for part in parts])
-    covariance = within.T @ within / len(within)
-    shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * covariance.trace() / 7 * torch.eye(7, dtype=torch.float64)
+    variances = torch.cat([part - part.mean(0) for part in parts]).square().mean(0)
     for kind, part in enumerate(parts):
-        apart = new.double() - part.mean(0)
-        expected = (apart @ torch.linalg.inv(shrunk) * apart).sum(-1)
+        expected = ((new.double() - part.mean(0)).square() / variances).sum(-1)
         assert torch.allclose(fitted.distances(new)[:, kind].double(), expected, rtol=1e-3)
+
+
+def test_scores_are_those_of_logistic_regression():
+    states = clouds(n=30, apart=0.7)
+    fitted = Router.fit(states)
+    X, y = fitted._features(torch.cat([*states.values()])), torch.arange(3).repeat_interleave(30)
+    W = fitted.weights.requires_grad_()
+    loss = torch.nn.functional.cross_entropy(X @ W.T, y, reduction="sum") + W.square().sum() / 2
+    (gradient,) = torch.autograd.grad(loss, W)
+    assert gradient.abs().max() < 1e-2  # a minimum, and the problem is convex
 
 
 def test_confidence_is_that_of_left_out_states():

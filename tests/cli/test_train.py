@@ -1,25 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of `peft-svf train`: a file gives an expert with a card, a stopped run goes on, settings are checked."""
 
+import copy
 import json
 import os
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import seeing
 import torch
 from command_line import YAML, run, write_rows
+from peft import get_peft_model
 from safetensors.torch import load_file
 from tiny_model import tiny_model, tiny_tokenizer
 
 from peft_svf import Expert
-from peft_svf.cli.sources import find_task
+from peft_svf.cli.sources import find_task, load_model
 from peft_svf.cli.train import table_of
-from peft_svf.cli.train_config import read_settings
+from peft_svf.cli.train_config import SVFArguments, read_settings, svf_config
 from peft_svf.evaluation import evaluate
 from peft_svf.tasks import Task
+from peft_svf.tuner.layer import svf_layers
 
 ROOT = Path(__file__).resolve().parents[2]
 EVOLUTION = "algorithm: evolution\npopulation: 4\nsigma: 0.2\n"
@@ -111,6 +115,24 @@ def test_five_lines_and_a_file_of_right_answers_give_an_expert(home, expert, cap
     assert result["objective"] in card and "2 of 16 right answers" in card
     assert (result["form"], result["curve"][0]["step"], result["settings"]["algorithm"]) == ("generate", 1, "sft")
     assert "objective: policy gradient" in (expert / "README.md").read_text().replace("**", "").lower()
+
+
+def test_right_answers_move_all_linear_weights_of_the_upper_half_unless_told_otherwise(home):
+    (base, _), given = load_model(str(home / "base")), SVFArguments(first_block=1, target_modules=["down_proj"])
+    for arguments, supervised, blocks, kinds in (
+        (SVFArguments(), True, {"1"}, 7),
+        (SVFArguments(), False, {"0", "1"}, 3),
+        (SVFArguments(layers_to_transform=[0]), True, {"0"}, 3),
+        (given, True, {"1"}, 1),
+    ):
+        config = svf_config(arguments, base, supervised=supervised)
+        names = list(svf_layers(get_peft_model(copy.deepcopy(base), config)))
+        assert {re.search(r"layers\.(\d+)", name)[1] for name in names} == blocks
+        assert len({name.rpartition(".")[2] for name in names}) == kinds
+    both = replace(given, layers_to_transform=[1])
+    for wrong in (SVFArguments(first_block=2), replace(given, first_block=-1), both):
+        with pytest.raises(ValueError, match="first_block is 1 to 1 for this model"):
+            svf_config(wrong, base)
 
 
 def test_rows_with_choices_are_learned_as_text_unless_the_form_is_choice(home, tmp_path, capsys):
@@ -205,8 +227,6 @@ def test_chats_with_texts_and_parts_fit_in_one_table():
     first = table_of(rows)[0]["prompt"][0]["content"][0]
     assert (first["type"], first["text"]) == ("text", "Hello")
 
-
-# --- settings
 
 WRONG = {  # lines of a file -> part of the message
     "- 1": "isn't valid YAML of one `key: value` a line",

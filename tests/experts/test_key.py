@@ -63,6 +63,26 @@ def test_a_text_is_read_as_a_users_turn():
     assert key_ids(tokenizer, PROMPTS) == [tokenizer(text.strip()).input_ids for text in PROMPTS]
 
 
+TEMPLATES = {
+    "its own": None,
+    "without a system's turn": "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}",
+    "with a preamble": "{{ '<s>system\nBe brief.<end>\n' }}{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}"
+    "<end>\n{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_chat_of_several_turns_is_read_as_its_last_one(template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATES[template] or tokenizer.chat_template
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
+    system = [{"role": "system", "content": "Be kind."}] if "without" not in template else []
+    for chat in CHATS:
+        assert key_ids(tokenizer, [[*system, *turns, *chat]]) == key_ids(tokenizer, [[*system, *chat]])
+        assert key_ids(tokenizer, [turns[:3]]) == key_ids(tokenizer, ["c"]) != key_ids(tokenizer, ["a"])
+
+
 def test_a_compiled_model_reads_the_same():
     model, ids = tiny_experts.base(), inputs(tiny_experts.base())
     expected = early_exit(model, *ids, 1, "mean")

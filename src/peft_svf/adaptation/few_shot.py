@@ -72,14 +72,10 @@ def few_shot(
             Name of the mixture in the library. `search.per_layer` needs it: the mixed z-vector becomes an expert of
             this name, and the mixture is that expert alone.
         key (`bool`):
-            Make a routing key of the examples, so that the first pass `"key"` chooses what has the name for requests
-            that resemble them. Needs a name, and keys of all experts.
+            Make a routing key of the examples for the first pass `"key"`. Needs a name, and keys of all experts.
         state (`str` or path, *optional*): File from which the same call goes on after an interruption.
         evaluator (`Callable`, *optional*): Scores populations, as [`RayEvaluator`] does; default this process.
         generation: Arguments of `generate` for completions.
-
-    Returns:
-        [`Mixture`] with settings, course and check of the search in `provenance`.
     """
     with library.lock:
         seen = _checked(library, tokenizer, examples, "Example")
@@ -88,7 +84,6 @@ def few_shot(
         made = _key_of(library, tokenizer, seen, name) if key else None
         if generation and (choices or task is None):
             raise TypeError(f"few_shot has no argument {next(iter(generation))!r}: these examples generate nothing.")
-
         settings: Any = {"task": task, "generation": generation, "batch_size": batch_size}
         settings |= {"seed": search.seed, "temperature": search.temperature}
 
@@ -117,7 +112,7 @@ def few_shot(
 
 
 def _key_of(library: ExpertLibrary, tokenizer: Reader, rows: Sequence[Row], name: str | None) -> RoutingKey:
-    """Make a routing key of examples like those of the library's experts."""
+    """Make a routing key of examples, of the kind that the library's experts have."""
     if not name:
         raise ValueError("A routing key belongs to a named mixture: pass name=... with key=True.")
     block, pooling = next(iter(keys_of(library).values())).how

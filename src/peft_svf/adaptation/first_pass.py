@@ -21,14 +21,14 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..evaluation import choice_logps, complete, confidence_of, context_of
 from ..experts.expert import OTHER, Mixture
-from ..experts.key import blocks_of, key_ids, read_states
+from ..experts.key import PLACE, blocks_of, key_ids, read_states
 from ..experts.library import ExpertLibrary
 from ..rows import Prompt, Reader, chat_text, prompt_ids
 from ..tasks import dispatch_prompt
 from ..tasks.competition_math import boxed
 from .probe import Probe
 from .probe import temperature as temperature_of
-from .router import PLACE, key_scores, keys_of, router_of
+from .router import key_scores, keys_of, router_of
 
 logger = logging.getLogger(__name__)
 OPTIONS = {
@@ -59,7 +59,7 @@ class FirstPass:
         threshold (`float`): Below this confidence, `fallback` decides; above 1 it always does.
         temperature (`float`): Divides the scores before the softmax, see [`fit_temperature`].
         fallback (`str`): `"base"`, or `"mix"`: all experts by their probabilities.
-        soft (`bool`): Mix by the probabilities in every decision; that of `"other"` is the base model's share.
+        soft (`bool`): Mix by the probabilities in every decision; `"other"` is the share of the base model.
         calibration ([`Probe`], *optional*): Removes a model's favourite answer, see [`fit_calibration`].
         probe ([`Probe`], *optional*): Required by the strategy `"probe"`, see [`fit_probe`].
 
@@ -102,7 +102,7 @@ class FirstPass:
         return self.read or {"prompt": "channel", "classifier": "likelihood"}.get(self.strategy)
 
     def check(self, library: ExpertLibrary) -> None:
-        """Raise a `ValueError` if the library lacks a classifier or keys, or its names aren't those of the fit."""
+        """Raise a `ValueError` if the library lacks a classifier or keys, or has other names than the fit."""
         if self.strategy == "key":
             keys_of(library)
         if self.strategy == "classifier" and library.classifier is None:

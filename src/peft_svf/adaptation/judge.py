@@ -82,7 +82,7 @@ class Judge:
     A population shares a forward, each row under its own mixture. That is 3.6 times as fast as one member after the
     other for completions, but only 1.2 times for choices (SmolLM2-135M, two cores).
 
-    `gradients` asks for those of the log-likelihood too: `z` is linear in the weights, so one backward has them all.
+    With `gradients` the log-likelihood is differentiated too: `z` is linear in the weights, so one backward is enough.
     `temperature` divides the log-likelihoods of choices before they become probabilities.
     """
 
@@ -193,14 +193,14 @@ def block_effects(
     """
     Measure how much likelier a mixture makes right answers than if z were 1 in one of its blocks.
 
-    Blocks work together, so their effects don't add up to that of all.
+    Blocks work together, so their effects don't add up to the effect of all.
 
     Returns:
         For `"all"` and for each block `(examples,)`, the difference in log-likelihood, or in log-probability of the
         right choice.
     """
     names, alpha = tuple(mixture.alpha), list(mixture.alpha.values())
-    order = list(dict.fromkeys(map(block_of, library.layers())))  # of the model: files sort 10 before 9
+    order = list(dict.fromkeys(map(block_of, library.layers())))  # in the model's order: files sort 10 before 9
     moved = {block_of(module) for name in names for module in library.expert(name).sizes}
     blocks = (*(block for block in order if block in moved), *sorted(moved.difference(order)))
     kept = np.stack([np.ones(len(blocks)), np.zeros(len(blocks)), *(1 - np.eye(len(blocks)))])

@@ -2,9 +2,8 @@
 """
 Routing keys of a library's experts -> a classifier of pooled hidden states, fitted in milliseconds.
 
-Each kind is a normal density around the mean of its states, with one covariance for all: the experts' keys, and for
-`"other"` everyday requests in several languages (`other.json`). Left-out states set its confidence and the distance
-from which nothing is near.
+Logistic regression on standardised states scores the kinds: the experts, and `"other"` with everyday requests in
+several languages (`other.json`). What is far from all experts is `"other"` as well.
 
 If no expert moves weights below the keys' block, all mixtures agree up to there, and the prefill's own states choose
 each row's mixture. Otherwise the first pass is a forward of its own that ends at the block. Both read the same tokens,
@@ -30,20 +29,17 @@ from torch import Tensor, nn
 from .. import files
 from ..evaluation import context_of
 from ..experts.expert import OTHER, Mixture
-from ..experts.key import ANCHOR, RoutingKey, blocks_of, hidden_of, key_ids, pooled, read_states
+from ..experts.key import ANCHOR, PLACE, RoutingKey, blocks_of, hidden_of, key_ids, last_turns, pooled, read_states
 from ..experts.library import ExpertLibrary
 from ..rows import Reader, chat_text, tokenizer_of
 from ..tuner.cache import cache_dir
-from .probe import temperature
 
 logger = logging.getLogger(__name__)
 EVERYDAY = Path(__file__).with_name("other.json")
-SHRINKAGE = 0.5  # The covariance moves by this share to its mean variance; chosen in benchmarks/routing.py.
-FOLDS = 5
-PLACE = "<request>"  # stands for the request in a chat template
+CONSTANT = 3.0  # A free intercept learns how many states a kind has, none doesn't keep far text off small keys.
 # Arguments of `generate` under which the first forward isn't the prompt's, or not the prompt's alone.
 ELSEWHERE = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size", "custom_generate", "inputs_embeds")
-FAR = 5.0  # times the squared distance that 95 % of left-out states keep from their kind; nearer are unseen sources
+FAR = 3.0  # times the squared distance that 95 % of left-out states keep from their kind; nearer are unseen sources
 
 
 @dataclass(eq=False)
@@ -51,59 +47,56 @@ class Router:
     """Scores of kinds for pooled states."""
 
     names: tuple[str, ...]  # the experts, named mixtures, and "other" last
-    means: Tensor  # (kinds, d)
-    directions: Tensor  # (m, d), orthonormal
-    variances: Tensor  # (m,), of the shared covariance along them
-    rest: float  # its variance in every other direction
-    temperature: float = 1.0  # divides the log-densities
-    far: float = torch.inf  # squared Mahalanobis distance from all experts beyond which a state is "other"
+    centre: Tensor  # (d,), of all states
+    scale: Tensor  # (d,), standard deviations around the means of the kinds
+    means: Tensor  # (kinds, d), of states on this scale
+    weights: Tensor  # (kinds, d + 1), of logistic regression on this scale; the last is that of a constant
+    far: float  # squared distance from all experts, on this scale, beyond which a state is "other"
     how: tuple[int, str] = (0, "both")  # block and pooling of the states, as in `RoutingKey`
 
     @classmethod
     def fit(cls, states: Mapping[str, Tensor]) -> "Router":
-        """
-        Fit to the states `(n, d)` of each kind, `"other"` last; deterministic.
-
-        Each fifth of the states is left out of a fit in turn; their scores set the temperature and the distance.
-        """
-        names, parts = tuple(states), [part.float() for part in states.values()]
+        """Fit to the states `(n, d)` of each kind, `"other"` last; deterministic."""
+        parts = [part.float() for part in states.values()]
         X, y = torch.cat(parts), torch.tensor([kind for kind, part in enumerate(parts) for _ in part])
-        draws = torch.Generator().manual_seed(0)
-        fold = torch.cat([torch.randperm(len(part), generator=draws) % FOLDS for part in parts])
-        fold[torch.bincount(y)[y] == 1] = FOLDS  # The only state of a kind is in every fit.
-        distances = torch.full((len(X), len(parts)), torch.nan)
-        for out in (fold == number for number in range(FOLDS)):
-            distances[out] = cls._densities(names, X[~out], y[~out]).distances(X[out])
-        known = fold < FOLDS
-        distances, kinds = distances[known], y[known]
-        own = distances.gather(1, kinds[:, None]).squeeze(1)
-        scale = float(own.mean().sqrt())  # keeps the search for a temperature within its bounds, whatever the width
-        router = cls._densities(names, X, y)
-        router.temperature = scale * temperature(-distances / (2 * scale), kinds)
-        router.far = FAR * float(own.quantile(0.95))
+        count, centre, means = torch.bincount(y), X.mean(0), torch.stack([part.mean(0) for part in parts])
+        scale = (X - means[y]).square().mean(0).sqrt()
+        scale = scale.clamp(min=max(0.01 * float(scale.mean()), 1e-6))  # rounding moves what is constant here
+        router = cls(tuple(states), centre, scale, (means - centre) / scale, torch.zeros(len(parts), 0), torch.inf)
+        apart = router.distances(X).gather(1, y[:, None]).squeeze(1)
+        several = count[y] > 1
+        left_out = apart * (count / (count - 1)).square()[y]  # The mean without a state is so much farther from it.
+        router.far = FAR * float(left_out[several].quantile(0.95))
+        router.weights = _logistic(router._features(X), y, len(parts))
         return router
 
-    @classmethod
-    def _densities(cls, names: tuple[str, ...], X: Tensor, y: Tensor) -> "Router":
-        means = torch.stack([X[y == kind].mean(0) for kind in range(len(names))])
-        _, s, directions = torch.linalg.svd(X - means[y], full_matrices=False)
-        variances = s.square() / len(X)
-        rest = max(SHRINKAGE * float(variances.sum()) / X.shape[1], 1e-12)
-        return cls(names, means, directions, (1 - SHRINKAGE) * variances + rest, rest)
+    def _features(self, states: Tensor) -> Tensor:
+        """Standardise states `(n, d)` and append the constant, `(n, d + 1)`."""
+        return nn.functional.pad((states.float() - self.centre) / self.scale, (0, 1), value=CONSTANT)
 
     def distances(self, states: Tensor) -> Tensor:
-        """Compute squared Mahalanobis distances of states `(n, d)` to the means, `(n, kinds)`."""
-        apart = states.float()[:, None] - self.means  # (n, kinds, d)
-        along = (apart @ self.directions.T).square()
-        across = (apart.square().sum(-1) - along.sum(-1)).clamp(min=0)
-        return (along / self.variances).sum(-1) + across / self.rest
+        """Compute squared Mahalanobis distances, with a diagonal covariance, of states `(n, d)`: `(n, kinds)`."""
+        return (self._features(states)[:, None, :-1] - self.means).square().sum(-1)
 
     def scores(self, states: Tensor) -> Tensor:
         """Score states `(n, d)` as logits `(n, kinds)`; what is far from every expert can only be `"other"`."""
-        distances = self.distances(states)
-        scores = -distances / (2 * self.temperature)
-        scores[(distances[:, :-1] > self.far).all(-1), :-1] = -torch.inf
+        scores = self._features(states) @ self.weights.T
+        scores[(self.distances(states)[:, :-1] > self.far).all(-1), :-1] = -torch.inf
         return scores
+
+
+def _logistic(X: Tensor, y: Tensor, kinds: int) -> Tensor:
+    """Return the weights `(kinds, d)` of multinomial logistic regression with an L2 penalty of 1/2, by L-BFGS."""
+    W, right = X.new_zeros(kinds, X.shape[1]), nn.functional.one_hot(y, kinds)
+    solver = torch.optim.LBFGS([W], max_iter=100, tolerance_grad=1e-3, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        logps = (X @ W.T).log_softmax(-1)
+        W.grad = (logps.exp() - right).T @ X + W
+        return W.square().sum() / 2 - (logps * right).sum()
+
+    solver.step(loss)  # type: ignore[arg-type]  # takes tensors as well
+    return W
 
 
 _KEPT: WeakKeyDictionary[ExpertLibrary, tuple[dict[str, RoutingKey], Router]] = WeakKeyDictionary()
@@ -156,10 +149,9 @@ def router_of(library: ExpertLibrary, tokenizer: Reader) -> Router:
 
 def _everyday(model: PeftModel, tokenizer: Reader, anchor: Tensor, block: int, pooling: str) -> Tensor:
     """Read the everyday requests, `(n, width)`; kept on disk beside the bases, by base, block and pooling."""
-    content = EVERYDAY.read_bytes()
-    name = hashlib.sha256(content + f"{block} {pooling}".encode() + anchor.numpy().tobytes()).hexdigest()
+    ids = [row[: context_of(model)] for row in key_ids(tokenizer, json.loads(EVERYDAY.read_bytes()))]
+    name = hashlib.sha256(f"{ids} {block} {pooling}".encode() + anchor.numpy().tobytes()).hexdigest()
     path = cache_dir() / "routing" / f"{name}.safetensors"
-    ids = [row[: context_of(model)] for row in key_ids(tokenizer, json.loads(content))]
     with suppress(OSError, ValueError, SafetensorError, KeyError):
         states = load(files.read_bytes(path))["states"]
         if states.shape == (len(ids), len(anchor)) and states.isfinite().all():
@@ -234,10 +226,11 @@ def key_rows(reader: Reader, ids: Tensor, mask: Tensor) -> tuple[list[list[int]]
     """
     Return the tokens of each row as keys read them, and whether these are the rows themselves.
 
-    A row that doesn't end as the chat template does was tokenised without it; it is read as a user's turn.
+    A row that doesn't end as the chat template does was tokenised without it; it is read as a user's turn. Of several
+    turns the last one is read.
     """
-    rows = [row[keep.bool()].tolist() for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
-    tokenizer = tokenizer_of(reader)
+    whole = [row[keep.bool()].tolist() for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
+    rows, tokenizer = last_turns(reader, whole), tokenizer_of(reader)
     writer = reader if getattr(reader, "chat_template", None) else tokenizer
     if not writer.chat_template:
         return rows, True
@@ -246,7 +239,7 @@ def key_rows(reader: Reader, ids: Tensor, mask: Tensor) -> tuple[list[list[int]]
     plain = [i for i, row in enumerate(rows) if not tokenizer.decode(row[-64:]).endswith(end)]
     for i in plain:
         (rows[i],) = key_ids(reader, [tokenizer.decode(rows[i], skip_special_tokens=True)])
-    return rows, not plain
+    return rows, rows == whole
 
 
 def mask_of(model: PeftModel, ids: Tensor, mask: Tensor | None) -> Tensor:

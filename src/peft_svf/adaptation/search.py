@@ -28,7 +28,7 @@ Score = tuple[float, ...]  # compared entry by entry: later ones break ties of e
 @dataclass(frozen=True)
 class Search:
     """
-    How mixture weights are searched. The defaults are those of the paper's code (arXiv 2501.06252).
+    How mixture weights are searched. The defaults come from the paper's code (arXiv 2501.06252).
 
     Args:
         method (`str`):
@@ -206,7 +206,7 @@ class Found:
     best: np.ndarray  # (size,), the first of equals
     members: np.ndarray  # (n, size), all so far
     by_example: np.ndarray  # (n, examples, entries), their scores
-    score: Score = ()  # that of the best
+    score: Score = ()  # the score of `best`
     history: list[dict[str, Any]] = field(default_factory=list)  # per population: best, mean score, next centre
     tokens: int = 0
     seconds: float = 0.0

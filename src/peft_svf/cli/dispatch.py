@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dispatch`: prompts -> which expert the first pass chooses for each. Also the first pass of `eval` and `serve`."""
 
+import os
 import re
 from collections import Counter
 from dataclasses import replace
@@ -72,7 +73,7 @@ def dispatch(
     With --plot: the probabilities, or if each line of --file has its `expert`, what was chosen for each kind.
     """
     for prompt in prompts or []:
-        if Path(prompt).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", prompt):
+        if os.path.isdir(prompt) or re.fullmatch(r"[\w.-]+/[\w.-]+", prompt):
             raise typer.BadParameter(f"{prompt!r} is an expert, not a prompt: write --experts before each of them.")
     rows = read_examples(file) if file else []
     requests = [*(prompts or []), *(row["prompt"] for row in rows)]

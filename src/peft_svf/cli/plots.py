@@ -88,7 +88,7 @@ def draw_effects(axes: "Axes", effects: Mapping[str, Any], name: str) -> None:
     """
     Draw what undoing each block of an expert costs, with 95 % intervals over examples.
 
-    `effects` are those of [`block_effects`][peft_svf.adaptation.judge.block_effects].
+    [`block_effects`][peft_svf.adaptation.judge.block_effects] measures `effects`.
     """
     parts = {block: torch.as_tensor(effects[block], dtype=torch.float64) for block in effects if block != "all"}
     means = [float(part.mean()) for part in parts.values()]

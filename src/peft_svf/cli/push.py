@@ -12,7 +12,7 @@ import typer
 from .options import option
 from .sources import load_model
 
-ENERGY = 0.9975  # of the squared change: a LoRA leaves out 5 % of the change
+ENERGY = 0.9975  # share of the squared change that a LoRA keeps: it leaves out 5 % of the change
 
 
 def push(

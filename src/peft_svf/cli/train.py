@@ -92,7 +92,7 @@ def train(
     )
     if settings.script.algorithm == "evolution":
         reader = tokenizer_of(reader)  # it scores texts: rows with images are refused below
-    svf = svf_config(settings.svf, model, task.description)
+    svf = svf_config(settings.svf, model, task.description, supervised=settings.script.algorithm == "sft")
     if args.process_index == 0:
         form = form_of(rows["train"][0])
         print(f"{task.name}, {form} form: " + ", ".join(f"{len(some)} {split}" for split, some in rows.items()))
@@ -334,5 +334,5 @@ def _show_result(result: Mapping[str, Any], folder: str) -> None:
     print(f"{z['numbers']:,} multipliers z: mean |z-1| {mean:.4f}, largest {largest:.4f}")
     if largest == 0:
         print("z has not moved: this is the base model. If reward_std in result.json is 0, all answers to a question")
-        print("earned the same reward, which teaches nothing.")
+        print("earned the same reward, which teaches nothing: `algorithm: sft` learns from right answers instead.")
     print(f"Wrote {folder}: offsets, result.json, README.md. Next: peft-svf inspect {shlex.quote(folder)}")

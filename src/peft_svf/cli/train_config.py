@@ -70,13 +70,15 @@ class SVFArguments:
 
     target_modules: list[str] | None = _key("What to adapt: names, a regex, all-linear. Default: the MLP weights.")
     exclude_modules: list[str] | None = _key("Weights to leave out.")
-    layers_to_transform: list[int] | None = _key("Blocks to adapt; default all. The last two thirds route faster.")
+    layers_to_transform: list[int] | None = _key("Blocks to adapt. Default: all.")
+    first_block: int | None = _key("Lowest block to adapt. With sft and no targets: all-linear from the middle on.")
     rank: int | None = _key("Adapt only so many of the largest singular values. Default: all.")
     basis_dtype: Literal["float32", "bfloat16"] | None = _key("Dtype of the basis. Default: bfloat16 on such a base.")
     description: str | None = _key("What the expert is good at, in a few words; the first pass reads it.")
 
 
 PARTS = (ModelArguments, ScriptArguments, SVFArguments)
+SELECTING = ("target_modules", "exclude_modules", "layers_to_transform")
 
 
 class Settings(NamedTuple):
@@ -170,15 +172,38 @@ def _as_arguments(action: Any, value: Any, hint: str) -> list[str]:
     return [f"--{action.dest}={'no' if value is False and 'bool' not in hint else value}"]  # YAML reads `no` as false
 
 
-def svf_config(arguments: SVFArguments, model: "PreTrainedModel", description: str | None = None) -> "SVFConfig":
-    """Make the adapter's config; `description` is the default for one that the arguments lack."""
+def svf_config(
+    arguments: SVFArguments, model: "PreTrainedModel", description: str | None = None, *, supervised: bool = False
+) -> "SVFConfig":
+    """
+    Make the adapter's config.
+
+    Args:
+        description (`str`, *optional*): Default for one that the arguments lack.
+        supervised (`bool`):
+            Whether it learns from right answers. The default targets are then all linear weights of the upper half of
+            the blocks, which answered better than the MLP weights and kept more of the base's text (docs/results.md).
+    """
     import torch
 
+    from ..experts.key import blocks_of
     from ..tuner.config import SVFConfig
 
     values = asdict(arguments)
+    first = values.pop("first_block")
+    if supervised and first is None and not any(values[name] for name in SELECTING):
+        values["target_modules"], first = ["all-linear"], len(blocks_of(model)) // 2
     if values["target_modules"] == ["all-linear"]:
         values["target_modules"] = "all-linear"
+    if first:
+        stack = blocks_of(model)
+        if not 0 < first < len(stack) or values["exclude_modules"] or values["layers_to_transform"]:
+            raise ValueError(
+                f"first_block is 1 to {len(stack) - 1} for this model, without exclude_modules and "
+                f"layers_to_transform; got {first}."
+            )
+        prefix = next(name for name, module in model.named_modules() if module is stack)
+        values["exclude_modules"] = rf"{re.escape(prefix)}\.({'|'.join(map(str, range(first)))})\..*"
     values["basis_dtype"] = values["basis_dtype"] or ("bfloat16" if model.dtype == torch.bfloat16 else "float32")
     values["description"] = values["description"] or description
     return SVFConfig(task_type="CAUSAL_LM", **values)

@@ -2,7 +2,7 @@
 """
 Tokens -> what a causal model keeps of them, each prompt read once, and what all begin with once for all.
 
-Choices, samples and generations go on from there. Goes in: a model with a cache of keys and values, and prompts as
+Choices, samples and generations continue from there. Takes a model with a cache of keys and values, and prompts as
 tokens. Nothing here knows a row, a task or a reward.
 """
 
@@ -79,7 +79,7 @@ def context_of(model: Any) -> int | None:
 class Reading(NamedTuple):
     """What a model keeps of prompts that it has read."""
 
-    mask: Tensor  # (N, P), 0 at padding, which stands on the left
+    mask: Tensor  # (N, P), 0 at padding, which is on the left
     logits: Tensor  # (N, vocabulary), of the token after each prompt
     cache: Any  # keys and values of the P places
 
@@ -91,7 +91,7 @@ def read_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], pad: int 
     Prompts have one token or more; `members` are as in [`peft_svf.evaluation.choice_logps`].
 
     Returns:
-        [`Reading`] of `members * len(prompts)` prompts, those of the first member first.
+        [`Reading`] of `members * len(prompts)` prompts, ordered by member.
     """
     device, width, cache = next(model.parameters()).device, max(map(len, prompts)), None
     window = getattr(unwrapped(model).config.get_text_config(), "sliding_window", None) or width

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .. import files
 from ..evaluation.reading import evaluating
-from ..rows import Prompt, Reader, prompt_ids, tokenizer_of
+from ..rows import Prompt, Reader, chat_text, prompt_ids, tokenizer_of
 
 KEY_NAME = "routing.safetensors"
 POOLINGS = ("both", "mean", "last")
@@ -30,6 +30,7 @@ SHARE = 3  # a key reads a third of the blocks; a sixth decides worse (docs/resu
 LIMIT = 64  # prompts of a key
 BYTES = 32 << 20  # limit of a file; 64 states of width 16,384 take 2 MB
 LARGEST = 65504.0  # the largest float16
+PLACE = "<request>"  # stands for a message in a chat template
 ANCHOR = "The quick brown fox jumps over the lazy dog."
 APART = 0.5  # Rounding and quantisation move the anchor by less than this share of the spread of a key's states.
 
@@ -155,7 +156,11 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
 
 
 def key_ids(tokenizer: Reader, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Tokenise prompts as a key reads them: without images, and texts as a user's turn if there is a template."""
+    """
+    Tokenise prompts as a key reads them: without images, and texts as a user's turn if there is a template.
+
+    A chat is read without what lies between its first and its last user's turn, as [`last_turns`] does.
+    """
     has_template = tokenizer_of(tokenizer).chat_template or getattr(tokenizer, "chat_template", None)
     chats: list[Prompt] = []
     for prompt in prompts:
@@ -165,7 +170,30 @@ def key_ids(tokenizer: Reader, prompts: Sequence[Prompt]) -> list[list[int]]:
         contents = [message.get("content") for message in prompt]
         texts = [[p for p in c if p.get("type") == "text"] if isinstance(c, list) else c for c in contents]
         chats.append([{**message, "content": text} for message, text in zip(prompt, texts, strict=True)])
-    return prompt_ids(tokenizer, chats)
+    return last_turns(tokenizer, prompt_ids(tokenizer, chats))
+
+
+def last_turns(reader: Reader, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """
+    Return token ids without what lies between what precedes the first user's turn, such as a system prompt, and the
+    last one: another request doesn't decide about this one. Rows with a single turn stay as they are.
+    """
+    tokenizer = tokenizer_of(reader)
+    writer = reader if getattr(reader, "chat_template", None) else tokenizer
+    if not writer.chat_template:
+        return [[*row] for row in rows]
+    turn, answer = ({"role": role, "content": PLACE} for role in ("user", "assistant"))
+    parts = chat_text(writer, [turn, answer, turn]).split(PLACE)
+    suffixes = (parts[0][i:] for i in range(len(parts[0]) + 1))
+    opening = next(suffix for suffix in suffixes if parts[-2].endswith(suffix))  # of any user's turn
+    read = []
+    for row in rows:
+        text = tokenizer.decode(row)
+        first, last = text.find(opening), text.rfind(opening)
+        several = opening.strip() and first < last
+        text = text[:first] + text[last:]
+        read.append(tokenizer(text, add_special_tokens=False).input_ids if several else [*row])
+    return read
 
 
 def read_states(

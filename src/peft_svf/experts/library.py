@@ -42,7 +42,7 @@ class ExpertLibrary:
     The experts of one base model.
 
     `lock`, a `threading.RLock`, is held by a request for both passes; `add`, `remove` and `activate` take it, so they
-    wait for the request that runs. Forwards outside of `activate` take no lock: beside requests of other threads, run
+    wait for the request that runs. Forwards outside of `activate` take no lock: if other threads send requests, run
     them inside `with library.lock:`.
 
     Args:
@@ -77,7 +77,7 @@ class ExpertLibrary:
         self._open: tuple[Any, ...] = ()  # the tasks whose `activate` contexts are open, the innermost last
         self._experts: dict[str, Expert] = {}
         self._mixtures: dict[str, Mixture] = {}
-        self._keys: dict[str, RoutingKey] = {}  # of mixtures
+        self._keys: dict[str, RoutingKey] = {}  # mixtures' keys
         self._loaded: OrderedDict[str, dict[str, Tensor]] = OrderedDict()  # the one used longest ago first
         self._hosts: list[str] = []
         lazy = limit_bytes is not None
@@ -125,7 +125,7 @@ class ExpertLibrary:
 
     @property
     def keys(self) -> dict[str, RoutingKey | None]:
-        """The routing key of each expert, `None` if it has none, and those of the named mixtures that have one."""
+        """The routing key of each expert, `None` if it has none, and of each named mixture that has one."""
         return {**{name: self._experts[name].key for name in self.names}, **dict(sorted(self._keys.items()))}
 
     @property

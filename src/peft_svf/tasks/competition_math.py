@@ -72,7 +72,7 @@ class Math(Task):
     def options(self, raw: Record, pool: Sequence[Record], rng: random.Random) -> tuple[str, list[str]] | None:
         right, shape = _printed(raw["answer"])
         alike = [text for text, other in (_printed(record["answer"]) for record in pool) if other == shape]
-        rng.shuffle(alike)  # repetitions stay: a frequent answer is a wrong choice as often as a right one
+        rng.shuffle(alike)  # keeps repetitions: frequent answers must be wrong choices as often as right choices
         wrong = [text for text in dict.fromkeys(alike) if text != right][:3]
         return (right, wrong) if len(wrong) == 3 else None
 

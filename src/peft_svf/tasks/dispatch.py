@@ -13,7 +13,7 @@ Questions come from the same split of the other tasks, as many of each kind: cod
 reasoning from ARC-Easy and ARC-Challenge. "other" is made from templates of everyday requests (`everyday.json`), which
 share neither templates nor fillers between splits. A file `dispatch/<split>.jsonl.gz` goes before all this.
 
-Source and licence: those of the tasks; the everyday requests are this project's, Apache-2.0.
+Sources and licences are listed in the tasks' files; the everyday requests are this project's, Apache-2.0.
 """
 
 import json
@@ -48,7 +48,7 @@ def dispatch_prompt(question: str, descriptions: Mapping[str, str] | None = None
     Ask which kind a question is; the first pass reads the answer off the likelihoods of the kinds' names.
 
     Args:
-        question (`str`): The user's request; it stands last, behind text that is the same for every question.
+        question (`str`): The user's request. It comes last, after text that is the same for every question.
         descriptions (mapping `str -> str`, *optional*): The kinds, each with a few words or none; default [`KINDS`].
     """
     kinds = KINDS if descriptions is None else descriptions
@@ -100,7 +100,7 @@ class Dispatch(Task):
         return records
 
     def choice_row(self, raw: Record, pool: Sequence[Record] = (), seed: int = 0) -> Record:
-        # the choices stand in one order, as each is right equally often
+        # The order is always the same, because each kind is right equally often.
         label = list(KINDS).index(raw["kind"])
         return self.ask(raw, dispatch_prompt(raw["question"]), choices=list(KINDS), label=label)
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-A task from your own JSONL: lines go in, a task like the package's comes out.
+Your own JSONL -> a task like the package's.
 
     {"prompt": "Capital of France?", "answer": "Paris"}                               generated form
     {"prompt": "Capital of France?", "choices": ["Paris", "Rome"], "label": 0}        all, and the letter form

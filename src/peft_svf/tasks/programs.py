@@ -166,7 +166,7 @@ class MbppPro(CodeTask):
 
 class HumanEval(CodeTask):
     """
-    HumanEval: functions to complete from signature and docstring, which a completion may continue or write anew.
+    HumanEval: functions to complete from signature and docstring. A completion may continue or repeat them.
 
     Records have `task_id`, `prompt`, `entry_point`, `canonical_solution`, `test`.
     """

@@ -12,13 +12,13 @@ strings, bytes, containers, `None`). An object of the program's own classes can 
 nothing. The verdict comes from the judge's own socket, which the program doesn't have.
 
 Both run with an environment of four variables, limits on processor time, address space, file size, open files and
-processes, and in the closest of three modes that works here; `SandboxResult.closed` names what it closes:
+processes. `SandboxResult.closed` names what else is closed, which depends on the mode that works here:
 
 - `bwrap` (bubblewrap): own process, network, IPC and mount namespaces (and user namespace, unless root starts it), no
   capabilities, no new privileges, a read-only root that holds Python and the system's libraries alone, read-only
   `/proc`, a minimal `/dev`, and a folder in memory of limited size. `ctypes` is hidden.
-- `unshare` (util-linux): the same by `unshare`, `mount`, `chroot` and `setpriv`.
-- neither: the limits alone, and a judge that no other process can trace.
+- none, if bubblewrap isn't installed or may not make namespaces: the limits alone, and a judge that no other process
+  can trace.
 
 No program runs as root: a root user's programs get an unprivileged user id that no other process has.
 
@@ -35,6 +35,7 @@ wall against an attacker: for that, train in a container or a virtual machine.
 import atexit
 import functools
 import json
+import logging
 import marshal
 import os
 import random
@@ -54,38 +55,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger(__name__)
 HARNESS = Path(__file__).with_name("sandbox_harness.py")
 FILE_MB, PROCESSES, FILES, INTERVAL = 16, 32, 64, 0.05
 PATIENCE = 4  # wall-clock limit over processor time limit: a busy machine isn't a program's fault
-MODES = ("bwrap", "unshare", "none")
+MODES = ("bwrap", "none")
 CLOSED = ("network", "processes", "files", "reading")
 IDS = range(61184, 65520)  # user ids that systemd also hands out for a time
 LIBRARIES = ("/usr/lib", "/usr/lib32", "/usr/lib64", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache")
-DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 TOOLS = os.pathsep.join((os.defpath, "/usr/sbin", "/sbin"))
 INSIDE = "/tmp"  # the folder in memory that a program sees
-# Builds a root of its own in new namespaces: $1 root, $2 bytes of the folder, then read-only places, `--`, a command.
-ROOT = """
-set -e
-root=$1 size=$2; shift 2
-mount -t tmpfs -o size=1m,mode=755 none "$root"
-while [ "$1" != -- ]; do
-    if [ -d "$1" ]; then mkdir -p "$root$1"; else mkdir -p "$root${1%/*}"; : > "$root$1"; fi
-    mount --bind "${1}" "$root$1"
-    case $1 in /dev/*) safe=ro,nosuid;; *) safe=ro,nosuid,nodev;; esac
-    mount -o "remount,bind,$safe" "$root$1"
-    shift
-done
-shift
-if [ "$1" != "" ]; then mount --bind /dev/null "$root$1"; fi
-mkdir "$root/proc" "$root/tmp"
-mount -t proc -o nosuid,nodev,noexec proc "$root/proc"
-mount -o remount,bind,ro,nosuid,nodev,noexec "$root/proc"
-mount -t tmpfs -o "size=$size,mode=777,nosuid,nodev,noexec" none "$root/tmp"
-mount -o remount,bind,ro "$root"
-shift
-exec "$@"
-"""
 
 
 @dataclass(frozen=True)
@@ -96,7 +75,7 @@ class SandboxResult:
     stdout: str  # cut at the limit, as is stderr
     stderr: str
     reason: str  # why it isn't ok; empty if it is
-    closed: tuple[str, ...] = ()  # from `CLOSED`: other processes, writing files, ...
+    closed: tuple[str, ...] = ()  # what the run could not reach: `CLOSED`, or nothing
 
 
 def run_python(
@@ -147,7 +126,7 @@ class _Side:
         if self.user is not None:
             os.chown(self.folder, self.user, self.user)
         self.mode, home = mode, self.folder if mode == "none" else INSIDE
-        command = _command(mode, self.folder)
+        command = _command(mode)
         output = subprocess.PIPE if role == "program" else subprocess.DEVNULL
         self.socket, end = socket.socketpair()
         with end:
@@ -228,48 +207,39 @@ def _source(same: bool) -> str:
 
 @functools.cache
 def _mode() -> str:
-    """Return the closest mode that can start a Python here: kernels and containers may refuse namespaces."""
-    for mode in MODES[:-1]:
-        with tempfile.TemporaryDirectory(prefix="svf-sandbox-") as folder, suppress(OSError):
-            command, quiet = [*_command(mode, folder), "-c", "pass"], subprocess.DEVNULL
-            if subprocess.call(command, stdin=quiet, stdout=quiet, stderr=quiet, env={"PATH": TOOLS}, timeout=10) == 0:
-                return mode
+    """Return "bwrap" if bubblewrap can start a Python here, as kernels and containers may refuse it, else "none"."""
+    command, quiet = [*_command("bwrap"), "-c", "pass"], subprocess.DEVNULL
+    with suppress(OSError, subprocess.TimeoutExpired):
+        if subprocess.call(command, stdin=quiet, stdout=quiet, stderr=quiet, env={"PATH": TOOLS}, timeout=10) == 0:
+            return "bwrap"
+    logger.warning("Programs run without namespaces, so they reach files and the network: install bubblewrap (bwrap).")
     return "none"
 
 
-def _command(mode: str, folder: str) -> list[str]:
+def _command(mode: str) -> list[str]:
     """Return the command that starts a Python in a mode, up to the arguments of the interpreter."""
-    root, setpriv = os.getuid() == 0, shutil.which("setpriv", path=TOOLS)
+    root = os.getuid() == 0
     python = [_python(readable=mode == "none" and root), "-I", "-S", "-B"]
     if mode == "none":
-        return ["setpriv", "--no-new-privs", *python] if setpriv else python
-    tools = [setpriv or ""] if mode == "unshare" else []
-    outside = [place for place in (python[0], *tools) if not Path(place).is_relative_to(sys.base_prefix)]
-    places = [place for place in (*LIBRARIES, sys.base_prefix, *outside) if os.path.exists(place)]
-    size, hidden = str(FILE_MB << 20), next(map(str, Path(os.__file__).parent.glob("lib-dynload/_ctypes.*")), "")
-    if mode == "unshare":
-        spaces = ["--pid", "--net", "--ipc", "--mount", "--uts", "--fork", "--kill-child"]
-        spaces += [] if root else ["--user", "--map-root-user"]
-        devices = [device for device in DEVICES if os.path.exists(device)]
-        script = ["sh", "-c", ROOT, "sh", folder, size, *places, *devices, "--", hidden]
-        drop = ["setpriv", "--no-new-privs"]
-        drop += [] if root else ["--inh-caps=-all", "--bounding-set=-all"]
-        return ["unshare", *spaces, *script, "chroot", folder, *drop, *python]
+        return ["setpriv", "--no-new-privs", *python] if shutil.which("setpriv", path=TOOLS) else python
     spaces = ["--unshare-all", "--unshare-user", "--disable-userns"]
     if root:  # needs no user namespace; the harness changes the user id, which ends these capabilities
         spaces = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
         spaces += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    outside = [] if Path(python[0]).is_relative_to(sys.base_prefix) else [python[0]]
+    places = [place for place in (*LIBRARIES, sys.base_prefix, *outside) if os.path.exists(place)]
     # bubblewrap creates the parents of a place for its own user alone
     parents = dict.fromkeys(str(parent) for place in places for parent in [*Path(place).parents][-2::-1])
     binds = [part for parent in parents for part in ("--perms", "0755", "--dir", parent)]
     binds += [part for place in places for part in ("--ro-bind", place, place)]
-    binds += ["--ro-bind", "/dev/null", hidden] if hidden else []
+    for hidden in Path(os.__file__).parent.glob("lib-dynload/_ctypes.*"):
+        binds += ["--ro-bind", "/dev/null", str(hidden)]
     # fmt: off
     return [
         "bwrap", "--cap-drop", "ALL", *spaces, "--die-with-parent", "--new-session", *binds,
         "--proc", "/proc", "--remount-ro", "/proc", "--dev", "/dev", "--remount-ro", "/dev",
-        "--perms", "0777", "--size", size, "--tmpfs", INSIDE, "--remount-ro", "/", "--chdir", INSIDE, "--",
-        *python,
+        "--perms", "0777", "--size", str(FILE_MB << 20), "--tmpfs", INSIDE, "--remount-ro", "/", "--chdir", INSIDE,
+        "--", *python,
     ]
     # fmt: on
 

@@ -206,9 +206,9 @@ class Task(ABC):
             seed (`int`): Fixes the order of rows, the distractors and the place of the right choice.
             system (`str`, *optional*): System prompt of rows that have none.
             shots (`int`):
-                How many solved examples, turns of user and assistant, precede each question. They come from the
-                training split, of which no row asks them, and are the same for all rows, splits and seeds: runs
-                compare, and a model reads them once for a whole batch. Rows with images take none.
+                How many solved examples, turns of user and assistant, precede each question. They are taken out of
+                the training split and are the same for all rows, splits and seeds, so that runs can be compared and a
+                model reads them once for a whole batch. Rows with images take none.
             solved (`bool`): Add the column `solution`, a text as [`Task.solved`] writes it.
         """
         if form not in self.forms:
@@ -240,7 +240,7 @@ class Task(ABC):
         made = ((raw, self.make_row(raw, form, raws)) for raw in shuffled(raws, f"{self.name}:shots"))
         turns, ids = Chat(), set[str]()
         for raw, row in islice(((raw, row) for raw, row in made if row is not None), count):
-            if has_image(row):  # the picture of the question would stand in an example
+            if has_image(row):  # the question's picture would be put into an example
                 raise ValueError(f"Task '{self.name}' has images, which take no solved examples: set shots=0.")
             turns += [*_without_system(row["prompt"]), {"role": "assistant", "content": self.solved(raw, row)}]
             ids.add(row["id"])
@@ -350,8 +350,8 @@ def format_reward(pattern: str) -> Callable[..., list[float]]:
     """
     Make a reward function for the form of an answer: 1 if the completion contains the pattern, else 0.
 
-    A small weight beside the task's reward, `reward_weights=[1.0, 0.1]`, keeps a right answer in the wrong form better
-    than a wrong one in the right form.
+    Give it a small weight next to the task's reward, such as `reward_weights=[1.0, 0.1]`: a right answer in the wrong
+    form then still earns more than a wrong answer in the right form.
 
     Args:
         pattern (`str`):

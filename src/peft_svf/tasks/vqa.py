@@ -7,8 +7,8 @@ TextVQA and OK-VQA: questions about photographs, each with ten answers of people
     answers                  "dakota" 8 times, "nous les gosses", "clos culombu"
     completion               "Dakota"      accuracy 1, reward 1.0; an answer of one person 1/3, -1/3; of nobody 0, -1.0
 
-There is no choice form. The `image` of a row is the undecoded form of `datasets.Image`, `{"path": ..., "bytes": ...}`,
-so that no picture is opened before it is needed. The grade is VQA accuracy,
+These tasks have no choice form. The `image` of a row is undecoded, `{"path": ..., "bytes": ...}` as in
+`datasets.Image`, so that no picture is opened before it is needed. The grade is VQA accuracy,
 
     accuracy = min(1, number of people who gave the answer / 3)
 
@@ -19,20 +19,15 @@ the mean of that formula over the ten sets of nine people: 0.3, 0.6 and 0.9 wher
     from datasets import Dataset, Image
     Dataset.from_list(task.rows("train", "generate", limit=1000)).cast_column("image", Image())   # decodes on access
 
-Splits: test is the published validation set of TextVQA, whose test answers aren't public, and the published test set
-of OK-VQA; by a hash of the image 1 in 10 training images is validation, the others train.
-
-A folder has `textvqa/TextVQA_0.5.1_{train,val}.json` with images in `textvqa/train_images`, and
-`okvqa/OpenEnded_mscoco_{train,val}2014_questions.json` with `mscoco_{train,val}2014_annotations.json` and images in
-`okvqa/{train,val}2014`; or `<task>/<file>.jsonl.gz` with the fields that [`Vqa`] lists. The Hub has only the test
-split of OK-VQA.
+Splits: test of TextVQA is its published validation set, as its test answers aren't public; by a hash of the image 1 in
+10 training images is validation, the others train. OK-VQA only tests, on its published test set. A folder has
+`<task>/<file>.jsonl.gz` with the fields that [`Vqa`] lists; `image` is a path below `<task>`.
 
 Source: TextVQA (Singh et al. 2019, arXiv 1904.08920), images of OpenImages; OK-VQA (Marino et al. 2019, arXiv
 1906.00067), images of COCO. Licence: CC BY 4.0, both.
 """
 
 import hashlib
-import json
 import os
 import re
 from collections import Counter
@@ -60,8 +55,6 @@ class Vqa(Task):
     kind = "vision"
     forms = ("generate",)
     published_names = True  # the published validation set is the test split
-    annotations: Mapping[str, tuple[str, ...]]  # file -> names of the published JSON files that hold it
-    images: str  # path of an image below the task's folder, as in the published archives
 
     def row(self, raw: Record) -> Record:
         """Ask for a short answer, with the image before the text."""
@@ -89,21 +82,10 @@ class Vqa(Task):
         return list(compress(records, ((value % 10 == 0) == (split == "validation") for value in hashes)))
 
     def _read_folder(self, split: str, folder: Path) -> tuple[str, list[Record]]:
-        """Read rows of our own with an `image` path, or the published JSON files."""
-        file = self.files[split]
-        try:
-            _, records = super()._read_folder(split, folder)
-        except FileNotFoundError:
-            paths = (folder / self.name / name for name in self.annotations[file])
-            records = self._published(*(json.loads(path.read_text("utf-8")) for path in paths))
+        file, records = super()._read_folder(split, folder)
         for record in records:
-            name = record.get("image") or self.images.format(file=file, id=record["image_id"])
-            record["image"] = {"path": os.fspath(folder / self.name / name), "bytes": None}
+            record["image"] = {"path": os.fspath(folder / self.name / record["image"]), "bytes": None}
         return file, records
-
-    def _published(self, *contents: dict[str, Any]) -> list[Record]:
-        """Read the records out of the published JSON files, by default out of one file's `data`."""
-        return [dict(record) for record in contents[0]["data"]]
 
     def _hub_records(self, table: Any) -> list[Record]:
         """Leave the images in the table: one is read, still compressed, when its row is made."""
@@ -123,34 +105,19 @@ class TextVqa(Vqa):
     description = "questions about text in photographs"
     files: Mapping[str, str] = {"train": "train", "validation": "train", "test": "val"}
     hub = HubSource("lmms-lab/textvqa", None, {"train": "train", "val": "validation"})
-    annotations: Mapping[str, tuple[str, ...]] = {file: (f"TextVQA_0.5.1_{file}.json",) for file in ("train", "val")}
-    images = "train_images/{id}.jpg"  # one archive holds the images of both files
 
 
 class OkVqa(Vqa):
-    """Questions that need outside knowledge."""
+    """Questions that need outside knowledge, test only."""
 
     name = "okvqa"
-    description = "questions about photographs that need outside knowledge"
-    files: Mapping[str, str] = {"train": "train2014", "validation": "train2014", "test": "val2014"}
+    description = "questions about photographs that need outside knowledge, test only"
+    files: Mapping[str, str] = {"test": "val2014"}
     hub = HubSource("lmms-lab/OK-VQA", None, {"val2014": "val2014"})
-    annotations: Mapping[str, tuple[str, ...]] = {
-        file: (f"OpenEnded_mscoco_{file}_questions.json", f"mscoco_{file}_annotations.json")
-        for file in ("train2014", "val2014")
-    }
-    images = "{file}/COCO_{file}_{id:0>12}.jpg"
 
     def from_hub(self, record: Record) -> Record:
         """Use the question's id for the image, which the Hub doesn't number."""
         return {"image_id": record["question_id"], **record}
-
-    def _published(self, *contents: dict[str, Any]) -> list[Record]:
-        questions, annotations = contents
-        answers = {entry["question_id"]: entry["answers"] for entry in annotations["annotations"]}
-        return [
-            {**question, "answers": [entry["answer"] for entry in answers[question["question_id"]]]}
-            for question in questions["questions"]
-        ]
 
 
 def vqa_accuracy(answer: str, people: Iterable[str]) -> float:

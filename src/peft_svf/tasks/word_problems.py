@@ -14,9 +14,9 @@ Word problems, whose answer is one number: GSM8K (two to eight steps) and SVAMP 
     prompt (calculation)     the problem, "Answer with the calculation."
     completion               "53 - 49 = 5"                               reward 1.0: the value of 53 - 49
 
-The choices show how each number is made, since bare numbers leave a model of 135M parameters at chance; those of GSM8K
-are last steps, which may use results of the steps before. A problem that doesn't end in one operation on two whole
-numbers is in the other forms only. All arithmetic is exact.
+The choices show how each number is computed, since bare numbers leave a model of 135M parameters at chance. In GSM8K
+they are the last step, which may use results of earlier steps. A problem that doesn't end in one operation on two
+whole numbers is in the other forms only. All arithmetic is exact.
 
 Sources: GSM8K (Cobbe et al. 2021, arXiv 2110.14168), SVAMP (Patel et al. 2021, arXiv 2103.07191). Licence: MIT, both.
 """
@@ -280,8 +280,9 @@ def calculations(
 
     The four are two operations on two pairs of numbers if a third number is at hand, so that neither the most frequent
     operation nor the most frequent pair is right; else they are the four operations on the one pair. A number of the
-    problem is exchanged for another of the problem, a result for another result: "not in the problem" is no hint. The
-    larger number comes first in all, and quotients are rounded down, as only the right one is sure to come out even.
+    problem is replaced by another number of the problem, and a result by another result, so "not in the problem" isn't
+    a hint. The larger number always comes first, and quotients are rounded down, as only the right one is sure to be
+    whole.
 
     Args:
         right (`(a, operation, b)`): The calculation that solves the problem.

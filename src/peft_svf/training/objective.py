@@ -2,7 +2,7 @@
 """
 Rewards -> what a step follows: the estimators of the advantage, the filter of prompts, the settings of REINFORCE.
 
-Goes in: rewards by prompt, and TRL's `GRPOConfig`. Nothing here knows a model.
+Takes rewards by prompt, and extends TRL's `GRPOConfig`. Nothing here knows a model.
 """
 
 import os

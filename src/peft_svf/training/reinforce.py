@@ -47,8 +47,8 @@ class Batch:
     """The state that the hooks of one rollout share."""
 
     inputs: list[dict[str, Any]]  # the row of each completion
-    numbers: list[int] = field(default_factory=list)  # with a filter: row numbers of all prompts
-    rows: list[dict[str, Any]] = field(default_factory=list)  # choice form: distinct rows, by "prompt token"
+    numbers: list[int] = field(default_factory=list)  # row numbers of all prompts, if a filter is on
+    rows: list[dict[str, Any]] = field(default_factory=list)  # distinct rows of the choice form, by "prompt token"
     rewards: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # (N, functions), of all processes
     prompts: Prompts | None = None  # answers of one token: what was read, and the reading that they were drawn from
     read: Reading | None = None

@@ -55,16 +55,9 @@ def write_expert(
         task, options:
             As in [`evaluate`].
     """
-    folder, model, reader, state = Path(folder), trainer.model, trainer.processing_class, trainer.state
+    folder, model = Path(folder), trainer.model
     model.save_pretrained(folder, save_embedding_layers=False)
     trainer.save_key(folder)
-    expert = evaluate(model, reader, test, task=task, **options)
-    with model.disable_adapter():
-        base = evaluate(model, reader, test, task=task, **options)
-        watched = trainer.args.keep_text is not None or getattr(trainer.args, "retention", 0.0) > 0
-        kept = BaseText.of(model, reader, everyday_requests("test", 32)) if watched else None
-    gain, interval = paired_difference(expert, base)
-    z = {key.removeprefix("z/"): value for key, value in z_statistics(model).items() if key.count("/") == 1}
     name = model.peft_config["default"].base_model_name_or_path
     result = {
         "command": files.public(command),
@@ -72,21 +65,10 @@ def write_expert(
         "versions": files.versions(),
         "base_model": files.public(name),
         "task": task.name,
-        "form": expert.form,
         "split": "test",
-        "objective": _objective(trainer),
-        "seed": trainer.args.seed,
-        "steps": state.global_step,
-        "best_step": state.best_global_step if trainer.args.load_best_model_at_end else None,  # else the last
+        **_training(trainer),
         "seconds": None if seconds is None else round(seconds),
-        "base": base.to_json(),
-        "expert": expert.to_json(),
-        "gain": gain,
-        "gain_interval": interval,
-        "strength": trainer.strength,
-        "text_loss": kept and kept.loss(model, reader),
-        "z": {"numbers": sum(p.numel() for key, p in model.named_parameters() if ".svf_offset.default." in key), **z},
-        "curve": [entry for entry in state.log_history if {"loss", "eval_reward", "reward"} & entry.keys()],
+        **_measurements(trainer, task, test, **options),
     }
     base_model = base_model or name
     facts = result["card"] = _card_facts(result, trainer.args, base_model) if base_model else {}
@@ -98,10 +80,40 @@ def write_expert(
     return result
 
 
-def _objective(trainer: Any) -> str:
-    """Describe what a trainer minimises."""
-    weight = getattr(trainer.args, "retention", 0)
-    return trainer.objective + (f" + {weight:g} KL(base || policy) on everyday answers of the base" if weight else "")
+def _training(trainer: Any) -> dict[str, Any]:
+    """Describe the run: what it minimised, how far it got, and how far z moved."""
+    args, state, weight = trainer.args, trainer.state, getattr(trainer.args, "retention", 0)
+    numbers = sum(p.numel() for key, p in trainer.model.named_parameters() if ".svf_offset.default." in key)
+    z = {key.removeprefix("z/"): value for key, value in z_statistics(trainer.model).items() if key.count("/") == 1}
+    kept = f" + {weight:g} KL(base || policy) on everyday answers of the base" if weight else ""
+    return {
+        "objective": trainer.objective + kept,
+        "seed": args.seed,
+        "steps": state.global_step,
+        "best_step": state.best_global_step if args.load_best_model_at_end else None,  # else the last
+        "strength": trainer.strength,
+        "z": {"numbers": numbers, **z},
+        "curve": [entry for entry in state.log_history if {"loss", "eval_reward", "reward"} & entry.keys()],
+    }
+
+
+def _measurements(trainer: Any, task: Task, test: Sequence[Row], **options: Any) -> dict[str, Any]:
+    """Compare the expert with its base on test rows and, if the run was to keep it, on the base's own text."""
+    model, reader = trainer.model, trainer.processing_class
+    expert = evaluate(model, reader, test, task=task, **options)
+    with model.disable_adapter():
+        base = evaluate(model, reader, test, task=task, **options)
+        watched = trainer.args.keep_text is not None or getattr(trainer.args, "retention", 0.0) > 0
+        text = BaseText.of(model, reader, everyday_requests("test", 32)) if watched else None
+    gain, interval = paired_difference(expert, base)
+    return {
+        "form": expert.form,
+        "base": base.to_json(),
+        "expert": expert.to_json(),
+        "gain": gain,
+        "gain_interval": interval,
+        "text_loss": text and text.loss(model, reader),
+    }
 
 
 def _card_name(base: str) -> str:

@@ -4,7 +4,7 @@ A penalty that keeps what an expert isn't trained on: KL(base ‖ policy) on the
 
     loss + retention * KL, where KL = mean over the answers' tokens of sum_v p_base(v) (log p_base(v) - log p(v))
 
-Goes in: a trainer with a gradient, by inheritance, and requests. Nothing here knows a task or a reward.
+[`Retaining`] is a mixin for trainers with a gradient. Nothing here knows a task or a reward.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ PROMPTS, TOKENS = 64, 24  # requests that the base answers once, and tokens of a
 @dataclass
 class RetentionConfig(RunConfig):
     """
-    Settings of trainers with a gradient: those of [`RunConfig`], and a penalty for moving away from the base.
+    Extend [`RunConfig`] by a penalty for moving away from the base, for trainers with a gradient.
 
     Args:
         retention (`float`):
@@ -93,7 +93,7 @@ class Retaining(Run):
         """Encode the base's answers; it writes them if no checkpoint has them. A resumed run looks up its callback."""
         holder = next(c for c in self.callback_handler.callbacks if isinstance(c, BaseAnswers))
         if not holder.pairs:
-            holder.pairs = broadcast_object_list([self._write_answers()])[0]  # from the first process, for all
+            holder.pairs = broadcast_object_list([self._write_answers()])[0]  # the first process's answers
         prompts, answers = zip(*holder.pairs, strict=True)
         reader, encode = self.processing_class, tokenizer_of(self.processing_class)
         encoded = (encode(text, add_special_tokens=False).input_ids for text in answers)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What all trainers share: whole checkpoints, rows and rewards that are usable, a report of steps that teach nothing.
+What all trainers share: whole checkpoints, checks of rows and rewards, a report of steps that teach nothing.
 
-Goes in: a `transformers.Trainer` by inheritance. Nothing here knows TRL or what a task is.
+[`Run`] is a mixin for a `transformers.Trainer`. Nothing here knows TRL or what a task is.
 """
 
 import asyncio
@@ -97,7 +97,7 @@ class RunConfig:
     stop_after_dead_steps: int | None = None
 
     def rules(self) -> Iterator[tuple[str, bool, str]]:
-        """Yield what would run and do something else: a field, whether its value is right, what was expected."""
+        """Yield the settings that would silently do something else: field, whether it is right, what is expected."""
         ones = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
         ones += ["num_generations", "rows_per_forward", "max_completion_length"]
         ones += ["early_stopping_patience", "stop_after_dead_steps"]
@@ -361,7 +361,7 @@ class KeptText(TrainerCallback):
 
 
 class Run(Trainer):
-    """In front of a `transformers.Trainer`: whole checkpoints, early stopping, evaluation that changes nothing."""
+    """Mixin for a `transformers.Trainer`: whole checkpoints, early stopping, evaluation that changes nothing."""
 
     epochs_done = 0  # before the checkpoint that is resumed from
     dead_reason: str | None = None  # why the latest rollout teaches nothing
@@ -438,23 +438,19 @@ class Run(Trainer):
         """Refuse a model that would be trained whole or not at all, or whose best checkpoint would stay unread."""
         if peft_config is not None:
             return
-        name = model.active_adapters[0] if isinstance(model, PeftModel) else None
-        frozen = name is not None and not any(parameter.requires_grad for parameter in model.parameters())
-        for wrong, message in (
-            (name is None, "A plain model would be trained whole: pass peft_config=SVFConfig(), or a PeftModel."),
-            (
-                frozen,
+        if not isinstance(model, PeftModel):
+            raise ValueError("A plain model would be trained whole: pass peft_config=SVFConfig(), or a PeftModel.")
+        name = model.active_adapters[0]
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
                 f"Nothing of the model is trainable: adapter {name!r} was loaded for inference. Load it by "
-                "PeftModel.from_pretrained(..., is_trainable=True).",
-            ),
-            (
-                args.load_best_model_at_end and name != "default",
+                "PeftModel.from_pretrained(..., is_trainable=True)."
+            )
+        if args.load_best_model_at_end and name != "default":
+            raise ValueError(
                 f"load_best_model_at_end finds the checkpoint of an adapter called 'default' alone, and this one is "
-                f"{name!r}: load it by PeftModel.from_pretrained(...) without adapter_name, or turn the option off.",
-            ),
-        ):
-            if wrong:
-                raise ValueError(message)
+                f"{name!r}: load it by PeftModel.from_pretrained(...) without adapter_name, or turn the option off."
+            )
 
     def ready(self) -> None:
         """Make trained numbers float32 and add the callbacks: readable lines, dead steps, early stopping."""

@@ -3,7 +3,7 @@
 Model and solved rows -> a trained z-vector expert, by the next-token loss on right answers.
 
 A thin subclass of TRL's `SFTTrainer`: tokens, loss, logging and checkpoints are TRL's. It adds rows of tasks, the
-penalty of [`retention`], and an evaluation of written answers. The defaults are those of docs/results.md.
+penalty of [`retention`], and an evaluation of written answers. docs/results.md measures the defaults.
 """
 
 import math
@@ -28,7 +28,7 @@ class SupervisedConfig(RetentionConfig, SFTConfig):
     Args:
         max_completion_length (`int`): Tokens of an answer that is written in an evaluation.
         reward_weights (`list[float]`, *optional*): One per reward function; default 1 each.
-        max_length (`int`, *optional*): As in TRL, but no row is cut off by default: its answer stands at the end.
+        max_length (`int`, *optional*): As in TRL, but no row is cut off by default, as its answer is at the end.
     """
 
     measured = "(.+_)?(reward|loss)"

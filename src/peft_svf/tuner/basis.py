@@ -91,7 +91,7 @@ def change(x: Tensor, Q: Tensor, offset: Tensor) -> Tensor:
         x (`torch.Tensor` of shape `(..., n)`):
             Activations, or rows of a weight.
         Q (`torch.Tensor` of shape `(n, k)`):
-            Orthonormal columns. The products run in the dtype of `Q`, the rescaling in that of `offset`.
+            Orthonormal columns. Products run in the dtype of `Q`, and the rescaling in the dtype of `offset`.
         offset (`torch.Tensor`, broadcastable to `(..., k)`):
             `z - 1`. Gradients flow to `offset` and `x`.
 

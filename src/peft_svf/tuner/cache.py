@@ -162,7 +162,7 @@ def _compute(missing: dict[str, str], weight_of: Callable[[str], Tensor]) -> dic
                 alike = {other: weight_of(todo[other]) for other in others}
                 batch |= {other: weight for other, weight in alike.items() if weight.shape == batch[key].shape}
             try:
-                with _lock() if keep else nullcontext():  # Of two processes with one model one computes for both.
+                with _lock() if keep else nullcontext():  # if two processes load one model, one of them computes
                     bases |= _computed(batch, keep)
             except OSError as error:
                 keep = False
@@ -170,7 +170,7 @@ def _compute(missing: dict[str, str], weight_of: Callable[[str], Tensor]) -> dic
                     f"The basis cache {cache_dir()} cannot be written ({error}); bases are computed again next time."
                 )
                 bases |= _computed(batch, keep)
-            except ValueError as error:  # It knows no names.
+            except ValueError as error:  # `factorize` doesn't know the names
                 raise ValueError(f"{', '.join(todo[key] for key in batch)}: {error}") from error
             for key in batch:
                 del todo[key]

@@ -55,8 +55,8 @@ class SVFConfig(PeftConfig):
             off (SmolLM2's q_proj, merged plan; .3 % with `"float32"`; tests/test_real.py). The first adapter decides.
         plan (`str`):
             How the layers compute. `"auto"` decides for each forward: on a merged copy of the weight in inference and
-            in training steps of enough tokens, by two thin products beside the base layer otherwise, through the two
-            factors of the weight if the rows of a batch differ. `"merged"`, `"narrow"`, `"factored"` request one.
+            in training steps of enough tokens, through the two factors of the weight if the rows of a batch differ,
+            else by two thin products next to the base layer. `"merged"`, `"narrow"`, `"factored"` request one.
             The first adapter of a model decides, `model.set_plan` changes it; it isn't saved with an expert. If you
             write to a base weight through `.data`, which torch doesn't count, call `set_plan` to drop its copies.
         basis_from (`str`):

@@ -58,7 +58,7 @@ def sketch(Q: Tensor) -> Tensor:
 
     With `p_i = (q_i . c)^2` for a fixed random `c`, the sketch is `R @ p` for a fixed random `R (32, r)`, scaled so
     that distances between sketches estimate distances between the `p` (within about 12 %). The sketches of a stack
-    `(E, r, r)` are added with random signs, so that the relative distance of two stacks is that of their weights.
+    `(E, r, r)` are added with random signs, so that the distance of two stacks estimates how far their weights differ.
 
     Returns:
         `torch.Tensor` of shape `(32,)`, float64, on the CPU.
@@ -100,8 +100,8 @@ def check(
         absent (`Sequence[str]`):
             Modules of the adapter that this model does not have.
         adapter, here, there (`str`):
-            Names of the adapter, of this model and of the model it was trained on. A model without a name may be one
-            of many alike, so its adapters cause a warning instead of a refusal.
+            Names of the adapter, of this model and of the model it was trained on. Adapters of a model without a name
+            cause a warning instead of a refusal.
 
     Raises:
         `ValueError`: if the adapter belongs to another base.

@@ -238,7 +238,8 @@ class SVFLayer(nn.Module, BaseTunerLayer):
         weight = self.base_weight
         name = next((name for name, parameter in self.named_parameters() if parameter is weight), None)
         new = None if weight.is_meta or isinstance(weight, DTensor) else state_dict.get(f"{prefix}{name}")
-        if new is not None and self.quantization_backend is None and not torch.equal(new.to(weight), weight):
+        known = new is None or new.is_meta or self.quantization_backend is not None
+        if not known and not torch.equal(new.to(weight), weight):
             self.svf_fingerprint, self.execution.waiting = None, True
             self.set_basis(None, None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -386,7 +387,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
 
     def _without_bias(self, x: Tensor, y: Tensor) -> Tensor:
         """
-        `x W^T`, for the gradient of z: in half precision `y - bias` has lost it where the bias is large.
+        Compute `x W^T` for the gradient of z: in half precision `y - bias` has lost it if the bias is large.
 
         Qwen2.5's k_proj has a bias 20 times the signal; z gradients from `y - bias` are 8 % off there in bfloat16.
         """
@@ -399,7 +400,7 @@ class SVFLayer(nn.Module, BaseTunerLayer):
 
 
 def _untouched(base: nn.Module) -> bool:
-    """Whether nobody has hung anything on the forward of a module, which another product would pass by."""
+    """Whether the forward of a module has no hooks, which a product in its place would skip."""
     return not (
         base._forward_hooks
         or base._forward_pre_hooks

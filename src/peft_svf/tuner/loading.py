@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-An adapter, new or from a file <-> the SVF layers of a model: whose bases count, which tensors are let in and written.
+Adapters, new or from a file <-> the SVF layers of a model: compares fingerprints, gives layers their bases, and
+selects the tensors to load and to save.
 
 `model` in class methods is what PEFT or transformers pass: the base or the `PeftModel`. Private names of transformers
 were read in 5.23.0.
@@ -240,9 +241,8 @@ class AdapterLoader(BaseTuner):
         """
         Verify the bases that a file ships, and return those that layers still need.
 
-        A basis counts if it fits the weight to rounding, as in the cache. If the weights here are rounded relative to
-        those of the adapter (quantised, or in another dtype), it may be off by `MISFIT`; it then serves this adapter
-        alone.
+        A basis counts if it fits the weight up to rounding, as in the cache. If the weights here are rounded relative
+        to the adapter's (quantised, or in another dtype), it may be off by `MISFIT`; then only this adapter uses it.
         """
         layers = svf_weights(self.model)
         read = reader(self.model, layers, next(iter(self.peft_config.values())).basis_from)
@@ -359,7 +359,7 @@ def _checked_keys(
 
 
 def _check_shape(adapter_name: str, name: str, layer: SVFLayer, Q: Tensor, S: Tensor) -> None:
-    """Raise `ValueError` if a basis from a file can't be that of a layer, or has fewer columns than z moves."""
+    """Raise `ValueError` if a basis from a file has the wrong shape for a layer, or fewer columns than z moves."""
     lead = tuple(layer.base_weight.shape[:-2])
     k = len(layer.svf_offset[adapter_name].weight) // layer.matrices
     shapes = (*lead, layer.directions), (*lead, *Q.shape[-1:])

@@ -2,10 +2,10 @@
 """
 Weight, basis and offset -> the products of a rescaled linear layer, by one of three execution plans.
 
-In go tensors, out come tensors. Nothing here knows of adapters, configs or files. With `W` the base weight, `Q` its
+Takes tensors and returns tensors. Nothing here knows of adapters, configs or files. With `W` the base weight, `Q` its
 narrow-side basis, `d = z - 1` the offset and `W' = W (I + Q diag(d) Q^T)` (side "in"; "out" is its mirror image):
 
-| plan | keeps beside W and Q | forward | backward |
+| plan | keeps in addition to W and Q | forward | backward |
 |---|---|---|---|
 | merged | `W'` | `x W'^T`, the cost of the base | `g W'`, and the gradient of z from an r x r product |
 | narrow | nothing | `(x + change(x)) W^T` | through the same two thin products |
@@ -87,7 +87,7 @@ def choose(plan: Plan, load: Load) -> Plan:
 
 @dataclass
 class Merged:
-    """A weight with its z folded in, and what the gradient of z needs beside it."""
+    """A weight with its z folded in, and what else the gradient of z needs."""
 
     weight: Tensor  # W' (out, in)
     base: Tensor  # W (out, in)
@@ -241,7 +241,7 @@ class Factored:
             self.known, self.scale = (*batch, version_of(offsets)), scale
 
     def knows(self, batch: tuple[Any, ...], offsets: Tensor) -> bool:
-        """Whether `scale` is that of these offsets for such a batch."""
+        """Whether `scale` was made from these offsets for such a batch."""
         return self.known == (*batch, version_of(offsets))
 
 

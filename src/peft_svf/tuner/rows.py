@@ -56,7 +56,7 @@ class Rows:
         """
         Spread the offsets over activations of shape `(*lead, n)`: broadcastable to `(*lead, k)`.
 
-        Rows and tokens are those of the batch that entered the model, never inferred inside it.
+        Rows and tokens are counted where the batch enters the model, never inferred inside it.
         """
         offsets = self.offsets if self.index is None else self.offsets[self.index]  # (known, k)
         known = len(offsets)

@@ -55,7 +55,7 @@ def block_of(name: str) -> str:
 
 
 def of_one_expert(name: str) -> bool:
-    """Whether a module is one of numbered experts: it gets those tokens alone that its router sends it."""
+    """Whether a module belongs to one of numbered experts, which get only the tokens that a router sends to them."""
     return EXPERT.search(name) is not None or EXPERT.search(name.removeprefix(block_of(name))) is not None
 
 
@@ -80,14 +80,14 @@ def reads_weight(model: nn.Module, parent: nn.Module, name: str) -> bool:
 
 def default_targets(model: nn.Module, model_type: str | None) -> set[str] | str:
     """
-    Name the modules that SVF adapts unless told otherwise: the MLP weights, the paper's choice.
+    Name the modules that SVF adapts by default: the MLP weights, the paper's choice.
 
-    If these aren't linear modules (fused experts) it is attention q and v; if the table lacks the architecture, what
-    LoRA adapts there. Both are logged. In a model that also sees or hears it is the language side alone; name the
-    modules of a vision tower to adapt it.
+    If these aren't linear modules (fused experts), they are attention q and v; if the table lacks the architecture,
+    they are what LoRA adapts. Both are logged. In a multimodal model they are in the text decoder; name the modules of
+    a vision tower to adapt it.
 
     Raises:
-        `ValueError`: if nobody knows the architecture.
+        `ValueError`: if neither SVF's table nor LoRA's has the architecture.
     """
     side = _language_side(model)
     if side is not None:
@@ -116,7 +116,7 @@ def default_targets(model: nn.Module, model_type: str | None) -> set[str] | str:
 
 
 def _language_side(model: nn.Module) -> tuple[str, nn.Module, str | None] | None:
-    """The name, the module and the type of what reads and writes text in a model for several kinds of input."""
+    """Find the text decoder of a multimodal model: its name, module and model type; `None` for other models."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if text is config:

@@ -3,7 +3,7 @@
 SVF layers -> the values of their base weights, in whatever form they are kept, and their bases.
 
 This is the one place that reads a base weight: packed, offloaded, sharded, shared, or as its checkpoint stores it.
-What it cannot read it refuses by name. Private names of PEFT were read in 0.21.2, those of transformers in 5.23.0.
+It refuses by name what it cannot read. Private names were read in PEFT 0.21.2 and transformers 5.23.0.
 """
 
 import json
