@@ -23,6 +23,7 @@ from learning import CHANGES, Training, read_trainings
 from scipy.stats import t as student
 
 from peft_svf.cli.plots import new_figure
+from peft_svf.experts.key import SHARE
 
 PAPER = json.loads((RESULTS / "paper.json").read_text())
 METHODS = ("svf-mlp", "lora16-mlp", "ia3-mlp", "tinylora-mlp")  # side by side; all else is an ablation
@@ -317,11 +318,13 @@ def unseen_tables(results: Mapping[str, Result]) -> dict[str, str]:
             spread = [draw["accuracy"] for draw in r["draws"]]
             accuracy = f"{r['accuracy']:.3f} [{min(spread):.3f}, {max(spread):.3f}]"
             name = f"{model}keys, {r['block']} of {judged['blocks']} blocks, {r['prompts']} prompts"
+            name += "" if "constant" in judged else " (shrunken covariance)"
             rows.append([name, accuracy, f"{r['ece']:.3f}", f"{r['claimed']:.1%}", ""])
-    best = [r for r in keys["rows"] if (r["pooling"], r["prompts"]) == ("both", 64)]
-    counts = {name: [draw["right_of_source"][name] for draw in best[0]["draws"]] for name in UNSEEN}
+    block = keys["blocks"] // SHARE
+    default = next(r for r in keys["rows"] if (r["block"], r["pooling"], r["prompts"]) == (block, "both", 64))
+    counts = {name: [draw["right_of_source"][name] for draw in default["draws"]] for name in UNSEEN}
     failing = (f"{UNSEEN[n]} {sum(r for r, _ in c)} of {sum(n for _, n in c)}" for n, c in counts.items())
-    shrunk = [r for r in keys["shrinkages"] if r["block"] == best[0]["block"]]
+    tried = [r for r in keys["constants"] if r["block"] == block]
     ways = {r["way"]: r for name, r in results.items() if name.startswith("dispatch-") and "way" in r}
     for way in FIRST_PASSES:
         accuracy = "{:.3f} [{:.3f}, {:.3f}]".format(ways[way]["accuracy"], *ways[way]["interval"])
@@ -345,7 +348,19 @@ def unseen_tables(results: Mapping[str, Result]) -> dict[str, str]:
         "far_away": str(sum(keys["far_away"].values())),
         "unseen": written_table(["", *UNSEEN.values()], [sizes, *answers]),
         "failing": ", ".join(failing),
-        "shrunk": ", ".join(f"{r['shrinkage']}: {r['accuracy']:.3f}" for r in shrunk),
+        "constants": "; ".join(
+            f"{n} prompts "
+            + ", ".join(
+                f"{r['constant']:g}: {r['accuracy']:.3f} and {r['claimed']:.1%}" for r in tried if r["prompts"] == n
+            )
+            + f", shrunken covariance {next(r['covariance'] for r in tried if r['prompts'] == n):.3f}"
+            for n in sorted({r["prompts"] for r in tried})
+        ),
+        "covariance": ", ".join(
+            f"{statistics.mean(r['covariance']):.3f} with {r['block']} blocks"
+            for r in keys["rows"]
+            if (r["pooling"], r["prompts"]) == ("both", 64)
+        ),
         "first_token": written_table(["", *(name for name, _ in parts)], slower),
         "memory": f"{memory['rows']} prompts of at most {memory['tokens']} tokens takes {memory['early_exit_mb']:.0f} "
         f"MB at its peak beyond the model, the base's own first token {memory['base_mb']:.0f} MB",

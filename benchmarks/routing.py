@@ -11,9 +11,9 @@ Do routing keys send requests to the right expert, and what does it cost? SmolLM
 
 A cell writes `results/adaptation/routing/<cell>.json` once. Keys are made of training questions (code: MBPP, math:
 GSM8K, reasoning: ARC-Easy), a third of them for each draw, and judged on the 120 held-out questions of adaptation.py
-and on texts that are far from all of them (`far_away.json`); the shrinkage was chosen on 85 other questions of these
-sources. `other.json` got its long texts after a first run had claimed long documents; those of `far_away.json` are
-others.
+and on texts that are far from all of them (`far_away.json`); the classifier and its constants were chosen on 85 other
+questions of these sources. `other.json` got its long texts after a first run had claimed long documents; those of
+`far_away.json` are others.
 """
 
 import functools
@@ -48,7 +48,8 @@ CHOICE_EXPERTS = RESULTS / "adaptation" / "c4d8e52972a6"  # what each expert alo
 TRAINED_ON = {"code": "mbpp", "math": "gsm8k", "reasoning": "arc_easy"}
 BLOCKS, SIZES, DRAWS = (5, 10, 15), (8, 16, 32, 64), 3  # of 30 blocks; prompts of a key
 QWEN, QWEN_BLOCKS = os.environ.get("PEFT_SVF_QWEN", "Qwen/Qwen2.5-Coder-0.5B-Instruct"), (4, 8)  # of 24 blocks
-SHRINKAGES = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8)
+DEFAULT = BLOCKS[1]
+CONSTANTS = (0.0, 1.0, 3.0, 5.0, 10.0)
 TASKS, SHOTS, SHOT_DRAWS = ("svamp", "arc_challenge", "math", "humaneval"), (3, 5, 10), 5
 NEW_TOKENS, REPEATS = 6, 3
 
@@ -80,19 +81,18 @@ def keys(
     load: Callable[[], tuple[nn.Module, Any]],
     blocks: Sequence[int],
     sizes: Sequence[int],
-    shrinkages: Sequence[float],
     folder: Path | None,
 ) -> dict[str, Any]:
-    """Judge keys of each block, pooling, size and draw, and shrinkages on other questions; each text is read once."""
+    """Judge keys of each block, pooling, size and draw, and constants on other questions; each text is read once."""
     asked, load = held_out(seed), functools.cache(load)
     others = [question for question in held_out(seed + 1) if question not in asked]
     texts = {name: training_prompts(task, max(SIZES) * DRAWS) for name, task in TRAINED_ON.items()}
     texts = {name: [p for d in range(DRAWS) for p in ps[d * max(SIZES) :][: max(sizes)]] for name, ps in texts.items()}
     texts |= {"other": json.loads(EVERYDAY.read_text()), "held out": [text for _, text in asked]}
-    texts |= {"validation": [text for _, text in others]} if shrinkages else {}
+    texts |= {"validation": [text for _, text in others]}
     texts |= {f"far: {group}": chats for group, chats in far_away().items()}
     read = {name: states_of(load, some, blocks, folder and folder / f"{name}.pt") for name, some in texts.items()}
-    rows, shrunk = [], []
+    rows, constants = [], []
     for i, block in enumerate(blocks):
         states = {name: some[i] for name, some in read.items()}
         half = states["other"].shape[1] // 2
@@ -101,16 +101,19 @@ def keys(
             for size in sizes if pooling == "both" else sizes[-1:]:
                 done = [judged(pools, asked, size, draw) for draw in range(DRAWS)]
                 rows.append({"block": block, "pooling": pooling, "prompts": size, "draws": done, **means(done)})
-                draws = range(DRAWS) if size == sizes[-1] else ()
-                rows[-1]["logistic"] = [logistic(pools, asked, size, draw) for draw in draws]
+                draws = range(DRAWS) if (pooling, size) == ("both", sizes[-1]) else ()
+                rows[-1]["covariance"] = [shrunk_covariance(pools, asked, size, draw) for draw in draws]
                 print({k: v for k, v in rows[-1].items() if k != "draws"}, flush=True)
-        for shrinkage in shrinkages:
-            with patch.object(router, "SHRINKAGE", shrinkage):
-                done = [judged(states, others, max(SIZES), draw, "validation") for draw in range(DRAWS)]
-            shrunk.append({"block": block, "shrinkage": shrinkage, "questions": len(others), **means(done)})
-            print(shrunk[-1], flush=True)
+        for size in (sizes[0], sizes[-1]):
+            scores = [shrunk_covariance(states, others, size, draw, "validation") for draw in range(DRAWS)]
+            facts = {"questions": len(others), "covariance": statistics.mean(scores)}
+            for constant in CONSTANTS:
+                with patch.object(router, "CONSTANT", constant):
+                    done = [judged(states, others, size, draw, "validation") for draw in range(DRAWS)]
+                constants.append({"block": block, "constant": constant, "prompts": size, **means(done), **facts})
+                print(constants[-1], flush=True)
     facts = {"blocks": len(blocks_of(load()[0])), "far_away": {g: len(c) for g, c in far_away().items()}}
-    return {**facts, "shrinkage": router.SHRINKAGE, "rows": rows, "shrinkages": shrunk}
+    return {**facts, "constant": router.CONSTANT, "rows": rows, "constants": constants}
 
 
 def qwen() -> tuple[nn.Module, Any]:
@@ -172,27 +175,27 @@ def judged(
     groups = [name for name in states if name.startswith("far: ")]
     claimed = {g[5:]: sum(max(p, key=lambda k: p[k]) != "other" for p in choices(g)) for g in groups}
     share = sum(claimed.values()) / sum(len(states[group]) for group in groups)
-    return {**measures(decisions), "claimed": share, "claimed_of_group": claimed, "temperature": fitted.temperature}
+    return {**measures(decisions), "claimed": share, "claimed_of_group": claimed}
 
 
-def logistic(states: dict[str, Tensor], asked: Sequence[tuple[str, str]], size: int, draw: int) -> float:
-    """Return the accuracy of a logistic regression on the same states, standardised."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+def shrunk_covariance(
+    states: dict[str, Tensor], asked: Sequence[tuple[str, str]], size: int, draw: int, name: str = "held out"
+) -> float:
+    """Return the accuracy of linear discriminant analysis on the same states, its covariance shrunk by half."""
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
     parts = drawn(states, size, draw)
     kinds = [name for name, part in parts.items() for _ in part]
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.5, priors=[1 / len(parts)] * len(parts))
     model.fit(torch.cat([part.float() for part in parts.values()]).numpy(), kinds)
-    chosen = model.predict(states["held out"].numpy())
+    chosen = model.predict(states[name].numpy())
     return statistics.mean(SOURCES[source] == kind for (source, _), kind in zip(asked, chosen, strict=True))
 
 
 def few_shot(seed: int) -> dict[str, Any]:
     """Guess the expert of a task from a few of its examples, by their mean log-probability; nothing is searched."""
     model, tokenizer = base()
-    block, rows = BLOCKS[0], []
+    block, rows = DEFAULT, []
     texts = {name: training_prompts(task, max(SIZES)) for name, task in TRAINED_ON.items()}
     texts |= {"other": json.loads(EVERYDAY.read_text())}
     fitted = Router.fit({name: read_states(model, key_ids(tokenizer, some), block) for name, some in texts.items()})
@@ -222,7 +225,7 @@ def ttft(seed: int, rows: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     model, tokenizer = base()
     texts = {name: training_prompts(task, 64) for name, task in TRAINED_ON.items()}
-    block, made = BLOCKS[0], {}
+    block, made = DEFAULT, {}
     for name, prompts in texts.items():
         *states, anchor = read_states(model, key_ids(tokenizer, [*prompts, ANCHOR]), block)
         made[name] = RoutingKey(torch.stack(states), anchor, block)
@@ -285,7 +288,7 @@ def memory(seed: int) -> dict[str, Any]:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
-    early = peak(lambda: early_exit(model, padded, mask, BLOCKS[0], "both"))
+    early = peak(lambda: early_exit(model, padded, mask, DEFAULT, "both"))
     whole = peak(lambda: model.generate(padded, attention_mask=mask, max_new_tokens=1, do_sample=False))
     return {"rows": rows, "tokens": width, "early_exit_mb": early, "base_mb": whole}
 
@@ -311,8 +314,8 @@ def main() -> None:
     args = parser.parse_args()
     out = OUT if args.out.parent == OUT.parent else args.out
     models: dict[str, Any] = {
-        "keys": {"load": base, "blocks": BLOCKS, "sizes": SIZES, "shrinkages": SHRINKAGES},
-        "qwen": {"load": qwen, "blocks": QWEN_BLOCKS, "sizes": SIZES[:3], "shrinkages": ()},
+        "keys": {"load": base, "blocks": BLOCKS, "sizes": SIZES},
+        "qwen": {"load": qwen, "blocks": QWEN_BLOCKS, "sizes": SIZES[:3]},
     }
     runs: dict[str, Any] = {
         name: functools.partial(keys, **settings, folder=args.states and args.states / name)

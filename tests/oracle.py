@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The paper's formula, arXiv 2501.06252 section 3.1, in float64 and in full: `W' = U diag(S * z) V^T`.
+What is expected: the paper's formula, arXiv 2501.06252 section 3.1, and plain forwards, both in float64.
 
-Shares nothing with `src/`: numpy's SVD, both factors, no offsets, no bases of one side. In and out go tensors; a
-weight is `(out, in)`, a z-vector may be shorter than the number of singular values: what is missing stays, z = 1.
+`W' = U diag(S z) V^T` shares nothing with `src/`: numpy's SVD, both factors, no offsets, no bases of one side. In and
+out go tensors; a weight is `(out, in)`, a z-vector may be shorter than the number of singular values: what is missing
+stays, z = 1. Tokens are read by one forward over all of them: no batch, no padding, no cache.
 """
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -56,3 +57,18 @@ def gradients(weight: Tensor, z: Tensor, x: Tensor, g: Tensor) -> tuple[Tensor, 
     x_rows, g_rows = (_array(t).reshape(-1, t.shape[-1]) for t in (x, g))
     dz = dense_gradient(weight, z, torch.from_numpy(g_rows.T @ x_rows))
     return dz, torch.from_numpy(_array(g) @ _array(rescaled(weight, z)))
+
+
+def logps(model: nn.Module, prompt: list[int], completion: list[int]) -> Tensor:
+    """Log-likelihoods `(len(completion),)` of a completion's tokens after a prompt; gradients flow."""
+    logits = model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return logits.double().log_softmax(-1)[torch.arange(len(completion)), completion]
+
+
+@torch.no_grad()
+def greedy(model: nn.Module, prompt: list[int], length: int, end: int) -> list[int]:
+    """The likeliest next tokens, up to `length` or the token `end`, by one forward for each."""
+    new: list[int] = []
+    while len(new) < length and new[-1:] != [end]:
+        new.append(int(model(input_ids=torch.tensor([prompt + new]), use_cache=False).logits[0, -1].argmax()))
+    return new

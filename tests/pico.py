@@ -58,8 +58,13 @@ CONFIGS: dict[str, Callable[..., Any]] = {
         **COMMON, **GROUPED, num_local_experts=4, num_experts_per_tok=2, head_dim=6, **kw
     ),
     "qwen3_moe": lambda **kw: hf.Qwen3MoeConfig(**COMMON, **GROUPED, **EXPERTS, head_dim=6, **kw),
+    "gpt_oss": lambda **kw: hf.GptOssConfig(  # its stacks are (experts, in, out)
+        **COMMON, **GROUPED, num_local_experts=4, num_experts_per_tok=2, head_dim=6, tie_word_embeddings=False, **kw
+    ),
 }  # fmt: skip
 CLASSES = {"bert": hf.AutoModelForSequenceClassification, "t5": hf.AutoModelForSeq2SeqLM}
+STACKED = ["mixtral", "qwen3_moe", "gpt_oss"]
+STACKS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 CAUSAL = ["llama", "qwen2", "gpt2", "opt", "gemma3_text", "phi3", "mixtral", "qwen3_moe"]
 
 
@@ -75,17 +80,20 @@ def build(
     dtype: torch.dtype = torch.float32,
     name: str = "",
     model_class: Any = None,
+    vocabulary: int = VOCABULARY,
     **kwargs: Any,
 ) -> Any:
     """
     Build a tiny random model of a kind of `CONFIGS` in evaluation mode; another seed is another base.
 
     `name` is what it says it was loaded from. `model_class` is an Auto class; default the causal model, BERT with a
-    classification head, T5 whole.
+    classification head, T5 whole. `vocabulary` is the number of tokens of its tokenizer.
     """
     auto = model_class or CLASSES.get(kind, hf.AutoModelForCausalLM)
     torch.manual_seed(seed)
-    model = auto.from_config(config(kind, **kwargs))
+    fields = config(kind, **kwargs)
+    fields.vocab_size = vocabulary
+    model = auto.from_config(fields)
     draws = torch.Generator().manual_seed(seed + 1000)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -165,14 +173,17 @@ def svf_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def randomize(model: nn.Module, adapter: str = "default", seed: int = 0, scale: float = 0.5) -> dict[str, Tensor]:
-    """Draw offsets `~ N(0, scale)` for one adapter; returns its z-vectors by module name."""
+    """Draw offsets `~ N(0, scale)` for one adapter; returns its z-vectors by module, `(E, k)` by stacked parameter."""
     draws = torch.Generator().manual_seed(seed)
     z = {}
     for name, layer in svf_layers(model).items():
         if adapter in layer.svf_offset:
             offset = layer.svf_offset[adapter].weight
             offset.data.copy_(scale * torch.randn(offset.shape, generator=draws))
-            z[name] = 1 + offset.detach().double()
+            vector = 1 + offset.detach().double()
+            if layer.parameter_name:
+                name, vector = layer.weight_name(name), vector.view(layer.matrices, -1)
+            z[name] = vector
     return z
 
 
@@ -181,6 +192,10 @@ def fill(model: nn.Module, z: dict[str, Tensor]) -> nn.Module:
     import oracle
 
     for name, vector in z.items():
+        if vector.dim() == 2:
+            stack = model.get_parameter(name)
+            stack.data = torch.stack(list(map(oracle.rescaled, stack.data, vector))).to(stack.dtype)
+            continue
         module = model.get_submodule(name)
         weight = oracle.rescaled(matrix_of(module), vector).to(module.weight.dtype)
         module.weight.data = (weight.T if isinstance(module, Conv1D) else weight).contiguous()

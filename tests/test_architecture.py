@@ -2,11 +2,14 @@
 """The shape of the package: who imports whom, what `import peft_svf` costs, who prints, who uses private names."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "peft_svf"
@@ -163,3 +166,28 @@ def test_evolution_strategies_have_a_short_path():
 
     assert evolution.EvolutionConfig is training.EvolutionConfig
     assert evolution.EvolutionTrainer is training.EvolutionTrainer
+
+
+def module(name):
+    return importlib.import_module(f"peft_svf.{name}")
+
+
+NEEDS = {  # library: its extra, what needs it
+    "datasets": ("eval", lambda: module("tasks").get_task("gsm8k").load("test")),
+    "math_verify": ("eval", lambda: module("tasks").get_task("math").score("$1$", {"answer": "1"})),
+    "trl": ("train", lambda: module("training.reinforce")),
+    "cma": ("search", lambda: module("adaptation.search").CovarianceAdaptation(None, np.zeros((1, 2)))),
+    "ray": ("ray", lambda: module("adaptation.judge").RayEvaluator(None)),
+    "scipy.optimize": ("transfer", lambda: module("experts.convert").match(torch.eye(2))),
+}
+
+
+@pytest.mark.parametrize("library", NEEDS)
+def test_a_missing_library_is_named_with_its_extra(library, monkeypatch):
+    extra, needs_it = NEEDS[library]
+    monkeypatch.delenv("PEFT_SVF_DATA", raising=False)
+    monkeypatch.setitem(sys.modules, library, None)
+    for name in ("objective", "reinforce"):  # are imported again
+        monkeypatch.delitem(sys.modules, f"peft_svf.training.{name}", raising=False)
+    with pytest.raises(ImportError, match=rf"pip install 'peft-svf\[{extra}\]'"):
+        needs_it()

@@ -31,9 +31,6 @@ SMALL = {"lr": 0.01, "steps": 2, "questions": 2, "samples": 4, "eval_steps": 1, 
 LEARNERS = [("reinforce", "svf-mlp"), ("sft", "svf-mlp"), ("sft", "lora16-mlp"), ("evolution", "svf_rank16-mlp")]
 
 
-# --- races and cells
-
-
 def test_every_contestant_that_can_run_has_a_sample_of_every_repetition():
     calls = []
     contestants = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
@@ -67,9 +64,6 @@ def test_a_cell_runs_once_and_one_that_raises_stops_no_other(tmp_path):
     assert result["value"] == 1 and result["command"] and result["versions"]["torch"] and result["machine"]["cores"]
 
 
-# --- speed
-
-
 def test_the_dense_form_has_the_weight_and_the_gradient_of_the_formula():
     torch.manual_seed(0)
     fc = torch.nn.Linear(11, 7, bias=False)
@@ -98,9 +92,6 @@ def test_the_speed_benchmark_runs_on_a_tiny_model_and_leaves_a_page(benchmark, t
     assert set(content["facts"]["B8/z_of_ones_equals_base"].values()) == {True}
     for race in content["races"]:
         assert race["title"] in page and str(harness.ratio(race["samples"], *list(race["samples"])[1::-1])) in page
-
-
-# --- learning
 
 
 @pytest.fixture(scope="module")
@@ -170,9 +161,6 @@ def test_the_cells_of_the_benchmark_have_different_names_and_methods_that_exist(
     trainings = learning.read_trainings()
     assert len({training.name for training in trainings}) == len(trainings)
     assert all(learning.adapter(t.method) and report.label(t) for t in trainings if t.method != "base")
-
-
-# --- the page
 
 
 def result(right, validation=0.0):

@@ -6,6 +6,7 @@ import inspect
 import math
 from types import SimpleNamespace
 
+import oracle
 import pico
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from peft import get_peft_model
 from tiny_model import tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from peft_svf import SVFConfig, evaluation
 from peft_svf.evaluation import BaseText, Summary, choice_logps, complete, evaluate, paired_difference, wilson
@@ -42,10 +43,7 @@ ROWS = [
 
 def build(kind="llama", dtype=torch.float32, **kwargs):
     """A tiny model that reads `TOKENIZER`; contexts have 64 tokens."""
-    config = pico.config(kind, **kwargs)
-    config.vocab_size = len(TOKENIZER)
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    return pico.build(kind, dtype=dtype, vocabulary=len(TOKENIZER), **kwargs)
 
 
 def ids_of(text):
@@ -59,15 +57,8 @@ def prompt_ids(row):
     return [user, *ids_of(row["prompt"][0]["content"]), END, answer]
 
 
-def plain_logp(model, prompt, choice):
-    """Log-likelihood of one choice by one forward of the whole text: no padding, no cache."""
-    logits = model(input_ids=torch.tensor([prompt + choice]), use_cache=False).logits[0].double()
-    logps = logits.log_softmax(-1)
-    return sum(logps[len(prompt) - 1 + t, token] for t, token in enumerate(choice))
-
-
 def plain_logps(model, row, end=()):
-    return torch.stack([plain_logp(model, prompt_ids(row), [*ids_of(text), *end]) for text in row["choices"]])
+    return torch.stack([oracle.logps(model, prompt_ids(row), [*ids_of(t), *end]).sum() for t in row["choices"]])
 
 
 def close(scores, expected, dtype=torch.float32):
@@ -291,12 +282,7 @@ def test_evaluate_leaves_the_mode_as_it_was_and_builds_no_graph(training):
 
 
 def greedy(model, row, new_tokens):
-    """Complete a prompt by one plain forward per token: no padding, no cache, no `generate`."""
-    ids, new = prompt_ids(row), []
-    while len(new) < new_tokens and new[-1:] != [END]:
-        with torch.no_grad():
-            new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
-    return TOKENIZER.decode(new, skip_special_tokens=True)
+    return TOKENIZER.decode(oracle.greedy(model, prompt_ids(row), new_tokens, END), skip_special_tokens=True)
 
 
 def test_generated_rows_are_scored_on_greedy_completions():
@@ -370,7 +356,7 @@ def test_text_lost_is_how_much_less_likely_the_base_finds_its_own_answers():
     assert text.rows == [{"prompt": p, "choices": [a]} for p, a in zip(prompts, answers, strict=True)]
 
     def total():
-        return sum(plain_logp(model, prompt_ids(row), ids_of(row["choices"][0])).item() for row in text.rows)
+        return sum(plain_logps(model, row).item() for row in text.rows)
 
     before = total()
     assert text.tokens == sum(map(len, answers)) and text.logp == pytest.approx(before / text.tokens, rel=1e-4)

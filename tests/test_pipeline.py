@@ -92,6 +92,7 @@ def more_options(tokenizer):
         "special tokens": GREEDY | {"skip_special_tokens": False, "add_special_tokens": True},
         "text": GREEDY | {"return_text": True, "clean_up_tokenization_spaces": True},
         "no workers": GREEDY | {"num_workers": 0, "batch_size": 2},
+        "sampling": {"max_new_tokens": 8, "do_sample": True, "temperature": 0.7},
     }
 
 
@@ -109,7 +110,9 @@ def test_an_expert_answers_as_text_generation_on_its_weights_and_other_on_the_ba
         settings = GREEDY | OPTIONS[options] if options in OPTIONS else more_options(own.tokenizer)[options]
         if name == "math" and options == "scores":
             continue  # the same within rounding: test_two_pass compares logits
+        torch.manual_seed(3)
         answers.append(own(INPUTS[inputs], **settings))
+        torch.manual_seed(3)
         assert pipe(INPUTS[inputs], expert=name, **settings) == answers[-1]
     assert len(answers) == 1 or answers[0] != answers[1]
 
@@ -127,14 +130,6 @@ def test_what_the_constructor_takes_is_text_generations(arguments, folders):
     stock = pipeline("text-generation", model=base(), tokenizer=tiny_tokenizer(), **arguments)
     for inputs in TEXTS if "assistant_model" in arguments else (TEXTS, CHATS):
         assert make(folders, **arguments)(inputs, expert="other", **GREEDY) == stock(inputs, **GREEDY)
-
-
-def test_sampling_with_a_seed_gives_what_text_generation_gives(pipe, stock):
-    settings = {"max_new_tokens": 8, "do_sample": True, "temperature": 0.7}
-    torch.manual_seed(3)
-    expected = stock(TEXTS, **settings)
-    torch.manual_seed(3)
-    assert pipe(TEXTS, expert="other", **settings) == expected
 
 
 # --- return_dispatch
@@ -365,9 +360,6 @@ def test_the_model_that_experts_name_is_loaded_as_the_call_asks(folders, tmp_pat
         (TEXTS, {"expert": "math", "mixture": {"math": 1.0}}, "not both"),
         (TEXTS, {"expert": ["math"] * 3, "mixture": {"math": 1.0}}, "not both"),
         (TEXTS, {"choices": [["a", "b"]] * 2}, "There are 3 prompts, but choices for 2"),
-        (TEXTS[0], {"choices": ["a", "a"]}, "'choices' has 'a' twice"),
-        (TEXTS[0], {"choices": []}, "'choices' must be a list of texts that aren't empty"),
-        (TEXTS[0], {"choices": "yes"}, "'choices' must be a list of texts"),
         (TEXTS[0], {"choices": [1, 2]}, "'choices' must be a list of texts"),
         ("x" * 600, {}, "The prompt has 600 tokens, but the model's context is 512"),
     ],

@@ -65,9 +65,6 @@ def test_choices_are_for_texts_and_a_picture_is_refused(made):
         made.pipe.model.choose(chats()[:1], ["yes", "no"], expert="math")
 
 
-# --- outputs
-
-
 def test_an_expert_answers_as_image_text_to_text_on_it(made):
     assert isinstance(made.pipe, Transformer2ImagePipeline)
     answers = {}
@@ -149,9 +146,6 @@ def test_threads_with_different_experts_and_images_never_mix(made):
     assert found == expected and len({text for (text,) in expected}) > len(NAMES)
 
 
-# --- the first pass
-
-
 def probe(made):
     prompts = ["3 + 4", "9 * 9", "def f", "import os"]
     model = made.pipe.model
@@ -191,9 +185,6 @@ def test_the_first_pass_loses_no_word_to_a_template_that_reads_parts(strategy, m
 def test_examples_with_images_are_refused(made):
     with pytest.raises(ValueError, match="has an image: log-likelihoods are those of texts"):
         made.pipe.model.adapt([{"prompt": chat, "answer": "7"} for chat in chats()], population=8, iterations=1)
-
-
-# --- the model behind it
 
 
 def test_the_model_answers_inputs_of_its_processor_row_by_row(made):

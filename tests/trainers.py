@@ -5,9 +5,12 @@ import copy
 import gc
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
+import oracle
 import pytest
 import torch
 from datasets import Dataset
@@ -27,7 +30,6 @@ gc.freeze()
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = tiny_tokenizer()
-SHORT = {"max_completion_length": 5, "per_device_train_batch_size": 12, "max_steps": 1}
 STILL = {"learning_rate": 0.0, "max_grad_norm": 0.0, "seed": 1}  # one that draws different completions of a prompt
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False, "logging_steps": 1}
 
@@ -111,13 +113,6 @@ class Evolving(EvolutionTrainer):
         return super().training_step(model, inputs, *args)
 
 
-def token_logps(model, prompt, completion):
-    """Log-likelihoods of a completion's tokens by one plain forward, without padding."""
-    ids = torch.tensor([prompt + completion])
-    logps = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
-    return torch.stack([logps[len(prompt) - 1 + t, token] for t, token in enumerate(completion)])
-
-
 def tokens_of(row):
     return TOKENIZER.convert_tokens_to_ids(["<u>", *row["prompt"][0]["content"], "<end>", "<a>"])
 
@@ -127,17 +122,14 @@ def option_logps(model, row):
     texts = row["choices"]
     ends = any(a != b and b.startswith(a) for a in texts for b in texts)
     choices = [TOKENIZER.convert_tokens_to_ids([*text, *["<end>"] * ends]) for text in texts]
-    return torch.stack([token_logps(model, tokens_of(row), choice).sum() for choice in choices]).log_softmax(0)
+    return torch.stack([oracle.logps(model, tokens_of(row), choice).sum() for choice in choices]).log_softmax(0)
 
 
-@torch.no_grad()
 def likeliest(model, row, length=5):
     """The likeliest choice, or completion of a few tokens, by plain forwards."""
     if "choices" in row:
         return row["choices"][int(option_logps(model, row).argmax())]
-    ids, new = tokens_of(row), []
-    while len(new) < length and new[-1:] != [TOKENIZER.eos_token_id]:
-        new.append(int(model(torch.tensor([ids + new]), use_cache=False).logits[0, -1].argmax()))
+    new = oracle.greedy(model, tokens_of(row), length, TOKENIZER.eos_token_id)
     return TOKENIZER.decode(new, skip_special_tokens=True)
 
 
@@ -153,46 +145,38 @@ def trained_z(trainer):
     return flat(offsets(trainer.model))
 
 
-def trainer_of(folder, rows, reward, *, model=None, svf=None, kind=Recorder, eval_rows=None, **settings):
+def table(rows):
+    if isinstance(rows, dict):
+        return {name: table(part) for name, part in rows.items()}
+    return Dataset.from_list(rows) if isinstance(rows, list) else rows
+
+
+def _made(kind, config, folder, rows, reward, model=None, svf=None, eval_rows=None, reader=TOKENIZER, **settings):
     """A trainer on a tiny model, from a random z unless `svf` says otherwise."""
-    args = ReinforceConfig(**{"output_dir": str(folder), "save_strategy": "no", **QUIET, **SHORT, **settings})
+    short = {"save_strategy": "no", "max_completion_length": 5, "max_steps": 1}
     return kind(
-        soft_model() if model is None else model,
-        reward,
-        args,
-        Dataset.from_list(rows),
-        eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows),
-        processing_class=TOKENIZER,
+        model=soft_model() if model is None else model,
+        reward_funcs=reward,
+        args=config(str(folder), **{**QUIET, **short, **settings}),
+        train_dataset=table(rows),
+        eval_dataset=table(eval_rows),
+        processing_class=reader,
         peft_config=svf or (None if isinstance(model, PeftModel) else SVFConfig(init_weights=False)),
     )
 
 
-def evolution_of(folder, rows, reward, *, model=None, svf=None, kind=EvolutionTrainer, eval_rows=None, **settings):
-    """An evolution trainer on a tiny model, from a random z unless `svf` says otherwise."""
-    short = {"population": 6, "sigma": 0.2, "max_completion_length": 5, "per_device_train_batch_size": 4}
-    args = EvolutionConfig(str(folder), **{**QUIET, "save_strategy": "no", "max_steps": 1, **short, **settings})
-    config = svf or (None if isinstance(model, PeftModel) else SVFConfig(init_weights=False))
-    model = soft_model() if model is None else model
-    return kind(model, reward, args, rows, eval_rows, processing_class=TOKENIZER, peft_config=config)
+def trainer_of(*args, kind=Recorder, **settings):
+    return _made(kind, ReinforceConfig, *args, **{"per_device_train_batch_size": 12, **settings})
 
 
-def supervised_of(folder, rows, reward=uneven, *, model=None, svf=None, eval_rows=None, **settings):
-    """A trainer on the right answers of rows, on a tiny model, from a random z unless `svf` says otherwise."""
-    short = {"max_completion_length": 5, "per_device_train_batch_size": 4, "max_steps": 1, "retention_rows": 3}
-    args = SupervisedConfig(str(folder), **{**QUIET, "save_strategy": "no", **short, **settings})
-    return SupervisedTrainer(
-        soft_model() if model is None else model,
-        args,
-        Dataset.from_list(rows),
-        {name: Dataset.from_list(part) for name, part in eval_rows.items()}
-        if isinstance(eval_rows, dict)
-        else None
-        if eval_rows is None
-        else Dataset.from_list(eval_rows),
-        reward_funcs=reward,
-        processing_class=TOKENIZER,
-        peft_config=svf or SVFConfig(init_weights=False),
-    )
+def evolution_of(*args, kind=EvolutionTrainer, **settings):
+    short = {"population": 6, "sigma": 0.2, "per_device_train_batch_size": 4}
+    return _made(kind, EvolutionConfig, *args, **{**short, **settings})
+
+
+def supervised_of(folder, rows, reward=uneven, **settings):
+    short = {"per_device_train_batch_size": 4, "retention_rows": 3}
+    return _made(SupervisedTrainer, SupervisedConfig, folder, rows, reward, **{**short, **settings})
 
 
 def same(one, other, limit=1e-4):
@@ -248,3 +232,18 @@ def divided(folder, kind, rows_each):
 def environment(**variables):
     path = os.pathsep.join(str(ROOT / folder) for folder in ("src", "examples", "tests", "tests/training"))
     return {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "default", **variables}
+
+
+TWO = "distributed_type: MULTI_GPU\ncompute_environment: LOCAL_MACHINE\nnum_machines: 1\nmixed_precision: 'no'\n"
+
+
+def in_two_processes(script, folder, *args, config=TWO):
+    """Run a script by accelerate; return what each of two processes saved in `folder` under its number."""
+    (folder / "train.py").write_text(script)
+    (folder / "two.yaml").write_text(f"{config}num_processes: 2\n")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", folder / "two.yaml"]
+    command = [*launch, folder / "train.py", folder, *args]
+    # processes that wait for each other forever are an error, not a slow test
+    run = subprocess.run(map(str, command), capture_output=True, text=True, env=environment(), timeout=240)
+    assert run.returncode == 0, run.stderr[-9000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]

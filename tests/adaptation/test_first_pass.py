@@ -3,6 +3,7 @@
 
 import math
 
+import oracle
 import pytest
 import tiny_experts
 import torch
@@ -30,36 +31,29 @@ def user(text):
 
 
 @torch.no_grad()
-def oracle(model, prompt, kinds=KINDS):
-    """Log-likelihoods of the kinds' names, each read in one plain forward of its own."""
-    text = tokenizer.apply_chat_template(dispatch_prompt(prompt, kinds), tokenize=False, add_generation_prompt=True)
-    start, found = tokenizer(text, add_special_tokens=False).input_ids, []
-    for name in kinds:
-        answer = tokenizer(name, add_special_tokens=False).input_ids
-        logits = model(input_ids=torch.tensor([start + answer])).logits[0, len(start) - 1 : -1].double()
-        found.append(logits.log_softmax(-1)[torch.arange(len(answer)), answer].sum())
-    return torch.stack(found)
+def likelihood(model, start, text):
+    start, answer = (tokenizer(part, add_special_tokens=False).input_ids for part in (start, text))
+    return oracle.logps(model, start, answer).sum()
 
 
-@torch.no_grad()
-def channel_oracle(model, prompt, kinds=KINDS):
-    """Log-likelihoods of a prompt after a system prompt for each kind, read in one plain forward of its own."""
+def by_names(model, prompt):
+    """Log-likelihoods of the kinds' names as answers."""
+    text = tokenizer.apply_chat_template(dispatch_prompt(prompt, KINDS), tokenize=False, add_generation_prompt=True)
+    return torch.stack([likelihood(model, text, name) for name in KINDS])
+
+
+def by_channel(model, prompt):
+    """Log-likelihoods of a prompt after a system prompt for each kind."""
     found = []
-    for name, what in kinds.items():
-        turns = [{"role": "system", "content": f"The user asks for {what or name}."}, user(prompt)]
+    for what in KINDS.values():
+        turns = [{"role": "system", "content": f"The user asks for {what}."}, user(prompt)]
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-        start = tokenizer(text[: text.index(prompt)], add_special_tokens=False).input_ids
-        asked = tokenizer(prompt, add_special_tokens=False).input_ids
-        logits = model(input_ids=torch.tensor([start + asked])).logits[0, len(start) - 1 : -1].double()
-        found.append(logits.log_softmax(-1)[torch.arange(len(asked)), asked].sum())
+        found.append(likelihood(model, text[: text.index(prompt)], prompt))
     return torch.stack(found)
 
 
 def probabilities(mixtures):
     return torch.tensor([[m.probabilities[name] for name in NAMES] for m in mixtures], dtype=torch.float64)
-
-
-# --- dispatch
 
 
 @pytest.mark.parametrize("strategy", ["prompt", "classifier"])
@@ -122,7 +116,7 @@ def test_a_kind_is_announced_by_its_description_in_any_template(template, prefix
 @pytest.mark.parametrize("strategy", ["prompt", "classifier"])
 def test_names_are_read_by_the_likelihoods_of_the_base_or_of_the_classifier(strategy, library, folders):
     model = alone(folders["kinds"]) if strategy == "classifier" else base()
-    logps = torch.stack([oracle(model, prompt) for prompt in PROMPTS])
+    logps = torch.stack([by_names(model, prompt) for prompt in PROMPTS])
     found = probabilities(decide(library, PROMPTS, strategy=strategy, read="likelihood"))
     torch.testing.assert_close(found, logps.softmax(-1), atol=1e-4, rtol=0)
     if strategy == "classifier":
@@ -131,7 +125,7 @@ def test_names_are_read_by_the_likelihoods_of_the_base_or_of_the_classifier(stra
 
 
 def test_the_prompt_strategy_reads_the_request_as_what_a_user_of_each_kind_says(library):
-    logps = torch.stack([channel_oracle(base(), prompt) for prompt in PROMPTS])
+    logps = torch.stack([by_channel(base(), prompt) for prompt in PROMPTS])
     found = kind_scores(library, tokenizer, PROMPTS).double()
     torch.testing.assert_close(found, logps - logps.mean(-1, keepdim=True), atol=1e-3, rtol=0)
     assert torch.equal(kind_scores(library, tokenizer, PROMPTS, FirstPass(read="channel")).double(), found)
@@ -194,9 +188,6 @@ def test_a_long_prompt_is_read_up_to_a_bound(library):
     found = decide(library, [start, start + "x", start + "yz " * 5000], batch_size=1)
     assert found[0] == found[1] == found[2]
     assert decide(library, ["d" + start[1:]])[0] != found[0]
-
-
-# --- temperature, fallbacks, the written form, the probe
 
 
 def test_a_fitted_temperature_makes_the_kinds_likelier(library):

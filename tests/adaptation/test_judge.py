@@ -18,7 +18,7 @@ from tiny_model import tiny_tokenizer
 
 from peft_svf import ExpertLibrary, Mixture
 from peft_svf.adaptation import judge as evaluator
-from peft_svf.adaptation.judge import Judge, RayEvaluator, Weights, block_effects
+from peft_svf.adaptation.judge import Judge, Weights, block_effects
 from peft_svf.evaluation import choice_logps
 from peft_svf.tasks import Task
 
@@ -253,9 +253,3 @@ def test_two_ray_workers_score_as_this_process_and_raise_their_errors_here(folde
     refused = [line for line in done.stdout.splitlines() if line.startswith("refused:")]
     told = ("the model's context is 512", "The expert 'code' of the search differs", "in the factory")
     assert len(refused) == len(told) and all(text in line for text, line in zip(told, refused, strict=True)), refused
-
-
-def test_ray_is_asked_for_by_its_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ImportError, match=r"pip install 'peft-svf\[ray\]'"):
-        RayEvaluator(base)

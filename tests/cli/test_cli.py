@@ -19,26 +19,11 @@ from transformers import AutoModelForCausalLM
 
 from peft_svf import Expert, Mixture, Transformer2Model
 from peft_svf.adaptation.judge import block_effects
-from peft_svf.cli import main
+from peft_svf.cli import app, main
 from peft_svf.cli.sources import find_task, read_examples, read_mixture
 from peft_svf.evaluation import evaluate
 from peft_svf.experts import make_key
 from peft_svf.tuner.cache import cache_dir, usage
-
-VERBS = [
-    "train",
-    "eval",
-    "factor",
-    "inspect",
-    "adapt",
-    "dispatch",
-    "key",
-    "export",
-    "import",
-    "search",
-    "serve",
-    "demo",
-]
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +52,8 @@ def loaded(home):
     return Transformer2Model(model, tiny_tokenizer(), [home / "math", home / "code"])
 
 
-# --- help and start-up
-
-
 def test_help_of_a_verb_lists_its_options(capsys):
-    for verb in VERBS:
+    for verb in (command.name for command in app.registered_commands):
         code, out, err = run(capsys, verb, "--help")
         assert code == 0 and f"peft-svf {verb}" in out and "--help" in out and not err
 
@@ -103,9 +85,6 @@ def test_a_public_name_registers_on_the_command_line_too():
         "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as types; print(types['SVF'] is SVFConfig)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True\n"
-
-
-# --- what is wrong is one line
 
 
 def test_a_usage_error_is_one_line_and_code_2(home, both, tmp_path, capsys):
@@ -170,9 +149,6 @@ def test_a_hub_that_cannot_be_reached_is_one_line(capsys, monkeypatch):
     assert (code, err) == (1, "peft-svf search: error: [Errno 111] Connection refused\n")
 
 
-# --- eval
-
-
 def test_eval_writes_what_evaluate_returns(home, tmp_path, capsys):
     arguments = ["--experts", home / "math", "--experts", f"other_name={home / 'code'}", "--task", home / "rows.jsonl"]
     code, out, err = run(capsys, "eval", *arguments, "--out", tmp_path / "r.json", "--records")
@@ -221,9 +197,6 @@ def test_eval_of_a_one_hot_mixture_is_that_expert_and_two_passes_answer_each_row
     assert mixture["first_pass"]["chosen"] == {"other": len(mixture["summaries"]["two_pass"]["records"])}
 
 
-# --- factor, inspect
-
-
 def test_factor_fills_the_cache_once(home, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PEFT_SVF_CACHE", str(tmp_path))
     weights = len(Expert.load(home / "math").offsets)
@@ -262,9 +235,6 @@ def test_inspect_measures_and_draws_what_each_block_does_to_examples(home, tmp_p
     assert code == 2 and "--examples" in err
 
 
-# --- key
-
-
 def test_key_gives_an_expert_the_key_that_python_makes(home, tmp_path, capsys):
     shutil.copytree(home / "math", tmp_path / "math")
     settings = ["--limit", 4, "--seed", 1, "--pooling", "last"]
@@ -274,9 +244,6 @@ def test_key_gives_an_expert_the_key_that_python_makes(home, tmp_path, capsys):
     base = AutoModelForCausalLM.from_pretrained(home / "base")
     expected = make_key(base, tiny_tokenizer(), chats, limit=4, seed=1, pooling="last")
     assert torch.equal(Expert.load(tmp_path / "math").key.states, expected.states)
-
-
-# --- dispatch
 
 
 def test_dispatch_prints_what_the_first_pass_chooses(home, both, tmp_path, capsys):
@@ -296,9 +263,6 @@ def test_a_fitted_probe_is_saved_and_decides_the_same_when_read(home, both, tmp_
     assert code == 0 and f"Wrote {tmp_path / 'fitted'}" in fitted and (tmp_path / "k.png").exists(), err
     code, read, err = run(capsys, *shared, "--file", kinds)
     assert code == 0 and read.splitlines()[-6:] == fitted.splitlines()[-7:-1], err
-
-
-# --- adapt
 
 
 SEARCH = ["--population", 5, "--iterations", 2, "--elites", 0.4]
@@ -337,9 +301,6 @@ def test_an_interrupted_search_prints_how_to_go_on(home, both, tmp_path, capsys,
     for state, message in {(): "--state FILE", ("--state", tmp_path / "s.json"): str(tmp_path / "s.json")}.items():
         code, _, err = run(capsys, *shared, *state, "--out", tmp_path / "m.json")
         assert code == 130 and "the same command" in err and message in err
-
-
-# --- names
 
 
 def test_a_mixture_is_a_file_or_names_with_weights(tmp_path):

@@ -37,9 +37,6 @@ def labels(axis):
     return [tick.get_text() for tick in axis.get_ticklabels()]
 
 
-# --- what is measured
-
-
 def test_distances_are_the_means_of_each_layer_and_kind():
     found = expert(model__layers__10__mlp__up=3, model__layers__2__mlp__up=5, model__layers__2__attn__q=7)
     layers, kinds, table = distances(found)
@@ -65,9 +62,6 @@ def test_the_spectrum_is_cut_into_parts_whose_means_are_averaged_over_weights():
     found = Expert("e", {"a": torch.tensor([4.0, -2.0, 1.0, 1.0]), "b": torch.tensor([1.0, 0.0]), "c": torch.ones(1)})
     assert spectrum(found, 2).tolist() == pytest.approx([(3 + 1) / 2, (1 + 0) / 2])  # "c" is too short
     assert spectrum(found, 5) is None
-
-
-# --- what is drawn
 
 
 def test_effects_of_blocks_are_bars_with_the_interval_of_the_examples(axes):

@@ -228,8 +228,6 @@ def test_chats_with_texts_and_parts_fit_in_one_table():
     assert (first["type"], first["text"]) == ("text", "Hello")
 
 
-# --- settings
-
 WRONG = {  # lines of a file -> part of the message
     "- 1": "isn't valid YAML of one `key: value` a line",
     "a: [1": "isn't valid YAML",

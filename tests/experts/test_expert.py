@@ -35,9 +35,6 @@ def loaded(folders):
     return {name: Expert.load(folder) for name, folder in folders.items()}
 
 
-# --- loading
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_load_after_save_is_exact(dtype, tmp_path):
     model = get_peft_model(tiny_experts.base(dtype=dtype), SVFConfig(description="sums"))
@@ -226,9 +223,6 @@ def test_settings_of_a_newer_version_cause_a_warning_as_in_peft(tmp_path):
             load(folder)
 
 
-# --- sums of experts
-
-
 @pytest.mark.parametrize("a, b", [(0.7, 0.3), (0.5, 0.2), (1.5, -0.75)])
 def test_a_sum_of_experts_is_the_papers_formula_and_the_base_has_what_is_left(a, b, loaded):
     both = a * loaded["math"] + loaded["code"] * b
@@ -269,9 +263,6 @@ def test_experts_that_do_not_add_up_are_refused(loaded, tmp_path):
             weight * loaded["math"]
     with pytest.raises(TypeError):
         loaded["math"] + 1
-
-
-# --- mixtures
 
 
 def test_a_one_hot_mixture_is_that_expert_to_the_bit(loaded):

@@ -26,10 +26,11 @@ import yaml
 from fake_hub import FakeHub, use
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftModel, get_peft_model
+from pico import build
 from safetensors.torch import load, load_file, save_file
 from tiny_experts import write
 from tiny_model import tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, pipeline
 
 from peft_svf import Expert, Mixture, SVFConfig, Transformer2Model
 from peft_svf.adaptation import FirstPass
@@ -43,13 +44,6 @@ GSM8K |= {"dataset": "openai/gsm8k", "benchmark": "gsm8k"}
 TOKENS = torch.tensor([[3, 14, 15, 9, 2, 6, 5]])
 
 
-def tiny_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.2)).eval()
-
-
 def moved_expert(base, seed=1, **config) -> PeftModel:
     """An expert that differs from the base: z is drawn around 1."""
     torch.manual_seed(seed)
@@ -60,7 +54,7 @@ def moved_expert(base, seed=1, **config) -> PeftModel:
 
 
 def push_base() -> None:
-    tiny_llama().push_to_hub("me/base")
+    build("llama").push_to_hub("me/base")
 
 
 def base_from_hub():
@@ -90,7 +84,7 @@ def push_lora(repo) -> None:
 
 def push_expert_on_folder(folder, repo, **kwargs) -> str | None:
     """Push an expert whose base was loaded from a folder; return what the user's config says of the base then."""
-    tiny_llama().save_pretrained(folder)
+    build("llama").save_pretrained(folder)
     model = moved_expert(AutoModelForCausalLM.from_pretrained(folder))
     model.push_to_hub(repo, **kwargs)
     return model.peft_config["default"].base_model_name_or_path
@@ -431,7 +425,7 @@ def test_a_newcomer_publishes_an_expert_loads_it_serves_it_and_asks_it(hub, clie
 
 @pytest.fixture
 def saved_expert(tmp_path):
-    moved_expert(tiny_llama(), rank=5, description="counting").save_pretrained(tmp_path / "counter")
+    moved_expert(build("llama"), rank=5, description="counting").save_pretrained(tmp_path / "counter")
     return tmp_path / "counter"
 
 
@@ -455,7 +449,7 @@ def test_z_statistics_are_those_of_the_stored_offsets(saved_expert):
 
 
 def test_a_card_of_another_adapter_or_of_a_base_without_a_hub_id_is_refused(saved_expert, tmp_path):
-    get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    get_peft_model(build("llama"), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds no SVF expert"):
         expert_card(tmp_path, base_model="me/base")
     for base_model in (None, "./weights", "a/b/c"):
@@ -464,7 +458,7 @@ def test_a_card_of_another_adapter_or_of_a_base_without_a_hub_id_is_refused(save
 
 
 def test_unknown_adapter_and_several_active_ones_are_refused_by_name():
-    model = moved_expert(tiny_llama())
+    model = moved_expert(build("llama"))
     with pytest.raises(ValueError, match=r"\['code'\] isn't one SVF adapter.*\['default'\]"):
         push_expert(model, "me/code", adapter_name="code")
     model.add_adapter("math", SVFConfig(task_type="CAUSAL_LM"))

@@ -16,7 +16,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load, save_file
 from tiny_experts import alone, assert_same, base, ids, state, write
 from tiny_model import tiny_tokenizer
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from peft_svf import Expert, ExpertLibrary, Mixture, SVFConfig
 from peft_svf.adaptation import Search
@@ -278,22 +277,16 @@ def test_an_interruption_at_any_line_leaves_neither_rows_nor_lock(tmp_path):
 
 # --- stacked weights
 
-PARAMETERS, LINEAR = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], {"target_modules": ["q_proj"]}
+LINEAR = {"target_modules": ["q_proj"]}
 
 
 def mixture_of_experts():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_local_experts": 3, "num_experts_per_tok": 2}
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    vocabulary = base().config.vocab_size
-    model = MixtralForCausalLM(MixtralConfig(vocab_size=vocabulary, initializer_range=0.2, **sizes, **heads))
-    model.config._name_or_path = model.name_or_path = "tiny-moe"
-    return model.eval()
+    return pico.build("mixtral", name="tiny-moe", vocabulary=base().config.vocab_size)
 
 
 def test_stacked_experts_are_mixed(tmp_path):
-    settings = {"both": {"target_parameters": PARAMETERS}, "one": {"target_parameters": PARAMETERS[1:]}}
-    settings["linear"] = LINEAR
+    one = {"target_parameters": pico.STACKS["target_parameters"][1:]}
+    settings = {"both": pico.STACKS, "one": one, "linear": LINEAR}
     paths = [
         write(tmp_path, name, seed=i, of=mixture_of_experts(), scale=0.3, **config)
         for i, (name, config) in enumerate(settings.items())
@@ -321,12 +314,12 @@ def test_stacked_experts_that_cannot_be_added_change_nothing(tmp_path):
     other = mixture_of_experts()
     torch.nn.init.normal_(other.model.layers[1].mlp.experts.down_proj)
     other.name_or_path = "another-moe"
-    foreign = write(tmp_path, "foreign", of=other, target_parameters=PARAMETERS)
+    foreign = write(tmp_path, "foreign", of=other, **pico.STACKS)
     library = ExpertLibrary(mixture_of_experts(), [write(tmp_path, "q", of=mixture_of_experts(), **LINEAR)])
     before, expected = state(library.model), logits(library.model)
-    with pytest.raises(ValueError, match="Expert 'foreign' does not belong"):
+    with pytest.raises(ValueError, match=r"Expert 'foreign' does not belong.*layers\.1\.mlp\.experts\.down_proj"):
         library.add(foreign)
-    short = Expert.load(write(tmp_path, "short", of=mixture_of_experts(), target_parameters=PARAMETERS))
+    short = Expert.load(write(tmp_path, "short", of=mixture_of_experts(), **pico.STACKS))
     offsets = {name: offset[:5] for name, offset in short.offsets.items()}
     with pytest.raises(ValueError, match="length 5"):
         library.add(Expert("short", offsets, short.config))

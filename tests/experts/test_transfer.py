@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of transfer: the same base changes nothing, a turned base is found out, a control keeps the numbers."""
 
-import sys
 from itertools import permutations
 
 import pico
@@ -60,9 +59,6 @@ def same(a, b):
     assert all(torch.equal(a.offsets[name], b.offsets[name]) for name in a.offsets)
 
 
-# --- laws
-
-
 @pytest.mark.parametrize("mode", ["ordered", "aligned"])
 def test_onto_the_same_base_it_is_the_identity(mode, expert, low):
     for whole in (expert, low):
@@ -112,9 +108,6 @@ def test_ordered_onto_another_base_keeps_the_numbers_in_their_order(expert):
 def test_sizes_that_differ_are_refused(mode, expert):
     with pytest.raises(ValueError, match=r"24 singular values on side '.*' in the source and 16 on side"):
         transfer_expert(expert, base(), other_shape(hidden_size=16, head_dim=4), mode)
-
-
-# --- what goes in and comes out
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -170,9 +163,6 @@ def test_what_cannot_be_transferred_is_refused_by_name(expert, tmp_path):
             transfer_expert(*arguments)
 
 
-# --- the matching
-
-
 def test_the_matching_is_one_to_one_and_no_other_has_a_larger_sum():
     draws = torch.Generator().manual_seed(0)
     for r in (1, 2, 6):
@@ -182,9 +172,3 @@ def test_the_matching_is_one_to_one_and_no_other_has_a_larger_sum():
         assert tuple(columns) == max(sums, key=sums.__getitem__)
     assert sorted(match(torch.ones(5, 5)).tolist()) == list(range(5))
     assert match(torch.eye(4)[[2, 0, 3, 1]]).tolist() == [2, 0, 3, 1]
-
-
-def test_without_scipy_aligned_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
-    with pytest.raises(ImportError, match=r"peft-svf\[transfer\]"):
-        match(torch.eye(2))

@@ -404,14 +404,6 @@ def test_a_task_without_training_rows_or_with_images_has_no_shots(tmp_path):
         get_task("textvqa").rows("test", "generate", folder=tmp_path, shots=1)
 
 
-@pytest.mark.parametrize(("module", "task"), [("datasets", "gsm8k"), ("math_verify", "math")])
-def test_a_missing_library_is_named_with_its_extra(module, task, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.delenv("PEFT_SVF_DATA", raising=False)
-    with pytest.raises(ImportError, match=r"pip install 'peft-svf\[eval\]'"):
-        get_task(task).load("test") if task == "gsm8k" else get_task(task).score("$1$", {"answer": "1"})
-
-
 def test_a_system_prompt_stays_away_from_rows_that_have_one(tmp_path):
     own = [{"role": "system", "content": "mine"}, {"role": "user", "content": "5 + 1 ="}]
     task = jsonl_task(lines(tmp_path / "train.jsonl", [{**SUMS[5], "prompt": own}, *SUMS[6:9]]).parent)

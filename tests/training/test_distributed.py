@@ -6,8 +6,6 @@ What needs two processes is a run of two gloo workers, marked slow; each test re
 """
 
 import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import accelerate
@@ -165,7 +163,6 @@ fsdp_config:
   fsdp_cpu_ram_efficient_loading: false
   fsdp_state_dict_type: FULL_STATE_DICT
 num_machines: 1
-num_processes: 2
 mixed_precision: 'no'
 use_cpu: true
 """
@@ -212,15 +209,7 @@ trainer.accelerator.end_training()
 def trained_on_shards(tmp_path_factory):
     """What two processes found that trained on shards, as accelerate's FSDP2 makes them, and where they saved."""
     folder = tmp_path_factory.mktemp("shards")
-    (folder / "train.py").write_text(SHARDED)
-    (folder / "fsdp.yaml").write_text(FSDP)
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(folder / "fsdp.yaml")]
-    run = subprocess.run(
-        [sys.executable, *launch, str(folder / "train.py"), str(folder)], capture_output=True, text=True,
-        env=trainers.environment(), timeout=240,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-9000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)], folder
+    return trainers.in_two_processes(SHARDED, folder, config=FSDP), folder
 
 
 @pytest.mark.slow

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of training without a gradient: the estimate, members scored side by side, and runs that climb and resume."""
 
-import subprocess
-import sys
-
 import pico
 import pytest
 import torch
@@ -14,15 +11,15 @@ from trainers import (
     FORMS,
     TOKENIZER,
     Evolving,
-    environment,
     evolution_of,
     flat,
+    in_two_processes,
     offsets,
     right_choice,
     same,
     trained_z,
 )
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from peft_svf import SVFConfig
 from peft_svf.evaluation import choice_logps
@@ -31,9 +28,6 @@ from peft_svf.training.evolution import estimate, shaped
 
 def draws(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-# --- the estimate
 
 
 def test_the_estimate_of_a_linear_reward_is_exact_where_directions_have_unit_covariance():
@@ -67,9 +61,6 @@ def test_a_z_score_has_mean_zero_and_unit_deviation():
     assert torch.equal(shaped(torch.full((4,), 0.1), "z_score"), torch.zeros(4))
     fitness = torch.tensor([0.5, -1.0])
     assert torch.equal(shaped(fitness, "none"), fitness)
-
-
-# --- members side by side
 
 
 def alone(trainer, member):
@@ -121,11 +112,8 @@ def test_members_move_only_the_directions_of_the_adapter(tmp_path):
 
 @pytest.mark.parametrize("rank", [None, 5])
 def test_members_of_stacked_experts_score_as_each_alone(rank, tmp_path):
-    fields = {"vocab_size": len(TOKENIZER), "max_position_embeddings": 512}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**{**pico.config("qwen3_moe").to_dict(), **fields}))
-    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    svf = SVFConfig(target_modules=[], target_parameters=names, rank=rank, init_weights=False)
+    model = pico.build("qwen3_moe", vocabulary=len(TOKENIZER))
+    svf = SVFConfig(target_modules=[], **pico.STACKS, rank=rank, init_weights=False)
     trainer = evolution_of(tmp_path, CHOICE_ROWS, right_choice, model=model, svf=svf)
     members = 0.5 * draws(0, 3, len(trained_z(trainer))).float()
     wanted = by_hand(trainer, members, CHOICE_ROWS, right_choice)
@@ -141,9 +129,6 @@ def test_several_rewards_are_added_by_their_weights_and_none_counts_as_zero(tmp_
     found = trainer._choice_rewards(CHOICE_ROWS)
     wanted = [[-1, 1, -0.5, 0], [1.5, -1, -0.5, -0.5], [-0.5, 1.5, 0, 0], [-0.5, 1.5, 0, 0]]
     torch.testing.assert_close(found, torch.tensor(wanted))
-
-
-# --- steps and runs
 
 
 def test_many_members_find_the_direction_of_the_true_gradient(tmp_path):
@@ -184,9 +169,6 @@ def test_a_run_logs_its_population(tmp_path):
     assert log["z/mean_distance_from_1"] == pytest.approx(float(trained_z(trainer).abs().mean()))
 
 
-# --- what is refused
-
-
 def test_only_z_vectors_of_one_active_adapter_are_evolved(tmp_path):
     merged = get_peft_model(tiny_model(), SVFConfig(init_weights=False))
     merged.merge_adapter()
@@ -196,9 +178,6 @@ def test_only_z_vectors_of_one_active_adapter_are_evolved(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             evolution_of(tmp_path, CHOICE_ROWS, right_choice, **settings)
-
-
-# --- quantised bases and several processes
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -227,7 +206,7 @@ def test_a_packed_base_is_trained_as_it_is(bits, tmp_path):
         assert torch.equal(pico.logits(trainer.model, ids), before)
 
 
-TWO = """
+SCRIPT = """
 import sys, torch, trainers as t
 trainer = t.evolution_of(sys.argv[1], t.random_rows(16), t.right_choice, kind=t.Evolving, max_steps=2)
 trainer.train()
@@ -238,15 +217,7 @@ trainer.accelerator.end_training()
 
 @pytest.mark.slow
 def test_processes_share_their_estimates_of_different_rows_and_directions(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(TWO)
-    launch = ["torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d"]
-    run = subprocess.run(
-        [sys.executable, "-m", *launch, str(script), str(tmp_path)], capture_output=True, text=True,
-        env=environment(),
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    (rows, gradients, z), other = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+    (rows, gradients, z), other = in_two_processes(SCRIPT, tmp_path)
     ids = [{row["id"] for row in batch} for batch in rows]
     assert all(not mine & {row["id"] for row in batch} for mine, batch in zip(ids, other[0], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(gradients, other[1], strict=True))

@@ -8,8 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch.nn.functional import cosine_similarity
-from trainers import QUIET, TOKENIZER, chat, same, soft_model, uneven
-from trainers import trainer_of as reinforce
+from trainers import chat, evolution_of, same, trainer_of, uneven
 from trl.trainer.utils import add_fused_lm_head
 
 from peft_svf import SVFConfig
@@ -20,7 +19,6 @@ from peft_svf.evaluation.reading import (
     distinct_prompts,
     shared_prompts,
 )
-from peft_svf.training.evolution import EvolutionConfig, EvolutionTrainer
 
 BEGIN = [5, 9, 11, 4]
 PROMPTS = {
@@ -156,7 +154,7 @@ def test_a_step_of_the_trainer_is_the_one_that_reads_each_prompt_each_time(setti
     rows = [{"prompt": chat(text)} for text in ("say it", "why so")]
     steps = []
     for shared in (True, False):
-        trainer = reinforce(tmp_path, rows, uneven, num_generations=6, max_grad_norm=0.0, **settings)
+        trainer = trainer_of(tmp_path, rows, uneven, num_generations=6, max_grad_norm=0.0, **settings)
         if not shared:
             monkeypatch.setattr(trainer, "_can_share", lambda *_: False)
             monkeypatch.setattr("peft_svf.training.reinforce.shared_prompts", lambda model: nullcontext())
@@ -170,8 +168,7 @@ def test_a_step_of_the_trainer_is_the_one_that_reads_each_prompt_each_time(setti
 
 def test_members_of_a_population_share_what_their_rows_begin_with(tmp_path, monkeypatch):
     rows = [{"prompt": chat(text)} for text in ("say it", "say why so")]
-    args = EvolutionConfig(str(tmp_path), population=4, max_completion_length=4, save_strategy="no", **QUIET)
-    trainer = EvolutionTrainer(soft_model(), uneven, args, rows, processing_class=TOKENIZER, peft_config=SVFConfig())
+    trainer = evolution_of(tmp_path, rows, uneven, population=4, svf=SVFConfig())
     size = sum(len(layer.svf_offset["default"].weight) for layer in pico.svf_layers(trainer.model).values())
     members = 0.3 * torch.randn(4, size, generator=torch.Generator().manual_seed(0))
     tokens = counted(trainer.model)

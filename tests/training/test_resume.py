@@ -19,6 +19,7 @@ from trainers import (
     divided,
     environment,
     evolution_of,
+    in_two_processes,
     random_rows,
     right_choice,
     same,
@@ -154,9 +155,6 @@ def test_a_checkpoint_is_resumed_on_its_own_base_alone_and_then_in_silence(tmp_p
         other.train(resume_from_checkpoint=True)
 
 
-# --- other processes
-
-
 KILLED = """
 import os, signal, sys, trainers as t
 
@@ -212,13 +210,6 @@ def equal(one, other):
     return one == other
 
 
-ACCELERATE = """
-compute_environment: LOCAL_MACHINE
-distributed_type: MULTI_GPU
-num_machines: 1
-num_processes: 2
-mixed_precision: 'no'
-"""
 DIVIDED = """
 import sys, torch, trainers as t
 trainer = t.divided(sys.argv[1], sys.argv[2], rows_each=int(sys.argv[3]))
@@ -233,15 +224,7 @@ trainer.accelerator.end_training()  # processes that leave at different times ab
     "kind, rows_each", [("generate", 2), ("choice", 2), ("choice", 1), ("penalty", 6), ("right answers", 2)]
 )
 def test_two_processes_take_the_step_of_one_with_twice_the_batch(kind, rows_each, tmp_path):
-    script, config = tmp_path / "train.py", tmp_path / "two.yaml"
-    script.write_text(DIVIDED)
-    config.write_text(ACCELERATE)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(script)]
-    run = subprocess.run(
-        [*launch, str(tmp_path), kind, str(rows_each)], capture_output=True, text=True, env=environment(), timeout=120
-    )  # processes that wait for each other forever are an error, not a slow test
-    assert run.returncode == 0, run.stderr[-9000:]
-    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    one, other = in_two_processes(DIVIDED, tmp_path, kind, rows_each)
     alone = divided(tmp_path, kind, 2 * rows_each)
     start = trained_z(alone).clone()
     alone.train()

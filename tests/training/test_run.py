@@ -31,6 +31,7 @@ from peft_svf import SVFConfig
 from peft_svf.evaluation import BaseText
 from peft_svf.training.evolution import EvolutionConfig, EvolutionTrainer
 from peft_svf.training.reinforce import ReinforceConfig, ReinforceTrainer
+from peft_svf.training.supervised import SupervisedConfig
 
 both = pytest.mark.parametrize("trainer_of", TRAINERS.values(), ids=TRAINERS)
 
@@ -139,6 +140,7 @@ def test_a_run_without_a_checkpoint_that_keeps_the_base_text_ends_with_a_weaker_
 
 
 ONE = {"num_generations": 1, "advantage_estimator": "batch"}
+LEARNING = (ReinforceConfig, SupervisedConfig)
 WRONG = [  # config, settings, message
     (ReinforceConfig, {"max_steps": 0}, "`max_steps` must be a number of steps, or -1"),
     (ReinforceConfig, {"beta": -0.1}, "`beta` must be 0 or more; got -0.1"),
@@ -160,6 +162,9 @@ WRONG = [  # config, settings, message
     (EvolutionConfig, {"shaping": "best"}, "`shaping` must be one of .*'z_score', 'none'.; got 'best'"),
     (EvolutionConfig, {"rows_per_forward": 0}, "`rows_per_forward` must be 1 or more; got 0"),
     (EvolutionConfig, {"fp16": True}, "load the base in float16"),
+    *((config, {"retention": -1}, "`retention` must be 0 or more; got -1") for config in LEARNING),
+    *((config, {"retention": math.nan}, "`retention` must be 0 or more; got nan") for config in LEARNING),
+    *((config, {"retention_rows": 0}, "`retention_rows` must be 1 or more; got 0") for config in LEARNING),
 ]
 
 
@@ -241,9 +246,6 @@ def test_a_line_of_the_log_can_be_read_and_trackers_get_everything(tmp_path, cap
     assert all(f"  {name} " in line for name in ("reward", "KL", "entropy", "length", "dead groups", "mean |z-1|"))
     tracked = {"kl", "reward_std", "completions/clipped_ratio", "grad_norm", "z/model.layers.0/mean_distance_from_1"}
     assert tracked <= trainer.state.log_history[0].keys()
-
-
-# --- what both do
 
 
 @both

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of learning from right answers, and of the penalty for moving away from the base's own answers."""
 
+import oracle
 import pico
 import pytest
 import torch
@@ -20,7 +21,6 @@ from trainers import (
     offsets,
     soft_model,
     supervised_of,
-    token_logps,
     tokens_of,
     trained_z,
     trainer_of,
@@ -28,7 +28,7 @@ from trainers import (
 )
 
 from peft_svf import SVFConfig
-from peft_svf.training import ReinforceConfig, SupervisedConfig, SupervisedTrainer, retention
+from peft_svf.training import SupervisedConfig, SupervisedTrainer, retention
 
 PROMPTS = ["hello", "and what now?", "b"]
 
@@ -108,13 +108,6 @@ def test_the_penalty_keeps_the_base_text(tmp_path):
     assert lost[1] < lost[0] / 2
 
 
-@pytest.mark.parametrize("field, value", [("retention", -1), ("retention", float("nan")), ("retention_rows", 0)])
-@pytest.mark.parametrize("config", [ReinforceConfig, SupervisedConfig])
-def test_a_wrong_penalty_is_refused(config, field, value, tmp_path):
-    with pytest.raises(ValueError, match=f"`{field}` must be . or more; got"):
-        config(str(tmp_path), **{field: value})
-
-
 @pytest.mark.parametrize("more", [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}])
 def test_a_resumed_run_is_the_uninterrupted_one_and_reads_the_answers_of_its_checkpoint(more, tmp_path, monkeypatch):
     settings = {"max_steps": 5, "learning_rate": 0.05, "save_strategy": "steps", "save_steps": 1, "retention": 5.0}
@@ -126,15 +119,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_reads_the_answers_of_its_che
     again = supervised_of(tmp_path / "again", 2 * TEXT_ROWS, **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))  # two steps an epoch
     assert torch.equal(trained_z(again), trained_z(whole))
-    log = [
-        {k: v for k, v in e.items() if "per_second" not in k and "runtime" not in k} for e in again.state.log_history
-    ]
-    assert [e["retention"] for e in log if "retention" in e] == [
-        e["retention"] for e in whole.state.log_history if "retention" in e
-    ]
-
-
-# --- right answers
+    logs = [[e["retention"] for e in one.state.log_history if "retention" in e] for one in (again, whole)]
+    assert logs[0] == logs[1] != []
 
 
 @pytest.mark.parametrize("rows", [TEXT_ROWS, CHOICE_ROWS], ids=["text", "choice"])
@@ -146,7 +132,7 @@ def test_the_loss_is_that_of_the_right_answer_and_the_end_of_turn(rows, tmp_path
     for row in rows:
         text = row.get("solution") or row.get("answer") or row["choices"][row["label"]]
         answer = TOKENIZER.convert_tokens_to_ids([*text, "<end>"])
-        logps.append(token_logps(trainer.model, tokens_of(row), answer).detach())
+        logps.append(oracle.logps(trainer.model, tokens_of(row), answer).detach())
     assert trainer.state.log_history[0]["loss"] == pytest.approx(-float(torch.cat(logps).mean()), rel=1e-4)
 
 

@@ -125,9 +125,6 @@ def test_the_base_is_the_reference_of_a_new_expert(kind, loss, tmp_path):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, abs=1e-5)
 
 
-# --- TRL's stream of weights to vLLM
-
-
 class Alone:
     """One process without sharding, as TRL's helper would find it."""
 

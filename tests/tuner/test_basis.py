@@ -70,9 +70,6 @@ def test_only_the_top_directions_of_a_weight_deviate_by_rounding(shape, stack):
         assert deviation(weight, Q[..., others], S[..., others]) > 1e-3
 
 
-# --- rescaling
-
-
 def z_vector(r, seed=3):
     """A z-vector with a zero, a negative entry and a one."""
     z = 1 + 0.5 * matrix((r,), seed=seed).double()
@@ -81,9 +78,10 @@ def z_vector(r, seed=3):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_rescaled_weight_equals_the_oracle(shape, dtype, tolerance):
-    weight, z = matrix(shape, dtype), z_vector(min(shape))
-    rescaled = rescale(weight, factorize(weight).Q, z - 1)
+@pytest.mark.parametrize("k", [None, 4], ids=["all directions", "the top ones"])
+def test_rescaled_weight_equals_the_oracle(shape, dtype, tolerance, k):
+    weight, z = matrix(shape, dtype), z_vector(k or min(shape))
+    rescaled = rescale(weight, factorize(weight).Q[:, :k], z - 1)
     assert rescaled.dtype == dtype
     torch.testing.assert_close(rescaled.double(), oracle.rescaled(weight, z), atol=tolerance, rtol=0)
 
@@ -92,16 +90,6 @@ def test_rescaled_weight_equals_the_oracle(shape, dtype, tolerance):
 def test_an_offset_of_zero_gives_back_the_weight_to_the_bit(shape, dtype):
     weight = matrix(shape, dtype)
     assert torch.equal(rescale(weight, factorize(weight).Q.float(), torch.zeros(min(shape))), weight)
-
-
-def test_fewer_columns_move_only_the_top_directions(shape):
-    weight, k = matrix(shape, torch.float64), 4
-    z = z_vector(k)
-    rescaled = rescale(weight, factorize(weight).Q[:, :k], z - 1)
-    torch.testing.assert_close(rescaled, oracle.rescaled(weight, z), atol=1e-12, rtol=0)
-
-
-# --- the sketch
 
 
 def test_a_sketch_sees_another_basis_and_neither_signs_nor_the_global_random_state(shape):

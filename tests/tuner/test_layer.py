@@ -88,9 +88,6 @@ def test_a_bfloat16_base_is_close_for_inputs_of_any_dtype_and_the_base_at_z_of_o
     close(model.train()(many), expected_output(plain, z, many), BF16)
 
 
-# --- merge and unmerge
-
-
 @both_sides
 @all_kinds
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp64", "fp32", "bf16"])
@@ -167,9 +164,6 @@ def test_an_adapter_added_to_a_merged_layer_gets_the_pristine_basis():
     close(model(x), expected_output(plain, z, x), FP32)
 
 
-# --- rows of a batch
-
-
 @both_sides
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize(
@@ -183,9 +177,6 @@ def test_each_row_has_its_own_offset_and_repeats_lie_side_by_side(side, bias, sh
     for i in range(shape[0]):
         close(together[i], expected_output(plain, 1 + offsets[i // (shape[0] // 3)], x[i]), FP32)
     assert torch.equal(model(x), plain(x))
-
-
-# --- names and messages
 
 
 def test_the_layer_shows_its_side_and_its_directions_and_names_what_it_lacks():
@@ -211,9 +202,6 @@ def test_layers_are_named_as_in_the_base_model(wrap):
 def test_a_block_ends_with_the_first_number_of_a_name():
     names = ["model.layers.11.mlp.experts.3.up_proj", "encoder.block.0.layer.1.wi", "lm_head", "layers.2"]
     assert [block_of(name) for name in names] == ["model.layers.11", "encoder.block.0", "lm_head", "layers.2"]
-
-
-# --- weights and modules in several places
 
 
 class Tied(nn.Module):
@@ -246,9 +234,6 @@ def test_a_module_at_two_places_is_refused_and_the_base_stays():
     with pytest.raises(ValueError, match="b is the same module as a"):
         get_peft_model(base, SVFConfig(target_modules=["a"]))
     assert type(base.a) is nn.Linear and base.b is base.a
-
-
-# --- weights that aren't what they seem
 
 
 class Zero(nn.Module):

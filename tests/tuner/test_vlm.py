@@ -5,16 +5,14 @@ import oracle
 import pytest
 import seeing
 import torch
-import transformers as hf
 from datasets import Dataset, Image
 from peft import PeftModel, get_peft_model
-from pico import matrix_of, randomize, svf_layers
-from trainers import FORMS, QUIET, SHORT, STILL, Recorder, flat, offsets, same, trained_z, uneven
+from pico import fill, matrix_of, randomize, svf_layers
+from trainers import FORMS, STILL, flat, offsets, same, trained_z, trainer_of, uneven
 
 from peft_svf import SVFConfig
 from peft_svf.evaluation import evaluate
 from peft_svf.tasks import get_task
-from peft_svf.training.reinforce import ReinforceConfig
 
 every_kind = pytest.mark.parametrize("kind", seeing.KINDS)
 LANGUAGE = {"idefics3": "model.text_model.", "qwen2_5_vl": "model.language_model."}
@@ -31,13 +29,6 @@ def question(kind):
 @torch.no_grad()
 def logits(model, kind):
     return model(**question(kind)).logits
-
-
-def fill(model, z):
-    for name, vector in z.items():
-        module = model.get_submodule(name)
-        module.weight.data = oracle.rescaled(matrix_of(module), vector).float()
-    return model
 
 
 @every_kind
@@ -87,20 +78,6 @@ def test_save_then_load_is_exact(kind, by, tmp_path):
     assert torch.equal(logits(loaded, kind), logits(model, kind))
 
 
-@every_kind
-def test_the_checkpoint_of_a_model_that_sees_gives_the_bases(kind, tmp_path):
-    base = seeing.model(kind)
-    base.save_pretrained(tmp_path)
-    stored = hf.AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    exact = get_peft_model(base, SVFConfig())
-    rounded = get_peft_model(stored, SVFConfig(basis_from="checkpoint", basis_dtype="float32"))
-    for name, layer in svf_layers(rounded).items():
-        assert torch.equal(layer.svf_basis, svf_layers(exact)[name].svf_basis)
-
-
-# --- training on images
-
-
 def textvqa_rows():
     """Rows of TextVQA as they come out of a file: undecoded images, questions of different lengths."""
     task = get_task("textvqa")
@@ -113,14 +90,11 @@ def textvqa_rows():
 
 
 def sees_and_learns(kind, folder, **settings):
-    model, processor = seeing.model(kind), seeing.processor(kind)
+    model = seeing.model(kind)
     model.lm_head.weight.data.mul_(0.1)  # several tokens are likely
     data = Dataset.from_list(textvqa_rows()).cast_column("image", Image())
-    args = ReinforceConfig(str(folder), save_strategy="no", **QUIET, **{**SHORT, "num_generations": 4, **settings})
-    return Recorder(
-        model, uneven, args, data, eval_dataset=data, processing_class=processor,
-        peft_config=SVFConfig(init_weights=False),
-    )  # fmt: skip
+    settings = {"num_generations": 4, "eval_rows": data, "reader": seeing.processor(kind), **settings}
+    return trainer_of(folder, data, uneven, model=model, **settings)
 
 
 @every_kind
@@ -171,12 +145,8 @@ def test_an_expert_learns_on_images_is_evaluated_and_saved(kind, tmp_path):
 @every_kind
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_of_text_train_a_model_that_sees(kind, form, tmp_path):
-    rows, reward = FORMS[form]
-    args = ReinforceConfig(str(tmp_path), save_strategy="no", **QUIET, **SHORT, num_generations=4)
-    trainer = Recorder(
-        seeing.model(kind), reward, args, Dataset.from_list(rows), processing_class=seeing.processor(kind),
-        peft_config=SVFConfig(init_weights=False),
-    )  # fmt: skip
+    model, reader = seeing.model(kind), seeing.processor(kind)
+    trainer = trainer_of(tmp_path, *FORMS[form], model=model, reader=reader, num_generations=4)
     before = trained_z(trainer).clone()
     trainer.train()
     assert float(trainer.gradients[0].norm()) > 0 and (trained_z(trainer) != before).any()

@@ -54,11 +54,12 @@ class SVFModel(AdapterLoader):
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter, as [`AdapterLoader`] does; transformers runs the model itself, so one forward is watched."""
+        """Add an adapter; transformers runs the model itself, so its first forward and its loading are watched."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if not self._defers:
             end = model.register_forward_hook(self._end_of_first, always_call=True)
             self._watching = model.register_forward_pre_hook(self._begin_first), end
+            model.register_load_state_dict_post_hook(self._catch_up)
 
     def set_plan(self, plan: Plan, forwards_per_step: int = 1) -> None:
         """
@@ -152,9 +153,9 @@ class SVFModel(AdapterLoader):
         )
         self.inject_adapter(self.model, adapter_name)
         for layer in layers.values():
-            mixed = layer.svf_offset[adapter_name].weight.data
-            offsets = layer.named_offsets(adapters)[:, : len(mixed)].to(mixed)  # (adapters, k)
-            mixed.copy_(torch.tensor(weights, dtype=mixed.dtype, device=mixed.device) @ offsets)
+            mixed = layer.svf_offset[adapter_name].weight.data.view(layer.matrices, -1)  # (experts or 1, k)
+            offsets = layer.named_offsets(adapters).unflatten(-1, (layer.matrices, -1))[..., : mixed.shape[-1]]
+            mixed.copy_(torch.tensordot(torch.tensor(weights).to(mixed), offsets.to(mixed), dims=1))
 
     def _prepare_adapter_config(self, peft_config: SVFConfig, model_config: dict) -> SVFConfig:  # type: ignore[override]
         if peft_config.target_modules is None:
@@ -281,7 +282,7 @@ class SVFModel(AdapterLoader):
         super()._check_merge_allowed()
         self._catch_up()
 
-    def _catch_up(self) -> None:
+    def _catch_up(self, *_: Any) -> None:
         """Fetch the bases of weights that have come since the adapter was added."""
         if self.execution.waiting:
             self.fetch_bases()
