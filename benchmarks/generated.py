@@ -109,6 +109,7 @@ LOWER = (  # of the same tasks, from lower blocks on
     solved("language", "svf-all-upper", 0.004, 20, 6, questions=12, retain=40.0),
     solved("language", "svf-all-third", 0.004, 20, 6, questions=12, retain=40.0),
     solved("sentiment", "svf-all-upper", 0.006, 40, 6),
+    solved("sentiment", "svf-all-half", 0.006, 40, 6),
     solved("topic", "svf-upper", 0.006, 24, 8),
     solved("topic", "svf-all-third", 0.004, 24, 8, questions=12),
 )
