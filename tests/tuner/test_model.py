@@ -709,7 +709,7 @@ SELECTED = {  # kind, config, what the names match whole, their number
     "all linear without the head": ("llama", ALL_LINEAR, r"model\.layers\..*_proj", 14),
     **{
         f"one layer of {kind}": (kind, {"layers_to_transform": [1]}, rf"{layer}.*", count)
-        for kind, (layer, count) in SECOND.items() | {("mixtral", (r"model\.layers\.1\.self_attn\.", 2))}
+        for kind, (layer, count) in (SECOND | {"mixtral": (r"model\.layers\.1\.self_attn\.", 2)}).items()
     },
 }
 
