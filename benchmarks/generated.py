@@ -95,7 +95,7 @@ def solved(task: str, method: str, lr: float, steps: int, retained: int, **setti
 
 SHIPPED = (
     solved("price", "svf-all-half", 0.006, 20, 6, questions=12, retain=40.0),
-    solved("email", "svf-all-half", 0.01, 24, 8, questions=12),
+    solved("email", "svf-all-half", 0.006, 20, 6, questions=12),
     solved("language", "svf-all-half", 0.006, 20, 6, questions=12, retain=40.0),
     solved("sentiment", "svf-all-half", 0.006, 24, 8, questions=12),
     solved("topic", "svf-all-half", 0.006, 24, 8, questions=12),
@@ -105,11 +105,10 @@ LOWER = (  # of the same tasks, from lower blocks on
     solved("price", "svf-all-third", 0.004, 20, 6, questions=12, retain=40.0),
     solved("email", "svf-all-upper", 0.006, 20, 6, questions=12),
     solved("email", "svf-all-third", 0.006, 20, 6, questions=12),
-    solved("email", "svf-all-half", 0.006, 20, 6, questions=12),
+    solved("email", "svf-all-half", 0.01, 24, 8, questions=12),
     solved("language", "svf-all-upper", 0.004, 20, 6, questions=12, retain=40.0),
     solved("language", "svf-all-third", 0.004, 20, 6, questions=12, retain=40.0),
     solved("sentiment", "svf-all-upper", 0.006, 40, 6),
-    solved("sentiment", "svf-all-half", 0.006, 40, 6),
     solved("topic", "svf-upper", 0.006, 24, 8),
     solved("topic", "svf-all-third", 0.004, 24, 8, questions=12),
 )
