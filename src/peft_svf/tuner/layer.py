@@ -238,8 +238,8 @@ class SVFLayer(nn.Module, BaseTunerLayer):
         weight = self.base_weight
         name = next((name for name, parameter in self.named_parameters() if parameter is weight), None)
         new = None if weight.is_meta or isinstance(weight, DTensor) else state_dict.get(f"{prefix}{name}")
-        known = new is None or new.is_meta or self.quantization_backend is not None
-        if not known and not torch.equal(new.to(weight), weight):
+        readable = new is not None and not new.is_meta and self.quantization_backend is None
+        if new is not None and readable and not torch.equal(new.to(weight), weight):
             self.svf_fingerprint, self.execution.waiting = None, True
             self.set_basis(None, None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
