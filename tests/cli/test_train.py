@@ -9,6 +9,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import pico
 import pytest
 import seeing
 import torch
@@ -129,6 +130,8 @@ def test_right_answers_move_all_linear_weights_of_the_upper_half_unless_told_oth
         names = list(svf_layers(get_peft_model(copy.deepcopy(base), config)))
         assert {re.search(r"layers\.(\d+)", name)[1] for name in names} == blocks
         assert len({name.rpartition(".")[2] for name in names}) == kinds
+    stackless = svf_config(SVFArguments(), pico.build("t5"), supervised=True)
+    assert stackless.target_modules is None and stackless.exclude_modules is None
     both = replace(given, layers_to_transform=[1])
     for wrong in (SVFArguments(first_block=2), replace(given, first_block=-1), both):
         with pytest.raises(ValueError, match="first_block is 1 to 1 for this model"):

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_type_hints
 
@@ -192,7 +193,8 @@ def svf_config(
     values = asdict(arguments)
     first = values.pop("first_block")
     if supervised and first is None and not any(values[name] for name in SELECTING):
-        values["target_modules"], first = ["all-linear"], len(blocks_of(model)) // 2
+        with suppress(ValueError):  # a model without a stack of blocks for text keeps the other default
+            values["target_modules"], first = ["all-linear"], len(blocks_of(model)) // 2
     if values["target_modules"] == ["all-linear"]:
         values["target_modules"] = "all-linear"
     if first:
